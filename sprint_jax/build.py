@@ -1,0 +1,63 @@
+"""Networks, text encoder and pixel codec of a configuration: the one place that reads `Config` to build them."""
+
+import dataclasses
+
+from sprint_jax import config as config_lib
+from sprint_jax.data import pixels, text
+from sprint_jax.models.ladd_heads import LADDHeads
+from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.training import sprint_step, state
+
+
+def text_encoder(c: config_lib.Config):
+    """The prompt encoder: `encode(prompts) -> features [B, L, D], mask [B, L]`."""
+    return text.ShapesText()
+
+
+def codec(c: config_lib.Config):
+    """The pixel codec: `encode(images)` and `decode(latents)`."""
+    return pixels.SpaceToDepth(**dataclasses.asdict(c.codec))
+
+
+def latent_shape(c: config_lib.Config) -> tuple[int, int, int]:
+    """(h, w, c) of one latent."""
+    side = c.data.size // c.codec.block
+    return side, side, codec(c).channels
+
+
+def _model(c: config_lib.Config, **changes) -> LinearDiT:
+    fields = dataclasses.asdict(c.model) | dict(
+        in_channels=codec(c).channels, text_dim=text_encoder(c).dim, logvar_head=False
+    )
+    return LinearDiT(**(fields | changes))
+
+
+def student(c: config_lib.Config) -> LinearDiT:
+    return _model(c, logvar_head=True)
+
+
+def teacher(c: config_lib.Config) -> LinearDiT:
+    """The teacher as distillation needs it: never told the guidance scale."""
+    return _model(c, guidance_embed=False)
+
+
+def base_teacher(c: config_lib.Config) -> LinearDiT:
+    """The teacher as it is first trained, perhaps without QK-norm or dense time."""
+    return _model(
+        c, guidance_embed=False, qk_norm=c.teacher.base_qk_norm, time_scale=c.teacher.base_time_scale
+    )
+
+
+def needs_finetune(c: config_lib.Config) -> bool:
+    return base_teacher(c) != teacher(c)
+
+
+def nets(c: config_lib.Config) -> sprint_step.Nets:
+    s = c.sprint
+    return sprint_step.Nets(
+        teacher=teacher(c),
+        student=student(c),
+        heads=LADDHeads(width=c.model.width, count=len(s.head_blocks)),
+        tx=state.optimizer(s.optimizer, s.steps // 2),
+        heads_tx=state.optimizer(s.head_optimizer, s.steps // 2),
+    )

@@ -1,0 +1,235 @@
+"""The configuration as frozen dataclasses: every field is written out, has a type and is read somewhere.
+
+A card in `configs/` makes an `ml_collections.ConfigDict`; `parse` turns it into `Config`. There are no
+defaults here: a key that is missing or unknown is an error that names it.
+"""
+
+import dataclasses
+import difflib
+
+import ml_collections
+
+from sprint_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """size: picture side in pixels. seed: names the training pictures. eval_seed: the held-out ones."""
+
+    size: int
+    seed: int
+    eval_seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Codec:
+    """Pixel seam: see `sprint_jax.data.pixels.SpaceToDepth`."""
+
+    block: int
+    scaling_factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """Network shape shared by teacher and student: see `sprint_jax.models.linear_dit.LinearDiT`."""
+
+    width: int
+    depth: int
+    heads: int
+    cross_heads: int
+    mlp_ratio: float
+    patch_size: int
+    qk_norm: bool
+    time_scale: float
+    guidance_embed: bool
+    guidance_scale_factor: float
+    remat: bool
+    unroll: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW. warmup: steps of linear warm-up; decay_to: final share of lr under a cosine (1 = constant)."""
+
+    lr: float
+    warmup: int
+    decay_to: float
+    b1: float
+    b2: float
+    weight_decay: float
+    clip: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """Flow-matching teacher.
+
+    pretrained: weights to use instead of training: a .safetensors file, "package:NAME" for one shipped
+      with the code, "" to train here.
+    steps, batch, ema, caption_dropout: training; ema is the decay (0: none).
+    time_mean, time_std, time_shift: logit-normal time sampling.
+    base_qk_norm, base_time_scale: what the teacher is first trained with. Where they differ from
+      model.qk_norm and model.time_scale, finetune_steps more steps follow with the missing parts added.
+    """
+
+    pretrained: str
+    steps: int
+    batch: int
+    ema: float
+    caption_dropout: float
+    time_mean: float
+    time_std: float
+    time_shift: float
+    base_qk_norm: bool
+    base_time_scale: float
+    finetune_steps: int
+    finetune_lr: float
+    optimizer: Optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sprint:
+    """sCM + LADD distillation. Steps count generator and discriminator updates, which alternate.
+
+    guidance: scales drawn per sample for the teacher and told to the student.
+    uncond_mask: "cond" (code: the prompt's own mask on null features) or "null" (the null prompt's mask).
+    p_mean, p_std: time sampler of the generator; disc_mean, disc_std: of the renoising.
+    tangent_warmup: H. tangent_normalize, weighting, reduction: see `diffusion.scm` and `diffusion.ladd`.
+    scm_weight, adv_weight: factors of the two losses (lambda is the second); 0 leaves that loss out.
+    max_time: probability p of the max-time weighting. misaligned: real pictures with wrong text as fakes.
+    head_blocks: teacher blocks with a discriminator head, 0-based.
+    """
+
+    steps: int
+    batch: int
+    ema: float
+    guidance: tuple[float, ...]
+    uncond_mask: str
+    p_mean: float
+    p_std: float
+    tangent_warmup: int
+    tangent_normalize: bool
+    weighting: str
+    scm_weight: float
+    adv_weight: float
+    max_time: float
+    disc_mean: float
+    disc_std: float
+    reduction: str
+    misaligned: bool
+    head_blocks: tuple[int, ...]
+    optimizer: Optimizer
+    head_optimizer: Optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """prompts: held-out prompts scored. batch: pictures at a time. teacher_steps: of the full teacher.
+
+    teacher_guidance: CFG scale of the teacher. student_guidance: embedded scale of the student.
+    schedule: time list of the student, "code" or "paper". reference: real pictures behind the Fréchet
+    distance. samples: pictures in each samples_*.png.
+    """
+
+    prompts: int
+    batch: int
+    teacher_steps: int
+    teacher_guidance: float
+    student_guidance: float
+    schedule: str
+    reference: int
+    samples: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """log_every, checkpoint_every: in steps. keep: checkpoints kept. max_rejected: non-finite in a row."""
+
+    log_every: int
+    checkpoint_every: int
+    keep: int
+    max_rejected: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """seed: of parameters and training noise. The rest: see each section."""
+
+    seed: int
+    data: Data
+    codec: Codec
+    model: Model
+    teacher: Teacher
+    sprint: Sprint
+    evaluation: Evaluation
+    run: Run
+
+
+def parse(tree: ml_collections.ConfigDict | dict) -> Config:
+    """ConfigDict -> Config. Raises UserError for unknown or missing keys and for values out of range."""
+    if isinstance(tree, ml_collections.ConfigDict):
+        tree = tree.to_dict()
+    config = _build(Config, tree, "config")
+    _check(config)
+    return config
+
+
+def to_dict(config: Config) -> dict:
+    """Config -> nested dict of plain values, the inverse of `parse`."""
+    return dataclasses.asdict(config)
+
+
+def _build(kind, tree, path):
+    fields = {f.name: f.type for f in dataclasses.fields(kind)}
+    for name in tree:
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean {path}.{near[0]}?" if near else f"; known: {', '.join(fields)}"
+            raise UserError(f"unknown config key {path}.{name}{hint}")
+    missing = [name for name in fields if name not in tree]
+    if missing:
+        raise UserError(f"config key {path}.{missing[0]} is missing: add it to the config file")
+    values = {}
+    for name, field in fields.items():
+        value = tree[name]
+        if dataclasses.is_dataclass(field):
+            value = _build(field, value, f"{path}.{name}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        values[name] = value
+    return kind(**values)
+
+
+def _check(c: Config):
+    s, t, m = c.sprint, c.teacher, c.model
+    cell = c.codec.block * m.patch_size
+    require = [
+        (c.data.size % cell == 0, f"config.data.size {c.data.size}: use a multiple of {cell} (codec.block x patch_size)"),
+        (m.width % m.heads == 0, f"config.model.width {m.width}: use a multiple of heads {m.heads}"),
+        (m.width % m.cross_heads == 0, f"config.model.width {m.width}: use a multiple of cross_heads {m.cross_heads}"),
+        (m.dtype in ("float32", "bfloat16"), f"config.model.dtype {m.dtype!r}: use float32 or bfloat16"),
+        (t.steps >= 0 and t.finetune_steps >= 0, "config.teacher.steps and finetune_steps: use 0 or more"),
+        (t.pretrained or t.steps > 0, "config.teacher.steps is 0 and config.teacher.pretrained empty: give one of them"),
+        (t.batch > 0 and s.batch > 0, "config.teacher.batch and config.sprint.batch: use 1 or more"),
+        (s.steps > 0 and s.steps % 2 == 0, f"config.sprint.steps {s.steps}: use an even number, at least 2 (generator and discriminator alternate)"),
+        (s.uncond_mask in ("cond", "null"), f"config.sprint.uncond_mask {s.uncond_mask!r}: use cond or null"),
+        (s.weighting in ("code", "paper"), f"config.sprint.weighting {s.weighting!r}: use code or paper"),
+        (s.reduction in ("code", "paper"), f"config.sprint.reduction {s.reduction!r}: use code or paper"),
+        (s.scm_weight > 0 or s.adv_weight > 0, "config.sprint.scm_weight and adv_weight are both 0: nothing to train"),
+        (0 <= s.max_time <= 1, f"config.sprint.max_time {s.max_time}: use a probability in [0, 1]"),
+        (len(s.guidance) > 0, "config.sprint.guidance is empty: give at least one scale"),
+        (len(s.head_blocks) > 0 and list(s.head_blocks) == sorted(set(s.head_blocks)) and 0 <= s.head_blocks[0] and s.head_blocks[-1] < m.depth,
+         f"config.sprint.head_blocks {s.head_blocks}: use increasing block numbers within 0..{m.depth - 1}"),
+        (not s.misaligned or s.batch > 1, "config.sprint.misaligned needs config.sprint.batch of 2 or more"),
+        (c.evaluation.schedule in ("code", "paper"), f"config.evaluation.schedule {c.evaluation.schedule!r}: use code or paper"),
+        (c.evaluation.prompts >= 1 and c.evaluation.batch >= 1, "config.evaluation.prompts and batch: use 1 or more"),
+        (c.evaluation.samples <= c.evaluation.prompts, f"config.evaluation.samples {c.evaluation.samples}: use at most evaluation.prompts {c.evaluation.prompts}"),
+        (c.evaluation.teacher_steps >= 1, f"config.evaluation.teacher_steps {c.evaluation.teacher_steps}: use 1 or more"),
+        (c.run.log_every % 2 == 0 and c.run.log_every > 0, f"config.run.log_every {c.run.log_every}: use an even number"),
+        (c.run.checkpoint_every > 0 and c.run.checkpoint_every % 2 == 0, f"config.run.checkpoint_every {c.run.checkpoint_every}: use an even number"),
+        (c.run.keep >= 1, f"config.run.keep {c.run.keep}: use 1 or more"),
+    ]  # fmt: skip
+    for holds, message in require:
+        if not holds:
+            raise UserError(message)

@@ -1,0 +1,56 @@
+"""Training batches of `shapes`: batch k is a pure function of (seed, k), made ahead in a thread."""
+
+import queue
+import threading
+
+import numpy as np
+
+from sprint_jax.data import shapes
+
+
+def make_batch(step, *, seed, batch, size, codec, text_encoder):
+    """Batch number `step`: {"latent" [B, H, W, C], "text" [B, L, D], "mask" [B, L]} as NumPy float32."""
+    examples = [shapes.example(seed, step * batch + i, size=size) for i in range(batch)]
+    text, mask = text_encoder.encode([e.text for e in examples])
+    return {"latent": codec.encode(np.stack([e.image for e in examples])), "text": text, "mask": mask}
+
+
+class Prefetch:
+    """Yields make(start), make(start + 1), ... computed `depth` ahead in a thread. Use as a context.
+
+    An error in the thread is raised by `next`.
+    """
+
+    def __init__(self, make, start, stop, depth=4):
+        self._queue = queue.Queue(depth)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(make, start, stop), daemon=True)
+
+    def _work(self, make, start, stop):
+        for index in range(start, stop):
+            try:
+                item = (make(index), None)
+            except Exception as error:  # handed to the consumer, which raises it
+                item = (None, error)
+            while not self._stopping.is_set():
+                try:
+                    self._queue.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if self._stopping.is_set() or item[1] is not None:
+                return
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stopping.set()
+        self._thread.join()
+
+    def __next__(self):
+        value, error = self._queue.get()
+        if error is not None:
+            raise error
+        return value

@@ -1,0 +1,221 @@
+"""`shapes`: captioned pictures of flat shapes, each a pure function of (seed, index).
+
+A caption follows a fixed grammar (below) and a picture shows exactly what it says: one to three objects
+on a plain background. Positions, sizes and anything the caption leaves open are random. One in eight of
+the composed captions is held out of training, so that `heldout` asks for combinations never seen.
+
+    a {shape}                                        single object
+    a {colour} {shape}                               colour
+    two|three {colour} {shape}s                      counting
+    a {colour} {shape} {relation} a {colour} {shape} two objects, position, colour attribution
+
+each optionally followed by ` on a {colour} background` (without it the background is near-black).
+"""
+
+import dataclasses
+import zlib
+
+import numpy as np
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 70),
+    "blue": (50, 90, 225),
+    "yellow": (240, 210, 50),
+    "purple": (150, 60, 200),
+    "white": (245, 245, 245),
+}
+BLACK = (16, 16, 20)
+SHAPES = ("circle", "square", "triangle")
+RELATIONS = ("left of", "right of", "above", "below")
+NUMBERS = {"two": 2, "three": 3}
+SPLITS = ("train", "heldout")
+
+_GAP = 2.0 / 32  # empty space between objects, as a share of the side
+_KINDS = ("shape", "colour", "count", "relation")
+_KIND_CUMULATIVE = (0.08, 0.25, 0.55, 1.0)
+_BACKGROUND_PROBABILITY = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """One object. x, y: centre, size: half extent, all as shares of the picture's side.
+
+    colour is None where a caption leaves it open; x, y and size are 0 in captions.
+    """
+
+    colour: str | None
+    shape: str
+    x: float = 0.0
+    y: float = 0.0
+    size: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """Meaning of a caption: what must be in the picture.
+
+    kind: "shape", "colour", "count" or "relation". background: None means near-black.
+    """
+
+    kind: str
+    objects: tuple[Object, ...]
+    relation: str | None
+    background: str | None
+
+    def text(self) -> str:
+        first = self.objects[0]
+        if self.kind == "shape":
+            words = f"a {first.shape}"
+        elif self.kind == "colour":
+            words = f"a {first.colour} {first.shape}"
+        elif self.kind == "count":
+            number = {n: word for word, n in NUMBERS.items()}[len(self.objects)]
+            words = f"{number} {first.colour} {first.shape}s"
+        else:
+            second = self.objects[1]
+            words = f"a {first.colour} {first.shape} {self.relation} a {second.colour} {second.shape}"
+        return words + (f" on a {self.background} background" if self.background else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """image: uint8 [size, size, 3]; text: its caption; caption, objects: what it shows."""
+
+    image: np.ndarray
+    text: str
+    caption: Caption
+    objects: tuple[Object, ...]
+
+
+def parse(text: str) -> Caption:
+    """The meaning of a caption of the grammar. Raises ValueError for any other text."""
+    error = ValueError(f"{text!r} is not a caption of the `shapes` grammar (see sprint_jax/data/shapes.py)")
+    words, background = text.split(), None
+    if len(words) >= 4 and words[-1] == "background" and words[-4:-2] == ["on", "a"]:
+        background, words = words[-2], words[:-4]
+        if background not in COLOURS:
+            raise error
+    if len(words) == 2 and words[0] == "a" and words[1] in SHAPES:
+        return Caption("shape", (Object(None, words[1]),), None, background)
+    if len(words) == 3 and words[0] == "a" and words[1] in COLOURS and words[2] in SHAPES:
+        return Caption("colour", (Object(words[1], words[2]),), None, background)
+    if len(words) == 3 and words[0] in NUMBERS and words[1] in COLOURS and words[2][:-1] in SHAPES:
+        if words[2].endswith("s"):
+            same = Object(words[1], words[2][:-1])
+            return Caption("count", (same,) * NUMBERS[words[0]], None, background)
+    relation = " ".join(words[3:-3])
+    if len(words) >= 7 and relation in RELATIONS and words[0] == words[-3] == "a":
+        pair = [(words[1], words[2]), (words[-2], words[-1])]
+        if all(c in COLOURS and s in SHAPES for c, s in pair):
+            return Caption("relation", tuple(Object(*p) for p in pair), relation, background)
+    raise error
+
+
+def is_heldout(caption: Caption) -> bool:
+    """Whether a caption is kept out of training: one in eight of those that combine three or more words."""
+    if caption.kind in ("shape", "colour") and caption.background is None:
+        return False
+    return zlib.crc32(caption.text().encode()) % 8 == 0
+
+
+def example(seed: int, index: int, *, size: int = 32, split: str = "train") -> Example:
+    """Picture and caption number `index`. Depends on nothing but the arguments.
+
+    Args:
+      seed, index: non-negative integers; together they name the example.
+      size: side in pixels.
+      split: "train" or "heldout"; the caption is drawn from that side of `is_heldout`.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r}: use one of {SPLITS}")
+    rng = np.random.Generator(np.random.Philox(key=[seed, 2 * index + SPLITS.index(split)]))
+    kind = _KINDS[int(np.searchsorted(_KIND_CUMULATIVE, rng.random(), side="right"))]
+    while True:
+        caption = _draw_caption(rng, kind)
+        if is_heldout(caption) == (split == "heldout"):
+            break
+    background = caption.background
+    objects = _place(rng, caption, background)
+    return Example(render(objects, background, size), caption.text(), caption, objects)
+
+
+def _pick(rng, options):
+    # random() alone is used throughout: its stream is the part of NumPy's generators that is stable.
+    return options[int(rng.random() * len(options))]
+
+
+def _draw_caption(rng, kind) -> Caption:
+    colours = list(COLOURS)
+    background = None
+    if rng.random() < _BACKGROUND_PROBABILITY:
+        background = _pick(rng, colours)
+        colours.remove(background)
+    first = Object(_pick(rng, colours), _pick(rng, SHAPES))
+    if kind == "shape":
+        return Caption(kind, (Object(None, first.shape),), None, background)
+    if kind == "colour":
+        return Caption(kind, (first,), None, background)
+    if kind == "count":
+        return Caption(kind, (first,) * _pick(rng, (2, 3)), None, background)
+    while True:  # two equal objects would be a count, not a relation
+        second = Object(_pick(rng, colours), _pick(rng, SHAPES))
+        if second != first:
+            return Caption(kind, (first, second), _pick(rng, RELATIONS), background)
+
+
+def _place(rng, caption, background) -> tuple[Object, ...]:
+    """Sizes and positions: inside the picture, apart from each other, in the relation asked for."""
+    low, high = {1: (0.16, 0.30), 2: (0.14, 0.19), 3: (0.13, 0.165)}[len(caption.objects)]
+    while True:
+        placed = []
+        for wanted in caption.objects:
+            colour = wanted.colour or _pick(rng, [c for c in COLOURS if c != background])
+            half = low + (high - low) * rng.random()
+            span = 1 - 2 * (half + 1 / 32)
+            x, y = (half + 1 / 32 + span * rng.random() for _ in range(2))
+            placed.append(Object(colour, wanted.shape, x, y, half))
+        if _apart(placed) and (caption.relation is None or _related(placed, caption.relation)):
+            return tuple(placed)
+
+
+def _apart(objects) -> bool:
+    for i, a in enumerate(objects):
+        for b in objects[:i]:
+            if max(abs(a.x - b.x), abs(a.y - b.y)) < a.size + b.size + _GAP:
+                return False
+    return True
+
+
+def _related(objects, relation) -> bool:
+    """Generously inside the checker's rule: well apart on one axis, nearly level on the other."""
+    a, b = objects
+    dx, dy = b.x - a.x, b.y - a.y
+    along, across = {
+        "left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)
+    }[relation]  # fmt: skip
+    return along > 0.3 and abs(across) < 0.2
+
+
+def coverage(shape, x, y, half, size):
+    """Anti-aliased mask of one shape. Arguments in pixels. Returns float64 [size, size] in [0, 1]."""
+    ys, xs = np.mgrid[:size, :size] + 0.5
+    dx, dy = xs - x, ys - y
+    if shape == "circle":
+        distance = np.hypot(dx, dy) - half
+    elif shape == "square":
+        distance = np.maximum(np.abs(dx), np.abs(dy)) - 0.9 * half
+    else:  # isosceles, apex up: base and height both 2 * half
+        slope = np.sqrt(5.0)
+        distance = np.maximum(dy - half, (2 * np.abs(dx) - dy - half) / slope)
+    return np.clip(0.5 - distance, 0, 1)
+
+
+def render(objects, background, size) -> np.ndarray:
+    """uint8 [size, size, 3] of objects on a background colour (None: near-black)."""
+    image = np.empty((size, size, 3))
+    image[:] = COLOURS[background] if background else BLACK
+    for o in objects:
+        alpha = coverage(o.shape, o.x * size, o.y * size, o.size * size, size)[..., None]
+        image = image * (1 - alpha) + np.array(COLOURS[o.colour]) * alpha
+    return np.round(image).astype(np.uint8)

@@ -1,0 +1,113 @@
+"""Samplers: few-step SCM for the student, TrigFlow rotation and flow Euler for the teacher.
+
+Each takes a network as a callable, noise as arrays and a list of times ending in 0, and returns clean
+latents at unit scale. Steps are a `lax.scan`, so compile time does not grow with their number.
+Symbols: F(u, t) TrigFlow network, v(x, t) flow network, s -> t one step.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sprint_jax.diffusion import trigflow
+from sprint_jax.errors import UserError
+
+SIGMA_D = trigflow.SIGMA_D
+PUBLISHED_T_MAX = 1.57080  # the released code's pi/2, 3.7e-6 too large
+SCHEDULES = ("code", "paper")
+
+# Paper Table 7; the search found them one after the other. arctan(200 / 0.5) = 1.56830.
+_PAPER = {
+    1: (math.pi / 2, 0.0),
+    2: (math.atan(400.0), 1.3, 0.0),
+    4: (math.atan(400.0), 1.3, 1.1, 0.6, 0.0),
+}
+
+
+def scm_times(steps, schedule="code"):
+    """Angles of the few-step sampler, steps + 1 of them, ending in 0.
+
+    schedule: "code" is the released sampler (2 steps: 1.57080, 1.3, 0; else evenly spaced from 1.57080);
+    "paper" is Table 7 and exists for 1, 2 and 4 steps.
+    """
+    if steps < 1:
+        raise UserError(f"steps {steps}: use 1 or more")
+    if schedule == "paper":
+        if steps not in _PAPER:
+            raise UserError(f"schedule 'paper' has no list for {steps} steps: use 1, 2 or 4, or 'code'")
+        return np.array(_PAPER[steps], np.float32)
+    if schedule != "code":
+        raise UserError(f"schedule {schedule!r}: use one of {', '.join(SCHEDULES)}")
+    if steps == 2:
+        return np.array([PUBLISHED_T_MAX, 1.3, 0.0], np.float32)
+    return np.linspace(PUBLISHED_T_MAX, 0, steps + 1, dtype=np.float32)
+
+
+def trig_times(steps):
+    """Evenly spaced angles from pi/2 to 0."""
+    return np.linspace(trigflow.T_MAX, 0, steps + 1, dtype=np.float32)
+
+
+def flow_times(steps, shift=1.0):
+    """Evenly spaced flow times from 1 to 0, shifted towards noise: t <- shift t / (1 + (shift - 1) t)."""
+    t = np.linspace(1, 0, steps + 1)
+    return (shift * t / (1 + (shift - 1) * t)).astype(np.float32)
+
+
+def scm(F, noise, step_noise, times):
+    """Multi-step consistency sampling (paper section 2.2; released `SCMScheduler`).
+
+        x0_hat = cos(s) x - sin(s) sigma_d F(x / sigma_d, s);   x <- cos(t) x0_hat + sin(t) sigma_d noise
+
+    Args:
+      F: callable (u [B, ...], t [B]) -> [B, ...].
+      noise: [B, ...] unit-variance start. step_noise: [steps - 1, B, ...] unit-variance draws between
+        steps (the released code also draws one at t = 0, where it is multiplied by sin 0).
+      times: [steps + 1], ending in 0.
+    Returns:
+      [B, ...] at unit scale: the last x0_hat / sigma_d.
+    """
+    times = jnp.asarray(times)
+    if step_noise.shape[0] != times.shape[0] - 2:
+        raise ValueError(f"{step_noise.shape[0]} step noises for {times.shape[0] - 1} steps")
+
+    def denoise(x, s):
+        angle = jnp.full((x.shape[0],), s)
+        return trigflow.denoise(F(x / SIGMA_D, angle), x, angle)
+
+    def step(x, inputs):
+        s, t, z = inputs
+        return jnp.cos(t) * denoise(x, s) + jnp.sin(t) * SIGMA_D * z, None
+
+    x, _ = jax.lax.scan(step, SIGMA_D * noise, (times[:-2], times[1:-1], step_noise))
+    return denoise(x, times[-2]) / SIGMA_D
+
+
+def trigflow_euler(F, noise, times):
+    """First-order rotation along the PF-ODE: x_t = cos(s - t) x_s - sin(s - t) sigma_d F(x_s / sigma_d, s).
+
+    Args: as in `scm`, without draws between steps. Returns [B, ...] at unit scale.
+    """
+
+    def step(x, st):
+        s, t = st
+        F_s = F(x / SIGMA_D, jnp.full((x.shape[0],), s))
+        return jnp.cos(s - t) * x - jnp.sin(s - t) * SIGMA_D * F_s, None
+
+    times = jnp.asarray(times)
+    x, _ = jax.lax.scan(step, SIGMA_D * noise, (times[:-1], times[1:]))
+    return x / SIGMA_D
+
+
+def flow_euler(v, noise, times):
+    """Euler steps of dx/dt = v(x, t) in flow time. noise [B, ...], times [steps + 1] from 1 to 0."""
+
+    def step(x, st):
+        s, t = st
+        return x + (t - s) * v(x, jnp.full((x.shape[0],), s)), None
+
+    times = jnp.asarray(times)
+    x, _ = jax.lax.scan(step, noise, (times[:-1], times[1:]))
+    return x

@@ -1,0 +1,88 @@
+"""Continuous-time consistency distillation in TrigFlow, sCM (paper Eq. 4, 5, 9; section 3.1-3.2).
+
+Symbols: x0 data and z noise at scale sigma_d [B, ...], t angle [B], F the student network at unit scale,
+F- its stopped copy, v = dx_t/dt the teacher's velocity, l = logvar [B] (w_phi = -l in the paper),
+r the tangent warm-up, g the tangent target.
+
+Where paper and published code differ, the default is the code:
+  weighting="code"   omega(t) / e^l * error + l with the prior omega(t) = 1 / (sigma_d tan t)
+  weighting="paper"  e^w / D * error - w, no prior (Eq. 9)
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sprint_jax.diffusion import trigflow
+from sprint_jax.diffusion.flow import expand, guided, mean_per_sample
+
+SIGMA_D = trigflow.SIGMA_D
+WEIGHTINGS = ("code", "paper")
+
+
+def teacher_velocity(F_uncond, F_cond, w):
+    """dx_t/dt = sigma_d (F_u + w (F_c - F_u)), from the teacher's two answers and the scale w [B]."""
+    return SIGMA_D * guided(F_uncond, F_cond, w)
+
+
+def tangent_warmup(step, steps):
+    """r = min(1, step / H); step counts generator and discriminator updates from one."""
+    return jnp.minimum(1.0, step / max(1, steps))
+
+
+def tangent(F_minus, J, v, xt, t, r):
+    """cos(t) df/dt of Eq. (5), with the second bracket scaled by r.
+
+    g = -cos^2(t) (sigma_d F- - v) - r (cos(t) sin(t) x_t + sigma_d J)
+
+    J already carries the factor cos(t) sin(t): it is dF along (cos sin v / sigma_d, cos sin), which keeps
+    the tangent finite as t -> pi/2.
+    """
+    cos, sin = jnp.cos(expand(t, xt)), jnp.sin(expand(t, xt))
+    return -cos * cos * (SIGMA_D * F_minus - v) - r * (cos * sin * xt + SIGMA_D * J)
+
+
+def normalize_tangent(g, c=0.1):
+    """g / (||g||_2 + c), the full L2 norm of each sample (not a root mean square), c = 0.1."""
+    norm = jnp.sqrt(jnp.square(g).reshape(g.shape[0], -1).sum(-1))
+    return g / expand(norm + c, g), norm
+
+
+def consistency(F, v, xt, t, *, r):
+    """One forward-mode pass: the student's value and its stopped tangent target.
+
+    Args:
+      F: callable (u [B, ...], t [B]) -> (F [B, ...], logvar [B] or None).
+      v: dx_t/dt at (xt, t) [B, ...]; xt [B, ...] at scale sigma_d; t [B]; r scalar.
+    Returns:
+      (F value with gradient, logvar with gradient, g [B, ...] stopped and not yet normalised)
+    """
+    cos_sin = jnp.cos(t) * jnp.sin(t)
+    tangents = (expand(cos_sin, xt) * v / SIGMA_D, cos_sin)
+    value, J, logvar = jax.jvp(F, (xt / SIGMA_D, t), tangents, has_aux=True)
+    F_minus, J = jax.lax.stop_gradient((value, J))
+    return value, logvar, jax.lax.stop_gradient(tangent(F_minus, J, v, xt, t, r))
+
+
+def loss(F, velocity, x0, z, t, *, r, weighting, normalize):
+    """The sCM loss, Eq. (9), of each sample.
+
+    Args:
+      F: callable (u, t) -> (F, logvar), the student.
+      velocity: callable (xt, t) -> dx_t/dt, the guided teacher; it gets no gradient.
+      x0, z: [B, ...] at scale sigma_d. t: [B] in (0, pi/2). r: tangent warm-up in [0, 1].
+      weighting: "code" or "paper". normalize: divide the tangent by its norm (both sources do).
+    Returns:
+      loss [B], and {"error", "tangent_norm", "logvar"}, each [B].
+    """
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting {weighting!r}: use one of {WEIGHTINGS}")
+    xt = trigflow.interpolate(x0, z, t)
+    v = jax.lax.stop_gradient(velocity(xt, t))
+    value, logvar, g = consistency(F, v, xt, t, r=r)
+    normalized, norm = normalize_tangent(g)
+    target = jax.lax.stop_gradient(value) + (normalized if normalize else g)
+    error = mean_per_sample(jnp.square(value - target))
+    prior = 1.0 if weighting == "paper" else 1 / (SIGMA_D * jnp.tan(t))
+    return prior * jnp.exp(-logvar) * error + logvar, {
+        "error": error, "tangent_norm": norm, "logvar": logvar
+    }  # fmt: skip

@@ -1,0 +1,130 @@
+"""Discriminator heads on the features of the frozen teacher (LADD), as released with SANA-Sprint.
+
+One head per hooked block: spectral-norm 1x1 convolution, BatchNormLocal, LeakyReLU, a residual k=9
+circular convolution along the row-major token axis, and a 1x1 convolution to one logit per token. Heads
+see no text; conditioning enters through the teacher's features alone.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+GROUP = 8  # BatchNormLocal: samples per normalisation group
+KERNEL = 9
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LADDHeads:
+    """Description of the heads.
+
+    width: feature width D. count: number of hooked blocks, one head each.
+    """
+
+    width: int
+    count: int
+
+    def init(self, key):
+        """(params, spectral): parameters and the singular vectors of spectral norm, a leading axis per head."""
+        keys = jax.random.split(key, self.count)
+        return jax.vmap(lambda k: _init_head(k, self.width))(keys)
+
+    def apply(self, params, spectral, features, *, update):
+        """Logits of every head.
+
+        Args:
+          params, spectral: from `init`. features: `count` arrays [B, N, width].
+          update: run one power iteration and return the new vectors (discriminator steps); without it
+            the stored ones are used as they are (generator steps), as spectral norm in eval mode.
+        Returns:
+          (list of `count` arrays [B, N] float32, spectral)
+        """
+        if len(features) != self.count:
+            raise ValueError(f"{len(features)} features for {self.count} heads")
+        results = [
+            _apply_head(
+                jax.tree.map(lambda a: a[i], params), jax.tree.map(lambda a: a[i], spectral), f, update
+            )
+            for i, f in enumerate(features)
+        ]
+        stacked = jax.tree.map(lambda *a: jnp.stack(a), *(s for _, s in results))
+        return [logits for logits, _ in results], stacked
+
+
+def _init_head(key, width):
+    sizes = {"conv_in": (width, width), "conv_mid": (KERNEL * width, width), "conv_out": (width, 1)}
+    params, spectral = {}, {}
+    for k, (name, shape) in zip(jax.random.split(key, 3), sizes.items()):
+        k_weight, k_bias, k_u = jax.random.split(k, 3)
+        bound = 1 / math.sqrt(shape[0])  # PyTorch's default for a convolution of this fan-in
+        params[name] = {
+            "kernel": jax.random.uniform(k_weight, shape, minval=-bound, maxval=bound),
+            "bias": jax.random.uniform(k_bias, shape[1:], minval=-bound, maxval=bound),
+        }
+        spectral[name] = {"u": _unit(jax.random.normal(k_u, shape[1:])), "v": jnp.zeros(shape[:1])}
+        for _ in range(15):  # as PyTorch does, so that the first generator steps see a true sigma
+            spectral[name] = power_iteration(params[name]["kernel"], spectral[name])
+    for name in ("norm_in", "norm_mid"):
+        params[name] = {"scale": jnp.ones((width,)), "bias": jnp.zeros((width,))}
+    return params, spectral
+
+
+def _apply_head(params, spectral, x, update):
+    x = x.astype(jnp.float32)
+    weights, new = {}, {}
+    for name, vectors in spectral.items():
+        weights[name], new[name] = spectral_norm(params[name]["kernel"], vectors, update)
+    conv = lambda name, x: x @ weights[name] + params[name]["bias"]
+    norm = lambda name, x: batch_norm_local(x, params[name]["scale"], params[name]["bias"])
+    activate = lambda x: jax.nn.leaky_relu(x, 0.2)
+    h = activate(norm("norm_in", conv("conv_in", x)))
+    h = (h + activate(norm("norm_mid", conv("conv_mid", circular_windows(h))))) / math.sqrt(2)
+    return conv("conv_out", h)[..., 0], new
+
+
+def circular_windows(x):
+    """[B, N, D] -> [B, N, KERNEL * D]: each token with its neighbours, wrapping around, offset -4 first."""
+    half = KERNEL // 2
+    return jnp.concatenate([jnp.roll(x, -o, axis=1) for o in range(-half, half + 1)], -1)
+
+
+def _unit(v):
+    return v / jnp.maximum(jnp.linalg.norm(v), 1e-12)
+
+
+def power_iteration(kernel, vectors):
+    """One step towards the leading singular pair. kernel [fan_in, fan_out], {"u" [out], "v" [in]}."""
+    v = _unit(kernel @ vectors["u"])
+    return {"u": _unit(v @ kernel), "v": v}
+
+
+def spectral_norm(kernel, vectors, update):
+    """kernel / sigma, sigma = v' kernel u, PyTorch's rule: gradients reach the kernel, not u and v.
+
+    Args:
+      kernel: [fan_in, fan_out]. vectors: {"u", "v"}. update: refine them once first.
+    Returns:
+      (normalised kernel, vectors)
+    """
+    if update:
+        vectors = power_iteration(jax.lax.stop_gradient(kernel), vectors)
+    sigma = vectors["v"] @ kernel @ vectors["u"]
+    return kernel / sigma, vectors
+
+
+def batch_norm_local(x, scale, bias, eps=1e-5):
+    """Normalises each channel over groups of GROUP consecutive samples and all tokens; no running stats.
+
+    x: [B, N, D]. A batch that GROUP does not divide is split into ceil(B / GROUP) equal groups and must
+    divide by that number.
+    """
+    batch, tokens, width = x.shape
+    groups = math.ceil(batch / GROUP)
+    if batch % groups:
+        raise ValueError(f"batch {batch} does not split into {groups} equal normalisation groups")
+    g = x.reshape(groups, batch // groups * tokens, width)
+    mean = g.mean(1, keepdims=True)
+    variance = jnp.square(g - mean).mean(1, keepdims=True)
+    g = (g - mean) * jax.lax.rsqrt(variance + eps)
+    return g.reshape(batch, tokens, width) * scale + bias

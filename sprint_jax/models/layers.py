@@ -1,0 +1,191 @@
+"""Layers of the Linear-DiT: norms, embeddings, the two attentions and the gated convolution.
+
+Linen modules here only hold parameters; the arithmetic is in plain functions of arrays. Names and
+epsilons follow SANA (diffusers `SanaTransformer2DModel`). Reductions of norms, softmax and the linear
+attention run in float32 whatever the compute dtype, as in the published model.
+
+Shape letters: B batch, N image tokens, L text tokens, D width, h heads, d head width.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sprint_jax.models import depthwise
+
+ATTENTION_EPS = 1e-15  # diffusers; the official repository uses 1e-8
+MASKED = -1e4
+
+xavier = nn.initializers.xavier_uniform()
+small = nn.initializers.normal(0.02)
+
+
+def layer_norm(x, eps=1e-6):
+    """LayerNorm without affine parameters. [..., D] -> [..., D], computed in float32."""
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True)
+    centred = x32 - mean
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
+
+
+def rms_norm(x, weight, eps):
+    """RMSNorm over the last axis. [..., D], weight [D] -> [..., D], computed in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)
+    return x32.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def modulate(x, shift, scale):
+    """AdaLN: x [B, N, D], shift and scale [B, 1, D]."""
+    return x * (1 + scale) + shift
+
+
+def sinusoid(value, dim=256):
+    """[cos | sin] features of a scalar. value [B] -> [B, dim] float32."""
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = value.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
+
+
+def linear_attention(q, k, v):
+    """ReLU linear attention, float32 inside. q, k, v [B, N, h, d] -> [B, N, h, d] in v's dtype."""
+    q, k, v32 = (a.astype(jnp.float32) for a in (jax.nn.relu(q), jax.nn.relu(k), v))
+    state = jnp.einsum("bnhe,bnhd->bhed", k, v32)
+    numerator = jnp.einsum("bnhe,bhed->bnhd", q, state)
+    denominator = jnp.einsum("bnhe,bhe->bnh", q, k.sum(1))
+    return (numerator / (denominator[..., None] + ATTENTION_EPS)).astype(v.dtype)
+
+
+def cross_attention(q, k, v, mask):
+    """Softmax attention over text. q [B, N, h, d], k and v [B, L, h, d], mask [B, L] -> [B, N, h, d]."""
+    scores = jnp.einsum("bnhd,blhd->bhnl", q, k).astype(jnp.float32) / math.sqrt(q.shape[-1])
+    bias = jnp.where(mask.astype(bool), 0.0, MASKED)[:, None, None, :]
+    weights = jax.nn.softmax(scores + bias, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhnl,blhd->bnhd", weights, v)
+
+
+def split_heads(x, heads):
+    """[B, N, D] -> [B, N, h, d]."""
+    return x.reshape(*x.shape[:2], heads, x.shape[-1] // heads)
+
+
+def merge_heads(x):
+    """[B, N, h, d] -> [B, N, D]."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with a learned weight over all channels (before any head split)."""
+
+    eps: float
+    init: float = 1.0
+
+    @nn.compact
+    def __call__(self, x):
+        weight = self.param("weight", nn.initializers.constant(self.init), (x.shape[-1],))
+        return rms_norm(x, weight, self.eps)
+
+
+class ScalarEmbedding(nn.Module):
+    """Sinusoid -> Linear -> SiLU -> Linear, for the time and for the guidance scale."""
+
+    width: int
+    dtype: jnp.dtype
+    zero_last: bool = False
+
+    @nn.compact
+    def __call__(self, value):
+        features = sinusoid(value).astype(self.dtype)
+        hidden = nn.Dense(self.width, dtype=self.dtype, kernel_init=small, name="linear_1")(features)
+        last_init = nn.initializers.zeros if self.zero_last else small
+        last = nn.Dense(self.width, dtype=self.dtype, kernel_init=last_init, name="linear_2")
+        return last(jax.nn.silu(hidden))
+
+
+class CaptionProjection(nn.Module):
+    """Text features to model width: Linear -> tanh-GELU -> Linear -> RMSNorm (weight from 0.01)."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, text):
+        text = text.astype(self.dtype)
+        hidden = nn.Dense(self.width, dtype=self.dtype, kernel_init=small, name="linear_1")(text)
+        hidden = jax.nn.gelu(hidden, approximate=True)
+        hidden = nn.Dense(self.width, dtype=self.dtype, kernel_init=small, name="linear_2")(hidden)
+        return RMSNorm(eps=1e-5, init=0.01, name="norm")(hidden)
+
+
+class SelfAttention(nn.Module):
+    """Linear self-attention with RMSNorm of q and k over all channels before the head split."""
+
+    heads: int
+    qk_norm: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        width = x.shape[-1]
+        # One product for q, k and v: a third of the calls and better use of narrow widths.
+        qkv = nn.Dense(3 * width, use_bias=False, dtype=self.dtype, kernel_init=_xavier_thirds, name="to_qkv")(x)
+        q, k, v = jnp.split(qkv, 3, -1)
+        if self.qk_norm:
+            q = RMSNorm(eps=1e-5, name="norm_q")(q)
+            k = RMSNorm(eps=1e-5, name="norm_k")(k)
+        out = merge_heads(linear_attention(*(split_heads(a, self.heads) for a in (q, k, v))))
+        return nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name="to_out")(out)
+
+
+def _xavier_thirds(key, shape, dtype=jnp.float32):
+    """Xavier for each of q, k, v as if they were separate layers."""
+    width = shape[1] // 3
+    parts = [xavier(k, (shape[0], width), dtype) for k in jax.random.split(key, 3)]
+    return jnp.concatenate(parts, -1)
+
+
+class CrossAttention(nn.Module):
+    """Masked softmax attention over the text, QK RMSNorm over all channels, no outer norm or gate."""
+
+    heads: int
+    qk_norm: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x, text, mask):
+        width = x.shape[-1]
+        dense = lambda name: nn.Dense(width, dtype=self.dtype, kernel_init=xavier, name=name)
+        q, k, v = dense("to_q")(x), dense("to_k")(text), dense("to_v")(text)
+        if self.qk_norm:
+            q = RMSNorm(eps=1e-5, name="norm_q")(q)
+            k = RMSNorm(eps=1e-5, name="norm_k")(k)
+        out = cross_attention(*(split_heads(a, self.heads) for a in (q, k, v)), mask)
+        return dense("to_out")(merge_heads(out))
+
+
+class GLUMBConv(nn.Module):
+    """Mix-FFN: 1x1 expand, SiLU, 3x3 depthwise, value * SiLU(gate), 1x1 project (no bias)."""
+
+    hidden: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):  # [B, H, W, D]
+        width, inner = x.shape[-1], 2 * self.hidden
+        x = nn.Dense(inner, dtype=self.dtype, kernel_init=xavier, name="conv_inverted")(x)
+        x = jax.nn.silu(x)
+        stencil = self.param("conv_depth_kernel", _depthwise_init, (3, 3, inner))
+        bias = self.param("conv_depth_bias", nn.initializers.zeros, (inner,))
+        x = depthwise.depthwise_conv3x3(x, stencil.astype(x.dtype)) + bias.astype(x.dtype)
+        value, gate = jnp.split(x, 2, -1)
+        x = value * jax.nn.silu(gate)
+        return nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=xavier, name="conv_point")(x)
+
+
+def _depthwise_init(key, shape, dtype=jnp.float32):
+    """PyTorch's default for a convolution: uniform within 1/sqrt(fan-in), fan-in 9."""
+    return jax.random.uniform(key, shape, dtype, -1 / 3, 1 / 3)

@@ -1,0 +1,114 @@
+"""What a run leaves for people: metrics.jsonl, TensorBoard events and the progress line."""
+
+import json
+import logging
+import os
+import pathlib
+import sys
+import types
+
+import numpy as np
+import tqdm
+
+
+class Records:
+    """Writes one JSON object a line, and the same scalars as TensorBoard events.
+
+    A row holds "stage", "step" and scalars. After a resume the file reads as if nothing had happened:
+    `rewind` drops the rows that will be written again.
+    """
+
+    def __init__(self, workdir):
+        self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        self._writer = _metric_writer(pathlib.Path(workdir) / "events")
+
+    def rewind(self, stage, step):
+        """Drops rows of `stage` after `step`, and a last line that was cut off."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if row["stage"] != stage or row["step"] <= step:
+                kept.append(line + "\n")
+        temporary = self._path.with_suffix(".partial")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self._path)
+
+    def write(self, stage, step, scalars):
+        row = {"stage": stage, "step": step, **{k: float(v) for k, v in sorted(scalars.items())}}
+        with self._path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self._writer.write_scalars(step, {f"{stage}/{k}": float(v) for k, v in scalars.items()})
+
+    def images(self, step, images):
+        """{name: uint8 [H, W, 3]} to TensorBoard."""
+        self._writer.write_images(step, {k: np.asarray(v)[None] for k, v in images.items()})
+
+    def close(self):
+        self._writer.flush()
+        self._writer.close()
+
+
+def progress(stage, start, stop):
+    """A progress bar over the steps of a stage: rate, time left, and what `set_postfix` is given."""
+    return tqdm.tqdm(
+        total=stop, initial=start, desc=stage, unit="step", dynamic_ncols=True, file=sys.stderr,
+        mininterval=1.0 if sys.stderr.isatty() else 20.0, smoothing=0.05,
+    )  # fmt: skip
+
+
+def _metric_writer(logdir):
+    """clu's default writer without TensorFlow: tensorboardX stands where clu looks for its TF writer."""
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    _install_summary_writer()
+    from clu.metric_writers import AsyncMultiWriter
+    from clu.metric_writers.summary_writer import SummaryWriter
+
+    return AsyncMultiWriter([SummaryWriter(str(logdir))])
+
+
+def _install_summary_writer():
+    """clu imports TensorFlow in one module; put an equal one in its place. No effect where it is done."""
+    name = "clu.metric_writers.summary_writer"
+    if name not in sys.modules:
+        module = types.ModuleType(name)
+        module.SummaryWriter = _SummaryWriter
+        sys.modules[name] = module
+
+
+class _SummaryWriter:
+    """The part of clu's SummaryWriter interface that this project uses, on tensorboardX."""
+
+    def __init__(self, logdir):
+        import tensorboardX
+
+        self._writer = tensorboardX.SummaryWriter(logdir)
+
+    def write_summaries(self, step, values, metadata=None):
+        raise NotImplementedError("raw summaries need TensorFlow")
+
+    def write_scalars(self, step, scalars):
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def write_images(self, step, images):
+        for name, batch in images.items():
+            for i, image in enumerate(np.asarray(batch)):
+                self._writer.add_image(f"{name}/{i}", image, step, dataformats="HWC")
+
+    def write_texts(self, step, texts):
+        for name, value in texts.items():
+            self._writer.add_text(name, value, step)
+
+    def write_hparams(self, hparams):
+        self.write_texts(0, {"hparams": "\n".join(f"    {k}: {v}" for k, v in hparams.items())})
+
+    def flush(self):
+        self._writer.flush()
+
+    def close(self):
+        self._writer.close()

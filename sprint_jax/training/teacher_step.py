@@ -1,0 +1,100 @@
+"""The flow-matching step of the teacher, and what fine-tuning adds to one that lacks QK-norm."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sprint_jax import config as config_lib
+from sprint_jax.diffusion import flow
+from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.training import state as state_lib
+
+
+def init(params, tx, c: config_lib.Teacher) -> state_lib.TeacherState:
+    """State at step 0 around given parameters."""
+    return state_lib.TeacherState(
+        step=jnp.zeros((), jnp.int32), params=params, ema=state_lib.start_ema(params, c.ema),
+        opt=tx.init(params), rejected=jnp.zeros((2,), jnp.int32),
+    )  # fmt: skip
+
+
+def make_step(model: LinearDiT, tx, c: config_lib.Teacher, seed: int):
+    """Returns step(state, frozen, batch) -> (state, metrics), pure.
+
+    frozen: {"null_text" [1, L, D]}; captions dropped with probability caption_dropout become it, under
+    the mask of the caption (as in the published trainer, which the uncond branch of sCM matches).
+    batch: {"latent" [B, H, W, C] unit scale, "text" [B, L, D], "mask" [B, L]}.
+    """
+
+    def step(state, frozen, batch):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        k_time, k_noise, k_drop = jax.random.split(key, 3)
+        x0 = batch["latent"]
+        n = x0.shape[0]
+        t = flow.sample_time(k_time, n, mean=c.time_mean, std=c.time_std, shift=c.time_shift)
+        z = jax.random.normal(k_noise, x0.shape)
+        drop = jax.random.bernoulli(k_drop, c.caption_dropout, (n, 1, 1))
+        text = jnp.where(drop, frozen["null_text"], batch["text"])
+
+        def loss(params):
+            v = lambda x, t: model.apply(params, x, t, text, batch["mask"]).velocity
+            return flow.loss(v, x0, z, t).mean()
+
+        value, grads = jax.value_and_grad(loss)(state.params)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(value)
+        updates, opt = tx.update(grads, state.opt, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state_lib.update_ema(state.ema, params, c.ema, state.step)
+        new = state.replace(
+            step=state.step + 1,
+            rejected=state_lib.count_rejected(state.rejected, finite),
+            **state_lib.select(
+                finite,
+                dict(params=params, ema=ema, opt=opt),
+                dict(params=state.params, ema=state.ema, opt=state.opt),
+            ),
+        )
+        metrics = {"loss": value, "grad_norm": norm, "rejected": new.rejected}
+        return new, metrics | state_lib.module_norms(grads)
+
+    return step
+
+
+def add_qk_norm(params, model: LinearDiT, key):
+    """Parameters of a teacher without QK-norm, completed for `model` by norm weights of one.
+
+    Every other parameter is kept. A change of time scale needs no parameters. Raises ValueError if more
+    than the norms differ.
+    """
+    fresh = jax.eval_shape(model.init, key)
+    have = dict(_flatten(params))
+    merged = {}
+    for name, leaf in _flatten(fresh):
+        if name in have:
+            merged[name] = have.pop(name)
+        elif "norm_q" in name or "norm_k" in name:
+            merged[name] = jnp.ones(leaf.shape, leaf.dtype)
+        else:
+            raise ValueError(f"{'/'.join(name)} is missing from the teacher and is no QK-norm")
+    if have:
+        raise ValueError(f"the teacher has parameters the model lacks: {['/'.join(n) for n in have]}")
+    return _unflatten(merged)
+
+
+def _flatten(tree, path=()):
+    for name, child in tree.items():
+        if isinstance(child, dict):
+            yield from _flatten(child, (*path, name))
+        else:
+            yield (*path, name), child
+
+
+def _unflatten(flat):
+    tree = {}
+    for path, leaf in flat.items():
+        node = tree
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return tree
