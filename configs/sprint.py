@@ -42,8 +42,8 @@ def _shapes():
     )  # fmt: skip
     config.teacher = dict(
         pretrained="package:shapes_teacher",
-        steps=14000, batch=32, ema=0.999, caption_dropout=0.1,
-        time_mean=0.0, time_std=1.0, time_shift=1.0,
+        steps=11000, batch=32, ema=0.999, caption_dropout=0.1,
+        time_mean=0.0, time_std=1.0, time_shift=3.0,
         base_qk_norm=True, base_time_scale=1.0, finetune_steps=0, finetune_lr=3e-4,
         optimizer=dict(lr=1.5e-3, warmup=200, decay_to=0.02, b1=0.9, b2=0.99, weight_decay=0.01, clip=1.0),
     )  # fmt: skip
@@ -60,7 +60,7 @@ def _shapes():
         prompts=256, batch=64, teacher_steps=20, teacher_guidance=2.0, student_guidance=2.0,
         schedule="code", reference=1024, samples=48,
     )  # fmt: skip
-    config.run = dict(log_every=20, checkpoint_every=100, keep=2, max_rejected=10)
+    config.run = dict(log_every=20, checkpoint_every=200, keep=2, max_rejected=10)
     return config
 
 

@@ -46,32 +46,33 @@ def read(image) -> Reading:
     for label in range(1, count + 1):
         region = labels == label
         if region.sum() >= _MIN_AREA * size * size:
-            objects.append(_read_object(image, region, size))
+            objects.append(_read_object(image, ground, region, size))
     return Reading(tuple(objects), _nearest(ground))
 
 
-def _read_object(image, region, size):
+def _read_object(image, ground, region, size):
     # Edges blend into the background, so the colour is read in the interior where there is one.
     core = ndimage.binary_erosion(region)
-    colour = _nearest(np.median(image[core if core.any() else region], 0))
+    rgb = np.median(image[core if core.any() else region], 0)
     rows, columns = np.nonzero(region.any(1))[0], np.nonzero(region.any(0))[0]
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     x, y = (left + right) / 2, (top + bottom) / 2
     half = ((bottom - top) + (right - left)) / 4
-    matches = {shape: _best_overlap(region, shape, x, y, half, size) for shape in shapes.SHAPES}
+    towards = rgb - ground  # how far each pixel has gone from the background to the object's colour
+    alpha = np.clip((image - ground) @ towards / (towards @ towards), 0, 1) * region
+    matches = {shape: _best_overlap(alpha, shape, x, y, half, size) for shape in shapes.SHAPES}
     shape = max(matches, key=matches.get)
     if matches[shape] < _MIN_MATCH:
         shape = None
-    return shapes.Object(colour, shape, x / size, y / size, half / size)
+    return shapes.Object(_nearest(rgb), shape, x / size, y / size, half / size)
 
 
-def _best_overlap(region, shape, x, y, half, size):
-    """Largest intersection over union of a region with a shape of about its bounding box."""
-    drawn = half / 0.9 if shape == "square" else half
+def _best_overlap(alpha, shape, x, y, half, size):
+    """Largest soft intersection over union of a region's opacity with a shape of about its bounding box."""
     scores = []
     for grow in (-0.5, 0.0, 0.5):
-        template = shapes.coverage(shape, x, y, drawn + grow, size) > 0.3
-        scores.append((region & template).sum() / max(1, (region | template).sum()))
+        template = shapes.coverage(shape, x, y, half + grow, size)
+        scores.append(np.minimum(alpha, template).sum() / max(1e-6, np.maximum(alpha, template).sum()))
     return max(scores)
 
 
