@@ -2,9 +2,9 @@
 
 import dataclasses
 
-import numpy as np
-
+import einops
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +25,11 @@ class SpaceToDepth:
     def encode(self, images):
         """uint8 [B, H, W, 3] -> float32 [B, H/block, W/block, channels]. NumPy, for the data thread."""
         x = images.astype(np.float32) / 127.5 - 1
-        batch, height, width, _ = x.shape
-        x = x.reshape(batch, height // self.block, self.block, width // self.block, self.block, 3)
-        x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // self.block, width // self.block, -1)
+        x = einops.rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=self.block, q=self.block)
         return x * np.float32(self.scaling_factor)
 
     def decode(self, latents):
         """float [B, h, w, channels] -> uint8 [B, h*block, w*block, 3]. JAX, for compiled sampling."""
         x = latents.astype(jnp.float32) / self.scaling_factor
-        batch, height, width, _ = x.shape
-        x = x.reshape(batch, height, width, self.block, self.block, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = x.reshape(batch, height * self.block, width * self.block, 3)
+        x = einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=self.block, q=self.block, c=3)
         return jnp.round(jnp.clip(127.5 * x + 127.5, 0, 255)).astype(jnp.uint8)

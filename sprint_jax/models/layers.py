@@ -9,6 +9,7 @@ Shape letters: B batch, N image tokens, L text tokens, D width, h heads, d head 
 
 import math
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -70,12 +71,12 @@ def cross_attention(q, k, v, mask):
 
 def split_heads(x, heads):
     """[B, N, D] -> [B, N, h, d]."""
-    return x.reshape(*x.shape[:2], heads, x.shape[-1] // heads)
+    return einops.rearrange(x, "b n (h d) -> b n h d", h=heads)
 
 
 def merge_heads(x):
     """[B, N, h, d] -> [B, N, D]."""
-    return x.reshape(*x.shape[:2], -1)
+    return einops.rearrange(x, "b n h d -> b n (h d)")
 
 
 class RMSNorm(nn.Module):

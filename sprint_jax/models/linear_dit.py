@@ -9,6 +9,7 @@ wanted block is computed when the velocity is not.
 
 import dataclasses
 
+import einops
 import flax.linen as nn
 import flax.struct
 import jax
@@ -106,18 +107,12 @@ def _table_init(key, shape, dtype=jnp.float32):
 
 def patchify(x, size):
     """[B, H, W, C] -> [B, H/size, W/size, size*size*C]; the inverse of `unpatchify`."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // size, size, width // size, size, channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, height // size, width // size, size * size * channels)
+    return einops.rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=size, q=size)
 
 
 def unpatchify(x, size):
     """[B, H, W, size*size*C] -> [B, size*H, size*W, C]."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height, width, size, size, channels // size**2)
-    x = x.transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(batch, height * size, width * size, channels // size**2)
+    return einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=size, q=size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Every open GPU question in one command, at most ten minutes on one GPU:
+#
+#     bash benchmarks/gpu.sh [OUT]        OUT: folder for logs and pictures, default gpu_results
+#
+# Needs Python with jax (CUDA), flax, optax and orbax-checkpoint; the lighter packages of requirements.txt
+# must be importable too (carry them as wheels where there is no network).
+# Each part prints its own table and ends on its own time limit; a part that fails does not stop the next.
+# NOT YET RUN ON A GPU: whoever runs it first commits the table to benchmarks/RESULTS.md.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-gpu_results}
+mkdir -p "$out"
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+
+part() { # part NAME SECONDS COMMAND...
+  local name=$1 limit=$2 begin=$SECONDS
+  shift 2
+  if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then result=ok; else result="FAILED ($?)"; fi
+  printf '%-24s %-12s %4d s\n' "$name" "$result" $((SECONDS - begin)) | tee -a "$out/table.txt"
+  tail -n 15 "$out/$name.log"
+}
+
+: >"$out/table.txt"
+$python -c 'import jax; print("jax", jax.__version__, jax.devices())' | tee -a "$out/table.txt"
+
+# Correctness first: the numeric tests compiled for the accelerator.
+part numeric_tests 120 $python -m pytest -p no:cacheprovider \
+  tests/test_flow_trigflow.py tests/test_scm.py tests/test_ladd.py tests/test_samplers.py \
+  tests/test_linear_dit.py tests/test_steps.py
+part depthwise 60 $python benchmarks/depthwise.py
+part pair_shapes_64 90 $python benchmarks/pair.py --preset=shapes_64
+# The main job at 64 px with a larger model, teacher included.
+part main_shapes_64 300 $python -m sprint_jax.main --config=configs/sprint.py:shapes_64 --workdir="$out/shapes_64"
+cp "$out"/shapes_64/*.png "$out"/shapes_64/summary.json "$out" 2>/dev/null
+
+echo
+cat "$out/table.txt"

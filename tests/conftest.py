@@ -1,0 +1,41 @@
+"""Shared fixtures: one tiny run of the main job, made once per session, and a way to call the commands."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = ("--config=configs/sprint.py:smoke",)
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+    """run(module, *flags) -> CompletedProcess; a compilation cache is shared by all calls of a session."""
+    cache = tmp_path_factory.mktemp("jax_cache")
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def run(module, *flags, background=False):
+        words = [sys.executable, "-m", module, *map(str, flags)]
+        options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        if background:
+            return subprocess.Popen(words, **options)
+        return subprocess.run(words, **options, timeout=600)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished(command, tmp_path_factory):
+    """Work directory of an uninterrupted `smoke` run."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    result = command("sprint_jax.main", *TINY, f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return workdir

@@ -1,0 +1,128 @@
+"""Bad input: one line that names the thing and the remedy, a non-zero exit, and nothing lost."""
+
+import json
+import shutil
+
+import pytest
+
+from conftest import ROOT, TINY
+from sprint_jax import config as config_lib
+from sprint_jax import pipeline, run
+from sprint_jax.errors import UserError
+
+
+def refused(result, *words):
+    assert result.returncode not in (0, None)
+    lines = result.stderr.strip().splitlines()
+    assert "Traceback" not in result.stderr
+    assert lines[-1].startswith("error: ")
+    for word in words:
+        assert word in lines[-1], lines[-1]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--config=configs/sprint.py:nonsense"], ["nonsense", "shapes"]),
+        (["--config=configs/absent.py"], ["absent.py"]),
+        ([], ["--config"]),
+        ([*TINY, "--config.sprint.stepz=4"], ["stepz"]),
+        ([*TINY, "--config.sprint.steps=many"], ["steps"]),
+        ([*TINY, "--nonsense=1"], ["nonsense"]),
+        ([*TINY, "--workdir=/proc/none"], ["/proc/none", "--workdir"]),
+        ([*TINY, "--config.sprint.steps=0"], ["config.sprint.steps", "even"]),
+    ],
+)
+def test_main_refuses(command, flags, words):
+    refused(command("sprint_jax.main", *flags), *words)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--prompt=a red circle", "--steps=0"], ["steps 0"]),
+        (["--prompt="], ["empty"]),
+        (["--prompt=" + "a " * 40], ["too long"]),
+        (["--prompt=a zebra"], ["zebra", "circle"]),
+        ([], ["--prompt"]),
+        (["--prompts=/nowhere.txt"], ["/nowhere.txt"]),
+        (["--prompt=a circle", "--seed=-1"], ["--seed"]),
+        (["--prompt=a circle", "--steps=3", "--schedule=paper"], ["paper", "3"]),
+    ],
+)
+def test_sample_refuses(finished, command, tmp_path, flags, words):
+    result = command("sprint_jax.sample", f"--model={finished}", f"--out={tmp_path / 'out'}", *flags)
+    refused(result, *words)
+    assert not list(tmp_path.glob("out/*.png")) and not (tmp_path / "out/manifest.jsonl").exists()
+
+
+def smoke():
+    from ml_collections import config_flags  # noqa: F401 (the card is plain Python)
+
+    namespace = {}
+    exec((ROOT / "configs/sprint.py").read_text(), namespace)
+    return namespace["get_config"]("smoke")
+
+
+def test_loading_something_else(finished, tmp_path):
+    with pytest.raises(UserError, match="no directory"):
+        pipeline.load(tmp_path / "absent")
+    with pytest.raises(UserError, match="has no config.json"):
+        pipeline.load(tmp_path)
+    shutil.copy(finished / "config.json", tmp_path)
+    with pytest.raises(UserError, match="has no student.safetensors yet"):
+        pipeline.load(tmp_path)
+    (tmp_path / "student.safetensors").write_bytes((finished / "student.safetensors").read_bytes()[:1000])
+    with pytest.raises(UserError, match="not a readable safetensors"):
+        pipeline.load(tmp_path)
+
+
+def test_weights_of_another_shape(finished, tmp_path):
+    tree = json.loads((finished / "config.json").read_text())
+    tree["model"]["width"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    shutil.copy(finished / "student.safetensors", tmp_path)
+    with pytest.raises(UserError, match="has shape .* the model needs"):
+        pipeline.load(tmp_path)
+
+
+def test_workdir_of_another_config_is_left_alone(finished):
+    config = smoke()
+    config.sprint.batch = 16
+    before = (finished / "summary.json").read_bytes()
+    with pytest.raises(UserError, match="config.sprint.batch=8, now 16"):
+        run.run(config_lib.parse(config), finished)
+    assert (finished / "summary.json").read_bytes() == before
+
+
+def test_foreign_workdir_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not empty and not a run"):
+        run.run(config_lib.parse(smoke()), tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_checkpoint_of_another_shape(tmp_path):
+    """A checkpoint that does not fit is named, not overwritten."""
+    import jax.numpy as jnp
+
+    from sprint_jax.training.checkpoints import Checkpoints
+
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        checkpoints.save(4, {"w": jnp.ones((3,))})
+    import jax
+
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for abstract in ({"w": (4,)}, {"w": (3,), "more": (2,)}):
+        target = {k: jax.ShapeDtypeStruct(s, jnp.float32, sharding=sharding) for k, s in abstract.items()}
+        with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+            with pytest.raises(UserError, match="does not fit the config"):
+                checkpoints.restore(4, target)
+            assert checkpoints.latest() == 4
+
+
+def test_missing_pretrained_weights(tmp_path):
+    config = smoke()
+    config.teacher.pretrained = str(tmp_path / "absent.safetensors")
+    with pytest.raises(UserError, match="no weights at"):
+        run.run(config_lib.parse(config), tmp_path / "run")

@@ -1,0 +1,117 @@
+"""The main job end to end at `smoke` size: what it leaves, and that interruptions leave no trace."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import TINY
+from sprint_jax.evaluation import checker
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for(workdir, stage, step, process):
+    """Returns once a row of `stage` at `step` or later is on disk."""
+    for _ in range(3000):
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            lines = path.read_text().splitlines()
+            if any(r["stage"] == stage and r["step"] >= step for r in map(json.loads, lines[:-1])):
+                return
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        time.sleep(0.05)
+    raise AssertionError("no progress")
+
+
+def test_leaves_everything(finished):
+    for name in ("samples_1", "samples_2", "samples_4", "samples_teacher", "samples_real"):
+        assert Image.open(finished / f"{name}.png").size[0] > 200
+    summary = json.loads((finished / "summary.json").read_text())
+    names = ["real", "teacher_20", "teacher_1", "student_1", "student_2", "student_4"]
+    for part in ("scores", "tasks", "frechet"):
+        assert list(summary[part]) == names
+    assert summary["scores"]["real"] >= 0.99
+    assert summary["frechet"]["real"] < 0.5 * summary["frechet"]["teacher_20"]
+    assert set(summary["tasks"]["real"]) <= set(checker.TASKS)
+    assert summary["seconds"] > 0 and summary["peak_memory_bytes"] > 1e8 and summary["jax"]
+    assert any((finished / "events").iterdir())
+
+
+def test_rows_have_every_step_once(finished):
+    steps = {}
+    for row in rows(finished):
+        assert all(np.isfinite(v) for k, v in row.items() if k != "stage")
+        steps.setdefault(row["stage"], []).append(row["step"])
+    assert steps == {"teacher": [2, 4, 6, 8, 10, 12], "finetune": [2, 4], "sprint": [2, 4, 6, 8, 10, 12]}
+
+
+def test_again_skips_what_is_done(finished, command):
+    before = (finished / "student.safetensors").stat().st_mtime_ns
+    result = command("sprint_jax.main", *TINY, f"--workdir={finished}")
+    assert result.returncode == 0 and "done before" in result.stdout
+    assert (finished / "student.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_then_resume_is_bit_equal(finished, command, tmp_path):
+    """Fails when the training key ignores the step, when EMA is not restored, or when rows are not rewound."""
+    flags = (*TINY, f"--workdir={tmp_path / 'run'}")
+    for stage, step in (("teacher", 6), ("sprint", 2), ("sprint", 6)):
+        process = command("sprint_jax.main", *flags, background=True)
+        wait_for(tmp_path / "run", stage, step, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    result = command("sprint_jax.main", *flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for name in ("teacher.safetensors", "student.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
+    assert rows(tmp_path / "run") == rows(finished)
+    ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (tmp_path / "run", finished))
+    assert ours["scores"] == theirs["scores"] and ours["frechet"] == theirs["frechet"]
+
+
+def test_sigterm_saves_and_says_how_to_go_on(command, tmp_path):
+    flags = (*TINY, f"--workdir={tmp_path / 'run'}", "--config.teacher.steps=4000")
+    process = command("sprint_jax.main", *flags, background=True)
+    wait_for(tmp_path / "run", "teacher", 6, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err[-2000:]
+    assert "the same command goes on" in out
+    saved = [int(p.name) for p in (tmp_path / "run/checkpoints/teacher").iterdir() if p.name.isdigit()]
+    assert rows(tmp_path / "run")[-1]["step"] <= max(saved) < 4000
+
+
+def test_two_runs_in_one_workdir(command, tmp_path):
+    flags = (*TINY, f"--workdir={tmp_path / 'run'}", "--config.teacher.steps=4000")
+    first = command("sprint_jax.main", *flags, background=True)
+    wait_for(tmp_path / "run", "teacher", 2, first)
+    second = command("sprint_jax.main", *flags)
+    first.kill()
+    first.wait()
+    assert second.returncode == 2 and "another run is working" in second.stderr
+
+
+def test_sample_depends_on_seed_index_and_prompt_alone(finished, command, tmp_path):
+    prompts = ["a red circle", "a blue square above a green triangle", "two white squares"] * 7
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
+    many = command("sprint_jax.sample", f"--model={finished}", f"--prompts={tmp_path / 'prompts.txt'}",
+                   "--steps=3", "--seed=5", f"--out={tmp_path / 'many'}")  # fmt: skip
+    assert many.returncode == 0, many.stderr
+    few = command("sprint_jax.sample", f"--model={finished}", *(f"--prompt={p}" for p in prompts[:2]),
+                  "--steps=3", "--seed=5", f"--out={tmp_path / 'few'}")  # fmt: skip
+    assert few.returncode == 0, few.stderr
+    manifest = [json.loads(line) for line in (tmp_path / "many/manifest.jsonl").read_text().splitlines()]
+    assert [r["prompt"] for r in manifest] == prompts
+    assert manifest[0] == {"file": "00000.png", "prompt": prompts[0], "seed": 5, "steps": 3}
+    for i in range(2):
+        one, other = (np.asarray(Image.open(tmp_path / d / f"{i:05d}.png")) for d in ("many", "few"))
+        np.testing.assert_array_equal(one, other)
+    first, repeated = (np.asarray(Image.open(tmp_path / "many" / f"{i:05d}.png")) for i in (0, 3))
+    assert (first != repeated).any()  # same prompt, other index

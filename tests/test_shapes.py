@@ -1,0 +1,170 @@
+"""The embedded data, its checker, its text features, its codec and its loader."""
+
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+
+from sprint_jax.data import loader, pixels, shapes, text
+from sprint_jax.errors import UserError
+from sprint_jax.evaluation import checker
+
+
+def examples(count, **options):
+    return [shapes.example(3, i, **options) for i in range(count)]
+
+
+def test_examples_are_pure_and_differ():
+    again = [shapes.example(3, i) for i in (5, 1)]
+    first = examples(6)
+    np.testing.assert_array_equal(again[0].image, first[5].image)
+    assert again[1].text == first[1].text
+    assert len({e.image.tobytes() for e in first}) == 6
+    assert shapes.example(4, 5).image.tobytes() != first[5].image.tobytes()
+
+
+def test_golden_example():
+    """The shipped teacher knows this data; a change of the generator needs a new teacher."""
+    example = shapes.example(0, 3)
+    assert example.text == "three blue circles"
+    digest = hashlib.sha256(b"".join(shapes.example(0, i).image.tobytes() for i in range(50))).hexdigest()
+    assert digest[:16] == "e0a83cdba7847be9"
+
+
+def test_captions_parse_back():
+    for e in examples(400) + examples(200, split="heldout"):
+        assert shapes.parse(e.text) == e.caption
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "a", "a red", "red circle", "two red circle", "a red circle near a blue square",
+            "a red circle on a pink background", "four red circles", "a red circle left of a blue"],
+)  # fmt: skip
+def test_other_text_does_not_parse(bad):
+    with pytest.raises(ValueError, match="grammar"):
+        shapes.parse(bad)
+
+
+def test_heldout_captions_never_train():
+    train, heldout = examples(3000), examples(600, split="heldout")
+    assert not {e.text for e in train} & {e.text for e in heldout}
+    assert {e.caption.kind for e in heldout} == {"shape", "colour", "count", "relation"}
+    assert not any(shapes.is_heldout(shapes.parse(f"a {c} {s}")) for c in shapes.COLOURS for s in shapes.SHAPES)
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_checker_reads_real_pictures(size):
+    made = examples(600 if size < 128 else 100, size=size)
+    overall, tasks = checker.score([e.image for e in made], [e.caption for e in made])
+    assert overall >= 0.99 and min(tasks.values()) >= 0.99 and set(tasks) == set(checker.TASKS)
+
+
+def test_checker_refuses_other_prompts():
+    """Mismatched prompts score at chance: what a perfect reader would grant the shown scenes."""
+    made = examples(1500)
+    asked = [e.caption for e in made[1:] + made[:1]]
+    overall, _ = checker.score([e.image for e in made], asked)
+    assert overall <= checker.chance(made, asked) + 0.02
+
+
+def scene(*objects, background=None):
+    return shapes.render([shapes.Object(*o) for o in objects], background, 32)
+
+
+def overall(image, caption):
+    return checker.judge(checker.read(image), shapes.parse(caption))
+
+
+def test_checker_sees_each_kind_of_error():
+    red, blue = ("red", "circle", 0.25, 0.5, 0.125), ("blue", "square", 0.75, 0.5, 0.125)
+    asked = "a red circle left of a blue square"
+    assert all(overall(scene(red, blue), asked).values())
+    swapped = overall(scene(("red", "circle", 0.75, 0.5, 0.125), ("blue", "square", 0.25, 0.5, 0.125)), asked)
+    assert swapped == {"two_objects": True, "colour_attribution": True, "position": False, "overall": False}
+    recoloured = overall(scene(("blue", "circle", *red[2:]), ("red", "square", *blue[2:])), asked)
+    assert recoloured["two_objects"] and not recoloured["colour_attribution"] and not recoloured["overall"]
+    alone = overall(scene(red), asked)
+    assert not any(alone.values())
+    ground = overall(scene(red, blue, background="green"), asked)
+    assert ground["position"] and not ground["overall"]
+    assert not overall(scene(red, blue), "a circle")["overall"]
+    assert overall(scene(red), "a red circle")["overall"] and not overall(scene(red), "a red square")["overall"]
+    assert not overall(scene(red), "a white circle")["colours"]
+    two = scene(red, ("red", "circle", 0.75, 0.5, 0.125))
+    assert overall(two, "two red circles")["overall"] and not overall(two, "three red circles")["counting"]
+
+
+def test_relation_axes():
+    for (name, (dx, dy)), other in itertools.product(
+        {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}.items(), shapes.RELATIONS
+    ):
+        a, b = (0.5 - 0.25 * dx, 0.5 - 0.25 * dy), (0.5 + 0.25 * dx, 0.5 + 0.25 * dy)
+        image = scene(("red", "circle", *a, 0.125), ("white", "triangle", *b, 0.125))
+        assert overall(image, f"a red circle {other} a white triangle")["position"] == (name == other)
+
+
+def test_noise_is_not_an_object():
+    image = scene(("red", "circle", 0.25, 0.5, 0.125)).astype(float)
+    image[2:4, 28:30] = 255
+    assert len(checker.read(image.astype(np.uint8)).objects) == 1
+
+
+def test_text_features_are_causal_and_frozen():
+    encoder = text.ShapesText()
+    features, mask = encoder.encode(["a red circle", "a red circle left of a blue square", ""])
+    np.testing.assert_array_equal(features[0, :4], features[1, :4])
+    assert (features[0, 4:6] != features[1, 4:6]).any()
+    np.testing.assert_array_equal(mask.sum(1), [4, 9, 1])
+    digest = np.abs(features).sum(dtype=np.float64)
+    np.testing.assert_allclose(digest, 4297.2477, rtol=1e-6)
+
+
+def test_a_noun_carries_its_adjective():
+    encoder = text.ShapesText()
+    red, blue = (encoder.encode([f"a {c} circle"])[0][0, 3] for c in ("red", "blue"))
+    assert np.abs(red - blue).max() > 0.1
+
+
+@pytest.mark.parametrize("prompt, word", [("a zebra", "zebra"), ("a <pad>", "<pad>"), ("a " * 16, "too long")])
+def test_text_refuses(prompt, word):
+    with pytest.raises(UserError, match=word):
+        text.ShapesText().encode([prompt])
+
+
+def test_codec_is_exact():
+    images = np.stack([e.image for e in examples(4)])
+    codec = pixels.SpaceToDepth(4, 1.28)
+    latents = codec.encode(images)
+    assert latents.shape == (4, 8, 8, 48)
+    np.testing.assert_array_equal(np.asarray(codec.decode(latents)), images)
+    pixel = images[1, 4 * 2 + 1, 4 * 3 + 2] / 127.5 - 1  # row 1, column 2 of cell (2, 3)
+    np.testing.assert_allclose(latents[1, 2, 3].reshape(4, 4, 3)[1, 2], 1.28 * pixel, rtol=1e-6)
+
+
+def test_latents_are_near_unit_scale():
+    latents = pixels.SpaceToDepth(4, 1.28).encode(np.stack([e.image for e in examples(500)]))
+    assert 0.9 < np.sqrt(np.square(latents).mean()) < 1.1
+
+
+def batches(**changes):
+    options = dict(seed=0, batch=4, size=32, codec=pixels.SpaceToDepth(4, 1.28), text_encoder=text.ShapesText())
+    return lambda step: loader.make_batch(step, **(options | changes))
+
+
+def test_batches_depend_on_the_step_alone():
+    with loader.Prefetch(batches(), 2, 5) as ahead:
+        for step in (2, 3, 4):
+            taken, direct = next(ahead), batches()(step)
+            for name in direct:
+                np.testing.assert_array_equal(taken[name], direct[name])
+    small, large = batches(batch=2), batches(batch=4)
+    np.testing.assert_array_equal(large(1)["latent"][2:], small(3)["latent"])
+
+
+def test_an_error_in_the_thread_reaches_the_loop():
+    def fail(step):
+        raise RuntimeError(f"step {step}")
+
+    with loader.Prefetch(fail, 7, 9) as ahead, pytest.raises(RuntimeError, match="step 7"):
+        next(ahead)
