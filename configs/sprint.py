@@ -36,13 +36,13 @@ def _shapes():
     config.data = dict(size=32, seed=0, eval_seed=1)
     config.codec = dict(block=4, scaling_factor=1.28)
     config.model = dict(
-        width=128, depth=6, heads=4, cross_heads=4, mlp_ratio=2.0, patch_size=1,
+        width=112, depth=8, heads=4, cross_heads=4, mlp_ratio=2.0, patch_size=1,
         qk_norm=True, time_scale=1.0, guidance_embed=True, guidance_scale_factor=0.1,
-        remat=False, unroll=6, dtype="float32",
+        remat=False, unroll=8, dtype="float32",
     )  # fmt: skip
     config.teacher = dict(
         pretrained="package:shapes_teacher",
-        steps=11000, batch=32, ema=0.999, caption_dropout=0.1,
+        steps=8000, batch=32, ema=0.999, caption_dropout=0.1,
         time_mean=0.0, time_std=1.0, time_shift=3.0,
         base_qk_norm=True, base_time_scale=1.0, finetune_steps=0, finetune_lr=3e-4,
         optimizer=dict(lr=1.5e-3, warmup=200, decay_to=0.02, b1=0.9, b2=0.99, weight_decay=0.01, clip=1.0),
@@ -52,7 +52,7 @@ def _shapes():
         guidance=(1.5, 2.0, 2.5), uncond_mask="cond",
         p_mean=-1.0, p_std=1.4, tangent_warmup=300, tangent_normalize=True, weighting="code",
         scm_weight=1.0, adv_weight=0.5, max_time=0.5,
-        disc_mean=-0.6, disc_std=1.0, reduction="code", misaligned=True, head_blocks=(1, 3, 5),
+        disc_mean=-0.6, disc_std=1.0, reduction="code", misaligned=True, head_blocks=(1, 3, 5, 7),
         optimizer=dict(lr=2e-4, warmup=20, decay_to=0.1, b1=0.0, b2=0.99, weight_decay=0.0, clip=0.5),
         head_optimizer=dict(lr=5e-4, warmup=0, decay_to=1.0, b1=0.0, b2=0.99, weight_decay=0.0, clip=0.5),
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """The embedded text encoder: frozen, seeded, a few kilobytes, no download.
 
 It stands where Gemma-2 stands for the published models: prompts in, features [B, L, D] and a mask [B, L]
-out. A token's feature is a fixed mixture of its own word, an exponentially fading memory of the words
-before it (so a noun carries its adjective, causally, like a language model's state) and its position.
+out. A token's feature is a fixed mixture of its own word, exponentially fading memories of the words before
+and after it (so a noun carries its adjective and the relation it stands in) and its position.
 """
 
 import numpy as np
@@ -15,9 +15,9 @@ WORDS = (
     *shapes.NUMBERS, *shapes.COLOURS, *shapes.SHAPES, *(s + "s" for s in shapes.SHAPES),
 )  # fmt: skip
 LENGTH = 16
-DIM = 96
-_WORD_DIM, _POSITION_DIM = 40, 16
-_MEMORY = 0.5
+_WORD_DIM, _POSITION_DIM = 32, 16
+DIM = 3 * _WORD_DIM + _POSITION_DIM
+_MEMORY = 0.7
 _SEED = 20251
 
 
@@ -69,9 +69,17 @@ class ShapesText:
 
     def _features(self, tokens):
         words = self._words[tokens]
-        memory = np.zeros_like(words)
-        for i in range(1, LENGTH):
-            memory[:, i] = _MEMORY * memory[:, i - 1] + words[:, i - 1]
         positions = np.broadcast_to(self._positions, (len(tokens), *self._positions.shape))
-        features = np.concatenate([words, memory, positions], -1) @ self._mixing
+        real = (tokens != 0)[..., None]  # padding leaves no memory
+        before = _memory(words * real)
+        after = _memory((words * real)[:, ::-1])[:, ::-1]
+        features = np.concatenate([words, before, after, positions], -1) @ self._mixing
         return features.astype(np.float32)
+
+
+def _memory(words):
+    """Fading sum over the words before each one, itself left out. [B, L, W] -> [B, L, W]."""
+    memory = np.zeros_like(words)
+    for i in range(1, words.shape[1]):
+        memory[:, i] = _MEMORY * (memory[:, i - 1] + words[:, i - 1])
+    return memory
