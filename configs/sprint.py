@@ -14,12 +14,14 @@ Any key can be changed on the command line: --config.sprint.steps=400. README ha
 
 import ml_collections
 
+from sprint_jax.errors import UserError
+
 PRESETS = ("shapes", "shapes_teacher", "smoke", "shapes_64")
 
 
 def get_config(preset="shapes"):
     if preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
+        raise UserError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
     config = _shapes()
     if preset == "shapes_teacher":
         config.teacher.pretrained = ""
@@ -48,10 +50,10 @@ def _shapes():
         optimizer=dict(lr=1.5e-3, warmup=200, decay_to=0.02, b1=0.9, b2=0.99, weight_decay=0.01, clip=1.0),
     )  # fmt: skip
     config.sprint = dict(
-        steps=1000, batch=32, ema=0.98,
+        steps=1000, batch=24, ema=0.99,
         guidance=(1.5, 2.0, 2.5), uncond_mask="cond",
         p_mean=-1.0, p_std=1.4, tangent_warmup=300, tangent_normalize=True, weighting="code",
-        scm_weight=1.0, adv_weight=0.5, max_time=0.5,
+        scm_weight=1.0, adv_weight=5.0, max_time=0.5,
         disc_mean=-0.6, disc_std=1.0, reduction="code", misaligned=True, head_blocks=(1, 3, 5, 7),
         optimizer=dict(lr=2e-4, warmup=20, decay_to=0.1, b1=0.0, b2=0.99, weight_decay=0.0, clip=0.5),
         head_optimizer=dict(lr=5e-4, warmup=0, decay_to=1.0, b1=0.0, b2=0.99, weight_decay=0.0, clip=0.5),
@@ -65,7 +67,7 @@ def _shapes():
 
 
 def _smoke(config):
-    config.model.update(width=32, depth=2, heads=2, cross_heads=2, unroll=2)
+    config.model.update(width=32, depth=2, heads=2, cross_heads=2, unroll=1)
     config.teacher.update(
         pretrained="", steps=12, batch=8, base_qk_norm=False, base_time_scale=1000.0, finetune_steps=4
     )

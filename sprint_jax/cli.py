@@ -3,7 +3,7 @@
 import contextlib
 import sys
 
-from absl import flags
+from absl import flags, logging
 
 from sprint_jax.errors import UserError
 
@@ -16,7 +16,8 @@ def fail(message):
 
 @contextlib.contextmanager
 def user_errors():
-    """Ends the process in one line on a UserError."""
+    """Ends the process in one line on a UserError. Libraries' notes below a warning are left out."""
+    logging.set_verbosity(logging.WARNING)
     try:
         yield
     except UserError as error:
@@ -27,5 +28,9 @@ def parse_flags(argv):
     """absl flag parsing whose failures (unknown flag, key or preset, unreadable file) are one line."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError, SyntaxError) as error:
-        fail(str(error) or repr(error))
+    except UserError as error:
+        fail(error)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        # A config file that raises comes with its whole traceback in the message; its last line says it.
+        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
+        fail(lines[-1] if "Traceback" in str(error) else " ".join(lines))

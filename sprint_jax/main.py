@@ -18,16 +18,28 @@ def main(argv):
             raise cli.UserError(f"unexpected argument {argv[1]!r}: flags look like --name=value")
         if _CONFIG.value is None:
             raise cli.UserError("--config is missing: use --config=configs/sprint.py")
+        path, preset = _config_file()
+        if not path.is_file():
+            raise cli.UserError(f"no config file {path}: use --config=configs/sprint.py")
+        workdir = _WORKDIR.value or _default_workdir(path, preset)
         from sprint_jax import config, run  # JAX starts here, after the flags are known to be right
+        from sprint_jax.training.loop import Interrupted
 
-        run.run(config.parse(_CONFIG.value), _WORKDIR.value or _default_workdir())
+        try:
+            run.run(config.parse(_CONFIG.value), workdir)
+        except Interrupted as stop:
+            print(stop)
 
 
-def _default_workdir():
-    """runs/sprint_shapes for configs/sprint.py:shapes, runs/sprint for configs/sprint.py."""
+def _config_file():
+    """(path, preset) of --config; preset is "" where none was given."""
     path, _, preset = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    name = pathlib.Path(path).stem
-    return pathlib.Path("runs") / (f"{name}_{preset}" if preset else name)
+    return pathlib.Path(path), preset
+
+
+def _default_workdir(path, preset):
+    """runs/sprint_smoke for configs/sprint.py:smoke, runs/sprint for configs/sprint.py."""
+    return pathlib.Path("runs") / (f"{path.stem}_{preset}" if preset else path.stem)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,11 @@ STUDENT_STEPS = (1, 2, 4)
 _PACKAGE = "package:"
 
 
-def run(config: config_lib.Config, workdir, say=print):
+def _say(message):
+    print(message, flush=True)
+
+
+def run(config: config_lib.Config, workdir, say=_say):
     """Runs all stages and returns the summary (also written to summary.json)."""
     begin = time.perf_counter()
     workdir = pathlib.Path(workdir)
@@ -188,6 +192,7 @@ def _evaluate(config, workdir, teacher, student, records, begin, say):
         say(f"evaluation: done before, {done}")
         return json.loads(done.read_text())
     e = config.evaluation
+    say(f"evaluation: {e.prompts} held-out prompts, pictures by {len(STUDENT_STEPS) + 2} samplers (each compiles first)")
     evaluator = Evaluator(
         seed=config.data.eval_seed, count=e.prompts, reference=e.reference, size=config.data.size
     )

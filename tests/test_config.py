@@ -71,7 +71,7 @@ def test_unknown_key_names_its_neighbour():
         ("data.size", 30), ("model.heads", 3), ("model.cross_heads", 3), ("model.dtype", "float16"),
         ("teacher.steps", -1), ("teacher.batch", 0), ("sprint.steps", 3), ("sprint.uncond_mask", "x"),
         ("sprint.weighting", "x"), ("sprint.reduction", "x"), ("sprint.max_time", 1.5),
-        ("sprint.guidance", ()), ("sprint.head_blocks", (3, 1)), ("sprint.head_blocks", (6,)),
+        ("sprint.guidance", ()), ("sprint.head_blocks", (3, 1)), ("sprint.head_blocks", (99,)),
         ("sprint.batch", 1), ("evaluation.schedule", "x"), ("evaluation.prompts", 0),
         ("evaluation.samples", 1000), ("evaluation.teacher_steps", 0), ("run.log_every", 3),
         ("run.checkpoint_every", 0), ("run.keep", 0),

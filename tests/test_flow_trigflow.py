@@ -57,7 +57,8 @@ def test_paths_against_numpy():
     """Fails when the sin and cos of trigflow.interpolate or the weights of flow.interpolate are swapped."""
     data, noise = normals(2)
     angle, tau = column(ANGLES), column(ANGLES / 2)
-    assert error(trigflow.interpolate(data, noise, ANGLES), np.cos(angle) * data + np.sin(angle) * noise) < 1e-6
+    expected = np.cos(angle) * data + np.sin(angle) * noise
+    assert error(trigflow.interpolate(data, noise, ANGLES), expected) < 1e-6
     assert error(flow.interpolate(data, noise, ANGLES / 2), (1 - tau) * data + tau * noise) < 1e-6
 
 
@@ -157,7 +158,8 @@ def test_max_time_share():
 def test_flow_time_sampler():
     """Quantiles of the logit-normal, then its shift. Fails when (shift - 1) in sample_time is made shift."""
     mean, std = -0.4, 0.8
-    draw = jax.jit(lambda shift: flow.sample_time(jax.random.key(2), 100_000, mean=mean, std=std, shift=shift))
+    key = jax.random.key(2)
+    draw = jax.jit(lambda shift: flow.sample_time(key, 100_000, mean=mean, std=std, shift=shift))
     plain, shifted = (np.asarray(draw(s), np.float64) for s in (1.0, 3.0))
     for share in (0.1, 0.5, 0.9):
         n = mean + std * statistics.NormalDist().inv_cdf(share)

@@ -176,8 +176,9 @@ def test_loss_value(weighting, normalize):
 def test_loss_gradient_is_the_published_one():
     """Student: -2 g dF/dp under the weight, plus the logvar's own. Teacher: exactly zero.
 
-    Fails when scm.loss or scm.consistency loses any one of its stop_gradients but the teacher's, and, for
-    the teacher, when it is the only one left out.
+    Fails when the stopped student in scm.loss is not stopped, and when the tangent is not: without both
+    stops of scm.consistency the student's part is wrong, without the velocity's and the tangent's stop the
+    teacher's is not zero. (Each of those pairs is doubly sure; one stop alone is enough.)
     """
     x0, z = normals(2)
     xt = path(x0, z)
@@ -201,7 +202,7 @@ def test_loss_gradient_is_the_published_one():
 
 
 def test_stopped_outputs():
-    """The tangent has no gradient; the value has. Fails when the tangent's inputs and itself are not stopped."""
+    """The tangent has no gradient; the value has. Fails when both stops of scm.consistency go."""
     x0, z = normals(2)
     xt = path(x0, z).astype(np.float32)
     t, v = T.astype(np.float32), z.astype(np.float32)

@@ -25,7 +25,7 @@ ALLOWED = {
     "generation": {"diffusion"},
     "run": {"errors", "config", "weights", "pictures", "data", "diffusion", "evaluation", "training", "build", "generation"},
     "pipeline": {"errors", "config", "weights", "diffusion", "models", "build", "generation", "run"},
-    "main": {"cli", "config", "run"},
+    "main": {"cli", "config", "run", "training"},
     "sample": {"cli", "pictures", "pipeline"},
 }  # fmt: skip
 

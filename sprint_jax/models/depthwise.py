@@ -79,6 +79,9 @@ def depthwise_conv3x3(x, w):
       w: [3, 3, C], same dtype.
     Returns:
       [B, H, W, C].
+
+    Forward mode, reverse mode, and reverse mode through a stopped tangent all work. Reverse mode through
+    a tangent in w that is not stopped does not (`linear_call` has no derivative of its residuals).
     """
     return _conv(x, w)
 

@@ -62,9 +62,10 @@ def _init_head(key, width):
             "kernel": jax.random.uniform(k_weight, shape, minval=-bound, maxval=bound),
             "bias": jax.random.uniform(k_bias, shape[1:], minval=-bound, maxval=bound),
         }
-        spectral[name] = {"u": _unit(jax.random.normal(k_u, shape[1:])), "v": jnp.zeros(shape[:1])}
-        for _ in range(15):  # as PyTorch does, so that the first generator steps see a true sigma
-            spectral[name] = power_iteration(params[name]["kernel"], spectral[name])
+        kernel = params[name]["kernel"]
+        vectors = {"u": _unit(jax.random.normal(k_u, shape[1:])), "v": jnp.zeros(shape[:1])}
+        # As PyTorch does, so that the first generator steps see a true sigma.
+        spectral[name] = jax.lax.fori_loop(0, 15, lambda _, v: power_iteration(kernel, v), vectors)
     for name in ("norm_in", "norm_mid"):
         params[name] = {"scale": jnp.ones((width,)), "bias": jnp.zeros((width,))}
     return params, spectral

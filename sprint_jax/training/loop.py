@@ -49,7 +49,7 @@ def data_mesh():
     return jax.make_mesh((jax.device_count(), 1), ("data", "fsdp"), axis_types=axes)
 
 
-def train(stage: Stage, run: config_lib.Run, workdir, records, say=print):
+def train(stage: Stage, run: config_lib.Run, workdir, records, say):
     """Runs a stage to its end from the newest checkpoint and returns its final state.
 
     Raises Interrupted after saving when asked to stop, UserError when updates stay non-finite.
@@ -98,6 +98,7 @@ def train(stage: Stage, run: config_lib.Run, workdir, records, say=print):
 def _compile(stage, abstract, frozen, replicated, split, say):
     example = stage.batch(0)
     batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=split), example)
+    say(f"{stage.name}: compiling (seconds to a minute, no bar)")
     compiled, begin = [], time.perf_counter()
     for function in stage.functions:
         jitted = jax.jit(function, donate_argnums=0, out_shardings=replicated)

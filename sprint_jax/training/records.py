@@ -1,7 +1,6 @@
 """What a run leaves for people: metrics.jsonl, TensorBoard events and the progress line."""
 
 import json
-import logging
 import os
 import pathlib
 import sys
@@ -63,7 +62,6 @@ def progress(stage, start, stop):
 
 def _metric_writer(logdir):
     """clu's default writer without TensorFlow: tensorboardX stands where clu looks for its TF writer."""
-    logging.getLogger("absl").setLevel(logging.WARNING)
     _install_summary_writer()
     from clu.metric_writers import AsyncMultiWriter
     from clu.metric_writers.summary_writer import SummaryWriter

@@ -36,7 +36,9 @@ class SprintState:
 def optimizer(c: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW with linear warm-up and a cosine to `decay_to * lr` over `steps`."""
     cosine = optax.cosine_decay_schedule(c.lr, max(1, steps - c.warmup), alpha=c.decay_to)
-    schedule = optax.join_schedules([optax.linear_schedule(0.0, c.lr, c.warmup), cosine], [c.warmup])
+    # The first update already moves: warm-up runs from lr / (warmup + 1) to lr.
+    rise = optax.linear_schedule(c.lr / (c.warmup + 1), c.lr, c.warmup)
+    schedule = optax.join_schedules([rise, cosine], [c.warmup])
     return optax.chain(
         optax.clip_by_global_norm(c.clip),
         optax.adamw(schedule, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay),

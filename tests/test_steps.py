@@ -1,0 +1,267 @@
+"""The teacher, generator and discriminator steps at a tiny size: what they learn, keep and leave alone."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from conftest import ROOT
+from sprint_jax import build, config
+from sprint_jax.diffusion import scm, trigflow
+from sprint_jax.training import sprint_step, state, teacher_step
+
+BATCH, SIDE = 4, 4
+QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
+
+
+def jit(function):
+    return jax.jit(function, compiler_options=QUICK)
+
+
+@functools.cache
+def card():
+    namespace = {}
+    exec((ROOT / "configs/sprint.py").read_text(), namespace)
+    tree = namespace["get_config"]("smoke")
+    tree.data.size = SIDE * tree.codec.block
+    tree.model.update(width=16, unroll=1)
+    tree.teacher.optimizer.update(lr=3e-3, warmup=0)
+    tree.sprint.update(head_blocks=(1,), scm_weight=1.0, adv_weight=0.5, misaligned=True, reduction="code")
+    return config.parse(tree)
+
+
+def normals(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def error(value, expected):
+    value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
+    return np.abs(value - expected).max() / np.abs(expected).max()
+
+
+def batch():
+    text, mask = build.text_encoder(card()).encode(["a red circle", "a blue square", "a circle", ""])
+    return {"latent": normals(BATCH, *build.latent_shape(card())), "text": text, "mask": mask}
+
+
+@functools.cache
+def nets():
+    """As built, but with plain descent: it compiles faster and its first update is the gradient itself."""
+    descent = lambda rate: optax.sgd(rate, momentum=0.9)
+    return dataclasses.replace(build.nets(card()), tx=descent(1.0), heads_tx=descent(0.05))
+
+
+@functools.cache
+def teacher():
+    """Parameters of the teacher, none of them at its initial value."""
+    params = jit(nets().teacher.init)(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    moved = [np.asarray(a) + 0.1 * normals(*a.shape, seed=i) for i, a in enumerate(leaves)]
+    return jax.tree.unflatten(tree, [a.astype(np.float32) for a in moved])
+
+
+@functools.cache
+def frozen():
+    null_text, null_mask = build.text_encoder(card()).encode([""])
+    return {"teacher": teacher(), "null_text": null_text, "null_mask": null_mask}
+
+
+@functools.cache
+def start():
+    """Distillation at step 0."""
+    teacher()
+    make = lambda key: sprint_step.init(
+        sprint_step.student_params(teacher(), nets(), key), nets(), card().sprint, key
+    )
+    return jax.tree.map(np.asarray, jit(make)(jax.random.key(1)))
+
+
+@functools.cache
+def steps():
+    """(generator step, discriminator step), compiled."""
+    make = sprint_step.make_generator_step, sprint_step.make_discriminator_step
+    return tuple(jit(m(nets(), card().sprint, 0)) for m in make)
+
+
+def same(one, other):
+    """Bit for bit, NaN equal to nothing."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)
+
+
+def poisoned():
+    bad = batch()
+    bad["latent"][1, 0, 0, 0] = np.nan
+    return bad
+
+
+@functools.cache
+def teacher_run():
+    """(initial state, step) of the teacher."""
+    tx = state.optimizer(card().teacher.optimizer, 1000)
+    step = jit(teacher_step.make_step(nets().teacher, tx, card().teacher, 0))
+    return teacher_step.init(teacher(), tx, card().teacher), step
+
+
+def test_teacher_learns_a_batch():
+    """Mean of 5 losses falls by a fifth within 20 steps. Fails when the gradient's sign is flipped."""
+    now, step = teacher_run()
+    losses = []
+    for _ in range(20):
+        now, metrics = step(now, frozen(), batch())
+        losses.append(float(metrics["loss"]))
+    assert 0 < np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert int(now.step) == 20 and not same(now.ema, teacher()) and not same(now.ema, now.params)
+
+
+def test_teacher_rejects_a_nan():
+    """Fails when select takes the new values always, and when count_rejected does not reset its row."""
+    now, step = teacher_run()
+    for count in (1, 2):
+        bad, metrics = step(now, frozen(), poisoned())
+        for part in ("params", "opt", "ema"):
+            assert same(getattr(bad, part), getattr(now, part))
+        assert not np.isfinite(metrics["loss"])
+        assert bad.rejected.tolist() == [count, count] and int(bad.step) == count
+        now = bad
+    good, metrics = step(now, frozen(), batch())
+    assert good.rejected.tolist() == [0, 2] and np.isfinite(metrics["loss"])
+    assert not same(good.params, now.params)
+
+
+def test_generator_step_moves_the_student_alone():
+    """Fails when the adversarial loss enters without its weight."""
+    generator, _ = steps()
+    before = start()
+    after, metrics = generator(before, frozen(), batch())
+    for part in ("heads", "heads_opt", "spectral"):
+        assert same(getattr(after, part), getattr(before, part))
+    assert not same(after.params, before.params) and not same(after.opt, before.opt)
+    assert int(after.step) == 1 and after.rejected.tolist() == [0, 0]
+    total = metrics["scm"] + 0.5 * metrics["adv"]
+    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
+    moved = [np.square(a - b).sum() for a, b in zip(*map(jax.tree.leaves, (after.params, before.params)))]
+    np.testing.assert_allclose(np.sqrt(sum(moved)), metrics["grad_norm"], rtol=1e-3)
+
+
+def test_discriminator_step_moves_the_heads_alone():
+    """Fails when make_discriminator_step runs with update=False, and when its gradient is negated."""
+    _, discriminator = steps()
+    before = start()
+    after, metrics = discriminator(before, frozen(), batch())
+    for part in ("params", "opt", "ema"):
+        assert same(getattr(after, part), getattr(before, part))
+    for part in ("heads", "heads_opt", "spectral"):
+        assert not same(getattr(after, part), getattr(before, part))
+    assert int(after.step) == 1 and np.isfinite(metrics["disc"])
+    _, again = discriminator(before.replace(heads=after.heads), frozen(), batch())
+    assert 0 < again["disc"] < metrics["disc"] - 1e-4  # the same draws, after the update
+
+
+def test_sprint_steps_reject_a_nan():
+    """Fails when spectral keeps its new value in make_discriminator_step."""
+    now = start()
+    for count, step in enumerate(steps(), 1):
+        bad, metrics = step(now, frozen(), poisoned())
+        for part in ("params", "opt", "ema", "heads", "heads_opt", "spectral"):
+            assert same(getattr(bad, part), getattr(now, part)), part
+        assert bad.rejected.tolist() == [count, count]
+        now = bad
+    good, _ = steps()[0](now, frozen(), batch())
+    assert good.rejected.tolist() == [0, 2]
+
+
+def test_student_starts_as_the_teacher():
+    """For every guidance scale. Fails when student_params lets its fresh values win."""
+    b, u = batch(), normals(BATCH, *build.latent_shape(card()), seed=5)
+    t = np.float32([0.1, 0.6, 1.1, 1.5])
+    v = lambda x, t: nets().teacher.apply(teacher(), x, t, b["text"], b["mask"]).velocity
+    expected = jit(trigflow.from_flow(v))(u, t)
+    student = jit(lambda w: sprint_step.student_F(nets(), start().params, b, w)(u, t))
+    for w in (0.0, 2.0, 7.0):
+        F, logvar = student(np.full(BATCH, w, np.float32))
+        assert error(F, expected) < 1e-6
+        assert (np.asarray(logvar) == 0).all()
+
+
+@pytest.mark.parametrize("uncond_mask", ["cond", "null"])
+def test_teacher_velocity_is_two_calls(uncond_mask):
+    """Fails when the null half takes the text, when the masks of the two halves are swapped, and when the
+    answer is not scaled by sigma_d."""
+    b, w = batch(), np.float32([0.0, 1.0, 2.0, 4.5])
+    xt = 0.5 * normals(*b["latent"].shape, seed=3)
+    t = np.float32([0.1, 0.6, 1.1, 1.5])
+    value = jit(sprint_step.teacher_velocity(nets(), frozen(), b, w, uncond_mask))(xt, t)
+
+    def F(text, mask):
+        v = lambda x, t: nets().teacher.apply(teacher(), x, t, text, mask).velocity
+        return np.asarray(jit(trigflow.from_flow(v))(2 * xt, t))
+
+    null_mask = b["mask"] if uncond_mask == "cond" else np.repeat(frozen()["null_mask"], BATCH, 0)
+    uncond, cond = F(np.repeat(frozen()["null_text"], BATCH, 0), null_mask), F(b["text"], b["mask"])
+    w = w[:, None, None, None]
+    assert error(value, 0.5 * ((1 - w) * uncond + w * cond)) < 1e-5
+    assert error(uncond[:3], cond[:3]) > 1e-3
+
+
+def test_adversarial_gradient_alone():
+    """With scm_weight 0 it is there, in every block, and the logvar head gets none.
+
+    Fails when generate's x0_hat is stopped before the renoising.
+    """
+    before, c = start(), dataclasses.replace(card().sprint, scm_weight=0.0)
+    after, metrics = jit(sprint_step.make_generator_step(nets(), c, 0))(before, frozen(), batch())
+    slope = jax.tree.map(lambda a, b: a - b, before.params, after.params)
+    assert "scm" not in metrics and float(metrics["grad_norm"]) > 1e-3
+    np.testing.assert_allclose(metrics["loss"], 0.5 * metrics["adv"], rtol=1e-6)
+    for leaf in slope["blocks"]["ff"]["conv_point"]["kernel"]:
+        assert np.abs(leaf).max() > 0
+    assert np.abs(slope["inputs"]["logvar"]["kernel"]).max() == 0
+
+
+def test_qk_norm_is_added_and_nothing_else():
+    """Given parameters stay, the new weights are ones. Fails when a merged weight is zero in place of one."""
+    model = nets().teacher
+    bare = dataclasses.replace(model, qk_norm=False)
+    params = jax.tree.map(np.copy, teacher())
+    for attention in ("attn1", "attn2"):
+        for name in ("norm_q", "norm_k"):
+            del params["blocks"][attention][name]
+    done = teacher_step.add_qk_norm(params, model, jax.random.key(0))
+    assert jax.tree.structure(done) == jax.tree.structure(teacher())
+    for attention in ("attn1", "attn2"):
+        for name in ("norm_q", "norm_k"):
+            assert (np.asarray(done["blocks"][attention].pop(name)["weight"]) == 1).all()
+    assert same(done, params)
+    done = teacher_step.add_qk_norm(params, model, jax.random.key(0))
+    b, t = batch(), np.float32([0.1, 0.4, 0.7, 0.9])
+    run = lambda m, p: jit(lambda p: m.apply(p, b["latent"], t, b["text"], b["mask"]).velocity)(p)
+    # Without the norms in the forward pass the completed tree is the old network.
+    plain = run(bare, params)
+    assert error(run(bare, done), plain) < 1e-6
+    assert error(run(model, done), plain) > 1e-3
+    del params["inputs"]["time_proj"]
+    with pytest.raises(ValueError, match="inputs/time_proj/(bias|kernel) is missing"):
+        teacher_step.add_qk_norm(params, model, jax.random.key(0))
+
+
+def test_frozen_teacher_gets_no_gradient():
+    """The derivative of the sCM loss by the teacher's parameters is exactly zero.
+
+    Fails when neither scm.loss's velocity nor the tangent is stopped.
+    """
+    b, w = batch(), np.full(BATCH, 2.0, np.float32)
+    x0, z = (0.5 * normals(*b["latent"].shape, seed=i) for i in (1, 2))
+    t = np.float32([0.1, 0.6, 1.1, 1.5])
+
+    def loss(teacher_params):
+        F = sprint_step.student_F(nets(), start().params, b, w)
+        held = frozen() | {"teacher": teacher_params}
+        velocity = sprint_step.teacher_velocity(nets(), held, b, w, "cond")
+        return scm.loss(F, velocity, x0, z, t, r=1.0, weighting="code", normalize=True)[0].mean()
+
+    value, slope = jit(jax.value_and_grad(loss))(teacher())
+    assert value > 0 and all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(slope))
