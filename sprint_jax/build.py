@@ -1,12 +1,18 @@
 """Networks, text encoder and pixel codec of a configuration: the one place that reads `Config` to build them."""
 
 import dataclasses
+import pathlib
+
+import jax
 
 from sprint_jax import config as config_lib
+from sprint_jax import weights
 from sprint_jax.data import pixels, text
 from sprint_jax.models.ladd_heads import LADDHeads
 from sprint_jax.models.linear_dit import LinearDiT
 from sprint_jax.training import sprint_step, state
+
+_PACKAGE = "package:"
 
 
 def text_encoder(c: config_lib.Config):
@@ -15,19 +21,31 @@ def text_encoder(c: config_lib.Config):
 
 
 def codec(c: config_lib.Config):
-    """The pixel codec: `encode(images)` and `decode(latents)`."""
-    return pixels.SpaceToDepth(**dataclasses.asdict(c.codec))
+    """The pixel codec: `encode(images)` and `decode(latents)`. Reads its weights where it has some."""
+    if not c.codec.weights:
+        return pixels.SpaceToDepth(c.codec.block, c.codec.scale)
+    inputs, channels = 3 * c.codec.block**2, c.codec.channels
+    shapes = {"mean": (inputs,), "basis": (inputs, channels), "spread": (channels,)}
+    expected = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
+    return pixels.PatchPCA(c.codec.block, c.codec.scale, **weights.load(asset(c.codec.weights), expected))
+
+
+def asset(path: str) -> pathlib.Path:
+    """A file by its path, or one shipped with the code by "package:NAME"."""
+    if path.startswith(_PACKAGE):
+        return pathlib.Path(__file__).parent / "assets" / f"{path.removeprefix(_PACKAGE)}.safetensors"
+    return pathlib.Path(path)
 
 
 def latent_shape(c: config_lib.Config) -> tuple[int, int, int]:
     """(h, w, c) of one latent."""
     side = c.data.size // c.codec.block
-    return side, side, codec(c).channels
+    return side, side, c.codec.channels
 
 
 def _model(c: config_lib.Config, **changes) -> LinearDiT:
     fields = dataclasses.asdict(c.model) | dict(
-        in_channels=codec(c).channels, text_dim=text_encoder(c).dim, logvar_head=False
+        in_channels=c.codec.channels, text_dim=text_encoder(c).dim, logvar_head=False
     )
     return LinearDiT(**(fields | changes))
 

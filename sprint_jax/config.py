@@ -23,10 +23,17 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codec:
-    """Pixel seam: see `sprint_jax.data.pixels.SpaceToDepth`."""
+    """Pixel seam: see `sprint_jax.data.pixels`.
+
+    block: pixels per latent cell along each side. scale: makes the latents' root mean square near one.
+    weights: principal components, a .safetensors file or "package:NAME"; "" keeps every pixel value.
+    channels: components in that file (3 block^2 without one).
+    """
 
     block: int
-    scaling_factor: float
+    scale: float
+    weights: str
+    channels: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,6 +213,8 @@ def _check(c: Config):
     cell = c.codec.block * m.patch_size
     require = [
         (c.data.size % cell == 0, f"config.data.size {c.data.size}: use a multiple of {cell} (codec.block x patch_size)"),
+        (c.codec.weights or c.codec.channels == 3 * c.codec.block**2,
+         f"config.codec.channels {c.codec.channels}: without codec.weights it is 3 x block^2 = {3 * c.codec.block**2}"),
         (m.width % m.heads == 0, f"config.model.width {m.width}: use a multiple of heads {m.heads}"),
         (m.width % m.cross_heads == 0, f"config.model.width {m.width}: use a multiple of cross_heads {m.cross_heads}"),
         (m.dtype in ("float32", "bfloat16"), f"config.model.dtype {m.dtype!r}: use float32 or bfloat16"),

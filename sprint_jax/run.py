@@ -26,7 +26,6 @@ from sprint_jax.training.records import Records
 TEACHER_FILE, STUDENT_FILE = "teacher.safetensors", "student.safetensors"
 CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
 STUDENT_STEPS = (1, 2, 4)
-_PACKAGE = "package:"
 
 
 def _say(message):
@@ -123,9 +122,7 @@ def _teacher(config, workdir, records, say):
     model = build.teacher(config)
     t = config.teacher
     if t.pretrained:
-        path = t.pretrained
-        if path.startswith(_PACKAGE):
-            path = pathlib.Path(__file__).parent / "assets" / (path.removeprefix(_PACKAGE) + ".safetensors")
+        path = build.asset(t.pretrained)
         say(f"teacher: weights from {path}")
         return weights.load(path, _abstract(model))
     finished = workdir / TEACHER_FILE

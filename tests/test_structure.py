@@ -21,10 +21,11 @@ ALLOWED = {
     "pictures": set(),
     "evaluation": {"data"},
     "training": {"errors", "config", "data", "diffusion", "models"},
-    "build": {"config", "data", "models", "training"},
+    "build": {"config", "weights", "data", "models", "training"},
     "generation": {"diffusion"},
     "run": {"errors", "config", "weights", "pictures", "data", "diffusion", "evaluation", "training", "build", "generation"},
     "pipeline": {"errors", "config", "weights", "diffusion", "models", "build", "generation", "run"},
+    "fit_codec": {"cli", "weights", "data"},
     "main": {"cli", "config", "run", "training"},
     "sample": {"cli", "pictures", "pipeline"},
 }  # fmt: skip
