@@ -1,4 +1,4 @@
-"""The recipe of the shipped pixel codec: python -m sprint_jax.fit_codec --out=FILE.safetensors"""
+"""The recipe of the shipped pixel codec: python -m sprint_jax.fit_codec --file=FILE.safetensors"""
 
 import sys
 
@@ -7,8 +7,9 @@ from absl import app, flags
 
 from sprint_jax import cli, weights
 from sprint_jax.data import pixels, shapes
+from sprint_jax.errors import UserError
 
-_OUT = flags.DEFINE_string("out", None, "File to write.")
+_FILE = flags.DEFINE_string("file", None, "File to write.")
 _SIZE = flags.DEFINE_integer("size", 32, "Side of the pictures in pixels.")
 _BLOCK = flags.DEFINE_integer("block", 8, "Side of a patch in pixels.")
 _CHANNELS = flags.DEFINE_integer("channels", 48, "Components kept.")
@@ -18,14 +19,14 @@ _PICTURES = flags.DEFINE_integer("pictures", 4000, "Training pictures that it is
 def main(argv):
     del argv
     with cli.user_errors():
-        if not _OUT.value:
-            raise cli.UserError("--out is missing: name the .safetensors file to write")
+        if not _FILE.value:
+            raise UserError("--file is missing: name the .safetensors file to write")
         images = np.stack([shapes.example(0, i, size=_SIZE.value).image for i in range(_PICTURES.value)])
         fitted = pixels.fit_pca(images, _BLOCK.value, _CHANNELS.value)
-        weights.save(_OUT.value, fitted)
+        weights.save(_FILE.value, fitted)
         latents = pixels.PatchPCA(block=_BLOCK.value, scale=1.0, **fitted).encode(images)
         scale = 1 / np.sqrt(np.square(latents).mean())
-        print(f"wrote {_OUT.value}; config.codec.scale for unit root mean square: {scale:.3f}")
+        print(f"wrote {_FILE.value}; config.codec.scale for unit root mean square: {scale:.3f}")
 
 
 if __name__ == "__main__":

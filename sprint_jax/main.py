@@ -7,6 +7,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from sprint_jax import cli
+from sprint_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, optionally with :preset.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/FILE_PRESET.")
@@ -15,12 +16,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: 
 def main(argv):
     with cli.user_errors():
         if len(argv) > 1:
-            raise cli.UserError(f"unexpected argument {argv[1]!r}: flags look like --name=value")
+            raise UserError(f"unexpected argument {argv[1]!r}: flags look like --name=value")
         if _CONFIG.value is None:
-            raise cli.UserError("--config is missing: use --config=configs/sprint.py")
+            raise UserError("--config is missing: use --config=configs/sprint.py")
         path, preset = _config_file()
         if not path.is_file():
-            raise cli.UserError(f"no config file {path}: use --config=configs/sprint.py")
+            raise UserError(f"no config file {path}: use --config=configs/sprint.py")
         workdir = _WORKDIR.value or _default_workdir(path, preset)
         from sprint_jax import config, run  # JAX starts here, after the flags are known to be right
         from sprint_jax.training.loop import Interrupted

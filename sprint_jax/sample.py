@@ -9,6 +9,7 @@ import time
 from absl import app, flags
 
 from sprint_jax import cli
+from sprint_jax.errors import UserError
 
 _MODEL = flags.DEFINE_string("model", None, "Run directory of sprint_jax.main.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be repeated.")
@@ -23,11 +24,11 @@ _SCHEDULE = flags.DEFINE_enum("schedule", None, ["code", "paper"], "Time list; d
 def main(argv):
     with cli.user_errors():
         if len(argv) > 1:
-            raise cli.UserError(f"unexpected argument {argv[1]!r}: flags look like --name=value")
+            raise UserError(f"unexpected argument {argv[1]!r}: flags look like --name=value")
         if not _MODEL.value:
-            raise cli.UserError("--model is missing: give the --workdir of a run of sprint_jax.main")
+            raise UserError("--model is missing: give the --workdir of a run of sprint_jax.main")
         if not 0 <= _SEED.value < 2**31:
-            raise cli.UserError(f"--seed={_SEED.value}: use 0 to {2**31 - 1}")
+            raise UserError(f"--seed={_SEED.value}: use 0 to {2**31 - 1}")
         prompts = _read_prompts()
         out = _output_directory()
         from sprint_jax import pictures, pipeline
@@ -53,16 +54,16 @@ def main(argv):
 
 def _read_prompts():
     if bool(_PROMPT.value) == bool(_PROMPTS.value):
-        raise cli.UserError("give either --prompt=TEXT (repeatable) or --prompts=FILE")
+        raise UserError("give either --prompt=TEXT (repeatable) or --prompts=FILE")
     if _PROMPT.value:
         return _PROMPT.value
     try:
         lines = pathlib.Path(_PROMPTS.value).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise cli.UserError(f"cannot read --prompts={_PROMPTS.value} ({error}): give a UTF-8 text file") from None
+        raise UserError(f"cannot read --prompts={_PROMPTS.value} ({error}): give a UTF-8 text file") from None
     prompts = [line for line in lines if line.strip()]
     if not prompts:
-        raise cli.UserError(f"--prompts={_PROMPTS.value} holds no prompt: write one a line")
+        raise UserError(f"--prompts={_PROMPTS.value} holds no prompt: write one a line")
     return prompts
 
 
@@ -71,9 +72,9 @@ def _output_directory():
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise cli.UserError(f"cannot write in --out={out} ({error.strerror}): choose another") from None
+        raise UserError(f"cannot write in --out={out} ({error.strerror}): choose another") from None
     if not os.access(out, os.W_OK):
-        raise cli.UserError(f"cannot write in --out={out}: choose another")
+        raise UserError(f"cannot write in --out={out}: choose another")
     return out
 
 

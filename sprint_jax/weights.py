@@ -37,7 +37,8 @@ def save(path, params, *, dtype="float32"):
     path = pathlib.Path(path)
     flat = {k: np.asarray(jax.device_get(v)).astype(dtype) for k, v in flatten(params).items()}
     temporary = path.with_name(path.name + ".partial")
-    safetensors.numpy.save_file(flat, temporary)
+    with open(temporary, "wb") as file:  # our own open: the library's files are private to their owner
+        file.write(safetensors.numpy.save(flat))
     os.replace(temporary, path)
 
 

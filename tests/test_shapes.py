@@ -6,9 +6,11 @@ import itertools
 import numpy as np
 import pytest
 
+from sprint_jax import build, config
 from sprint_jax.data import loader, pixels, shapes, text
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import checker
+from test_config import card
 
 
 def examples(count, **options):
@@ -140,7 +142,7 @@ def test_text_refuses(prompt, word):
         text.ShapesText().encode([prompt])
 
 
-def test_codec_is_exact():
+def test_space_to_depth_is_exact():
     images = np.stack([e.image for e in examples(4)])
     codec = pixels.SpaceToDepth(4, 1.28)
     latents = codec.encode(images)
@@ -150,9 +152,36 @@ def test_codec_is_exact():
     np.testing.assert_allclose(latents[1, 2, 3].reshape(4, 4, 3)[1, 2], 1.28 * pixel, rtol=1e-6)
 
 
+def shipped_codec():
+    return build.codec(config.parse(card("shapes")[0]))
+
+
+def test_shipped_codec_keeps_what_the_checker_reads():
+    """Fails when decode forgets the mean or multiplies by spread where encode does."""
+    made = examples(400, split="heldout")
+    images, codec = np.stack([e.image for e in made]), shipped_codec()
+    latents = codec.encode(images)
+    assert latents.shape == (400, 4, 4, codec.channels) and latents.dtype == np.float32
+    decoded = np.asarray(codec.decode(latents))
+    assert checker.score(decoded, [e.caption for e in made])[0] >= 0.99
+    assert np.sqrt(np.square(decoded.astype(float) - images).mean()) < 8
+    np.testing.assert_allclose(codec.basis.T @ codec.basis, np.eye(codec.channels), atol=1e-5)
+
+
+def test_shipped_codec_is_what_its_recipe_makes():
+    """Up to the sign of each component, which the eigenvalue routine is free to choose."""
+    images = np.stack([shapes.example(0, i).image for i in range(4000)])
+    fitted, codec = pixels.fit_pca(images, 8, 48), shipped_codec()
+    np.testing.assert_allclose(fitted["mean"], codec.mean, atol=1e-5)
+    np.testing.assert_allclose(fitted["spread"], codec.spread, rtol=1e-3)
+    alignment = np.abs((fitted["basis"] * codec.basis).sum(0))
+    assert np.median(alignment) > 0.999
+
+
 def test_latents_are_near_unit_scale():
-    latents = pixels.SpaceToDepth(4, 1.28).encode(np.stack([e.image for e in examples(500)]))
-    assert 0.9 < np.sqrt(np.square(latents).mean()) < 1.1
+    images = np.stack([e.image for e in examples(500)])
+    for codec in (pixels.SpaceToDepth(4, 1.28), shipped_codec()):
+        assert 0.9 < np.sqrt(np.square(codec.encode(images)).mean()) < 1.1
 
 
 def batches(**changes):

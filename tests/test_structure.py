@@ -25,9 +25,9 @@ ALLOWED = {
     "generation": {"diffusion"},
     "run": {"errors", "config", "weights", "pictures", "data", "diffusion", "evaluation", "training", "build", "generation"},
     "pipeline": {"errors", "config", "weights", "diffusion", "models", "build", "generation", "run"},
-    "fit_codec": {"cli", "weights", "data"},
-    "main": {"cli", "config", "run", "training"},
-    "sample": {"cli", "pictures", "pipeline"},
+    "fit_codec": {"errors", "cli", "weights", "data"},
+    "main": {"errors", "cli", "config", "run", "training"},
+    "sample": {"errors", "cli", "pictures", "pipeline"},
 }  # fmt: skip
 
 
