@@ -1,6 +1,6 @@
 """Depthwise 3x3 convolution: ours against nine shifted multiplies and the library's grouped convolution.
 
-    python benchmarks/depthwise.py
+    python -m benchmarks.depthwise
 
 Prints medians of one run and ratios to ours, at the shape of the embedded model's Mix-FFN.
 """

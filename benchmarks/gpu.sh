@@ -29,8 +29,8 @@ $python -c 'import jax; print("jax", jax.__version__, jax.devices())' | tee -a "
 part numeric_tests 120 $python -m pytest -p no:cacheprovider \
   tests/test_flow_trigflow.py tests/test_scm.py tests/test_ladd.py tests/test_samplers.py \
   tests/test_linear_dit.py tests/test_steps.py
-part depthwise 60 $python benchmarks/depthwise.py
-part pair_shapes_64 90 $python benchmarks/pair.py --preset=shapes_64
+part depthwise 60 $python -m benchmarks.depthwise
+part pair_shapes_64 90 $python -m benchmarks.pair --preset=shapes_64
 # The main job at 64 px with a larger model, teacher included.
 part main_shapes_64 300 $python -m sprint_jax.main --config=configs/sprint.py:shapes_64 --workdir="$out/shapes_64"
 cp "$out"/shapes_64/*.png "$out"/shapes_64/summary.json "$out" 2>/dev/null

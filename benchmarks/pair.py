@@ -1,6 +1,6 @@
 """Time of one generator + discriminator pair of the embedded default, by part.
 
-    python benchmarks/pair.py [--preset=shapes]
+    python -m benchmarks.pair [--preset=shapes]
 """
 
 import argparse

@@ -105,7 +105,7 @@ def test_readme_paths_exist():
 
 def test_readme_modules_presets_and_functions_exist():
     text = readme()
-    for module in set(re.findall(r"python -m (sprint_jax\.\w+)", text)):
+    for module in set(re.findall(r"python -m ((?:sprint_jax|benchmarks)\.\w+)", text)):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
     namespace = {}
     exec((ROOT / "configs/sprint.py").read_text(), namespace)
