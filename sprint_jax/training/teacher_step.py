@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from sprint_jax import config as config_lib
 from sprint_jax.diffusion import flow
@@ -68,9 +69,9 @@ def add_qk_norm(params, model: LinearDiT, key):
     than the norms differ.
     """
     fresh = jax.eval_shape(model.init, key)
-    have = dict(_flatten(params))
+    have = traverse_util.flatten_dict(params)
     merged = {}
-    for name, leaf in _flatten(fresh):
+    for name, leaf in traverse_util.flatten_dict(fresh).items():
         if name in have:
             merged[name] = have.pop(name)
         elif "norm_q" in name or "norm_k" in name:
@@ -79,22 +80,4 @@ def add_qk_norm(params, model: LinearDiT, key):
             raise ValueError(f"{'/'.join(name)} is missing from the teacher and is no QK-norm")
     if have:
         raise ValueError(f"the teacher has parameters the model lacks: {['/'.join(n) for n in have]}")
-    return _unflatten(merged)
-
-
-def _flatten(tree, path=()):
-    for name, child in tree.items():
-        if isinstance(child, dict):
-            yield from _flatten(child, (*path, name))
-        else:
-            yield (*path, name), child
-
-
-def _unflatten(flat):
-    tree = {}
-    for path, leaf in flat.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return tree
+    return traverse_util.unflatten_dict(merged)
