@@ -31,7 +31,7 @@ def main():
     x = jax.random.normal(jax.random.key(0), SHAPE)
     w = jax.random.normal(jax.random.key(1), (3, 3, SHAPE[-1]))
     ways = {
-        "ours": depthwise.depthwise_conv3x3,
+        "ours": depthwise.depthwise_conv,
         "nine shifts": depthwise._shifts,
         "grouped conv": depthwise._grouped_conv,
     }

@@ -117,14 +117,14 @@ def cross_attention(p, x, text, mask, heads):
 
 
 def stencil(x, w):
-    """3x3 depthwise cross-correlation, zeros outside. x [B, H, W, C], w [3, 3, C]."""
-    out = np.zeros_like(x)
+    """Depthwise cross-correlation, zeros outside. x [B, H, W, C], w [k, k, C]."""
+    out, k = np.zeros_like(x), w.shape[0]
     _, height, width, _ = x.shape
     for row in range(height):
         for column in range(width):
-            for i in range(3):
-                for j in range(3):
-                    r, c = row + i - 1, column + j - 1
+            for i in range(k):
+                for j in range(k):
+                    r, c = row + i - k // 2, column + j - k // 2
                     if 0 <= r < height and 0 <= c < width:
                         out[:, row, column] += x[:, r, c] * w[i, j]
     return out
@@ -309,12 +309,13 @@ def library_conv(x, w):
     )  # fmt: skip
 
 
-def test_depthwise_value_and_jvp():
+@pytest.mark.parametrize("k", [3, 5])
+def test_depthwise_value_and_jvp(k):
     """Against the library and against loops. Fails when _shifts swaps w[i, j] for w[j, i], and when _jvp
     returns the first of its two terms alone."""
     x, dx = normals(2, 4, 5, 6), normals(2, 4, 5, 6, seed=1)
-    w, dw = normals(3, 3, 6), normals(3, 3, 6, seed=1)
-    ours = depthwise.depthwise_conv3x3
+    w, dw = normals(k, k, 6), normals(k, k, 6, seed=1)
+    ours = depthwise.depthwise_conv
     assert error(jax.jit(ours)(x, w), stencil(x.astype(np.float64), w.astype(np.float64))) < 1e-6
     for primals, tangents in (((x, w), (dx, dw)), ((x, w), (dx, 0 * w)), ((x, w), (0 * x, dw))):
         pair = [jax.jit(lambda p, t, f=f: jax.jvp(f, p, t))(primals, tangents) for f in (ours, library_conv)]
@@ -324,12 +325,13 @@ def test_depthwise_value_and_jvp():
     assert error(along_w(ours), along_w(library_conv)) < 1e-5
 
 
-def test_depthwise_gradients():
+@pytest.mark.parametrize("k", [3, 5])
+def test_depthwise_gradients(k):
     """Of both arguments, alone and around a stopped forward-mode derivative, as sCM needs them.
 
     Fails when _weight_gradient_by_batch forgets the last sample or its padding is (0, 2).
     """
-    x, dx, w = normals(2, 4, 5, 6), normals(2, 4, 5, 6, seed=1), normals(3, 3, 6)
+    x, dx, w = normals(2, 4, 5, 6), normals(2, 4, 5, 6, seed=1), normals(k, k, 6)
 
     def plain(conv, x, w):
         return jnp.sin(conv(x, w)).sum()
@@ -341,7 +343,7 @@ def test_depthwise_gradients():
     for loss in (plain, with_tangent):
         slopes = [
             jax.jit(jax.grad(lambda x, w, f=f: loss(f, x, w), (0, 1)))(x, w)
-            for f in (depthwise.depthwise_conv3x3, library_conv)
+            for f in (depthwise.depthwise_conv, library_conv)
         ]
         assert error(slopes[0][0], slopes[1][0]) < 1e-5
         assert error(slopes[0][1], slopes[1][1]) < 1e-5

@@ -1,8 +1,8 @@
-"""3x3 depthwise convolution, written so that every direction of it is fast on every platform.
+"""Depthwise convolution, written so that every direction of it is fast on every platform.
 
 Accelerators have a good `conv_general_dilated`. XLA's CPU backend does not: it runs grouped
-convolutions naively, and even nine shifted multiplies lose their time in one place, the reduction
-that gives the weight gradient. Here the value and the input gradient are nine fused shifted
+convolutions naively, and even shifted multiplies, one per tap, lose their time in one place, the
+reduction that gives the weight gradient. Here the value and the input gradient are fused shifted
 multiplies and the weight gradient accumulates over the batch (`benchmarks/RESULTS.md` has the ratios).
 
 The convolution is bilinear in (x, w). Only the rule in w is ours: a `custom_jvp` whose tangent is a
@@ -15,32 +15,42 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, linear_call
 
 
+def _offsets(w_shape):
+    """((i, j), ...) of a square stencil [k, k, C], row by row."""
+    return [(i, j) for i in range(w_shape[0]) for j in range(w_shape[1])]
+
+
+def _pad(x, k):
+    return jnp.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
+
+
 def _shifts(x, w):
-    """Nine shifted multiplies. x [B, H, W, C], w [3, 3, C] -> [B, H, W, C]."""
+    """One shifted multiply per tap. x [B, H, W, C], w [k, k, C] -> [B, H, W, C] of at least float32."""
     height, width = x.shape[1:3]
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    return sum(
-        padded[:, i : i + height, j : j + width] * w[i, j] for i in range(3) for j in range(3)
-    )
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    padded, w = _pad(x, w.shape[0]).astype(wide), w.astype(wide)
+    taps = (padded[:, i : i + height, j : j + width] * w[i, j] for i, j in _offsets(w.shape))
+    return sum(taps)
 
 
 def _grouped_conv(x, w):
     """The library convolution. Same shapes as `_shifts`."""
-    return jax.lax.conv_general_dilated(
-        x, w[:, :, None, :], (1, 1), ((1, 1), (1, 1)),
+    y = jax.lax.conv_general_dilated(
+        x, w[:, :, None, :], (1, 1), "SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1],
     )  # fmt: skip
+    return y.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _conv(x, w):
     return jax.lax.platform_dependent(x, w, cpu=_shifts, default=_grouped_conv)
 
 
-def _weight_gradient_by_batch(x, g):
+def _weight_gradient_by_batch(x, g, k):
     """Accumulates sample by sample: the running sums [H, W, C] stay in cache."""
     _, height, width, channels = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    offsets = [(i, j) for i in range(3) for j in range(3)]
+    padded = _pad(x, k)
+    offsets = _offsets((k, k))
 
     def add(sums, sample):
         xi, gi = sample
@@ -48,37 +58,37 @@ def _weight_gradient_by_batch(x, g):
             s + xi[i : i + height, j : j + width] * gi for s, (i, j) in zip(sums, offsets)
         ), None
 
-    zeros = tuple(jnp.zeros((height, width, channels), x.dtype) for _ in offsets)
+    zeros = tuple(jnp.zeros((height, width, channels), g.dtype) for _ in offsets)
     sums, _ = jax.lax.scan(add, zeros, (padded, g))
-    return jnp.stack([s.sum((0, 1)) for s in sums]).reshape(3, 3, channels)
+    return jnp.stack([s.sum((0, 1)) for s in sums]).reshape(k, k, channels).astype(x.dtype)
 
 
-def _weight_gradient_by_conv(x, g):
+def _weight_gradient_by_conv(x, g, k):
     """The transpose of `_grouped_conv` in its weights."""
-    shape = jax.ShapeDtypeStruct((3, 3, x.shape[-1]), x.dtype)
+    shape = jax.ShapeDtypeStruct((k, k, x.shape[-1]), x.dtype)
     (dw,) = jax.linear_transpose(lambda w: _grouped_conv(x, w), shape)(g)
     return dw
 
 
-def _weight_gradient(x, g):
-    return jax.lax.platform_dependent(
-        x, g, cpu=_weight_gradient_by_batch, default=_weight_gradient_by_conv
-    )
-
-
 def _linear_in_w(x, w):
-    return linear_call(_conv, _weight_gradient, x, w)
+    k = w.shape[0]
+    weight_gradient = lambda x, g: jax.lax.platform_dependent(
+        x, g,
+        cpu=lambda x, g: _weight_gradient_by_batch(x, g, k),
+        default=lambda x, g: _weight_gradient_by_conv(x, g, k),
+    )  # fmt: skip
+    return linear_call(_conv, weight_gradient, x, w)
 
 
 @jax.custom_jvp
-def depthwise_conv3x3(x, w):
-    """Depthwise 3x3 convolution with zero padding 1 and stride 1 (cross-correlation, as in PyTorch).
+def depthwise_conv(x, w):
+    """Depthwise k x k convolution, zero-padded to the same size, stride 1 (cross-correlation, as in PyTorch).
 
     Args:
       x: [B, H, W, C].
-      w: [3, 3, C], same dtype.
+      w: [k, k, C], k odd, same dtype.
     Returns:
-      [B, H, W, C].
+      [B, H, W, C], of at least float32: whoever adds a bias rounds once, after it.
 
     Forward mode, reverse mode, and reverse mode through a stopped tangent all work. Reverse mode through
     a tangent in w that is not stopped does not (`linear_call` has no derivative of its residuals).
@@ -89,7 +99,7 @@ def depthwise_conv3x3(x, w):
 def _jvp(primals, tangents):
     x, w = primals
     dx, dw = tangents
-    out = depthwise_conv3x3(x, w)
+    out = depthwise_conv(x, w)
     terms = []
     if not isinstance(dx, SymbolicZero):
         terms.append(_conv(dx, w))
@@ -98,4 +108,4 @@ def _jvp(primals, tangents):
     return out, sum(terms) if terms else jnp.zeros_like(out)
 
 
-depthwise_conv3x3.defjvp(_jvp, symbolic_zeros=True)
+depthwise_conv.defjvp(_jvp, symbolic_zeros=True)

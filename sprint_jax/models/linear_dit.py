@@ -40,7 +40,7 @@ class _Inputs(nn.Module):
     @nn.compact
     def __call__(self, x, t, text, guidance):
         c, dtype = self.dit, self.dit.compute_dtype
-        tokens = nn.Dense(c.width, dtype=dtype, kernel_init=layers.xavier, name="patch_embed")(
+        tokens = layers.Dense(c.width, dtype=dtype, kernel_init=layers.xavier, name="patch_embed")(
             patchify(x, c.patch_size).astype(dtype)
         )
         time = layers.ScalarEmbedding(c.width, dtype, name="time_embed")
@@ -48,13 +48,13 @@ class _Inputs(nn.Module):
         if c.guidance_embed:
             embed = layers.ScalarEmbedding(c.width, dtype, zero_last=True, name="guidance_embed")
             conditioning = conditioning + embed(guidance * c.guidance_scale_factor)
-        modulation = nn.Dense(6 * c.width, dtype=dtype, kernel_init=layers.small, name="time_proj")(
-            jax.nn.silu(conditioning)
+        modulation = layers.Dense(6 * c.width, dtype=dtype, kernel_init=layers.small, name="time_proj")(
+            layers.silu(conditioning)
         )
         text = layers.CaptionProjection(c.width, dtype, name="caption")(text)
         logvar = None
         if c.logvar_head:
-            head = nn.Dense(1, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="logvar")
+            head = layers.Dense(1, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="logvar")
             logvar = head(conditioning.astype(jnp.float32))[:, 0]
         return tokens, conditioning, modulation.reshape(-1, 6, c.width), text, logvar
 
@@ -97,7 +97,7 @@ class _Outputs(nn.Module):
         shift, scale = jnp.split(table.astype(x.dtype) + conditioning[:, None], 2, axis=1)
         x = layers.modulate(layers.layer_norm(x.reshape(batch, -1, c.width)), shift, scale)
         channels = c.patch_size**2 * c.in_channels
-        x = nn.Dense(channels, dtype=c.compute_dtype, kernel_init=layers.xavier, name="proj_out")(x)
+        x = layers.Dense(channels, dtype=c.compute_dtype, kernel_init=layers.xavier, name="proj_out")(x)
         return unpatchify(x.reshape(batch, height, width, channels), c.patch_size)
 
 
