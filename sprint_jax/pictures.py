@@ -1,10 +1,14 @@
-"""PNG files: single pictures and grids, written whole or not at all."""
+"""Picture files: reading one to start from, and PNGs and grids, written whole or not at all."""
 
 import os
 import pathlib
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sprint_jax.errors import UserError
+
+_MOST_PIXELS = 100_000_000
 
 
 def grid(images, columns, gap=2):
@@ -25,3 +29,15 @@ def save(path, image, zoom=1):
     temporary = path.with_name(path.name + ".partial")
     Image.fromarray(image).save(temporary, format="PNG")
     os.replace(temporary, path)
+
+
+def load(path, height, width):
+    """A picture file as uint8 [height, width, 3]: first frame, turned as EXIF says, resized by Lanczos."""
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > _MOST_PIXELS:
+                raise UserError(f"{path} has {image.width} x {image.height} pixels: use at most {_MOST_PIXELS}")
+            image = ImageOps.exif_transpose(image).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the picture {path} ({error}): give a PNG or JPEG file") from None
+    return np.asarray(image)

@@ -1,4 +1,8 @@
-"""Pictures from a trained run: python -m sprint_jax.sample --model=RUN_DIR --prompt="…" --steps=2 --out=DIR"""
+"""Pictures from a model: python -m sprint_jax.sample --model=DIR --prompt="…" --steps=2 --out=DIR
+
+DIR is a SANA-Sprint folder in the diffusers layout, one made by sprint_jax.convert, or the --workdir of a
+run of sprint_jax.main.
+"""
 
 import json
 import os
@@ -11,7 +15,7 @@ from absl import app, flags
 from sprint_jax import cli
 from sprint_jax.errors import UserError
 
-_MODEL = flags.DEFINE_string("model", None, "Run directory of sprint_jax.main.")
+_MODEL = flags.DEFINE_string("model", None, "Diffusers folder, converted folder, or run directory.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be repeated.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "Text file with one prompt a line.")
 _STEPS = flags.DEFINE_integer("steps", 2, "Network calls per picture, 1 or more.")
@@ -19,6 +23,23 @@ _SEED = flags.DEFINE_integer("seed", 0, "Names the noise.")
 _OUT = flags.DEFINE_string("out", "pictures", "Directory for the pictures and manifest.jsonl.")
 _GUIDANCE = flags.DEFINE_float("guidance_scale", None, "Embedded guidance scale; default: the model's.")
 _SCHEDULE = flags.DEFINE_enum("schedule", None, ["code", "paper"], "Time list; default: the model's.")
+_TIMESTEPS = flags.DEFINE_list("timesteps", None, "Angles from about 1.57 to 0, steps + 1 of them, instead of a schedule.")
+_HEIGHT = flags.DEFINE_integer("height", None, "Pixels, a multiple of 32; default: the model's.")
+_WIDTH = flags.DEFINE_integer("width", None, "Pixels, a multiple of 32; default: the model's.")
+_BINNING = flags.DEFINE_bool(
+    "resolution_binning", False, "Make the nearest size the published models were trained at, then resize."
+)
+_IMAGE = flags.DEFINE_string("image", None, "Picture to start from.")
+_STRENGTH = flags.DEFINE_float("strength", 0.6, "With --image: how much may change, more than 0 and at most 1.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["bfloat16", "float32"], "Of weights and arithmetic; default: bfloat16, on a CPU float32."
+)
+_PER_PROMPT = flags.DEFINE_integer("images_per_prompt", 1, "Pictures of each prompt.")
+_BATCH = flags.DEFINE_integer("batch_size", None, "Pictures made at a time; default: the model's.")
+_TILE = flags.DEFINE_bool("tile", False, "Decode in overlapping tiles of 1024 px: less memory for large pictures.")
+_INSTRUCTION = flags.DEFINE_string(
+    "instruction_file", None, "Text before each prompt of a published model; '' for none; default: see README."
+)
 
 
 def main(argv):
@@ -26,22 +47,17 @@ def main(argv):
         if len(argv) > 1:
             raise UserError(f"unexpected argument {argv[1]!r}: flags look like --name=value")
         if not _MODEL.value:
-            raise UserError("--model is missing: give the --workdir of a run of sprint_jax.main")
+            raise UserError("--model is missing: give a diffusers folder, a converted one, or the --workdir of a run")
         if not 0 <= _SEED.value < 2**31:
             raise UserError(f"--seed={_SEED.value}: use 0 to {2**31 - 1}")
-        prompts = _read_prompts()
+        if _PER_PROMPT.value < 1 or (_BATCH.value is not None and _BATCH.value < 1):
+            raise UserError("--images_per_prompt and --batch_size: use 1 or more")
+        prompts = [p for p in _read_prompts() for _ in range(_PER_PROMPT.value)]
         out = _output_directory()
-        from sprint_jax import pictures, pipeline
-
         begin = time.perf_counter()
-        pipe = pipeline.load(_MODEL.value)
-        import tqdm
+        images = _generate(prompts)
+        from sprint_jax import pictures
 
-        with tqdm.tqdm(total=len(prompts), unit="picture", desc="sample", delay=5) as bar:
-            images = pipeline.generate(
-                pipe, prompts, steps=_STEPS.value, guidance_scale=_GUIDANCE.value, seed=_SEED.value,
-                schedule=_SCHEDULE.value, say=lambda done: bar.update(done - bar.n),
-            )  # fmt: skip
         rows = []
         for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
             name = f"{i:05d}.png"
@@ -50,6 +66,37 @@ def main(argv):
         _write_manifest(out, rows)
         seconds = time.perf_counter() - begin
         print(f"{len(rows)} pictures and manifest.jsonl in {out} ({seconds:.1f} s)")
+
+
+def _generate(prompts):
+    import jax
+    import tqdm
+
+    from sprint_jax import pictures, pipeline, resolutions
+
+    dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    say = lambda message: print(message, file=sys.stderr, flush=True)
+    pipe = pipeline.load(_MODEL.value, dtype=dtype, instruction=_INSTRUCTION.value, tile=_TILE.value, say=say)
+    height, width = _HEIGHT.value or pipe.height, _WIDTH.value or pipe.width
+    made_at = resolutions.nearest(height, width) if _BINNING.value else (height, width)
+    pipeline.latent_shape(pipe, *made_at)  # refuses a bad size before the picture is read
+    image = pictures.load(_IMAGE.value, *made_at) if _IMAGE.value else None
+    with tqdm.tqdm(total=len(prompts), unit="picture", desc="sample", delay=5) as bar:
+        images = pipeline.generate(
+            pipe, prompts, steps=_STEPS.value, guidance_scale=_GUIDANCE.value, seed=_SEED.value,
+            schedule=_SCHEDULE.value, timesteps=_angles(), height=made_at[0], width=made_at[1], image=image,
+            strength=_STRENGTH.value, batch_size=_BATCH.value, say=lambda done: bar.update(done - bar.n),
+        )  # fmt: skip
+    return resolutions.fit(images, height, width)
+
+
+def _angles():
+    if _TIMESTEPS.value is None:
+        return None
+    try:
+        return [float(angle) for angle in _TIMESTEPS.value]
+    except ValueError:
+        raise UserError(f"--timesteps={','.join(_TIMESTEPS.value)}: give numbers, for example 1.57,1.0,0") from None
 
 
 def _read_prompts():

@@ -18,16 +18,20 @@ ALLOWED = {
     "data": {"errors"},
     "config": {"errors"},
     "weights": {"errors"},
-    "pictures": set(),
+    "pictures": {"errors"},
+    "resolutions": set(),
+    "conversion": {"errors", "weights", "models"},
+    "parts": {"errors", "data", "models"},
     "evaluation": {"data"},
     "training": {"errors", "config", "data", "diffusion", "models"},
     "build": {"config", "weights", "data", "models", "training"},
     "generation": {"diffusion"},
     "run": {"errors", "config", "weights", "pictures", "data", "diffusion", "evaluation", "training", "build", "generation"},
-    "pipeline": {"errors", "config", "weights", "diffusion", "models", "build", "generation", "run"},
+    "pipeline": {"errors", "config", "weights", "data", "diffusion", "models", "build", "conversion", "generation", "parts", "run"},
     "fit_codec": {"errors", "cli", "weights", "data"},
     "main": {"errors", "cli", "config", "run", "training"},
-    "sample": {"errors", "cli", "pictures", "pipeline"},
+    "sample": {"errors", "cli", "pictures", "pipeline", "resolutions"},
+    "convert": {"errors", "cli", "conversion", "pipeline"},
 }  # fmt: skip
 
 

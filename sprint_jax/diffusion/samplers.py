@@ -56,7 +56,7 @@ def flow_times(steps, shift=1.0):
     return (shift * t / (1 + (shift - 1) * t)).astype(np.float32)
 
 
-def scm(F, noise, step_noise, times):
+def scm(F, noise, step_noise, times, start=None):
     """Multi-step consistency sampling (paper section 2.2; released `SCMScheduler`).
 
         x0_hat = cos(s) x - sin(s) sigma_d F(x / sigma_d, s);   x <- cos(t) x0_hat + sin(t) sigma_d noise
@@ -66,6 +66,8 @@ def scm(F, noise, step_noise, times):
       noise: [B, ...] unit-variance start. step_noise: [steps - 1, B, ...] unit-variance draws between
         steps (the released code also draws one at t = 0, where it is multiplied by sin 0).
       times: [steps + 1], ending in 0.
+      start: clean latents [B, ...] at unit scale to begin from (img2img): x = sigma_d (cos(s) start +
+        sin(s) noise) at the first time s. None begins from noise alone.
     Returns:
       [B, ...] at unit scale: the last x0_hat / sigma_d.
     """
@@ -81,7 +83,10 @@ def scm(F, noise, step_noise, times):
         s, t, z = inputs
         return jnp.cos(t) * denoise(x, s) + jnp.sin(t) * SIGMA_D * z, None
 
-    x, _ = jax.lax.scan(step, SIGMA_D * noise, (times[:-2], times[1:-1], step_noise))
+    x = SIGMA_D * noise
+    if start is not None:
+        x = SIGMA_D * (jnp.cos(times[0]) * start + jnp.sin(times[0]) * noise)
+    x, _ = jax.lax.scan(step, x, (times[:-2], times[1:-1], step_noise))
     return denoise(x, times[-2]) / SIGMA_D
 
 

@@ -1,0 +1,65 @@
+"""Checkpoints between diffusers' layout and ours: python -m sprint_jax.convert --from=DIR --to=DIR
+
+    from a diffusers SANA-Sprint folder      to our form (model.json and safetensors), instruction included
+    from our form                            to a diffusers folder, bit-equal tensors
+    from a run directory (--workdir)         to diffusers' transformer/ and scheduler/
+    from a .safetensors file of the official to diffusers' transformer/ and scheduler/
+         repository's names
+"""
+
+import dataclasses
+import pathlib
+import sys
+
+from absl import app, flags
+
+from sprint_jax import cli
+from sprint_jax.errors import UserError
+
+_FROM = flags.DEFINE_string("from", None, "Folder or native .safetensors file to convert.")
+_TO = flags.DEFINE_string("to", None, "Folder to make; it must not exist or be empty.")
+_TEXT = flags.DEFINE_string(
+    "instruction", None, "Text file with the instruction before each prompt ('' for none); default: of diffusers."
+)
+
+
+def main(argv):
+    with cli.user_errors():
+        if len(argv) > 1:
+            raise UserError(f"unexpected argument {argv[1]!r}: flags look like --name=value")
+        for name, flag in (("from", _FROM), ("to", _TO)):
+            if not flag.value:
+                raise UserError(f"--{name} is missing: give a folder")
+        source, target = pathlib.Path(_FROM.value), pathlib.Path(_TO.value)
+        from sprint_jax.conversion import folder, instruction
+
+        say = lambda message: print(message, flush=True)
+        if source.is_file():
+            folder.write_diffusers(target, folder.read_native(source))
+        elif folder.is_diffusers(source):
+            wording = instruction.published(_TEXT.value)
+            folder.write_ours(target, folder.read_diffusers(source, dtype=None, instruction=wording, say=say))
+        elif folder.is_ours(source):
+            folder.write_diffusers(target, folder.read_ours(source, dtype=None, say=say))
+        elif source.is_dir():
+            folder.write_diffusers(target, _student(source))
+            say("embedded models have a text encoder and a pixel codec that diffusers does not know: only")
+            say("transformer/ and scheduler/ were written; load them with SanaTransformer2DModel and SCMScheduler")
+        else:
+            raise UserError(f"no folder or file {source}: give a checkpoint")
+        say(f"wrote {target}")
+
+
+def _student(path):
+    """The student of a run as diffusers has it, without its log-variance head."""
+    from sprint_jax import pipeline
+    from sprint_jax.conversion import folder
+
+    model, params, _ = pipeline.read_student(path)
+    inputs = {name: leaf for name, leaf in params["inputs"].items() if name != "logvar"}
+    model = dataclasses.replace(model, logvar_head=False)
+    return folder.Checkpoint(model, None, None, {"transformer": params | {"inputs": inputs}}, None, "")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=cli.parse_flags, argv=sys.argv)

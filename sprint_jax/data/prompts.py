@@ -1,0 +1,78 @@
+"""Prompts of the published models to Gemma tokens: the instruction, the window and its odd arithmetic.
+
+The published pipeline tokenises instruction + prompt, pads on the right to n + 300 - 2 tokens, where n is
+the length of the instruction alone, and keeps position 0 and the last 299 of the hidden states. The
+instruction ends in a space that merges with the prompt's first word, so of its n tokens n - 1 are the same
+for every prompt: that is the prefix whose keys and values are computed once.
+"""
+
+import warnings
+
+import numpy as np
+
+from sprint_jax.errors import UserError
+
+WINDOW = 300
+BOS = 2
+# Prompts are padded to the next of these lengths, so that a few programs serve all. WINDOW - 1 with the
+# instruction (the first token's state comes with the prefix), WINDOW without.
+_BUCKETS = (15, 31, 63, 127, WINDOW - 1, WINDOW)
+
+
+class GemmaPrompts:
+    """Tokens of prompts under one instruction.
+
+    prefix: int32 [P], the tokens that all prompts share; empty without an instruction.
+    """
+
+    def __init__(self, tokenizer, instruction: str):
+        """tokenizer: a transformers fast tokenizer that puts <bos> first. instruction: "" for none."""
+        self._tokenizer, self._instruction = tokenizer, instruction
+        start = self._ids(instruction)
+        if not start or start[0] != BOS:
+            raise UserError(
+                f"the tokenizer begins a text with token {start[:1]}, not with <bos> ({BOS}): this is not Gemma's "
+                "tokenizer as SANA uses it (add_bos_token must be true)"
+            )
+        self.prefix = np.array(start[:-1] if instruction else [], np.int32)
+
+    def _ids(self, text):
+        return self._tokenizer(text, add_special_tokens=True)["input_ids"]
+
+    def tokens(self, prompts):
+        """list of B prompts -> list of B int32 arrays: what follows the prefix, cut to the window.
+
+        Prompts are lower-cased and stripped, as the published pipeline does. One that is too long is cut,
+        with a warning that shows what was lost.
+        """
+        return [self._one(i, prompt) for i, prompt in enumerate(prompts)]
+
+    def _one(self, index, prompt):
+        text = prompt.lower().strip()
+        ids = self._ids(self._instruction + text)
+        start = len(self.prefix)
+        if ids[:start] != self.prefix.tolist():
+            raise UserError(f"prompt {index} begins with characters that merge with the instruction: begin with a letter")
+        room = WINDOW - 1 if start else WINDOW
+        rest = ids[start:]
+        if len(rest) > room:
+            lost = self._tokenizer.decode(rest[room:])
+            shown = lost if len(lost) <= 80 else lost[:77] + "..."
+            warnings.warn(
+                f"prompt {index} has {len(rest)} tokens and the model reads {room}: cut off {shown!r}", stacklevel=3
+            )
+        return np.array(rest[:room], np.int32)
+
+
+def bucket(length):
+    """The padded length of a prompt of `length` tokens."""
+    return next(b for b in _BUCKETS if length <= b)
+
+
+def pad(ids, length):
+    """list of B int32 arrays -> tokens int32 [B, length] (0 is <pad>), mask float32 [B, length]."""
+    tokens, mask = np.zeros((len(ids), length), np.int32), np.zeros((len(ids), length), np.float32)
+    for row, one in enumerate(ids):
+        tokens[row, : len(one)] = one
+        mask[row, : len(one)] = 1
+    return tokens, mask

@@ -1,0 +1,337 @@
+"""DC-AE, the deep-compression autoencoder of SANA (f32c32), as pure functions of a parameter tree.
+
+Residual blocks at fine resolutions, EfficientViT blocks (multi-scale ReLU linear attention and a gated
+depthwise convolution) at coarse ones, and parameter-free shortcuts around every change of resolution.
+Everything is NHWC. Names, order and epsilons follow diffusers' `AutoencoderDC`; the encoder is deterministic.
+
+Shape letters: B batch, H and W pixels, h and w latent cells, C channels.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sprint_jax.models import depthwise, layers
+
+NORM_EPS = 1e-5
+RESIDUAL, EFFICIENT_VIT = "ResBlock", "EfficientViTBlock"  # diffusers' names
+
+
+def space_to_channels(x):
+    """Pixel-unshuffle by 2. [B, 2H, 2W, C] -> [B, H, W, 4C], channel order (c, dy, dx)."""
+    return einops.rearrange(x, "b (h p) (w q) c -> b h w (c p q)", p=2, q=2)
+
+
+def channels_to_space(x):
+    """Pixel-shuffle by 2, the inverse of `space_to_channels`."""
+    return einops.rearrange(x, "b h w (c p q) -> b (h p) (w q) c", p=2, q=2)
+
+
+def group_mean(x, channels):
+    """Mean over groups of consecutive channels. [..., C] -> [..., channels]."""
+    return x.reshape(*x.shape[:-1], channels, -1).mean(-1)
+
+
+def repeat_channels(x, channels):
+    """Each channel repeated in place. [..., C] -> [..., channels]."""
+    return jnp.repeat(x, channels // x.shape[-1], axis=-1)
+
+
+def conv3x3(x, kernel, stride=1):
+    """3x3 convolution, padding 1, summed in float32. x [B, H, W, Cin], kernel [3, 3, Cin, Cout]."""
+    return jax.lax.conv_general_dilated(
+        x, kernel.astype(x.dtype), (stride, stride), ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+
+def upsample_conv3x3(x, kernel):
+    """Nearest x2 then a 3x3 convolution, exactly, at 4/9 of its multiplications.
+
+    Of the 3x3 taps of an output pixel only 2x2 differ in the small picture, so each of the four output
+    phases is a 2x2 convolution by sums of taps. One VALID convolution makes all four.
+
+    x [B, H, W, Cin], kernel [3, 3, Cin, Cout] -> [B, 2H, 2W, Cout] float32.
+    """
+    height, width = x.shape[1:3]
+    first, middle, last = kernel.astype(jnp.float32)
+    rows = (jnp.stack([first, middle + last]), jnp.stack([first + middle, last]))  # by phase: [2, 3, ...]
+    phases = []
+    for row in rows:
+        left, centre, right = row[:, 0], row[:, 1], row[:, 2]
+        phases += [jnp.stack([left, centre + right], 1), jnp.stack([left + centre, right], 1)]
+    taps = jnp.concatenate(phases, -1).astype(x.dtype)  # [2, 2, Cin, 4 Cout]
+    y = jax.lax.conv_general_dilated(
+        x, taps, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=jnp.float32,
+    )  # [B, H + 1, W + 1, 4 Cout]; phase (p, q) of cell (i, j) is at (i + p, j + q)
+    y = y.reshape(*y.shape[:3], 2, 2, -1)
+    shifted = [[y[:, p : p + height, q : q + width, p, q] for q in (0, 1)] for p in (0, 1)]
+    y = jnp.stack([jnp.stack(row, 3) for row in shifted], 3)  # [B, H, W, 2, 2, Cout]
+    return einops.rearrange(y, "b h w p q c -> b (h p) (w q) c")
+
+
+class _Conv(nn.Module):
+    """3x3 convolution; `stride` 2 halves the picture, `upsample` doubles it first."""
+
+    channels: int
+    stride: int = 1
+    upsample: bool = False
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.channels))
+        y = upsample_conv3x3(x, kernel) if self.upsample else conv3x3(x, kernel, self.stride)
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.channels,)).astype(y.dtype)
+        return y.astype(x.dtype)
+
+
+class _Norm(nn.Module):
+    """RMSNorm over channels with weight and bias."""
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        weight = self.param("weight", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        return layers.rms_norm(x, weight, NORM_EPS) + bias.astype(x.dtype)
+
+
+class _Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1]
+        y = layers.silu(_Conv(channels, name="conv1")(x))
+        return x + _Norm(name="norm")(_Conv(channels, bias=False, name="conv2")(y))
+
+
+class _MultiscaleAttention(nn.Module):
+    """ReLU linear attention over q, k, v and over depthwise-smoothed copies of them.
+
+    The concatenated projections are cut into groups of three heads' widths, and each group into that
+    head's q, k and v: what diffusers calls `to_q`, `to_k`, `to_v` are not the q, k and v of any head.
+    """
+
+    head_dim: int
+    scales: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):  # [B, H, W, C]
+        batch, height, width, channels = x.shape
+        group = self.head_dim
+        qkv = layers.Dense(3 * channels, use_bias=False, dtype=x.dtype, name="to_qkv")(x)
+        copies = [qkv]
+        for i, size in enumerate(self.scales):
+            stencil = self.param(f"scale_{i}_depth", nn.initializers.lecun_normal(), (size, size, 3 * channels))
+            mixing = self.param(
+                f"scale_{i}_point", nn.initializers.lecun_normal(), (3 * channels // group, group, group)
+            )
+            smooth = depthwise.depthwise_conv(qkv, stencil.astype(x.dtype)).astype(x.dtype)
+            grouped = smooth.reshape(*smooth.shape[:3], -1, group)
+            copies.append(jnp.einsum("bhwgi,gio->bhwgo", grouped, mixing.astype(x.dtype)).reshape(qkv.shape))
+        heads = jnp.concatenate(copies, -1).reshape(batch, height * width, -1, 3 * group)
+        q, k, v = jnp.split(heads, 3, -1)
+        out = layers.linear_attention(q, k, v).reshape(batch, height, width, -1)
+        out = layers.Dense(channels, use_bias=False, dtype=x.dtype, name="to_out")(out)
+        return x + _Norm(name="norm_out")(out)
+
+
+class _EfficientViT(nn.Module):
+    head_dim: int
+    scales: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        x = _MultiscaleAttention(self.head_dim, self.scales, name="attn")(x)
+        y = layers.GLUMBConv(4 * x.shape[-1], x.dtype, name="ff")(x)
+        return x + _Norm(name="ff_norm")(y)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One resolution. block: "ResBlock" or "EfficientViTBlock"; scales: depthwise sizes of its attention."""
+
+    channels: int
+    layers: int
+    block: str
+    scales: tuple[int, ...]
+
+    def __post_init__(self):
+        if self.block not in (RESIDUAL, EFFICIENT_VIT):
+            raise ValueError(f"block {self.block!r}: use {RESIDUAL!r} or {EFFICIENT_VIT!r}")
+
+
+def _blocks(stage, head_dim, x):
+    for i in range(stage.layers):
+        if stage.block == RESIDUAL:
+            x = _Residual(name=f"block_{i}")(x)
+        else:
+            x = _EfficientViT(head_dim, stage.scales, name=f"block_{i}")(x)
+    return x
+
+
+class _DownStage(nn.Module):
+    """Blocks, then half the resolution at `channels_out` channels unless that is None."""
+
+    stage: Stage
+    head_dim: int
+    channels_out: int | None
+
+    @nn.compact
+    def __call__(self, x):
+        x = _blocks(self.stage, self.head_dim, x)
+        if self.channels_out is None:
+            return x
+        shortcut = group_mean(space_to_channels(x), self.channels_out)
+        return _Conv(self.channels_out, stride=2, name="down")(x) + shortcut
+
+
+class _UpStage(nn.Module):
+    """Twice the resolution at the stage's channels if `upsample`, then blocks."""
+
+    stage: Stage
+    head_dim: int
+    upsample: bool
+
+    @nn.compact
+    def __call__(self, x):
+        if self.upsample:
+            shortcut = channels_to_space(repeat_channels(x, 4 * self.stage.channels))
+            x = _Conv(self.stage.channels, upsample=True, name="up")(x) + shortcut
+        return _blocks(self.stage, self.head_dim, x)
+
+
+class _Encoder(nn.Module):
+    ae: "DCAE"
+
+    @nn.compact
+    def __call__(self, x):
+        stages = self.ae.encoder
+        x = _Conv(stages[0].channels, name="conv_in")(x)
+        for i, stage in enumerate(stages):
+            after = stages[i + 1].channels if i + 1 < len(stages) else None
+            x = _DownStage(stage, self.ae.head_dim, after, name=f"stage_{i}")(x)
+        latent = self.ae.latent_channels
+        return _Conv(latent, name="conv_out")(x) + group_mean(x, latent)
+
+
+class _Decoder(nn.Module):
+    ae: "DCAE"
+
+    @nn.compact
+    def __call__(self, z):
+        stages = self.ae.decoder
+        x = _Conv(stages[-1].channels, name="conv_in")(z) + repeat_channels(z, stages[-1].channels)
+        for i in reversed(range(len(stages))):
+            x = _UpStage(stages[i], self.ae.head_dim, i + 1 < len(stages), name=f"stage_{i}")(x)
+        x = jax.nn.relu(_Norm(name="norm_out")(x))
+        return _Conv(self.ae.in_channels, name="conv_out")(x)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DCAE:
+    """Description of a DC-AE.
+
+    in_channels: of pictures. latent_channels: of latents. head_dim: of the attention.
+    encoder, decoder: stages from the finest resolution to the coarsest.
+    scaling_factor: multiplies encoded latents for the diffusion model.
+    """
+
+    in_channels: int
+    latent_channels: int
+    head_dim: int
+    encoder: tuple[Stage, ...]
+    decoder: tuple[Stage, ...]
+    scaling_factor: float
+
+    def __post_init__(self):
+        if len(self.encoder) != len(self.decoder):
+            raise ValueError(f"{len(self.encoder)} encoder stages and {len(self.decoder)} decoder stages")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell along each side."""
+        return 2 ** (len(self.encoder) - 1)
+
+    def init(self, key):
+        """Random parameters {"encoder", "decoder"}, float32."""
+        k_encoder, k_decoder = jax.random.split(key)
+        picture = jnp.zeros((1, self.factor, self.factor, self.in_channels))
+        latent = jnp.zeros((1, 1, 1, self.latent_channels))
+        return {
+            "encoder": _Encoder(self).init(k_encoder, picture)["params"],
+            "decoder": _Decoder(self).init(k_decoder, latent)["params"],
+        }
+
+    def encode(self, params, x):
+        """Pictures [B, H, W, 3] in [-1, 1] -> latents [B, H/f, W/f, latent_channels], not yet scaled."""
+        if x.shape[1] % self.factor or x.shape[2] % self.factor:
+            raise ValueError(f"picture of {x.shape[1]} x {x.shape[2]}: sides must be multiples of {self.factor}")
+        return _Encoder(self).apply({"params": params["encoder"]}, x)
+
+    def decode(self, params, z):
+        """Latents [B, h, w, latent_channels] as `encode` returns them -> pictures about [-1, 1]."""
+        return _Decoder(self).apply({"params": params["decoder"]}, z)
+
+
+def tiled(function: Callable, x, *, tile: int, stride: int, scale: float):
+    """Applies `function` (encode or decode) to overlapping tiles and blends them linearly.
+
+    Memory then grows with the tile, not with the picture. Attention is global, so the result is near to
+    the untiled one, not equal. Tile order and blending are diffusers' `tiled_decode`.
+
+    Args:
+      x: [B, H, W, C]. tile, stride: side and distance of tiles in cells of x.
+      scale: output cells per input cell: the factor when decoding, 1 / factor when encoding.
+    """
+    height, width = x.shape[1:3]
+    out_stride, overlap = round(stride * scale), round((tile - stride) * scale)
+    above, rows = None, []
+    for top in range(0, height, stride):
+        row, left = [], None
+        for j, start in enumerate(range(0, width, stride)):
+            piece = function(x[:, top : top + tile, start : start + tile])
+            if above is not None:
+                piece = _blend(above[j], piece, overlap, axis=1)
+            if left is not None:
+                piece = _blend(left, piece, overlap, axis=2)
+            row.append(piece)
+            left = piece
+        above = row
+        rows.append(jnp.concatenate([p[:, :out_stride, :out_stride] for p in row], 2))
+    return jnp.concatenate(rows, 1)[:, : round(height * scale), : round(width * scale)]
+
+
+def _blend(before, after, extent, axis):
+    """`after`, whose first `extent` lines fade in over the last ones of `before`."""
+    extent = min(before.shape[axis], after.shape[axis], extent)
+    shape = [1] * after.ndim
+    shape[axis] = extent
+    fade = (jnp.arange(extent, dtype=after.dtype) / extent).reshape(shape)
+    old = jax.lax.slice_in_dim(before, before.shape[axis] - extent, before.shape[axis], axis=axis)
+    new = jax.lax.slice_in_dim(after, 0, extent, axis=axis)
+    rest = jax.lax.slice_in_dim(after, extent, after.shape[axis], axis=axis)
+    return jnp.concatenate([old * (1 - fade) + new * fade, rest], axis)
+
+
+_WIDTHS = (128, 256, 512, 512, 1024, 1024)
+
+
+def _published(depths):
+    return tuple(
+        Stage(c, n, RESIDUAL if i < 3 else EFFICIENT_VIT, () if i < 3 else (5,))
+        for i, (c, n) in enumerate(zip(_WIDTHS, depths, strict=True))
+    )
+
+
+# dc-ae-f32c32-sana-1.1; sana-1.0 has the same shapes.
+DCAE_F32C32 = DCAE(
+    in_channels=3, latent_channels=32, head_dim=32, encoder=_published((2, 2, 2, 3, 3, 3)),
+    decoder=_published((3, 3, 3, 3, 3, 3)), scaling_factor=0.41407,
+)  # fmt: skip

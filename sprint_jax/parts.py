@@ -1,0 +1,154 @@
+"""The two seams of a pipeline: prompts to text features, and latents to pixels and back.
+
+A text part has `prepare(prompts)`, which runs on the host and gives a list of groups that share one shape,
+and `features(params, arrays)`, which is traced. A pixel part has `decode(params, latents)`, traced, and
+`encode(params, images)`. Parameters are arguments everywhere.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sprint_jax.data import prompts as prompts_lib
+from sprint_jax.errors import UserError
+from sprint_jax.models.dc_ae import DCAE, tiled
+from sprint_jax.models.gemma2 import Gemma2
+
+# Latent cells of a tile and between tiles, where a picture is decoded in tiles (diffusers: 16 and 14, with
+# seams on flat areas that its users report at 4K; 32 cells are 1024 px).
+TILE, TILE_STRIDE = 32, 28
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EmbeddedText:
+    """The seeded encoder of `shapes` prompts. encoder: `data.text.ShapesText`."""
+
+    encoder: Any
+
+    def prepare(self, prompts):
+        """One (key, arrays) per prompt; prompts with equal keys may share a batch."""
+        for i, prompt in enumerate(prompts):
+            if not prompt.strip():
+                raise UserError(f"prompt {i} is empty: say what to draw, for example 'a red circle'")
+        text, mask = self.encoder.encode(prompts)
+        return [(0, {"text": text[i], "mask": mask[i]}) for i in range(len(prompts))]
+
+    def features(self, params, arrays):
+        return arrays["text"], arrays["mask"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GemmaText:
+    """Gemma-2 behind a fixed instruction.
+
+    model: its description. prompts: tokens of prompts. params hold {"model", "prefix"}; see `gemma_params`.
+    """
+
+    model: Gemma2
+    prompts: prompts_lib.GemmaPrompts
+
+    def prepare(self, prompts):
+        rows = []
+        for ids in self.prompts.tokens(prompts):
+            length = prompts_lib.bucket(len(ids))
+            tokens, mask = prompts_lib.pad([ids], length)
+            rows.append((length, {"tokens": tokens[0], "mask": mask[0]}))
+        return rows
+
+    def features(self, params, arrays):
+        """[B, L, D] and [B, L]: the first token's state, then those of the prompt."""
+        tokens, mask, prefix = arrays["tokens"], arrays["mask"], params["prefix"]
+        states = self.model.apply(params["model"], tokens, mask, prefix)
+        if prefix is None:
+            return states, mask
+        first = jnp.broadcast_to(prefix.first, (len(tokens), 1, self.model.width))
+        return jnp.concatenate([first, states], 1), jnp.concatenate([jnp.ones_like(mask[:, :1]), mask], 1)
+
+
+def gemma_params(text: GemmaText, params):
+    """Parameters of `GemmaText.features`: the model's, and its keys and values of the instruction."""
+    tokens = text.prompts.prefix
+    prefix = jax.jit(text.model.prefix)(params, tokens) if len(tokens) else None
+    return {"model": params, "prefix": prefix}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EmbeddedPixels:
+    """A linear patch codec without parameters of its own. codec: of `data.pixels`."""
+
+    codec: Any
+
+    @property
+    def factor(self) -> int:
+        return self.codec.block
+
+    @property
+    def channels(self) -> int:
+        return self.codec.channels
+
+    def decode(self, params, latents):
+        return self.codec.decode(latents)
+
+    def encode(self, params, images):
+        return self.codec.encode(images)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AutoencoderPixels:
+    """DC-AE. model: its description. tile: decode in tiles any picture larger than one."""
+
+    model: DCAE
+    tile: bool
+
+    @property
+    def factor(self) -> int:
+        return self.model.factor
+
+    @property
+    def channels(self) -> int:
+        return self.model.latent_channels
+
+    def decode(self, params, latents):
+        """Latents at unit scale float32 [B, h, w, c] -> uint8 [B, H, W, 3].
+
+        The division happens in the dtype of the parameters, as in the published pipeline.
+        """
+        z = latents.astype(jax.tree.leaves(params)[0].dtype)
+        z = z / jnp.asarray(self.model.scaling_factor, z.dtype)
+        decode = functools.partial(self.model.decode, params)
+        if self.tile and max(z.shape[1:3]) > TILE:
+            images = tiled(decode, z, tile=TILE, stride=TILE_STRIDE, scale=self.factor)
+        else:
+            images = decode(z)
+        images = jnp.clip(images * 0.5 + 0.5, 0, 1).astype(jnp.float32)
+        return jnp.round(255 * images).astype(jnp.uint8)
+
+    def encode(self, params, images):
+        """uint8 [B, H, W, 3] -> latents at unit scale float32 [B, h, w, c]."""
+        dtype = jax.tree.leaves(params)[0].dtype
+        x = (jnp.asarray(images, jnp.float32) / 127.5 - 1).astype(dtype)
+        return self._encode(params, x).astype(jnp.float32) * self.model.scaling_factor
+
+    @functools.cached_property
+    def _encode(self):
+        return jax.jit(self.model.encode)
+
+
+def batches(rows, size):
+    """Groups prepared prompts of equal shape, `size` at a time.
+
+    rows: [(key, arrays)]. Yields (indices, the same padded to `size`, arrays stacked in that order). A prompt's company never changes its shapes, so it never changes its picture.
+    """
+    by_key = {}
+    for i, (key, _) in enumerate(rows):
+        by_key.setdefault(key, []).append(i)
+    for indices in by_key.values():
+        for start in range(0, len(indices), size):
+            part = indices[start : start + size]
+            padded = part + [part[-1]] * (size - len(part))
+            arrays = [rows[i][1] for i in padded]
+            yield part, padded, {name: np.stack([a[name] for a in arrays]) for name in arrays[0]}
