@@ -215,9 +215,14 @@ def text_encoder_json(m: Gemma2) -> dict:
         "head_dim": m.head_dim, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
         "hidden_size": m.width, "intermediate_size": m.hidden, "max_position_embeddings": 8192,
         "model_type": "gemma2", "num_attention_heads": m.heads, "num_hidden_layers": m.depth,
-        "num_key_value_heads": m.kv_heads, "pad_token_id": 0, "query_pre_attn_scalar": m.query_scalar,
+        "num_key_value_heads": m.kv_heads, "pad_token_id": 0, "query_pre_attn_scalar": _whole(m.query_scalar),
         "rms_norm_eps": m.eps, "rope_theta": m.theta, "sliding_window": m.window, "vocab_size": m.vocab,
     }  # fmt: skip
+
+
+def _whole(value):
+    """An integer where the value is one: transformers 5 insists."""
+    return int(value) if value == int(value) else value
 
 
 def check_scheduler(config: dict):
