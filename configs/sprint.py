@@ -36,7 +36,7 @@ def _shapes():
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.data = dict(size=32, seed=0, eval_seed=1)
-    config.codec = dict(block=8, scale=1.256, weights="package:shapes_codec", channels=48)
+    config.codec = dict(block=8, scale=1.236, weights="package:shapes_codec", channels=32)
     config.model = dict(
         width=128, depth=7, heads=4, cross_heads=4, mlp_ratio=2.0, patch_size=1,
         qk_norm=True, time_scale=1.0, guidance_embed=True, guidance_scale_factor=0.1,
@@ -44,10 +44,10 @@ def _shapes():
     )  # fmt: skip
     config.teacher = dict(
         pretrained="package:shapes_teacher",
-        steps=5000, batch=64, ema=0.998, caption_dropout=0.1,
+        steps=6000, batch=64, ema=0.998, caption_dropout=0.1, border_start=True,
         time_mean=0.0, time_std=1.0, time_shift=3.0,
         base_qk_norm=True, base_time_scale=1.0, finetune_steps=0, finetune_lr=3e-4,
-        optimizer=dict(lr=2e-3, warmup=200, decay_to=0.02, b1=0.9, b2=0.99, weight_decay=0.01, clip=1.0),
+        optimizer=dict(lr=2e-3, muon_lr=0.02, warmup=100, decay_to=0.02, b1=0.9, b2=0.99, weight_decay=0.01, clip=1.0),
     )  # fmt: skip
     config.sprint = dict(
         steps=1600, batch=32, ema=0.99,
@@ -55,8 +55,8 @@ def _shapes():
         p_mean=-1.0, p_std=1.4, tangent_warmup=300, tangent_normalize=True, weighting="code",
         scm_weight=1.0, adv_weight=5.0, max_time=0.5,
         disc_mean=-0.6, disc_std=1.0, reduction="code", misaligned=True, head_blocks=(1, 3, 5),
-        optimizer=dict(lr=2e-4, warmup=20, decay_to=0.1, b1=0.0, b2=0.99, weight_decay=0.0, clip=0.5),
-        head_optimizer=dict(lr=5e-4, warmup=0, decay_to=1.0, b1=0.0, b2=0.99, weight_decay=0.0, clip=0.5),
+        optimizer=dict(lr=2e-4, muon_lr=0.0, warmup=20, decay_to=0.1, b1=0.0, b2=0.99, weight_decay=0.0, clip=0.5),
+        head_optimizer=dict(lr=5e-4, muon_lr=0.0, warmup=0, decay_to=1.0, b1=0.0, b2=0.99, weight_decay=0.0, clip=0.5),
     )  # fmt: skip
     config.evaluation = dict(
         prompts=256, batch=64, teacher_steps=20, teacher_guidance=2.0, student_guidance=2.0,
@@ -78,7 +78,7 @@ def _smoke(config):
 
 def _shapes_64(config):
     config.data.size = 64
-    config.codec.update(block=8, scale=1.28, weights="", channels=192)
+    config.codec.update(block=8, scale=1.256, weights="", channels=192)
     config.model.update(width=384, depth=12, heads=12, cross_heads=6, mlp_ratio=2.5, unroll=1, dtype="bfloat16")
     config.teacher.update(pretrained="", steps=3000, batch=256)
     config.sprint.update(steps=1600, batch=64, head_blocks=(2, 5, 8, 11))

@@ -57,9 +57,13 @@ class Model:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW. warmup: steps of linear warm-up; decay_to: final share of lr under a cosine (1 = constant)."""
+    """AdamW, or Muon with AdamW for what is no matrix. lr: AdamW's; muon_lr: Muon's, 0 for AdamW alone.
+
+    warmup: steps of linear warm-up; decay_to: final share of the rates under a cosine (1 = constant).
+    """
 
     lr: float
+    muon_lr: float
     warmup: int
     decay_to: float
     b1: float
@@ -75,6 +79,7 @@ class Teacher:
     pretrained: weights to use instead of training: a .safetensors file, "package:NAME" for one shipped
       with the code, "" to train here.
     steps, batch, ema, caption_dropout: training; ema is the decay (0: none).
+    border_start: begin from parameters in which zero padding shows (`training/teacher_step.py`).
     time_mean, time_std, time_shift: logit-normal time sampling.
     base_qk_norm, base_time_scale: what the teacher is first trained with. Where they differ from
       model.qk_norm and model.time_scale, finetune_steps more steps follow with the missing parts added.
@@ -85,6 +90,7 @@ class Teacher:
     batch: int
     ema: float
     caption_dropout: float
+    border_start: bool
     time_mean: float
     time_std: float
     time_shift: float

@@ -12,7 +12,7 @@ from sprint_jax.errors import UserError
 _FILE = flags.DEFINE_string("file", None, "File to write.")
 _SIZE = flags.DEFINE_integer("size", 32, "Side of the pictures in pixels.")
 _BLOCK = flags.DEFINE_integer("block", 8, "Side of a patch in pixels.")
-_CHANNELS = flags.DEFINE_integer("channels", 48, "Components kept.")
+_CHANNELS = flags.DEFINE_integer("channels", 32, "Components kept.")
 _PICTURES = flags.DEFINE_integer("pictures", 4000, "Training pictures that it is fitted to.")
 
 

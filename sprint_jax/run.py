@@ -130,11 +130,12 @@ def _teacher(config, workdir, records, say):
         say(f"teacher: done before, {finished}")
         return weights.load(finished, _abstract(model))
     base = build.base_teacher(config)
-    params = _train_teacher(config, "teacher", base, lambda: base.init(jax.random.key(config.seed)),
-                            t.optimizer, t.steps, workdir, records, say)  # fmt: skip
+    start = lambda: teacher_step.start(base, jax.random.key(config.seed), borders=t.border_start)
+    params = _train_teacher(config, "teacher", base, start, t.optimizer, t.steps, workdir, records, say)
     if build.needs_finetune(config):
         change = lambda: teacher_step.add_qk_norm(params, model, jax.random.key(config.seed))
-        optimizer = dataclasses.replace(t.optimizer, lr=t.finetune_lr)
+        slower = t.finetune_lr / t.optimizer.lr
+        optimizer = dataclasses.replace(t.optimizer, lr=t.finetune_lr, muon_lr=slower * t.optimizer.muon_lr)
         params = _train_teacher(config, "finetune", model, change, optimizer, t.finetune_steps, workdir, records, say)
     weights.save(finished, params)
     return params

@@ -311,7 +311,7 @@ def test_requests_that_cannot_be_met(source):
 def test_long_prompts_are_cut_with_a_warning(source):
     pipe = pipeline.load(source, dtype="float32")
     with pytest.warns(UserWarning, match="cut off '.*the tail of it'"):
-        pipe.text.prepare(["lighthouse " * 146 + "the tail of it"])
+        pipe.text.prepare(["lighthouse " * 150 + "the tail of it"])
 
 
 def test_pictures_do_not_depend_on_company(source):

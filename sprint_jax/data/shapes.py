@@ -1,7 +1,9 @@
 """`shapes`: captioned pictures of flat shapes, each a pure function of (seed, index).
 
 A caption follows a fixed grammar (below) and a picture shows exactly what it says: one to three objects
-on a plain background. Positions, sizes and anything the caption leaves open are random. One in eight of
+on a plain background. Sizes, cells of a 4 x 4 grid and anything else the caption leaves open are random,
+within a composition as a photographer would choose: one object stands near the middle, and two in a relation
+share one of the two middle rows (or columns), at least half a picture apart. One in eight of
 the composed captions is held out of training, so that `heldout` asks for combinations never seen.
 
     a {shape}                                        single object
@@ -31,13 +33,15 @@ RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {"two": 2, "three": 3}
 SPLITS = ("train", "heldout")
 
-# Centres lie on a lattice and sizes are three, all shares of the side: at 32 px with 4 px latent cells this
-# keeps the number of distinct patches small enough for a model that trains on two cores.
-_LATTICE = 8
-_SIZES = {1: (4 / 32, 6 / 32, 8 / 32), 2: (4 / 32, 4 / 32, 6 / 32), 3: (4 / 32,)}
+# Objects fill cells of a grid and sizes are few, all as shares of the side: at 32 px with 8 px latent cells
+# this keeps the number of distinct patches small enough for a model that trains on two cores.
+_GRID = 4
+_CELLS = tuple((i + 0.5) / _GRID for i in range(_GRID))
+_INNER = _CELLS[1:-1]
+_SMALL, _LARGE = (3 / 32, 4 / 32), 8 / 32
 _GAP = 1.5 / 32  # least empty space between objects
 _KINDS = ("shape", "colour", "count", "relation")
-_KIND_CUMULATIVE = (0.08, 0.25, 0.55, 1.0)
+_KIND_CUMULATIVE = (0.06, 0.18, 0.42, 1.0)
 _BACKGROUND_PROBABILITY = 0.3
 
 
@@ -171,14 +175,19 @@ def _draw_caption(rng, kind) -> Caption:
 def _place(rng, caption, background) -> tuple[Object, ...]:
     """Sizes and positions: inside the picture, apart from each other, in the relation asked for."""
     while True:
-        placed = []
-        for wanted in caption.objects:
-            colour = wanted.colour or _pick(rng, [c for c in COLOURS if c != background])
-            half = _pick(rng, _SIZES[len(caption.objects)])
-            free = [i / _LATTICE for i in range(_LATTICE + 1) if half <= i / _LATTICE <= 1 - half]
-            placed.append(Object(colour, wanted.shape, _pick(rng, free), _pick(rng, free), half))
+        placed = tuple(_place_one(rng, caption, wanted, background) for wanted in caption.objects)
         if _apart(placed) and (caption.relation is None or _related(placed, caption.relation)):
-            return tuple(placed)
+            return placed
+
+
+def _place_one(rng, caption, wanted, background) -> Object:
+    colour = wanted.colour or _pick(rng, [c for c in COLOURS if c != background])
+    alone = len(caption.objects) == 1
+    half = _pick(rng, (*_SMALL, _LARGE) if alone else _SMALL)
+    if half == _LARGE:
+        return Object(colour, wanted.shape, 0.5, 0.5, half)
+    free = _INNER if alone else _CELLS
+    return Object(colour, wanted.shape, _pick(rng, free), _pick(rng, free), half)
 
 
 def _apart(objects) -> bool:
@@ -190,13 +199,13 @@ def _apart(objects) -> bool:
 
 
 def _related(objects, relation) -> bool:
-    """Generously inside the checker's rule: well apart on one axis, nearly level on the other."""
+    """Generously inside the checker's rule: well apart on one axis, level on the other and in the middle."""
     a, b = objects
     dx, dy = b.x - a.x, b.y - a.y
-    along, across = {
-        "left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)
+    along, across, level = {
+        "left of": (dx, dy, a.y), "right of": (-dx, dy, a.y), "above": (dy, dx, a.x), "below": (-dy, dx, a.x)
     }[relation]  # fmt: skip
-    return along > 0.3 and abs(across) < 0.2
+    return along >= 0.5 and across == 0 and level in _INNER
 
 
 def coverage(shape, x, y, half, size):

@@ -1,8 +1,8 @@
 """The embedded text encoder: frozen, seeded, a few kilobytes, no download.
 
 It stands where Gemma-2 stands for the published models: prompts in, features [B, L, D] and a mask [B, L]
-out. A token's feature is a fixed mixture of its own word, exponentially fading memories of the words before
-and after it (so a noun carries its adjective and the relation it stands in) and its position.
+out. A token's feature holds its own word and the six words on either side, each by a fixed random vector of
+that word at that distance (so a noun carries its adjective and the relation it stands in), and its position.
 """
 
 import numpy as np
@@ -15,19 +15,17 @@ WORDS = (
     *shapes.NUMBERS, *shapes.COLOURS, *shapes.SHAPES, *(s + "s" for s in shapes.SHAPES),
 )  # fmt: skip
 LENGTH = 16
-_WORD_DIM, _POSITION_DIM = 32, 16
-DIM = 3 * _WORD_DIM + _POSITION_DIM
-_MEMORY = 0.7
+_REACH = 6
+_WORD_DIM, _POSITION_DIM = 16, 16
+DIM = (2 * _REACH + 1) * _WORD_DIM + _POSITION_DIM
 _SEED = 20251
 
 
 def _tables():
+    """Vectors of each word at each distance [2 REACH + 1, words, WORD_DIM], and of positions [L, POSITION_DIM]."""
     # RandomState: the one NumPy generator whose streams are frozen for good.
     rng = np.random.RandomState(_SEED)
-    words = rng.randn(len(WORDS), _WORD_DIM)
-    positions = rng.randn(LENGTH, _POSITION_DIM)
-    mixing, _ = np.linalg.qr(rng.randn(DIM, DIM))
-    return words, positions, mixing
+    return rng.randn(2 * _REACH + 1, len(WORDS), _WORD_DIM), rng.randn(LENGTH, _POSITION_DIM)
 
 
 class ShapesText:
@@ -40,7 +38,7 @@ class ShapesText:
     dim = DIM
 
     def __init__(self):
-        self._words, self._positions, self._mixing = _tables()
+        self._words, self._positions = _tables()
         self._index = {word: i for i, word in enumerate(WORDS)}
 
     def encode(self, prompts):
@@ -68,18 +66,12 @@ class ShapesText:
         return self._index[word]
 
     def _features(self, tokens):
-        words = self._words[tokens]
+        words = np.zeros((*tokens.shape, 2 * _REACH + 1, _WORD_DIM))
+        for k, distance in enumerate(range(-_REACH, _REACH + 1)):
+            here = slice(max(0, -distance), LENGTH - max(0, distance))
+            there = slice(max(0, distance), LENGTH - max(0, -distance))
+            seen = tokens[:, there]
+            words[:, here, k] = self._words[k][seen] * (seen != 0)[..., None]  # padding says nothing
         positions = np.broadcast_to(self._positions, (len(tokens), *self._positions.shape))
-        real = (tokens != 0)[..., None]  # padding leaves no memory
-        before = _memory(words * real)
-        after = _memory((words * real)[:, ::-1])[:, ::-1]
-        features = np.concatenate([words, before, after, positions], -1) @ self._mixing
+        features = np.concatenate([words.reshape(*tokens.shape, -1), positions], -1)
         return features.astype(np.float32)
-
-
-def _memory(words):
-    """Fading sum over the words before each one, itself left out. [B, L, W] -> [B, L, W]."""
-    memory = np.zeros_like(words)
-    for i in range(1, words.shape[1]):
-        memory[:, i] = _MEMORY * (memory[:, i - 1] + words[:, i - 1])
-    return memory

@@ -34,15 +34,38 @@ class SprintState:
 
 
 def optimizer(c: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW with linear warm-up and a cosine to `decay_to * lr` over `steps`."""
-    cosine = optax.cosine_decay_schedule(c.lr, max(1, steps - c.warmup), alpha=c.decay_to)
-    # The first update already moves: warm-up runs from lr / (warmup + 1) to lr.
-    rise = optax.linear_schedule(c.lr / (c.warmup + 1), c.lr, c.warmup)
-    schedule = optax.join_schedules([rise, cosine], [c.warmup])
-    return optax.chain(
-        optax.clip_by_global_norm(c.clip),
-        optax.adamw(schedule, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay),
-    )
+    """Global-norm clipping, then AdamW with linear warm-up and a cosine to `decay_to` over `steps`.
+
+    With c.muon_lr, matrices inside the network take Muon's orthogonalised updates instead, at that rate.
+    """
+
+    def schedule(lr):
+        cosine = optax.cosine_decay_schedule(lr, max(1, steps - c.warmup), alpha=c.decay_to)
+        # The first update already moves: warm-up runs from lr / (warmup + 1) to lr.
+        rise = optax.linear_schedule(lr / (c.warmup + 1), lr, c.warmup)
+        return optax.join_schedules([rise, cosine], [c.warmup])
+
+    if c.muon_lr:
+        update = optax.contrib.muon(
+            schedule(c.muon_lr), weight_decay=c.weight_decay, adam_b1=c.b1, adam_b2=c.b2,
+            adam_weight_decay=c.weight_decay, adam_learning_rate=schedule(c.lr),
+            muon_weight_dimension_numbers=_matrices,
+        )  # fmt: skip
+    else:
+        update = optax.adamw(schedule(c.lr), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(c.clip), update)
+
+
+def _matrices(params):
+    """Which axes of which parameters Muon treats as a matrix: inner kernels, layer by layer of a stack."""
+
+    def axes(path, leaf):
+        names = [str(key.key) for key in path]
+        if names[-1] != "kernel" or names[-2] in ("patch_embed", "proj_out", "logvar"):
+            return None
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def start_ema(params, decay):
