@@ -86,7 +86,9 @@ def _published(checkpoint, dtype, tile):
         raise UserError(f"cannot read the tokenizer in {checkpoint.tokenizer} ({error}): download it again") from None
     text = parts.GemmaText(checkpoint.text_encoder, prompts_lib.GemmaPrompts(tokenizer, checkpoint.instruction))
     pixels = parts.AutoencoderPixels(checkpoint.autoencoder, tile)
-    trees = {part: _to_device(checkpoint.params[part]) for part in folder.PARTS}
+    trees = {part: _to_device(checkpoint.params.pop(part)) for part in folder.PARTS}
+    if jax.default_backend() == "cpu":
+        trees["transformer"] = checkpoint.transformer.unstack(trees["transformer"])
     params = {
         "transformer": trees["transformer"],
         "text": parts.gemma_params(text, trees["text_encoder"]),

@@ -309,6 +309,15 @@ def library_conv(x, w):
     )  # fmt: skip
 
 
+def test_unstacked_parameters_give_the_same():
+    """With the features of both blocks, so that segments are tried; fails when a segment starts at 0."""
+    x, t, text, mask, w = inputs()
+    program = run(MODEL, features=(0, 1))
+    stacked, listed = (program(p, x, t, text, mask, w) for p in (randomised(), MODEL.unstack(randomised())))
+    for a, b in zip(jax.tree.leaves(stacked), jax.tree.leaves(listed), strict=True):
+        assert error(b, a) < 1e-6
+
+
 @pytest.mark.parametrize("k", [3, 5])
 def test_depthwise_value_and_jvp(k):
     """Against the library and against loops. Fails when _shifts swaps w[i, j] for w[j, i], and when _jvp

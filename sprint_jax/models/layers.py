@@ -63,11 +63,15 @@ def linear_attention(q, k, v):
 
 
 def cross_attention(q, k, v, mask):
-    """Softmax attention over text. q [B, N, h, d], k and v [B, L, h, d], mask [B, L] -> [B, N, h, d]."""
-    scores = jnp.einsum("bnhd,blhd->bhnl", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    """Softmax attention over text. q [B, N, h, d], k and v [B, L, h, d], mask [B, L] -> [B, N, h, d].
+
+    Heads lead in both products: XLA's CPU backend takes half the time of the same products as einsums.
+    """
+    q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
+    scores = jnp.matmul(q, jnp.swapaxes(k, 2, 3), preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     bias = jnp.where(mask.astype(bool), 0.0, MASKED)[:, None, None, :]
     weights = jax.nn.softmax(scores + bias, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhnl,blhd->bnhd", weights, v)
+    return jnp.swapaxes(weights @ v, 1, 2)
 
 
 def split_heads(x, heads):
