@@ -68,9 +68,10 @@ def load(path, *, dtype="bfloat16", instruction=None, tile=False, say=lambda mes
         raise UserError(f"no directory {path}: give a diffusers folder, a converted model or the --workdir of a run")
     if folder.is_diffusers(path):
         wording = instruction_lib.published(instruction)
-        return _published(folder.read_diffusers(path, dtype=dtype, instruction=wording, say=say), dtype, tile)
+        checkpoint = folder.read_diffusers(path, dtype=dtype, instruction=wording, place=_place, say=say)
+        return _published(checkpoint, dtype, tile)
     if folder.is_ours(path):
-        checkpoint = folder.read_ours(path, dtype=dtype, say=say)
+        checkpoint = folder.read_ours(path, dtype=dtype, place=_place, say=say)
         if instruction is not None:
             checkpoint = dataclasses.replace(checkpoint, instruction=instruction_lib.published(instruction))
         return _published(checkpoint, dtype, tile)
@@ -86,8 +87,8 @@ def _published(checkpoint, dtype, tile):
         raise UserError(f"cannot read the tokenizer in {checkpoint.tokenizer} ({error}): download it again") from None
     text = parts.GemmaText(checkpoint.text_encoder, prompts_lib.GemmaPrompts(tokenizer, checkpoint.instruction))
     pixels = parts.AutoencoderPixels(checkpoint.autoencoder, tile)
-    trees = {part: _to_device(checkpoint.params.pop(part)) for part in folder.PARTS}
-    if jax.default_backend() == "cpu":
+    trees = dict(checkpoint.params)
+    if _loopless():
         trees["transformer"] = checkpoint.transformer.unstack(trees["transformer"])
     params = {
         "transformer": trees["transformer"],
@@ -98,12 +99,16 @@ def _published(checkpoint, dtype, tile):
     return Pipeline(checkpoint.transformer, text, pixels, params, side, side, 4.5, "code", 1, dtype)
 
 
-def _to_device(tree):
-    """Moves a tree leaf by leaf, letting go of each host array once it has moved."""
-    flat = weights.flatten(tree)
-    for name in list(flat):
-        flat[name] = jax.device_put(flat[name])
-    return weights.unflatten(flat)
+def _loopless():
+    """Whether blocks run one by one instead of in a loop: what a CPU gains by it, compilation can afford."""
+    return jax.default_backend() == "cpu"
+
+
+def _place(part, path, array):
+    """Moves one array to the device as soon as it is read, layer by layer where blocks run one by one."""
+    if part == "transformer" and path.startswith("blocks.") and _loopless():
+        return [jax.device_put(layer) for layer in array]
+    return jax.device_put(array)
 
 
 def read_config(path) -> config_lib.Config:

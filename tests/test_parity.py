@@ -6,10 +6,14 @@ statement about the architecture lands at 1e-2, a right one at about 1e-6.
 
 import dataclasses
 import functools
+import pathlib
+import tempfile
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 fabricate = pytest.importorskip("fabricate")
@@ -289,3 +293,60 @@ def test_image_to_image(tiny):
         ours, ["a lake"], steps=2, height=96, width=160, image=255 - image, latents=noise[0], output="latent"
     )  # at the default strength the picture counts, unlike there
     assert relative(other, from_torch(expected)) > 0.01
+
+
+FEW = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@FEW
+@given(
+    heads=st.integers(1, 2), head_dim=st.sampled_from([3, 4, 16]), cross=st.integers(1, 4), depth=st.integers(1, 4),
+    ratio=st.sampled_from([1.0, 1.5, 2.5]), sides=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    length=st.integers(1, 12), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_transformer(heads, head_dim, cross, depth, ratio, sides, length, seed):
+    width = 12 * heads * head_dim  # divisible by every number of cross heads tried
+    theirs = fabricate.transformer(
+        seed=seed, in_channels=5, out_channels=5, num_attention_heads=12 * heads, attention_head_dim=head_dim,
+        num_cross_attention_heads=cross, cross_attention_head_dim=width // cross, cross_attention_dim=width,
+        num_layers=depth, caption_channels=7, mlp_ratio=ratio,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        model, params = converted(theirs, "transformer", describe_transformer, pathlib.Path(folder))
+    x, text = normals(2, *sides, 5, seed=seed), normals(2, length, 7, seed=seed + 1)
+    mask = (np.arange(length) < np.array([length, (length + 1) // 2])[:, None]).astype(np.float32)
+    t, w = np.float32([0.8, 0.2]), np.float32([4.5, 2.0])
+    ours = jax.jit(model.apply, compiler_options=QUICK)(params, x, t, text, mask, w).velocity
+    with torch.no_grad():
+        expected = theirs(
+            to_torch(x), torch.tensor(text), torch.tensor(t), encoder_attention_mask=torch.tensor(mask),
+            guidance=torch.tensor(w) * 0.1,
+        ).sample  # fmt: skip
+    assert relative(ours, from_torch(expected)) < 1e-5
+
+
+@FEW
+@given(
+    groups=st.integers(1, 3), queries=st.integers(1, 3), head_dim=st.sampled_from([2, 8, 16]),
+    depth=st.integers(1, 5), window=st.integers(1, 9), length=st.integers(2, 14), seed=st.integers(0, 99),
+    data=st.data(),
+)  # fmt: skip
+def test_any_text_encoder(groups, queries, head_dim, depth, window, length, seed, data):
+    """And a prefix of any length gives what the full pass gives."""
+    theirs = fabricate.text_encoder(
+        50, seed=seed, hidden_size=36, intermediate_size=40, num_hidden_layers=depth,
+        num_attention_heads=groups * queries, num_key_value_heads=groups, head_dim=head_dim, sliding_window=window,
+        query_pre_attn_scalar=seed + 1,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        model, params = converted(theirs, "text_encoder", configs.text_encoder, pathlib.Path(folder))
+    tokens = np.random.default_rng(seed).integers(3, 50, (2, length)).astype(np.int32)
+    start = data.draw(st.integers(1, length - 1))
+    tokens[1, :start] = tokens[0, :start]
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens)).last_hidden_state.numpy()
+    apply = jax.jit(model.apply, compiler_options=QUICK)
+    assert relative(apply(params, tokens, np.ones((2, length))), expected) < 1e-5
+    prefix = jax.jit(model.prefix, compiler_options=QUICK)(params, tokens[0, :start])
+    after = apply(params, tokens[:, start:], np.ones((2, length - start)), prefix)
+    assert relative(after, expected[:, start:]) < 1e-5

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -38,7 +39,7 @@ class Checkpoint:
     """A model in memory.
 
     transformer, autoencoder, text_encoder: descriptions; the last two None in a transformer alone.
-    params: {part: tree of NumPy arrays}. tokenizer: folder of its files. instruction: before every prompt.
+    params: {part: tree of arrays, as `place` left them}. tokenizer: folder of its files. instruction: before every prompt.
     """
 
     transformer: LinearDiT
@@ -64,15 +65,20 @@ def _abstract(model):
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
+def _keep(part, path, array):
+    return array
+
+
 def _dtype(dtype):
     """A NumPy dtype; None stays None."""
     return None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
 
 
-def read_diffusers(path, *, dtype, instruction: str, say=lambda message: None) -> Checkpoint:
+def read_diffusers(path, *, dtype, instruction: str, place=_keep, say=lambda message: None) -> Checkpoint:
     """A SANA-Sprint pipeline folder.
 
     dtype: "float32" or "bfloat16" for every part, or None to keep what the files hold.
+    place: (part, path, NumPy array) -> leaf, called for each array as soon as it is read.
     Raises UserError for a folder that lacks a part, has one of another kind, or damaged files.
     """
     path = pathlib.Path(path)
@@ -96,8 +102,13 @@ def read_diffusers(path, *, dtype, instruction: str, say=lambda message: None) -
         say(f"reading {folder}")
         found = tensors.find(path / folder, stem)
         rows = getattr(tables, part)(models[part])
-        params[part] = rules.load(rows, found, _abstract(models[part]), _dtype(dtype), part.replace("_", " "))
+        params[part] = _load(part, rows, found, models[part], dtype, place)
     return Checkpoint(**models, params=params, tokenizer=path / "tokenizer", instruction=instruction)
+
+
+def _load(part, rows, found, model, dtype, place):
+    leaf = functools.partial(place, part)
+    return rules.load(rows, found, _abstract(model), _dtype(dtype), part.replace("_", " "), leaf)
 
 
 def _check_widths(models):
@@ -139,8 +150,8 @@ _INDEX_JSON = {
 }  # fmt: skip
 
 
-def read_ours(path, *, dtype, say=lambda message: None) -> Checkpoint:
-    """A folder made by `write_ours`. dtype as in `read_diffusers`."""
+def read_ours(path, *, dtype, place=_keep, say=lambda message: None) -> Checkpoint:
+    """A folder made by `write_ours`. dtype, place: as in `read_diffusers`."""
     path = pathlib.Path(path)
     described = configs.read_json(path / MODEL)
     if described.get("format") != _FORMAT:
@@ -157,10 +168,8 @@ def read_ours(path, *, dtype, say=lambda message: None) -> Checkpoint:
     params = {}
     for part, model in models.items():
         say(f"reading {part}")
-        abstract = _abstract(model)
-        rows = [rules.Row(name, leaf.shape, name) for name, leaf in weights.flatten(abstract).items()]
-        found = tensors.scan(path / f"{part}.safetensors")
-        params[part] = rules.load(rows, found, abstract, _dtype(dtype), part.replace("_", " "))
+        rows = [rules.Row(name, leaf.shape, name) for name, leaf in weights.flatten(_abstract(model)).items()]
+        params[part] = _load(part, rows, tensors.scan(path / f"{part}.safetensors"), model, dtype, place)
     return Checkpoint(**models, params=params, tokenizer=path / "tokenizer", instruction=instruction)
 
 

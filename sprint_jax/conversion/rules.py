@@ -65,15 +65,17 @@ class Row:
         return self.layout == "same" and self.chunk == (0, 1) and not any(isinstance(i, slice) for i in self.place)
 
 
-def load(rows, found, abstract, dtype, what):
+def load(rows, found, abstract, dtype, what, place=lambda path, array: array):
     """Reads a parameter tree.
 
     Args:
       rows: the table. found: {name: tensors.Tensor}. abstract: tree of our shapes.
       dtype: of the result, or None for the dtype of the files (the widest, if they differ).
       what: names the part in errors.
+      place: (path, NumPy array) -> leaf of the result, called as soon as an array is complete; moves it to
+        a device, say, before the next one is read.
     Returns:
-      the tree, of NumPy arrays.
+      the tree.
     Raises UserError listing missing, unexpected, doubled or misshapen tensors.
     """
     names = _match(rows, found, what)
@@ -81,16 +83,16 @@ def load(rows, found, abstract, dtype, what):
     _check_cover(rows, shapes)
     if dtype is None:
         dtype = np.result_type(*{found[name].dtype for name in names.values()})
-    flat = {}
-    by_target = {}
+    flat, by_target = {}, {}
     for row in rows:
         by_target.setdefault(row.ours, []).append(row)
     # Largest first: the pieces read on the way are then small beside what is already there.
     for path in sorted(by_target, key=lambda p: -math.prod(shapes[p])):
-        flat[path] = np.empty(shapes[path], dtype)
+        array = np.empty(shapes[path], dtype)
         for row in by_target[path]:
             arrange = None if row.copies() else row.to_ours
-            tensors.read(found[names[row]], names[row], flat[path][row.place], arrange)
+            tensors.read(found[names[row]], names[row], array[row.place], arrange)
+        flat[path] = place(path, array)
     return weights.unflatten(flat)
 
 

@@ -220,7 +220,8 @@ class LinearDiT:
         A loop copies each block's slice of the stack before its products, a twentieth of a CPU's time;
         compilation takes longer in return. For inference: steps and checkpoints know the stack alone.
         """
-        blocks = [jax.tree.map(lambda a: a[i], params["blocks"]) for i in range(self.depth)]
+        is_list = lambda a: isinstance(a, list)  # a stack may come as a list of its layers
+        blocks = [jax.tree.map(lambda a: a[i], params["blocks"], is_leaf=is_list) for i in range(self.depth)]
         return params | {"blocks": blocks}
 
     def _run_blocks(self, blocks, start, end, h, modulation, text, mask):
