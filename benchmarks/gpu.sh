@@ -26,13 +26,15 @@ part() { # part NAME SECONDS COMMAND...
 $python -c 'import jax; print("jax", jax.__version__, jax.devices())' | tee -a "$out/table.txt"
 
 # Correctness first: the numeric tests compiled for the accelerator.
-part numeric_tests 120 $python -m pytest -p no:cacheprovider \
+part numeric_tests 100 $python -m pytest -p no:cacheprovider \
   tests/test_flow_trigflow.py tests/test_scm.py tests/test_ladd.py tests/test_samplers.py \
   tests/test_linear_dit.py tests/test_steps.py
-part depthwise 60 $python -m benchmarks.depthwise
-part pair_shapes_64 90 $python -m benchmarks.pair --preset=shapes_64
+# Published sizes with random weights: is decoding or the transformer slower, and by how much?
+part published_sizes 120 $python -m benchmarks.published
+part depthwise 40 $python -m benchmarks.depthwise
+part pair_shapes_64 60 $python -m benchmarks.pair --preset=shapes_64
 # The main job at 64 px with a larger model, teacher included.
-part main_shapes_64 300 $python -m sprint_jax.main --config=configs/sprint.py:shapes_64 --workdir="$out/shapes_64"
+part main_shapes_64 270 $python -m sprint_jax.main --config=configs/sprint.py:shapes_64 --workdir="$out/shapes_64"
 cp "$out"/shapes_64/*.png "$out"/shapes_64/summary.json "$out" 2>/dev/null
 
 echo

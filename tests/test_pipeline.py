@@ -1,0 +1,158 @@
+"""What a pipeline is made of, without PyTorch: times of img2img, sizes, tiles, the sub-pixel convolution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sprint_jax import pictures, pipeline, resolutions
+from sprint_jax.data import prompts as prompts_lib
+from sprint_jax.diffusion import samplers
+from sprint_jax.errors import UserError
+from sprint_jax.models import dc_ae
+
+
+def normals(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "steps, strength, expected",
+    [
+        (2, 1.0, [1.5708, 1.3, 0]),  # all of it: noise alone
+        (2, 0.6, [1.3, 0]),  # the published default, which there starts at 1.5708
+        (2, 0.5, [1.3, 0]),
+        (2, 0.3, [1.3, 0]),
+        (1, 0.6, [1.3, 0]),  # the only step starts where something of the picture is left
+        (4, 0.5, [0.7854, 0.3927, 0]),
+        (4, 0.75, [1.1781, 0.7854, 0.3927, 0]),
+        (4, 0.1, [0.3927, 0]),
+    ],
+)
+def test_image_times(steps, strength, expected):
+    times = pipeline.image_times(samplers.scm_times(steps), strength)
+    np.testing.assert_allclose(times, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, 1.5])
+def test_strength_out_of_range(strength):
+    with pytest.raises(UserError, match="strength"):
+        pipeline.image_times(samplers.scm_times(2), strength)
+
+
+def test_a_start_is_mixed_with_the_noise():
+    """With F = 0 one step from s gives cos(s) x = cos(s) (cos(s) start + sin(s) noise), at unit scale."""
+    start, noise, s = normals(3, 2), normals(3, 2, seed=1), 1.1
+    zero = lambda u, t: jnp.zeros_like(u)
+    got = samplers.scm(zero, noise, np.zeros((0, 3, 2), np.float32), np.float32([s, 0]), start=start)
+    np.testing.assert_allclose(got, np.cos(s) * (np.cos(s) * start + np.sin(s) * noise), rtol=1e-5)
+
+
+def test_bins():
+    """33 sizes of about a megapixel, multiples of 32, each its own nearest."""
+    assert len(resolutions.BINS_1024) == len(set(resolutions.BINS_1024)) == 33
+    for height, width in resolutions.BINS_1024:
+        assert height % 32 == width % 32 == 0 and 0.9 < height * width / 2**20 < 1.1
+        assert resolutions.nearest(2 * height, 2 * width) == (height, width)
+    assert resolutions.nearest(128, 128) == (1024, 1024)
+    assert resolutions.nearest(720, 1280) == (768, 1344) and resolutions.nearest(9000, 100) == (2048, 512)
+
+
+def test_fit_covers_and_cuts_the_middle():
+    """A ramp keeps its middle; a size that is already right is returned as it is."""
+    ramp = np.broadcast_to(np.arange(80, dtype=np.uint8)[:, None, None], (80, 40, 3))[None]
+    fitted = resolutions.fit(ramp, 20, 20)
+    assert fitted.shape == (1, 20, 20, 3)
+    np.testing.assert_allclose(fitted[0, :, 0, 0], 20.5 + 2 * np.arange(20), atol=0.51)
+    assert resolutions.fit(ramp, 80, 40) is ramp
+
+
+def test_upsample_is_nearest_then_convolution():
+    """Values of the long way. Fails when two phases change places or a tap falls into the wrong sum."""
+    x, kernel = normals(2, 3, 5, 4), normals(3, 3, 4, 6, seed=1)
+    doubled = np.repeat(np.repeat(x, 2, 1), 2, 2)
+    expected = dc_ae.conv3x3(jnp.asarray(doubled), jnp.asarray(kernel))
+    got = dc_ae.upsample_conv3x3(jnp.asarray(x), jnp.asarray(kernel))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_space_to_channels_and_back():
+    x = normals(1, 4, 6, 3)
+    folded = dc_ae.space_to_channels(x)
+    np.testing.assert_array_equal(dc_ae.channels_to_space(folded), x)
+    np.testing.assert_array_equal(folded[0, 1, 2].reshape(3, 2, 2)[:, 1, 0], x[0, 3, 4])
+
+
+def test_tiles_of_a_local_function_are_seamless():
+    """Nearest doubling has no context, so blending equal values gives the untiled result exactly."""
+    x = normals(1, 13, 9, 2)
+    double = lambda a: jnp.repeat(jnp.repeat(a, 2, 1), 2, 2)
+    got = dc_ae.tiled(double, jnp.asarray(x), tile=5, stride=3, scale=2)
+    np.testing.assert_allclose(got, double(x), rtol=1e-6)
+
+
+def test_tiles_fade_linearly():
+    """Two tiles of constants: the overlap goes from one value to the other in even steps."""
+    seen = []
+
+    def constant(a):
+        seen.append(a.shape[1])
+        return jnp.full(a.shape, float(len(seen)))
+
+    got = dc_ae.tiled(constant, jnp.zeros((1, 6, 1, 1)), tile=5, stride=3, scale=1)
+    assert seen == [5, 3]
+    np.testing.assert_allclose(got[0, :, 0, 0], [1, 1, 1, 1, 1.5, 2])
+
+
+def test_buckets_and_padding():
+    lengths = [prompts_lib.bucket(n) for n in (0, 15, 16, 299, 300)]
+    assert lengths == [15, 15, 31, 299, 300]
+    tokens, mask = prompts_lib.pad([np.int32([5, 6]), np.int32([])], 3)
+    np.testing.assert_array_equal(tokens, [[5, 6, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(mask, [[1, 1, 0], [0, 0, 0]])
+
+
+def test_a_tokenizer_without_bos_is_refused():
+    tokenizer = lambda text, add_special_tokens: {"input_ids": [ord(c) for c in text]}
+    with pytest.raises(UserError, match="add_bos_token"):
+        prompts_lib.GemmaPrompts(tokenizer, "")
+
+
+def test_a_prompt_that_merges_with_the_instruction_is_refused():
+    """Were it let through, cached keys would belong to other tokens than the prompt's."""
+
+    def tokenizer(text, add_special_tokens):
+        return {"input_ids": [2] + ([9] if text.startswith("ab c~") else [ord(c) for c in text])}
+
+    assert prompts_lib.GemmaPrompts(tokenizer, "ab c").tokens(["x"])[0].tolist() == [ord("c"), ord("x")]
+    with pytest.raises(UserError, match="merge"):
+        prompts_lib.GemmaPrompts(tokenizer, "ab c").tokens(["~"])
+
+
+def test_pictures_to_start_from(tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "turned.png"
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    image.save(path, exif=exif)
+    np.testing.assert_array_equal(pictures.load(path, 2, 4), np.asarray(image)[::-1, ::-1])
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(UserError, match="cannot read the picture"):
+        pictures.load(tmp_path / "text.png", 2, 4)
+
+
+def test_reading_a_model_of_unknown_kind(tmp_path):
+    with pytest.raises(UserError, match="no directory"):
+        pipeline.load(tmp_path / "nothing")
+    with pytest.raises(UserError, match="model_index.json"):
+        pipeline.load(tmp_path)
+    with pytest.raises(UserError, match="dtype 'float16'"):
+        pipeline.load(tmp_path, dtype="float16")
+
+
+def test_autoencoder_sides():
+    model = dc_ae.DCAE_F32C32
+    with pytest.raises(ValueError, match="multiples of 32"):
+        jax.eval_shape(model.encode, jax.eval_shape(model.init, jax.random.key(0)), jnp.zeros((1, 40, 32, 3)))
