@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import warnings
 
 from absl import flags, logging
 
@@ -14,12 +15,22 @@ def fail(message):
     raise SystemExit(2)
 
 
+def _show_warning(message, category, filename, lineno, file=None, line=None):
+    """Our own warnings as one line for people; anybody else's as Python shows them."""
+    if category is UserWarning and "sprint_jax" in filename:
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def user_errors():
     """Ends the process in one line on a UserError. Libraries' notes below a warning are left out."""
     logging.set_verbosity(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
     except UserError as error:
         fail(error)
 

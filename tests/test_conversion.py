@@ -314,6 +314,15 @@ def test_long_prompts_are_cut_with_a_warning(source):
         pipe.text.prepare(["lighthouse " * 150 + "the tail of it"])
 
 
+def test_the_command_warns_in_one_line(source, command, tmp_path):
+    result = command(
+        "sprint_jax.sample", f"--model={source}", f"--prompt={'lighthouse ' * 160}", "--steps=1", "--height=32",
+        "--width=32", f"--out={tmp_path}",
+    )  # fmt: skip
+    lines = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert result.returncode == 0 and len(lines) == 1 and "cut off" in lines[0], result.stderr
+
+
 def test_pictures_do_not_depend_on_company(source):
     """Alone, in a batch, and beside a prompt of another length: equal to the last bit."""
     pipe = pipeline.load(source, dtype="float32")
