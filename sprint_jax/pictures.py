@@ -1,11 +1,9 @@
 """Picture files: reading one to start from, and PNGs and grids, written whole or not at all."""
 
-import os
-import pathlib
-
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sprint_jax import files
 from sprint_jax.errors import UserError
 
 _MOST_PIXELS = 100_000_000
@@ -24,11 +22,9 @@ def grid(images, columns, gap=2):
 
 def save(path, image, zoom=1):
     """Writes uint8 [H, W, 3] as PNG, each pixel repeated `zoom` times."""
-    path = pathlib.Path(path)
     image = np.repeat(np.repeat(image, zoom, 0), zoom, 1)
-    temporary = path.with_name(path.name + ".partial")
-    Image.fromarray(image).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with files.whole(path) as partial:
+        Image.fromarray(image).save(partial, format="PNG")
 
 
 def load(path, height, width):

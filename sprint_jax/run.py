@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import os
 import pathlib
 import resource
 import subprocess
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 import tqdm
 
-from sprint_jax import build, generation, pictures, weights
+from sprint_jax import build, files, generation, pictures, weights
 from sprint_jax import config as config_lib
 from sprint_jax.data import loader
 from sprint_jax.diffusion import samplers
@@ -86,9 +85,8 @@ def _write_config(config, workdir):
         return
     if any(child.name != ".lock" for child in workdir.iterdir()):
         raise UserError(f"{workdir} is not empty and not a run of this project: choose another --workdir")
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(tree, indent=2) + "\n")
-    os.replace(temporary, path)
+    with files.whole(path) as partial:
+        partial.write_text(json.dumps(tree, indent=2) + "\n")
 
 
 def _differences(old, new):
@@ -209,9 +207,8 @@ def _evaluate(config, workdir, teacher, student, records, begin, say):
     bar.close()
     _save_sheets(config, workdir, sheets, records)
     summary = _summary(results, begin)
-    temporary = done.with_suffix(".partial")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(temporary, done)
+    with files.whole(done) as partial:
+        partial.write_text(json.dumps(summary, indent=2) + "\n")
     say(_table(summary))
     return summary
 

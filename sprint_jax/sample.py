@@ -12,7 +12,7 @@ import time
 
 from absl import app, flags
 
-from sprint_jax import cli
+from sprint_jax import cli, files
 from sprint_jax.errors import UserError
 
 _MODEL = flags.DEFINE_string("model", None, "Diffusers folder, converted folder, or run directory.")
@@ -126,9 +126,8 @@ def _output_directory():
 
 
 def _write_manifest(out, rows):
-    temporary = out / "manifest.jsonl.partial"
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, out / "manifest.jsonl")
+    with files.whole(out / "manifest.jsonl") as partial:
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

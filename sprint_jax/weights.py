@@ -1,6 +1,5 @@
 """Parameter trees as safetensors files: flat names joined by dots, written whole or not at all."""
 
-import os
 import pathlib
 
 import jax
@@ -8,6 +7,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from sprint_jax import files
 from sprint_jax.errors import UserError
 
 
@@ -34,12 +34,9 @@ def unflatten(flat):
 
 def save(path, params, *, dtype="float32"):
     """Writes a tree to `path`; a reader never sees a partial file."""
-    path = pathlib.Path(path)
     flat = {k: np.asarray(jax.device_get(v)).astype(dtype) for k, v in flatten(params).items()}
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "wb") as file:  # our own open: the library's files are private to their owner
-        file.write(safetensors.numpy.save(flat))
-    os.replace(temporary, path)
+    with files.whole(path) as partial:
+        partial.write_bytes(safetensors.numpy.save(flat))  # not save_file: its files are private to their owner
 
 
 def load(path, expected):

@@ -1,13 +1,14 @@
 """What a run leaves for people: metrics.jsonl, TensorBoard events and the progress line."""
 
 import json
-import os
 import pathlib
 import sys
 import types
 
 import numpy as np
 import tqdm
+
+from sprint_jax import files
 
 
 class Records:
@@ -33,9 +34,8 @@ class Records:
                 continue
             if row["stage"] != stage or row["step"] <= step:
                 kept.append(line + "\n")
-        temporary = self._path.with_suffix(".partial")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self._path)
+        with files.whole(self._path) as partial:
+            partial.write_text("".join(kept))
 
     def write(self, stage, step, scalars):
         row = {"stage": stage, "step": step, **{k: float(v) for k, v in sorted(scalars.items())}}
