@@ -50,16 +50,16 @@ def _shapes():
         optimizer=dict(lr=2e-3, muon_lr=0.02, warmup=100, decay_to=0.02, b1=0.9, b2=0.99, weight_decay=0.01, clip=1.0),
     )  # fmt: skip
     config.sprint = dict(
-        steps=1600, batch=32, ema=0.99,
-        guidance=(1.5, 2.0, 2.5), uncond_mask="cond",
-        p_mean=-1.0, p_std=1.4, tangent_warmup=300, tangent_normalize=True, weighting="code",
+        steps=3000, batch=32, ema=0.99,
+        guidance=(1.25, 1.5, 2.0), uncond_mask="cond",
+        p_mean=-0.4, p_std=1.4, tangent_warmup=300, tangent_normalize=True, weighting="code",
         scm_weight=1.0, adv_weight=5.0, max_time=0.5,
         disc_mean=-0.6, disc_std=1.0, reduction="code", misaligned=True, head_blocks=(1, 3, 5),
-        optimizer=dict(lr=2e-4, muon_lr=0.0, warmup=20, decay_to=0.1, b1=0.0, b2=0.99, weight_decay=0.0, clip=0.5),
+        optimizer=dict(lr=2e-4, muon_lr=0.005, warmup=20, decay_to=0.1, b1=0.0, b2=0.99, weight_decay=0.0, clip=0.5),
         head_optimizer=dict(lr=5e-4, muon_lr=0.0, warmup=0, decay_to=1.0, b1=0.0, b2=0.99, weight_decay=0.0, clip=0.5),
     )  # fmt: skip
     config.evaluation = dict(
-        prompts=256, batch=64, teacher_steps=20, teacher_guidance=2.0, student_guidance=2.0,
+        prompts=256, batch=64, teacher_steps=20, teacher_guidance=1.5, student_guidance=1.5,
         schedule="code", reference=1024, samples=48,
     )  # fmt: skip
     config.run = dict(log_every=20, checkpoint_every=200, keep=2, max_rejected=10)
