@@ -50,7 +50,7 @@ def _shapes():
         optimizer=dict(lr=2e-3, muon_lr=0.02, warmup=100, decay_to=0.02, b1=0.9, b2=0.99, weight_decay=0.01, clip=1.0),
     )  # fmt: skip
     config.sprint = dict(
-        steps=2800, batch=32, ema=0.99,
+        steps=2400, batch=32, ema=0.99,
         guidance=(1.25, 1.5, 2.0), uncond_mask="cond",
         p_mean=-0.4, p_std=1.4, tangent_warmup=300, tangent_normalize=True, weighting="code",
         scm_weight=1.0, adv_weight=5.0, max_time=0.5,
