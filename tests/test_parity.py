@@ -130,6 +130,36 @@ def test_transformer_in_bfloat16(tmp_path):
     assert ours <= relative(from_torch(reference(torch.bfloat16)), full)
 
 
+def halved(params):
+    return jax.tree.map(lambda a: np.asarray(a).astype(jax.numpy.bfloat16), params)
+
+
+def test_decoder_in_bfloat16(tmp_path):
+    """As for the transformer."""
+    theirs = fabricate.autoencoder()
+    model, params = converted(theirs, "autoencoder", configs.autoencoder, tmp_path)
+    z = normals(2, 4, 4, 8)
+    run = jax.jit(model.decode, compiler_options=QUICK)
+    lost = relative(np.asarray(run(halved(params), jax.numpy.bfloat16(z)), np.float32), run(params, z))
+    with torch.no_grad():
+        full = from_torch(theirs.decode(to_torch(z)).sample)
+        half = from_torch(theirs.bfloat16().decode(to_torch(z).bfloat16()).sample)
+    assert lost <= relative(half, full)
+
+
+def test_text_encoder_in_bfloat16(tmp_path):
+    theirs = fabricate.text_encoder(300)
+    model, params = converted(theirs, "text_encoder", configs.text_encoder, tmp_path)
+    tokens = np.random.default_rng(0).integers(3, 300, (8, 24)).astype(np.int32)
+    run = jax.jit(model.apply, compiler_options=QUICK)
+    ones = np.ones((8, 24), np.float32)
+    lost = relative(np.asarray(run(halved(params), tokens, ones), np.float32), run(params, tokens, ones))
+    with torch.no_grad():
+        full = theirs(torch.tensor(tokens)).last_hidden_state.numpy()
+        half = theirs.bfloat16()(torch.tensor(tokens)).last_hidden_state.float().numpy()
+    assert lost <= relative(half, full)
+
+
 AUTOENCODER_VARIANTS = {
     "sana": {},
     "two scales": dict(encoder_qkv_multiscales=[[], [], [], [5], [3, 5], [5]], decoder_qkv_multiscales=[[], [], [], [3, 7], [], [5]]),
