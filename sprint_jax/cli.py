@@ -23,6 +23,12 @@ def _show_warning(message, category, filename, lineno, file=None, line=None):
         print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
 
 
+def no_arguments(argv):
+    """Refuses what is left on the command line after flags: a forgotten --, or a space instead of =."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}: flags look like --name=value")
+
+
 @contextlib.contextmanager
 def user_errors():
     """Ends the process in one line on a UserError. Libraries' notes below a warning are left out."""

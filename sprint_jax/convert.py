@@ -25,8 +25,7 @@ _TEXT = flags.DEFINE_string(
 
 def main(argv):
     with cli.user_errors():
-        if len(argv) > 1:
-            raise UserError(f"unexpected argument {argv[1]!r}: flags look like --name=value")
+        cli.no_arguments(argv)
         for name, flag in (("from", _FROM), ("to", _TO)):
             if not flag.value:
                 raise UserError(f"--{name} is missing: give a folder")

@@ -17,8 +17,8 @@ _PICTURES = flags.DEFINE_integer("pictures", 4000, "Training pictures that it is
 
 
 def main(argv):
-    del argv
     with cli.user_errors():
+        cli.no_arguments(argv)
         if not _FILE.value:
             raise UserError("--file is missing: name the .safetensors file to write")
         images = np.stack([shapes.example(0, i, size=_SIZE.value).image for i in range(_PICTURES.value)])

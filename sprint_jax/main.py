@@ -15,8 +15,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: 
 
 def main(argv):
     with cli.user_errors():
-        if len(argv) > 1:
-            raise UserError(f"unexpected argument {argv[1]!r}: flags look like --name=value")
+        cli.no_arguments(argv)
         if _CONFIG.value is None:
             raise UserError("--config is missing: use --config=configs/sprint.py")
         path, preset = _config_file()

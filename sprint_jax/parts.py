@@ -141,7 +141,8 @@ class AutoencoderPixels:
 def batches(rows, size):
     """Groups prepared prompts of equal shape, `size` at a time.
 
-    rows: [(key, arrays)]. Yields (indices, the same padded to `size`, arrays stacked in that order). A prompt's company never changes its shapes, so it never changes its picture.
+    rows: [(key, arrays)]. Yields (indices, the same padded to `size`, arrays stacked in that order). A
+    prompt's company never changes its shapes, so it never changes its picture.
     """
     by_key = {}
     for i, (key, _) in enumerate(rows):

@@ -44,22 +44,22 @@ _INSTRUCTION = flags.DEFINE_string(
 
 def main(argv):
     with cli.user_errors():
-        if len(argv) > 1:
-            raise UserError(f"unexpected argument {argv[1]!r}: flags look like --name=value")
+        cli.no_arguments(argv)
         if not _MODEL.value:
             raise UserError("--model is missing: give a diffusers folder, a converted one, or the --workdir of a run")
         if not 0 <= _SEED.value < 2**31:
             raise UserError(f"--seed={_SEED.value}: use 0 to {2**31 - 1}")
         if _PER_PROMPT.value < 1 or (_BATCH.value is not None and _BATCH.value < 1):
             raise UserError("--images_per_prompt and --batch_size: use 1 or more")
-        prompts = [p for p in _read_prompts() for _ in range(_PER_PROMPT.value)]
+        prompts = _read_prompts()
         out = _output_directory()
         begin = time.perf_counter()
         images = _generate(prompts)
+        drawn = [prompt for prompt in prompts for _ in range(_PER_PROMPT.value)]
         from sprint_jax import pictures
 
         rows = []
-        for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+        for i, (prompt, image) in enumerate(zip(drawn, images, strict=True)):
             name = f"{i:05d}.png"
             pictures.save(out / name, image)
             rows.append({"file": name, "prompt": prompt, "seed": _SEED.value, "steps": _STEPS.value})
@@ -81,11 +81,12 @@ def _generate(prompts):
     made_at = resolutions.nearest(height, width) if _BINNING.value else (height, width)
     pipeline.latent_shape(pipe, *made_at)  # refuses a bad size before the picture is read
     image = pictures.load(_IMAGE.value, *made_at) if _IMAGE.value else None
-    with tqdm.tqdm(total=len(prompts), unit="picture", desc="sample", delay=5) as bar:
+    with tqdm.tqdm(total=len(prompts) * _PER_PROMPT.value, unit="picture", desc="sample", delay=5) as bar:
         images = pipeline.generate(
             pipe, prompts, steps=_STEPS.value, guidance_scale=_GUIDANCE.value, seed=_SEED.value,
             schedule=_SCHEDULE.value, timesteps=_angles(), height=made_at[0], width=made_at[1], image=image,
-            strength=_STRENGTH.value, batch_size=_BATCH.value, say=lambda done: bar.update(done - bar.n),
+            strength=_STRENGTH.value, images_per_prompt=_PER_PROMPT.value,
+            batch_size=_BATCH.value, say=lambda done: bar.update(done - bar.n),
         )  # fmt: skip
     return resolutions.fit(images, height, width)
 
