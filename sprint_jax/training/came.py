@@ -1,0 +1,161 @@
+"""CAME, the optimiser SANA and SANA-Sprint were trained with, as an optax transformation.
+
+Confidence-guided Adaptive Memory Efficient Optimization (Luo et al. 2023, arXiv 2307.02047), with the second
+moments as SANA uses them: matrices keep row and column means, everything else a full second moment. With g
+the gradient of one tensor, means over its rows and columns and all moments starting at zero:
+
+    V = EMA_b2(g^2 + eps1)               rebuilt for a matrix as row col / mean(row)
+    u = g / sqrt(V)                      then u / max(1, rms(u) / clip_threshold)
+    m = EMA_b1(u)
+    S = EMA_b3((u - m)^2 + eps2)         matrices only, rebuilt in the same way
+    p <- p - lr (m / sqrt(S) + weight_decay p)      without / sqrt(S) where there is no matrix
+
+There is no bias correction. eps1 guards the second moment and eps2 the instability S, as in the paper.
+
+A leaf of a stack of layers is one tensor per layer, as in the published networks: every mean and the clipping
+are taken layer by layer, so stacking changes nothing.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class CameState(NamedTuple):
+    """count: int32, updates done. The rest have the structure of the parameters, float32.
+
+    mu: first moment, shaped as the parameter. row [..., in] and col [..., out]: means of the second moment of a
+    matrix [..., in, out] over its columns and over its rows; res_row and res_col: the same of the instability.
+    nu: second moment of any other leaf, shaped as the leaf. Where a leaf has none of a kind stands
+    optax.MaskedNode(), which holds no array: Orbax refuses arrays of size zero.
+    """
+
+    count: jax.Array
+    mu: optax.Params
+    row: optax.Params
+    col: optax.Params
+    nu: optax.Params
+    res_row: optax.Params
+    res_col: optax.Params
+
+
+def came(
+    learning_rate, *, b1=0.9, b2=0.999, b3=0.9999, eps1=1e-30, eps2=1e-16, clip_threshold=1.0, weight_decay=0.0,
+    factored, stacked,
+) -> optax.GradientTransformation:  # fmt: skip
+    """CAME as described above; updates are what `optax.apply_updates` adds.
+
+    Args:
+      learning_rate: a number or a schedule of the number of updates done.
+      weight_decay: decoupled, times the learning rate; needs `params` in `update`.
+      factored: (path, leaf) -> bool, whether the last two axes are a matrix; all axes before are layers.
+        A path is a tuple of names, ("blocks", "attn1", "to_out", "kernel").
+      stacked: (path, leaf) -> int, the number of leading layer axes of a leaf that is not factored.
+    """
+
+    def init(params):
+        def zeros(shape, matrix):
+            def one(path, p):
+                return jnp.zeros(shape(p), jnp.float32) if is_matrix(path, p) == matrix else optax.MaskedNode()
+
+            return jax.tree_util.tree_map_with_path(one, params)
+
+        rows = lambda p: p.shape[:-1]
+        cols = lambda p: p.shape[:-2] + p.shape[-1:]
+        return CameState(
+            count=jnp.zeros((), jnp.int32),
+            mu=jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
+            row=zeros(rows, True),
+            col=zeros(cols, True),
+            nu=zeros(lambda p: p.shape, False),
+            res_row=zeros(rows, True),
+            res_col=zeros(cols, True),
+        )
+
+    def is_matrix(path, p):
+        if not factored(_names(path), p):
+            return False
+        if p.ndim < 2:
+            raise ValueError(f"{'/'.join(_names(path))} has shape {p.shape}: only a matrix can be factored")
+        return True
+
+    def update(grads, state, params=None):
+        if weight_decay and params is None:
+            raise ValueError("weight_decay needs the parameters: update(gradients, state, params)")
+        leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
+        parts = zip(*(tree.flatten_up_to(part) for part in state[1:]))
+        new = []
+        for (path, g), part in zip(leaves, parts, strict=True):
+            if factored(_names(path), g):
+                new.append(matrix_step(g.astype(jnp.float32), *part))
+            else:
+                layers = stacked(_names(path), g)
+                new.append(full_step(g.astype(jnp.float32), *part, tuple(range(layers, g.ndim))))
+        directions, *moments = (tree.unflatten(column) for column in zip(*new))
+        lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        if weight_decay:
+            directions = jax.tree.map(lambda d, p: d + weight_decay * p, directions, params)
+        return jax.tree.map(lambda d: -lr * d, directions), CameState(state.count + 1, *moments)
+
+    def matrix_step(g, mu, row, col, nu, res_row, res_col):
+        row, col = factored_average(row, col, jnp.square(g) + eps1, b2)
+        u = clip(over_root(g, row, col), (-2, -1))
+        mu = b1 * mu + (1 - b1) * u
+        res_row, res_col = factored_average(res_row, res_col, jnp.square(u - mu) + eps2, b3)
+        return over_root(mu, res_row, res_col), mu, row, col, nu, res_row, res_col
+
+    def full_step(g, mu, row, col, nu, res_row, res_col, axes):
+        nu = b2 * nu + (1 - b2) * (jnp.square(g) + eps1)
+        mu = b1 * mu + (1 - b1) * clip(g * jax.lax.rsqrt(nu), axes)
+        return mu, mu, row, col, nu, res_row, res_col
+
+    def clip(u, axes):
+        rms = jnp.sqrt(jnp.square(u).mean(axes, keepdims=True))
+        return u / jnp.maximum(1.0, rms / clip_threshold)
+
+    return optax.GradientTransformation(init, update)
+
+
+def factored_average(row, col, square, decay):
+    """Moves the means over columns, row [..., in], and over rows, col [..., out], towards square [..., in, out]."""
+    return decay * row + (1 - decay) * square.mean(-1), decay * col + (1 - decay) * square.mean(-2)
+
+
+def over_root(x, row, col):
+    """x / sqrt(row col / mean(row)) for x [..., in, out], row [..., in] and col [..., out].
+
+    Factor by factor: the product of two small means, or a small one over a large one, leaves float32's range
+    where a whole row of gradients is zero, and 0 times infinity would follow.
+    """
+    scale = jnp.sqrt(row.mean(-1, keepdims=True)) * jax.lax.rsqrt(row)
+    return x * scale[..., None] * jax.lax.rsqrt(col)[..., None, :]
+
+
+def dit_factored(path, leaf):
+    """Matrices of a LinearDiT: kernels and the modulation tables.
+
+    SANA factors weights with two axes and 1x1 convolutions, so tables [6, D] and [2, D] as well, but no
+    3x3 convolution (`conv_depth_kernel`).
+    """
+    return path[-1] in ("kernel", "scale_shift_table")
+
+
+def dit_stacked(path, leaf):
+    """Leading layer axes in a LinearDiT's parameters: one in the blocks, none outside."""
+    return int(path[0] == "blocks")
+
+
+def heads_factored(path, leaf):
+    """Matrices of LADDHeads: none. Its kernels are one-dimensional convolutions, which SANA does not factor."""
+    return False
+
+
+def heads_stacked(path, leaf):
+    """Leading axes in the parameters of LADDHeads: one, the heads."""
+    return 1
+
+
+def _names(path):
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)

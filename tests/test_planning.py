@@ -1,0 +1,376 @@
+"""Estimates made without the machine: FLOP of traced functions, collectives of compiled ones, data sheets."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sprint_jax.errors import UserError
+from sprint_jax.models import depthwise, linear_dit
+from sprint_jax.planning import collectives, flops, hardware
+
+
+def array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def multiplied(function, *args):
+    return flops.count(function, *args).multiplied
+
+
+# ---- FLOP. A product [B, K] [K, N] is 2 B K N.
+
+PRODUCT = 2 * 8 * 16 * 16
+
+
+def test_matmul():
+    assert flops.count(jnp.matmul, array(8, 16), array(16, 32)) == flops.Flops(matmul=2 * 8 * 16 * 32)
+    assert multiplied(lambda a, b: jnp.einsum("bnhd,bmhd->bhnm", a, b), array(2, 5, 3, 7), array(2, 11, 3, 7)) == (
+        2 * 2 * 3 * 5 * 11 * 7
+    )
+
+
+def test_elementwise_counts_outputs_reductions_inputs_and_moves_nothing():
+    assert flops.count(lambda a: jnp.tanh(a) * a, array(8, 16)) == flops.Flops(elementwise=2 * 8 * 16)
+    assert flops.count(lambda a: jax.lax.reduce_sum_p.bind(a, axes=(0, 1)), array(8, 16)).elementwise == 8 * 16
+    moves = lambda a: jnp.concatenate([a.T, a.T], 1)[1:].astype(jnp.bfloat16)
+    assert flops.count(moves, array(8, 16)) == flops.Flops()
+
+
+def conv(x, w, stride=1, groups=1):
+    return jax.lax.conv_general_dilated(
+        x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+    )
+
+
+def test_convolutions():
+    """Outputs x taps x input channels of the group, twice."""
+    assert flops.count(conv, array(2, 8, 8, 6), array(3, 3, 6, 10)).convolution == 2 * (2 * 8 * 8 * 10) * 9 * 6
+    strided = functools.partial(conv, stride=2)
+    assert multiplied(strided, array(2, 8, 8, 6), array(3, 3, 6, 10)) == 2 * (2 * 4 * 4 * 10) * 9 * 6
+    grouped = functools.partial(conv, groups=3)
+    assert multiplied(grouped, array(2, 8, 8, 6), array(3, 3, 2, 12)) == 2 * (2 * 8 * 8 * 12) * 9 * 2
+
+
+@pytest.mark.parametrize("stride,groups", [(1, 1), (2, 1), (1, 6)])
+def test_gradient_of_a_convolution_is_three(stride, groups):
+    """Forward, input and weights cost the same, also through strides and groups."""
+    loss = lambda x, w: jnp.square(conv(x, w, stride, groups)).sum()
+    args = array(2, 8, 8, 6), array(3, 3, 6 // groups, 6)
+    assert multiplied(jax.value_and_grad(loss, (0, 1)), *args) == 3 * multiplied(loss, *args)
+
+
+def test_gradient_of_the_depthwise_layer_is_three():
+    """Its rule in the weights is a linear call with a transpose of its own, and has a branch per platform."""
+    loss = lambda x, w: jnp.square(depthwise.depthwise_conv(x, w)).sum()
+    args = array(2, 8, 8, 6), array(3, 3, 6)
+    assert flops.count(loss, *args).convolution == 2 * (2 * 8 * 8 * 6) * 9
+    assert multiplied(jax.value_and_grad(loss, (0, 1)), *args) == 3 * multiplied(loss, *args)
+    assert multiplied(lambda x, w: jax.jvp(loss, (x, w), (x, w)), *args) == 3 * multiplied(loss, *args)
+
+
+def test_scan_gradient_and_remat():
+    """Five layers; their gradient takes three times as much, and recomputing them one more."""
+
+    def loss(x, w, remat):
+        layer = lambda x, w: (jnp.tanh(x @ w), None)
+        return jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, w)[0].sum()
+
+    args = array(8, 16), array(5, 16, 16)
+    plain, remat = (functools.partial(loss, remat=r) for r in (False, True))
+    assert multiplied(plain, *args) == multiplied(remat, *args) == 5 * PRODUCT
+    assert multiplied(jax.value_and_grad(plain, (0, 1)), *args) == 3 * 5 * PRODUCT
+    assert multiplied(jax.value_and_grad(remat, (0, 1)), *args) == 4 * 5 * PRODUCT
+
+
+def test_gradient_beside_a_stopped_jvp():
+    """sCM's form over 3 recomputed layers: primal and tangent, then forward, recomputed and backward: 2 + 4."""
+    layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+    net = lambda w, x: jax.lax.scan(layer, x, w)[0]
+    stop = jax.lax.stop_gradient
+
+    def loss(w, x, dx):
+        _, tangent = jax.jvp(lambda x: net(stop(w), x), (x,), (dx,))
+        out = net(w, x)
+        return jnp.square(out - stop(out) - stop(tangent)).mean()
+
+    args = array(3, 16, 16), array(8, 16), array(8, 16)
+    assert multiplied(jax.jit(jax.value_and_grad(loss)), *args) == 6 * 3 * PRODUCT
+
+
+def test_what_nothing_depends_on_is_not_counted():
+    def wasteful(a, b):
+        _ = jax.jit(jnp.matmul)(a, b)
+        return a @ b
+
+    assert multiplied(wasteful, array(8, 16), array(16, 16)) == PRODUCT
+
+
+def test_branches_loops_and_custom_rules():
+    a, w = array(8, 16), array(16, 16)
+    dear = lambda a, w: a @ w @ w
+    assert multiplied(lambda a, w: jax.lax.cond(a[0, 0] > 0, jnp.matmul, dear, a, w), a, w) == 2 * PRODUCT
+
+    @jax.custom_vjp
+    def custom(a, w):
+        return a @ w
+
+    custom.defvjp(lambda a, w: (a @ w, (a, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+    assert multiplied(custom, a, w) == PRODUCT
+    assert multiplied(jax.value_and_grad(lambda a, w: jnp.square(custom(a, w)).sum(), (0, 1)), a, w) == 3 * PRODUCT
+
+    def until_small(a, w):
+        return jax.lax.while_loop(lambda a: jnp.abs(a).max() > 1, lambda a: a @ w, a)
+
+    counted = flops.count(until_small, a, w)
+    assert counted.matmul == PRODUCT and counted.unknown_loops == 1
+    assert flops.count(dear, a, w).unknown_loops == 0
+
+
+def test_shard_map_counts_all_devices():
+    """The trace holds one device's part; the count is the whole program's."""
+    mesh = jax.sharding.AbstractMesh((4, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = jax.P("data", None)
+    mapped = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(spec, jax.P()), out_specs=spec, axis_names={"data"})
+    # Only "data" is manual: along "fsdp" the body is still the whole.
+    assert multiplied(mapped, array(8, 16), array(16, 16)) == PRODUCT
+
+
+def test_unknown_repetition_is_refused():
+    solve = lambda a, b: jax.lax.custom_linear_solve(lambda x: a @ x, b, lambda matvec, b: b, symmetric=True)
+    with pytest.raises(UserError, match="custom_linear_solve"):
+        flops.count(solve, array(16, 16), array(16))
+
+
+def test_published_network():
+    """One step of SANA-Sprint 0.6B at 1024 px and 300 text tokens: 560.7 GMAC, summed by hand term by term."""
+    net = linear_dit.SANA_600M
+    params = jax.eval_shape(net.init, jax.random.key(0))
+    run = lambda p, x, t, text, mask, guidance: net.apply(p, x, t, text, mask, guidance).velocity
+    args = array(1, 32, 32, 32), array(1), array(1, 300, 2304), array(1, 300), array(1)
+    counted = flops.count(run, params, *args)
+    assert counted.multiplied == pytest.approx(2 * 560.7e9, rel=0.01)
+    # 45 multiply-adds per token and channel: the depthwise convolution.
+    assert counted.convolution == 2 * 45 * 1024 * 1152 * 28
+
+
+# ---- Collectives.
+
+PROGRAM = """
+import json, jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+placed = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+whole = NamedSharding(mesh, P())
+
+def fsdp(x, w):
+    def layer(x, w):
+        return jnp.tanh(x @ jax.lax.with_sharding_constraint(w, whole)), None
+    return jax.lax.scan(layer, x, w)[0]
+
+def manual(function, *axes):
+    return jax.shard_map(function, mesh=mesh, in_specs=P(("data", "fsdp")), out_specs=P(*axes), check_vma=False)
+
+def rotated(x):
+    return jax.lax.ppermute(x, "fsdp", [(0, 1), (1, 2), (2, 3), (3, 0)])
+
+programs = dict(
+    fsdp=(fsdp, placed((64, 32), ("data", "fsdp"), None), placed((5, 32, 32), None, "fsdp", None)),
+    sum=(manual(lambda x: jax.lax.psum(x, "data"), "fsdp"), placed((800,), ("data", "fsdp"))),
+    scatter=(manual(lambda x: jax.lax.psum_scatter(x, "fsdp", tiled=True), ("data", "fsdp")),
+             placed((512,), ("data", "fsdp"))),
+    exchange=(manual(lambda x: jax.lax.all_to_all(x, "fsdp", 0, 0, tiled=True), ("data", "fsdp")),
+              placed((512,), ("data", "fsdp"))),
+    shift=(manual(rotated, ("data", "fsdp")), placed((512,), ("data", "fsdp"))),
+)
+print(json.dumps({name: jax.jit(f).lower(*args).compile().as_text() for name, (f, *args) in programs.items()}))
+"""
+
+
+@functools.cache
+def compiled():
+    """HLO text of programs for 8 simulated devices, mesh data 2 x fsdp 4."""
+    quick = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_fsdp_gathers_each_layer_in_the_loop():
+    text = compiled()["fsdp"]
+    expected = [collectives.Collective("all-gather", 32 * 32 * 4, times=5, group_size=4)]
+    assert collectives.parse(text) == expected
+    assert collectives.totals(expected) == {"all-gather": 5 * 32 * 32 * 4}
+    # The same from the loop's condition, and a loop nobody can read.
+    unnoted = text.replace('"known_trip_count":{"n":"5"}', '"other":{}')
+    assert unnoted != text and collectives.parse(unnoted) == expected
+    unread = unnoted.replace("direction=LT", "direction=NE")
+    assert collectives.parse(unread) == [collectives.Collective("all-gather", 32 * 32 * 4, 1, 4, known=False)]
+
+
+@pytest.mark.parametrize(
+    "name,kind,size,group",
+    [
+        ("sum", "all-reduce", 400, 2),
+        ("scatter", "reduce-scatter", 256, 4),  # its operand; the result is a quarter
+        ("exchange", "all-to-all", 256, 4),
+        ("shift", "collective-permute", 256, 2),
+    ],
+)
+def test_single_collectives(name, kind, size, group):
+    assert collectives.parse(compiled()[name]) == [collectives.Collective(kind, size, 1, group)]
+
+
+# As TPU's compiler writes, shortened: 16 devices as data 2 x fsdp 8.
+TPU = """HloModule jit_step, is_scheduled=true, num_partitions=16
+
+%add (a: bf16[], b: bf16[]) -> bf16[] {
+  %a = bf16[]{:T(256)} parameter(0)
+  %b = bf16[]{:T(256)} parameter(1)
+  ROOT %sum = bf16[]{:T(256)} add(%a, %b)
+}
+
+%start.1 (p: bf16[1,128,1024]) -> (bf16[1,128,1024], bf16[1,1024,1024]) {
+  %p = bf16[1,128,1024]{2,1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %all-gather.1 = bf16[1,1024,1024]{2,1,0:T(8,128)(2,1)} all-gather(%p), channel_id=30, \
+replica_groups=mesh['data'=2,'fsdp'=8] {'fsdp'}, dimensions={1}
+  ROOT %t = (bf16[1,128,1024]{2,1,0}, bf16[1,1024,1024]{2,1,0}) tuple(%p, %all-gather.1)
+}
+
+%done.1 (q: bf16[1,128,1024]) -> bf16[1,1024,1024] {
+  %q = bf16[1,128,1024]{2,1,0:T(8,128)(2,1)S(1)} parameter(0)
+  ROOT %all-gather.2 = bf16[1,1024,1024]{2,1,0:T(8,128)(2,1)} all-gather(%q), channel_id=30, \
+replica_groups=mesh['data'=2,'fsdp'=8] {'fsdp'}, dimensions={1}
+}
+
+%all-reduce-scatter.clone.1 (r: bf16[1024,1024]) -> bf16[128,1024] {
+  %r = bf16[1024,1024]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %all-reduce.5 = bf16[1024,1024]{1,0:T(8,128)(2,1)} all-reduce(%r), channel_id=5, \
+replica_groups={{0,1,2,3,4,5,6,7},{8,9,10,11,12,13,14,15}}, to_apply=%add
+  %zero = u32[] constant(0)
+  ROOT %slice = bf16[128,1024]{1,0:T(8,128)(2,1)S(1)} dynamic-slice(%all-reduce.5, %zero, %zero), \
+dynamic_slice_sizes={128,1024}
+}
+
+%wide.body (state: (s32[], bf16[128,1024], /*index=2*/bf16[1024,1024])) -> (s32[], bf16[128,1024], bf16[1024,1024]) {
+  %state = (s32[]{:T(128)}, bf16[128,1024]{1,0}, /*index=2*/bf16[1024,1024]{1,0}) parameter(0)
+  %async-collective-start = (bf16[1,128,1024]{2,1,0:T(8,128)(2,1)S(1)}, \
+/*index=1*/bf16[1,1024,1024]{2,1,0:T(8,128)(2,1)S(1)}) fusion(%shard), kind=kCustom, \
+output_to_operand_aliasing={{0}: (0, {})}, calls=%start.1
+  %async-collective-done = bf16[1,1024,1024]{2,1,0:T(8,128)(2,1)S(1)} fusion(%other), kind=kCustom, calls=%done.1
+  %fusion.38 = bf16[128,1024]{1,0:T(8,128)(2,1)S(1)} fusion(%grad), kind=kCustom, calls=%all-reduce-scatter.clone.1
+  ROOT %next = (s32[]{:T(128)}, bf16[128,1024]{1,0}, /*index=2*/bf16[1024,1024]{1,0}) tuple(%i, %fusion.38, %w)
+}
+
+%wide.condition (state.1: (s32[], bf16[128,1024], /*index=2*/bf16[1024,1024])) -> pred[] {
+  %state.1 = (s32[]{:T(128)}, bf16[128,1024]{1,0}, /*index=2*/bf16[1024,1024]{1,0}) parameter(0)
+  %constant.28 = s32[]{:T(128)} constant(28)
+  %counter = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%counter, %constant.28), direction=LT
+}
+
+%twice.body (state.2: (s32[])) -> (s32[]) {
+  %state.2 = (s32[]{:T(128)}) parameter(0)
+  ROOT %while.1 = (s32[]{:T(128)}) while(%init), condition=%wide.condition, body=%wide.body
+}
+
+%scattered (v: f32[64]) -> f32[16] {
+  %v = f32[64]{0:T(256)} parameter(0)
+  ROOT %rs = f32[16]{0:T(256)} reduce-scatter(%v), channel_id=9, replica_groups=[4,4]<=[16], dimensions={0}, \
+to_apply=%add
+}
+
+%rare (z: pred[100]) -> pred[100] {
+  %z = pred[100]{0:T(256)} parameter(0)
+  ROOT %all = pred[100]{0:T(256)} all-reduce(%z), channel_id=10, replica_groups={}, to_apply=%add
+}
+
+%never (z.1: pred[100]) -> pred[100] {
+  ROOT %z.1 = pred[100]{0:T(256)} parameter(0)
+}
+
+ENTRY %main.3_spmd (param: f32[4096,128]) -> f32[4096,128] {
+  %param = f32[4096,128]{1,0:T(8,128)} parameter(0)
+  %outer = (s32[]{:T(128)}) while(%init.1), condition=%unread, body=%twice.body, \
+backend_config={"known_trip_count":{"n":"2"}}
+  %collective-permute-start = (f32[4096,128]{1,0:T(8,128)}, f32[4096,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}, \
+u32[]{:S(2)}) collective-permute-start(%param), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %collective-permute-done = f32[4096,128]{1,0:T(8,128)S(1)} collective-permute-done(%collective-permute-start)
+  %all-gather-start = ((bf16[16]{0}, u8[2,3]{1,0}), (bf16[128]{0}, u8[16,3]{1,0})) all-gather-start(%x, %y), \
+channel_id=2, replica_groups=mesh['data'=2,'fsdp'=8] {'data','fsdp':(2)4}, dimensions={0}
+  %all-gather-done = (bf16[128]{0}, u8[16,3]{1,0}) all-gather-done(%all-gather-start)
+  %all-reduce-start = (f32[8]{0}, s4[8]{0}) all-reduce-start(%m, %n), channel_id=3, replica_groups={{0,8}}, \
+to_apply=%add
+  %all-reduce-done = (f32[8]{0}, s4[8]{0}) all-reduce-done(%all-reduce-start)
+  %rs-start = ((f32[64]{0:T(256)}), f32[16]{0:T(256)}, u32[]{:S(2)}) async-start(%k), calls=%scattered
+  %rs-done = f32[16]{0:T(256)} async-done(%rs-start), calls=%scattered
+  %rs-start.1 = ((f32[64]{0:T(256)}), f32[16]{0:T(256)}, u32[]{:S(2)}) async-start(%rs-done), calls=%scattered
+  %rs-done.1 = f32[16]{0:T(256)} async-done(%rs-start.1), calls=%scattered
+  ROOT %chosen = pred[100]{0} conditional(%which, %g, %h), branch_computations={%rare, %never}
+}
+"""
+
+
+def test_text_of_a_tpu():
+    one = collectives.Collective
+    found = collectives.parse(TPU)
+    assert found == [
+        one("all-gather", 2 * 1024 * 1024, 2 * 28, 8),  # a chain of fusions on one channel
+        one("reduce-scatter", 2 * 1024 * 1024, 2 * 28, 8),
+        one("collective-permute", 4 * 4096 * 128, 1, 2),
+        one("all-gather", 2 * 128 + 16 * 3, 1, 8),  # the result of the start's (operands, results)
+        one("all-reduce", 4 * 8 + 8 // 2, 1, 2),
+        one("reduce-scatter", 4 * 64, 1, 4),  # two calls of one computation are two
+        one("reduce-scatter", 4 * 64, 1, 4),
+        one("all-reduce", 100, 1, 16, known=False),  # in one branch of two
+    ]
+    assert collectives.totals(found) == {
+        "all-gather": 56 * 2 * 1024 * 1024 + 304,
+        "reduce-scatter": 56 * 2 * 1024 * 1024 + 2 * 256,
+        "collective-permute": 4 * 4096 * 128,
+        "all-reduce": 36 + 100,
+    }
+
+
+@pytest.mark.parametrize(
+    "text,device,shape,count",
+    [
+        ("v5e:16x16", hardware.V5E, (16, 16), 256),
+        ("v5p:4x4x4", hardware.V5P, (4, 4, 4), 64),
+        ("v6e:2x4", hardware.V6E, (2, 4), 8),
+        ("h200:8x8", hardware.H200, (8, 8), 64),
+    ],
+)
+def test_topologies(text, device, shape, count):
+    assert hardware.parse_topology(text) == (device, shape, count)
+
+
+WRONG = ("v5e", "v5e:", "v5e:16", "v5e:16x16x16", "v5p:4x4", "h200:8x0", "v5e:-4x4", "v5e:4×4", "v5e:²x4")
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_shapes_are_refused_with_an_example(text):
+    with pytest.raises(UserError, match="positive numbers, as in (v5e|v5p|h200):4x4") as caught:
+        hardware.parse_topology(text)
+    assert repr(text) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unknown_devices_are_refused_with_the_known():
+    with pytest.raises(UserError, match="'v9'.*v5e, v5p, v6e, h100, h200, a100"):
+        hardware.parse_topology("v9:4x4")
+
+
+def test_data_sheets_are_in_the_units_they_say():
+    """Within the range of today's machines: a figure in GB, TFLOP or Gbit would be far outside."""
+    for d in hardware.DEVICES:
+        assert 1e14 < d.peak_bf16 < 1e16 and 1e10 < d.memory < 1e12 and 5e11 < d.bandwidth < 1e13, d
+        assert 1e10 < d.outside <= d.link < d.bandwidth, d
+        assert 100 < d.peak_bf16 / d.bandwidth < 1000, d
