@@ -1,0 +1,387 @@
+"""Captioned pictures from tars, TFDS sets and folders: the same examples, in order, and what is wrong with bad ones."""
+
+import io
+import itertools
+import json
+import pathlib
+import pickle
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sprint_jax.data import sources
+from sprint_jax.errors import UserError
+
+CAPTIONS = ("a grey step", "two ramps", "a blue corner", "ünïcode, with a comma")
+
+
+def picture(index, height=6, width=9):
+    """uint8 [height, width, 3], another one for each index."""
+    return np.random.RandomState(index).randint(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def encoded(array, form="PNG", **options):
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, form, **options)
+    return stream.getvalue()
+
+
+PNGS = tuple(encoded(picture(i)) for i in range(len(CAPTIONS)))
+
+
+def npy(array):
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def write_tar(path, members):
+    """members: (name, bytes) pairs in the order of the tar."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def sample(index, name, field="prompt"):
+    return [(f"{name}.png", PNGS[index]), (f"{name}.json", json.dumps({field: CAPTIONS[index], "width": 9}).encode())]
+
+
+def tars(root, field="prompt"):
+    write_tar(root / "00000.tar", sample(0, "000", field) + sample(1, "001", field))
+    write_tar(root / "00001.tar", sample(2, "000", field) + sample(3, "001", field))
+    return root
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def folder(root):
+    for index in (3, 1, 0, 2):  # not in order
+        write(root / f"{'ab'[index // 2]}/{index}.png", PNGS[index])
+        write(root / f"{'ab'[index // 2]}/{index}.txt", CAPTIONS[index] + "\n")
+    return root
+
+
+def tfds_set(root, names=("image", "caption"), images=PNGS, split="train"):
+    """A TFDS set as its builder writes it; the directory with dataset_info.json."""
+    import tensorflow_datasets as tfds
+
+    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """Pictures and captions."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = pathlib.Path(__file__).parent
+
+        def _info(self):
+            kinds = (tfds.features.Image(shape=(None, None, 3), encoding_format="png"), tfds.features.Text())
+            features = tfds.features.FeaturesDict(dict(zip(names, kinds, strict=True)))
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, image in enumerate(images):
+                yield i, dict(zip(names, (image, CAPTIONS[i]), strict=True))
+
+    tfds.disable_progress_bar()
+    Tiny(data_dir=root, file_format="array_record").download_and_prepare()
+    return root / "tiny/1.0.0"
+
+
+@pytest.fixture(scope="module")
+def made_tfds(tmp_path_factory):
+    return tfds_set(tmp_path_factory.mktemp("tfds"))
+
+
+def reason(source, index):
+    with pytest.raises(sources.BadExample) as caught:
+        source[index]
+    return str(caught.value)
+
+
+def test_the_same_examples_whatever_holds_them(tmp_path, made_tfds):
+    for path in (tars(tmp_path / "tars"), folder(tmp_path / "folder"), made_tfds):
+        source = sources.open_source(path)
+        assert len(source) == 4
+        examples = [source[i] for i in range(4)]
+        assert [e.caption for e in examples] == list(CAPTIONS)
+        assert len({e.key for e in examples}) == 4 and all(e.latent is None for e in examples)
+        for index, example in enumerate(examples):
+            np.testing.assert_array_equal(sources.load_picture(example.image), picture(index))
+        for beyond in (4, -1):
+            with pytest.raises(IndexError):
+                source[beyond]
+        copy = pickle.loads(pickle.dumps(source))
+        assert [copy[i] for i in (3, 0)] == [examples[3], examples[0]]
+        again = sources.open_source(path)
+        assert again.identity() == source.identity() == copy.identity() and again[2].key == examples[2].key
+
+
+def test_tars_are_read_in_the_order_of_names_and_of_the_list(tmp_path):
+    root = tars(tmp_path)
+    keys = ["00000.tar:000", "00000.tar:001", "00001.tar:000", "00001.tar:001"]
+    assert [e.key for e in sources.open_source(root)] == keys
+    listing = {"wids_version": 1, "shardlist": [{"url": "elsewhere/00001.tar", "nsamples": 2, "filesize": 1}]}
+    write(root / "wids-meta.json", json.dumps(listing))
+    assert [e.caption for e in sources.open_source(root)] == list(CAPTIONS[2:])
+    write(root / "wids-meta.json", json.dumps({"shardlist": [{"url": "00001.tar"}, {"url": "00002.tar"}]}))
+    with pytest.raises(UserError, match="00002.tar"):
+        sources.open_source(root)
+    write(root / "wids-meta.json", "[]")
+    with pytest.raises(UserError, match="shardlist"):
+        sources.open_source(root)
+
+
+def test_members_belong_together_up_to_the_first_dot(tmp_path):
+    members = [
+        ("./a.b/x.1.seg.png", b"not this"), ("./a.b/x.JPG", encoded(picture(0), "JPEG")), ("./a.b/y.txt", b" of y \n"),
+        ("./a.b/x.npz", b"features"), ("./a.b/y.webp", PNGS[1]), ("./a.b/x.txt", b"of x"), ("./.png", b"hidden"),
+    ]  # fmt: skip
+    write_tar(tmp_path / "a.tar", members)
+    source = sources.open_source(tmp_path)
+    assert [(e.key, e.caption) for e in source] == [("a.tar:a.b/x", "of x"), ("a.tar:a.b/y", "of y")]
+    assert source[0].image == members[1][1] and source[1].image == PNGS[1]
+
+
+def test_caption_fields(tmp_path):
+    root = tars(tmp_path, field="long")
+    assert sources.open_source(root, "long")[0].caption == CAPTIONS[0]
+    assert reason(sources.open_source(root), 0) == "missing caption"
+
+
+@pytest.mark.parametrize("kept", ["header", "half the picture", "half the caption"])
+def test_a_cut_tar_gives_what_it_holds(tmp_path, kept):
+    path = write_tar(tmp_path / "a.tar", sample(0, "000") + sample(1, "001"))
+    with tarfile.open(path) as tar:
+        begin = {member.name: member.offset_data for member in tar}
+    cut = {"header": begin["001.png"], "half the picture": begin["001.png"] + len(PNGS[1]) // 2,
+           "half the caption": begin["001.json"] + 5}[kept]  # fmt: skip
+    path.write_bytes(path.read_bytes()[:cut])
+    source = sources.open_source(tmp_path)
+    assert len(source) == 2 and source[0].caption == CAPTIONS[0]
+    assert reason(source, 1) == "corrupt record"
+
+
+@pytest.mark.parametrize(
+    "members, expected",
+    [
+        ([("a.png", PNGS[0])], "missing caption"),
+        ([("a.png", PNGS[0]), ("a.txt", b" \n")], "missing caption"),
+        ([("a.png", PNGS[0]), ("a.json", b'{"prompt": null}')], "missing caption"),
+        ([("a.png", PNGS[0]), ("a.json", b'["prompt"]')], "missing caption"),
+        ([("a.png", PNGS[0]), ("a.json", b'{"prompt": "a')], "corrupt record"),
+        ([("a.png", PNGS[0]), ("a.txt", b"\xff\xfe\xfa")], "corrupt record"),
+        ([("a.json", b'{"prompt": "a"}')], "missing picture"),
+        ([("a.npy", npy(np.zeros((2, 1, 1)))[:-3]), ("a.txt", b"a")], "corrupt record"),
+        ([("a.npy", b"\x93NUMPY garbage"), ("a.txt", b"a")], "corrupt record"),
+        ([("a.npy", npy(np.array([{}]))), ("a.txt", b"a")], "corrupt record"),
+        ([("a.npy", npy(np.zeros((2, 3)))), ("a.txt", b"a")], "latent is not a float array [C, h, w]"),
+        ([("a.npy", npy(np.zeros((2, 3, 3), int))), ("a.txt", b"a")], "latent is not a float array [C, h, w]"),
+        ([("a.npy", npy(np.full((2, 1, 1), np.nan))), ("a.txt", b"a")], "latent is not finite"),
+        ([("a.npy", npy(np.full((2, 1, 1), 1e300))), ("a.txt", b"a")], "latent is not finite"),
+    ],
+)  # fmt: skip
+def test_bad_samples_have_a_reason(tmp_path, members, expected):
+    write_tar(tmp_path / "a.tar", members + sample(1, "b"))
+    source = sources.open_source(tmp_path)
+    assert reason(source, 0) == expected
+    assert source[1].caption == CAPTIONS[1]
+
+
+def test_latents(tmp_path):
+    latent = np.arange(12, dtype=np.float16).reshape(3, 2, 2)
+    write_tar(tmp_path / "a.tar", [("a.npy", npy(latent)), ("a.json", b'{"prompt": "steps"}')])
+    example = sources.open_source(tmp_path)[0]
+    assert example.image is None and example.caption == "steps" and example.latent.dtype == np.float32
+    np.testing.assert_array_equal(example.latent, latent)
+
+
+def test_a_folder_with_metadata(tmp_path):
+    for index in range(4):
+        write(tmp_path / f"{3 - index}.png", PNGS[index])
+    lines = [
+        {"file_name": "3.png", "text": CAPTIONS[0]}, {"file_name": "./2.png", "caption": "no", "long": CAPTIONS[1]},
+        {"file_name": "0.png", "width": 9}, {"file_name": "absent.png", "text": "x"},
+    ]  # fmt: skip
+    write(tmp_path / "metadata.jsonl", "\n\n".join(map(json.dumps, lines)))
+    write(tmp_path / "1.txt", CAPTIONS[2])
+    source = sources.open_source(tmp_path, caption_field="long")
+    assert reason(source, 0) == "missing caption" and reason(source, 4) == "missing picture" and len(source) == 5
+    assert [(source[i].key, source[i].caption) for i in (1, 2, 3)] == [
+        ("1.png", CAPTIONS[2]), ("2.png", CAPTIONS[1]), ("3.png", CAPTIONS[0])
+    ]  # fmt: skip
+    assert source[1].image == PNGS[2] and sources.open_source(tmp_path)[2].caption == "no"
+    write(tmp_path / "metadata.jsonl", '{"file_name": "3.png", "text": "a"}\n{"text": "b"}')
+    with pytest.raises(UserError, match="metadata.jsonl line 2"):
+        sources.open_source(tmp_path)
+
+
+def test_the_official_folder(tmp_path):
+    for index in range(3):
+        write(tmp_path / f"{index}.png", PNGS[index])
+        write(tmp_path / f"{index}.txt", CAPTIONS[index])
+    for name in ("2.jpg", "3.jpg"):
+        write(tmp_path / name, encoded(picture(2), "JPEG"))
+    write(tmp_path / "3.txt", CAPTIONS[3])
+    write(tmp_path / "meta_data.json", json.dumps({"name": "x", "img_names": ["2.jpg", "3", "0", "absent"]}))
+    source = sources.open_source(tmp_path)
+    assert [source[i].key for i in range(3)] == ["0.png", "2.jpg", "3.jpg"] and source[1].caption == CAPTIONS[2]
+    assert reason(source, 3) == "missing picture" and len(source) == 4
+    write(tmp_path / "meta_data.json", "{}")
+    with pytest.raises(UserError, match="img_names"):
+        sources.open_source(tmp_path)
+
+
+def test_identity_follows_names_and_sizes(tmp_path, made_tfds):
+    def identities(path):
+        return sources.open_source(path).identity()
+
+    seen = set()
+    for make, changed in ((tars, "00001.tar"), (folder, "b/3.txt")):
+        root = make(tmp_path / make.__name__)
+        elsewhere = make(tmp_path / "moved" / make.__name__)
+        first = identities(root)
+        assert identities(elsewhere) == first
+        (root / changed).write_bytes((root / changed).read_bytes() + b" " * 512)
+        longer = identities(root)
+        (elsewhere / changed).rename(elsewhere / changed.replace(pathlib.Path(changed).stem, "9"))
+        renamed = identities(elsewhere)
+        seen |= {first, longer, renamed}
+    assert len(seen) == 6
+    assert identities(made_tfds) not in seen
+
+
+def test_tfds_keeps_a_bad_record_to_itself(tmp_path):
+    path = tfds_set(tmp_path)
+    (record,) = path.glob("*.array_record-*")
+    data = bytearray(record.read_bytes())
+    at = data.index(PNGS[2])
+    data[at + 40] ^= 0xFF
+    record.write_bytes(data)
+    source = sources.open_source(path)
+    assert reason(source, 2) == "corrupt record"
+    assert [source[i].caption for i in (0, 1, 3)] == [CAPTIONS[i] for i in (0, 1, 3)]
+    record.unlink()
+    with pytest.raises(UserError, match="array_record.* is missing"):
+        sources.open_source(path)
+
+
+def test_tfds_sets_that_do_not_fit(tmp_path, made_tfds):
+    with pytest.raises(UserError, match="image and one of"):
+        sources.open_source(tfds_set(tmp_path / "names", names=("picture", "caption")))
+    with pytest.raises(UserError, match="no split train"):
+        sources.open_source(tfds_set(tmp_path / "split", split="test"))
+    other = tfds_set(tmp_path / "field", names=("image", "alt"))
+    assert sources.open_source(other, "alt")[3].caption == CAPTIONS[3]
+    info = json.loads((other / "dataset_info.json").read_text())
+    write(other / "dataset_info.json", json.dumps(info | {"fileFormat": "tfrecord"}))
+    with pytest.raises(UserError, match="are tfrecord: build it as array_record"):
+        sources.open_source(other, "alt")
+    write(other / "dataset_info.json", "garbage")
+    with pytest.raises(UserError, match="build it again"):
+        sources.open_source(other, "alt")
+
+
+def test_what_is_no_source(tmp_path, made_tfds):
+    def refused(path, words):
+        with pytest.raises(UserError, match=words) as caught:
+            sources.open_source(path)
+        assert "\n" not in str(caught.value)
+
+    refused(tmp_path / "absent", "no folder .*absent")
+    refused(tmp_path, "empty")
+    write(tmp_path / "notes/readme.md", "hello")
+    refused(tmp_path, "nothing in .* is understood")
+    refused(tmp_path / "notes/readme.md", "is a file")
+    write(tmp_path / "notes/a.png", PNGS[0])
+    refused(tmp_path, "no picture in .* has a caption")
+    tars(tmp_path / "deeper/tars")
+    refused(tmp_path, "deeper/tars is: give that")
+    refused(made_tfds.parent, "1.0.0 is: give that")
+    write(tmp_path / "bad/a.tar", b"no tar at all" * 100)
+    refused(tmp_path / "bad", "a.tar")
+    write_tar(tmp_path / "other/a.tar", [("a.mp3", b"")])
+    refused(tmp_path / "other", "no pictures")
+
+
+def test_pictures_are_turned_as_exif_says():
+    tall = np.zeros((4, 2, 3), np.uint8)
+    tall[0, 1] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    turned = sources.load_picture(encoded(tall, exif=exif))
+    np.testing.assert_array_equal(turned, np.rot90(tall, -1))
+
+
+def test_transparency_is_white_and_grey_is_grey():
+    clear = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 128]]], np.uint8)
+    np.testing.assert_array_equal(sources.load_picture(encoded(clear)), [[[255, 0, 0], [255] * 3, [127] * 3]])
+    palette = Image.fromarray(np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8)).convert("P")
+    stream = io.BytesIO()
+    palette.save(stream, "PNG", transparency=palette.getpixel((0, 0)))
+    np.testing.assert_array_equal(sources.load_picture(stream.getvalue())[0, 0], [255] * 3)
+    deep = np.array([[0, 257 * 100, 65535]], np.uint16)
+    np.testing.assert_array_equal(sources.load_picture(encoded(deep))[0, :, 0], [0, 100, 255])
+    np.testing.assert_array_equal(sources.load_picture(encoded(picture(1)[..., 0]))[..., 2], picture(1)[..., 0])
+
+
+def bomb():
+    return encoded(np.zeros((10_001, 10_000), bool), "PNG")
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", PNGS[0][:60], PNGS[0][:-30], None], ids=str)
+def test_undecodable(data):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with pytest.raises(sources.BadExample, match="^undecodable image$"):
+            sources.load_picture(bomb() if data is None else data)
+
+
+def test_fit_cuts_out_the_middle():
+    wide = picture(0, 8, 12)
+    np.testing.assert_array_equal(sources.fit(wide, 8, 6), wide[:, 3:9])
+    np.testing.assert_array_equal(sources.fit(wide.swapaxes(0, 1), 6, 8), wide.swapaxes(0, 1)[3:9])
+    assert sources.fit(wide, 8, 12) is wide
+
+
+@pytest.mark.parametrize(
+    "have, want", [((40, 64), (20, 16)), ((60, 40), (20, 20)), ((5, 6), (20, 20)), ((3, 90), (8, 8))]
+)
+def test_fit_is_the_cut_of_the_scaled_picture(have, want):
+    """Fails without antialiasing, with another filter, and when the middle is not the middle."""
+    image = picture(3, *have)
+    scale = max(want[0] / have[0], want[1] / have[1])
+    height, width = round(have[0] * scale), round(have[1] * scale)
+    scaled = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    top, left = (height - want[0]) / 2, (width - want[1]) / 2
+    assert top == int(top) and left == int(left)
+    cut = scaled[int(top) : int(top) + want[0], int(left) : int(left) + want[1]]
+    difference = np.abs(sources.fit(image, *want).astype(int) - cut)
+    assert difference.max() <= 1
+
+
+def test_fit_of_a_ribbon():
+    assert sources.fit(picture(0, 1, 50_000), 64, 64).shape == (64, 64, 3)
+
+
+def test_nearest_bucket():
+    buckets = [(512, 512), (384, 640), (640, 384), (300, 900)]
+    assert sources.nearest_bucket(100, 101, buckets) == (512, 512)
+    assert sources.nearest_bucket(1080, 1920, buckets) == (384, 640)
+    assert sources.nearest_bucket(1920, 1080, buckets) == (640, 384)
+    assert sources.nearest_bucket(10, 1000, buckets) == (300, 900)
+    # Between 1/2 and 2 by quotient, not by difference, which 1.2 would give to 0.5.
+    assert sources.nearest_bucket(12, 10, [(1, 2), (2, 1)]) == (2, 1)
+    same = [(256, 256), (1024, 1024), (512, 512)]
+    for order in itertools.permutations(same):
+        assert sources.nearest_bucket(500, 530, order) == (512, 512)
