@@ -15,10 +15,9 @@ import runpy
 import jax
 import numpy as np
 
-from sprint_jax import build, config, generation, weights
+from sprint_jax import build, config, generation, inputs, weights
 from sprint_jax.diffusion import samplers
 from sprint_jax.evaluation import frechet
-from sprint_jax.evaluation.evaluate import heldout
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -29,10 +28,11 @@ def main():
     parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()
     c = config.parse(runpy.run_path(str(ROOT / "configs/sprint.py"))["get_config"]())
-    model, codec, shape = build.teacher(c), build.codec(c), build.latent_shape(c)
+    model, data, shape = build.teacher(c), inputs.Shapes(c), build.latent_shape(c)
     path = ROOT / "sprint_jax/assets/shapes_teacher.safetensors"
     params = jax.device_put(weights.load(path, jax.eval_shape(model.init, jax.random.key(0))))
-    prompts = heldout(c.data.eval_seed, options.count, c.data.size).texts
+    prompts = data.heldout(options.count, 1)
+    null = {"text": data.frozen["null_text"], "mask": data.frozen["null_mask"]}
     angles = samplers.trig_times(options.steps)
     matched = (np.sin(angles) / (np.sin(angles) + np.cos(angles))).astype(np.float32)
     roads = {
@@ -42,13 +42,14 @@ def main():
     }
     made = {}
     for name, (kind, times) in roads.items():
-        sampler = generation.teacher_sampler(model, codec, shape, times, sampler=kind)
+        sampler = generation.teacher_sampler(model, data.pixels, shape, times, sampler=kind)
         made[name] = generation.run(
-            sampler, params, build.text_encoder(c), prompts, guidance=c.evaluation.teacher_guidance,
+            sampler, {"transformer": params, "pixels": {}}, null, prompts.text, prompts.mask,
+            guidance=c.evaluation.teacher_guidance,
             seed=c.data.eval_seed, batch=64, say=lambda n, name=name: print(f"{name}: {n} of {options.count}", flush=True),
         )  # fmt: skip
     noise = jax.random.normal(jax.random.key(0), (options.count, *shape))
-    made["noise"] = np.asarray(codec.decode(noise))
+    made["noise"] = np.asarray(data.pixels.decode({}, noise))
     moments = {k: frechet.moments(frechet.features(v)) for k, v in made.items()}
     to_noise = min(frechet.distance(moments[name], moments["noise"]) for name in roads)
     print(f"{options.steps} steps, {options.count} pictures; Fréchet distance to noise {to_noise:.4f}")

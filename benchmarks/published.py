@@ -51,7 +51,7 @@ def main(argv):
     pixels = parts.AutoencoderPixels(DCAE_F32C32, tile=False)
     decoder = drawn(DCAE_F32C32)
     for name, size in (("0.6B", SANA_600M), ("1.6B", SANA_1600M)):
-        model = dataclasses.replace(size, logvar_head=False, remat=False, dtype=_DTYPE.value)
+        model = dataclasses.replace(size, logvar_head=False, remat="none", dtype=_DTYPE.value)
         params = drawn(model)
         text = jax.random.normal(jax.random.key(1), (1, _TOKENS.value, model.text_dim), _DTYPE.value)
         mask, w = jnp.ones((1, _TOKENS.value)), jnp.full((1,), 4.5)

@@ -35,28 +35,30 @@ def get_config(preset="shapes"):
 def _shapes():
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.data = dict(size=32, seed=0, eval_seed=1)
+    config.data = dict(encoded="", model="", size=32, seed=0, eval_seed=1, workers=0, max_bad=0.01)
+    config.text = dict(vocabulary="shapes", length=16, dim=224)
     config.codec = dict(block=8, scale=1.236, weights="package:shapes_codec", channels=32)
     config.model = dict(
         width=128, depth=7, heads=4, cross_heads=4, mlp_ratio=2.0, patch_size=1,
         qk_norm=True, time_scale=1.0, guidance_embed=True, guidance_scale_factor=0.1,
-        remat=False, unroll=7, dtype="float32",
+        remat="none", unroll=7, dtype="float32",
     )  # fmt: skip
+    config.mesh = dict(data=-1, fsdp=1)
     config.teacher = dict(
-        pretrained="package:shapes_teacher",
-        steps=6000, batch=64, ema=0.998, caption_dropout=0.1, border_start=True,
+        pretrained="package:shapes_teacher", start="",
+        steps=6000, batch=64, accumulate=1, ema=0.998, caption_dropout=0.1, border_start=True,
         time_mean=0.0, time_std=1.0, time_shift=3.0,
         base_qk_norm=True, base_time_scale=1.0, finetune_steps=0, finetune_lr=3e-4,
-        optimizer=dict(lr=2e-3, muon_lr=0.02, warmup=100, decay_to=0.02, b1=0.9, b2=0.99, weight_decay=0.01, clip=1.0),
+        optimizer=_muon(lr=2e-3, muon_lr=0.02, warmup=100, decay_to=0.02, b1=0.9, weight_decay=0.01, clip=1.0),
     )  # fmt: skip
     config.sprint = dict(
-        steps=2400, batch=32, ema=0.99,
+        steps=2400, batch=32, accumulate=1, ema=0.99,
         guidance=(1.25, 1.5, 2.0), uncond_mask="cond",
         p_mean=-0.4, p_std=1.4, tangent_warmup=300, tangent_normalize=True, weighting="code",
         scm_weight=1.0, adv_weight=5.0, max_time=0.5,
         disc_mean=-0.6, disc_std=1.0, reduction="code", misaligned=True, head_blocks=(1, 3, 5),
-        optimizer=dict(lr=2e-4, muon_lr=0.005, warmup=20, decay_to=0.1, b1=0.0, b2=0.99, weight_decay=0.0, clip=0.5),
-        head_optimizer=dict(lr=5e-4, muon_lr=0.0, warmup=0, decay_to=1.0, b1=0.0, b2=0.99, weight_decay=0.0, clip=0.5),
+        optimizer=_muon(lr=2e-4, muon_lr=0.005, warmup=20, decay_to=0.1, b1=0.0, weight_decay=0.0, clip=0.5),
+        head_optimizer=_adamw(lr=5e-4, warmup=0, decay_to=1.0, b1=0.0, weight_decay=0.0, clip=0.5),
     )  # fmt: skip
     config.evaluation = dict(
         prompts=256, batch=64, teacher_steps=20, teacher_guidance=1.5, student_guidance=1.5,
@@ -64,6 +66,14 @@ def _shapes():
     )  # fmt: skip
     config.run = dict(log_every=20, checkpoint_every=200, keep=2, max_rejected=10)
     return config
+
+
+def _adamw(**values):
+    return dict(kind="adamw", muon_lr=0.0, reference_batch=0, b2=0.99, b3=0.0) | values
+
+
+def _muon(**values):
+    return dict(kind="muon", reference_batch=0, b2=0.99, b3=0.0) | values
 
 
 def _smoke(config):

@@ -1,4 +1,4 @@
-"""Networks, text encoder and pixel codec of a configuration: the one place that reads `Config` to build them."""
+"""Networks and the embedded text encoder and pixel codec of a configuration: the one place that builds them."""
 
 import dataclasses
 import pathlib
@@ -7,17 +7,21 @@ import jax
 
 from sprint_jax import config as config_lib
 from sprint_jax import weights
+from sprint_jax.conversion import folder
 from sprint_jax.data import pixels, text
+from sprint_jax.errors import UserError
 from sprint_jax.models.ladd_heads import LADDHeads
 from sprint_jax.models.linear_dit import LinearDiT
-from sprint_jax.training import sprint_step, state
+from sprint_jax.training import came, sprint_step, state
 
 _PACKAGE = "package:"
 
 
 def text_encoder(c: config_lib.Config):
-    """The prompt encoder: `encode(prompts) -> features [B, L, D], mask [B, L]`."""
-    return text.ShapesText()
+    """The embedded prompt encoder, `encode(prompts) -> features [B, L, D], mask [B, L]`; None for Gemma-2."""
+    if c.text.vocabulary == "gemma":
+        return None
+    return text.ShapesText() if c.text.vocabulary == "shapes" else text.WordsText(c.text.length)
 
 
 def codec(c: config_lib.Config):
@@ -45,7 +49,7 @@ def latent_shape(c: config_lib.Config) -> tuple[int, int, int]:
 
 def _model(c: config_lib.Config, **changes) -> LinearDiT:
     fields = dataclasses.asdict(c.model) | dict(
-        in_channels=c.codec.channels, text_dim=text_encoder(c).dim, logvar_head=False
+        in_channels=c.codec.channels, text_dim=c.text.dim, logvar_head=False
     )
     return LinearDiT(**(fields | changes))
 
@@ -70,12 +74,33 @@ def needs_finetune(c: config_lib.Config) -> bool:
     return base_teacher(c) != teacher(c)
 
 
+def published_transformer(path, model: LinearDiT):
+    """Parameters of `model` from a folder with a diffusers transformer, as NumPy float32.
+
+    path: a pipeline's folder or its transformer/. Raises UserError where the folder describes another network.
+    """
+    found, params = folder.read_transformer(path)
+    free = dict(remat=model.remat, unroll=model.unroll, dtype=model.dtype, guidance_scale_factor=model.guidance_scale_factor)
+    if model.time_scale != found.time_scale:
+        free["time_scale"] = model.time_scale  # dense times are told in [0, 1]; the folder may scale them elsewhere
+    differing = [f.name for f in dataclasses.fields(model) if getattr(dataclasses.replace(found, **free), f.name) != getattr(model, f.name)]
+    if differing:
+        name = differing[0]
+        raise UserError(
+            f"{path} holds a transformer with {name}={getattr(found, name)}, the config asks for {getattr(model, name)}: "
+            "change config.model, or give the folder of a teacher"
+        )
+    return params
+
+
 def nets(c: config_lib.Config) -> sprint_step.Nets:
     s = c.sprint
     return sprint_step.Nets(
         teacher=teacher(c),
         student=student(c),
         heads=LADDHeads(width=c.model.width, count=len(s.head_blocks)),
-        tx=state.optimizer(s.optimizer, s.steps // 2),
-        heads_tx=state.optimizer(s.head_optimizer, s.steps // 2),
+        tx=state.optimizer(s.optimizer, s.steps // 2, s.batch, came_rules=(came.dit_factored, came.dit_stacked)),
+        heads_tx=state.optimizer(
+            s.head_optimizer, s.steps // 2, s.batch, came_rules=(came.heads_factored, came.heads_stacked)
+        ),
     )

@@ -9,21 +9,58 @@ import difflib
 
 import ml_collections
 
+from sprint_jax.data import text
 from sprint_jax.errors import UserError
+from sprint_jax.models.ladd_heads import GROUP
+from sprint_jax.models.linear_dit import REMAT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """size: picture side in pixels. seed: names the training pictures. eval_seed: the held-out ones."""
+    """What is learnt from.
 
+    encoded: folder made by `sprint_jax.encode`; "" draws the embedded `shapes` as they are needed.
+    model: diffusers or converted folder whose autoencoder and text encoder made that folder; "" for the
+      embedded codec and text encoder of this config.
+    size: picture side in pixels (the middle one of aspect-ratio buckets).
+    seed: names the training order, and the pictures drawn. eval_seed: the held-out ones, and their noise.
+    workers: processes that read an encoded folder, per host; 0 reads in threads.
+    max_bad: share of unreadable records at which training stops.
+    """
+
+    encoded: str
+    model: str
     size: int
     seed: int
     eval_seed: int
+    workers: int
+    max_bad: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """What the network reads: see `sprint_jax.data.text` and `sprint_jax.parts`.
+
+    vocabulary: "shapes", "words" (any words, hashed) or "gemma" (of data.model, or features in data.encoded).
+    length: tokens of a caption, padded. dim: width of their features.
+    """
+
+    vocabulary: str
+    length: int
+    dim: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Devices as data x fsdp: see `training/sharding.py`. data = -1 takes what fsdp leaves."""
+
+    data: int
+    fsdp: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codec:
-    """Pixel seam: see `sprint_jax.data.pixels`.
+    """Pixel seam: see `sprint_jax.data.pixels`; with data.model its DC-AE, of this block and channels.
 
     block: pixels per latent cell along each side. scale: makes the latents' root mean square near one.
     weights: principal components, a .safetensors file or "package:NAME"; "" keeps every pixel value.
@@ -38,7 +75,7 @@ class Codec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """Network shape shared by teacher and student: see `sprint_jax.models.linear_dit.LinearDiT`."""
+    """Network shared by teacher and student: see `sprint_jax.models.linear_dit.LinearDiT`."""
 
     width: int
     depth: int
@@ -50,24 +87,30 @@ class Model:
     time_scale: float
     guidance_embed: bool
     guidance_scale_factor: float
-    remat: bool
+    remat: str
     unroll: int
     dtype: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW, or Muon with AdamW for what is no matrix. lr: AdamW's; muon_lr: Muon's, 0 for AdamW alone.
+    """kind: "adamw", "came", or "muon" (with AdamW for what is no matrix).
 
-    warmup: steps of linear warm-up; decay_to: final share of the rates under a cosine (1 = constant).
+    lr: of AdamW or CAME. muon_lr: of Muon's matrices. reference_batch: both are multiplied by
+    sqrt(batch / reference_batch), 0 leaves them (the published trainer has 256).
+    warmup: updates of linear warm-up; decay_to: final share of the rates under a cosine (1 = constant).
+    b1, b2: of the moments; b3: of CAME's instability. clip: global norm of the gradient.
     """
 
+    kind: str
     lr: float
     muon_lr: float
+    reference_batch: int
     warmup: int
     decay_to: float
     b1: float
     b2: float
+    b3: float
     weight_decay: float
     clip: float
 
@@ -77,8 +120,10 @@ class Teacher:
     """Flow-matching teacher.
 
     pretrained: weights to use instead of training: a .safetensors file, "package:NAME" for one shipped
-      with the code, "" to train here.
+      with the code, a diffusers or converted folder, "" to train here.
+    start: weights that training here begins from, as for pretrained; "" begins from random ones.
     steps, batch, ema, caption_dropout: training; ema is the decay (0: none).
+    accumulate: parts of a batch whose gradients are averaged one after the other, to save memory.
     border_start: begin from parameters in which zero padding shows (`training/teacher_step.py`).
     time_mean, time_std, time_shift: logit-normal time sampling.
     base_qk_norm, base_time_scale: what the teacher is first trained with. Where they differ from
@@ -86,8 +131,10 @@ class Teacher:
     """
 
     pretrained: str
+    start: str
     steps: int
     batch: int
+    accumulate: int
     ema: float
     caption_dropout: float
     border_start: bool
@@ -105,6 +152,7 @@ class Teacher:
 class Sprint:
     """sCM + LADD distillation. Steps count generator and discriminator updates, which alternate.
 
+    accumulate: as for the teacher; no random draw and no normalisation group depends on it.
     guidance: scales drawn per sample for the teacher and told to the student.
     uncond_mask: "cond" (code: the prompt's own mask on null features) or "null" (the null prompt's mask).
     p_mean, p_std: time sampler of the generator; disc_mean, disc_std: of the renoising.
@@ -116,6 +164,7 @@ class Sprint:
 
     steps: int
     batch: int
+    accumulate: int
     ema: float
     guidance: tuple[float, ...]
     uncond_mask: str
@@ -171,8 +220,10 @@ class Config:
 
     seed: int
     data: Data
+    text: Text
     codec: Codec
     model: Model
+    mesh: Mesh
     teacher: Teacher
     sprint: Sprint
     evaluation: Evaluation
@@ -218,16 +269,31 @@ def _check(c: Config):
     s, t, m = c.sprint, c.teacher, c.model
     cell = c.codec.block * m.patch_size
     require = [
+        (c.text.vocabulary in ("shapes", "words", "gemma"), f"config.text.vocabulary {c.text.vocabulary!r}: use shapes, words or gemma"),
+        (c.text.vocabulary != "shapes" or (c.text.length, c.text.dim) == (text.LENGTH, text.DIM),
+         f"config.text {c.text.length} x {c.text.dim}: vocabulary shapes has length {text.LENGTH} and dim {text.DIM}"),
+        (c.text.vocabulary != "words" or c.text.dim == text.DIM, f"config.text.dim {c.text.dim}: vocabulary words has {text.DIM}"),
+        (c.data.encoded or c.text.vocabulary == "shapes", f"config.data.encoded is empty: captions in {c.text.vocabulary} need a folder made by sprint_jax.encode"),
+        (c.data.workers >= 0 and 0 <= c.data.max_bad <= 1, "config.data.workers: use 0 or more; config.data.max_bad: a share in [0, 1]"),
+        (c.mesh.fsdp >= 1 and (c.mesh.data >= 1 or c.mesh.data == -1), f"config.mesh {c.mesh.data} x {c.mesh.fsdp}: use 1 or more, data=-1 for what is left"),
         (c.data.size % cell == 0, f"config.data.size {c.data.size}: use a multiple of {cell} (codec.block x patch_size)"),
-        (c.codec.weights or c.codec.channels == 3 * c.codec.block**2,
+        (c.codec.weights or c.text.vocabulary == "gemma" or c.codec.channels == 3 * c.codec.block**2,
          f"config.codec.channels {c.codec.channels}: without codec.weights it is 3 x block^2 = {3 * c.codec.block**2}"),
         (m.width % m.heads == 0, f"config.model.width {m.width}: use a multiple of heads {m.heads}"),
         (m.width % m.cross_heads == 0, f"config.model.width {m.width}: use a multiple of cross_heads {m.cross_heads}"),
+        (m.remat in REMAT, f"config.model.remat {m.remat!r}: use one of {', '.join(REMAT)}"),
         (m.dtype in ("float32", "bfloat16"), f"config.model.dtype {m.dtype!r}: use float32 or bfloat16"),
         (t.steps >= 0 and t.finetune_steps >= 0, "config.teacher.steps and finetune_steps: use 0 or more"),
-        (t.pretrained or t.steps > 0, "config.teacher.steps is 0 and config.teacher.pretrained empty: give one of them"),
+        (t.pretrained or t.steps > 0 or (t.start and t.finetune_steps > 0),
+         "config.teacher.pretrained is empty and nothing trains a teacher: give it, or teacher.steps, or teacher.start with finetune_steps"),
         (t.batch > 0 and s.batch > 0, "config.teacher.batch and config.sprint.batch: use 1 or more"),
-        (s.steps > 0 and s.steps % 2 == 0, f"config.sprint.steps {s.steps}: use an even number, at least 2 (generator and discriminator alternate)"),
+        *((x.accumulate >= 1 and x.batch % x.accumulate == 0, f"config.{n}.accumulate {x.accumulate}: use a divisor of {n}.batch {x.batch}")
+          for n, x in (("teacher", t), ("sprint", s))),
+        (s.accumulate == 1 or s.batch % (GROUP * s.accumulate) == 0,
+         f"config.sprint.batch {s.batch}: with accumulate {s.accumulate} use a multiple of {GROUP * s.accumulate} (normalisation groups of {GROUP})"),
+        *((o.kind in ("adamw", "muon", "came"), f"config.{n}.kind {o.kind!r}: use adamw, muon or came")
+          for n, o in (("teacher.optimizer", t.optimizer), ("sprint.optimizer", s.optimizer), ("sprint.head_optimizer", s.head_optimizer))),
+        (s.steps >= 0 and s.steps % 2 == 0, f"config.sprint.steps {s.steps}: use an even number (generator and discriminator alternate), 0 for a teacher alone"),
         (s.uncond_mask in ("cond", "null"), f"config.sprint.uncond_mask {s.uncond_mask!r}: use cond or null"),
         (s.weighting in ("code", "paper"), f"config.sprint.weighting {s.weighting!r}: use code or paper"),
         (s.reduction in ("code", "paper"), f"config.sprint.reduction {s.reduction!r}: use code or paper"),

@@ -21,24 +21,25 @@ def noises(seed, indices, shape, count):
     return jnp.swapaxes(jax.vmap(one)(indices), 0, 1)
 
 
-def student_sampler(model, codec, shape, times):
-    """Returns sample(params, null, text, mask, guidance, seed, indices) -> uint8 [B, S, S, 3].
+def student_sampler(model, pixels, shape, times):
+    """Returns sample(params, null, text, mask, guidance, seed, indices) -> uint8 [B, H, W, 3].
 
-    times: angles from `samplers.scm_times`. shape: of one latent. guidance: scalar embedded scale.
+    pixels: the seam (`parts.py`). params: {"transformer", "pixels"}. times: angles from
+    `samplers.scm_times`. shape: of one latent. guidance: scalar embedded scale.
     """
 
     def sample(params, null, text, mask, guidance, seed, indices):
         del null
         draws = noises(seed, indices, shape, len(times) - 1)
         w = jnp.full(indices.shape, guidance) if model.guidance_embed else None
-        v = lambda x, t: model.apply(params, x, t, text, mask, w).velocity
+        v = lambda x, t: model.apply(params["transformer"], x, t, text, mask, w).velocity
         latents = samplers.scm(trigflow.from_flow(v), draws[0], draws[1:], times)
-        return codec.decode(latents)
+        return pixels.decode(params["pixels"], latents)
 
     return jax.jit(sample)
 
 
-def teacher_sampler(model, codec, shape, times, sampler="trigflow"):
+def teacher_sampler(model, pixels, shape, times, sampler="trigflow"):
     """As `student_sampler` for the guided teacher, by "trigflow" rotation (angles) or "flow" Euler (times).
 
     null: {"text" [1, L, D], "mask" [1, L]} of the null prompt, used under the prompt's own mask.
@@ -51,7 +52,7 @@ def teacher_sampler(model, codec, shape, times, sampler="trigflow"):
         masks = jnp.concatenate([mask, mask])
 
         def v(x, t):
-            both = model.apply(params, jnp.concatenate([x, x]), jnp.concatenate([t, t]), texts, masks).velocity
+            both = model.apply(params["transformer"], jnp.concatenate([x, x]), jnp.concatenate([t, t]), texts, masks).velocity
             uncond, cond = jnp.split(both, 2)
             return flow.guided(uncond, cond, w)
 
@@ -59,25 +60,22 @@ def teacher_sampler(model, codec, shape, times, sampler="trigflow"):
             latents = samplers.flow_euler(v, noise, times)
         else:
             latents = samplers.trigflow_euler(trigflow.from_flow(v), noise, times)
-        return codec.decode(latents)
+        return pixels.decode(params["pixels"], latents)
 
     return jax.jit(sample)
 
 
-def run(sampler, params, text_encoder, prompts, *, guidance, seed, batch, say=lambda done: None):
-    """Pictures of all prompts, picture i from (seed, i, prompt i): uint8 [len(prompts), S, S, 3].
+def run(sampler, params, null, text, mask, *, guidance, seed, batch, starts=None, say=lambda done: None):
+    """Pictures of all rows of text, picture i from (seed, i, text i): uint8 [N, H, W, 3].
 
-    say: called with the number of pictures finished after each batch.
+    text, mask: [N, L, D] and [N, L]. null: {"text", "mask"} of the null prompt. starts: rows at which to
+    begin a batch, for one of several processes; default all. say: called with the number of pictures done.
     """
-    null_text, null_mask = text_encoder.encode([""])
-    null = {"text": null_text, "mask": null_mask}
     images = []
-    for start in range(0, len(prompts), batch):
-        part = list(prompts[start : start + batch])
-        padded = part + [part[-1]] * (batch - len(part))
-        text, mask = text_encoder.encode(padded)
+    for start in range(0, len(text), batch) if starts is None else starts:
+        rows = np.minimum(np.arange(start, start + batch), len(text) - 1)  # the last batch is padded
         indices = np.arange(start, start + batch, dtype=np.int32)
-        made = sampler(params, null, text, mask, np.float32(guidance), np.int32(seed), indices)
-        images.append(np.asarray(made)[: len(part)])
-        say(start + len(part))
+        made = sampler(params, null, text[rows], mask[rows], np.float32(guidance), np.int32(seed), indices)
+        images.append(np.asarray(made)[: len(text) - start])
+        say(sum(map(len, images)))
     return np.concatenate(images)

@@ -1,15 +1,23 @@
-"""The main job: python -m sprint_jax.main --config=configs/sprint.py[:preset] [--workdir=DIR] [--config.key=value]"""
+"""The main job: python -m sprint_jax.main --config=configs/sprint.py[:preset] [--workdir=DIR] [--config.key=value]
 
+Several processes, on one machine or many, run as one: see `launch/`.
+"""
+
+import os
 import pathlib
 import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from sprint_jax import cli
+from sprint_jax import cli, distributed
 from sprint_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, optionally with :preset.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 (the next port is used too).")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Processes of this run; default: told by SLURM, JobSet or TPU variables, or one.")
+_PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.")
+_STARTUP = flags.DEFINE_float("startup_seconds", 300.0, "How long to wait for all processes.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/FILE_PRESET.")
 
 
@@ -22,13 +30,17 @@ def main(argv):
         if not path.is_file():
             raise UserError(f"no config file {path}: use --config=configs/sprint.py")
         workdir = _WORKDIR.value or _default_workdir(path, preset)
+        place = distributed.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, os.environ)
         from sprint_jax import config, run  # JAX starts here, after the flags are known to be right
         from sprint_jax.training.loop import Interrupted
 
-        try:
-            run.run(config.parse(_CONFIG.value), workdir)
-        except Interrupted as stop:
-            print(stop)
+        parsed = config.parse(_CONFIG.value)
+        with distributed.started(place, seconds=_STARTUP.value):
+            try:
+                run.run(parsed, workdir)
+            except Interrupted as stop:
+                if place is None or place.process == 0:
+                    print(stop)
 
 
 def _config_file():

@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sprint_jax import build, generation, parts, weights
+from sprint_jax import build, generation, parts, weights, workdir
 from sprint_jax import config as config_lib
 from sprint_jax.conversion import folder, instruction as instruction_lib
 from sprint_jax.data import prompts as prompts_lib
 from sprint_jax.diffusion import samplers, trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.models.linear_dit import LinearDiT
-from sprint_jax.run import CONFIG_FILE, STUDENT_FILE
 
 DTYPES = ("bfloat16", "float32")
 # Img2img never starts nearer to noise than this unless strength is 1: at the published t_max nothing is
@@ -75,7 +74,7 @@ def load(path, *, dtype="bfloat16", instruction=None, tile=False, say=lambda mes
         if instruction is not None:
             checkpoint = dataclasses.replace(checkpoint, instruction=instruction_lib.published(instruction))
         return _published(checkpoint, dtype, tile)
-    return _run(path, dtype)
+    return _run(path, dtype, instruction=instruction, tile=tile, say=say)
 
 
 def _published(checkpoint, dtype, tile):
@@ -113,17 +112,17 @@ def _place(part, path, array):
 
 def read_config(path) -> config_lib.Config:
     """The config of a run directory. Raises UserError for anything that is not one."""
-    if not (path / CONFIG_FILE).is_file():
+    if not (path / workdir.CONFIG).is_file():
         raise UserError(
-            f"{path} has no {CONFIG_FILE}, {folder.MODEL} or {folder.INDEX}: give the --workdir of a run, a converted "
+            f"{path} has no {workdir.CONFIG}, {folder.MODEL} or {folder.INDEX}: give the --workdir of a run, a converted "
             "model or a diffusers folder"
         )
-    if not (path / STUDENT_FILE).is_file():
-        raise UserError(f"{path} has no {STUDENT_FILE} yet: let its run finish (same sprint_jax.main command)")
+    if not (path / workdir.STUDENT).is_file():
+        raise UserError(f"{path} has no {workdir.STUDENT} yet: let its run finish (same sprint_jax.main command)")
     try:
-        return config_lib.parse(json.loads((path / CONFIG_FILE).read_text()))
+        return config_lib.parse(json.loads((path / workdir.CONFIG).read_text()))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path / CONFIG_FILE} is not JSON ({error}): restore it from the run") from None
+        raise UserError(f"{path / workdir.CONFIG} is not JSON ({error}): restore it from the run") from None
 
 
 def read_student(path):
@@ -132,18 +131,27 @@ def read_student(path):
     config = read_config(path)
     model = build.student(config)
     abstract = jax.eval_shape(model.init, jax.random.key(0))
-    return model, weights.load(path / STUDENT_FILE, abstract), config
+    return model, weights.load(path / workdir.STUDENT, abstract), config
 
 
-def _run(path, dtype):
+def _run(path, dtype, **options):
     model, params, config = read_student(path)
     model = dataclasses.replace(model, dtype=dtype)
     params = jax.device_put(jax.tree.map(lambda a: a.astype(jnp.dtype(dtype)), params))
+    e = config.evaluation
+    if config.text.vocabulary == "gemma":
+        if not config.data.model:
+            raise UserError(f"{path} was distilled from features alone: name a folder with its text encoder and autoencoder as data.model in {workdir.CONFIG}")
+        pipe = load(config.data.model, dtype=dtype, **options)
+        return dataclasses.replace(
+            pipe, model=model, params=pipe.params | {"transformer": params}, height=config.data.size,
+            width=config.data.size, guidance_scale=e.student_guidance, schedule=e.schedule, programs={},
+        )  # fmt: skip
     pixels = parts.EmbeddedPixels(build.codec(config))
     return Pipeline(
         model, parts.EmbeddedText(build.text_encoder(config)), pixels,
         {"transformer": params, "text": {}, "pixels": {}}, config.data.size, config.data.size,
-        config.evaluation.student_guidance, config.evaluation.schedule, 16, dtype,
+        e.student_guidance, e.schedule, 16, dtype,
     )  # fmt: skip
 
 

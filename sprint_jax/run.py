@@ -1,29 +1,33 @@
-"""The main job in a work directory: teacher, sprint, evaluation. Does what is not done, skips what is."""
+"""The main job in a work directory: teacher, sprint, evaluation. Does what is not done, skips what is.
+
+Every process of a multi-host run calls `run` with the same arguments on a shared work directory; process 0
+writes what people read.
+"""
 
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
 import pathlib
 import resource
 import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import tqdm
 
-from sprint_jax import build, files, generation, pictures, weights
+from sprint_jax import build, files, generation, inputs, pictures, weights
 from sprint_jax import config as config_lib
-from sprint_jax.data import loader
+from sprint_jax import workdir as names
 from sprint_jax.diffusion import samplers
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.evaluate import Evaluator
-from sprint_jax.training import loop, sprint_step, state, teacher_step
+from sprint_jax.training import came, hosts, loop, sharding, sprint_step, state, teacher_step
 from sprint_jax.training.records import Records
 
-TEACHER_FILE, STUDENT_FILE = "teacher.safetensors", "student.safetensors"
-CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
 STUDENT_STEPS = (1, 2, 4)
 
 
@@ -31,24 +35,65 @@ def _say(message):
     print(message, flush=True)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Job:
+    """What every stage needs."""
+
+    config: config_lib.Config
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    data: inputs.Shapes | inputs.EncodedData
+    records: Records
+    say: object
+
+
 def run(config: config_lib.Config, workdir, say=_say):
     """Runs all stages and returns the summary (also written to summary.json)."""
     begin = time.perf_counter()
-    workdir = pathlib.Path(workdir)
-    with _claim(workdir):
-        _write_config(config, workdir)
+    workdir, primary = pathlib.Path(workdir), hosts.primary()
+    say = say if primary else lambda message: None
+    hosts.compare(_identity(config))
+    mesh = sharding.mesh(config.mesh.data, config.mesh.fsdp)
+    with _claim(workdir) if primary else contextlib.nullcontext():
+        if primary:
+            _write_config(config, workdir)
+        hosts.barrier("workdir")
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
-        say(f"sprint_jax on {devices}, jax {jax.__version__}, in {workdir}")
-        records = Records(workdir)
+        processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        say(f"sprint_jax on {devices}{processes}, jax {jax.__version__}, in {workdir}")
+        records = Records(workdir if primary else None)
         try:
-            teacher = _teacher(config, workdir, records, say)
-            student = _sprint(config, workdir, teacher, records, say)
-            summary = _evaluate(config, workdir, teacher, student, records, begin, say)
+            job = _Job(config, workdir, mesh, inputs.open_inputs(config, say), records, say)
+            teacher = _teacher(job)
+            student = _sprint(job, teacher) if config.sprint.steps else None
+            summary = _evaluate(job, teacher, student, begin)
         finally:
             records.close()
+        hosts.barrier("done")
     say(f"done: pictures, metrics and summary.json are in {workdir}")
-    say(f'next: python -m sprint_jax.sample --model={workdir} --prompt="a red circle left of a blue square" --steps=2 --out=pictures')
+    if student is None:
+        say(f"next: distil it with --config.teacher.pretrained={workdir / names.TEACHER}")
+    else:
+        prompt = "a red circle left of a blue square" if config.text.vocabulary == "shapes" else "a red apple"
+        say(f'next: python -m sprint_jax.sample --model={workdir} --prompt="{prompt}" --steps=2 --out=pictures')
     return summary
+
+
+def _identity(config):
+    """What all processes must have in common."""
+    values = {f"config.{k}": v for k, v in weights.flatten(config_lib.to_dict(config)).items()}
+    source = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        source.update(path.read_bytes())
+    return values | {
+        "the version of jax": jax.__version__, "the version of Python": sys.version.split()[0],
+        "the source code (a digest)": source.hexdigest()[:12],
+    }  # fmt: skip
+
+
+def _done(path) -> bool:
+    """Whether process 0 sees the file: all act on one answer."""
+    return bool(hosts.from_primary(int(path.exists())))
 
 
 @contextlib.contextmanager
@@ -69,7 +114,7 @@ def _claim(workdir):
 
 def _write_config(config, workdir):
     """Records the resolved config; a directory made with another one is refused."""
-    path = workdir / CONFIG_FILE
+    path = workdir / names.CONFIG
     tree = json.loads(json.dumps(config_lib.to_dict(config)))
     if path.exists():
         try:
@@ -98,146 +143,187 @@ def _differences(old, new):
     ]
 
 
-def _batches(config, batch):
-    """step -> batch of training pictures."""
-    codec, text_encoder = build.codec(config), build.text_encoder(config)
-    return lambda step: loader.make_batch(
-        step, seed=config.data.seed, batch=batch, size=config.data.size, codec=codec, text_encoder=text_encoder
-    )
-
-
-def _frozen_text(config):
-    text, mask = build.text_encoder(config).encode([""])
-    return {"null_text": text, "null_mask": mask}
-
-
 def _abstract(model):
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def _teacher(config, workdir, records, say):
-    """Parameters of the teacher: loaded, found finished, or trained (and fine-tuned) here."""
-    model = build.teacher(config)
-    t = config.teacher
-    if t.pretrained:
-        path = build.asset(t.pretrained)
-        say(f"teacher: weights from {path}")
-        return weights.load(path, _abstract(model))
-    finished = workdir / TEACHER_FILE
-    if finished.exists():
-        say(f"teacher: done before, {finished}")
-        return weights.load(finished, _abstract(model))
-    base = build.base_teacher(config)
-    start = lambda: teacher_step.start(base, jax.random.key(config.seed), borders=t.border_start)
-    params = _train_teacher(config, "teacher", base, start, t.optimizer, t.steps, workdir, records, say)
-    if build.needs_finetune(config):
-        change = lambda: teacher_step.add_qk_norm(params, model, jax.random.key(config.seed))
-        slower = t.finetune_lr / t.optimizer.lr
-        optimizer = dataclasses.replace(t.optimizer, lr=t.finetune_lr, muon_lr=slower * t.optimizer.muon_lr)
-        params = _train_teacher(config, "finetune", model, change, optimizer, t.finetune_steps, workdir, records, say)
-    weights.save(finished, params)
+def _keep(job, file, params):
+    """Writes the parameters of a finished stage and returns them on the host, whole, on every process."""
+    params = hosts.to_host(params)
+    if hosts.primary():
+        weights.save(job.workdir / file, params)
+    hosts.barrier(file)
     return params
 
 
-def _train_teacher(config, name, model, start_params, optimizer, steps, workdir, records, say):
+def _teacher(job):
+    """Parameters of the teacher: loaded, found finished, or trained (and fine-tuned) here."""
+    t, model = job.config.teacher, build.teacher(job.config)
+    if t.pretrained:
+        job.say(f"teacher: weights from {build.asset(t.pretrained)}")
+        return inputs.teacher_weights(t.pretrained, model)
+    finished = job.workdir / names.TEACHER
+    if _done(finished):
+        job.say(f"teacher: done before, {finished}")
+        return weights.load(finished, _abstract(model))
+    params = None
+    for stage in teacher_stages(job.config, job.data):
+        final = loop.train(stage(params), job.config.run, job.mesh, job.workdir, job.records, job.say)
+        params = final.ema if final.ema is not None else final.params
+    return _keep(job, names.TEACHER, params)
+
+
+def teacher_stages(config, data):
+    """The one or two stages of a teacher as functions: parameters so far (None at first) -> `loop.Stage`."""
+    t, base, model = config.teacher, build.base_teacher(config), build.teacher(config)
+    key = jax.random.key(config.seed)
+    begun = inputs.teacher_weights(t.start, base) if t.start else None
+
+    def first(_):
+        if begun is None:
+            return _teacher_stage(config, data, "teacher", base, {}, lambda _: teacher_step.start(base, key, borders=t.border_start))
+        return _teacher_stage(config, data, "teacher", base, begun, lambda begun: begun)
+
+    def second(params):
+        before = begun if params is None else params
+        return _teacher_stage(config, data, "finetune", model, before, lambda p: teacher_step.add_qk_norm(p, model, key))
+
+    return ([first] if t.steps else []) + ([second] if build.needs_finetune(config) and t.finetune_steps else [])
+
+
+def _teacher_stage(config, data, name, model, begun, start):
+    """begun: arrays that `start` makes parameters of."""
     t = config.teacher
-    tx = state.optimizer(optimizer, steps)
-    stage = loop.Stage(
+    optimizer, steps = t.optimizer, t.steps
+    if name == "finetune":
+        slower = t.finetune_lr / t.optimizer.lr
+        optimizer = dataclasses.replace(t.optimizer, lr=t.finetune_lr, muon_lr=slower * t.optimizer.muon_lr)
+        steps = t.finetune_steps
+    tx = state.optimizer(optimizer, steps, t.batch, came_rules=(came.dit_factored, came.dit_stacked))
+    return loop.Stage(
         name=name, steps=steps,
-        start=lambda frozen: teacher_step.init(start_params(), tx, t),
+        start=lambda frozen: teacher_step.init(start(frozen["begun"]), tx, t),
         functions=(teacher_step.make_step(model, tx, t, config.seed),),
-        frozen={"null_text": _frozen_text(config)["null_text"]},
-        batch=_batches(config, t.batch),
+        frozen={"begun": begun} | data.frozen, prepare=data.prepare, batch=t.batch, batches=data.batches,
     )  # fmt: skip
-    final = loop.train(stage, config.run, workdir, records, say)
-    return final.ema if final.ema is not None else final.params
 
 
-def _sprint(config, workdir, teacher, records, say):
+def _sprint(job, teacher):
     """Parameters of the student: found finished or distilled here."""
+    finished = job.workdir / names.STUDENT
+    if _done(finished):
+        job.say(f"sprint: done before, {finished}")
+        return weights.load(finished, _abstract(build.student(job.config)))
+    stage = sprint_stage(job.config, job.data, teacher)
+    final = loop.train(stage, job.config.run, job.mesh, job.workdir, job.records, job.say)
+    return _keep(job, names.STUDENT, final.ema if final.ema is not None else final.params)
+
+
+def sprint_stage(config, data, teacher):
+    """teacher: its parameters, or their shapes."""
     nets, s = build.nets(config), config.sprint
-    finished = workdir / STUDENT_FILE
-    if finished.exists():
-        say(f"sprint: done before, {finished}")
-        return weights.load(finished, _abstract(nets.student))
     key = jax.random.key(config.seed + 1)
 
     def start(frozen):
         k_student, k_heads = jax.random.split(key)
         return sprint_step.init(sprint_step.student_params(frozen["teacher"], nets, k_student), nets, s, k_heads)
 
-    stage = loop.Stage(
+    return loop.Stage(
         name="sprint", steps=s.steps, start=start,
         functions=(
             sprint_step.make_generator_step(nets, s, config.seed + 1),
             sprint_step.make_discriminator_step(nets, s, config.seed + 1),
         ),
-        frozen={"teacher": teacher, **_frozen_text(config)},
-        batch=_batches(config, s.batch),
+        frozen={"teacher": teacher} | data.frozen, prepare=data.prepare, batch=s.batch, batches=data.batches,
     )  # fmt: skip
-    final = loop.train(stage, config.run, workdir, records, say)
-    params = final.ema if final.ema is not None else final.params
-    weights.save(finished, params)
-    return params
 
 
-def _evaluate(config, workdir, teacher, student, records, begin, say):
+def _evaluate(job, teacher, student, begin):
     """Pictures and scores of everything on the same held-out prompts and noise."""
-    done = workdir / SUMMARY_FILE
-    if done.exists():
-        say(f"evaluation: done before, {done}")
+    config, done = job.config, job.workdir / names.SUMMARY
+    if _done(done):
+        job.say(f"evaluation: done before, {done}")
         return json.loads(done.read_text())
-    e = config.evaluation
-    say(f"evaluation: {e.prompts} held-out prompts, pictures by {len(STUDENT_STEPS) + 2} samplers (each compiles first)")
-    evaluator = Evaluator(
-        seed=config.data.eval_seed, count=e.prompts, reference=e.reference, size=config.data.size
-    )
-    results = {"real": evaluator(evaluator.prompts.images)}
-    sheets = {"real": evaluator.prompts.images}
-    samplers_ = _samplers(config, teacher, student)
-    encoder = build.text_encoder(config)
-    bar = tqdm.tqdm(total=len(samplers_) * e.prompts, desc="evaluation", unit="picture", mininterval=1.0)
-    for name, (sampler, params, guidance) in samplers_.items():
-        images = generation.run(
-            sampler, params, encoder, evaluator.prompts.texts, guidance=guidance,
-            seed=config.data.eval_seed, batch=e.batch,
-            say=lambda n, base=bar.n: bar.update(base + n - bar.n),
-        )  # fmt: skip
-        results[name], sheets[name] = evaluator(images), images
-    bar.close()
-    _save_sheets(config, workdir, sheets, records)
+    results, sheets = {}, {}
+    if job.data.pixels is None:
+        job.say("evaluation: no pictures, for no autoencoder is at hand (config.data.model is empty)")
+    else:
+        results, sheets = _pictures(job, teacher, student)
     summary = _summary(results, begin)
-    with files.whole(done) as partial:
-        partial.write_text(json.dumps(summary, indent=2) + "\n")
-    say(_table(summary))
+    if hosts.primary():
+        _save_sheets(config, job.workdir, sheets, job.records)
+        with files.whole(done) as partial:
+            partial.write_text(json.dumps(summary, indent=2) + "\n")
+        if results:
+            job.say(_table(summary))
     return summary
 
 
-def _samplers(config, teacher, student):
+def _pictures(job, teacher, student):
+    """({score: result}, {score: pictures}): every process makes its share."""
+    e = job.config.evaluation
+    heldout = job.data.heldout(e.prompts, e.reference)
+    evaluator = Evaluator(heldout)
+    results, sheets = {"real": evaluator(heldout.images)}, {"real": heldout.images}
+    chosen = _samplers(job, teacher, student)
+    job.say(f"evaluation: {e.prompts} held-out prompts, pictures by {len(chosen)} samplers (each compiles first)")
+    null = {"text": job.data.frozen["null_text"], "mask": job.data.frozen["null_mask"]}
+    with tqdm.tqdm(total=len(chosen) * e.prompts, desc="evaluation", unit="picture", mininterval=1.0,
+                   disable=not hosts.primary()) as bar:  # fmt: skip
+        for name, (sampler, params, guidance) in chosen.items():
+            starts = list(range(0, e.prompts, e.batch))
+            share = -(-len(starts) // jax.process_count())
+            # Equal shares, so that they can be gathered: the last ones are made twice and cut off again.
+            mine = [starts[min(jax.process_index() * share + i, len(starts) - 1)] for i in range(share)]
+            made = generation.run(
+                sampler, params, null, heldout.text, heldout.mask, guidance=guidance, seed=job.config.data.eval_seed,
+                batch=e.batch, starts=mine, say=lambda n, base=bar.n: bar.update(min(base + e.prompts, base + n * jax.process_count()) - bar.n),
+            )  # fmt: skip
+            images = _in_order(made, mine, e)
+            results[name], sheets[name] = evaluator(images), images
+    return results, sheets
+
+
+def _in_order(made, starts, e):
+    """All processes' pictures as one array [prompts, H, W, 3]."""
+    if jax.process_count() == 1:
+        return made
+    rows = np.concatenate([np.arange(s, min(s + e.batch, e.prompts)) for s in starts])
+    room = len(starts) * e.batch - len(rows)  # a short last batch, padded so that shares are equal
+    rows = np.concatenate([rows, np.full(room, -1)])
+    made = np.concatenate([made, np.zeros((room, *made.shape[1:]), made.dtype)])
+    rows, made = hosts.concatenate(rows), hosts.concatenate(made)
+    images = np.zeros((e.prompts, *made.shape[1:]), made.dtype)
+    images[rows[rows >= 0]] = made[rows >= 0]
+    return images
+
+
+def _samplers(job, teacher, student):
     """{score: (sampler, params, guidance)} of everything that is scored."""
-    e, codec, shape = config.evaluation, build.codec(config), build.latent_shape(config)
-    many = f"teacher_{e.teacher_steps}"
-    guided = {
-        name: generation.teacher_sampler(build.teacher(config), codec, shape, samplers.trig_times(steps))
-        for name, steps in ((many, e.teacher_steps), ("teacher_1", 1))
-    }
-    chosen = {name: (sampler, teacher, e.teacher_guidance) for name, sampler in guided.items()}
-    for steps in STUDENT_STEPS:
+    config, data = job.config, job.data
+    e, shape = config.evaluation, build.latent_shape(config)
+    params = lambda transformer: {"transformer": transformer, "pixels": data.pixels_params}
+    chosen = {}
+    for steps in (e.teacher_steps, 1):
+        sampler = generation.teacher_sampler(build.teacher(config), data.pixels, shape, samplers.trig_times(steps))
+        chosen[f"teacher_{steps}"] = (sampler, params(teacher), e.teacher_guidance)
+    for steps in STUDENT_STEPS if student is not None else ():
         times = samplers.scm_times(steps, e.schedule)
-        sampler = generation.student_sampler(build.student(config), codec, shape, times)
-        chosen[f"student_{steps}"] = (sampler, student, e.student_guidance)
+        sampler = generation.student_sampler(build.student(config), data.pixels, shape, times)
+        chosen[f"student_{steps}"] = (sampler, params(student), e.student_guidance)
     return chosen
 
 
 def _save_sheets(config, workdir, sheets, records):
-    files = {"real": "real", f"teacher_{config.evaluation.teacher_steps}": "teacher"}
-    files |= {f"student_{n}": str(n) for n in STUDENT_STEPS}
+    suffixes = {"real": "real", f"teacher_{config.evaluation.teacher_steps}": "teacher"}
+    suffixes |= {f"student_{n}": str(n) for n in STUDENT_STEPS}
     zoom = max(1, 96 // config.data.size)
     made = {}
-    for name, suffix in files.items():
-        sheet = pictures.grid(sheets[name][: config.evaluation.samples], columns=8)
-        pictures.save(workdir / f"samples_{suffix}.png", sheet, zoom)
-        made[f"samples_{suffix}"] = sheet
+    for name, suffix in suffixes.items():
+        if name in sheets:
+            sheet = pictures.grid(sheets[name][: config.evaluation.samples], columns=8)
+            pictures.save(workdir / f"samples_{suffix}.png", sheet, zoom)
+            made[f"samples_{suffix}"] = sheet
     records.images(config.sprint.steps, made)
 
 
@@ -248,8 +334,8 @@ def _summary(results, begin):
         "jax": jax.__version__,
         "commit": _commit(),
         "device": jax.devices()[0].device_kind,
-        "scores": {name: r["score"] for name, r in results.items()},
-        "tasks": {name: r["tasks"] for name, r in results.items()},
+        "scores": {name: r["score"] for name, r in results.items() if "score" in r},
+        "tasks": {name: r["tasks"] for name, r in results.items() if "tasks" in r},
         "frechet": {name: r["frechet"] for name, r in results.items()},
     }
 
@@ -268,9 +354,11 @@ def _commit():
 
 
 def _table(summary):
-    tasks = list(summary["tasks"]["real"])
-    lines = ["", f"{'':12}" + "".join(f"{t.replace('_', ' '):>20}" for t in ("overall", *tasks, "Frechet"))]
-    for name, score in summary["scores"].items():
-        shares = [score, *(summary["tasks"][name].get(t, np.nan) for t in tasks)]
-        lines.append(f"{name:12}" + "".join(f"{100 * s:19.1f}%" for s in shares) + f"{summary['frechet'][name]:20.4f}")
+    """Scores where the data have a checker, and distances, a line each."""
+    tasks = list(summary["tasks"].get("real", ()))
+    columns = ["overall", *tasks] if tasks else []
+    lines = ["", f"{'':12}" + "".join(f"{t.replace('_', ' '):>20}" for t in (*columns, "Frechet"))]
+    for name, distance in summary["frechet"].items():
+        shares = [summary["scores"][name], *(summary["tasks"][name].get(t, np.nan) for t in tasks)] if tasks else []
+        lines.append(f"{name:12}" + "".join(f"{100 * s:19.1f}%" for s in shares) + f"{distance:20.4f}")
     return "\n".join(lines) + "\n"

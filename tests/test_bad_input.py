@@ -30,7 +30,9 @@ def refused(result, *words):
         ([*TINY, "--config.sprint.steps=many"], ["steps"]),
         ([*TINY, "--nonsense=1"], ["nonsense"]),
         ([*TINY, "--workdir=/proc/none"], ["/proc/none", "--workdir"]),
-        ([*TINY, "--config.sprint.steps=0"], ["config.sprint.steps", "even"]),
+        ([*TINY, "--config.sprint.steps=3"], ["config.sprint.steps", "even"]),
+        ([*TINY, "--process=1"], ["--coordinator", "--processes"]),
+        ([*TINY, "--config.mesh.fsdp=3"], ["config.mesh", "3", "devices"]),
     ],
 )
 def test_main_refuses(command, flags, words):
@@ -117,8 +119,8 @@ def test_checkpoint_of_another_shape(tmp_path):
         target = {k: jax.ShapeDtypeStruct(s, jnp.float32, sharding=sharding) for k, s in abstract.items()}
         with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
             with pytest.raises(UserError, match="does not fit the config"):
-                checkpoints.restore(4, target)
-            assert checkpoints.latest() == 4
+                checkpoints.restore_newest(target)
+        assert (tmp_path / "c/4").is_dir()
 
 
 def test_missing_pretrained_weights(tmp_path):

@@ -96,9 +96,10 @@ def test_spectral_norm_finds_the_largest_singular_value():
     """Fails when a power iteration multiplies by the kernel twice in one direction (u from kernel @ v)."""
     kernel = normals(9, 6)
     vectors = {"u": np.eye(6, dtype=np.float32)[0], "v": np.zeros(9, np.float32)}
-    refine = jax.jit(lambda vectors: ladd_heads.spectral_norm(kernel, vectors, True))
+    refine = jax.jit(lambda vectors: ladd_heads.power_iteration(kernel, vectors))
     for _ in range(200):
-        normalised, vectors = refine(vectors)
+        vectors = refine(vectors)
+    normalised = ladd_heads.spectral_norm(kernel, vectors)
     sigma = vectors["v"] @ kernel @ vectors["u"]
     assert abs(sigma / leading(kernel) - 1) < 1e-5
     assert abs(leading(normalised) - 1) < 1e-5
@@ -115,29 +116,36 @@ def test_new_heads_know_their_singular_values():
 
 
 def test_spectral_norm_gradient_holds_u_and_v():
-    """d<M, K/sigma>/dK = (M - <M, K/sigma> v u') / sigma. Fails when the power iteration is not stopped."""
+    """d<M, K/sigma>/dK = (M - <M, K/sigma> v u') / sigma. Fails when advance is not stopped."""
     kernel, M = normals(9, 6), normals(9, 6, seed=1)
-    start = {"u": np.eye(6, dtype=np.float32)[0], "v": np.zeros(9, np.float32)}
-    value = lambda kernel: (M * ladd_heads.spectral_norm(kernel, start, True)[0]).sum()
+    heads = LADDHeads(width=6, count=1)
+    start = {"conv_in": {"u": np.eye(6, dtype=np.float32)[:1], "v": np.zeros((1, 9), np.float32)}}
+
+    def value(kernel):
+        after = heads.advance({"conv_in": {"kernel": kernel[None]}}, start)["conv_in"]
+        return (M * ladd_heads.spectral_norm(kernel, jax.tree.map(lambda a: a[0], after))).sum()
+
     slope = jax.jit(jax.grad(value))(kernel)
     K = kernel.astype(np.float64)
-    v = K @ start["u"] / np.linalg.norm(K @ start["u"])
+    v = K[:, 0] / np.linalg.norm(K[:, 0])
     u = v @ K / np.linalg.norm(v @ K)
     sigma = v @ K @ u
     expected = (M - (M * K / sigma).sum() * np.outer(v, u)) / sigma
     assert error(slope, expected) < 1e-5
 
 
-def test_update_says_whether_vectors_move():
-    """conv_out has one column and is at its end from the start. Fails when spectral_norm ignores update."""
+def test_advance_is_one_power_iteration_of_every_head():
+    """conv_out has one column and is at its end from the start. Fails when advance takes another head's kernel."""
     heads, params, spectral = new_heads()
-    features = [normals(2, TOKENS, WIDTH, seed=i) for i in range(HEADS)]
-    run = jax.jit(heads.apply, static_argnames="update")
-    for update in (False, True):
-        _, after = run(params, spectral, features, update=update)
+    after = jax.jit(heads.advance)(params, spectral)
+    for i in range(HEADS):
         for name in ("conv_in", "conv_mid"):
-            moved = [np.abs(spectral[name][k] - after[name][k]).max((1,)) for k in ("u", "v")]
-            assert (np.array(moved) > 0).all() == update, name
+            v = params[name]["kernel"][i] @ spectral[name]["u"][i]
+            v = v / np.linalg.norm(v)
+            u = v @ params[name]["kernel"][i]
+            assert error(after[name]["v"][i], v) < 1e-5
+            assert error(after[name]["u"][i], u / np.linalg.norm(u)) < 1e-5
+            assert np.abs(after[name]["u"][i] - spectral[name]["u"][i]).max() > 0
 
 
 def group_norm(x, groups, scale, bias):
@@ -211,12 +219,12 @@ def test_heads_against_numpy():
     """Fails when sqrt(2) is 2, the slope 0.1, the residual dropped, or a kernel not divided by sigma."""
     heads, params, spectral = random_heads()
     features = [normals(16, TOKENS, WIDTH, seed=i) for i in range(HEADS)]
-    values, _ = jax.jit(heads.apply, static_argnames="update")(params, spectral, features, update=False)
+    values = jax.jit(heads.apply)(params, spectral, features)
     for i, value in enumerate(values):
         take = lambda tree: jax.tree.map(lambda a: a[i], tree)
         assert error(value, numpy_head(take(params), take(spectral), features[i])) < 1e-5
     with pytest.raises(ValueError, match="1 features for 2 heads"):
-        heads.apply(params, spectral, features[:1], update=False)
+        heads.apply(params, spectral, features[:1])
 
 
 def test_adversarial_gradient_reaches_the_student():
@@ -231,7 +239,7 @@ def test_adversarial_gradient_reaches_the_student():
     def loss(x0_hat):
         u = ladd.renoise(x0_hat, z, s).reshape(4, TOKENS, 2)
         features = [jnp.tanh(u @ one) for one in frozen]
-        values, _ = heads.apply(params, spectral, features, update=False)
+        values = heads.apply(params, spectral, features)
         return ladd.generator_loss(values, reduction="code").mean()
 
     def numpy_loss(x0_hat):

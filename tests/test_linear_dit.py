@@ -15,7 +15,7 @@ from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M, LinearDiT, patch
 MODEL = LinearDiT(
     in_channels=3, width=16, depth=2, heads=4, cross_heads=2, mlp_ratio=2.5, text_dim=7, patch_size=2,
     qk_norm=True, time_scale=1.0, guidance_embed=True, guidance_scale_factor=0.1, logvar_head=True,
-    remat=False, unroll=1, dtype="float32",
+    remat="none", unroll=1, dtype="float32",
 )  # fmt: skip
 QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
 BATCH, HEIGHT, WIDE, LENGTH = 3, 4, 6, 5
@@ -226,7 +226,8 @@ def test_features_need_nothing_after_them():
         MODEL.apply(randomised(), *inputs(), features=(1, 0))
 
 
-def test_loop_variants_change_nothing():
+@pytest.mark.parametrize("remat", ["block", "cheap"])
+def test_loop_variants_change_nothing(remat):
     """Value and parameter gradient. Fails when the scan runs in reverse for unroll < depth."""
 
     def loss(model):
@@ -234,7 +235,7 @@ def test_loop_variants_change_nothing():
         return jax.jit(jax.value_and_grad(value), compiler_options=QUICK)(randomised())
 
     value, slope = loss(MODEL)
-    other_value, other_slope = loss(variant(unroll=2, remat=True))
+    other_value, other_slope = loss(variant(unroll=2, remat=remat))
     assert error(other_value, value) < 1e-5
     for one, other in zip(jax.tree.leaves(slope), jax.tree.leaves(other_slope), strict=True):
         assert np.abs(one - other).max() < 1e-4 * max(np.abs(one).max(), 1e-3)

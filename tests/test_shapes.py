@@ -126,7 +126,7 @@ def test_text_features_are_frozen():
 def test_a_noun_carries_its_adjective_and_its_relation():
     """Word by word what a feature holds; fails when distances change sign."""
     encoder = text.ShapesText()
-    words, positions = text._tables()
+    words, positions = encoder.window.words, encoder.window.positions
     feature = encoder.encode(["a red circle left of a blue square"])[0][0, 3]
     around = "<pad> <pad> <pad> <bos> a red circle left of a blue square <pad>".split()
     for k, word in enumerate(around):

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from sprint_jax import build, config
 from sprint_jax.diffusion import scm, trigflow
-from sprint_jax.training import sprint_step, state, teacher_step
+from sprint_jax.training import came, sprint_step, state, teacher_step
 
 BATCH, SIDE = 4, 4
 QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
@@ -101,7 +101,7 @@ def poisoned():
 @functools.cache
 def teacher_run():
     """(initial state, step) of the teacher."""
-    tx = state.optimizer(card().teacher.optimizer, 1000)
+    tx = state.optimizer(card().teacher.optimizer, 1000, BATCH, came_rules=(came.dit_factored, came.dit_stacked))
     step = jit(teacher_step.make_step(nets().teacher, tx, card().teacher, 0))
     return teacher_step.init(teacher(), tx, card().teacher), step
 
@@ -265,3 +265,44 @@ def test_frozen_teacher_gets_no_gradient():
 
     value, slope = jit(jax.value_and_grad(loss))(teacher())
     assert value > 0 and all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(slope))
+
+
+WHOLE = 2 * 8  # two parts of one normalisation group each
+
+
+def large_batch():
+    prompts = ["a red circle", "a blue square", "two green triangles", "a white circle above a red square"]
+    text, mask = build.text_encoder(card()).encode(prompts * (WHOLE // 4))
+    return {"latent": normals(WHOLE, *build.latent_shape(card())), "text": text, "mask": mask}
+
+
+@pytest.mark.parametrize("make", [sprint_step.make_generator_step, sprint_step.make_discriminator_step])
+def test_accumulation_changes_nothing(make):
+    """Two parts equal the whole. Fails when parts sum instead of averaging, or when a part draws for itself."""
+    results = []
+    for parts in (1, 2):
+        c = dataclasses.replace(card().sprint, accumulate=parts, misaligned=True)
+        after, metrics = jit(make(nets(), c, 0))(start(), frozen(), large_batch())
+        results.append((jax.device_get(after), metrics["loss"] if "loss" in metrics else metrics["disc"]))
+    (one, loss), (two, other) = results
+    assert abs(loss - other) < 1e-5 * abs(loss)
+    before = start()
+    for part in ("params", "heads", "spectral"):
+        for a, b, c in zip(*(jax.tree.leaves(getattr(s, part)) for s in (one, two, before)), strict=True):
+            # Of the update, not of the parameter; biases before a normalisation move by rounding alone.
+            assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a - c) + 1e-6
+
+
+def test_accumulation_of_the_teacher():
+    """Fails when parts sum instead of averaging."""
+    losses, params = [], []
+    tx = optax.sgd(1.0)
+    for parts in (1, 4):
+        c = dataclasses.replace(card().teacher, accumulate=parts)
+        step = jit(teacher_step.make_step(nets().teacher, tx, c, 0))
+        after, metrics = step(teacher_step.init(teacher(), tx, c), {"null_text": frozen()["null_text"]}, large_batch())
+        losses.append(metrics["loss"])
+        params.append(after.params)
+    assert abs(losses[0] - losses[1]) < 1e-5 * losses[0]
+    for a, b in zip(*map(jax.tree.leaves, params), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)

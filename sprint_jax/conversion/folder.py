@@ -106,6 +106,16 @@ def read_diffusers(path, *, dtype, instruction: str, place=_keep, say=lambda mes
     return Checkpoint(**models, params=params, tokenizer=path / "tokenizer", instruction=instruction)
 
 
+def read_transformer(path) -> tuple[LinearDiT, Any]:
+    """(description, parameters float32) of a diffusers transformer: a pipeline's folder of any kind, or transformer/."""
+    path = pathlib.Path(path)
+    inner, stem = _DIFFUSERS["transformer"]
+    path = path / inner if (path / inner).is_dir() else path
+    model = configs.transformer(configs.read_json(path / "config.json"), "float32")
+    rows = tables.transformer(model)
+    return model, _load("transformer", rows, tensors.find(path, stem), model, "float32", _keep)
+
+
 def _load(part, rows, found, model, dtype, place):
     leaf = functools.partial(place, part)
     return rules.load(rows, found, _abstract(model), _dtype(dtype), part.replace("_", " "), leaf)
@@ -211,7 +221,7 @@ def read_native(file) -> Checkpoint:
         heads=width // 32, cross_heads=_CROSS_HEADS[width], mlp_ratio=hidden / width, text_dim=text_dim, patch_size=1,
         qk_norm="blocks.0.attn.q_norm.weight" in found, time_scale=1.0,
         guidance_embed="cfg_embedder.mlp.0.weight" in found, guidance_scale_factor=0.1, logvar_head=False,
-        remat=False, unroll=1, dtype="float32",
+        remat="none", unroll=1, dtype="float32",
     )  # fmt: skip
     params = rules.load(tables.native_transformer(model), found, _abstract(model), None, "transformer")
     return Checkpoint(model, None, None, {"transformer": params}, None, "")

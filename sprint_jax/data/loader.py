@@ -8,9 +8,14 @@ import numpy as np
 from sprint_jax.data import shapes
 
 
-def make_batch(step, *, seed, batch, size, codec, text_encoder):
-    """Batch number `step`: {"latent" [B, H, W, C], "text" [B, L, D], "mask" [B, L]} as NumPy float32."""
-    examples = [shapes.example(seed, step * batch + i, size=size) for i in range(batch)]
+def make_batch(step, *, seed, batch, size, codec, text_encoder, process=0, processes=1):
+    """Rows of one process of global batch `step`, NumPy float32.
+
+    {"latent" [b, H, W, C], "text" [b, L, D], "mask" [b, L]} with b = batch / processes.
+    """
+    share = batch // processes
+    first = step * batch + process * share
+    examples = [shapes.example(seed, first + i, size=size) for i in range(share)]
     text, mask = text_encoder.encode([e.text for e in examples])
     return {"latent": codec.encode(np.stack([e.image for e in examples])), "text": text, "mask": mask}
 

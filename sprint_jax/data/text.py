@@ -1,9 +1,13 @@
-"""The embedded text encoder: frozen, seeded, a few kilobytes, no download.
+"""The embedded text encoders: frozen, seeded, no download.
 
 It stands where Gemma-2 stands for the published models: prompts in, features [B, L, D] and a mask [B, L]
 out. A token's feature holds its own word and the six words on either side, each by a fixed random vector of
 that word at that distance (so a noun carries its adjective and the relation it stands in), and its position.
+`ShapesText` knows the words of `shapes` and refuses others; `WordsText` takes any, by a hash.
 """
+
+import re
+import zlib
 
 import numpy as np
 
@@ -21,11 +25,36 @@ DIM = (2 * _REACH + 1) * _WORD_DIM + _POSITION_DIM
 _SEED = 20251
 
 
-def _tables():
-    """Vectors of each word at each distance [2 REACH + 1, words, WORD_DIM], and of positions [L, POSITION_DIM]."""
-    # RandomState: the one NumPy generator whose streams are frozen for good.
-    rng = np.random.RandomState(_SEED)
-    return rng.randn(2 * _REACH + 1, len(WORDS), _WORD_DIM), rng.randn(LENGTH, _POSITION_DIM)
+class Window:
+    """Features of tokens 0 .. words - 1, of which 0 is padding."""
+
+    def __init__(self, words, length):
+        # RandomState: the one NumPy generator whose streams are frozen for good.
+        rng = np.random.RandomState(_SEED)
+        self.words = rng.randn(2 * _REACH + 1, words, _WORD_DIM)
+        self.positions = rng.randn(length, _POSITION_DIM)
+        self.length = length
+
+    def __call__(self, tokens):
+        """int32 [B, L] -> float32 [B, L, DIM]."""
+        words = np.zeros((*tokens.shape, 2 * _REACH + 1, _WORD_DIM))
+        for k, distance in enumerate(range(-_REACH, _REACH + 1)):
+            here = slice(max(0, -distance), self.length - max(0, distance))
+            there = slice(max(0, distance), self.length - max(0, -distance))
+            seen = tokens[:, there]
+            words[:, here, k] = self.words[k][seen] * (seen != 0)[..., None]  # padding says nothing
+        positions = np.broadcast_to(self.positions, (len(tokens), *self.positions.shape))
+        features = np.concatenate([words.reshape(*tokens.shape, -1), positions], -1)
+        return features.astype(np.float32)
+
+
+def _fill(rows, length):
+    """Lists of tokens -> int32 [B, L] padded with 0, float32 mask [B, L]."""
+    tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.float32)
+    for row, ids in enumerate(rows):
+        tokens[row, : len(ids)] = ids
+        mask[row, : len(ids)] = 1
+    return tokens, mask
 
 
 class ShapesText:
@@ -38,7 +67,7 @@ class ShapesText:
     dim = DIM
 
     def __init__(self):
-        self._words, self._positions = _tables()
+        self.window = Window(len(WORDS), LENGTH)
         self._index = {word: i for i, word in enumerate(WORDS)}
 
     def encode(self, prompts):
@@ -47,17 +76,16 @@ class ShapesText:
         The empty string is the null prompt. Raises UserError for a word outside the vocabulary and for a
         prompt of more than L - 1 words.
         """
-        tokens = np.zeros((len(prompts), LENGTH), np.int32)
-        mask = np.zeros((len(prompts), LENGTH), np.float32)
-        for row, prompt in enumerate(prompts):
-            ids = [self._index["<bos>"]] + [self._lookup(word, prompt) for word in prompt.lower().split()]
-            if len(ids) > LENGTH:
-                raise UserError(
-                    f"prompt of {len(ids) - 1} words is too long for this model: use at most {LENGTH - 1}: {prompt!r}"
-                )
-            tokens[row, : len(ids)] = ids
-            mask[row, : len(ids)] = 1
-        return self._features(tokens), mask
+        tokens, mask = _fill([self._ids(prompt) for prompt in prompts], LENGTH)
+        return self.window(tokens), mask
+
+    def _ids(self, prompt):
+        ids = [self._index["<bos>"]] + [self._lookup(word, prompt) for word in prompt.lower().split()]
+        if len(ids) > LENGTH:
+            raise UserError(
+                f"prompt of {len(ids) - 1} words is too long for this model: use at most {LENGTH - 1}: {prompt!r}"
+            )
+        return ids
 
     def _lookup(self, word, prompt):
         if word not in self._index or word.startswith("<"):
@@ -65,13 +93,26 @@ class ShapesText:
             raise UserError(f"word {word!r} in prompt {prompt!r} is unknown to this model; it knows: {known}")
         return self._index[word]
 
-    def _features(self, tokens):
-        words = np.zeros((*tokens.shape, 2 * _REACH + 1, _WORD_DIM))
-        for k, distance in enumerate(range(-_REACH, _REACH + 1)):
-            here = slice(max(0, -distance), LENGTH - max(0, distance))
-            there = slice(max(0, distance), LENGTH - max(0, -distance))
-            seen = tokens[:, there]
-            words[:, here, k] = self._words[k][seen] * (seen != 0)[..., None]  # padding says nothing
-        positions = np.broadcast_to(self._positions, (len(tokens), *self._positions.shape))
-        features = np.concatenate([words.reshape(*tokens.shape, -1), positions], -1)
-        return features.astype(np.float32)
+
+class WordsText:
+    """Encoder of any caption: words of letters and digits, each hashed to one of some thousand tokens.
+
+    length, dim: L and D of the features. Words after the first L - 1 are not read.
+    """
+
+    dim = DIM
+    _TOKENS = 8192
+    _FIRST = 2  # after padding and <bos>
+
+    def __init__(self, length):
+        self.length = length
+        self.window = Window(self._TOKENS, length)
+
+    def encode(self, prompts):
+        """list of B strings -> features float32 [B, L, D], mask float32 [B, L]; "" is the null prompt."""
+        tokens, mask = _fill([self._ids(prompt) for prompt in prompts], self.length)
+        return self.window(tokens), mask
+
+    def _ids(self, prompt):
+        words = re.findall(r"\w+", prompt.lower())[: self.length - 1]
+        return [1] + [self._FIRST + zlib.crc32(w.encode()) % (self._TOKENS - self._FIRST) for w in words]

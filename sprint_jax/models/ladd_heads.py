@@ -30,26 +30,23 @@ class LADDHeads:
         keys = jax.random.split(key, self.count)
         return jax.vmap(lambda k: _init_head(k, self.width))(keys)
 
-    def apply(self, params, spectral, features, *, update):
-        """Logits of every head.
+    def advance(self, params, spectral):
+        """The singular vectors after one power iteration: once before each use in a discriminator step.
 
-        Args:
-          params, spectral: from `init`. features: `count` arrays [B, N, width].
-          update: run one power iteration and return the new vectors (discriminator steps); without it
-            the stored ones are used as they are (generator steps), as spectral norm in eval mode.
-        Returns:
-          (list of `count` arrays [B, N] float32, spectral)
+        Generator steps use the stored ones as they are, as spectral norm in eval mode does.
+        """
+        step = jax.vmap(power_iteration)
+        return {name: step(jax.lax.stop_gradient(params[name]["kernel"]), v) for name, v in spectral.items()}
+
+    def apply(self, params, spectral, features):
+        """Logits of every head: list of `count` arrays [B, N] float32.
+
+        params, spectral: from `init`. features: `count` arrays [B, N, width].
         """
         if len(features) != self.count:
             raise ValueError(f"{len(features)} features for {self.count} heads")
-        results = [
-            _apply_head(
-                jax.tree.map(lambda a: a[i], params), jax.tree.map(lambda a: a[i], spectral), f, update
-            )
-            for i, f in enumerate(features)
-        ]
-        stacked = jax.tree.map(lambda *a: jnp.stack(a), *(s for _, s in results))
-        return [logits for logits, _ in results], stacked
+        one = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
+        return [_apply_head(one(params, i), one(spectral, i), f) for i, f in enumerate(features)]
 
 
 def _init_head(key, width):
@@ -71,17 +68,15 @@ def _init_head(key, width):
     return params, spectral
 
 
-def _apply_head(params, spectral, x, update):
+def _apply_head(params, spectral, x):
     x = x.astype(jnp.float32)
-    weights, new = {}, {}
-    for name, vectors in spectral.items():
-        weights[name], new[name] = spectral_norm(params[name]["kernel"], vectors, update)
+    weights = {name: spectral_norm(params[name]["kernel"], v) for name, v in spectral.items()}
     conv = lambda name, x: x @ weights[name] + params[name]["bias"]
     norm = lambda name, x: batch_norm_local(x, params[name]["scale"], params[name]["bias"])
     activate = lambda x: jax.nn.leaky_relu(x, 0.2)
     h = activate(norm("norm_in", conv("conv_in", x)))
     h = (h + activate(norm("norm_mid", conv("conv_mid", circular_windows(h))))) / math.sqrt(2)
-    return conv("conv_out", h)[..., 0], new
+    return conv("conv_out", h)[..., 0]
 
 
 def circular_windows(x):
@@ -100,25 +95,21 @@ def power_iteration(kernel, vectors):
     return {"u": _unit(v @ kernel), "v": v}
 
 
-def spectral_norm(kernel, vectors, update):
+def spectral_norm(kernel, vectors):
     """kernel / sigma, sigma = v' kernel u, PyTorch's rule: gradients reach the kernel, not u and v.
 
-    Args:
-      kernel: [fan_in, fan_out]. vectors: {"u", "v"}. update: refine them once first.
-    Returns:
-      (normalised kernel, vectors)
+    kernel [fan_in, fan_out], vectors {"u", "v"} -> [fan_in, fan_out].
     """
-    if update:
-        vectors = power_iteration(jax.lax.stop_gradient(kernel), vectors)
-    sigma = vectors["v"] @ kernel @ vectors["u"]
-    return kernel / sigma, vectors
+    return kernel / (vectors["v"] @ kernel @ vectors["u"])
 
 
 def batch_norm_local(x, scale, bias, eps=1e-5):
     """Normalises each channel over groups of GROUP consecutive samples and all tokens; no running stats.
 
     x: [B, N, D]. A batch that GROUP does not divide is split into ceil(B / GROUP) equal groups and must
-    divide by that number.
+    divide by that number. "Local" is a group of the global batch in its order, whatever the devices: the
+    result does not depend on how the batch is split over them. Where each device holds a multiple of GROUP
+    samples no group crosses devices, and this is what the published trainer computes on each GPU.
     """
     batch, tokens, width = x.shape
     groups = math.ceil(batch / GROUP)

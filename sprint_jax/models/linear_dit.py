@@ -14,8 +14,11 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from sprint_jax.models import layers
+
+REMAT = ("none", "block", "cheap")
 
 
 @flax.struct.dataclass
@@ -105,6 +108,34 @@ def _table_init(key, shape, dtype=jnp.float32):
     return jax.random.normal(key, shape, dtype) / jnp.sqrt(shape[-1])
 
 
+def split_over_devices(x):
+    """Keeps the leading (sample) axis over all devices of the mesh in use, if there is one.
+
+    Without it the compiler may follow the weights' partition instead and gather whole activations.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
+
+
+def gathered(params, dtype):
+    """Weights whole on every device of the mesh in use, if there is one: what sharded parameters are before use.
+
+    Said outright, because the compiler may else cut activations by the weights' partition. Kernels travel
+    in the compute dtype, to which their layers cast them anyway.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return params
+
+    def gather(path, leaf):
+        leaf = leaf.astype(dtype) if path[-1].key.endswith("kernel") else leaf
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(gather, params)
+
+
 def patchify(x, size):
     """[B, H, W, C] -> [B, H/size, W/size, size*size*C]; the inverse of `unpatchify`."""
     return einops.rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=size, q=size)
@@ -130,7 +161,8 @@ class LinearDiT:
     guidance_embed: adds the embedding of the guidance scale (student only).
     guidance_scale_factor: multiplies the guidance scale before its sinusoid (0.1 published).
     logvar_head: adds the linear head of the adaptive weight (student only).
-    remat: recompute each block in the backward pass.
+    remat: what the backward pass recomputes: "none", "block" (each block, from its input) or "cheap"
+      (norms, activations and attention weights; results of products with weights are kept).
     unroll: blocks per scan step; depth removes the loop, which XLA's CPU backend likes.
     dtype: compute dtype, "float32" or "bfloat16"; parameters are always float32.
     """
@@ -148,7 +180,7 @@ class LinearDiT:
     guidance_embed: bool
     guidance_scale_factor: float
     logvar_head: bool
-    remat: bool
+    remat: str
     unroll: int
     dtype: str
 
@@ -158,6 +190,8 @@ class LinearDiT:
                 raise ValueError(f"width {self.width} is not divisible by {name} {getattr(self, name)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype!r}: use 'float32' or 'bfloat16'")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat {self.remat!r}: use one of {', '.join(REMAT)}")
 
     @property
     def compute_dtype(self):
@@ -199,8 +233,9 @@ class LinearDiT:
         if list(features) != sorted(set(features)) or any(not 0 <= f < self.depth for f in features):
             raise ValueError(f"features {features} must increase within 0..{self.depth - 1}")
         h, cond, modulation, text, logvar = _Inputs(self).apply(
-            {"params": params["inputs"]}, x, t, text, guidance
+            {"params": gathered(params["inputs"], self.compute_dtype)}, x, t, text, guidance
         )
+        h, cond, modulation, text = (split_over_devices(a) for a in (h, cond, modulation, text))
         ends = [f + 1 for f in features]
         if velocity and (not ends or ends[-1] < self.depth):
             ends.append(self.depth)
@@ -211,7 +246,8 @@ class LinearDiT:
             start = end
         out = None
         if velocity:
-            out = _Outputs(self).apply({"params": params["outputs"]}, h, cond).astype(jnp.float32)
+            outputs = gathered(params["outputs"], self.compute_dtype)
+            out = _Outputs(self).apply({"params": outputs}, h, cond).astype(jnp.float32)
         return Output(velocity=out, logvar=logvar, features=tuple(collected[: len(features)]))
 
     def unstack(self, params):
@@ -226,15 +262,17 @@ class LinearDiT:
 
     def _run_blocks(self, blocks, start, end, h, modulation, text, mask):
         def body(h, block):
-            return _Block(self).apply({"params": block}, h, modulation, text, mask), None
+            block = gathered(block, self.compute_dtype)
+            return split_over_devices(_Block(self).apply({"params": block}, h, modulation, text, mask)), None
 
         if isinstance(blocks, list):
             for block in blocks[start:end]:
                 h, _ = body(h, block)
             return h
 
-        if self.remat:
-            body = jax.checkpoint(body, prevent_cse=False)
+        if self.remat != "none":
+            policy = None if self.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         segment = jax.tree.map(lambda a: a[start:end], blocks)
         h, _ = jax.lax.scan(body, h, segment, unroll=min(self.unroll, end - start))
         return h
@@ -243,7 +281,7 @@ class LinearDiT:
 # The published sizes (SANA-Sprint 0.6B and 1.6B); in_channels and text_dim are DC-AE's and Gemma-2's.
 _PUBLISHED = dict(
     in_channels=32, text_dim=2304, mlp_ratio=2.5, patch_size=1, qk_norm=True, time_scale=1.0,
-    guidance_embed=True, guidance_scale_factor=0.1, logvar_head=True, remat=True, unroll=1,
+    guidance_embed=True, guidance_scale_factor=0.1, logvar_head=True, remat="block", unroll=1,
     dtype="bfloat16",
 )  # fmt: skip
 SANA_600M = LinearDiT(width=1152, depth=28, heads=36, cross_heads=16, **_PUBLISHED)

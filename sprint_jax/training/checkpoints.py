@@ -1,18 +1,28 @@
-"""Orbax checkpoints of a training state: asynchronous, the last few kept, exact on restore."""
+"""Orbax checkpoints of a training state: asynchronous, whole or not there, exact on restore, checked on read.
+
+Beside the arrays a checkpoint holds a fingerprint of each: a sum over its bits that does not depend on how
+the array is cut, so that a checkpoint from eight devices is checked as well on two. One that cannot be read,
+or whose bits changed, is set aside with a loud message and the one before it is used.
+"""
 
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from sprint_jax.errors import UserError
+from sprint_jax.training import hosts
+
+_DAMAGED = "damaged-"
 
 
 class Checkpoints:
     """Checkpoints of one stage under `directory`. Use as a context; leaving it waits for pending writes."""
 
-    def __init__(self, directory, *, keep):
-        self._directory = pathlib.Path(directory).absolute()
+    def __init__(self, directory, *, keep, say=lambda message: None):
+        self._directory, self._say = pathlib.Path(directory).absolute(), say
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         try:
             self._manager = ocp.CheckpointManager(self._directory, options=options)
@@ -22,31 +32,109 @@ class Checkpoints:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._manager.wait_until_finished()
+    def __exit__(self, kind, *_):
+        if kind is None:
+            self._wait()
         self._manager.close()
 
-    def latest(self) -> int | None:
-        """Step of the newest whole checkpoint, or None."""
-        return self._manager.latest_step()
-
     def save(self, step, state):
-        """Starts writing `state`; returns once its arrays are copied."""
-        if step != self.latest():
-            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+        """Starts writing `state`; returns once its arrays are copied.
 
-    def restore(self, step, abstract):
-        """The state at `step`, placed as `abstract` (ShapeDtypeStructs with shardings) says."""
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        Raises UserError when this or the save before it could not be written; earlier checkpoints are whole.
+        """
+        if step == self._manager.latest_step():
+            return
+        meta = {"fingerprints": fingerprints(state)}
         try:
-            restored = self._manager.restore(step, args=arguments)["state"]
-        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+            )
+        except (OSError, ValueError) as error:
+            raise self._cannot_write(error) from None
+
+    def _wait(self):
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._cannot_write(error) from None
+
+    def _cannot_write(self, error):
+        whole = sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdigit())
+        last = f"the checkpoint of step {whole[-1]} is whole" if whole else "there is no earlier one"
+        return UserError(f"cannot write a checkpoint in {self._directory} ({_line(error)}); {last}: free some space, then give the same command")
+
+    def restore_newest(self, abstract):
+        """(state, step) of the newest whole checkpoint, placed as `abstract` says; (None, 0) without any.
+
+        abstract: ShapeDtypeStructs with shardings, of any mesh. Damaged checkpoints are renamed and skipped.
+        Raises UserError for one that was made with another config.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            self._check_fits(step, abstract)
+            state, damage = self._read(step, abstract)
+            if damage is None:
+                return state, step
+            self._set_aside(step, damage)
+        return None, 0
+
+    def _check_fits(self, step, abstract):
+        """Refuses names and shapes other than the config's; says nothing about what cannot be read at all."""
+        try:
+            found = self._manager.item_metadata(step)["state"]
+            have = {_name(p): tuple(a.shape) for p, a in jax.tree_util.tree_leaves_with_path(found)}
+        except Exception:  # damaged beyond its own description, which reading will find
+            return
+        want = {_name(p): tuple(a.shape) for p, a in jax.tree_util.tree_leaves_with_path(abstract)}
+        differing = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+        if have and differing:
+            name = differing[0]
             raise UserError(
-                f"checkpoint {self._directory}/{step} does not fit the config ({_line(error)}): "
-                "use the config it was made with, or another --workdir"
-            ) from None
-        # Through one compiled copy: restored buffers are not always donatable, these are.
-        return jax.jit(lambda tree: jax.tree.map(lambda a: a.copy(), tree))(restored)
+                f"checkpoint {self._directory}/{step} does not fit the config: {name} is {have.get(name, 'missing')} there "
+                f"and {want.get(name, 'unknown')} here; use the config it was made with, or another --workdir"
+            )
+
+    def _read(self, step, abstract):
+        """(state, None), or (None, what is wrong with it); the same on every process."""
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
+        damage, state = None, None
+        try:
+            restored = self._manager.restore(step, args=arguments)
+            # Through one compiled copy: restored buffers are not always donatable, these are.
+            state = jax.jit(lambda tree: jax.tree.map(lambda a: a.copy(), tree))(restored["state"])
+            saved, now = restored["meta"]["fingerprints"], fingerprints(state)
+            changed = [name for name in saved if now.get(name) != saved[name]]
+            damage = f"{changed[0]} changed on disk" if changed else None
+        except Exception as error:  # whatever a library raises over a damaged file
+            damage = _line(error)
+        failed = hosts.any_true(damage is not None)
+        return (None, damage or "another process cannot read it") if failed else (state, None)
+
+    def _set_aside(self, step, damage):
+        kept = self._directory / f"{_DAMAGED}{step}"
+        self._say(f"WARNING: checkpoint {self._directory}/{step} is damaged ({damage}); kept as {kept.name}, going back to the one before")
+        if hosts.primary():
+            (self._directory / str(step)).rename(kept)
+        hosts.barrier(f"set aside {step}")
+        self._manager.reload()
+
+
+def fingerprints(state):
+    """{name: sum over the array of bits x (2 position + 1), modulo 2^32}. Any changed bit changes it."""
+    numbers = jax.jit(lambda tree: jax.tree.map(_fingerprint, tree))(state)
+    leaves = jax.tree_util.tree_leaves_with_path(hosts.to_host(numbers))
+    return {_name(path): int(number) for path, number in leaves}
+
+
+def _fingerprint(a):
+    bits = jax.lax.bitcast_convert_type(a, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize])
+    position = jnp.zeros(a.shape, jnp.uint32)
+    for axis, size in enumerate(a.shape):
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis)
+    return jnp.sum(bits.astype(jnp.uint32) * (2 * position + 1), dtype=jnp.uint32)
+
+
+def _name(path):
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _line(error):

@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
 
 from sprint_jax import config as config_lib
-from sprint_jax.data.loader import Prefetch
 from sprint_jax.errors import UserError
+from sprint_jax.training import hosts, sharding
 from sprint_jax.training import records as records_lib
 from sprint_jax.training.checkpoints import Checkpoints
 
@@ -32,7 +32,9 @@ class Stage:
 
     name: in logs, metrics and the checkpoint folder. steps: batches consumed in all.
     start: frozen -> state at step 0. functions: steps of a round, each (state, frozen, batch) -> (state,
-    metrics). frozen: arrays that never change. batch: step number -> batch of NumPy arrays.
+    metrics). frozen: arrays that never change. prepare: (frozen, batch as read) -> batch as the steps take
+    it, compiled with them. batch: samples of a global batch. batches: (batch, start, stop, process, processes)
+    -> context and iterator of this process's rows as NumPy arrays.
     """
 
     name: str
@@ -40,75 +42,139 @@ class Stage:
     start: Callable
     functions: tuple[Callable, ...]
     frozen: dict
-    batch: Callable
+    prepare: Callable
+    batch: int
+    batches: Callable
 
 
-def data_mesh():
-    """All devices on the axes ("data", "fsdp"); states are replicated, batches split over "data"."""
-    axes = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((jax.device_count(), 1), ("data", "fsdp"), axis_types=axes)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Placed:
+    """A stage on a mesh: abstract state and frozen arrays with their shardings."""
+
+    stage: Stage
+    mesh: jax.sharding.Mesh
+    state: object
+    frozen: dict
+
+    @classmethod
+    def on(cls, stage: Stage, mesh, say=lambda message: None):
+        """say: told of big arrays that stay whole on every device."""
+        frozen = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), stage.frozen)
+        state = jax.eval_shape(stage.start, frozen)
+        place = lambda tree, say: sharding.abstract(tree, sharding.shardings(tree, mesh, say))
+        return cls(stage, mesh, place(state, say), place(frozen, say))
+
+    def lower(self, function, batch):
+        """The lowered program of one step function for abstract global arrays `batch`."""
+
+        def step(state, frozen, batch):
+            return function(state, frozen, self.stage.prepare(frozen, batch))
+
+        split = sharding.batch(self.mesh)
+        arrays = {k: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=split) for k, a in batch.items()}
+        out = jax.tree.map(lambda a: a.sharding, self.state), sharding.replicated(self.mesh)
+        with jax.set_mesh(self.mesh):
+            return jax.jit(step, donate_argnums=0, out_shardings=out).lower(self.state, self.frozen, arrays)
 
 
-def train(stage: Stage, run: config_lib.Run, workdir, records, say):
-    """Runs a stage to its end from the newest checkpoint and returns its final state.
+class _Programs:
+    """Compiled steps by the shapes of their batch: one set, or one for each aspect ratio."""
+
+    def __init__(self, placed: Placed, say):
+        self._placed, self._say, self._compiled = placed, say, {}
+
+    def get(self, batch):
+        key = tuple((k, a.shape, a.dtype) for k, a in sorted(batch.items()))
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(batch)
+        return self._compiled[key]
+
+    def _compile(self, batch):
+        stage, begin = self._placed.stage, time.perf_counter()
+        self._say(f"{stage.name}: compiling for latents {batch['latent'].shape} (seconds to a minute, no bar)")
+        compiled = [self._placed.lower(function, batch).compile() for function in stage.functions]
+        mesh = self._placed.mesh
+        count = sum(a.size for a in jax.tree.leaves(self._placed.state.params))
+        state = sharding.per_device_bytes(self._placed.state) + sharding.per_device_bytes(self._placed.frozen)
+        self._say(
+            f"{stage.name}: {mesh.size} x {mesh.devices.flat[0].device_kind} as data x fsdp = "
+            f"{' x '.join(map(str, mesh.devices.shape))}, {count / 1e6:.2f} M parameters, state and frozen networks "
+            f"{state / 2**20:.1f} MiB a device, compiled in {time.perf_counter() - begin:.0f} s"
+        )
+        return compiled
+
+
+def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say):
+    """Runs a stage to its end from the newest whole checkpoint and returns its final state.
 
     Raises Interrupted after saving when asked to stop, UserError when updates stay non-finite.
     """
-    mesh = data_mesh()
-    replicated = NamedSharding(mesh, PartitionSpec())
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    abstract = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated),
-        jax.eval_shape(stage.start, stage.frozen),
-    )
-    frozen = jax.device_put(stage.frozen, replicated)
-    with Checkpoints(f"{workdir}/checkpoints/{stage.name}", keep=run.keep) as checkpoints:
-        done = checkpoints.latest()
-        if done is None:
-            state, done = jax.jit(stage.start, out_shardings=replicated)(frozen), 0
+    _check_batch(stage, mesh)
+    placed = Placed.on(stage, mesh, say)
+    frozen = place(stage.frozen, placed.frozen)
+    with Checkpoints(f"{workdir}/checkpoints/{stage.name}", keep=run.keep, say=say) as checkpoints:
+        state, done = checkpoints.restore_newest(placed.state)
+        if state is None:
+            out = jax.tree.map(lambda a: a.sharding, placed.state)
+            state, done = jax.jit(stage.start, out_shardings=out)(frozen), 0
         else:
-            state = checkpoints.restore(done, abstract)
             say(f"{stage.name}: resumed from checkpoint at step {done} of {stage.steps}")
         records.rewind(stage.name, done)
         if done >= stage.steps:
             return state
-        functions = _compile(stage, abstract, frozen, replicated, split, say)
-        with _Stop() as stop, Prefetch(stage.batch, done, stage.steps) as batches:
-            bar = records_lib.progress(stage.name, done, stage.steps)
+        programs = _Programs(placed, say)
+        split = sharding.batch(mesh)
+        reader = stage.batches(stage.batch, done, stage.steps, jax.process_index(), jax.process_count())
+        with _Stop() as stop, reader as batches:
+            batch = _global(next(batches), split, stage.batch)
+            programs.get(batch)
+            bar = records_lib.progress(stage.name, done, stage.steps, shown=hosts.primary())
             watch = _Watch(stage.name, run, records, bar)
             while done < stage.steps:
                 metrics = {}
-                for function in functions:
-                    state, new = function(state, frozen, jax.device_put(next(batches), split))
+                for i in range(len(stage.functions)):
+                    state, new = programs.get(batch)[i](state, frozen, batch)
                     metrics |= new
-                done += len(functions)
+                    if done + i + 1 < stage.steps:
+                        batch = _global(next(batches), split, stage.batch)
+                done += len(stage.functions)
                 watch.launched(done, metrics)
-                if done % run.checkpoint_every == 0 or done >= stage.steps or stop.requested:
+                stopping = stop.agreed(done)
+                if done % run.checkpoint_every == 0 or done >= stage.steps or stopping:
                     watch.flush()
                     checkpoints.save(done, state)
-                if stop.requested:
+                if stopping:
                     break
             watch.flush()
             bar.close()
-    if stop.requested and done < stage.steps:
+    if stopping and done < stage.steps:
         raise Interrupted(f"{stage.name}: stopped at step {done} of {stage.steps}; the same command goes on from there")
     return state
 
 
-def _compile(stage, abstract, frozen, replicated, split, say):
-    example = stage.batch(0)
-    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=split), example)
-    say(f"{stage.name}: compiling (seconds to a minute, no bar)")
-    compiled, begin = [], time.perf_counter()
-    for function in stage.functions:
-        jitted = jax.jit(function, donate_argnums=0, out_shardings=replicated)
-        compiled.append(jitted.lower(abstract, frozen, batch).compile())
-    count = sum(a.size for a in jax.tree.leaves(abstract.params))
-    say(
-        f"{stage.name}: {jax.device_count()} x {jax.devices()[0].device_kind}, "
-        f"{count / 1e6:.2f} M parameters, compiled in {time.perf_counter() - begin:.0f} s"
-    )
-    return compiled
+def _check_batch(stage, mesh):
+    if stage.batch % mesh.size:
+        raise UserError(
+            f"{stage.name}: a batch of {stage.batch} does not divide by the {mesh.size} devices of the mesh "
+            f"{' x '.join(map(str, mesh.devices.shape))}: change config.{stage.name}.batch, or use fewer devices"
+        )
+
+
+def place(tree, abstract):
+    """Host arrays, equal on every process, onto the shardings of `abstract`."""
+    def one(array, like):
+        if isinstance(array, jax.Array) and array.sharding == like.sharding:
+            return array
+        array = np.asarray(array)
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: array[index])
+
+    return jax.tree.map(one, tree, abstract)
+
+
+def _global(rows, split, batch):
+    return {
+        name: jax.make_array_from_process_local_data(split, a, (batch, *a.shape[1:])) for name, a in rows.items()
+    }  # fmt: skip
 
 
 class _Watch:
@@ -143,15 +209,23 @@ class _Watch:
 
 
 class _Stop:
-    """Turns SIGTERM and SIGINT into a request while inside."""
+    """Turns SIGTERM and SIGINT into a request while inside. Of several processes one is enough."""
 
     def __enter__(self):
-        self.requested = False
-        self._old = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._requested = False
+        # With several processes JAX itself takes SIGTERM and tells all of them.
+        signals = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._old = {s: signal.signal(s, self._request) for s in signals}
         return self
 
     def _request(self, *_):
-        self.requested = True
+        self._requested = True
+
+    def agreed(self, step) -> bool:
+        """Whether to stop after `step`: the same answer on every process."""
+        if jax.process_count() == 1:
+            return self._requested
+        return multihost_utils.reached_preemption_sync_point(step)
 
     def __exit__(self, *_):
         for number, handler in self._old.items():

@@ -12,19 +12,22 @@ from sprint_jax import files
 
 
 class Records:
-    """Writes one JSON object a line, and the same scalars as TensorBoard events.
+    """Writes one JSON object a line, and the same scalars as TensorBoard events; nothing where workdir is None.
 
     A row holds "stage", "step" and scalars. After a resume the file reads as if nothing had happened:
     `rewind` drops the rows that will be written again.
     """
 
     def __init__(self, workdir):
+        self._writer = None
+        if workdir is None:
+            return
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
         self._writer = _metric_writer(pathlib.Path(workdir) / "events")
 
     def rewind(self, stage, step):
         """Drops rows of `stage` after `step`, and a last line that was cut off."""
-        if not self._path.exists():
+        if self._writer is None or not self._path.exists():
             return
         kept = []
         for line in self._path.read_text().splitlines():
@@ -38,6 +41,8 @@ class Records:
             partial.write_text("".join(kept))
 
     def write(self, stage, step, scalars):
+        if self._writer is None:
+            return
         row = {"stage": stage, "step": step, **{k: float(v) for k, v in sorted(scalars.items())}}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -45,17 +50,20 @@ class Records:
 
     def images(self, step, images):
         """{name: uint8 [H, W, 3]} to TensorBoard."""
+        if self._writer is None:
+            return
         self._writer.write_images(step, {k: np.asarray(v)[None] for k, v in images.items()})
 
     def close(self):
-        self._writer.flush()
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.flush()
+            self._writer.close()
 
 
-def progress(stage, start, stop):
+def progress(stage, start, stop, shown=True):
     """A progress bar over the steps of a stage: rate, time left, and what `set_postfix` is given."""
     return tqdm.tqdm(
-        total=stop, initial=start, desc=stage, unit="step", dynamic_ncols=True, file=sys.stderr,
+        total=stop, initial=start, desc=stage, unit="step", disable=not shown, dynamic_ncols=True, file=sys.stderr,
         mininterval=1.0 if sys.stderr.isatty() else 20.0, smoothing=0.05,
     )  # fmt: skip
 

@@ -91,36 +91,49 @@ def teacher_velocity(nets: Nets, frozen, batch, w, uncond_mask):
     return velocity
 
 
-def discriminate(nets: Nets, frozen, heads, spectral, c, batch, u, s, *, update):
+def discriminate(nets: Nets, frozen, heads, spectral, c, batch, u, s):
     """Logits of the heads on the teacher's features of (u, s); the trunk stops after the last hooked block."""
     x_fm, t_fm = trigflow.to_flow_state(u, s), trigflow.to_flow_time(s)
     features = nets.teacher.apply(
         frozen["teacher"], x_fm, t_fm, batch["text"], batch["mask"],
         features=c.head_blocks, velocity=False,
     ).features  # fmt: skip
-    return nets.heads.apply(heads, spectral, features, update=update)
+    return nets.heads.apply(heads, spectral, features)
 
 
-def generate(nets, params, c, batch, x0, w, keys):
-    """Student prediction x0_hat at a (max-time weighted) time of its own. keys: time, max-time, noise."""
-    n = x0.shape[0]
-    t = trigflow.sample_time(keys[0], n, mean=c.p_mean, std=c.p_std)
-    t = trigflow.with_max_time(keys[1], t, c.max_time)
-    z = trigflow.SIGMA_D * jax.random.normal(keys[2], x0.shape)
-    xt = trigflow.interpolate(x0, z, t)
-    F, _ = student_F(nets, params, batch, w)(xt / trigflow.SIGMA_D, t)
-    return trigflow.denoise(F, xt, t)
+def generate(nets, params, batch, start):
+    """Student prediction x0_hat from the drawn start {"t" [B], "z" [B, ...]} of `_start`."""
+    xt = trigflow.interpolate(batch["x0"], start["z"], start["t"])
+    F, _ = student_F(nets, params, batch, batch["w"])(xt / trigflow.SIGMA_D, start["t"])
+    return trigflow.denoise(F, xt, start["t"])
 
 
-def _renoise(x0, c, key):
-    k_time, k_noise = jax.random.split(key)
-    s = trigflow.sample_time(k_time, x0.shape[0], mean=c.disc_mean, std=c.disc_std)
-    z = trigflow.SIGMA_D * jax.random.normal(k_noise, x0.shape)
-    return ladd.renoise(x0, z, s), s
+# Everything random is drawn for the whole batch before anything is computed, so that an update does not
+# depend on how its batch is cut into parts.
+
+
+def _noise(key, x0):
+    return trigflow.SIGMA_D * jax.random.normal(key, x0.shape)
 
 
 def _guidance(c, key, n):
     return jax.random.choice(key, jnp.asarray(c.guidance, jnp.float32), (n,))
+
+
+def _start(c, keys, x0):
+    """Time and noise that the student predicts from, at the largest time with probability p."""
+    t = trigflow.sample_time(keys[0], x0.shape[0], mean=c.p_mean, std=c.p_std)
+    return {"t": trigflow.with_max_time(keys[1], t, c.max_time), "z": _noise(keys[2], x0)}
+
+
+def _renoising(c, key, x0):
+    """Time and noise of the discriminator's view."""
+    k_time, k_noise = jax.random.split(key)
+    return {"t": trigflow.sample_time(k_time, x0.shape[0], mean=c.disc_mean, std=c.disc_std), "z": _noise(k_noise, x0)}
+
+
+def _renoise(x0, drawn):
+    return ladd.renoise(x0, drawn["z"], drawn["t"]), drawn["t"]
 
 
 def make_generator_step(nets: Nets, c: config_lib.Sprint, seed: int):
@@ -130,30 +143,31 @@ def make_generator_step(nets: Nets, c: config_lib.Sprint, seed: int):
     batch: {"latent" [B, H, W, C] unit scale, "text" [B, L, D], "mask" [B, L]}.
     """
 
-    def losses(params, state, frozen, batch, key):
+    def draw(key, batch):
         k_w, k_t, k_z, k_s, *k_gan = jax.random.split(key, 7)
         x0 = trigflow.SIGMA_D * batch["latent"]
         n = x0.shape[0]
-        w = _guidance(c, k_w, n)
+        return {
+            "x0": x0, "text": batch["text"], "mask": batch["mask"], "w": _guidance(c, k_w, n),
+            "t": trigflow.sample_time(k_t, n, mean=c.p_mean, std=c.p_std), "z": _noise(k_z, x0),
+            "start": _start(c, k_gan, x0), "renoise": _renoising(c, k_s, x0),
+        }  # fmt: skip
+
+    def losses(params, batch, state, frozen):
         total, metrics = 0.0, {}
         if c.scm_weight:
-            t = trigflow.sample_time(k_t, n, mean=c.p_mean, std=c.p_std)
-            z = trigflow.SIGMA_D * jax.random.normal(k_z, x0.shape)
             per_sample, aux = scm.loss(
-                student_F(nets, params, batch, w),
-                teacher_velocity(nets, frozen, batch, w, c.uncond_mask),
-                x0, z, t,
+                student_F(nets, params, batch, batch["w"]),
+                teacher_velocity(nets, frozen, batch, batch["w"], c.uncond_mask),
+                batch["x0"], batch["z"], batch["t"],
                 r=scm.tangent_warmup(state.step + 1, c.tangent_warmup),
                 weighting=c.weighting, normalize=c.tangent_normalize,
             )  # fmt: skip
             total += c.scm_weight * per_sample.mean()
             metrics |= {"scm": per_sample.mean()} | {k: v.mean() for k, v in aux.items()}
         if c.adv_weight:
-            x0_hat = generate(nets, params, c, batch, x0, w, k_gan)
-            u, s = _renoise(x0_hat, c, k_s)
-            logits, _ = discriminate(
-                nets, frozen, state.heads, state.spectral, c, batch, u, s, update=False
-            )
+            u, s = _renoise(generate(nets, params, batch, batch["start"]), batch["renoise"])
+            logits = discriminate(nets, frozen, state.heads, state.spectral, c, batch, u, s)
             adv = ladd.generator_loss(logits, reduction=c.reduction).mean()
             total += c.adv_weight * adv
             metrics["adv"] = adv
@@ -161,8 +175,8 @@ def make_generator_step(nets: Nets, c: config_lib.Sprint, seed: int):
 
     def step(state, frozen, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (value, metrics), grads = jax.value_and_grad(losses, has_aux=True)(
-            state.params, state, frozen, batch, key
+        (value, metrics), grads = state_lib.value_and_grad(
+            lambda params, part: losses(params, part, state, frozen), state.params, draw(key, batch), c.accumulate
         )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
@@ -187,38 +201,44 @@ def make_generator_step(nets: Nets, c: config_lib.Sprint, seed: int):
 def make_discriminator_step(nets: Nets, c: config_lib.Sprint, seed: int):
     """Returns step(state, frozen, batch) -> (state, metrics), pure; arguments as for the generator."""
 
-    def loss(heads, state, frozen, batch, key):
+    def draw(key, batch):
         k_w, k_fake, k_real, k_shift, *k_gan = jax.random.split(key, 7)
         x0 = trigflow.SIGMA_D * batch["latent"]
-        w = _guidance(c, k_w, x0.shape[0])
-        fake_batch = batch
-        x0_hat = jax.lax.stop_gradient(generate(nets, state.params, c, batch, x0, w, k_gan))
-        u_fake, s_fake = _renoise(x0_hat, c, k_fake)
+        return {
+            "x0": x0, "text": batch["text"], "mask": batch["mask"], "w": _guidance(c, k_w, x0.shape[0]),
+            "start": _start(c, k_gan, x0), "fake": _renoising(c, k_fake, x0), "real": _renoising(c, k_real, x0),
+            "shifted": ladd.misaligned(x0), "shift": _renoising(c, k_shift, x0),
+        }  # fmt: skip
+
+    def loss(heads, batch, state, frozen, spectral):
+        fake_batch, n = batch, batch["x0"].shape[0]
+        x0_hat = jax.lax.stop_gradient(generate(nets, state.params, batch, batch["start"]))
+        u_fake, s_fake = _renoise(x0_hat, batch["fake"])
         if c.misaligned:
-            u_shift, s_shift = _renoise(ladd.misaligned(x0), c, k_shift)
+            u_shift, s_shift = _renoise(batch["shifted"], batch["shift"])
             u_fake, s_fake = jnp.concatenate([u_fake, u_shift]), jnp.concatenate([s_fake, s_shift])
             fake_batch = {k: jnp.concatenate([batch[k], batch[k]]) for k in ("text", "mask")}
-        u_real, s_real = _renoise(x0, c, k_real)
-        # Two calls, fake first: each is one power iteration, and groups of the local norm do not mix.
-        run = lambda spectral, b, u, s: discriminate(
-            nets, frozen, heads, spectral, c, b, u, s, update=True
-        )
-        fake, spectral = run(state.spectral, fake_batch, u_fake, s_fake)
-        real, spectral = run(spectral, batch, u_real, s_real)
+        u_real, s_real = _renoise(batch["x0"], batch["real"])
+        # Two calls: groups of the local norm do not mix real and fake.
+        fake = discriminate(nets, frozen, heads, spectral["fake"], c, fake_batch, u_fake, s_fake)
+        real = discriminate(nets, frozen, heads, spectral["real"], c, batch, u_real, s_real)
         value = ladd.discriminator_loss(real, fake, reduction=c.reduction)
-        n = x0.shape[0]
         margins = {
             f"head_{block}/{name}": side.mean()
             for block, d_real, d_fake in zip(c.head_blocks, real, fake)
             for name, side in (("real", d_real), ("fake", d_fake[:n]))
         }
-        return value, (spectral, margins)
+        return value, margins
 
     def step(state, frozen, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (value, (spectral, margins)), grads = jax.value_and_grad(loss, has_aux=True)(
-            state.heads, state, frozen, batch, key
-        )
+        # A power iteration before the fakes and one before the reals, as two forward passes have in training.
+        fake = nets.heads.advance(state.heads, state.spectral)
+        spectral = nets.heads.advance(state.heads, fake)
+        (value, margins), grads = state_lib.value_and_grad(
+            lambda heads, part: loss(heads, part, state, frozen, {"fake": fake, "real": spectral}),
+            state.heads, draw(key, batch), c.accumulate,
+        )  # fmt: skip
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
         updates, heads_opt = nets.heads_tx.update(grads, state.heads_opt, state.heads)

@@ -1,11 +1,15 @@
 """Training state and the pieces every step shares: optimiser, EMA and the guard against non-finite updates."""
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
 from sprint_jax import config as config_lib
+from sprint_jax.models.ladd_heads import GROUP as SLICE
+from sprint_jax.training import came as came_lib
 
 
 @flax.struct.dataclass
@@ -33,23 +37,31 @@ class SprintState:
     rejected: jax.Array
 
 
-def optimizer(c: config_lib.Optimizer, steps: int) -> optax.GradientTransformation:
-    """Global-norm clipping, then AdamW with linear warm-up and a cosine to `decay_to` over `steps`.
+def optimizer(c: config_lib.Optimizer, steps: int, batch: int, came_rules) -> optax.GradientTransformation:
+    """Global-norm clipping, then the optimiser with linear warm-up and a cosine to `decay_to` over `steps`.
 
-    With c.muon_lr, matrices inside the network take Muon's orthogonalised updates instead, at that rate.
+    batch: the global one, for the square-root rule of the rate. came_rules: (factored, stacked) of the tree
+    that is optimised, see `came`.
     """
+    factor = math.sqrt(batch / c.reference_batch) if c.reference_batch else 1.0
 
     def schedule(lr):
+        lr = factor * lr
         cosine = optax.cosine_decay_schedule(lr, max(1, steps - c.warmup), alpha=c.decay_to)
         # The first update already moves: warm-up runs from lr / (warmup + 1) to lr.
         rise = optax.linear_schedule(lr / (c.warmup + 1), lr, c.warmup)
         return optax.join_schedules([rise, cosine], [c.warmup])
 
-    if c.muon_lr:
+    if c.kind == "muon":
         update = optax.contrib.muon(
             schedule(c.muon_lr), weight_decay=c.weight_decay, adam_b1=c.b1, adam_b2=c.b2,
             adam_weight_decay=c.weight_decay, adam_learning_rate=schedule(c.lr),
             muon_weight_dimension_numbers=_matrices,
+        )  # fmt: skip
+    elif c.kind == "came":
+        update = came_lib.came(
+            schedule(c.lr), b1=c.b1, b2=c.b2, b3=c.b3, weight_decay=c.weight_decay,
+            factored=came_rules[0], stacked=came_rules[1],
         )  # fmt: skip
     else:
         update = optax.adamw(schedule(c.lr), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay)
@@ -79,6 +91,33 @@ def update_ema(ema, params, decay, step):
         return None
     d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda e, p: d * e + (1 - d) * p, ema, params)
+
+
+def value_and_grad(loss, params, batch, parts):
+    """((value, aux), gradients) of `loss(params, batch) -> (value, aux)`, a mean over samples.
+
+    parts: 1 takes the batch whole; more average over that many parts one after the other, so that only one
+    part's activations are held. A part takes every parts-th run of SLICE samples: groups of the
+    discriminator's normalisation stay whole, and each device works on samples that it already holds.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        return gradient(params, batch)
+    cut = jax.tree.map(lambda a: _parts(a, parts), batch)
+    first = jax.eval_shape(gradient, params, jax.tree.map(lambda a: a[0], cut))
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient(params, part)), None
+
+    total, _ = jax.lax.scan(add, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), first), cut)
+    return jax.tree.map(lambda a: a / parts, total)
+
+
+def _parts(a, parts):
+    """[B, ...] -> [parts, B / parts, ...]."""
+    run = SLICE if a.shape[0] % (SLICE * parts) == 0 else 1
+    a = a.reshape(-1, parts, run, *a.shape[1:])
+    return jnp.swapaxes(a, 0, 1).reshape(parts, -1, *a.shape[3:])
 
 
 def select(finite, new, old):

@@ -58,11 +58,12 @@ def make_step(model: LinearDiT, tx, c: config_lib.Teacher, seed: int):
         drop = jax.random.bernoulli(k_drop, c.caption_dropout, (n, 1, 1))
         text = jnp.where(drop, frozen["null_text"], batch["text"])
 
-        def loss(params):
-            v = lambda x, t: model.apply(params, x, t, text, batch["mask"]).velocity
-            return flow.loss(v, x0, z, t).mean()
+        def loss(params, b):
+            v = lambda x, t: model.apply(params, x, t, b["text"], b["mask"]).velocity
+            return flow.loss(v, b["x0"], b["z"], b["t"]).mean(), ()
 
-        value, grads = jax.value_and_grad(loss)(state.params)
+        drawn = {"x0": x0, "z": z, "t": t, "text": text, "mask": batch["mask"]}
+        (value, _), grads = state_lib.value_and_grad(loss, state.params, drawn, c.accumulate)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
         updates, opt = tx.update(grads, state.opt, state.params)

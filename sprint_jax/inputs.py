@@ -1,0 +1,195 @@
+"""What a configuration learns from: its batches, its held-out examples, and the way back to pictures.
+
+Two kinds with the same face: `Shapes` draws the embedded data as they are needed, `EncodedData` reads a folder
+that `sprint_jax.encode` made. `open_inputs` chooses.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from sprint_jax import build, parts, pipeline, weights
+from sprint_jax import config as config_lib
+from sprint_jax.data import batches, encoded, loader, shapes
+from sprint_jax.errors import UserError
+
+NULL_FILE = "null.safetensors"  # features of the null prompt, beside an encoded data set
+# Real pictures behind the Fréchet distance come from indices far from those of the prompts.
+_REFERENCE_START = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Heldout:
+    """Examples that training never sees.
+
+    captions: N texts. text, mask: their features [N, L, D], [N, L]. images: uint8 [N, H, W, 3].
+    reference: real pictures for the Fréchet distance, uint8 [M, H, W, 3].
+    meanings: of the captions, for the checker of `shapes`; None for other data.
+    """
+
+    captions: list[str]
+    text: np.ndarray
+    mask: np.ndarray
+    images: np.ndarray
+    reference: np.ndarray
+    meanings: list[shapes.Caption] | None
+
+
+def abstract_batch(c: config_lib.Config, batch: int) -> dict:
+    """Shapes of a global batch as the steps take it, without any data."""
+    f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    return {
+        "latent": f32(batch, *build.latent_shape(c)),
+        "text": f32(batch, c.text.length, c.text.dim),
+        "mask": f32(batch, c.text.length),
+    }
+
+
+def open_inputs(c: config_lib.Config, say):
+    """The data of a configuration. Raises UserError where they do not fit it."""
+    return EncodedData(c, say) if c.data.encoded else Shapes(c)
+
+
+class Shapes:
+    """Drawn pictures: example i of the training split is a function of (seed, i)."""
+
+    def __init__(self, c: config_lib.Config):
+        self._c, self._codec, self._encoder = c, build.codec(c), build.text_encoder(c)
+        self.pixels, self.pixels_params = parts.EmbeddedPixels(self._codec), {}
+        text, mask = self._encoder.encode([""])
+        self.frozen = {"null_text": text, "null_mask": mask}
+
+    def batches(self, batch, start, stop, process, processes):
+        """Context and iterator of this process's rows of the batches start .. stop - 1."""
+        make = lambda step: loader.make_batch(
+            step, seed=self._c.data.seed, batch=batch, size=self._c.data.size, codec=self._codec,
+            text_encoder=self._encoder, process=process, processes=processes,
+        )  # fmt: skip
+        return loader.Prefetch(make, start, stop)
+
+    def prepare(self, frozen, batch):
+        return batch
+
+    def heldout(self, count, reference) -> Heldout:
+        d = self._c.data
+        draw = lambda first, n: [
+            shapes.example(d.eval_seed, first + i, size=d.size, split="heldout") for i in range(n)
+        ]
+        examples = draw(0, count)
+        text, mask = self._encoder.encode([e.text for e in examples])
+        return Heldout(
+            [e.text for e in examples], text, mask, np.stack([e.image for e in examples]),
+            np.stack([e.image for e in draw(_REFERENCE_START, reference)]), [e.caption for e in examples],
+        )  # fmt: skip
+
+
+class EncodedData:
+    """A folder of encoded pictures and captions."""
+
+    def __init__(self, c: config_lib.Config, say):
+        self._c, self._say = c, say
+        self._train = encoded.Encoded(c.data.encoded, "train")
+        manifest = self._train.manifest
+        _check_manifest(c, manifest)
+        self._tokens = manifest["text"] == "tokens"
+        self._text = self.pixels = self.pixels_params = None
+        self.frozen = self._null()
+        if c.data.model:
+            pipe = pipeline.load(c.data.model, dtype="bfloat16" if jax.default_backend() != "cpu" else "float32", say=say)
+            self._text, self.pixels, self.pixels_params = pipe.text, pipe.pixels, pipe.params["pixels"]
+            if self._tokens:
+                self.frozen["text_encoder"] = pipe.params["text"]
+        elif c.text.vocabulary != "gemma":
+            self.pixels, _, identity = embedded(c)
+            self.pixels_params = {}
+            if manifest["model"] != identity:
+                raise UserError(
+                    f"{c.data.encoded} was encoded by {manifest['model']}, the config has {identity}: encode again with "
+                    "this config, or use the one it was made with"
+                )
+
+    def _null(self):
+        path = pathlib.Path(self._c.data.encoded) / NULL_FILE
+        if not path.is_file():
+            raise UserError(f"{path} is missing: run sprint_jax.encode on the folder again, it adds what lacks")
+        found = safetensors.numpy.load_file(path)
+        return {"null_text": found["text"].astype(np.float32)[None], "null_mask": found["mask"].astype(np.float32)[None]}
+
+    def batches(self, batch, start, stop, process, processes):
+        """As `Shapes.batches`. With token ids instead of features, "tokens" stands for "text"."""
+        d = self._c.data
+        return batches.iterate(
+            self._train, seed=d.seed, batch=batch, start=start, stop=stop, process_index=process,
+            process_count=processes, workers=d.workers, max_bad=d.max_bad, say=self._say,
+        )  # fmt: skip
+
+    def prepare(self, frozen, batch):
+        """Features of token ids, inside the compiled step; other batches as they are."""
+        if not self._tokens:
+            return batch
+        arrays = {"tokens": batch["tokens"], "mask": batch["mask"]}
+        text, mask = self._text.features(frozen["text_encoder"], arrays)
+        return {"latent": batch["latent"], "text": text.astype(jnp.float32), "mask": mask}
+
+    def heldout(self, count, reference) -> Heldout:
+        """Examples of the held-out split at the config's size; pictures are decoded latents."""
+        data = encoded.Encoded(self._c.data.encoded, "heldout")
+        size = build.latent_shape(self._c)[:2]
+        fitting = [i for i in range(len(data)) if data.buckets[data.bucket_of[i]] == size]
+        if len(fitting) < count:
+            raise UserError(
+                f"{self._c.data.encoded} holds out {len(fitting)} examples of {size[0]}x{size[1]} latents and "
+                f"config.evaluation.prompts is {count}: lower it, or encode with a larger --heldout"
+            )
+        rows = [data.read(i) for i in fitting[: max(count, min(reference, len(fitting)))]]
+        stacked = batches.stack(data.manifest, rows)
+        images = self._decode(stacked["latent"])
+        ready = jax.jit(self.prepare)(self.frozen, {k: v[:count] for k, v in stacked.items()})
+        captions = [row["caption"].tobytes().decode("utf-8", "replace") for row in rows[:count]]
+        return Heldout(captions, np.asarray(ready["text"]), np.asarray(ready["mask"]), images[:count], images, None)
+
+    def _decode(self, latents):
+        decode = jax.jit(self.pixels.decode)
+        part = 1 if self._c.data.model else 32
+        padded = np.concatenate([latents, np.repeat(latents[-1:], -len(latents) % part, 0)])
+        made = [np.asarray(decode(self.pixels_params, padded[i : i + part])) for i in range(0, len(padded), part)]
+        return np.concatenate(made)[: len(latents)]
+
+
+def _check_manifest(c, manifest):
+    wanted = {"channels": c.codec.channels, "factor": c.codec.block}
+    if manifest["text"] == "features":
+        wanted |= {"text_dim": c.text.dim, "text_length": c.text.length}
+    for name, value in wanted.items():
+        if manifest[name] != value:
+            raise UserError(
+                f"{c.data.encoded} has {name} {manifest[name]}, the config {value}: use the config that it was encoded for"
+            )
+    if manifest["text"] == "tokens" and not c.data.model:
+        raise UserError(f"{c.data.encoded} holds token ids: name the folder with the text encoder in config.data.model")
+
+
+def embedded(c: config_lib.Config) -> tuple[Any, Any, str]:
+    """(pixels, text, identity) of the embedded encoders of a config, as `sprint_jax.encode` wants them."""
+    codec, encoder = build.codec(c), build.text_encoder(c)
+    if encoder is None:
+        raise UserError("config.text.vocabulary is gemma: give --encoder the diffusers or converted folder that holds it")
+    digest = hashlib.sha256(repr((dataclasses.asdict(c.codec) | {"weights": ""}, dataclasses.asdict(c.text))).encode())
+    if c.codec.weights:
+        digest.update(build.asset(c.codec.weights).read_bytes())
+    return parts.EmbeddedPixels(codec), parts.EmbeddedText(encoder), f"{c.text.vocabulary} words, {digest.hexdigest()[:16]}"
+
+
+def teacher_weights(where: str, model):
+    """Parameters of `model` from a .safetensors file, "package:NAME", or a folder with a diffusers transformer."""
+    path = build.asset(where)
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    if not path.is_dir():
+        return weights.load(path, abstract)
+    return build.published_transformer(path, model)

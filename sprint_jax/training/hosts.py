@@ -1,0 +1,71 @@
+"""What the processes of one run do together: agree, wait for each other, bring a sharded tree to the host.
+
+With a single process all of this is the identity.
+"""
+
+import json
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from sprint_jax.errors import UserError
+
+_ROOM = 16384  # bytes of an identity
+
+
+def primary() -> bool:
+    """Whether this process writes what people read."""
+    return jax.process_index() == 0
+
+
+def barrier(name):
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def from_primary(number: int) -> int:
+    """Process 0's value of a small integer, on all: decisions that depend on files are taken once."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def any_true(flag: bool) -> bool:
+    """Whether the flag holds on any process."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(np.asarray(multihost_utils.process_allgather(np.array([flag]))).any())
+
+
+def compare(identity: dict):
+    """Raises UserError where a process differs from process 0 in any of {what: value}, naming both values."""
+    if jax.process_count() == 1:
+        return
+    text = json.dumps(identity, sort_keys=True).encode()
+    if len(text) > _ROOM:
+        raise ValueError(f"identity of {len(text)} bytes; the room is {_ROOM}")
+    padded = np.frombuffer(text.ljust(_ROOM), np.uint8)
+    everyone = multihost_utils.process_allgather(padded)
+    first, *others = (json.loads(row.tobytes()) for row in np.asarray(everyone))
+    for process, other in enumerate(others, 1):
+        for what in sorted(first.keys() | other.keys()):
+            if first.get(what) != other.get(what):
+                raise UserError(
+                    f"processes disagree: {what} is {first.get(what)} at process 0 and {other.get(what)} at process "
+                    f"{process}: start all with the same code and flags"
+                )
+
+
+def to_host(tree):
+    """A tree of global arrays as NumPy, whole, on every process; leaf by leaf."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda a: np.asarray(multihost_utils.process_allgather(a, tiled=True)), tree)
+
+
+def concatenate(array):
+    """Arrays of equal shape from every process, one behind the other, on every process."""
+    if jax.process_count() == 1:
+        return array
+    return np.concatenate(np.asarray(multihost_utils.process_allgather(array)))

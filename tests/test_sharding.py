@@ -1,0 +1,88 @@
+"""Rules from names to partitions, and steps that give on eight devices what they give on one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from conftest import ROOT
+from sprint_jax.errors import UserError
+from sprint_jax.models.ladd_heads import LADDHeads
+from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
+from sprint_jax.training import sharding
+
+
+def simulated(program, *arguments, devices=8):
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
+    }  # fmt: skip
+    result = subprocess.run([sys.executable, *program, *map(str, arguments)], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    out = tmp_path_factory.mktemp("devices") / "found.json"
+    simulated([ROOT / "tests/on_devices.py"], out)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["8x1", "4x2", "2x4", "1x8"])
+@pytest.mark.parametrize("stage", ["teacher", "sprint"])
+def test_eight_devices_equal_one(measured, stage, mesh):
+    """Fails when the discriminator's normalisation groups follow the devices, or a rule cuts the wrong axis."""
+    found = measured[f"{stage} {mesh}"]
+    assert max(found["metrics"]) < 1e-5
+    assert max(found["state"]) < 1e-5
+
+
+@pytest.mark.slow
+def test_state_is_cut_evenly(measured):
+    """An eighth and at most 5 % more. Fails when the rule for biases or for kernels is dropped."""
+    for stage in ("teacher", "sprint"):
+        assert measured[f"{stage} 1x8"]["share"] <= 1 / 8 + 0.05
+        assert measured[f"{stage} 8x1"]["share"] == 1
+
+
+def abstract_mesh(data, fsdp):
+    return jax.sharding.AbstractMesh((data, fsdp), (sharding.DATA, sharding.FSDP))
+
+
+@pytest.mark.parametrize("size", [SANA_600M, SANA_1600M], ids=["600M", "1600M"])
+def test_published_sizes_divide_by_64(size):
+    """Every leaf of both networks finds a rule or is small; nothing big stays whole."""
+    said = []
+    tree = jax.eval_shape(size.init, jax.random.key(0))
+    heads, spectral = jax.eval_shape(LADDHeads(width=size.width, count=4).init, jax.random.key(0))
+    placed = sharding.shardings({"params": tree, "heads": heads, "spectral": spectral}, abstract_mesh(4, 64), said.append)
+    assert not said
+    assert placed["params"]["blocks"]["attn1"]["to_qkv"]["kernel"].spec == P(None, "fsdp", None)
+    assert placed["heads"]["conv_mid"]["kernel"].spec == P(None, "fsdp", None)
+    assert placed["spectral"]["conv_out"]["u"].spec == P()
+
+
+def test_what_does_not_divide_is_named():
+    tree = {"params": {"blocks": {"attn1": {"kernel": jax.ShapeDtypeStruct((2, 1152, 8), jnp.float32)}}}}
+    with pytest.raises(UserError, match=r"params/blocks/attn1/kernel .* does not divide by config.mesh.fsdp=256: .* 1152.* 128"):
+        sharding.shardings(tree, abstract_mesh(1, 256))
+
+
+def test_big_replicated_leaves_are_reported():
+    said = []
+    tree = {"something": jax.ShapeDtypeStruct((1024, 1024), jnp.float32), "small": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    placed = sharding.shardings(tree, abstract_mesh(1, 8), said.append)
+    assert placed["something"].spec == P()
+    assert len(said) == 1 and "something" in said[0]
+
+
+def test_mesh_that_does_not_match_the_devices():
+    with pytest.raises(UserError, match="3 x 2.*there are 1 devices"):
+        sharding.mesh(3, 2, jax.devices()[:1])
