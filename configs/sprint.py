@@ -1,4 +1,4 @@
-"""SANA-Sprint end to end on the embedded data.
+"""SANA-Sprint end to end: the embedded data, and the published recipe.
 
     python -m sprint_jax.main --config=configs/sprint.py            the default, `shapes`
     python -m sprint_jax.main --config=configs/sprint.py:smoke      the same pipeline in a minute
@@ -8,6 +8,19 @@ Presets
   shapes_teacher  the recipe of the shipped teacher: trains it from nothing, then does the rest.
   smoke           every stage cut down to seconds, fine-tune of an old-style teacher included.
   shapes_64       64 px pictures and a larger model, for one GPU; trains its own teacher.
+  emoji           captioned emoji at 64 px, read from a folder that `sprint_jax.encode` made.
+  sana_600m, sana_1600m
+                  the paper's second phase: 20 000 updates of 512 samples, generator and discriminator in turn.
+                  It needs a teacher of that size (configs/teacher.py, or a published one) and encoded data:
+
+    python -m sprint_jax.encode --source=PICTURES --encoder=SANA_SPRINT_FOLDER --encoded=data/sana --sizes=published
+    python -m sprint_jax.main --config=configs/sprint.py:sana_600m --config.data.encoded=data/sana \\
+        --config.data.model=SANA_SPRINT_FOLDER --config.teacher.pretrained=TEACHER_FOLDER --workdir=SHARED_DIR
+
+                  Hardware, hours and memory are predicted, before anything is started, by
+                  python -m sprint_jax.plan --config=configs/sprint.py:sana_600m --topology=h200:8x8
+                  (docs/plan.md has the tables). By arithmetic 20 000 updates are 37 H200 hours (600M) and 110
+                  (1600M) at full speed, 93 and 274 at 40 % of it.
 
 Any key can be changed on the command line: --config.sprint.steps=400. README has the measured results.
 """
@@ -16,12 +29,14 @@ import ml_collections
 
 from sprint_jax.errors import UserError
 
-PRESETS = ("shapes", "shapes_teacher", "smoke", "shapes_64")
+PRESETS = ("shapes", "shapes_teacher", "smoke", "shapes_64", "emoji", "sana_600m", "sana_1600m")
 
 
 def get_config(preset="shapes"):
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
+    if preset.startswith("sana_"):
+        return sana(preset)
     config = _shapes()
     if preset == "shapes_teacher":
         config.teacher.pretrained = ""
@@ -29,6 +44,8 @@ def get_config(preset="shapes"):
         _smoke(config)
     elif preset == "shapes_64":
         _shapes_64(config)
+    elif preset == "emoji":
+        _emoji(config)
     return config
 
 
@@ -94,3 +111,66 @@ def _shapes_64(config):
     config.sprint.update(steps=1600, batch=64, head_blocks=(2, 5, 8, 11))
     config.evaluation.update(batch=256)
     config.run.update(log_every=50, checkpoint_every=500)
+
+
+def _emoji(config):
+    """See README, "Data of your own": the folder is made by three commands."""
+    config.data.update(encoded="data/emoji", size=64)
+    config.text.update(vocabulary="words", length=24)
+    config.codec.update(block=8, scale=1.437, weights="package:emoji_codec", channels=64)
+    config.model.update(width=192, depth=8, heads=6, cross_heads=6, mlp_ratio=2.5, unroll=8)
+    config.teacher.update(pretrained="", steps=4000, batch=32)
+    config.sprint.update(steps=1600, batch=16, guidance=(1.5, 2.0, 2.5), head_blocks=(1, 3, 5, 7))
+    config.evaluation.update(prompts=64, batch=32, teacher_guidance=2.0, student_guidance=2.0, reference=256)
+    config.run.update(checkpoint_every=200)
+
+
+def sana(preset):
+    """The published recipe: paper's appendix, and where it is silent or differs, the released trainer.
+
+    Rates: CAME at 2e-6, which the released trainer multiplies by sqrt(512 / 256), for both networks.
+    Warm-up: the released file says 5000 scheduler steps, of which its 32 processes take 32 an update: 156.
+    H, and `steps`, count generator and discriminator updates together.
+    """
+    config = ml_collections.ConfigDict()
+    config.seed = 42
+    config.data = dict(encoded="data/sana", model="", size=1024, seed=42, eval_seed=0, workers=8, max_bad=0.01)
+    config.text = dict(vocabulary="gemma", length=300, dim=2304)
+    config.codec = dict(block=32, scale=0.41407, weights="", channels=32)
+    size = dict(width=1152, depth=28, heads=36, cross_heads=16)
+    if preset == "sana_1600m":
+        size = dict(width=2240, depth=20, heads=70, cross_heads=20)
+    config.model = dict(
+        **size, mlp_ratio=2.5, patch_size=1, qk_norm=True, time_scale=1.0, guidance_embed=True,
+        guidance_scale_factor=0.1, remat="block", unroll=1, dtype="bfloat16",
+    )  # fmt: skip
+    config.mesh = dict(data=-1, fsdp=8)
+    config.teacher = dict(
+        pretrained="models/teacher", start="",
+        steps=0, batch=1024, accumulate=1, ema=0.0, caption_dropout=0.1, border_start=False,
+        time_mean=0.0, time_std=1.0, time_shift=3.0,
+        base_qk_norm=True, base_time_scale=1.0, finetune_steps=0, finetune_lr=2e-5,
+        optimizer=came(lr=2e-5, reference_batch=0, warmup=2000),
+    )  # fmt: skip
+    config.sprint = dict(
+        steps=20000, batch=512, accumulate=1, ema=0.0,
+        guidance=(4.0, 4.5, 5.0), uncond_mask="cond",
+        p_mean=0.2, p_std=1.6, tangent_warmup=4000, tangent_normalize=True, weighting="code",
+        scm_weight=1.0, adv_weight=0.5, max_time=0.5,
+        disc_mean=-0.6, disc_std=1.0, reduction="code", misaligned=True, head_blocks=(2, 8, 14, 19),
+        optimizer=came(lr=2e-6, reference_batch=256, warmup=156),
+        head_optimizer=came(lr=2e-6, reference_batch=256, warmup=0),
+    )  # fmt: skip
+    config.evaluation = dict(
+        prompts=64, batch=4, teacher_steps=20, teacher_guidance=4.5, student_guidance=4.5,
+        schedule="code", reference=64, samples=64,
+    )  # fmt: skip
+    config.run = dict(log_every=20, checkpoint_every=500, keep=3, max_rejected=100)
+    return config
+
+
+def came(**values):
+    """CAME as published. AdamW instead: --config.sprint.optimizer.kind=adamw --config.sprint.optimizer.b2=0.95"""
+    return dict(
+        kind="came", muon_lr=0.0, decay_to=1.0, b1=0.9, b2=0.999, b3=0.9999, weight_decay=0.0, clip=0.1
+    ) | values  # fmt: skip

@@ -19,7 +19,6 @@ from sprint_jax import config as config_lib
 from sprint_jax.data import batches, encoded, loader, shapes
 from sprint_jax.errors import UserError
 
-NULL_FILE = "null.safetensors"  # features of the null prompt, beside an encoded data set
 # Real pictures behind the Fréchet distance come from indices far from those of the prompts.
 _REFERENCE_START = 1_000_000
 
@@ -54,6 +53,18 @@ def abstract_batch(c: config_lib.Config, batch: int) -> dict:
 def open_inputs(c: config_lib.Config, say):
     """The data of a configuration. Raises UserError where they do not fit it."""
     return EncodedData(c, say) if c.data.encoded else Shapes(c)
+
+
+class Abstract:
+    """No data, only their shapes: for programs that are compiled and not run."""
+
+    def __init__(self, c: config_lib.Config):
+        f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+        self.frozen = {"null_text": f32(1, c.text.length, c.text.dim), "null_mask": f32(1, c.text.length)}
+        self.batches = None
+
+    def prepare(self, frozen, batch):
+        return batch
 
 
 class Shapes:
@@ -115,7 +126,7 @@ class EncodedData:
                 )
 
     def _null(self):
-        path = pathlib.Path(self._c.data.encoded) / NULL_FILE
+        path = pathlib.Path(self._c.data.encoded) / encoded.NULL
         if not path.is_file():
             raise UserError(f"{path} is missing: run sprint_jax.encode on the folder again, it adds what lacks")
         found = safetensors.numpy.load_file(path)

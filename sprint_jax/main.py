@@ -8,12 +8,9 @@ import pathlib
 import sys
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from sprint_jax import cli, distributed
-from sprint_jax.errors import UserError
+from sprint_jax import cli, config_flag, distributed
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, optionally with :preset.")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 (the next port is used too).")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Processes of this run; default: told by SLURM, JobSet or TPU variables, or one.")
 _PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.")
@@ -24,29 +21,19 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: 
 def main(argv):
     with cli.user_errors():
         cli.no_arguments(argv)
-        if _CONFIG.value is None:
-            raise UserError("--config is missing: use --config=configs/sprint.py")
-        path, preset = _config_file()
-        if not path.is_file():
-            raise UserError(f"no config file {path}: use --config=configs/sprint.py")
+        path, preset = config_flag.path_and_preset()
         workdir = _WORKDIR.value or _default_workdir(path, preset)
         place = distributed.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, os.environ)
         from sprint_jax import config, run  # JAX starts here, after the flags are known to be right
         from sprint_jax.training.loop import Interrupted
 
-        parsed = config.parse(_CONFIG.value)
+        parsed = config.parse(config_flag.CONFIG.value)
         with distributed.started(place, seconds=_STARTUP.value):
             try:
                 run.run(parsed, workdir)
             except Interrupted as stop:
                 if place is None or place.process == 0:
                     print(stop)
-
-
-def _config_file():
-    """(path, preset) of --config; preset is "" where none was given."""
-    path, _, preset = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
-    return pathlib.Path(path), preset
 
 
 def _default_workdir(path, preset):

@@ -167,17 +167,20 @@ def _teacher(job):
         job.say(f"teacher: done before, {finished}")
         return weights.load(finished, _abstract(model))
     params = None
-    for stage in teacher_stages(job.config, job.data):
+    begun = inputs.teacher_weights(t.start, build.base_teacher(job.config)) if t.start else None
+    for stage in teacher_stages(job.config, job.data, begun):
         final = loop.train(stage(params), job.config.run, job.mesh, job.workdir, job.records, job.say)
         params = final.ema if final.ema is not None else final.params
     return _keep(job, names.TEACHER, params)
 
 
-def teacher_stages(config, data):
-    """The one or two stages of a teacher as functions: parameters so far (None at first) -> `loop.Stage`."""
+def teacher_stages(config, data, begun):
+    """The one or two stages of a teacher as functions: parameters so far (None at first) -> `loop.Stage`.
+
+    begun: parameters, or their shapes, that training begins from; None begins from random ones.
+    """
     t, base, model = config.teacher, build.base_teacher(config), build.teacher(config)
     key = jax.random.key(config.seed)
-    begun = inputs.teacher_weights(t.start, base) if t.start else None
 
     def first(_):
         if begun is None:

@@ -85,7 +85,7 @@ def main():
     one = sharding.mesh(1, 1, jax.devices()[:1])
     teacher = randomised(jax.jit(build.teacher(c).init)(jax.random.key(0)))
     stages = {
-        "teacher": run.teacher_stages(dataclasses.replace(c, teacher=dataclasses.replace(c.teacher, pretrained="")), data)[0](None),
+        "teacher": run.teacher_stages(dataclasses.replace(c, teacher=dataclasses.replace(c.teacher, pretrained="")), data, None)[0](None),
         "sprint": run.sprint_stage(c, data, teacher),
     }
     found = {}

@@ -36,7 +36,9 @@ ALLOWED = {
     "fit_codec": {"errors", "cli", "weights", "data"},
     "emoji": {"errors", "cli", "pictures", "data"},
     "encode": {"errors", "cli", "files", "config", "weights", "resolutions", "data", "parts", "pipeline", "inputs"},
-    "main": {"errors", "cli", "config", "distributed", "run", "training"},
+    "config_flag": {"errors"},
+    "main": {"cli", "config", "config_flag", "distributed", "run", "training"},
+    "plan": {"errors", "cli", "files", "config", "config_flag", "planning", "build", "inputs", "run", "training"},
     "sample": {"errors", "cli", "files", "pictures", "pipeline", "resolutions"},
     "convert": {"errors", "cli", "conversion", "pipeline"},
 }  # fmt: skip

@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.models import layers
+from sprint_jax.models import layers, placement
 
 
 @flax.struct.dataclass
@@ -120,12 +120,14 @@ class Gemma2:
 
         def layer(x, inputs):
             p, past, local = inputs
+            p = placement.gathered(p, x.dtype)
             allowed = jnp.where(local, windowed, everything)
             attended, k, v = self._attention(p, _rms_norm(x, p["input_norm"], self.eps), here, allowed, past)
             x = x + _rms_norm(attended, p["post_attention_norm"], self.eps)
             z = _rms_norm(x, p["pre_feedforward_norm"], self.eps)
             z = (layers.gelu(z @ p["gate"]) * (z @ p["up"])) @ p["down"]
-            return x + _rms_norm(z, p["post_feedforward_norm"], self.eps), (k, v)
+            x = x + _rms_norm(z, p["post_feedforward_norm"], self.eps)
+            return placement.split_over_devices(x), (k, v)
 
         embed = params["embed"]
         x = embed[tokens] * jnp.asarray(self.width**0.5, embed.dtype)

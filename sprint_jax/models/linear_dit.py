@@ -14,9 +14,8 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from sprint_jax.models import layers
+from sprint_jax.models import layers, placement
 
 REMAT = ("none", "block", "cheap")
 
@@ -106,34 +105,6 @@ class _Outputs(nn.Module):
 
 def _table_init(key, shape, dtype=jnp.float32):
     return jax.random.normal(key, shape, dtype) / jnp.sqrt(shape[-1])
-
-
-def split_over_devices(x):
-    """Keeps the leading (sample) axis over all devices of the mesh in use, if there is one.
-
-    Without it the compiler may follow the weights' partition instead and gather whole activations.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
-
-
-def gathered(params, dtype):
-    """Weights whole on every device of the mesh in use, if there is one: what sharded parameters are before use.
-
-    Said outright, because the compiler may else cut activations by the weights' partition. Kernels travel
-    in the compute dtype, to which their layers cast them anyway.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return params
-
-    def gather(path, leaf):
-        leaf = leaf.astype(dtype) if path[-1].key.endswith("kernel") else leaf
-        return jax.lax.with_sharding_constraint(leaf, PartitionSpec())
-
-    return jax.tree_util.tree_map_with_path(gather, params)
 
 
 def patchify(x, size):
@@ -233,9 +204,9 @@ class LinearDiT:
         if list(features) != sorted(set(features)) or any(not 0 <= f < self.depth for f in features):
             raise ValueError(f"features {features} must increase within 0..{self.depth - 1}")
         h, cond, modulation, text, logvar = _Inputs(self).apply(
-            {"params": gathered(params["inputs"], self.compute_dtype)}, x, t, text, guidance
+            {"params": placement.gathered(params["inputs"], self.compute_dtype)}, x, t, text, guidance
         )
-        h, cond, modulation, text = (split_over_devices(a) for a in (h, cond, modulation, text))
+        h, cond, modulation, text = (placement.split_over_devices(a) for a in (h, cond, modulation, text))
         ends = [f + 1 for f in features]
         if velocity and (not ends or ends[-1] < self.depth):
             ends.append(self.depth)
@@ -246,7 +217,7 @@ class LinearDiT:
             start = end
         out = None
         if velocity:
-            outputs = gathered(params["outputs"], self.compute_dtype)
+            outputs = placement.gathered(params["outputs"], self.compute_dtype)
             out = _Outputs(self).apply({"params": outputs}, h, cond).astype(jnp.float32)
         return Output(velocity=out, logvar=logvar, features=tuple(collected[: len(features)]))
 
@@ -262,8 +233,8 @@ class LinearDiT:
 
     def _run_blocks(self, blocks, start, end, h, modulation, text, mask):
         def body(h, block):
-            block = gathered(block, self.compute_dtype)
-            return split_over_devices(_Block(self).apply({"params": block}, h, modulation, text, mask)), None
+            block = placement.gathered(block, self.compute_dtype)
+            return placement.split_over_devices(_Block(self).apply({"params": block}, h, modulation, text, mask)), None
 
         if isinstance(blocks, list):
             for block in blocks[start:end]:

@@ -109,7 +109,7 @@ def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say):
 
     Raises Interrupted after saving when asked to stop, UserError when updates stay non-finite.
     """
-    _check_batch(stage, mesh)
+    check_batch(stage, mesh)
     placed = Placed.on(stage, mesh, say)
     frozen = place(stage.frozen, placed.frozen)
     with Checkpoints(f"{workdir}/checkpoints/{stage.name}", keep=run.keep, say=say) as checkpoints:
@@ -152,7 +152,7 @@ def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say):
     return state
 
 
-def _check_batch(stage, mesh):
+def check_batch(stage, mesh):
     if stage.batch % mesh.size:
         raise UserError(
             f"{stage.name}: a batch of {stage.batch} does not divide by the {mesh.size} devices of the mesh "

@@ -40,6 +40,8 @@ RULES = (
     (r"conv_out/(bias|u)$", P()),
     (r"conv_(in|mid|out)/(bias|u|v)$", P(None, FSDP)),
     (r"norm_(in|mid)/(scale|bias)$", P(None, FSDP)),
+    (r"text_encoder/model/embed$", P(FSDP, None)),  # Gemma-2, where captions come as token ids
+    (r"text_encoder/model/layers/(q|k|v|o|gate|up|down)$", P(None, FSDP, None)),
 )
 # What no rule names is replicated, and reported from this size on.
 BIG = 2**20

@@ -1,0 +1,38 @@
+"""Teachers alone: flow matching, with what distillation asks of them (QK-norm, dense times in [0, 1]).
+
+    python -m sprint_jax.main --config=configs/teacher.py                 from nothing on the embedded data
+    python -m sprint_jax.main --config=configs/teacher.py:sana_600m ...   the paper's first phase
+
+Presets
+  shapes      2 CPU cores, some 50 minutes: the recipe of the shipped teacher.
+  emoji       captioned emoji at 64 px, from data that `sprint_jax.encode` made.
+  sana_600m, sana_1600m
+              fine-tunes a SANA without QK-norm and with times in [0, 1000]: 5 000 updates of 1 024 samples at
+              2e-5 (the paper's value at that batch), as plain flow matching. Give the model to begin from and
+              the data: --config.teacher.start=SANA_FOLDER --config.data.encoded=data/sana. One update is about
+              3 forward passes of a sample, a quarter of a generator's: `sprint_jax.plan` has the hours.
+
+The work directory ends with teacher.safetensors: --config.teacher.pretrained=WORKDIR/teacher.safetensors
+"""
+
+import pathlib
+import runpy
+
+from sprint_jax.errors import UserError
+
+PRESETS = ("shapes", "emoji", "sana_600m", "sana_1600m")
+_SPRINT = runpy.run_path(str(pathlib.Path(__file__).with_name("sprint.py")))
+
+
+def get_config(preset="shapes"):
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
+    config = _SPRINT["get_config"](preset)
+    config.teacher.pretrained = ""
+    config.sprint.steps = 0
+    if preset.startswith("sana_"):
+        config.teacher.update(
+            start="models/sana", base_qk_norm=False, base_time_scale=1000.0, finetune_steps=5000
+        )
+        config.run.log_every = 20
+    return config

@@ -1,0 +1,192 @@
+"""What a configuration needs on hardware that is not here: python -m sprint_jax.plan --config=… --topology=…
+
+    --topology=v5e:16x16, v5p:4x4x4, v6e:8x8     TPU pods: the true steps are compiled for them (pip install libtpu)
+    --topology=h200:8x8, h100:4x8, a100:4x8      nodes x GPUs: compiled for as many simulated devices
+
+Prints, for each step of the configuration: parameters and bytes per device, compiled memory, FLOPs, bytes of
+each collective, the least time a step can take, the hours of the whole recipe, and the first thing that does
+not fit with what to change.
+"""
+
+import os
+import pathlib
+import sys
+import time
+
+from absl import app, flags
+
+from sprint_jax import cli, config_flag, files
+from sprint_jax.errors import UserError
+from sprint_jax.planning import hardware
+
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Device and its numbers, for example v5e:16x16 or h200:8x8.")
+_TABLE = flags.DEFINE_string("table", None, "File to add the table to, as markdown.")
+
+
+def main(argv):
+    with cli.user_errors():
+        cli.no_arguments(argv)
+        path, preset = config_flag.path_and_preset()
+        if not _TOPOLOGY.value:
+            raise UserError("--topology is missing: for example v5e:16x16 or h200:8x8")
+        device, _, count = hardware.parse_topology(_TOPOLOGY.value)
+        # Before JAX starts: neither kind of device is here.
+        os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+        if not _is_tpu(device):
+            simulated = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simulated}"
+        from sprint_jax import config
+
+        parsed = config.parse(config_flag.CONFIG.value)
+        say = lambda message: print(message, flush=True)
+        steps = [_measure(*step, say) for step in _steps(parsed, device, _TOPOLOGY.value, say)]
+        name = f"{path}{':' + preset if preset else ''}"
+        report = _report(parsed, name, device, count, steps)
+        say("\n" + report)
+        if _TABLE.value:
+            _append(pathlib.Path(_TABLE.value), report)
+
+
+def _is_tpu(device):
+    return device.name.startswith("v")
+
+
+def _devices(device, topology):
+    import jax
+
+    if not _is_tpu(device):
+        return jax.devices()
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # the library raises many kinds
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot describe {topology} ({line}): pip install libtpu, and use a topology that exists") from None
+
+
+def _steps(config, device, topology, say):
+    """(name, times run, placed stage, function, abstract batch) of every step of the configuration."""
+    import jax
+
+    from sprint_jax import build, inputs, run
+    from sprint_jax.training import loop, sharding
+
+    mesh = sharding.mesh(config.mesh.data, config.mesh.fsdp, _devices(device, topology))
+    data = inputs.Abstract(config)
+    abstract = lambda model: jax.eval_shape(model.init, jax.random.key(0))
+    stages = []
+    if not config.teacher.pretrained:
+        begun = abstract(build.base_teacher(config)) if config.teacher.start else None
+        stages += [stage(abstract(build.base_teacher(config))) for stage in run.teacher_stages(config, data, begun)]
+    if config.sprint.steps:
+        stages.append(run.sprint_stage(config, data, abstract(build.teacher(config))))
+    for stage in stages:
+        loop.check_batch(stage, mesh)
+        placed = loop.Placed.on(stage, mesh, say)
+        names = ("generator", "discriminator") if stage.name == "sprint" else (stage.name,)
+        for name, function in zip(names, stage.functions, strict=True):
+            yield name, stage.steps // len(names), placed, function, inputs.abstract_batch(config, stage.batch)
+
+
+def _measure(name, times, placed, function, batch, say):
+    """Everything the report says about one step."""
+    import jax
+
+    from sprint_jax.planning import collectives, flops
+    from sprint_jax.training import sharding
+
+    say(f"{name}: compiling for {placed.mesh.size} devices (half a minute to minutes, no bar)")
+    begin = time.perf_counter()
+    compiled = placed.lower(function, batch).compile()
+    say(f"{name}: compiled in {time.perf_counter() - begin:.0f} s")
+    memory, state = compiled.memory_analysis(), placed.state
+    counted = flops.count(function, state, placed.frozen, batch)
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "name": name, "times": times, "batch": batch["latent"].shape[0],
+        "parameters": sum(a.size for a in jax.tree.leaves(state.params)),
+        "state": sharding.per_device_bytes(state), "frozen": sharding.per_device_bytes(placed.frozen),
+        "held": held, "temporary": memory.temp_size_in_bytes, "flops": counted.multiplied,
+        "collectives": collectives.totals(collectives.parse(compiled.as_text())),
+    }  # fmt: skip
+
+
+def _report(config, name, device, count, steps):
+    """Markdown."""
+    mesh = config.mesh
+    data = count // mesh.fsdp if mesh.data == -1 else mesh.data
+    kind = "compiled ahead of time for it" if _is_tpu(device) else (
+        "compiled for as many simulated CPU devices; a CPU computes bfloat16 in float32, so temporary memory and "
+        "collectives are upper bounds"
+    )  # fmt: skip
+    lines = [
+        f"### {name} on {_TOPOLOGY.value}",
+        "",
+        f"{count} devices as data x fsdp = {data} x {mesh.fsdp}, {kind}. Predictions, nothing was run.",
+        "",
+        "| step | batch | parameters | state a device | frozen a device | temporary a device | peak of memory | TFLOP | "
+        "least time: arithmetic | collectives |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    hours, first = 0.0, None
+    for s in steps:
+        compute, transfer = _seconds(s, device, count)
+        hours += s["times"] * max(compute, transfer) / 3600
+        peak = s["held"] + s["temporary"]
+        if first is None and peak > device.memory:
+            first = (s, peak)
+        lines.append(
+            f"| {s['name']} | {s['batch']} | {s['parameters'] / 1e6:.1f} M | {_gib(s['state'])} | {_gib(s['frozen'])} | "
+            f"{_gib(s['temporary'])} | {100 * peak / device.memory:.0f} % of {_gib(device.memory)} | "
+            f"{s['flops'] / 1e12:.0f} | {1e3 * compute:.0f} ms | {1e3 * transfer:.0f} ms |"
+        )
+    lines += ["", "Bytes that a device exchanges in a step: " + "; ".join(f"{s['name']} {_exchanged(s)}" for s in steps) + "."]
+    lines.append(
+        f"Least time of the recipe, the larger of arithmetic at the data sheet's peak and collectives: {hours:.1f} hours; at 40 % "
+        f"of that {hours / 0.4:.0f}."
+    )
+    lines.append(_fits(config, device, first) + "\n")
+    return "\n".join(lines)
+
+
+def _seconds(step, device, count):
+    """Least seconds of arithmetic, and of what a device sends, of one step."""
+    link = device.link if _is_tpu(device) else device.outside if count > 8 else device.link
+    return step["flops"] / (count * device.peak_bf16), sum(step["collectives"].values()) / link
+
+
+def _exchanged(step):
+    return ", ".join(f"{kind} {_gib(size)}" for kind, size in sorted(step["collectives"].items())) or "nothing"
+
+
+def _fits(config, device, first):
+    if first is None:
+        return "Everything fits."
+    step, peak = first
+    changes = []
+    if config.model.remat != "block":
+        changes.append("--config.model.remat=block")
+    section = config.sprint if step["name"] in ("generator", "discriminator") else config.teacher
+    name = "sprint" if section is config.sprint else "teacher"
+    if step["temporary"] > 0.5 * peak:
+        changes.append(f"--config.{name}.accumulate={2 * section.accumulate}, or a smaller --config.{name}.batch")
+    if step["held"] > 0.4 * device.memory:
+        changes.append(f"a larger --config.mesh.fsdp (now {config.mesh.fsdp})")
+    advice = "; ".join(changes) or "more devices"
+    return f"DOES NOT FIT: the {step['name']} step needs {_gib(peak)} of {_gib(device.memory)}. Change: {advice}."
+
+
+def _gib(size):
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _append(path, report):
+    before = path.read_text() if path.is_file() else ""
+    with files.whole(path) as partial:
+        partial.write_text(before + report + "\n")
+    print(f"added to {path}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=cli.parse_flags, argv=sys.argv)
