@@ -2,12 +2,16 @@
 
 import ast
 import dataclasses
+import runpy
 
+import jax.numpy as jnp
 import pytest
 
 from conftest import ROOT
 from sprint_jax import build, config
 from sprint_jax.errors import UserError
+from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
+from sprint_jax.training import came, state
 
 
 def card(preset):
@@ -43,10 +47,39 @@ def test_the_unpacked_section_reaches_its_constructor():
         assert getattr(build.student(parsed), name) == value
 
 
-@pytest.mark.parametrize("preset", card("shapes")[1])
-def test_cards_parse_and_survive_json(preset):
-    parsed = config.parse(card(preset)[0])
+TEACHERS = runpy.run_path(str(ROOT / "configs/teacher.py"))
+CARDS = [card(preset)[0] for preset in card("shapes")[1]] + [TEACHERS["get_config"](p) for p in TEACHERS["PRESETS"]]
+
+
+@pytest.mark.parametrize("tree", CARDS)
+def test_cards_parse_and_survive_json(tree):
+    parsed = config.parse(tree)
     assert config.parse(config.to_dict(parsed)) == parsed
+
+
+@pytest.mark.parametrize("preset, size", [("sana_600m", SANA_600M), ("sana_1600m", SANA_1600M)])
+def test_the_published_recipe(preset, size):
+    """Numbers of the paper's appendix and of the released configuration, and the networks they are for."""
+    c = config.parse(card(preset)[0])
+    assert build.student(c) == size
+    s = c.sprint
+    assert (s.steps, s.batch, s.tangent_warmup, s.guidance) == (20000, 512, 4000, (4.0, 4.5, 5.0))
+    assert (s.p_mean, s.p_std, s.disc_mean, s.disc_std) == (0.2, 1.6, -0.6, 1.0)
+    assert (s.scm_weight, s.adv_weight, s.max_time, s.head_blocks) == (1.0, 0.5, 0.5, (2, 8, 14, 19))
+    for o in (s.optimizer, s.head_optimizer):
+        assert (o.kind, o.lr, o.b1, o.b2, o.b3, o.clip, o.reference_batch) == ("came", 2e-6, 0.9, 0.999, 0.9999, 0.1, 256)
+    t = config.parse(TEACHERS["get_config"](preset)).teacher
+    assert (t.finetune_steps, t.batch, t.finetune_lr, t.base_qk_norm) == (5000, 1024, 2e-5, False)
+
+
+def test_the_square_root_rule():
+    """One update of plain AdamW is the rate itself. Fails when the ratio is upside down or the root missing."""
+    o = dataclasses.replace(config.parse(card("shapes")[0]).sprint.head_optimizer, lr=1e-3, reference_batch=256)
+    rules = (came.dit_factored, came.dit_stacked)
+    tx = state.optimizer(o, 100, 1024, came_rules=rules)
+    params = {"w": jnp.ones((3,))}
+    updates, _ = tx.update({"w": jnp.full((3,), 0.1)}, tx.init(params), params)
+    assert abs(float(updates["w"][0]) + 2e-3) < 1e-6
 
 
 def test_shape_that_lacks_a_key():
@@ -70,7 +103,8 @@ def test_unknown_key_names_its_neighbour():
         ("teacher.steps", -1), ("teacher.batch", 0), ("sprint.steps", 3), ("sprint.uncond_mask", "x"),
         ("sprint.weighting", "x"), ("sprint.reduction", "x"), ("sprint.max_time", 1.5),
         ("sprint.guidance", ()), ("sprint.head_blocks", (3, 1)), ("sprint.head_blocks", (99,)),
-        ("sprint.batch", 1), ("evaluation.schedule", "x"), ("evaluation.prompts", 0),
+        ("sprint.batch", 1), ("sprint.accumulate", 3), ("sprint.accumulate", 8), ("teacher.accumulate", 0),
+        ("text.vocabulary", "x"), ("text.dim", 7), ("model.remat", "x"), ("mesh.fsdp", 0), ("data.workers", -1), ("evaluation.schedule", "x"), ("evaluation.prompts", 0),
         ("evaluation.samples", 1000), ("evaluation.teacher_steps", 0), ("run.log_every", 3),
         ("run.checkpoint_every", 0), ("run.keep", 0),
     ],

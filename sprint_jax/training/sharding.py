@@ -44,7 +44,7 @@ RULES = (
     (r"text_encoder/model/layers/(q|k|v|o|gate|up|down)$", P(None, FSDP, None)),
 )
 # What no rule names is replicated, and reported from this size on.
-BIG = 2**20
+BIG = 2**24
 
 
 def mesh(data: int, fsdp: int, devices=None):
