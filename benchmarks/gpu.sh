@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every open GPU question in one command, at most ten minutes on one GPU:
+# Every open GPU question in one command, at most fifteen minutes on one GPU:
 #
 #     bash benchmarks/gpu.sh [OUT]        OUT: folder for logs and pictures, default gpu_results
 #
@@ -33,6 +33,9 @@ part numeric_tests 100 $python -m pytest -p no:cacheprovider \
 part published_sizes 120 $python -m benchmarks.published
 part depthwise 40 $python -m benchmarks.depthwise
 part pair_shapes_64 60 $python -m benchmarks.pair --preset=shapes_64
+# Memory and time of the published sizes' training steps, 16 samples; docs/plan.md has what was predicted.
+part pair_600m_block 120 $python -m benchmarks.pair --preset=sana_600m --batch=16 --remat=block
+part pair_600m_none 120 $python -m benchmarks.pair --preset=sana_600m --batch=16 --remat=none
 # The main job at 64 px with a larger model, teacher included.
 part main_shapes_64 270 $python -m sprint_jax.main --config=configs/sprint.py:shapes_64 --workdir="$out/shapes_64"
 cp "$out"/shapes_64/*.png "$out"/shapes_64/summary.json "$out" 2>/dev/null

@@ -1,6 +1,8 @@
-"""Time of one generator + discriminator pair of the embedded default, by part.
+"""Time and memory of one generator + discriminator pair of a card, by part, on one device.
 
-    python -m benchmarks.pair [--preset=shapes]
+    python -m benchmarks.pair [--preset=shapes] [--batch=N] [--remat=none|block|cheap]
+
+Random parameters and random batches: for `sana_600m` and `sana_1600m` no weights are needed.
 """
 
 import argparse
@@ -10,45 +12,61 @@ import statistics
 import time
 
 import jax
+import jax.numpy as jnp
 
-from sprint_jax import build, config
-from sprint_jax.data import loader
-from sprint_jax.training import sprint_step
+from sprint_jax import build, config, inputs, run
+from sprint_jax.training import loop, sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 REPEATS = 9
 
 
+def random_like(abstract, key):
+    """Random normal arrays, 1 in masks."""
+    make = lambda name, a, k: jnp.ones(a.shape, a.dtype) if "mask" in name else jax.random.normal(k, a.shape, a.dtype)
+    keys = jax.random.split(key, len(abstract))
+    return {name: make(name, a, k) for (name, a), k in zip(sorted(abstract.items()), keys, strict=True)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="shapes")
-    c = config.parse(runpy.run_path(str(ROOT / "configs/sprint.py"))["get_config"](parser.parse_args().preset))
-    nets, encoder = build.nets(c), build.text_encoder(c)
-    null_text, null_mask = encoder.encode([""])
-    teacher = nets.teacher.init(jax.random.key(0))
-    frozen = jax.device_put({"teacher": teacher, "null_text": null_text, "null_mask": null_mask})
-    student = sprint_step.student_params(teacher, nets, jax.random.key(1))
-    state = sprint_step.init(student, nets, c.sprint, jax.random.key(2))
-    batch = jax.device_put(loader.make_batch(
-        0, seed=0, batch=c.sprint.batch, size=c.data.size, codec=build.codec(c), text_encoder=encoder
-    ))  # fmt: skip
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--remat")
+    options = parser.parse_args()
+    tree = runpy.run_path(str(ROOT / "configs/sprint.py"))["get_config"](options.preset)
+    tree.mesh.update(data=1, fsdp=1)
+    tree.sprint.batch = options.batch or tree.sprint.batch
+    tree.model.remat = options.remat or tree.model.remat
+    c = config.parse(tree)
+    data = inputs.Abstract(c)
+    data.frozen = random_like(data.frozen, jax.random.key(0))
+    teacher = jax.jit(build.teacher(c).init)(jax.random.key(1))
+    stage = run.sprint_stage(c, data, teacher)
+    placed = loop.Placed.on(stage, sharding.mesh(1, 1, jax.devices()[:1]))
+    state, frozen = jax.jit(stage.start)(stage.frozen), stage.frozen
+    batch = random_like(inputs.abstract_batch(c, c.sprint.batch), jax.random.key(2))
     total = 0.0
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, preset {parser.parse_args().preset}, median of {REPEATS}")
-    for name, make in (
-        ("generator", sprint_step.make_generator_step), ("discriminator", sprint_step.make_discriminator_step)
-    ):  # fmt: skip
+    print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, preset {options.preset}, batch {c.sprint.batch}, "
+        f"remat {c.model.remat}, median of {REPEATS}"
+    )
+    for name, function in zip(("generator", "discriminator"), stage.functions, strict=True):
         begin = time.perf_counter()
-        step = jax.jit(make(nets, c.sprint, 0)).lower(state, frozen, batch).compile()
+        step = placed.lower(function, batch).compile()
         compile_seconds, seconds = time.perf_counter() - begin, []
         for _ in range(REPEATS + 1):
             begin = time.perf_counter()
-            jax.block_until_ready(step(state, frozen, batch))
+            state, _ = jax.block_until_ready(step(state, frozen, batch))
             seconds.append(time.perf_counter() - begin)
         middle = statistics.median(seconds[1:])
         total += middle
         memory = step.memory_analysis().temp_size_in_bytes / 2**20
         print(f"{name:14} {1e3 * middle:9.1f} ms   temporaries {memory:7.0f} MiB   compiled in {compile_seconds:.0f} s")
     print(f"{'pair':14} {1e3 * total:9.1f} ms   {c.sprint.batch / total:.1f} pictures/s")
+    used = jax.devices()[0].memory_stats()
+    if used:
+        print(f"peak memory of the device {used['peak_bytes_in_use'] / 2**30:.1f} GiB")
 
 
 if __name__ == "__main__":

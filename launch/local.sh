@@ -17,9 +17,9 @@ if [ -n "${DEVICES:-}" ]; then
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$DEVICES"
 fi
 port=$("$python" - <<'END'
-import socket
-# Two neighbouring ports that nobody listens on.
-for port in range(20000, 60000, 2):
+import random, socket
+# Two neighbouring ports that nobody listens on; at random, for two jobs may look at the same moment.
+for port in random.sample(range(20000, 32000, 2), 6000):
     try:
         with socket.socket() as a, socket.socket() as b:
             a.bind(("", port)), b.bind(("", port + 1))

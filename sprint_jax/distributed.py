@@ -6,6 +6,7 @@ port after the coordinator's: process 0 counts them, and the connections stay op
 without a goodbye is a process that died; its name goes to all and everybody ends at once.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import json
@@ -22,6 +23,8 @@ from sprint_jax.errors import UserError
 DIED = 3  # exit status of the processes that are left when one dies
 _PORT = 29400
 _HELLO = 5.0  # seconds to answer once connected
+_LAST = 0.5  # seconds that process 0 stays longer than the others
+_GRACE = 2.0  # seconds in which the news of a death arrives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +70,8 @@ def _slurm(environ):
 
 def first_node(nodes):
     """First host of a SLURM list: "gpu[003-007,9],login1" -> "gpu003"."""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?", nodes)
-    return match.group(1) + (match.group(2) or "")
+    host = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes).group()
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", host)
 
 
 def _jobset(environ):
@@ -98,6 +101,8 @@ def started(place: Place | None, *, seconds, heartbeat=100):
     import jax
 
     watch = _Watch(place, seconds)
+    # It would take SIGTERM from the training loop, which has an agreement of its own.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             place.coordinator, place.processes, place.process,
@@ -108,7 +113,17 @@ def started(place: Place | None, *, seconds, heartbeat=100):
         jax.distributed.shutdown()
     except BaseException as error:
         watch.fail(error)
+        # JAX's own goodbye at exit waits for processes that are gone, and aborts over them after the error was told.
+        atexit.register(_exit, place, 2 if isinstance(error, UserError) else 1)
         raise
+
+
+def _exit(place, status):
+    """Ends this process at once; process 0, with which JAX's service goes, after the others could read why."""
+    sys.stdout.flush(), sys.stderr.flush()
+    if place.process == 0:
+        time.sleep(_LAST)
+    os._exit(status)
 
 
 class _Watch:
@@ -154,8 +169,11 @@ class _Watch:
     def _welcome(self, peer):
         _keep_alive(peer)
         peer.settimeout(_HELLO)
-        hello = _receive(peer)
-        if not hello or "hello" not in hello:
+        try:
+            hello = _receive(peer)
+        except (OSError, ValueError):  # silent, or something else that tries ports
+            hello = None
+        if not isinstance(hello, dict) or "hello" not in hello:
             peer.close()
             return
         process, name = hello["hello"], f"process {hello['hello']} on {hello['host']}"
@@ -196,11 +214,11 @@ class _Watch:
                 time.sleep(0.2)
         _keep_alive(peer)
         place = self._place
-        _send(peer, {"hello": place.process, "host": socket.gethostname(), "processes": place.processes})
-        peer.settimeout(max(_HELLO, deadline - time.monotonic()) + _HELLO)
         try:
+            _send(peer, {"hello": place.process, "host": socket.gethostname(), "processes": place.processes})
+            peer.settimeout(max(_HELLO, deadline - time.monotonic()) + _HELLO)
             answer = _receive(peer)
-        except TimeoutError:
+        except OSError:  # silent, or closed while this process still waited to be counted
             answer = None
         if not answer or "go" not in answer:
             raise UserError((answer or {}).get("died", "process 0 ended during the start: see its log"))
@@ -238,7 +256,7 @@ class _Watch:
                     _send(other, {"died": text})
         print(f"error: {text}", file=sys.stderr, flush=True)
         # The main thread may hang in a collective that no exception reaches.
-        os._exit(DIED)
+        _exit(self._place, DIED)
 
     def leave(self):
         """Says goodbye: from now on a closed connection is no news."""
@@ -250,6 +268,9 @@ class _Watch:
     def fail(self, error):
         """Tells the others why this process ends, so that none waits for it."""
         reason = " ".join(str(error).split()) if isinstance(error, UserError) else f"{type(error).__name__}; see its log"
+        if not isinstance(error, UserError):
+            # A collective that lost its peer raises here too: first let the thread hear who that was.
+            self._thread.join(_GRACE)
         self._closing.set()
         for peer in self._peers.values():
             with contextlib.suppress(OSError):

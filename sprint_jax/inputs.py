@@ -61,7 +61,7 @@ class Abstract:
     def __init__(self, c: config_lib.Config):
         f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
         self.frozen = {"null_text": f32(1, c.text.length, c.text.dim), "null_mask": f32(1, c.text.length)}
-        self.batches = None
+        self.batches, self.identity = None, ""
 
     def prepare(self, frozen, batch):
         return batch
@@ -74,6 +74,7 @@ class Shapes:
         self._c, self._codec, self._encoder = c, build.codec(c), build.text_encoder(c)
         self.pixels, self.pixels_params = parts.EmbeddedPixels(self._codec), {}
         text, mask = self._encoder.encode([""])
+        self.identity = "drawn shapes"
         self.frozen = {"null_text": text, "null_mask": mask}
 
     def batches(self, batch, start, stop, process, processes):
@@ -109,6 +110,9 @@ class EncodedData:
         manifest = self._train.manifest
         _check_manifest(c, manifest)
         self._tokens = manifest["text"] == "tokens"
+        self.identity = (
+            f"{manifest['counts']['train']} examples of source {manifest['source']} encoded by {manifest['model']}"
+        )
         self._text = self.pixels = self.pixels_params = None
         self.frozen = self._null()
         if c.data.model:

@@ -123,7 +123,8 @@ def _report(config, name, device, count, steps):
     lines = [
         f"### {name} on {_TOPOLOGY.value}",
         "",
-        f"{count} devices as data x fsdp = {data} x {mesh.fsdp}, {kind}. Predictions, nothing was run.",
+        f"{count} devices as data x fsdp = {data} x {mesh.fsdp}, model.remat={config.model.remat}, sprint.accumulate="
+        f"{config.sprint.accumulate}; {kind}. Predictions, nothing was run.",
         "",
         "| step | batch | parameters | state a device | frozen a device | temporary a device | peak of memory | TFLOP | "
         "least time: arithmetic | collectives |",

@@ -208,6 +208,7 @@ def _teacher_stage(config, data, name, model, begun, start):
         start=lambda frozen: teacher_step.init(start(frozen["begun"]), tx, t),
         functions=(teacher_step.make_step(model, tx, t, config.seed),),
         frozen={"begun": begun} | data.frozen, prepare=data.prepare, batch=t.batch, batches=data.batches,
+        data=data.identity,
     )  # fmt: skip
 
 
@@ -238,6 +239,7 @@ def sprint_stage(config, data, teacher):
             sprint_step.make_discriminator_step(nets, s, config.seed + 1),
         ),
         frozen={"teacher": teacher} | data.frozen, prepare=data.prepare, batch=s.batch, batches=data.batches,
+        data=data.identity,
     )  # fmt: skip
 
 

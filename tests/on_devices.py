@@ -1,6 +1,6 @@
 """Run by test_sharding.py with eight simulated devices: steps of the `smoke` models on several meshes.
 
-    python tests/on_devices.py OUT.json
+    python tests/on_devices.py OUT.json [4x2 ...]
 
 Compares on each mesh what one device computes, and writes what it measured.
 """
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from sprint_jax import build, config, inputs, run
-from sprint_jax.data import loader
+from sprint_jax.planning import collectives
 from sprint_jax.training import loop, sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -60,17 +60,27 @@ def relative(a, b):
 
 
 def stepped(stage, mesh, one_batch, moved):
-    """([(metrics, state)] of each function from a state whose every leaf is random, bytes a device holds, bytes in all)."""
+    """([(metrics, state)] of each function from a state whose every leaf is random, what was measured).
+
+    share: of the state's bytes that one device holds. gathered: the largest all-gather, over the largest leaf.
+    """
     placed = loop.Placed.on(stage, mesh)
     state = loop.place(moved, placed.state)
     frozen = loop.place(stage.frozen, placed.frozen)
     split = sharding.batch(mesh)
-    results = []
+    results, gathered = [], 0
     for function in stage.functions:
         arrays = jax.tree.map(lambda a: jax.device_put(a, split), one_batch)
-        state, metrics = placed.lower(function, arrays).compile()(state, frozen, arrays)
+        compiled = placed.lower(function, arrays).compile()
+        found = collectives.parse(compiled.as_text())
+        gathered = max([gathered, *(c.bytes for c in found if c.kind == "all-gather")])
+        state, metrics = compiled(state, frozen, arrays)
         results.append(jax.device_get((metrics, state)))
-    return results, sharding.per_device_bytes(placed.state), sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(placed.state))
+    bytes_ = [a.size * a.dtype.itemsize for a in jax.tree.leaves(placed.state)]
+    measured = {
+        "share": sharding.per_device_bytes(placed.state) / sum(bytes_), "gathered": gathered / max(bytes_),
+    }  # fmt: skip
+    return results, measured
 
 
 def randomised(tree):
@@ -81,6 +91,7 @@ def randomised(tree):
 
 def main():
     c = settings()
+    chosen = [tuple(map(int, name.split("x"))) for name in sys.argv[2:]] or MESHES
     data = inputs.Shapes(c)
     one = sharding.mesh(1, 1, jax.devices()[:1])
     teacher = randomised(jax.jit(build.teacher(c).init)(jax.random.key(0)))
@@ -93,14 +104,14 @@ def main():
         fresh = jax.jit(stage.start)(stage.frozen)
         moved = fresh.replace(params=randomised(fresh.params))
         moved = jax.tree.map(np.asarray, moved)
-        expected, _, _ = stepped(stage, one, batch(c), moved)
-        for data_axis, fsdp in MESHES:
+        expected, _ = stepped(stage, one, batch(c), moved)
+        for data_axis, fsdp in chosen:
             mesh = sharding.mesh(data_axis, fsdp)
-            results, bytes_, whole = stepped(stage, mesh, batch(c), moved)
+            results, measured = stepped(stage, mesh, batch(c), moved)
             found[f"{name} {data_axis}x{fsdp}"] = {
                 "metrics": [relative(r[0], e[0]) for r, e in zip(results, expected)],
                 "state": [relative(r[1], e[1]) for r, e in zip(results, expected)],
-                "share": bytes_ / whole,
+                **measured,
             }
     pathlib.Path(sys.argv[1]).write_text(json.dumps(found, indent=1))
 

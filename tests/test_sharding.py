@@ -30,18 +30,30 @@ def simulated(program, *arguments, devices=8):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     out = tmp_path_factory.mktemp("devices") / "found.json"
+    simulated([ROOT / "tests/on_devices.py"], out, "2x4", "1x8")
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def measured_on_all(tmp_path_factory):
+    out = tmp_path_factory.mktemp("devices") / "found.json"
     simulated([ROOT / "tests/on_devices.py"], out)
     return json.loads(out.read_text())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["8x1", "4x2", "2x4", "1x8"])
-@pytest.mark.parametrize("stage", ["teacher", "sprint"])
-def test_eight_devices_equal_one(measured, stage, mesh):
-    """Fails when the discriminator's normalisation groups follow the devices, or a rule cuts the wrong axis."""
-    found = measured[f"{stage} {mesh}"]
+def agrees(found):
+    """Within 1e-5 of one device, metrics and the whole state after each step; and no activation is gathered."""
     assert max(found["metrics"]) < 1e-5
     assert max(found["state"]) < 1e-5
+    assert found["gathered"] <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["2x4", "1x8"])
+@pytest.mark.parametrize("stage", ["teacher", "sprint"])
+def test_eight_devices_equal_one(measured, stage, mesh):
+    """Fails when normalisation groups follow the devices, a rule cuts the wrong axis, or a loop runs over samples."""
+    agrees(measured[f"{stage} {mesh}"])
 
 
 @pytest.mark.slow
@@ -49,7 +61,13 @@ def test_state_is_cut_evenly(measured):
     """An eighth and at most 5 % more. Fails when the rule for biases or for kernels is dropped."""
     for stage in ("teacher", "sprint"):
         assert measured[f"{stage} 1x8"]["share"] <= 1 / 8 + 0.05
-        assert measured[f"{stage} 8x1"]["share"] == 1
+
+
+@pytest.mark.long
+def test_every_mesh_equals_one_device(measured_on_all):
+    assert len(measured_on_all) == 8
+    for found in measured_on_all.values():
+        agrees(found)
 
 
 def abstract_mesh(data, fsdp):

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero, linear_call
 
+from sprint_jax.models import placement
+
 
 def _offsets(w_shape):
     """((i, j), ...) of a square stencil [k, k, C], row by row."""
@@ -49,18 +51,18 @@ def _conv(x, w):
 def _weight_gradient_by_batch(x, g, k):
     """Accumulates sample by sample: the running sums [H, W, C] stay in cache."""
     _, height, width, channels = x.shape
-    padded = _pad(x, k)
+    padded, g = placement.samples_first(_pad(x, k)), placement.samples_first(g)
     offsets = _offsets((k, k))
 
-    def add(sums, sample):
-        xi, gi = sample
+    def add(sums, samples):
+        xs, gs = samples  # one of each device
         return tuple(
-            s + xi[i : i + height, j : j + width] * gi for s, (i, j) in zip(sums, offsets)
+            s + xs[:, i : i + height, j : j + width] * gs for s, (i, j) in zip(sums, offsets)
         ), None
 
-    zeros = tuple(jnp.zeros((height, width, channels), g.dtype) for _ in offsets)
+    zeros = tuple(jnp.zeros(g.shape[1:], g.dtype) for _ in offsets)
     sums, _ = jax.lax.scan(add, zeros, (padded, g))
-    return jnp.stack([s.sum((0, 1)) for s in sums]).reshape(k, k, channels).astype(x.dtype)
+    return jnp.stack([s.sum((0, 1, 2)) for s in sums]).reshape(k, k, channels).astype(x.dtype)
 
 
 def _weight_gradient_by_conv(x, g, k):

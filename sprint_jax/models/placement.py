@@ -1,9 +1,10 @@
 """What a network says about devices: samples are split over them, weights are whole where they are used.
 
-Both functions do nothing outside a mesh (`jax.set_mesh`), so networks run as they are on one device.
+None of this does anything outside a mesh (`jax.set_mesh`), so networks run as they are on one device.
 """
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 
@@ -16,6 +17,17 @@ def split_over_devices(x):
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
+
+
+def samples_first(x):
+    """[B, ...] -> [B / n, n, ...] for the n devices of the mesh in use, each with its own samples; n = 1 outside.
+
+    A loop over the first axis then works on all devices at once, and no sample leaves its device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    count = 1 if mesh.empty or x.shape[0] % mesh.size else mesh.size
+    x = jnp.swapaxes(x.reshape(count, -1, *x.shape[1:]), 0, 1)
+    return x if count == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec(None, mesh.axis_names))
 
 
 def gathered(params, dtype):

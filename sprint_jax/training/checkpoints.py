@@ -19,13 +19,19 @@ _DAMAGED = "damaged-"
 
 
 class Checkpoints:
-    """Checkpoints of one stage under `directory`. Use as a context; leaving it waits for pending writes."""
+    """Checkpoints of one stage under `directory`. Use as a context; leaving it waits for pending writes.
 
-    def __init__(self, directory, *, keep, say=lambda message: None):
-        self._directory, self._say = pathlib.Path(directory).absolute(), say
+    data: names what is learnt from, and is kept beside the state: with the step it is the whole state of the
+    input, whose order depends on nothing else.
+    """
+
+    def __init__(self, directory, *, keep, data="", say=lambda message: None):
+        self._directory, self._data, self._say = pathlib.Path(directory).absolute(), data, say
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         try:
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            # Named here, for before the first save or restore the manager could not describe what it finds.
+            handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
         except (ValueError, OSError) as error:
             raise UserError(f"{self._directory} cannot hold checkpoints ({_line(error)}): use another --workdir") from None
 
@@ -44,7 +50,7 @@ class Checkpoints:
         """
         if step == self._manager.latest_step():
             return
-        meta = {"fingerprints": fingerprints(state)}
+        meta = {"fingerprints": fingerprints(state), "data": self._data}
         try:
             self._manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -100,17 +106,38 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=arguments)
             # Through one compiled copy: restored buffers are not always donatable, these are.
-            state = jax.jit(lambda tree: jax.tree.map(lambda a: a.copy(), tree))(restored["state"])
+            placed = jax.tree.map(lambda a: a.sharding, abstract)
+            copy = jax.jit(lambda tree: jax.tree.map(lambda a: a.copy(), tree), out_shardings=placed)
+            state = copy(restored["state"])
+            self._check_data(step, restored["meta"]["data"])
             saved, now = restored["meta"]["fingerprints"], fingerprints(state)
             changed = [name for name in saved if now.get(name) != saved[name]]
             damage = f"{changed[0]} changed on disk" if changed else None
+        except (UserError, MemoryError):
+            raise
+        except PermissionError as error:
+            raise UserError(f"cannot read checkpoint {self._directory}/{step} ({error.strerror}): make it readable") from None
         except Exception as error:  # whatever a library raises over a damaged file
+            if "RESOURCE_EXHAUSTED" in str(error):  # the device is too small, the file is not to blame
+                raise
             damage = _line(error)
         failed = hosts.any_true(damage is not None)
         return (None, damage or "another process cannot read it") if failed else (state, None)
 
+    def _free(self, name):
+        """A path of that name, numbered where it is taken: a step can be damaged more than once."""
+        paths = [self._directory / name, *(self._directory / f"{name}-{i}" for i in range(2, 100))]
+        return next(path for path in paths if not path.exists())
+
+    def _check_data(self, step, data):
+        if data != self._data:
+            raise UserError(
+                f"checkpoint {self._directory}/{step} was made from {data}, the config now reads {self._data}: use the same data, "
+                "or another --workdir"
+            )
+
     def _set_aside(self, step, damage):
-        kept = self._directory / f"{_DAMAGED}{step}"
+        kept = self._free(f"{_DAMAGED}{step}")
         self._say(f"WARNING: checkpoint {self._directory}/{step} is damaged ({damage}); kept as {kept.name}, going back to the one before")
         if hosts.primary():
             (self._directory / str(step)).rename(kept)
@@ -139,3 +166,30 @@ def _name(path):
 
 def _line(error):
     return " ".join(str(error).split())[:300]
+
+
+def read_part(directory, part, abstract):
+    """(step, NumPy tree) of one part of the newest checkpoint that holds it whole, by any number of devices.
+
+    part: a field of the state. abstract: its shapes. Raises UserError where there is none.
+    """
+    directory = pathlib.Path(directory).absolute()
+    steps = sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True)
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    wanted = {part: abstract}
+    plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    state = ocp.args.PyTreeRestore(wanted, restore_args=plain, partial_restore=True)
+    reasons = []
+    for step in steps:
+        with ocp.CheckpointManager(directory, item_handlers=handlers) as manager:
+            try:
+                found = manager.restore(step, args=ocp.args.Composite(state=state, meta=ocp.args.JsonRestore()))
+            except Exception as error:  # whatever a library raises over a damaged file
+                reasons.append(f"step {step}: {_line(error)}")
+                continue
+        saved = found["meta"]["fingerprints"]
+        changed = [name for name, number in fingerprints(found["state"]).items() if saved[name] != number]
+        if not changed:
+            return step, found["state"][part]
+        reasons.append(f"step {step}: {changed[0]} changed on disk")
+    raise UserError(f"no whole checkpoint with {part} in {directory} ({'; '.join(reasons) or 'it holds none'})")

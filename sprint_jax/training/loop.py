@@ -13,7 +13,6 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from sprint_jax import config as config_lib
 from sprint_jax.errors import UserError
@@ -34,7 +33,7 @@ class Stage:
     start: frozen -> state at step 0. functions: steps of a round, each (state, frozen, batch) -> (state,
     metrics). frozen: arrays that never change. prepare: (frozen, batch as read) -> batch as the steps take
     it, compiled with them. batch: samples of a global batch. batches: (batch, start, stop, process, processes)
-    -> context and iterator of this process's rows as NumPy arrays.
+    -> context and iterator of this process's rows as NumPy arrays. data: names what is learnt from.
     """
 
     name: str
@@ -45,6 +44,7 @@ class Stage:
     prepare: Callable
     batch: int
     batches: Callable
+    data: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -112,7 +112,7 @@ def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say):
     check_batch(stage, mesh)
     placed = Placed.on(stage, mesh, say)
     frozen = place(stage.frozen, placed.frozen)
-    with Checkpoints(f"{workdir}/checkpoints/{stage.name}", keep=run.keep, say=say) as checkpoints:
+    with Checkpoints(f"{workdir}/checkpoints/{stage.name}", keep=run.keep, data=stage.data, say=say) as checkpoints:
         state, done = checkpoints.restore_newest(placed.state)
         if state is None:
             out = jax.tree.map(lambda a: a.sharding, placed.state)
@@ -139,7 +139,7 @@ def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say):
                         batch = _global(next(batches), split, stage.batch)
                 done += len(stage.functions)
                 watch.launched(done, metrics)
-                stopping = stop.agreed(done)
+                stopping = stop.agreed()
                 if done % run.checkpoint_every == 0 or done >= stage.steps or stopping:
                     watch.flush()
                     checkpoints.save(done, state)
@@ -213,19 +213,24 @@ class _Stop:
 
     def __enter__(self):
         self._requested = False
-        # With several processes JAX itself takes SIGTERM and tells all of them.
-        signals = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        self._old = {s: signal.signal(s, self._request) for s in signals}
+        self._asked = None
+        self._old = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _request(self, *_):
         self._requested = True
 
-    def agreed(self, step) -> bool:
-        """Whether to stop after `step`: the same answer on every process."""
+    def agreed(self) -> bool:
+        """Whether to stop after this round: the same answer on every process.
+
+        Of several processes it is what they had asked for a round ago, so that none waits for the answer.
+        JAX's own agreement (`reached_preemption_sync_point`) names a step, which rounds of two steps and
+        the stages' counts, each from 0, pass by.
+        """
         if jax.process_count() == 1:
             return self._requested
-        return multihost_utils.reached_preemption_sync_point(step)
+        before, self._asked = self._asked, hosts.anywhere(self._requested)
+        return before is not None and bool(before)
 
     def __exit__(self, *_):
         for number, handler in self._old.items():
