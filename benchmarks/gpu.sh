@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Every open GPU question in one command, at most fifteen minutes on one GPU:
 #
-#     bash benchmarks/gpu.sh [OUT]        OUT: folder for logs and pictures, default gpu_results
+#     bash benchmarks/gpu.sh [OUT [PART ...]]
+#
+# OUT: folder for logs and pictures, default gpu_results. PART: names of parts below, to run those alone.
 #
 # Needs Python with jax (CUDA), flax, optax and orbax-checkpoint; the lighter packages of requirements.txt
 # must be importable too (carry them as wheels where there is no network).
@@ -10,12 +12,15 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-gpu_results}
+shift || true
+chosen=" $* "
 mkdir -p "$out"
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 
 part() { # part NAME SECONDS COMMAND...
   local name=$1 limit=$2 begin=$SECONDS
+  if [ "$chosen" != "  " ] && [[ "$chosen" != *" $name "* ]]; then return; fi
   shift 2
   if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then result=ok; else result="FAILED ($?)"; fi
   printf '%-24s %-12s %4d s\n' "$name" "$result" $((SECONDS - begin)) | tee -a "$out/table.txt"

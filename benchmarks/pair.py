@@ -44,7 +44,7 @@ def main():
     teacher = jax.jit(build.teacher(c).init)(jax.random.key(1))
     stage = run.sprint_stage(c, data, teacher)
     placed = loop.Placed.on(stage, sharding.mesh(1, 1, jax.devices()[:1]))
-    state, frozen = jax.jit(stage.start)(stage.frozen), stage.frozen
+    state, frozen = jax.jit(stage.start)(stage.frozen, stage.begun), stage.frozen
     batch = random_like(inputs.abstract_batch(c, c.sprint.batch), jax.random.key(2))
     total = 0.0
     print(

@@ -205,9 +205,9 @@ def _teacher_stage(config, data, name, model, begun, start):
     tx = state.optimizer(optimizer, steps, t.batch, came_rules=(came.dit_factored, came.dit_stacked))
     return loop.Stage(
         name=name, steps=steps,
-        start=lambda frozen: teacher_step.init(start(frozen["begun"]), tx, t),
+        start=lambda frozen, begun: teacher_step.init(start(begun), tx, t), begun=begun,
         functions=(teacher_step.make_step(model, tx, t, config.seed),),
-        frozen={"begun": begun} | data.frozen, prepare=data.prepare, batch=t.batch, batches=data.batches,
+        frozen=data.frozen, prepare=data.prepare, batch=t.batch, batches=data.batches,
         data=data.identity,
     )  # fmt: skip
 
@@ -228,12 +228,12 @@ def sprint_stage(config, data, teacher):
     nets, s = build.nets(config), config.sprint
     key = jax.random.key(config.seed + 1)
 
-    def start(frozen):
+    def start(frozen, begun):
         k_student, k_heads = jax.random.split(key)
         return sprint_step.init(sprint_step.student_params(frozen["teacher"], nets, k_student), nets, s, k_heads)
 
     return loop.Stage(
-        name="sprint", steps=s.steps, start=start,
+        name="sprint", steps=s.steps, start=start, begun={},
         functions=(
             sprint_step.make_generator_step(nets, s, config.seed + 1),
             sprint_step.make_discriminator_step(nets, s, config.seed + 1),

@@ -101,7 +101,7 @@ def main():
     }
     found = {}
     for name, stage in stages.items():
-        fresh = jax.jit(stage.start)(stage.frozen)
+        fresh = jax.jit(stage.start)(stage.frozen, stage.begun)
         moved = fresh.replace(params=randomised(fresh.params))
         moved = jax.tree.map(np.asarray, moved)
         expected, _ = stepped(stage, one, batch(c), moved)

@@ -30,8 +30,8 @@ class Stage:
     """One stage of training.
 
     name: in logs, metrics and the checkpoint folder. steps: batches consumed in all.
-    start: frozen -> state at step 0. functions: steps of a round, each (state, frozen, batch) -> (state,
-    metrics). frozen: arrays that never change. prepare: (frozen, batch as read) -> batch as the steps take
+    start: (frozen, begun) -> state at step 0. begun: arrays that only the start needs. functions: steps of a
+    round, each (state, frozen, batch) -> (state, metrics). frozen: arrays that never change. prepare: (frozen, batch as read) -> batch as the steps take
     it, compiled with them. batch: samples of a global batch. batches: (batch, start, stop, process, processes)
     -> context and iterator of this process's rows as NumPy arrays. data: names what is learnt from.
     """
@@ -39,6 +39,7 @@ class Stage:
     name: str
     steps: int
     start: Callable
+    begun: dict
     functions: tuple[Callable, ...]
     frozen: dict
     prepare: Callable
@@ -59,10 +60,16 @@ class Placed:
     @classmethod
     def on(cls, stage: Stage, mesh, say=lambda message: None):
         """say: told of big arrays that stay whole on every device."""
-        frozen = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), stage.frozen)
-        state = jax.eval_shape(stage.start, frozen)
+        frozen, begun = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (stage.frozen, stage.begun))
+        state = jax.eval_shape(stage.start, frozen, begun)
         place = lambda tree, say: sharding.abstract(tree, sharding.shardings(tree, mesh, say))
         return cls(stage, mesh, place(state, say), place(frozen, say))
+
+    def start(self, frozen):
+        """The state at step 0, made where it will stay."""
+        begun = sharding.abstract(self.stage.begun, sharding.shardings(self.stage.begun, self.mesh))
+        out = jax.tree.map(lambda a: a.sharding, self.state)
+        return jax.jit(self.stage.start, out_shardings=out)(frozen, place(self.stage.begun, begun))
 
     def lower(self, function, batch):
         """The lowered program of one step function for abstract global arrays `batch`."""
@@ -115,8 +122,7 @@ def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say):
     with Checkpoints(f"{workdir}/checkpoints/{stage.name}", keep=run.keep, data=stage.data, say=say) as checkpoints:
         state, done = checkpoints.restore_newest(placed.state)
         if state is None:
-            out = jax.tree.map(lambda a: a.sharding, placed.state)
-            state, done = jax.jit(stage.start, out_shardings=out)(frozen), 0
+            state, done = placed.start(frozen), 0
         else:
             say(f"{stage.name}: resumed from checkpoint at step {done} of {stage.steps}")
         records.rewind(stage.name, done)

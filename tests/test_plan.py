@@ -1,0 +1,79 @@
+"""The planner: its table for a small configuration, its advice, and what it refuses."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from conftest import TINY
+from sprint_jax import build, config, plan
+from sprint_jax.errors import UserError
+from sprint_jax.planning import hardware
+from sprint_jax.training import loop
+from test_config import card
+
+
+@pytest.mark.slow
+def test_the_table_of_a_small_configuration(command, tmp_path):
+    """Parameters, batch and bytes are those of the networks; two devices hold half of what is cut each."""
+    flags = (*TINY, "--topology=h200:1x2", "--config.mesh.fsdp=2", "--config.teacher.pretrained=elsewhere",
+             f"--table={tmp_path / 'table.md'}")  # fmt: skip
+    result = command("sprint_jax.plan", *flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    table = (tmp_path / "table.md").read_text()
+    assert table.strip() in result.stdout and "2 devices as data x fsdp = 1 x 2" in table
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["step", "generator", "discriminator"]
+    c = config.parse(card("smoke")[0])
+    count = sum(a.size for a in jax.tree.leaves(jax.eval_shape(build.student(c).init, jax.random.key(0))))
+    for row in rows[1:]:
+        assert row[1] == str(c.sprint.batch) and row[2] == f"{count / 1e6:.1f} M"
+    exchanged = re.search(r"generator (.*); discriminator", table).group(1)
+    assert "all-gather" in exchanged and "Everything fits." in table
+
+
+def test_advice_follows_what_is_too_large():
+    c = config.parse(card("sana_600m")[0])
+    device = dataclasses.replace(hardware.H200, memory=10 * 2**30)
+    step = {"name": "generator", "temporary": 20 * 2**30, "held": 2**30}
+    said = plan._fits(c, device, (step, 21 * 2**30))
+    assert "generator step needs 21.00 GiB of 10.00 GiB" in said and "--config.sprint.accumulate=2" in said
+    assert "fsdp" not in said and "remat" not in said
+    without = dataclasses.replace(c, model=dataclasses.replace(c.model, remat="none"))
+    assert "--config.model.remat=block" in plan._fits(without, device, (step, 21 * 2**30))
+    held = {"name": "generator", "temporary": 2**30, "held": 20 * 2**30}
+    assert "a larger --config.mesh.fsdp (now 8)" in plan._fits(c, device, (held, 21 * 2**30))
+
+
+def test_a_batch_that_the_mesh_does_not_divide():
+    @dataclasses.dataclass
+    class Mesh:
+        size: int
+        devices: np.ndarray
+
+    @dataclasses.dataclass
+    class Stage:
+        name: str
+        batch: int
+
+    with pytest.raises(UserError, match="batch of 6 does not divide by the 4 devices of the mesh 2 x 2"):
+        loop.check_batch(Stage("sprint", 6), Mesh(4, np.zeros((2, 2))))
+    loop.check_batch(Stage("sprint", 8), Mesh(4, np.zeros((2, 2))))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([*TINY], "--topology is missing"),
+        ([*TINY, "--topology=h300:8x8"], "h300"),
+        ([*TINY, "--topology=h200:8"], "2 positive numbers"),
+        ([*TINY, "--topology=h200:1x3"], "batch of 8 does not divide by the 3 devices"),
+        (["--topology=h200:1x2"], "--config is missing"),
+    ],
+)
+def test_the_command_refuses(command, flags, words):
+    result = command("sprint_jax.plan", *flags)
+    assert result.returncode == 2 and words in result.stderr.strip().splitlines()[-1], result.stderr[-2000:]
+    assert "Traceback" not in result.stderr
