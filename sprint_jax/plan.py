@@ -8,6 +8,7 @@ each collective, the least time a step can take, the hours of the whole recipe, 
 not fit with what to change.
 """
 
+import math
 import os
 import pathlib
 import sys
@@ -29,7 +30,7 @@ def main(argv):
         path, preset = config_flag.path_and_preset()
         if not _TOPOLOGY.value:
             raise UserError("--topology is missing: for example v5e:16x16 or h200:8x8")
-        device, _, count = hardware.parse_topology(_TOPOLOGY.value)
+        device, shape, count = hardware.parse_topology(_TOPOLOGY.value)
         # Before JAX starts: neither kind of device is here.
         os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
         if not _is_tpu(device):
@@ -41,7 +42,7 @@ def main(argv):
         say = lambda message: print(message, flush=True)
         steps = [_measure(*step, say) for step in _steps(parsed, device, _TOPOLOGY.value, say)]
         name = f"{path}{':' + preset if preset else ''}"
-        report = _report(parsed, name, device, count, steps)
+        report = _report(parsed, name, device, shape, steps)
         say("\n" + report)
         if _TABLE.value:
             _append(pathlib.Path(_TABLE.value), report)
@@ -112,9 +113,9 @@ def _measure(name, times, placed, function, batch, say):
     }  # fmt: skip
 
 
-def _report(config, name, device, count, steps):
+def _report(config, name, device, shape, steps):
     """Markdown."""
-    mesh = config.mesh
+    mesh, count = config.mesh, math.prod(shape)
     data = count // mesh.fsdp if mesh.data == -1 else mesh.data
     kind = "compiled ahead of time for it" if _is_tpu(device) else (
         "compiled for as many simulated CPU devices; a CPU computes bfloat16 in float32, so temporary memory and "
@@ -132,7 +133,7 @@ def _report(config, name, device, count, steps):
     ]
     hours, first = 0.0, None
     for s in steps:
-        compute, transfer = _seconds(s, device, count)
+        compute, transfer = _seconds(s, device, shape, mesh.fsdp)
         hours += s["times"] * max(compute, transfer) / 3600
         peak = s["held"] + s["temporary"]
         if first is None and peak > device.memory:
@@ -151,10 +152,17 @@ def _report(config, name, device, count, steps):
     return "\n".join(lines)
 
 
-def _seconds(step, device, count):
-    """Least seconds of arithmetic, and of what a device sends, of one step."""
-    link = device.link if _is_tpu(device) else device.outside if count > 8 else device.link
-    return step["flops"] / (count * device.peak_bf16), sum(step["collectives"].values()) / link
+def _seconds(step, device, shape, fsdp):
+    """Least seconds of arithmetic, and of what a device sends, of one step.
+
+    On GPUs what gathers weights stays inside a node where `fsdp` does, and the sums over all devices leave it.
+    """
+    inside = _is_tpu(device) or math.prod(shape) == shape[-1]
+    gathers = device.link if inside or shape[-1] % fsdp == 0 else device.outside
+    sums = device.link if inside else device.outside
+    rate = lambda kind: gathers if kind in ("all-gather", "reduce-scatter") else sums
+    transfer = sum(size / rate(kind) for kind, size in step["collectives"].items())
+    return step["flops"] / (math.prod(shape) * device.peak_bf16), transfer
 
 
 def _exchanged(step):
