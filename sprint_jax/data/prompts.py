@@ -70,7 +70,7 @@ def bucket(length):
 
 
 def pad(ids, length):
-    """list of B int32 arrays -> tokens int32 [B, length] (0 is <pad>), mask float32 [B, length]."""
+    """B rows of tokens -> int32 [B, length] (0 is padding), mask float32 [B, length]."""
     tokens, mask = np.zeros((len(ids), length), np.int32), np.zeros((len(ids), length), np.float32)
     for row, one in enumerate(ids):
         tokens[row, : len(one)] = one

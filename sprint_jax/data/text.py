@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 
+from sprint_jax.data import prompts as prompts_lib
 from sprint_jax.data import shapes
 from sprint_jax.errors import UserError
 
@@ -48,15 +49,6 @@ class Window:
         return features.astype(np.float32)
 
 
-def _fill(rows, length):
-    """Lists of tokens -> int32 [B, L] padded with 0, float32 mask [B, L]."""
-    tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.float32)
-    for row, ids in enumerate(rows):
-        tokens[row, : len(ids)] = ids
-        mask[row, : len(ids)] = 1
-    return tokens, mask
-
-
 class ShapesText:
     """Encoder of `shapes` captions.
 
@@ -76,7 +68,7 @@ class ShapesText:
         The empty string is the null prompt. Raises UserError for a word outside the vocabulary and for a
         prompt of more than L - 1 words.
         """
-        tokens, mask = _fill([self._ids(prompt) for prompt in prompts], LENGTH)
+        tokens, mask = prompts_lib.pad([self._ids(prompt) for prompt in prompts], LENGTH)
         return self.window(tokens), mask
 
     def _ids(self, prompt):
@@ -110,7 +102,7 @@ class WordsText:
 
     def encode(self, prompts):
         """list of B strings -> features float32 [B, L, D], mask float32 [B, L]; "" is the null prompt."""
-        tokens, mask = _fill([self._ids(prompt) for prompt in prompts], self.length)
+        tokens, mask = prompts_lib.pad([self._ids(prompt) for prompt in prompts], self.length)
         return self.window(tokens), mask
 
     def _ids(self, prompt):
