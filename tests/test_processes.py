@@ -280,6 +280,16 @@ def number(launcher, process):
     raise AssertionError("no such process")
 
 
+def kill_process_1(launched):
+    """SIGKILL: the others end soon, not well, and name it."""
+    begin = time.monotonic()
+    os.kill(number(launched, 1), signal.SIGKILL)
+    out, err = launched.communicate(timeout=60)
+    assert time.monotonic() - begin < 30
+    assert launched.returncode not in (0, None)
+    assert f"error: process 1 on {HERE} ended unexpectedly" in err, err[-2000:]
+
+
 def same(one, other, exactly):
     names = ("teacher.safetensors", "student.safetensors")
     if exactly:
@@ -334,12 +344,7 @@ def test_killed_and_resumed_is_bit_equal(two, job, tmp_path):
     workdir = tmp_path / "run"
     launched = job(workdir, 2, *ALONE)
     wait_for(workdir, "teacher", 6, launched)
-    begin = time.monotonic()
-    os.kill(number(launched, 1), signal.SIGKILL)
-    out, err = launched.communicate(timeout=60)
-    assert time.monotonic() - begin < 30
-    assert launched.returncode not in (0, None)
-    assert f"error: process 1 on {HERE} ended unexpectedly" in err, err[-2000:]
+    kill_process_1(launched)
     out, err = end(job(workdir, 2, *ALONE))
     assert "teacher: resumed from checkpoint at step" in out
     same(workdir, two, exactly=True)
@@ -351,12 +356,7 @@ def test_interrupted_and_killed_runs_end_bit_equal(two_whole, job, tmp_path):
     workdir = tmp_path / "run"
     launched = job(workdir, 2)
     wait_for(workdir, "teacher", 6, launched)
-    begin = time.monotonic()
-    os.kill(number(launched, 1), signal.SIGKILL)
-    out, err = launched.communicate(timeout=60)
-    assert time.monotonic() - begin < 30
-    assert launched.returncode not in (0, None)
-    assert f"error: process 1 on {HERE} ended unexpectedly" in err, err[-2000:]
+    kill_process_1(launched)
 
     launched = job(workdir, 2)
     wait_for(workdir, "sprint", 4, launched)
