@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.models import depthwise, layers
+from sprint_jax.models import convolutions, depthwise, layers
 
 NORM_EPS = 1e-5
 RESIDUAL, EFFICIENT_VIT = "ResBlock", "EfficientViTBlock"  # diffusers' names
@@ -41,40 +41,6 @@ def repeat_channels(x, channels):
     return jnp.repeat(x, channels // x.shape[-1], axis=-1)
 
 
-def conv3x3(x, kernel, stride=1):
-    """3x3 convolution, padding 1, summed in float32. x [B, H, W, Cin], kernel [3, 3, Cin, Cout]."""
-    return jax.lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), (stride, stride), ((1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"), preferred_element_type=jnp.float32,
-    )  # fmt: skip
-
-
-def upsample_conv3x3(x, kernel):
-    """Nearest x2 then a 3x3 convolution, exactly, at 4/9 of its multiplications.
-
-    Of the 3x3 taps of an output pixel only 2x2 differ in the small picture, so each of the four output
-    phases is a 2x2 convolution by sums of taps. One VALID convolution makes all four.
-
-    x [B, H, W, Cin], kernel [3, 3, Cin, Cout] -> [B, 2H, 2W, Cout] float32.
-    """
-    height, width = x.shape[1:3]
-    first, middle, last = kernel.astype(jnp.float32)
-    rows = (jnp.stack([first, middle + last]), jnp.stack([first + middle, last]))  # by phase: [2, 3, ...]
-    phases = []
-    for row in rows:
-        left, centre, right = row[:, 0], row[:, 1], row[:, 2]
-        phases += [jnp.stack([left, centre + right], 1), jnp.stack([left + centre, right], 1)]
-    taps = jnp.concatenate(phases, -1).astype(x.dtype)  # [2, 2, Cin, 4 Cout]
-    y = jax.lax.conv_general_dilated(
-        x, taps, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        preferred_element_type=jnp.float32,
-    )  # [B, H + 1, W + 1, 4 Cout]; phase (p, q) of cell (i, j) is at (i + p, j + q)
-    y = y.reshape(*y.shape[:3], 2, 2, -1)
-    shifted = [[y[:, p : p + height, q : q + width, p, q] for q in (0, 1)] for p in (0, 1)]
-    y = jnp.stack([jnp.stack(row, 3) for row in shifted], 3)  # [B, H, W, 2, 2, Cout]
-    return einops.rearrange(y, "b h w p q c -> b (h p) (w q) c")
-
-
 class _Conv(nn.Module):
     """3x3 convolution; `stride` 2 halves the picture, `upsample` doubles it first."""
 
@@ -86,7 +52,7 @@ class _Conv(nn.Module):
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.channels))
-        y = upsample_conv3x3(x, kernel) if self.upsample else conv3x3(x, kernel, self.stride)
+        y = convolutions.upsample_conv3x3(x, kernel) if self.upsample else convolutions.conv3x3(x, kernel, self.stride)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.channels,)).astype(y.dtype)
         return y.astype(x.dtype)
