@@ -38,7 +38,7 @@ ALLOWED = {
     "encode": {"errors", "cli", "files", "config", "weights", "resolutions", "data", "parts", "pipeline", "inputs"},
     "config_flag": {"errors"},
     "main": {"cli", "config", "config_flag", "distributed", "run", "training"},
-    "export": {"errors", "cli", "weights", "workdir", "config", "build", "training"},
+    "extract": {"errors", "cli", "weights", "workdir", "config", "build", "training"},
     "plan": {"errors", "cli", "files", "config", "config_flag", "planning", "build", "inputs", "run", "training"},
     "sample": {"errors", "cli", "files", "pictures", "pipeline", "resolutions"},
     "convert": {"errors", "cli", "conversion", "pipeline"},

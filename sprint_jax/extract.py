@@ -1,4 +1,4 @@
-"""Weights out of a run's newest checkpoint, finished or not: python -m sprint_jax.export --run_dir=DIR --stage=sprint
+"""Weights out of a run's newest checkpoint, finished or not: python -m sprint_jax.extract --run_dir=DIR --stage=sprint
 
 Reads the parameters alone (their average where there is one), on one machine, whatever the run's devices were.
 With --to_file=DIR/student.safetensors a run that is not finished can be sampled from and converted.
@@ -26,12 +26,12 @@ def main(argv):
                 raise UserError(f"--{name} is missing: name the run's --workdir and the file to write")
         from sprint_jax import weights
 
-        step, params = export(pathlib.Path(_RUN.value), _STAGE.value)
+        step, params = extract(pathlib.Path(_RUN.value), _STAGE.value)
         weights.save(_FILE.value, params)
         print(f"wrote {_FILE.value}: {_STAGE.value} after {step} steps")
 
 
-def export(run_dir, stage):
+def extract(run_dir, stage):
     """(step, parameters as NumPy) of the newest whole checkpoint of a stage."""
     import jax
 
