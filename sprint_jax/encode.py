@@ -526,13 +526,13 @@ class _Work:
 
     def _texts(self, made):
         """{index: float16 [L, D] or int32 [L], without padding} of the examples that have latents."""
-        from sprint_jax import parts
+        from sprint_jax.data import prompts
 
         indices, texts = sorted(made.latents), {}
         rows = [made.rows[index] for index in indices]
         if self._settings.text == "tokens":
             return {i: arrays["tokens"][arrays["mask"] > 0] for i, (_, arrays) in zip(indices, rows, strict=True)}
-        for chosen, _, arrays in parts.batches(rows, self._batch):
+        for _, chosen, _, arrays in prompts.batches(rows, self._batch):
             features, mask = map(np.asarray, self._features(self._encoders.params["text"], arrays))
             for row, place in enumerate(chosen):
                 self._keep(texts, made, indices[place], _half(features[row][mask[row] > 0]), "text")

@@ -72,17 +72,17 @@ def _generate(prompts):
     import jax
     import tqdm
 
-    from sprint_jax import pictures, pipeline, resolutions
+    from sprint_jax import drawing, pictures, pipeline, resolutions
 
     dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     say = lambda message: print(message, file=sys.stderr, flush=True)
     pipe = pipeline.load(_MODEL.value, dtype=dtype, instruction=_INSTRUCTION.value, tile=_TILE.value, say=say)
     height, width = _HEIGHT.value or pipe.height, _WIDTH.value or pipe.width
     made_at = resolutions.nearest(height, width) if _BINNING.value else (height, width)
-    pipeline.latent_shape(pipe, *made_at)  # refuses a bad size before the picture is read
+    drawing.latent_shape(pipe, *made_at)  # refuses a bad size before the picture is read
     image = pictures.load(_IMAGE.value, *made_at) if _IMAGE.value else None
     with tqdm.tqdm(total=len(prompts) * _PER_PROMPT.value, unit="picture", desc="sample", delay=5) as bar:
-        images = pipeline.generate(
+        images = drawing.generate(
             pipe, prompts, steps=_STEPS.value, guidance_scale=_GUIDANCE.value, seed=_SEED.value,
             schedule=_SCHEDULE.value, timesteps=_angles(), height=made_at[0], width=made_at[1], image=image,
             strength=_STRENGTH.value, images_per_prompt=_PER_PROMPT.value,

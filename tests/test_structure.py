@@ -30,7 +30,8 @@ ALLOWED = {
     "training": {"errors", "files", "config", "diffusion", "models"},
     "build": {"errors", "config", "weights", "conversion", "data", "models", "training"},
     "generation": {"diffusion"},
-    "pipeline": {"errors", "config", "weights", "workdir", "data", "diffusion", "models", "build", "conversion", "generation", "parts"},
+    "drawing": {"errors", "data", "diffusion"},
+    "pipeline": {"errors", "config", "weights", "workdir", "data", "diffusion", "models", "build", "conversion", "drawing", "generation", "parts"},
     "inputs": {"errors", "config", "weights", "data", "build", "parts", "pipeline"},
     "run": {"errors", "files", "workdir", "config", "weights", "pictures", "diffusion", "evaluation", "training", "build", "generation", "inputs"},
     "fit_codec": {"errors", "cli", "weights", "data"},
@@ -40,7 +41,7 @@ ALLOWED = {
     "main": {"cli", "config", "config_flag", "distributed", "run", "training"},
     "extract": {"errors", "cli", "weights", "workdir", "config", "build", "training"},
     "plan": {"errors", "cli", "files", "config", "config_flag", "planning", "build", "inputs", "run", "training"},
-    "sample": {"errors", "cli", "files", "pictures", "pipeline", "resolutions"},
+    "sample": {"errors", "cli", "files", "drawing", "pictures", "pipeline", "resolutions"},
     "convert": {"errors", "cli", "conversion", "pipeline"},
 }  # fmt: skip
 

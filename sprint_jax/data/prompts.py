@@ -36,6 +36,20 @@ class GemmaPrompts:
             )
         self.prefix = np.array(start[:-1] if instruction else [], np.int32)
 
+    @property
+    def room(self) -> int:
+        """Most tokens of a prompt that are read, after the prefix."""
+        return WINDOW - 1 if len(self.prefix) else WINDOW
+
+    def prepare(self, prompts):
+        """One (padded length, {"tokens" int32 [length], "mask" float32 [length]}) per prompt."""
+        rows = []
+        for ids in self.tokens(prompts):
+            length = bucket(len(ids))
+            tokens, mask = pad([ids], length)
+            rows.append((length, {"tokens": tokens[0], "mask": mask[0]}))
+        return rows
+
     def _ids(self, text):
         return self._tokenizer(text, add_special_tokens=True)["input_ids"]
 
@@ -53,8 +67,7 @@ class GemmaPrompts:
         start = len(self.prefix)
         if ids[:start] != self.prefix.tolist():
             raise UserError(f"prompt {index} begins with characters that merge with the instruction: begin with a letter")
-        room = WINDOW - 1 if start else WINDOW
-        rest = ids[start:]
+        rest, room = ids[start:], self.room
         if len(rest) > room:
             lost = self._tokenizer.decode(rest[room:])
             shown = lost if len(lost) <= 80 else lost[:77] + "..."
@@ -62,6 +75,11 @@ class GemmaPrompts:
                 f"prompt {index} has {len(rest)} tokens and the model reads {room}: cut off {shown!r}", stacklevel=3
             )
         return np.array(rest[:room], np.int32)
+
+
+def buckets(longest):
+    """All padded lengths of prompts of 0 to `longest` tokens."""
+    return sorted({bucket(length) for length in range(longest + 1)})
 
 
 def bucket(length):
@@ -76,3 +94,20 @@ def pad(ids, length):
         tokens[row, : len(one)] = one
         mask[row, : len(one)] = 1
     return tokens, mask
+
+
+def batches(rows, size):
+    """Groups prepared prompts of equal shape, `size` at a time.
+
+    rows: [(key, arrays)]. Yields (key, indices, the same padded to `size`, arrays stacked in that order). A
+    prompt's company never changes its shapes, so it never changes its picture.
+    """
+    by_key = {}
+    for i, (key, _) in enumerate(rows):
+        by_key.setdefault(key, []).append(i)
+    for key, indices in by_key.items():
+        for start in range(0, len(indices), size):
+            part = indices[start : start + size]
+            padded = part + [part[-1]] * (size - len(part))
+            arrays = [rows[i][1] for i in padded]
+            yield key, part, padded, {name: np.stack([a[name] for a in arrays]) for name in arrays[0]}
