@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from sprint_jax import cli, files
+from sprint_jax import cli, compile_cache, files
 from sprint_jax.errors import UserError
 
 _SOURCE = flags.DEFINE_string("source", None, "Folder of captioned pictures: WebDataset tars, TFDS, or plain files.")
@@ -126,6 +126,7 @@ def main(argv):
             raise UserError(f"--host={_HOST.value} of --hosts={_HOSTS.value}: use 0 to {_HOSTS.value - 1}")
         from sprint_jax.data import sources  # libraries start here, after the flags are known to be right
 
+        compile_cache.start()
         source = sources.open_source(_SOURCE.value, _FIELD.value)
         if not 0 <= _HELDOUT.value < len(source):
             raise UserError(

@@ -22,12 +22,12 @@ _BUCKETS = (15, 31, 63, 127, WINDOW - 1, WINDOW)
 class GemmaPrompts:
     """Tokens of prompts under one instruction.
 
-    prefix: int32 [P], the tokens that all prompts share; empty without an instruction.
+    instruction: as given. prefix: int32 [P], the tokens that all prompts share; empty without an instruction.
     """
 
     def __init__(self, tokenizer, instruction: str):
         """tokenizer: a transformers fast tokenizer that puts <bos> first. instruction: "" for none."""
-        self._tokenizer, self._instruction = tokenizer, instruction
+        self._tokenizer, self.instruction = tokenizer, instruction
         start = self._ids(instruction)
         if not start or start[0] != BOS:
             raise UserError(
@@ -35,6 +35,13 @@ class GemmaPrompts:
                 "tokenizer as SANA uses it (add_bos_token must be true)"
             )
         self.prefix = np.array(start[:-1] if instruction else [], np.int32)
+
+    def tokenizer_json(self) -> str:
+        """The tokenizer as the tokenizers package reads it, with all that transformers has set on it."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError("the model's tokenizer has no tokenizer.json form: download the folder's tokenizer.json")
+        return backend.to_str()
 
     @property
     def room(self) -> int:
@@ -63,7 +70,7 @@ class GemmaPrompts:
 
     def _one(self, index, prompt):
         text = prompt.lower().strip()
-        ids = self._ids(self._instruction + text)
+        ids = self._ids(self.instruction + text)
         start = len(self.prefix)
         if ids[:start] != self.prefix.tolist():
             raise UserError(f"prompt {index} begins with characters that merge with the instruction: begin with a letter")
