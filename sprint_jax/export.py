@@ -6,6 +6,7 @@ networks' code: on the platform it was exported on, the same pictures as from DI
 and seed. It may also be exported for platforms that are not here; compiling is left to them.
 """
 
+import contextlib
 import pathlib
 import sys
 
@@ -120,7 +121,7 @@ def export(
     lower = lambda program, held: _lowered(pipe, held, program, lengths[program.length], shape, platforms)
     held = held.only(_read(lower(programs[0], held)))
     try:
-        with files.whole(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        with _without_places(), files.whole(path) as partial, zipfile.ZipFile(partial, "w") as archive:
             archive.writestr(_member(exported.HEADER), header.to_json())
             for program in progress(programs):
                 archive.writestr(_member(program.member), lower(program, held).serialize())
@@ -131,6 +132,20 @@ def export(
     except OSError as error:
         raise UserError(f"writing {path} failed ({error.strerror or error}): free some space, or choose another --out") from None
     return header
+
+
+@contextlib.contextmanager
+def _without_places():
+    """Programs that do not name the lines and folders of the code they come from: equal code, equal bytes."""
+    import jax
+
+    name = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, name)
+    jax.config.update(name, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def _member(name):

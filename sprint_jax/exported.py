@@ -16,7 +16,8 @@ member has a checksum and what is cut off has no directory. Its members:
 
 Times, guidance, seed and indices are arguments: any schedule and any guidance scale can be asked for. The number of
 steps, padded length, batch size and size of the picture are not: a program is there for each or it is refused.
-jax.export promises that a program can be run for six months after the release of the JAX that wrote it.
+jax.export promises that a program can be run for six months after the release of the JAX that wrote it, and asks for
+programs one trusts: like any program, they can do harm.
 """
 
 import contextlib
@@ -147,7 +148,7 @@ class Exported:
         if wanted not in self.header.programs:
             raise UserError(_absent(self.path, wanted, self.header.programs))
         if wanted not in self.programs:
-            self.programs[wanted] = jax.jit(_deserialized(self.path, wanted).call)
+            self.programs[wanted] = _compiled(self.path, wanted)
         run = self.programs[wanted]
         return lambda params, arrays, guidance, times, seed, indices, draws, start: run(params, arrays, guidance, times, seed, indices)
 
@@ -217,13 +218,20 @@ def _text(header, archive):
     return prompts_lib.GemmaPrompts(_Tokenizer(tokenizer), header.text["instruction"])
 
 
-def _deserialized(path, program):
+def _compiled(path, program):
+    """A program of the file, compiled for this device."""
     with _opened(path) as archive:
         blob = bytearray(archive.read(program.member))
     try:
-        return jax_export.deserialize(blob)
-    except ValueError as error:  # JAX's own check of its format's version
+        found = jax_export.deserialize(blob)
+        version, newest = found.calling_convention_version, jax_export.maximum_supported_calling_convention_version
+        if not jax_export.minimum_supported_calling_convention_version <= version <= newest:
+            raise ValueError(f"calling convention {version}, known up to {newest}")
+        arguments, _ = jax.tree.unflatten(found.in_tree, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in found.in_avals])
+        lowered = jax.jit(found.call).lower(*arguments)
+    except (ValueError, NotImplementedError, RuntimeError) as error:  # of JAX or of its compiler, about their versions
         raise UserError(f"{path} cannot be run by jax {jax.__version__} ({error}): export it again with this version") from None
+    return lowered.compile()
 
 
 @contextlib.contextmanager
