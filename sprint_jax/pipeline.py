@@ -72,7 +72,7 @@ def load(path, *, dtype="bfloat16", instruction=None, tile=False, unrolled=None,
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     if not path.is_dir():
-        raise UserError(f"no directory {path}: give a diffusers folder, a converted model or the --workdir of a run")
+        raise UserError(f"no directory {path}: give a diffusers folder, a converted model, the --workdir of a run, or an exported file")
     unrolled = jax.default_backend() == "cpu" if unrolled is None else unrolled
     place = functools.partial(_place, unrolled)
     if folder.is_diffusers(path):
