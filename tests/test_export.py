@@ -104,7 +104,8 @@ def test_equal_exports_are_equal_files(pipe, file, tmp_path):
 @pytest.mark.parametrize("options, words", [
     (dict(steps=3), "no program for --steps=3: it has 1, 2"),
     (dict(height=64, width=32), "no program for 64 x 32 pixels: it has 32 x 32"),
-    (dict(height=40), "height 40|no program for 40 x 32 pixels"),
+    (dict(height=40), "no program for 40 x 32 pixels"),
+    (dict(height=36), "height 36 is not a multiple of 8"),
     (dict(batch_size=4), "no program for --batch_size=4: it has 2"),
     (dict(image=np.zeros((32, 32, 3), np.uint8)), "no program that starts from a picture"),
     (dict(output="latent"), "draws pixels from a seed"),
