@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from sprint_jax import cli, files
+from sprint_jax import cli, compile_cache, files
 from sprint_jax.errors import UserError
 
 _SOURCE = flags.DEFINE_string("source", None, "Folder of captioned pictures: WebDataset tars, TFDS, or plain files.")
@@ -126,6 +126,7 @@ def main(argv):
             raise UserError(f"--host={_HOST.value} of --hosts={_HOSTS.value}: use 0 to {_HOSTS.value - 1}")
         from sprint_jax.data import sources  # libraries start here, after the flags are known to be right
 
+        compile_cache.start()
         source = sources.open_source(_SOURCE.value, _FIELD.value)
         if not 0 <= _HELDOUT.value < len(source):
             raise UserError(
@@ -526,13 +527,13 @@ class _Work:
 
     def _texts(self, made):
         """{index: float16 [L, D] or int32 [L], without padding} of the examples that have latents."""
-        from sprint_jax import parts
+        from sprint_jax.data import prompts
 
         indices, texts = sorted(made.latents), {}
         rows = [made.rows[index] for index in indices]
         if self._settings.text == "tokens":
             return {i: arrays["tokens"][arrays["mask"] > 0] for i, (_, arrays) in zip(indices, rows, strict=True)}
-        for chosen, _, arrays in parts.batches(rows, self._batch):
+        for _, chosen, _, arrays in prompts.batches(rows, self._batch):
             features, mask = map(np.asarray, self._features(self._encoders.params["text"], arrays))
             for row, place in enumerate(chosen):
                 self._keep(texts, made, indices[place], _half(features[row][mask[row] > 0]), "text")

@@ -9,7 +9,7 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli, config_flag, distributed
+from sprint_jax import cli, compile_cache, config_flag, distributed
 
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 (the next port is used too).")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Processes of this run; default: told by SLURM, JobSet or TPU variables, or one.")
@@ -24,6 +24,7 @@ def main(argv):
         path, preset = config_flag.path_and_preset()
         workdir = _WORKDIR.value or _default_workdir(path, preset)
         place = distributed.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, os.environ)
+        compile_cache.start()
         from sprint_jax import config, run  # JAX starts here, after the flags are known to be right
         from sprint_jax.training.loop import Interrupted
 

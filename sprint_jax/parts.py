@@ -1,7 +1,7 @@
 """The two seams of a pipeline: prompts to text features, and latents to pixels and back.
 
-A text part has `prepare(prompts)`, which runs on the host and gives a list of groups that share one shape,
-and `features(params, arrays)`, which is traced. A pixel part has `decode(params, latents)`, traced, and
+A text part has `prepare(prompts)`, which runs on the host (its code is in `data/`) and gives each prompt's padded
+length and arrays, `shapes(longest)`, which says what those can be, and `features(params, arrays)`, which is traced. A pixel part has `decode(params, latents)`, traced, and
 `encode(params, images)`. Parameters are arguments everywhere.
 """
 
@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sprint_jax.data import prompts as prompts_lib
-from sprint_jax.errors import UserError
+from sprint_jax.data import text as text_lib
 from sprint_jax.models.dc_ae import DCAE, tiled
 from sprint_jax.models.gemma2 import Gemma2
 
@@ -30,12 +29,14 @@ class EmbeddedText:
     encoder: Any
 
     def prepare(self, prompts):
-        """One (key, arrays) per prompt; prompts with equal keys may share a batch."""
-        for i, prompt in enumerate(prompts):
-            if not prompt.strip():
-                raise UserError(f"prompt {i} is empty: say what to draw, for example 'a red circle'")
-        text, mask = self.encoder.encode(prompts)
-        return [(0, {"text": text[i], "mask": mask[i]}) for i in range(len(prompts))]
+        """One (length, arrays) per prompt; prompts of equal length may share a batch."""
+        return text_lib.prepare(self.encoder, prompts)
+
+    def shapes(self, longest=None):
+        """{length: arrays of one prompt, abstract}. Prompts of any length are padded to one."""
+        length, dim = self.encoder.length, self.encoder.dim
+        f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+        return {length: {"text": f32(length, dim), "mask": f32(length)}}
 
     def features(self, params, arrays):
         return arrays["text"], arrays["mask"]
@@ -52,12 +53,14 @@ class GemmaText:
     prompts: prompts_lib.GemmaPrompts
 
     def prepare(self, prompts):
-        rows = []
-        for ids in self.prompts.tokens(prompts):
-            length = prompts_lib.bucket(len(ids))
-            tokens, mask = prompts_lib.pad([ids], length)
-            rows.append((length, {"tokens": tokens[0], "mask": mask[0]}))
-        return rows
+        return self.prompts.prepare(prompts)
+
+    def shapes(self, longest=None):
+        """{padded length: arrays of one prompt, abstract} for prompts of at most `longest` tokens; None for all."""
+        room = self.prompts.room
+        lengths = prompts_lib.buckets(room if longest is None else min(longest, room))
+        one = lambda n, dtype: jax.ShapeDtypeStruct((n,), dtype)
+        return {n: {"tokens": one(n, jnp.int32), "mask": one(n, jnp.float32)} for n in lengths}
 
     def features(self, params, arrays):
         """[B, L, D] and [B, L]: the first token's state, then those of the prompt."""
@@ -136,20 +139,3 @@ class AutoencoderPixels:
     @functools.cached_property
     def _encode(self):
         return jax.jit(self.model.encode)
-
-
-def batches(rows, size):
-    """Groups prepared prompts of equal shape, `size` at a time.
-
-    rows: [(key, arrays)]. Yields (indices, the same padded to `size`, arrays stacked in that order). A
-    prompt's company never changes its shapes, so it never changes its picture.
-    """
-    by_key = {}
-    for i, (key, _) in enumerate(rows):
-        by_key.setdefault(key, []).append(i)
-    for indices in by_key.values():
-        for start in range(0, len(indices), size):
-            part = indices[start : start + size]
-            padded = part + [part[-1]] * (size - len(part))
-            arrays = [rows[i][1] for i in padded]
-            yield part, padded, {name: np.stack([a[name] for a in arrays]) for name in arrays[0]}

@@ -1,7 +1,7 @@
 """Pictures from a model: python -m sprint_jax.sample --model=DIR --prompt="…" --steps=2 --out=DIR
 
-DIR is a SANA-Sprint folder in the diffusers layout, one made by sprint_jax.convert, or the --workdir of a
-run of sprint_jax.main.
+DIR is a SANA-Sprint folder in the diffusers layout, one made by sprint_jax.convert, the --workdir of a run of
+sprint_jax.main, or a file made by sprint_jax.export.
 """
 
 import json
@@ -12,10 +12,10 @@ import time
 
 from absl import app, flags
 
-from sprint_jax import cli, files
+from sprint_jax import cli, compile_cache, files
 from sprint_jax.errors import UserError
 
-_MODEL = flags.DEFINE_string("model", None, "Diffusers folder, converted folder, or run directory.")
+_MODEL = flags.DEFINE_string("model", None, "Diffusers folder, converted folder, run directory, or exported file.")
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be repeated.")
 _PROMPTS = flags.DEFINE_string("prompts", None, "Text file with one prompt a line.")
 _STEPS = flags.DEFINE_integer("steps", 2, "Network calls per picture, 1 or more.")
@@ -69,26 +69,46 @@ def main(argv):
 
 
 def _generate(prompts):
-    import jax
     import tqdm
 
-    from sprint_jax import pictures, pipeline, resolutions
+    from sprint_jax import drawing, pictures, resolutions
 
-    dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    compile_cache.start()
+
     say = lambda message: print(message, file=sys.stderr, flush=True)
-    pipe = pipeline.load(_MODEL.value, dtype=dtype, instruction=_INSTRUCTION.value, tile=_TILE.value, say=say)
+    pipe = _exported(say) if pathlib.Path(_MODEL.value).is_file() else _loaded(say)
     height, width = _HEIGHT.value or pipe.height, _WIDTH.value or pipe.width
     made_at = resolutions.nearest(height, width) if _BINNING.value else (height, width)
-    pipeline.latent_shape(pipe, *made_at)  # refuses a bad size before the picture is read
+    drawing.latent_shape(pipe, *made_at)  # refuses a bad size before the picture is read
     image = pictures.load(_IMAGE.value, *made_at) if _IMAGE.value else None
     with tqdm.tqdm(total=len(prompts) * _PER_PROMPT.value, unit="picture", desc="sample", delay=5) as bar:
-        images = pipeline.generate(
+        images = drawing.generate(
             pipe, prompts, steps=_STEPS.value, guidance_scale=_GUIDANCE.value, seed=_SEED.value,
             schedule=_SCHEDULE.value, timesteps=_angles(), height=made_at[0], width=made_at[1], image=image,
             strength=_STRENGTH.value, images_per_prompt=_PER_PROMPT.value,
             batch_size=_BATCH.value, say=lambda done: bar.update(done - bar.n),
         )  # fmt: skip
     return resolutions.fit(images, height, width)
+
+
+def _loaded(say):
+    """The model of a folder."""
+    import jax
+
+    from sprint_jax import pipeline
+
+    dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return pipeline.load(_MODEL.value, dtype=dtype, instruction=_INSTRUCTION.value, tile=_TILE.value, say=say)
+
+
+def _exported(say):
+    """The programs of a file, which nothing can be changed about any more."""
+    for flag in (_DTYPE, _INSTRUCTION, _TILE):
+        if flag.present:
+            raise UserError(f"--{flag.name} is settled in an exported file: give it to sprint_jax.export")
+    from sprint_jax import exported
+
+    return exported.load(_MODEL.value, say=say)
 
 
 def _angles():

@@ -1,5 +1,6 @@
 """Parameter trees as safetensors files: flat names joined by dots, written whole or not at all."""
 
+import json
 import pathlib
 
 import jax
@@ -65,3 +66,33 @@ def load(path, expected):
                 f"{leaf.shape}; use the config that the weights were made with"
             )
     return unflatten({k: found[k].astype(np.float32) for k in wanted})
+
+
+def write_stream(file, flat):
+    """Writes {name: array} as safetensors, one array after the other. file: binary, open for writing."""
+    header, end = {}, 0
+    for name, array in flat.items():
+        start, end = end, end + array.size * array.dtype.itemsize
+        header[name] = {"dtype": _NAMES[array.dtype.name], "shape": list(array.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for array in flat.values():
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def read_stream(file):
+    """Yields (name, array) of what `write_stream` wrote, to the end of the file. Raises ValueError where it does not fit."""
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    dtypes = {name: jax.numpy.dtype(dtype) for dtype, name in _NAMES.items()}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        data = file.read(end - start)
+        if len(data) != end - start:
+            raise ValueError(f"{name} is cut off")
+        yield name, np.frombuffer(data, dtypes[entry["dtype"]]).reshape(entry["shape"])
+    if file.read(1):  # reading to the end is what checks a zip member's sum
+        raise ValueError("bytes after the last array")
+
+
+_NAMES = {"float32": "F32", "bfloat16": "BF16", "int32": "I32"}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sprint_jax import pictures, pipeline, resolutions
+from sprint_jax import drawing, pictures, pipeline, resolutions
 from sprint_jax.data import prompts as prompts_lib
 from sprint_jax.diffusion import samplers
 from sprint_jax.errors import UserError
@@ -31,14 +31,14 @@ def normals(*shape, seed=0):
     ],
 )
 def test_image_times(steps, strength, expected):
-    times = pipeline.image_times(samplers.scm_times(steps), strength)
+    times = drawing.image_times(samplers.scm_times(steps), strength)
     np.testing.assert_allclose(times, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, 1.5])
 def test_strength_out_of_range(strength):
     with pytest.raises(UserError, match="strength"):
-        pipeline.image_times(samplers.scm_times(2), strength)
+        drawing.image_times(samplers.scm_times(2), strength)
 
 
 def test_a_start_is_mixed_with_the_noise():

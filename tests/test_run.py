@@ -58,13 +58,13 @@ def test_again_skips_what_is_done(finished, command):
     assert (finished / "student.safetensors").stat().st_mtime_ns == before
 
 
-def test_export_reads_the_newest_checkpoint(finished, command, tmp_path):
+def test_extract_reads_the_newest_checkpoint(finished, command, tmp_path):
     """Fails when parameters are taken instead of their average, and when a checkpoint is not needed whole."""
     out = tmp_path / "student.safetensors"
-    result = command("sprint_jax.export", f"--run_dir={finished}", f"--to_file={out}")
+    result = command("sprint_jax.extract", f"--run_dir={finished}", f"--to_file={out}")
     assert result.returncode == 0 and "after 12 steps" in result.stdout, result.stderr[-2000:]
     assert out.read_bytes() == (finished / "student.safetensors").read_bytes()
-    refused = command("sprint_jax.export", f"--run_dir={tmp_path}", f"--to_file={out}")
+    refused = command("sprint_jax.extract", f"--run_dir={tmp_path}", f"--to_file={out}")
     assert refused.returncode == 2 and "no work directory" in refused.stderr
 
 

@@ -22,12 +22,12 @@ _BUCKETS = (15, 31, 63, 127, WINDOW - 1, WINDOW)
 class GemmaPrompts:
     """Tokens of prompts under one instruction.
 
-    prefix: int32 [P], the tokens that all prompts share; empty without an instruction.
+    instruction: as given. prefix: int32 [P], the tokens that all prompts share; empty without an instruction.
     """
 
     def __init__(self, tokenizer, instruction: str):
         """tokenizer: a transformers fast tokenizer that puts <bos> first. instruction: "" for none."""
-        self._tokenizer, self._instruction = tokenizer, instruction
+        self._tokenizer, self.instruction = tokenizer, instruction
         start = self._ids(instruction)
         if not start or start[0] != BOS:
             raise UserError(
@@ -35,6 +35,27 @@ class GemmaPrompts:
                 "tokenizer as SANA uses it (add_bos_token must be true)"
             )
         self.prefix = np.array(start[:-1] if instruction else [], np.int32)
+
+    def tokenizer_json(self) -> str:
+        """The tokenizer as the tokenizers package reads it, with all that transformers has set on it."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError("the model's tokenizer has no tokenizer.json form: download the folder's tokenizer.json")
+        return backend.to_str()
+
+    @property
+    def room(self) -> int:
+        """Most tokens of a prompt that are read, after the prefix."""
+        return WINDOW - 1 if len(self.prefix) else WINDOW
+
+    def prepare(self, prompts):
+        """One (padded length, {"tokens" int32 [length], "mask" float32 [length]}) per prompt."""
+        rows = []
+        for ids in self.tokens(prompts):
+            length = bucket(len(ids))
+            tokens, mask = pad([ids], length)
+            rows.append((length, {"tokens": tokens[0], "mask": mask[0]}))
+        return rows
 
     def _ids(self, text):
         return self._tokenizer(text, add_special_tokens=True)["input_ids"]
@@ -49,12 +70,11 @@ class GemmaPrompts:
 
     def _one(self, index, prompt):
         text = prompt.lower().strip()
-        ids = self._ids(self._instruction + text)
+        ids = self._ids(self.instruction + text)
         start = len(self.prefix)
         if ids[:start] != self.prefix.tolist():
             raise UserError(f"prompt {index} begins with characters that merge with the instruction: begin with a letter")
-        room = WINDOW - 1 if start else WINDOW
-        rest = ids[start:]
+        rest, room = ids[start:], self.room
         if len(rest) > room:
             lost = self._tokenizer.decode(rest[room:])
             shown = lost if len(lost) <= 80 else lost[:77] + "..."
@@ -62,6 +82,11 @@ class GemmaPrompts:
                 f"prompt {index} has {len(rest)} tokens and the model reads {room}: cut off {shown!r}", stacklevel=3
             )
         return np.array(rest[:room], np.int32)
+
+
+def buckets(longest):
+    """All padded lengths of prompts of 0 to `longest` tokens."""
+    return sorted({bucket(length) for length in range(longest + 1)})
 
 
 def bucket(length):
@@ -76,3 +101,20 @@ def pad(ids, length):
         tokens[row, : len(one)] = one
         mask[row, : len(one)] = 1
     return tokens, mask
+
+
+def batches(rows, size):
+    """Groups prepared prompts of equal shape, `size` at a time.
+
+    rows: [(key, arrays)]. Yields (key, indices, the same padded to `size`, arrays stacked in that order). A
+    prompt's company never changes its shapes, so it never changes its picture.
+    """
+    by_key = {}
+    for i, (key, _) in enumerate(rows):
+        by_key.setdefault(key, []).append(i)
+    for key, indices in by_key.items():
+        for start in range(0, len(indices), size):
+            part = indices[start : start + size]
+            padded = part + [part[-1]] * (size - len(part))
+            arrays = [rows[i][1] for i in padded]
+            yield key, part, padded, {name: np.stack([a[name] for a in arrays]) for name in arrays[0]}

@@ -108,3 +108,12 @@ class WordsText:
     def _ids(self, prompt):
         words = re.findall(r"\w+", prompt.lower())[: self.length - 1]
         return [1] + [self._FIRST + zlib.crc32(w.encode()) % (self._TOKENS - self._FIRST) for w in words]
+
+
+def prepare(encoder, prompts):
+    """One (length, {"text" [L, D], "mask" [L]}) per prompt to draw; encoder: of this module."""
+    for i, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise UserError(f"prompt {i} is empty: say what to draw, for example 'a red circle'")
+    text, mask = encoder.encode(prompts)
+    return [(encoder.length, {"text": text[i], "mask": mask[i]}) for i in range(len(prompts))]

@@ -86,7 +86,8 @@ def scm(F, noise, step_noise, times, start=None):
     x = SIGMA_D * noise
     if start is not None:
         x = SIGMA_D * (jnp.cos(times[0]) * start + jnp.sin(times[0]) * noise)
-    x, _ = jax.lax.scan(step, x, (times[:-2], times[1:-1], step_noise))
+    if times.shape[0] > 2:  # a loop that runs no time would still be traced and compiled
+        x, _ = jax.lax.scan(step, x, (times[:-2], times[1:-1], step_noise))
     return denoise(x, times[-2]) / SIGMA_D
 
 

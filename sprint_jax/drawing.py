@@ -1,0 +1,177 @@
+"""The host's side of prompts to pictures, the same for a loaded model and for an exported file.
+
+What is asked for becomes sizes, times, prepared prompts and batches; whoever computes is told apart by the
+programs it hands out: `pipeline.Pipeline` compiles its networks, `exported.Exported` runs what its file holds.
+No network is known here.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+
+from sprint_jax.data import prompts as prompts_lib
+from sprint_jax.diffusion import samplers
+from sprint_jax.errors import UserError
+
+# Img2img never starts nearer to noise than this unless strength is 1: at the published t_max nothing is
+# left of the picture. It is the second time of the published two-step list.
+IMAGE_T_MAX = 1.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """All that decides about shapes, and so about the program, of one batch.
+
+    output: "pixels" or "latent". steps: network calls. length: tokens that prompts are padded to.
+    batch_size: pictures. shape: (h, w, c) of one latent. draws: whether noise is given. start: whether
+    latents to start from are.
+    """
+
+    output: str
+    steps: int
+    length: int
+    batch_size: int
+    shape: tuple[int, int, int]
+    draws: bool
+    start: bool
+
+
+def generate(
+    pipe, prompts, *, steps=2, guidance_scale=None, height=None, width=None, seed=0, timesteps=None,
+    latents=None, step_noise=None, image=None, strength=0.6, output="pixels", schedule=None,
+    images_per_prompt=1, batch_size=None, say=lambda done: None,
+):  # fmt: skip
+    """Pictures of prompts in few steps.
+
+    Args:
+      pipe: from `pipeline.load` or `exported.load`. prompts: list of str. A published model takes an empty
+        one; the embedded one not.
+      steps: network calls per picture, 1 or more.
+      guidance_scale: embedded scale; None takes the model's own (4.5 for published models).
+      height, width: pixels, multiples of the autoencoder's factor (32); None takes the model's own.
+      seed: picture i depends on (seed, i, prompt i) alone.
+      timesteps: steps + 1 angles from noise (about pi/2) to 0, instead of a schedule.
+      latents: [B, h, w, c] unit-variance start noise. step_noise: steps - 1 arrays of that shape, the
+        draws between steps (a longer list, as of a scheduler that also draws at the end, is cut).
+      image: uint8 [H, W, 3] or [B, H, W, 3] to start from (img2img) instead of noise alone.
+      strength: in (0, 1], how much of the picture may change. Drops the first steps; see `image_times`.
+      output: "pixels" or "latent".
+      schedule: "code" or "paper" (`samplers.scm_times`); None takes the model's own.
+      images_per_prompt: pictures of each prompt, side by side in the result.
+      batch_size: pictures per run of the compiled program; pictures are bit-equal for any company of
+        prompts at one batch size. None takes pipe.batch_size.
+      say: called with the number of pictures done.
+    Returns:
+      "pixels": uint8 [B, H, W, 3]. "latent": float32 [B, h, w, c] at unit scale, before the
+      autoencoder's scaling is undone.
+    """
+    if isinstance(prompts, str):
+        raise UserError("prompts must be a list of texts: put brackets around the one")
+    if not prompts:
+        raise UserError("no prompts: give at least one")
+    if output not in ("pixels", "latent"):
+        raise UserError(f"output {output!r}: use 'pixels' or 'latent'")
+    if images_per_prompt < 1:
+        raise UserError(f"images_per_prompt {images_per_prompt}: use 1 or more")
+    prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    height, width, size = height or pipe.height, width or pipe.width, batch_size or pipe.batch_size
+    shape = latent_shape(pipe, height, width)
+    times = _times(pipe, steps, timesteps, schedule)
+    if image is not None:
+        times = image_times(times, strength)
+    draws = _draws(latents, step_noise, len(prompts), shape, len(times) - 1)
+    start = None if image is None else _encode(pipe, image, len(prompts), height, width)
+    rows = pipe.text.prepare(prompts)  # every prompt is checked before the first picture is made
+    given = dict(output=output, steps=len(times) - 1, batch_size=size, shape=shape, draws=draws is not None, start=start is not None)
+    programs = {length: pipe.program(Kind(length=length, **given)) for length in sorted({length for length, _ in rows})}
+    scale = rounded(pipe.guidance_scale if guidance_scale is None else guidance_scale, pipe.dtype)
+    pick = lambda a, padded, axis: None if a is None else np.take(a, padded, axis)
+    result, done = [None] * len(prompts), 0
+    for length, indices, padded, arrays in prompts_lib.batches(rows, size):
+        made = programs[length](
+            pipe.params, arrays, np.float32(scale), times, np.int32(seed), np.array(padded, np.int32),
+            pick(draws, padded, 1), pick(start, padded, 0),
+        )  # fmt: skip
+        made = np.asarray(made)
+        for row, index in enumerate(indices):
+            result[index] = made[row]
+        done += len(indices)
+        say(done)
+    return np.stack(result)
+
+
+def latent_shape(pipe, height, width):
+    """(h, w, c) of a picture's latents. Raises UserError for sides that do not fit."""
+    factor = pipe.pixels.factor
+    for name, side in (("height", height), ("width", width)):
+        if side <= 0 or side % factor:
+            nearest = max(factor, round(side / factor) * factor)
+            raise UserError(f"{name} {side} is not a multiple of {factor}: use {nearest}")
+    return height // factor, width // factor, pipe.pixels.channels
+
+
+def _times(pipe, steps, timesteps, schedule):
+    if timesteps is None:
+        return samplers.scm_times(steps, schedule or pipe.schedule)
+    times = np.asarray(timesteps, np.float32)
+    if times.shape != (steps + 1,):
+        raise UserError(f"{times.size} timesteps for {steps} steps: give steps + 1, the last 0")
+    if times[-1] != 0 or not (np.diff(times) < 0).all() or times[0] > 1.5709:
+        raise UserError(f"timesteps {times.tolist()} must fall from at most pi/2 to 0")
+    return times
+
+
+def image_times(times, strength):
+    """The times of img2img: of n steps about n * strength are run, at least one.
+
+    The published pipeline rounds so that its default (2 steps, strength 0.6) starts at pi/2, where nothing
+    is left of the picture. Here steps are rounded away from noise, and unless strength is 1 the first time
+    is at most IMAGE_T_MAX.
+    """
+    if not 0 < strength <= 1:
+        raise UserError(f"strength {strength}: use more than 0 and at most 1")
+    steps = len(times) - 1
+    dropped = min(math.ceil(steps * (1 - strength) - 1e-6), steps - 1)
+    kept = np.array(times[dropped:], np.float32)
+    if strength < 1:
+        kept[0] = min(kept[0], IMAGE_T_MAX)
+        if len(kept) > 2 and kept[1] >= kept[0]:
+            kept = kept[1:]
+    return kept
+
+
+def _draws(latents, step_noise, count, shape, steps):
+    """[steps, B, h, w, c] of given noises, or None where all are drawn from the seed."""
+    if latents is None and step_noise is None:
+        return None
+    if latents is None:
+        raise UserError("step_noise is given without latents: give both, or a seed")
+    step_noise = list(step_noise) if step_noise is not None else []
+    if len(step_noise) < steps - 1:
+        raise UserError(f"{len(step_noise)} step noises for {steps} steps: give {steps - 1}")
+    draws = [np.asarray(a, np.float32) for a in (latents, *step_noise[: steps - 1])]
+    for name, a in zip(["latents", *(f"step_noise[{i}]" for i in range(steps))], draws):
+        if a.shape != (count, *shape):
+            raise UserError(f"{name} has shape {a.shape}: these prompts and this size need {(count, *shape)}")
+    return np.stack(draws)
+
+
+def _encode(pipe, image, count, height, width):
+    """Latents [B, h, w, c] at unit scale of the picture or pictures to start from."""
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3:
+        raise UserError(f"image is {image.dtype} {image.shape}: give uint8 [H, W, 3] or one for each prompt")
+    image = image if image.ndim == 4 else image[None]
+    if len(image) not in (1, count) or image.shape[1:3] != (height, width):
+        raise UserError(
+            f"image has shape {image.shape}: give one, or {count}, of {height} x {width} (resize first)"
+        )
+    encoded = np.concatenate([np.asarray(pipe.encode(one[None])) for one in image])
+    return np.broadcast_to(encoded, (count, *encoded.shape[1:])).astype(np.float32)
+
+
+def rounded(scale, dtype):
+    """The guidance scale as the published pipeline rounds it when it runs in bfloat16."""
+    return float(np.asarray(scale, jnp.dtype(dtype)))
