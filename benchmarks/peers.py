@@ -104,7 +104,6 @@ def inferring(function):
 
 
 def _seconds(start, wait):
-    wait(start())
     begin = time.perf_counter()
     wait(start())
     return time.perf_counter() - begin
@@ -113,6 +112,7 @@ def _seconds(start, wait):
 def in_faster_format(module, start, wait):
     """Puts the module in the memory format in which `start` takes less time, by one run of each after a first."""
     formats = (torch.contiguous_format, torch.channels_last)
+    wait(start())
     times = []
     for memory_format in formats:
         module.to(memory_format=memory_format)

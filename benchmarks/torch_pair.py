@@ -347,16 +347,17 @@ def of_ours(c, frozen, state, choice, on=torch.device("cpu")):
 
 
 def batch_of_ours(batch, on=torch.device("cpu")):
+    """{"x0" [B, C, H, W] at scale sigma_d, "text", "mask"} of a batch as our steps take it."""
     return {
         "x0": SIGMA_D * peers.nchw(batch["latent"], on), "text": peers.tensor(batch["text"], on),
         "mask": peers.tensor(batch["mask"], on),
     }  # fmt: skip
 
 
-def draws_of_ours(c, seed, step, x0, names):
-    """What the step of this number draws in JAX for x0 NHWC: "generator" or "discriminator" order of the keys."""
+def draws_of_ours(c, step, x0, name):
+    """What the step of this number draws in JAX for x0 NHWC. name: "generator" or "discriminator"."""
     s, n = c.sprint, x0.shape[0]
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 7)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(c.seed + 1), step), 7)  # the seed of run.sprint_stage
     noise = lambda key: SIGMA_D * jax.random.normal(key, x0.shape)
     choice = lambda key: jax.random.choice(key, np.asarray(s.guidance, np.float32), (n,))
 
@@ -366,15 +367,16 @@ def draws_of_ours(c, seed, step, x0, names):
 
     t = trigflow.sample_time(keys[4], n, mean=s.p_mean, std=s.p_std)
     drawn = {"w": choice(keys[0]), "start": {"t": trigflow.with_max_time(keys[5], t, s.max_time), "z": noise(keys[6])}}
-    if names == "generator":
+    if name == "generator":
         drawn |= {"t": trigflow.sample_time(keys[1], n, mean=s.p_mean, std=s.p_std), "z": noise(keys[2])}
         drawn["renoise"] = renoising(keys[3])
     else:
-        drawn |= {name: renoising(key) for name, key in zip(("fake", "real", "shift"), keys[1:4], strict=True)}
+        drawn |= {side: renoising(key) for side, key in zip(("fake", "real", "shift"), keys[1:4], strict=True)}
     return drawn
 
 
 def to_torch(drawn, on=torch.device("cpu")):
+    """Draws as tensors, pictures NCHW."""
     return jax.tree.map(lambda a: peers.nchw(a, on) if a.ndim == 4 else peers.tensor(a, on), drawn)
 
 
@@ -401,8 +403,8 @@ def program(bench, c, frozen, state, batch):
     def losses():
         fresh = of_ours(c, frozen, state, chosen, on)
         x0 = np.asarray(batch["latent"])
-        drawn = [to_torch(draws_of_ours(c, c.seed, int(state.step), x0, name), on) for name in ("generator", "discriminator")]
-        return np.array([float(fresh.generator_loss(ours, drawn[0])), float(fresh.discriminator_loss(ours, drawn[1]))])
+        drawn = [to_torch(draws_of_ours(c, int(state.step), x0, name), on) for name in ("generator", "discriminator")]
+        return np.array([fresh.generator_loss(ours, drawn[0]).item(), fresh.discriminator_loss(ours, drawn[1]).item()])
 
     calls = {
         "generator": timing.Call(lambda: pair.generator_step(ours), wait),

@@ -106,7 +106,7 @@ def _joined(*notes):
     return "; ".join(note for note in notes if note) or None
 
 
-def measure(case: Case, bench: Bench, done=lambda: None) -> list[rows.Row]:
+def measure(case: Case, bench: Bench) -> list[rows.Row]:
     """The rows of a case: one for each peer, or one alone. Never raises what the case or a peer raises."""
     row = rows.empty(case.name, bench.where)
     try:
@@ -133,7 +133,8 @@ def measure(case: Case, bench: Bench, done=lambda: None) -> list[rows.Row]:
             except Exception as error:  # whatever a library raises: the rest goes on
                 built.pop(label, None)
                 waiting.append((dataclasses.replace(one, error=sentence(error)), None))
-        times = timing.alternate(built, bench.repeats, subject.shortest, done=done)
+        warm = result is not None and subject.shortest == 0 and len(subject.program.calls) == 1
+        times = timing.alternate(built, bench.repeats, subject.shortest, warm=not warm)
     except Exception as error:
         return [dataclasses.replace(row, error=sentence(error))]
     finished = [rows.filled(one, times["ours"], times.get(label)) for one, label in waiting or [(row, None)]]

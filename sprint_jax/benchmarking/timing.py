@@ -55,24 +55,25 @@ def burst(seconds, shortest) -> int:
     return max(1, min(200, math.ceil(shortest / max(seconds, 1e-9))))
 
 
-def alternate(programs: Mapping[str, Program], repeats, shortest=0.0, clock=time.perf_counter, done=lambda: None):
-    """{name: Times} of programs that take turns, `repeats` of them each after one run to warm up.
+def alternate(programs: Mapping[str, Program], repeats, shortest=0.0, warm=True, clock=time.perf_counter):
+    """{name: Times} of programs that take turns, `repeats` times each.
+
+    warm: run each once before; not needed where a result was computed already.
 
     shortest: a call is repeated back to back until it lasts about this many seconds, and their mean counts: what
       accelerators do in microseconds cannot be timed alone. 0 times single runs, which is what latency is.
-    done: called after every turn.
     """
     counts = {}
     for name, program in programs.items():
         for label, call in program.calls.items():
-            _run(call, 1, clock)
+            if warm:
+                _run(call, 1, clock)
             counts[name, label] = burst(_run(call, 1, clock), shortest) if shortest else 1
     times = {name: {label: [] for label in program.calls} for name, program in programs.items()}
     for _ in range(repeats):
         for name, program in programs.items():
             for label, call in program.calls.items():
                 times[name][label].append(_run(call, counts[name, label], clock))
-            done()
     return {name: Times(of) for name, of in times.items()}
 
 
