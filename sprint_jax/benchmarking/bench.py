@@ -57,7 +57,12 @@ class Bench:
         return machine.rates(dtype)
 
     def kept(self, kind: str, key, make: Callable[[], Any]):
-        """make() for this key; the last one of each kind is kept, an older one is let go first."""
+        """make() for this key. On an accelerator the last one of each kind is kept and an older one let go first.
+
+        On a CPU nothing is: no two cases share weights there, and memory is scarcer.
+        """
+        if self.on_cpu:
+            return make()
         if self._kept.get(kind, (None, None))[0] != key:
             self._kept.pop(kind, None)
             gc.collect()
@@ -133,8 +138,8 @@ def measure(case: Case, bench: Bench) -> list[rows.Row]:
             except Exception as error:  # whatever a library raises: the rest goes on
                 built.pop(label, None)
                 waiting.append((dataclasses.replace(one, error=sentence(error)), None))
-        warm = result is not None and subject.shortest == 0 and len(subject.program.calls) == 1
-        times = timing.alternate(built, bench.repeats, subject.shortest, warm=not warm)
+        ran = result is not None and subject.shortest == 0 and len(subject.program.calls) == 1
+        times = timing.alternate(built, bench.repeats, subject.shortest, warm=not ran)
     except Exception as error:
         return [dataclasses.replace(row, error=sentence(error))]
     finished = [rows.filled(one, times["ours"], times.get(label)) for one, label in waiting or [(row, None)]]

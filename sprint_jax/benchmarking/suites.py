@@ -12,9 +12,9 @@ from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
 _SIZES = (("0.6b", SANA_600M), ("1.6b", SANA_1600M))
 
 
-def case(name, function, *arguments, **options) -> Case:
-    """function(bench, *arguments, **options) builds the subject."""
-    return Case(name, lambda bench: function(bench, *arguments, **options))
+def case(name, build, *arguments, **options) -> Case:
+    """build(bench, *arguments, **options) makes the subject."""
+    return Case(name, lambda bench: build(bench, *arguments, **options))
 
 
 def cpu() -> list[Case]:
