@@ -16,7 +16,7 @@ import transformers
 
 from sprint_jax.benchmarking import bench as bench_lib
 from sprint_jax.benchmarking import machine, timing
-from sprint_jax.conversion import rules, tables
+from sprint_jax.conversion import tables
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -48,15 +48,27 @@ def numpy_nhwc(x):
 
 
 def filled(module, table, params, device, prefix=""):
-    """A module made on the meta device, with our parameters in it; only names below `prefix` are filled."""
+    """A module made on the meta device, with our parameters in it; only names below `prefix` are filled.
+
+    params: blocks stacked or as a list. One tensor at a time: a second copy of the whole tree is not needed.
+    """
     table = [row for row in table if row.theirs.startswith(prefix)]
-    exported = rules.export(table, jax.tree.map(np.asarray, params))
-    state = {name: tensor(array, device) for name, array in exported.items()}
+    state = {row.theirs: tensor(row.to_theirs(np.asarray(_place(params, row))), device) for row in table}
     missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
     absent = [name for name in missing if name.startswith(prefix)]
     if absent or unexpected:
         raise ValueError(f"weights do not fill the module: {[*absent, *unexpected][:3]}")
     return module.eval().requires_grad_(False)
+
+
+def _place(params, row):
+    """The part of our parameters that a row of a conversion table names."""
+    node, place = params, row.place
+    for name in row.ours.split("."):
+        if isinstance(node, list):  # blocks one by one: the first index says which
+            node, place = node[place[0]], place[1:]
+        node = node[name]
+    return node[place]
 
 
 def sana(model, **changes):
@@ -128,7 +140,7 @@ def _transformer(bench, model, params, on):
 
 
 def transformer(bench, model, params, arrays, *, compiled):
-    """One call of `SanaTransformer2DModel`. params: ours, stacked. arrays: x NHWC, t, text, mask, guidance."""
+    """One call of `SanaTransformer2DModel`. params: ours. arrays: x NHWC, t, text, mask, guidance."""
     on, dtype = device(bench), DTYPES[model.dtype]
     module = _transformer(bench, model, params, on)
     x, text = nchw(arrays["x"], on).to(dtype), tensor(arrays["text"], on).to(dtype)

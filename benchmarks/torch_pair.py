@@ -62,7 +62,7 @@ class CrossAttention:
         q, k, v = (a.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for a in (q, k, v))
         bias = None if attention_mask is None else attention_mask[:, None]
         if self.fused:
-            out = nn_f.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            out = nn_f.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
         else:
             scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
             out = (scores if bias is None else scores + bias).softmax(-1) @ v

@@ -50,9 +50,13 @@ def _normal(seed, shape, dtype=jnp.float32):
 
 
 def _transformer(bench, model):
-    """(parameters as trained, as run): without a loop on a CPU, as `pipeline.load` has it."""
-    params = bench.kept("transformer", model, lambda: drawn(model, model.dtype))
-    return params, model.unstack(params) if bench.on_cpu else params
+    """Parameters as they are run: without a loop on a CPU, as `pipeline.load` has it."""
+
+    def make():
+        params = drawn(model, model.dtype)
+        return model.unstack(params) if bench.on_cpu else params
+
+    return bench.kept("transformer", model, make)
 
 
 def _itemsize(dtype):
@@ -62,18 +66,18 @@ def _itemsize(dtype):
 def transformer(bench, size: LinearDiT, cells, *, dtype, batch=1, tokens=TEXT_TOKENS, compile_peer=False):
     """One call of the transformer on cells x cells latents."""
     model = inference(size, dtype)
-    params, ready = _transformer(bench, model)
+    params = _transformer(bench, model)
     x, text = _normal(1, (batch, cells, cells, model.in_channels)), _normal(2, (batch, tokens, model.text_dim), dtype)
     mask, t, w = jnp.ones((batch, tokens)), jnp.full((batch,), 0.7), jnp.full((batch,), 4.5)
     run = lambda params, *args: model.apply(params, *args).velocity
-    program, seconds = bench_lib.compiled(run, ready, x, t, text, mask, w)
+    program, seconds = bench_lib.compiled(run, params, x, t, text, mask, w)
     arrays = dict(x=x, t=t, text=text, mask=mask, guidance=w)
 
     def peer(compiled):
         return bench.peers("peers").transformer(bench, model, params, arrays, compiled=compiled)
 
     return bench_lib.Subject(
-        bench_lib.program(program, ready, x, t, text, mask, w), seconds, dtype,
+        bench_lib.program(program, params, x, t, text, mask, w), seconds, dtype,
         floors.transformer(model, cells * cells, tokens, batch=batch, itemsize=_itemsize(dtype)),
         _peers("diffusers", peer, compile_peer),
     )  # fmt: skip
@@ -108,7 +112,7 @@ def picture(
     The peer encodes instruction and prompt each time and pads to the published length, as the published pipeline does.
     """
     model = inference(size, dtype)
-    transformer_params, ready = _transformer(bench, model)
+    transformer_params = _transformer(bench, model)
     decoder_params = bench.kept("decoder", (autoencoder, dtype), lambda: drawn(autoencoder, dtype, part="decoder"))
     text_params = bench.kept("text", (text, dtype), lambda: drawn(text, dtype))
     ids = np.random.default_rng(0).integers(3, text.vocab, prefix + batch * tokens).astype(np.int32)
@@ -125,7 +129,7 @@ def picture(
         latents = samplers.scm(trigflow.from_flow(v), draws[0], draws[1:], times)
         return pixels.decode(params["pixels"], latents)
 
-    params = {"transformer": ready, "text": {"model": text_params, "prefix": cached}, "pixels": decoder_params}
+    params = {"transformer": transformer_params, "text": {"model": text_params, "prefix": cached}, "pixels": decoder_params}
     arguments = params, prompts, np.ones(prompts.shape, np.float32), draws
     program, seconds = bench_lib.compiled(run, *arguments)
 
