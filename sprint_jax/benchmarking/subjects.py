@@ -5,6 +5,7 @@ Every parameter is moved off its initial value, so that no zero or one makes a c
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +28,26 @@ _KERNEL_SECONDS = 0.05
 
 
 def drawn(model, dtype, seed=0, part=None):
-    """Random parameters of a model, or of one part of them, on the device."""
+    """Random parameters of a model, or of one part of them, on the device, one array at a time.
 
-    def draw(key):
-        params = model.init(key)
-        params = params if part is None else {part: params[part]}
-        leaves, tree = jax.tree.flatten(params)
-        keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-        moved = [a + 0.02 * jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)]
-        return jax.tree.unflatten(tree, [a.astype(dtype) for a in moved])
+    Drawing them all in one program, as `init` does, needs several times their memory.
+    """
+    abstract = jax.eval_shape(model.init, jax.random.key(seed))
+    abstract = abstract if part is None else {part: abstract[part]}
+    leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    made = [_leaf(key, str(path[-1].key), a.shape, dtype) for key, (path, a) in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, made)
 
-    return jax.jit(draw)(jax.random.key(seed))
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _leaf(key, name, shape, dtype):
+    """Norm weights about 1, vectors about 0, kernels that keep the size of what they multiply."""
+    noise = jax.random.normal(key, shape)
+    if name == "weight":
+        return (1 + 0.1 * noise).astype(dtype)
+    fan_in = 1 if len(shape) < 2 else math.prod(shape[:-1]) if len(shape) == 4 else shape[-2]
+    return (noise * (0.1 if len(shape) < 2 else fan_in**-0.5)).astype(dtype)
 
 
 def inference(model: LinearDiT, dtype) -> LinearDiT:
