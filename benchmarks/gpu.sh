@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Every open GPU question in one command, at most fifteen minutes on one GPU:
+# Every open GPU question, in parts of at most about four minutes each on one GPU:
 #
 #     bash benchmarks/gpu.sh [OUT [PART ...]]
 #
-# OUT: folder for logs and pictures, default gpu_results. PART: names of parts below, to run those alone.
+# OUT: folder for logs, rows (JSON) and pictures, default gpu_results. PART: names of parts below, to run those
+# alone; all of them take most of an hour.
 #
 # Needs Python with jax (CUDA), flax, optax and orbax-checkpoint; the lighter packages of requirements.txt
-# must be importable too (carry them as wheels where there is no network).
+# must be importable too (carry them as wheels where there is no network). For the peers' columns also PyTorch
+# (CUDA), diffusers and transformers; without them those columns stay empty.
 # Each part prints its own table and ends on its own time limit; a part that fails does not stop the next.
 # NOT YET RUN ON A GPU: whoever runs it first commits the table to benchmarks/RESULTS.md.
 set -uo pipefail
@@ -34,8 +36,23 @@ $python -c 'import jax; print("jax", jax.__version__, jax.devices())' | tee -a "
 part numeric_tests 100 $python -m pytest -p no:cacheprovider \
   tests/test_flow_trigflow.py tests/test_scm.py tests/test_ladd.py tests/test_samplers.py \
   tests/test_linear_dit.py tests/test_steps.py
-# Published sizes with random weights: is decoding or the transformer slower, and by how much?
-part published_sizes 120 $python -m benchmarks.published
+# Published sizes with random weights, against diffusers with and without torch.compile and against the floors. A
+# part that its limit cuts short has written the rows of the cases it finished.
+bench() { # bench NAME SUITE CASES
+  part "$1" 240 $python -m sprint_jax.benchmark --suite="$2" --only="$3" --out="$out/$1.json"
+}
+bench transformer_06b gpu 'transformer_0.6b*'
+bench transformer_16b gpu 'transformer_1.6b*'
+bench decoder gpu 'dcae_decode*'
+bench latency_06b gpu 'picture_0.6b_?step,picture_0.6b_?step_512'
+bench latency_16b gpu 'picture_1.6b_?step,picture_1.6b_?step_512'
+bench throughput_06b gpu 'picture_0.6b_*_batch10,picture_0.6b_*_batch32'
+bench throughput_16b gpu 'picture_1.6b_*_batch10,picture_1.6b_*_batch32'
+bench training_600m gpu 'sprint_pair_600m*'
+bench training_1600m gpu 'sprint_pair_1600m*'
+bench training_embedded gpu 'sprint_pair_embedded'
+bench kernels_06b kernels '*_0.6b_*'
+bench kernels_16b kernels '*_1.6b_*'
 part depthwise 40 $python -m benchmarks.depthwise
 part pair_shapes_64 60 $python -m benchmarks.pair --preset=shapes_64
 # Memory and time of the published sizes' training steps, 16 samples; docs/plan.md has what was predicted.

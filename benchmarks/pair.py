@@ -6,26 +6,15 @@ Random parameters and random batches: for `sana_600m` and `sana_1600m` no weight
 """
 
 import argparse
-import pathlib
-import runpy
 import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 
-from sprint_jax import build, config, inputs, run
+from sprint_jax.benchmarking import training
 from sprint_jax.training import loop, sharding
 
-ROOT = pathlib.Path(__file__).parent.parent
 REPEATS = 9
-
-
-def random_like(abstract, key):
-    """Random normal arrays, 1 in masks."""
-    make = lambda name, a, k: jnp.ones(a.shape, a.dtype) if "mask" in name else jax.random.normal(k, a.shape, a.dtype)
-    keys = jax.random.split(key, len(abstract))
-    return {name: make(name, a, k) for (name, a), k in zip(sorted(abstract.items()), keys, strict=True)}
 
 
 def main():
@@ -34,18 +23,14 @@ def main():
     parser.add_argument("--batch", type=int)
     parser.add_argument("--remat")
     options = parser.parse_args()
-    tree = runpy.run_path(str(ROOT / "configs/sprint.py"))["get_config"](options.preset)
-    tree.mesh.update(data=1, fsdp=1)
-    tree.sprint.batch = options.batch or tree.sprint.batch
-    tree.model.remat = options.remat or tree.model.remat
-    c = config.parse(tree)
-    data = inputs.Abstract(c)
-    data.frozen = random_like(data.frozen, jax.random.key(0))
-    teacher = jax.jit(build.teacher(c).init)(jax.random.key(1))
-    stage = run.sprint_stage(c, data, teacher)
+
+    def change(tree):
+        tree.sprint.batch = options.batch or tree.sprint.batch
+        tree.model.remat = options.remat or tree.model.remat
+
+    c = training.card(options.preset, change)
+    stage, frozen, state, batch = training.start(c)
     placed = loop.Placed.on(stage, sharding.mesh(1, 1, jax.devices()[:1]))
-    state, frozen = jax.jit(stage.start)(stage.frozen, stage.begun), stage.frozen
-    batch = random_like(inputs.abstract_batch(c, c.sprint.batch), jax.random.key(2))
     total = 0.0
     print(
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}, preset {options.preset}, batch {c.sprint.batch}, "

@@ -1,0 +1,147 @@
+"""From a case to its rows: build our program and its peers, let them take turns, and go on when one fails."""
+
+import dataclasses
+import functools
+import gc
+import importlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from sprint_jax.benchmarking import floors, machine, rows, timing
+
+
+class NoPeer(Exception):
+    """Why there is nothing to compare with, as a sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A program of ours, ready to run.
+
+    program: compiled. compile_s: what that took. dtype: of its arithmetic. work: its floor's, or None.
+    peers: (label, build); build() gives the peer's `timing.Program`, and raises NoPeer where there is none.
+    shortest: see `timing.alternate`. note: a sentence for the table.
+    """
+
+    program: timing.Program
+    compile_s: float | None
+    dtype: str
+    work: floors.Work | None
+    peers: tuple[tuple[str, Callable[[], timing.Program]], ...] = ()
+    shortest: float = 0.0
+    note: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A name and how its subject is built."""
+
+    name: str
+    build: Callable[["Bench"], Subject]
+
+
+class Bench:
+    """What the cases of one run share: how often to repeat, the device's rates, and large things made once."""
+
+    def __init__(self, repeats: int):
+        self.repeats, self.on_cpu = repeats, jax.default_backend() == "cpu"
+        self.where = machine.where()
+        self._kept = {}
+
+    @functools.cache
+    def rates(self, dtype):
+        return machine.rates(dtype)
+
+    def kept(self, kind: str, key, make: Callable[[], Any]):
+        """make() for this key. On an accelerator the last one of each kind is kept and an older one let go first.
+
+        On a CPU nothing is: no two cases share weights there, and memory is scarcer.
+        """
+        if self.on_cpu:
+            return make()
+        if self._kept.get(kind, (None, None))[0] != key:
+            self._kept.pop(kind, None)
+            gc.collect()
+            self._kept[kind] = key, make()
+        return self._kept[kind][1]
+
+    def peers(self, module: str):
+        """A module of the repository's benchmarks/ folder. Raises NoPeer where it or what it needs is missing."""
+        try:
+            return importlib.import_module(f"benchmarks.{module}")
+        except ImportError as error:
+            if error.name and error.name.split(".")[0] == "benchmarks":
+                raise NoPeer("no peer: the repository's benchmarks/ folder is not here, run it from a checkout's root") from None
+            raise NoPeer(f"no peer: {error}; requirements-dev.txt has what it needs") from None
+
+
+def compiled(function, *arguments, **options):
+    """(program, seconds) of tracing and compiling a function for these arguments."""
+    begin = time.perf_counter()
+    program = jax.jit(function, **options).lower(*arguments).compile()
+    return program, time.perf_counter() - begin
+
+
+def program(function, *arguments) -> timing.Program:
+    """A compiled function and its arguments, on the device, as something to time."""
+    start = lambda: function(*arguments)
+    result = lambda: np.asarray(jax.tree.leaves(start())[0].astype("float32"))
+    return timing.Program({"": timing.Call(start, jax.block_until_ready)}, result)
+
+
+def relative(value, expected) -> float:
+    """Euclidean norm of the difference, by that of `expected`."""
+    value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
+    if value.shape != expected.shape:
+        raise ValueError(f"results of shapes {value.shape} and {expected.shape}")
+    return float(np.linalg.norm(value - expected) / np.linalg.norm(expected))
+
+
+def sentence(error: BaseException) -> str:
+    """One line of an exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _joined(*notes):
+    return "; ".join(note for note in notes if note) or None
+
+
+def measure(case: Case, bench: Bench) -> list[rows.Row]:
+    """The rows of a case: one for each peer, or one alone. Never raises what the case or a peer raises."""
+    row = rows.empty(case.name, bench.where)
+    try:
+        subject = case.build(bench)
+        work = {}
+        if subject.work is not None:
+            work = dict(flop=subject.work.flop, floor_s=floors.seconds(subject.work, bench.rates(subject.dtype)))
+        row = dataclasses.replace(
+            row, dtype=subject.dtype, compile_s=subject.compile_s, note=subject.note, **work
+        )  # fmt: skip
+        built, result = {"ours": subject.program}, None
+        waiting = []  # (row, label of a program that runs, or None)
+        for label, build in subject.peers:
+            one = dataclasses.replace(row, peer=label)
+            try:
+                built[label] = build()
+                one = dataclasses.replace(one, note=_joined(row.note, built[label].note))
+                if subject.program.result and built[label].result:
+                    result = subject.program.result() if result is None else result
+                    one = dataclasses.replace(one, difference=relative(result, built[label].result()))
+                waiting.append((one, label))
+            except NoPeer as reason:
+                waiting.append((dataclasses.replace(row, note=_joined(row.note, str(reason))), None))
+            except Exception as error:  # whatever a library raises: the rest goes on
+                built.pop(label, None)
+                waiting.append((dataclasses.replace(one, error=sentence(error)), None))
+        ran = result is not None and subject.shortest == 0 and len(subject.program.calls) == 1
+        times = timing.alternate(built, bench.repeats, subject.shortest, warm=not ran)
+    except Exception as error:
+        return [dataclasses.replace(row, error=sentence(error))]
+    finished = [rows.filled(one, times["ours"], times.get(label)) for one, label in waiting or [(row, None)]]
+    # Two peers missing for one reason are one row.
+    return [one for i, one in enumerate(finished) if one not in finished[:i]]

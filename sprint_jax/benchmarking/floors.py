@@ -1,0 +1,166 @@
+"""The least time a computation can take: arithmetic from the shapes of the models, nothing measured.
+
+A multiply-add is two FLOP. Bytes are what a perfectly fused program moves: weights once, and each activation
+that crosses a product written once and read once by everything that needs it (norms, activations, gates and
+residual sums ride along). Shape letters: N image tokens, L text tokens, D width, M pixels, C channels.
+"""
+
+import dataclasses
+import math
+
+import jax
+
+from sprint_jax.models.dc_ae import DCAE, EFFICIENT_VIT
+from sprint_jax.models.gemma2 import Gemma2
+from sprint_jax.models.ladd_heads import KERNEL
+from sprint_jax.models.linear_dit import LinearDiT
+
+# Passes over N x D values of one transformer block: 11 of the self-attention, 7 of the cross-attention, 18 of the
+# Mix-FFN, and 4 where a norm over the whole width has to read its input before it can write.
+_BLOCK_PASSES = 40
+# Passes over M x C values of an EfficientViT block: qkv 4, its smoothed copies 6, attention over both 8, projection
+# and residual 4, Mix-FFN of 8 C channels 27. Of a residual block: read, write, read, residual, write.
+_EFFICIENT_VIT_PASSES, _RESIDUAL_PASSES = 49, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What has to be done. flop: of products and convolutions. bytes: moved to and from memory."""
+
+    flop: float
+    bytes: float
+
+    def __add__(self, other):
+        return Work(self.flop + other.flop, self.bytes + other.bytes)
+
+    def __mul__(self, times):
+        return Work(times * self.flop, times * self.bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What a device reaches at best: FLOP/s of large products, bytes/s of a large copy (read and written)."""
+
+    flop: float
+    bytes: float
+
+
+# Large bfloat16 products and copies on an H200 reach this much; its data sheet says 989.5 TFLOP/s and 4.8 TB/s.
+H200_BFLOAT16 = Rates(790e12, 4.3e12)
+
+
+def seconds(work: Work, rates: Rates) -> float:
+    """max(FLOP / peak, bytes / bandwidth)."""
+    return max(work.flop / rates.flop, work.bytes / rates.bytes)
+
+
+def parameters(model, part=None) -> int:
+    """Numbers in a model's parameters, or in one part of them ("decoder")."""
+    tree = jax.eval_shape(model.init, jax.random.key(0))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree if part is None else tree[part]))
+
+
+def _block_macs(m: LinearDiT, N, L):
+    D, hidden = m.width, int(m.mlp_ratio * m.width)
+    head = D // m.heads
+    return (
+        4 * N * D * D  # q, k, v and the projection of the self-attention
+        + 2 * N * (head + 1) * D  # keys times values (and their sum), then times queries
+        + 2 * N * D * D + 2 * L * D * D  # q and projection, k and v of the cross-attention
+        + 2 * N * L * D
+        + 3 * hidden * N * D + 9 * 2 * hidden * N  # expand, project and the depthwise taps between
+    )  # fmt: skip
+
+
+def _around_macs(m: LinearDiT, N, L):
+    D, channels = m.width, m.in_channels * m.patch_size**2
+    embeddings = (256 + D) * D * (2 if m.guidance_embed else 1) + 6 * D * D
+    return 2 * N * channels * D + L * (m.text_dim + D) * D + embeddings
+
+
+def transformer(m: LinearDiT, N, L, *, batch=1, itemsize, blocks=None) -> Work:
+    """One forward pass over N image and L text tokens. blocks: how many are run, default all."""
+    blocks = m.depth if blocks is None else blocks
+    macs = blocks * _block_macs(m, N, L) + _around_macs(m, N, L)
+    weights = parameters(m) * blocks / m.depth
+    return Work(2 * batch * macs, itemsize * (weights + batch * blocks * _BLOCK_PASSES * N * m.width))
+
+
+def gemma(m: Gemma2, T, *, prefix=0, batch=1, itemsize) -> Work:
+    """T tokens after `prefix` cached ones."""
+    queries, keys = m.heads * m.head_dim, m.kv_heads * m.head_dim
+    layer = m.width * (2 * queries + 2 * keys) + 3 * m.width * m.hidden
+    macs = m.depth * (T * layer + 2 * T * (prefix + T) * queries)
+    passes = m.depth * T * (6 * m.width + 2 * queries + 2 * keys + 3 * m.hidden)
+    return Work(2 * batch * macs, itemsize * (m.depth * layer + batch * passes))
+
+
+def decoder(m: DCAE, height, width, *, batch=1, itemsize, subpixel=True) -> Work:
+    """Decoding height x width latent cells.
+
+    subpixel: the convolutions after each nearest-neighbour doubling at 4/9 of their products, which is exact.
+    """
+    stages, M = m.decoder, height * width
+    last = stages[-1].channels
+    macs, moved = 9 * M * m.latent_channels * last, M * (m.latent_channels + last)
+    for i in reversed(range(len(stages))):
+        stage, C = stages[i], stages[i].channels
+        if i + 1 < len(stages):
+            before, M = stages[i + 1].channels, 4 * M
+            macs += (4 if subpixel else 9) * M * before * C
+            moved += M // 4 * before + M * C
+        if stage.block == EFFICIENT_VIT:
+            copies = 1 + len(stage.scales)
+            smoothing = sum((size * size + m.head_dim) * 3 * C for size in stage.scales)
+            attention = 2 * (m.head_dim + 1) * copies * C
+            macs += stage.layers * M * ((3 + copies + 12) * C * C + smoothing + attention + 72 * C)
+            moved += stage.layers * _EFFICIENT_VIT_PASSES * M * C
+        else:
+            macs += stage.layers * 18 * M * C * C
+            moved += stage.layers * _RESIDUAL_PASSES * M * C
+    first = stages[0].channels
+    macs, moved = macs + 9 * M * first * m.in_channels, moved + M * (first + m.in_channels)
+    return Work(2 * batch * macs, itemsize * (parameters(m, "decoder") + batch * moved))
+
+
+def picture(text: Gemma2, m: LinearDiT, autoencoder: DCAE, cells, tokens, steps, *, prefix, batch=1, itemsize) -> Work:
+    """Prompt tokens behind a cached prefix to pixels, `steps` calls of the transformer, cells x cells latents."""
+    one = transformer(m, cells * cells, tokens + 1, batch=batch, itemsize=itemsize)
+    encoded = gemma(text, tokens, prefix=prefix, batch=batch, itemsize=itemsize)
+    return encoded + one * steps + decoder(autoencoder, cells, cells, batch=batch, itemsize=itemsize)
+
+
+def heads(m: LinearDiT, N, count, *, batch=1) -> Work:
+    """The discriminator's heads alone, forward; their bytes are few."""
+    return Work(2 * batch * count * N * ((1 + KERNEL) * m.width**2 + m.width), 0.0)
+
+
+def generator_step(m: LinearDiT, N, L, head_blocks, *, batch, itemsize) -> Work:
+    """Teacher twice, student and its tangent, back through the student, the student again there and back, the
+    teacher's features and the heads there and back to their inputs. Nothing is computed twice.
+
+    Bytes: parameters, their gradients and two moments, read and written once in float32.
+    """
+    F = transformer(m, N, L, batch=batch, itemsize=itemsize).flop
+    features = transformer(m, N, L, batch=batch, itemsize=itemsize, blocks=max(head_blocks) + 1).flop
+    H = heads(m, N, len(head_blocks), batch=batch).flop
+    return Work((2 + 2 + 2 + 3) * F + 2 * features + 2 * H, 24.0 * parameters(m))
+
+
+def discriminator_step(m: LinearDiT, N, L, head_blocks, *, batch, itemsize, misaligned=True) -> Work:
+    """The student once; the teacher's features of fake, real and misaligned; the heads there and back on each."""
+    F = transformer(m, N, L, batch=batch, itemsize=itemsize).flop
+    features = transformer(m, N, L, batch=batch, itemsize=itemsize, blocks=max(head_blocks) + 1).flop
+    H, sides = heads(m, N, len(head_blocks), batch=batch).flop, 3 if misaligned else 2
+    trained = 24.0 * len(head_blocks) * (1 + KERNEL) * m.width**2
+    return Work(F + sides * features + 3 * sides * H, trained)
+
+
+def linear_attention(N, D, head, *, batch=1, itemsize) -> Work:
+    """q, k, v [B, N, D] -> [B, N, D], heads of `head`."""
+    return Work(2 * batch * 2 * N * (head + 1) * D, itemsize * batch * 4 * N * D)
+
+
+def cross_attention(N, L, D, *, batch=1, itemsize) -> Work:
+    """q [B, N, D], k and v [B, L, D] -> [B, N, D]."""
+    return Work(2 * batch * 2 * N * L * D, itemsize * batch * (2 * N * D + 2 * L * D))

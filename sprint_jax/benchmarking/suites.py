@@ -1,0 +1,108 @@
+"""Which cases a suite has. Names are stable: whoever compares runs finds a row by its name and peer."""
+
+import dataclasses
+import functools
+
+from sprint_jax.benchmarking import commands, subjects, training
+from sprint_jax.benchmarking.bench import Case
+from sprint_jax.models.dc_ae import DCAE_F32C32
+from sprint_jax.models.gemma2 import GEMMA2_2B
+from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
+
+_SIZES = (("0.6b", SANA_600M), ("1.6b", SANA_1600M))
+
+
+def case(name, build, *arguments, **options) -> Case:
+    """build(bench, *arguments, **options) makes the subject."""
+    return Case(name, lambda bench: build(bench, *arguments, **options))
+
+
+def cpu() -> list[Case]:
+    """float32 on all cores that this process may use."""
+    embedded = lambda bench, change: training.pair(bench, training.card("shapes", change))
+    return [
+        case("transformer_0.6b", subjects.transformer, SANA_600M, 32, dtype="float32"),
+        case("dcae_decode_512", subjects.decoder, DCAE_F32C32, 16, dtype="float32"),
+        case("sprint_pair_embedded", embedded, lambda tree: None),
+        case("sprint_pair_embedded_adamw", embedded, training.with_adamw),
+        case("sample_cold", commands.sample, warm=False),
+        case("sample_warm", commands.sample, warm=True),
+    ]
+
+
+def gpu() -> list[Case]:
+    """bfloat16: components, prompt to pixels, and the published training pair."""
+    bf16 = dict(dtype="bfloat16")
+    cases = []
+    for name, size in _SIZES:
+        for side in (1024, 512):
+            for batch in (1, 10, 32):
+                compile_peer = side == 1024 and batch != 32
+                one = functools.partial(subjects.transformer, compile_peer=compile_peer)
+                cases.append(case(f"transformer_{name}{_at(side, batch)}", one, size, side // 32, batch=batch, **bf16))
+    for side in (1024, 512):
+        for batch in (1, 10, 32):
+            one = functools.partial(subjects.decoder, compile_peer=side == 1024 and batch != 32)
+            label = f"dcae_decode_{side}" + (f"_batch{batch}" if batch > 1 else "")
+            cases.append(case(label, one, DCAE_F32C32, side // 32, batch=batch, **bf16))
+    for name, size in _SIZES:
+        for side in (1024, 512):
+            for steps in (1, 2, 4):
+                for batch in (1, 10, 32):
+                    one = functools.partial(subjects.picture, compile_peer=side == 1024 and batch == 1 and steps == 1)
+                    label = f"picture_{name}_{steps}step{_at(side, batch)}"
+                    cases.append(case(label, one, GEMMA2_2B, size, DCAE_F32C32, side // 32, steps, batch=batch, **bf16))
+    for name in ("sana_600m", "sana_1600m"):
+        for remat in ("none", "block"):
+            cases.append(case(f"sprint_pair_{name.removeprefix('sana_')}_remat_{remat}", published_pair, name, remat))
+    return cases + [case("sprint_pair_embedded", lambda bench: training.pair(bench, training.card("shapes")))]
+
+
+def published_pair(bench, preset, remat):
+    """16 samples, what the published trainer gives each device."""
+
+    def change(tree):
+        tree.sprint.batch, tree.model.remat = 16, remat
+
+    return training.pair(bench, training.card(preset, change))
+
+
+def _at(side, batch):
+    return f"_{side}" * (side != 1024) + f"_batch{batch}" * (batch > 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """An implementation of both attentions to compare with plain XLA.
+
+    linear: (q, k, v) -> out, as `models.layers.linear_attention`; None if it has none.
+    cross: (q, k, v, mask) -> out, as `models.layers.cross_attention`; None if it has none.
+    """
+
+    label: str
+    linear: object = None
+    cross: object = None
+
+
+def attentions() -> list[Attention]:
+    """Plain XLA, and every other implementation of this package: new ones are added here."""
+    return [Attention("plain")]
+
+
+def kernels(on_cpu) -> list[Case]:
+    """Attention alone at published shapes: forward, with a tangent, and as the training step differentiates it."""
+    dtype, batches = ("float32", (1,)) if on_cpu else ("bfloat16", (1, 16))
+    cases = []
+    for size_name, size in _SIZES:
+        for kind, subject in (("linear", subjects.linear_attention), ("cross", subjects.cross_attention)):
+            for derivative in ("forward", "jvp", "sprint"):
+                for batch in batches:
+                    for one in attentions():
+                        function = getattr(one, kind)
+                        if function is None and one.label != "plain":
+                            continue
+                        label = f"{kind}_attention_{size_name}_{derivative}_batch{batch}"
+                        label += "" if one.label == "plain" else f"_{one.label}"
+                        options = dict(dtype=dtype, batch=batch, derivative=derivative, function=function)
+                        cases.append(case(label, subject, size, 1024, **options))
+    return cases

@@ -1,0 +1,96 @@
+"""A pair of training steps, generator and discriminator, of one preset of configs/sprint.py on one device."""
+
+import functools
+import pathlib
+import runpy
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sprint_jax import build, config, inputs, run
+from sprint_jax.benchmarking import bench as bench_lib
+from sprint_jax.benchmarking import floors, timing
+from sprint_jax.errors import UserError
+from sprint_jax.training import loop, sharding
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+_CARD = ROOT / "configs/sprint.py"
+
+
+def card(preset, change=lambda tree: None) -> config.Config:
+    """The preset on one device. change: alters the tree before it is parsed."""
+    if not _CARD.is_file():
+        raise UserError(f"{_CARD} is missing: run this from a checkout")
+    tree = runpy.run_path(str(_CARD))["get_config"](preset)
+    tree.mesh.update(data=1, fsdp=1)
+    change(tree)
+    return config.parse(tree)
+
+
+def with_adamw(tree):
+    """AdamW for both networks."""
+    tree.sprint.optimizer.update(kind="adamw", muon_lr=0.0, b2=0.99, b3=0.0)
+    tree.sprint.head_optimizer.update(kind="adamw", muon_lr=0.0, b2=0.99, b3=0.0)
+
+
+def random_like(abstract, key):
+    """Random normal arrays, 1 in masks."""
+    make = lambda name, a, k: jnp.ones(a.shape, a.dtype) if "mask" in name else jax.random.normal(k, a.shape, a.dtype)
+    keys = jax.random.split(key, len(abstract))
+    return {name: make(name, a, k) for (name, a), k in zip(sorted(abstract.items()), keys, strict=True)}
+
+
+def start(c: config.Config):
+    """(stage, frozen, state, batch) of random parameters and a random batch; every parameter is off its initial value."""
+    data = inputs.Abstract(c)
+    data.frozen = random_like(data.frozen, jax.random.key(0))
+    teacher = jax.jit(build.teacher(c).init)(jax.random.key(1))
+    stage = run.sprint_stage(c, data, teacher)
+    state = jax.jit(stage.start)(stage.frozen, stage.begun)
+    leaves, tree = jax.tree.flatten(state.params)
+    keys = jax.random.split(jax.random.key(3), len(leaves))
+    moved = [a + 0.02 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
+    state = state.replace(params=jax.tree.unflatten(tree, moved))
+    return stage, stage.frozen, state, random_like(inputs.abstract_batch(c, c.sprint.batch), jax.random.key(2))
+
+
+def pair(bench, c: config.Config, *, compile_peer=False) -> bench_lib.Subject:
+    """One generator step and one discriminator step; the result compared is the loss of each at the first state."""
+    stage, frozen, state, batch = start(c)
+    placed = loop.Placed.on(stage, sharding.mesh(1, 1, jax.devices()[:1]))
+    names = "generator", "discriminator"
+    steps, compile_s = [], 0.0
+    for function in stage.functions:
+        begin = time.perf_counter()
+        steps.append(placed.lower(function, batch).compile())
+        compile_s += time.perf_counter() - begin
+    held = [jax.tree.map(jnp.copy, state)]  # a step takes its state's memory over
+
+    def advance(step):
+        held[0], metrics = step(held[0], frozen, batch)
+        return metrics
+
+    def losses():
+        firsts = [step(jax.tree.map(jnp.copy, state), frozen, batch)[1] for step in steps]
+        return np.array([firsts[0]["loss"], firsts[1]["disc"]], np.float64)
+
+    calls = {
+        name: timing.Call(functools.partial(advance, step), jax.block_until_ready)
+        for name, step in zip(names, steps, strict=True)
+    }
+    side, _, _ = build.latent_shape(c)
+    N, m, s = (side // c.model.patch_size) ** 2, build.student(c), c.sprint
+    options = dict(batch=s.batch, itemsize=jnp.dtype(c.model.dtype).itemsize)
+    work = floors.generator_step(m, N, c.text.length, s.head_blocks, **options)
+    work += floors.discriminator_step(m, N, c.text.length, s.head_blocks, misaligned=s.misaligned, **options)
+
+    def peer():
+        return bench.peers("torch_pair").program(bench, c, frozen, state, batch)
+
+    optimisers = f"{s.optimizer.kind} for the student, {s.head_optimizer.kind} for the heads; the peer has AdamW for both"
+    return bench_lib.Subject(
+        timing.Program(calls, losses), compile_s, c.model.dtype, work, (("PyTorch", peer),),
+        note=f"batch {s.batch}, {optimisers}",
+    )  # fmt: skip

@@ -1,0 +1,308 @@
+"""The benchmark command: its arithmetic against known tables, its rows, and that its peers do the same computation."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sprint_jax.benchmarking import bench as bench_lib
+from sprint_jax.benchmarking import floors, machine, rows, subjects, suites, timing, training
+from sprint_jax.models import dc_ae, linear_dit
+from sprint_jax.models.gemma2 import GEMMA2_2B
+from sprint_jax.planning import flops
+
+SANA_600M = dataclasses.replace(linear_dit.SANA_600M, logvar_head=False)
+SANA_1600M = dataclasses.replace(linear_dit.SANA_1600M, logvar_head=False)
+HEADS = (2, 8, 14, 19)
+
+
+# ---- Floors. The published sizes at 1024 px and 300 text tokens, summed by hand, term by term.
+
+
+def near(value):
+    """Hand-made tables are rounded to three or four digits."""
+    return pytest.approx(value, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "model,gigaflop,weights,activations", [(SANA_600M, 1121, 1.18e9, 2.6e9), (SANA_1600M, 2967, 3.21e9, 3.7e9)]
+)
+def test_transformer_floor(model, gigaflop, weights, activations):
+    work = floors.transformer(model, 1024, 300, itemsize=2)
+    assert work.flop == near(gigaflop * 1e9)
+    assert 2 * floors.parameters(model) == pytest.approx(weights, rel=0.01)
+    assert work.bytes == pytest.approx(weights + activations, rel=0.015)
+    ten = floors.transformer(model, 1024, 300, batch=10, itemsize=2)
+    assert ten.flop == 10 * work.flop and ten.bytes < 10 * work.bytes  # weights are read once
+
+
+def test_decoder_floor():
+    decode = lambda **options: floors.decoder(dc_ae.DCAE_F32C32, 32, 32, itemsize=2, **options)
+    plain = decode(subpixel=False)
+    assert plain.flop == near(8369e9) and plain.bytes == pytest.approx(12.4e9, rel=0.01)
+    ups = 2 * (38.7 + 77.3 + 154.6 + 309.2 + 309.2) * 1e9
+    assert decode().flop == near(8369e9 - 5 / 9 * ups)
+    assert floors.parameters(dc_ae.DCAE_F32C32, "decoder") == near(159e6)
+    # Everything happens per latent cell.
+    assert floors.decoder(dc_ae.DCAE_F32C32, 16, 16, itemsize=2).flop == pytest.approx(decode().flop / 4)
+
+
+def test_text_floor():
+    assert floors.gemma(GEMMA2_2B, 300, itemsize=2).flop == near(1234e9)
+    assert floors.gemma(GEMMA2_2B, 512, itemsize=2).flop == near(2129e9)
+    behind = floors.gemma(GEMMA2_2B, 312, prefix=200, itemsize=2).flop
+    assert behind < floors.gemma(GEMMA2_2B, 512, itemsize=2).flop - floors.gemma(GEMMA2_2B, 200, itemsize=2).flop
+
+
+@pytest.mark.parametrize("model,generator,discriminator", [(SANA_600M, 11.9, 4.51), (SANA_1600M, 33.5, 15.6)])
+def test_training_floor(model, generator, discriminator):
+    """TFLOP a sample, the tangent sharing its value with the pass that is differentiated."""
+    made = lambda step: step(model, 1024, 300, HEADS, batch=16, itemsize=2).flop / 16e12
+    assert made(floors.generator_step) == pytest.approx(generator, rel=5e-3)
+    assert made(floors.discriminator_step) == pytest.approx(discriminator, rel=5e-3)
+
+
+def test_floor_is_the_slower_of_arithmetic_and_memory():
+    rates = floors.Rates(flop=100.0, bytes=10.0)
+    assert floors.seconds(floors.Work(200.0, 10.0), rates) == 2.0
+    assert floors.seconds(floors.Work(200.0, 50.0), rates) == 5.0
+    # The published one-step picture at 300 text tokens on an H200: 13.6 ms with plain up-convolutions.
+    stages = floors.transformer(SANA_600M, 1024, 300, itemsize=2), floors.gemma(GEMMA2_2B, 300, itemsize=2)
+    total = stages[0] + stages[1] + floors.decoder(dc_ae.DCAE_F32C32, 32, 32, itemsize=2, subpixel=False)
+    assert total.flop / floors.H200_BFLOAT16.flop == pytest.approx(13.6e-3, rel=5e-3)
+
+
+TINY = dataclasses.replace(
+    SANA_600M, in_channels=8, width=32, depth=2, heads=4, cross_heads=2, text_dim=36, remat="none", dtype="float32"
+)
+_BLOCKS = [dc_ae.RESIDUAL] * 3 + [dc_ae.EFFICIENT_VIT] * 3
+_STAGES = tuple(
+    dc_ae.Stage(c, 1, block, (5,) if block == dc_ae.EFFICIENT_VIT else ())
+    for c, block in zip((8, 16, 16, 16, 32, 32), _BLOCKS, strict=True)
+)
+TINY_AE = dc_ae.DCAE(
+    in_channels=3, latent_channels=8, head_dim=8, encoder=_STAGES, decoder=_STAGES, scaling_factor=0.4
+)  # fmt: skip
+
+
+def array(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def test_floors_count_what_the_programs_do():
+    """The formulas against the traced operations of networks of other shapes."""
+    params = jax.eval_shape(TINY.init, jax.random.key(0))
+    run = lambda *args: TINY.apply(*args).velocity
+    counted = flops.count(run, params, array(3, 5, 5, 8), array(3), array(3, 7, 36), array(3, 7), array(3))
+    assert floors.transformer(TINY, 25, 7, batch=3, itemsize=4).flop == pytest.approx(counted.multiplied, rel=0.02)
+    params = jax.eval_shape(TINY_AE.init, jax.random.key(0))
+    counted = flops.count(TINY_AE.decode, params, array(2, 8, 8, 8))
+    # The sub-pixel convolutions make one row and one column more than they need.
+    made = floors.decoder(TINY_AE, 8, 8, batch=2, itemsize=4).flop
+    assert made <= counted.multiplied and made == pytest.approx(counted.multiplied, rel=0.05)
+
+
+@pytest.mark.parametrize("derivative", ["forward", "jvp", "sprint"])
+def test_attention_floors_count_what_the_programs_do(derivative):
+    """Also that a stopped tangent's own backward pass is not computed: it would be several more."""
+    shape = array(2, 64, 4, 8)
+    derive, times = subjects._DERIVATIVES[derivative]
+    counted = flops.count(derive(subjects.layers.linear_attention), *[shape] * 6).multiplied
+    assert floors.linear_attention(64, 32, 8, batch=2, itemsize=4).flop * times == pytest.approx(counted, rel=0.15)
+    texts = [shape, array(2, 24, 4, 8), array(2, 24, 4, 8)]
+    cross = lambda q, k, v: subjects.layers.cross_attention(q, k, v, jnp.ones((2, 24)))
+    counted = flops.count(derive(cross), *texts, *texts).multiplied
+    assert floors.cross_attention(64, 24, 32, batch=2, itemsize=4).flop * times == pytest.approx(counted, rel=0.01)
+
+
+# ---- Times and rows.
+
+
+def scripted(durations):
+    """(clock, programs): a clock that each call moves on by its next duration; programs by name."""
+    now, order = [0.0], []
+
+    def call(name):
+        def start():
+            now[0] += durations[name].pop(0)
+            order.append(name)
+
+        return timing.Call(start, lambda result: None)
+
+    return (lambda: now[0]), call, order
+
+
+def test_programs_take_turns_and_warm_up_is_left_out():
+    clock, call, order = scripted({"a": [50.0, 1.0, 4.0, 2.0], "b": [60.0, 8.0, 6.0, 7.0]})
+    programs = {name: timing.Program({"": call(name)}) for name in "ab"}
+    times = timing.alternate(programs, 3, clock=clock)
+    assert order == list("ab" * 4)
+    assert times["a"].total == [1.0, 4.0, 2.0] and timing.middle(times["a"].total) == 2.0
+    assert timing.spread(times["b"].total) == [6.0, 8.0] and timing.middle(times["b"].total) == 7.0
+
+
+def test_short_calls_are_repeated_back_to_back():
+    clock, call, order = scripted({"a": [9.0, 0.5, *[0.25] * 8]})
+    times = timing.alternate({"a": timing.Program({"": call("a")})}, 2, shortest=2.0, clock=clock)
+    assert times["a"].total == [0.25, 0.25] and len(order) == 10
+    assert timing.burst(0.3, 1.0) == 4 and timing.burst(5.0, 1.0) == 1 and timing.burst(0.0, 1.0) == 200
+
+
+def test_a_program_of_several_calls_is_their_sum():
+    times = timing.Times({"generator": [3.0, 5.0], "discriminator": [1.0, 2.0]})
+    assert times.total == [4.0, 7.0]
+
+
+WHERE = dict(device="a device", threads=2, jax="0", commit="abc")
+
+
+def test_rows_hold_what_was_promised(tmp_path):
+    ours, peer = timing.Times({"": [2.0, 3.0, 9.0]}), timing.Times({"": [4.0, 5.0, 6.0]})
+    row = rows.filled(rows.empty("x", WHERE, peer="theirs", floor_s=1.5), ours, peer)
+    assert (row.ours_s, row.peer_s, row.ratio, row.spread) == (3.0, 5.0, 0.6, [2.0, 9.0])
+    alone = rows.filled(rows.empty("y", WHERE), ours, None)
+    rows.write(tmp_path / "rows.json", [row, alone])
+    first, second = json.loads((tmp_path / "rows.json").read_text())
+    promised = {"name", "device", "ours_s", "peer", "peer_s", "ratio", "floor_s", "spread", "jax", "commit", "error"}
+    assert promised <= first.keys() == second.keys()
+    assert first["ratio"] == 0.6 and first["floor_s"] == 1.5 and first["error"] is None
+    assert second["peer"] is second["peer_s"] is second["ratio"] is second["floor_s"] is None
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
+    table = rows.table([row, alone]).splitlines()
+    assert "| x | 3 s | 2 s to 9 s | theirs | 5 s | 0.60 | 1.5 s | 2.0 |  |" in table
+
+
+def still(result):
+    return timing.Program({"": timing.Call(lambda: None, lambda r: None)}, lambda: np.array(result))
+
+
+def bench(**changes):
+    made = bench_lib.Bench(2)
+    made.rates = lambda dtype: floors.Rates(1e9, 1e9)
+    vars(made).update(changes)
+    return made
+
+
+def test_failures_are_rows_and_the_rest_goes_on():
+    def broken():
+        raise RuntimeError("out of memory\nand a second line")
+
+    def absent():
+        raise bench_lib.NoPeer("no peer: nothing here")
+
+    def case(*peers):
+        work = floors.Work(2e9, 0.0)
+        return bench_lib.Case("c", lambda bench: bench_lib.Subject(still([3.0, 4.0]), 0.5, "float32", work, peers))
+
+    def measured(*peers):
+        return bench_lib.measure(case(*peers), bench())
+
+    good = "good", lambda: still([3.0, 5.0])
+    failed, whole = measured(("bad", broken), good)
+    assert failed.error == "RuntimeError: out of memory" and failed.ours_s is not None and failed.peer_s is None
+    assert whole.error is None and whole.ratio is not None and whole.floor_s == 2.0 and whole.compile_s == 0.5
+    assert whole.difference == pytest.approx(1 / 34**0.5)
+    (alone,) = measured(("one", absent), ("two", absent))
+    assert alone.peer is None and alone.note == "no peer: nothing here" and alone.error is None and alone.ours_s is not None
+    (gone,) = bench_lib.measure(bench_lib.Case("c", lambda bench: broken()), bench())
+    assert gone.error == "RuntimeError: out of memory" and gone.ours_s is None
+
+
+def test_peers_that_are_missing_are_a_sentence():
+    with pytest.raises(bench_lib.NoPeer, match="benchmarks/ folder"):
+        bench().peers("no_such_module")
+
+
+def test_suites_have_the_names_that_others_look_for():
+    names = {case.name for case in suites.cpu()}
+    assert {"transformer_0.6b", "dcae_decode_512", "sprint_pair_embedded"} <= names
+    assert {"transformer_0.6b", "dcae_decode_512", "sprint_pair_embedded"} <= {case.name for case in suites.gpu()}
+    for suite in (suites.cpu(), suites.gpu(), suites.kernels(True), suites.kernels(False)):
+        assert len({case.name for case in suite}) == len(suite)
+
+
+def test_bad_flags_are_one_line(command, tmp_path):
+    flags = {
+        "--suite=cpu": ["--only=dcae*,nothing_like_it"],
+        "--suite": ["--out=x.json"],
+        "--repeats=0": ["--suite=cpu", "--repeats=0"],
+        f"--out={tmp_path}/missing/x.json": ["--suite=cpu", f"--out={tmp_path}/missing/x.json"],
+        "--out=x.txt": ["--suite=cpu", "--out=x.txt"],
+    }
+    flags["--suite=cpu"].append("--suite=cpu")
+    for named, words in flags.items():
+        result = command("sprint_jax.benchmark", *words)
+        assert result.returncode == 2 and result.stdout == "", words
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+        assert named in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_command_writes_its_rows(command, tmp_path):
+    out = tmp_path / "rows.json"
+    result = command("sprint_jax.benchmark", "--suite=kernels", "--only=linear_attention_0.6b_forward*", "--repeats=1", f"--out={out}")
+    assert result.returncode == 0, result.stderr[-2000:]
+    (row,) = json.loads(out.read_text())
+    assert row["name"] == "linear_attention_0.6b_forward_batch1" and row["ours_s"] > 0 and row["floor_s"] > 0
+    assert "| linear_attention_0.6b_forward_batch1 |" in result.stdout
+
+
+# ---- The peers compute what we compute.
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    monkeypatch.setattr(machine, "threads", lambda: 1)
+
+
+def difference(case):
+    pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    (row,) = bench_lib.measure(bench_lib.Case("c", case), bench())
+    assert row.error is None and row.ratio is not None, row
+    return row.difference
+
+
+def test_peers_of_the_components(one_thread):
+    assert difference(lambda b: subjects.transformer(b, TINY, 4, dtype="float32", tokens=9, batch=2)) < 1e-5
+    assert difference(lambda b: subjects.decoder(b, TINY_AE, 3, dtype="float32", batch=2)) < 1e-5
+
+
+def test_peer_of_the_whole_picture(one_thread):
+    """Text behind its cached prefix against the padded full pass, two steps, decoder; pixels may round either way."""
+    text = dataclasses.replace(GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40)
+    short = dict(dtype="float32", batch=2, prefix=5, tokens=7, published_tokens=12)
+    assert difference(lambda b: subjects.picture(b, text, TINY, TINY_AE, 3, 2, **short)) < 1e-3
+
+
+@pytest.mark.slow
+def test_the_torch_pair_is_the_same_computation():
+    """Losses and gradients' norms of both steps, with our weights and draws, in every way PyTorch may choose."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("diffusers")
+    from benchmarks import torch_pair
+
+    c = training.card("smoke")
+    stage, frozen, state, batch = training.start(c)
+    names = ("generator", "loss", "grad_norm"), ("discriminator", "disc", "disc_grad_norm")
+    ours = []
+    for step, (_, *wanted) in zip(stage.functions, names, strict=True):
+        some = jax.jit(lambda *args, step=step, wanted=wanted: [step(*args)[1][name] for name in wanted])
+        ours += some(state, frozen, batch)
+    theirs = torch_pair.batch_of_ours(batch)
+    for choice in torch_pair.CHOICES:
+        pair = torch_pair.of_ours(c, frozen, state, choice)
+        made = []
+        for name, loss, parameters in (
+            ("generator", pair.generator_loss, pair.trained),
+            ("discriminator", pair.discriminator_loss, list(pair.heads.parameters())),
+        ):
+            drawn = torch_pair.to_torch(torch_pair.draws_of_ours(c, 0, np.asarray(batch["latent"]), name))
+            value = loss(theirs, drawn)
+            gradients = torch.autograd.grad(value, parameters)
+            made += [value.item(), torch.sqrt(sum(g.square().sum() for g in gradients)).item()]
+        np.testing.assert_allclose(made, np.array(ours, np.float64), rtol=1e-4)
