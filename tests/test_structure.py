@@ -47,7 +47,7 @@ ALLOWED = {
     "plan": {"errors", "cli", "files", "config", "config_flag", "planning", "build", "inputs", "run", "training"},
     "sample": {"errors", "cli", "compile_cache", "files", "drawing", "exported", "pictures", "pipeline", "resolutions"},
     "convert": {"errors", "cli", "conversion", "pipeline"},
-    "benchmarking": {"errors", "files", "config", "weights", "workdir", "diffusion", "models", "training", "build", "inputs", "parts", "run"},
+    "benchmarking": {"errors", "files", "revision", "config", "weights", "workdir", "diffusion", "models", "training", "build", "inputs", "parts", "run"},
     "benchmark": {"errors", "cli", "benchmarking"},
 }  # fmt: skip
 

@@ -2,14 +2,13 @@
 
 import os
 import pathlib
-import subprocess
 
 import jax
 import jax.numpy as jnp
 
+from sprint_jax import revision
 from sprint_jax.benchmarking import floors, timing
 
-_ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def threads() -> int:
@@ -23,7 +22,7 @@ def where() -> dict:
     on_cpu = device.platform == "cpu"
     return {
         "device": _processor() if on_cpu else device.device_kind, "threads": threads() if on_cpu else None,
-        "jax": jax.__version__, "commit": commit(),
+        "jax": jax.__version__, "commit": revision.commit(),
     }  # fmt: skip
 
 
@@ -34,17 +33,6 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else "cpu"
-
-
-def commit() -> str | None:
-    """Short hash of the code's commit, with a + where files differ from it; None outside a checkout."""
-    git = lambda *words: subprocess.run(["git", "-C", _ROOT, *words], capture_output=True, text=True, check=True).stdout.strip()
-    try:
-        if pathlib.Path(git("rev-parse", "--show-toplevel")) != _ROOT:
-            return None  # installed inside somebody else's checkout
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def rates(dtype: str) -> floors.Rates:
