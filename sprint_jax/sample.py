@@ -34,6 +34,9 @@ _STRENGTH = flags.DEFINE_float("strength", 0.6, "With --image: how much may chan
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["bfloat16", "float32"], "Of weights and arithmetic; default: bfloat16, on a CPU float32."
 )
+_ATTENTION = flags.DEFINE_enum(
+    "attention", "plain", ["plain", "pallas"], "Compiled by XLA, or kernels where the device has them."
+)
 _PER_PROMPT = flags.DEFINE_integer("images_per_prompt", 1, "Pictures of each prompt.")
 _BATCH = flags.DEFINE_integer("batch_size", None, "Pictures made at a time; default: the model's.")
 _TILE = flags.DEFINE_bool("tile", False, "Decode in overlapping tiles of 1024 px: less memory for large pictures.")
@@ -76,7 +79,9 @@ def _generate(prompts):
 
     dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     say = lambda message: print(message, file=sys.stderr, flush=True)
-    pipe = pipeline.load(_MODEL.value, dtype=dtype, instruction=_INSTRUCTION.value, tile=_TILE.value, say=say)
+    pipe = pipeline.load(
+        _MODEL.value, dtype=dtype, attention=_ATTENTION.value, instruction=_INSTRUCTION.value, tile=_TILE.value, say=say
+    )
     height, width = _HEIGHT.value or pipe.height, _WIDTH.value or pipe.width
     made_at = resolutions.nearest(height, width) if _BINNING.value else (height, width)
     pipeline.latent_shape(pipe, *made_at)  # refuses a bad size before the picture is read

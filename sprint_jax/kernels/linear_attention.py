@@ -105,7 +105,7 @@ class _Tiling:
         # A TPU's lanes are 128; on a GPU narrower blocks waste less on products of different heads.
         channels = max(128 if backend == "tpu" else 64, head)
         groups = -(-heads * head // channels)
-        block = max(16, min(128, backends.next_power_of_two(tokens)))
+        block = max(16, min(channels, backends.next_power_of_two(tokens)))
         blocks = -(-tokens // block)
         # Partial sums over at most 1024 tokens, fewer where there are not programs enough for a GPU's cores.
         wanted = max(-(-blocks * block // 1024), math.ceil(128 / (backends.local_batch(batch) * groups)))
@@ -211,15 +211,15 @@ def _features(t, dtype, r, x, rows):
 
 
 def _moved_features(t, dtype, r, x, rows):
-    """(relu(x'), its tangent), both float32 and as `dtype` rounds them."""
+    """(relu(x'), its tangent), both float32 and as `dtype` rounds them; the tangent is rounded only here."""
     out, value, unit = _features(t, dtype, r, x, rows)
     moved = _load(r, f"d{x}", rows).astype(jnp.float32)
     if t.eps is not None:
         moved = moved * _load(r, f"inverse_{x}", rows) + _load(r, x, rows).astype(jnp.float32) * _load(r, f"dinverse_{x}", rows)
-        moved = rounded(rounded(moved, dtype) * r[f"weight_{x}"][...], dtype)
+        moved = moved * r[f"weight_{x}"][...]
         if f"dweight_{x}" in r:
-            moved = rounded(moved + rounded(unit * r[f"dweight_{x}"][...], dtype), dtype)
-    return out, jnp.where(value > 0, moved, 0.0)
+            moved = moved + unit * r[f"dweight_{x}"][...]
+    return out, rounded(jnp.where(value > 0, moved, 0.0), dtype)
 
 
 def _walk(t, step, sums):
@@ -290,7 +290,6 @@ def _store_norm_gradient(t, dtype, r, x, rows, gradient, value, unit):
     if t.eps is None:
         r[f"g{x}"][rows, :] = gradient.astype(dtype)
         return jnp.zeros((1, t.channels), jnp.float32)
-    gradient = rounded(gradient, dtype)
     of_unit = rounded(gradient * r[f"weight_{x}"][...], dtype)
     r[f"g{x}"][rows, :] = of_unit.astype(dtype)
     r[f"along_{x}"][rows, :] = (of_unit * _load(r, x, rows).astype(jnp.float32)).sum(1, keepdims=True)
