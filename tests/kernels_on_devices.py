@@ -10,11 +10,14 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from kernel_cases import cross_case, directions, half_hidden, linear, linear_case, modes, published, worst
 from sprint_jax.kernels import cross_attention, linear_attention
-from sprint_jax.training import sharding
-from test_kernels import EPS, cross_case, directions, half_hidden, linear, linear_case, modes, published, worst
+
+
+def mesh_of(devices, *sizes):
+    return jax.make_mesh(sizes, ("data", "fsdp"), devices=devices, axis_types=(AxisType.Auto,) * 2)
 
 
 def gathers(compiled):
@@ -22,8 +25,8 @@ def gathers(compiled):
 
 
 def on_mesh():
-    mesh = sharding.mesh(4, 2)
-    split, whole = sharding.batch(mesh), sharding.replicated(mesh)
+    mesh = mesh_of(jax.devices(), 4, 2)
+    split, whole = (NamedSharding(mesh, spec) for spec in (PartitionSpec(mesh.axis_names), PartitionSpec()))
     cases = {}
     for name, batch in (("linear", 8), ("linear 3 samples", 3)):
         f = lambda q, k, v, a, b, mask: linear(linear_attention.attention, 2, backend="interpret")(q, k, v, a, b)
@@ -52,7 +55,7 @@ def on_mesh():
 def on_tpu():
     from jax.experimental import topologies
 
-    mesh = sharding.mesh(2, 2, topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
+    mesh = mesh_of(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices, 2, 2)
     found = {}
     for kind, batch in (("linear", 2), ("linear", 4), (72, 4), (112, 4)):
         f, arguments = published(kind, "tpu", batch)

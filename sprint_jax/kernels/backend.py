@@ -98,8 +98,8 @@ def launch(body, grid, ins, outs, *, backend, name):
     Returns:
       dict of arrays, as named in `outs`.
 
-    Where a mesh is in use every device runs the kernel on its own samples: left to itself the compiler would gather
-    the operands of a kernel, which it cannot cut.
+    Where a mesh is in use every device runs the kernel on its own samples, or on all where they do not divide by the
+    devices: left to itself the compiler would gather the operands of a kernel, which it cannot cut, or refuse it.
     """
     (batch,) = {o.array.shape[0] for o in (*ins.values(), *outs.values()) if not o.shared}
     local = local_batch(batch)
@@ -119,12 +119,13 @@ def launch(body, grid, ins, outs, *, backend, name):
             name=name,
         )(*arrays)
 
-    if local != batch:
-        axes = jax.sharding.get_abstract_mesh().axis_names
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1:
+        samples = PartitionSpec(mesh.axis_names) if local != batch else PartitionSpec()
         run = jax.shard_map(
             run,
-            in_specs=tuple(PartitionSpec() if o.shared else PartitionSpec(axes) for o in ins.values()),
-            out_specs=PartitionSpec(axes),
+            in_specs=tuple(PartitionSpec() if o.shared else samples for o in ins.values()),
+            out_specs=samples,
             check_vma=False,  # kernels do not say along which axes their outputs vary
         )
     return dict(zip(outs, run(*(o.array for o in ins.values())), strict=True))
