@@ -33,9 +33,11 @@ $python -c 'import jax; print("jax", jax.__version__, jax.devices())' | tee -a "
 # Correctness first: the numeric tests compiled for the accelerator.
 part numeric_tests 100 $python -m pytest -p no:cacheprovider \
   tests/test_flow_trigflow.py tests/test_scm.py tests/test_ladd.py tests/test_samplers.py \
-  tests/test_linear_dit.py tests/test_steps.py
+  tests/test_linear_dit.py tests/test_steps.py tests/test_kernels.py
 # Published sizes with random weights: is decoding or the transformer slower, and by how much?
 part published_sizes 120 $python -m benchmarks.published
+# Attention kernels: right first, then against plain JAX.
+part kernels 120 $python -m benchmarks.kernels
 part depthwise 40 $python -m benchmarks.depthwise
 part pair_shapes_64 60 $python -m benchmarks.pair --preset=shapes_64
 # Memory and time of the published sizes' training steps, 16 samples; docs/plan.md has what was predicted.
