@@ -12,7 +12,6 @@ or a release of JAX drops Triton, whichever comes first.
 """
 
 import dataclasses
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -146,11 +145,6 @@ def _compiler_params(backend, axes):
     return None
 
 
-def ignore_triton_deprecation():
-    """Leaves the warning that Triton is deprecated unsaid, for this module's docstring says it. Other warnings stay."""
-    warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
-
-
 def dot(a, b, dtype, contract=(1, 0)):
     """a b over one axis of each, accumulated in float32, as accurately as if both were float32.
 
@@ -174,7 +168,8 @@ def single_dot(a, b, contract=(1, 0)):
     exact = a.dtype == jnp.float32
     return jax.lax.dot_general(
         a, b, (((contract[0],), (contract[1],)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if exact else None, preferred_element_type=jnp.float32,
+        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
     )  # fmt: skip
 
 
