@@ -67,7 +67,7 @@ def _cases():
         raise UserError("--suite=gpu: JAX sees no GPU here; install jax[cuda12], or use --suite=cpu")
     if _SUITE.value == "cpu" and backend != "cpu":
         raise UserError(f"--suite=cpu runs on {backend} because JAX_PLATFORMS says so: unset it")
-    cases = suites.kernels(backend == "cpu") if _SUITE.value == "kernels" else getattr(suites, _SUITE.value)()
+    cases = suites.kernels(backend) if _SUITE.value == "kernels" else getattr(suites, _SUITE.value)()
     if _ONLY.value is None:
         return cases
     names = [case.name for case in cases]

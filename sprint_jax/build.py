@@ -10,6 +10,7 @@ from sprint_jax import weights
 from sprint_jax.conversion import folder
 from sprint_jax.data import pixels, text
 from sprint_jax.errors import UserError
+from sprint_jax.kernels import backend
 from sprint_jax.models.ladd_heads import LADDHeads
 from sprint_jax.models.linear_dit import LinearDiT
 from sprint_jax.training import came, sprint_step, state
@@ -47,9 +48,15 @@ def latent_shape(c: config_lib.Config) -> tuple[int, int, int]:
     return side, side, c.codec.channels
 
 
+def attention(c: config_lib.Config) -> tuple[str, str | None]:
+    """What computes attention on this process's devices, and a sentence where that is not what was asked for."""
+    m = c.model
+    return backend.resolve(m.attention, jax.default_backend(), (m.width // m.heads, m.width // m.cross_heads), m.dtype)
+
+
 def _model(c: config_lib.Config, **changes) -> LinearDiT:
     fields = dataclasses.asdict(c.model) | dict(
-        in_channels=c.codec.channels, text_dim=c.text.dim, logvar_head=False
+        in_channels=c.codec.channels, text_dim=c.text.dim, logvar_head=False, attention=attention(c)[0]
     )
     return LinearDiT(**(fields | changes))
 
@@ -80,7 +87,7 @@ def published_transformer(path, model: LinearDiT):
     path: a pipeline's folder or its transformer/. Raises UserError where the folder describes another network.
     """
     found, params = folder.read_transformer(path)
-    free = dict(remat=model.remat, unroll=model.unroll, dtype=model.dtype, guidance_scale_factor=model.guidance_scale_factor)
+    free = {name: getattr(model, name) for name in ("remat", "unroll", "dtype", "attention", "guidance_scale_factor")}
     if model.time_scale != found.time_scale:
         free["time_scale"] = model.time_scale  # dense times are told in [0, 1]; the folder may scale them elsewhere
     differing = [f.name for f in dataclasses.fields(model) if getattr(dataclasses.replace(found, **free), f.name) != getattr(model, f.name)]

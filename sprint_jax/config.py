@@ -11,6 +11,7 @@ import ml_collections
 
 from sprint_jax.data import text
 from sprint_jax.errors import UserError
+from sprint_jax.kernels import backend
 from sprint_jax.models.ladd_heads import GROUP
 from sprint_jax.models.linear_dit import REMAT
 
@@ -75,7 +76,10 @@ class Codec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """Network shared by teacher and student: see `sprint_jax.models.linear_dit.LinearDiT`."""
+    """Network shared by teacher and student: see `sprint_jax.models.linear_dit.LinearDiT`.
+
+    attention: "plain", or "pallas" for kernels where the device has them (`sprint_jax.kernels.backend.resolve`).
+    """
 
     width: int
     depth: int
@@ -90,6 +94,7 @@ class Model:
     remat: str
     unroll: int
     dtype: str
+    attention: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -283,6 +288,7 @@ def _check(c: Config):
         (m.width % m.cross_heads == 0, f"config.model.width {m.width}: use a multiple of cross_heads {m.cross_heads}"),
         (m.remat in REMAT, f"config.model.remat {m.remat!r}: use one of {', '.join(REMAT)}"),
         (m.dtype in ("float32", "bfloat16"), f"config.model.dtype {m.dtype!r}: use float32 or bfloat16"),
+        (m.attention in backend.WANTED, f"config.model.attention {m.attention!r}: use {' or '.join(backend.WANTED)}"),
         (t.steps >= 0 and t.finetune_steps >= 0, "config.teacher.steps and finetune_steps: use 0 or more"),
         (t.pretrained or t.steps > 0 or (t.start and t.finetune_steps > 0),
          "config.teacher.pretrained is empty and nothing trains a teacher: give it, or teacher.steps, or teacher.start with finetune_steps"),

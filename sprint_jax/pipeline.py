@@ -15,6 +15,7 @@ from sprint_jax.conversion import folder, instruction as instruction_lib
 from sprint_jax.data import prompts as prompts_lib
 from sprint_jax.diffusion import samplers, trigflow
 from sprint_jax.errors import UserError
+from sprint_jax.kernels import backend
 from sprint_jax.models.linear_dit import LinearDiT
 
 DTYPES = ("bfloat16", "float32")
@@ -54,12 +55,16 @@ class Pipeline:
         return self.pixels.encode(self.params["pixels"], images)
 
 
-def load(path, *, dtype="bfloat16", instruction=None, tile=False, unrolled=None, say=lambda message: None) -> Pipeline:
+def load(
+    path, *, dtype="bfloat16", attention="plain", instruction=None, tile=False, unrolled=None, say=lambda message: None
+) -> Pipeline:
     """A pipeline from a diffusers folder, a folder converted by `sprint_jax.convert`, or a run directory.
 
     Args:
       dtype: "bfloat16" or "float32", of the parameters and of the computation. Latents, times and
         normalisations are float32 in both.
+      attention: "plain", or "pallas" for kernels where the device has them; `say` is told where it has not. What a
+        run directory was trained with does not matter.
       instruction: text file with the instruction before each prompt, "" for none; None takes the one
         stored with a converted model, or that of the installed diffusers package. Run directories have none.
       tile: decode pictures in overlapping tiles of 1024 px, to bound memory.
@@ -71,6 +76,17 @@ def load(path, *, dtype="bfloat16", instruction=None, tile=False, unrolled=None,
     path = pathlib.Path(path)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    if attention not in backend.WANTED:
+        raise UserError(f"attention {attention!r}: use one of {', '.join(backend.WANTED)}")
+    pipe = _load(path, dtype=dtype, instruction=instruction, tile=tile, unrolled=unrolled, say=say)
+    m = pipe.model
+    chosen, sentence = backend.resolve(attention, jax.default_backend(), (m.width // m.heads, m.width // m.cross_heads), dtype)
+    if sentence:
+        say(sentence)
+    return dataclasses.replace(pipe, model=dataclasses.replace(m, attention=chosen))
+
+
+def _load(path, *, dtype, instruction, tile, unrolled, say):
     if not path.is_dir():
         raise UserError(f"no directory {path}: give a diffusers folder, a converted model, the --workdir of a run, or an exported file")
     unrolled = jax.default_backend() == "cpu" if unrolled is None else unrolled
@@ -147,7 +163,7 @@ def _run(path, dtype, **options):
     if config.text.vocabulary == "gemma":
         if not config.data.model:
             raise UserError(f"{path} was distilled from features alone: name a folder with its text encoder and autoencoder as data.model in {workdir.CONFIG}")
-        pipe = load(config.data.model, dtype=dtype, **options)
+        pipe = _load(pathlib.Path(config.data.model), dtype=dtype, **options)
         return dataclasses.replace(
             pipe, model=model, params=pipe.params | {"transformer": params}, height=config.data.size,
             width=config.data.size, guidance_scale=e.student_guidance, schedule=e.schedule, programs={},

@@ -60,6 +60,8 @@ def run(config: config_lib.Config, workdir, say=_say):
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
         processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
         say(f"sprint_jax on {devices}{processes}, jax {jax.__version__}, in {workdir}")
+        if sentence := build.attention(config)[1]:
+            say(sentence)
         records = Records(workdir if primary else None)
         try:
             job = _Job(config, workdir, mesh, inputs.open_inputs(config, say), records, say)

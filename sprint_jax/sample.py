@@ -34,6 +34,9 @@ _STRENGTH = flags.DEFINE_float("strength", 0.6, "With --image: how much may chan
 _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["bfloat16", "float32"], "Of weights and arithmetic; default: bfloat16, on a CPU float32."
 )
+_ATTENTION = flags.DEFINE_enum(
+    "attention", "plain", ["plain", "pallas"], "Compiled by XLA, or kernels where the device has them."
+)
 _PER_PROMPT = flags.DEFINE_integer("images_per_prompt", 1, "Pictures of each prompt.")
 _BATCH = flags.DEFINE_integer("batch_size", None, "Pictures made at a time; default: the model's.")
 _TILE = flags.DEFINE_bool("tile", False, "Decode in overlapping tiles of 1024 px: less memory for large pictures.")
@@ -98,12 +101,14 @@ def _loaded(say):
     from sprint_jax import pipeline
 
     dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return pipeline.load(_MODEL.value, dtype=dtype, instruction=_INSTRUCTION.value, tile=_TILE.value, say=say)
+    return pipeline.load(
+        _MODEL.value, dtype=dtype, attention=_ATTENTION.value, instruction=_INSTRUCTION.value, tile=_TILE.value, say=say
+    )
 
 
 def _exported(say):
     """The programs of a file, which nothing can be changed about any more."""
-    for flag in (_DTYPE, _INSTRUCTION, _TILE):
+    for flag in (_DTYPE, _ATTENTION, _INSTRUCTION, _TILE):
         if flag.present:
             raise UserError(f"--{flag.name} is settled in an exported file: give it to sprint_jax.export")
     from sprint_jax import exported

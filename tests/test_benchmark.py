@@ -10,6 +10,7 @@ import pytest
 
 from sprint_jax.benchmarking import bench as bench_lib
 from sprint_jax.benchmarking import floors, machine, rows, subjects, suites, timing, training
+from sprint_jax.kernels import cross_attention, linear_attention
 from sprint_jax.models import dc_ae, linear_dit
 from sprint_jax.models.gemma2 import GEMMA2_2B
 from sprint_jax.planning import flops
@@ -108,14 +109,17 @@ def test_floors_count_what_the_programs_do():
 @pytest.mark.parametrize("derivative", ["forward", "jvp", "sprint"])
 def test_attention_floors_count_what_the_programs_do(derivative):
     """Also that a stopped tangent's own backward pass is not computed: it would be several more."""
-    shape = array(2, 64, 4, 8)
     derive, times = subjects._DERIVATIVES[derivative]
-    counted = flops.count(derive(subjects.layers.linear_attention), *[shape] * 6).multiplied
-    assert floors.linear_attention(64, 32, 8, batch=2, itemsize=4).flop * times == pytest.approx(counted, rel=0.15)
-    texts = [shape, array(2, 24, 4, 8), array(2, 24, 4, 8)]
-    cross = lambda q, k, v: subjects.layers.cross_attention(q, k, v, jnp.ones((2, 24)))
-    counted = flops.count(derive(cross), *texts, *texts).multiplied
-    assert floors.cross_attention(64, 24, 32, batch=2, itemsize=4).flop * times == pytest.approx(counted, rel=0.01)
+    tokens, weights = array(2, 64, 32), jnp.ones(32)
+    plain = lambda q, k, v: linear_attention.plain(q, k, v, weights, weights, heads=4, eps=1e-5)
+    counted = flops.count(derive(plain, 3), *[tokens] * 6).multiplied
+    assert floors.linear_attention(64, 32, 8, batch=2, itemsize=4).flop * times[3] == pytest.approx(counted, rel=0.15)
+    texts = [array(2, 64, 4, 8), array(2, 24, 4, 8), array(2, 24, 4, 8)]
+    plain = lambda q, k, v: cross_attention.plain(q, k, v, jnp.ones((2, 24)))
+    forward = floors.cross_attention(64, 24, 32, batch=2, itemsize=4).flop
+    for moving in (1, 3):
+        counted = flops.count(derive(plain, moving), *texts, *texts[:moving]).multiplied
+        assert forward * subjects._DERIVATIVES[derivative][1][moving] == pytest.approx(counted, rel=0.01)
 
 
 # ---- Times and rows.
@@ -220,7 +224,7 @@ def test_suites_have_the_names_that_others_look_for():
     names = {case.name for case in suites.cpu()}
     assert {"transformer_0.6b", "dcae_decode_512", "sprint_pair_embedded"} <= names
     assert {"transformer_0.6b", "dcae_decode_512", "sprint_pair_embedded"} <= {case.name for case in suites.gpu()}
-    for suite in (suites.cpu(), suites.gpu(), suites.kernels(True), suites.kernels(False)):
+    for suite in (suites.cpu(), suites.gpu(), suites.kernels("cpu"), suites.kernels("gpu"), suites.kernels("tpu")):
         assert len({case.name for case in suite}) == len(suite)
 
 
@@ -244,11 +248,11 @@ def test_bad_flags_are_one_line(command, tmp_path):
 @pytest.mark.slow
 def test_the_command_writes_its_rows(command, tmp_path):
     out = tmp_path / "rows.json"
-    result = command("sprint_jax.benchmark", "--suite=kernels", "--only=linear_attention_0.6b_forward*", "--repeats=1", f"--out={out}")
+    result = command("sprint_jax.benchmark", "--suite=kernels", "--only=linear_attention_0.6b_1024_forward*", "--repeats=1", f"--out={out}")
     assert result.returncode == 0, result.stderr[-2000:]
     (row,) = json.loads(out.read_text())
-    assert row["name"] == "linear_attention_0.6b_forward_batch1" and row["ours_s"] > 0 and row["floor_s"] > 0
-    assert "| linear_attention_0.6b_forward_batch1 |" in result.stdout
+    assert row["name"] == "linear_attention_0.6b_1024_forward_batch1" and row["ours_s"] > 0 and row["floor_s"] > 0
+    assert "| linear_attention_0.6b_1024_forward_batch1 |" in result.stdout
 
 
 # ---- The peers compute what we compute.

@@ -15,7 +15,7 @@ from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M, LinearDiT, patch
 MODEL = LinearDiT(
     in_channels=3, width=16, depth=2, heads=4, cross_heads=2, mlp_ratio=2.5, text_dim=7, patch_size=2,
     qk_norm=True, time_scale=1.0, guidance_embed=True, guidance_scale_factor=0.1, logvar_head=True,
-    remat="none", unroll=1, dtype="float32",
+    remat="none", unroll=1, dtype="float32", attention="plain",
 )  # fmt: skip
 QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
 BATCH, HEIGHT, WIDE, LENGTH = 3, 4, 6, 5
@@ -175,7 +175,7 @@ def numpy_forward(params, x, t, text, mask, guidance):
 def test_whole_network_against_numpy():
     """Velocity, logvar and every block. Fails when the gate and value of the Mix-FFN are swapped, when any of
     shift1, scale1, gate1 are exchanged, when the final layer takes silu(condition), when the sinusoid puts
-    sine first, when ATTENTION_EPS is 1e-2, and when a norm's epsilon is 1e-3."""
+    sine first, when linear_attention.EPS is 1e-2, and when a norm's epsilon is 1e-3."""
     out = run(features=(0, 1))(randomised(), *inputs())
     velocity, logvar, blocks = numpy_forward(randomised(), *inputs())
     assert error(out.velocity, velocity) < 1e-5
@@ -250,7 +250,7 @@ def test_bfloat16_is_close():
 
 
 def test_padded_text_has_no_influence():
-    """Fails when MASKED is 0."""
+    """Fails when cross_attention.MASKED is 0."""
     x, t, text, mask, guidance = inputs()
     plain = run()(randomised(), x, t, text, mask, guidance).velocity
     padded = np.where(mask[..., None] == 0, 50 * normals(*text.shape, seed=9), text)
@@ -283,7 +283,7 @@ def test_time_scale():
 @pytest.mark.parametrize("qk_norm", [True, False])
 def test_qk_norm_forgets_the_scale_of_queries(qk_norm):
     """With the norm alone. Fails when CrossAttention normalises neither, or k in place of q."""
-    attention = layers.CrossAttention(2, qk_norm, jnp.float32)
+    attention = layers.CrossAttention(2, qk_norm, jnp.float32, "plain")
     x, text, mask = normals(2, 6, 16), normals(2, 4, 16, seed=1), np.ones((2, 4))
     params = jax.tree.map(np.asarray, attention.init(jax.random.key(0), x, text, mask)["params"])
     scaled = {**params, "to_q": {k: 5 * v for k, v in params["to_q"].items()}}

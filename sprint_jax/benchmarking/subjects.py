@@ -15,7 +15,8 @@ from sprint_jax import parts
 from sprint_jax.benchmarking import bench as bench_lib
 from sprint_jax.benchmarking import floors
 from sprint_jax.diffusion import samplers, trigflow
-from sprint_jax.models import layers
+from sprint_jax.kernels import cross_attention as cross
+from sprint_jax.kernels import linear_attention as linear
 from sprint_jax.models.dc_ae import DCAE
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
@@ -160,65 +161,82 @@ def picture(
 
 # ---- Attention alone, forward and in the two derivatives that training takes.
 
+_NORM_EPS = 1e-5
 
-def attention(bench, function, work, shapes, *, dtype, derivative, plain=None):
+
+def linear_attention(bench, size: LinearDiT, N, *, dtype, batch, derivative, backend):
+    """The self-attention with its norms of queries and keys at published shapes, all of q, k and v with a tangent.
+
+    backend: of `kernels.backend`; anything but "plain" has plain XLA as its peer.
+    """
+    head = size.width // size.heads
+    options = dict(heads=size.heads, eps=_NORM_EPS)
+    weights = [1 + 0.1 * _normal(20 + i, (size.width,)) for i in range(2)]
+    plain = lambda q, k, v: linear.plain(q, k, v, *weights, **options)
+    kernels = lambda q, k, v: linear.attention(q, k, v, *weights, **options, backend=backend)
+    work = floors.linear_attention(N, size.width, head, batch=batch, itemsize=_itemsize(dtype))
+    shapes = [(batch, N, size.width)] * 3
+    return _attention(plain, None if backend == "plain" else kernels, work, shapes, 3, dtype=dtype, derivative=derivative)
+
+
+def cross_attention(bench, size: LinearDiT, N, *, dtype, batch, derivative, backend, tokens=TEXT_TOKENS):
+    """The cross-attention at published shapes, no text masked, a tangent in q alone as in sCM. backend: as above."""
+    head = size.width // size.cross_heads
+    mask = jnp.ones((batch, tokens))
+    plain = lambda q, k, v: cross.plain(q, k, v, mask)
+    kernels = lambda q, k, v: cross.attention(q, k, v, mask, backend=backend)
+    work = floors.cross_attention(N, tokens, size.width, batch=batch, itemsize=_itemsize(dtype))
+    q, kv = (batch, N, size.cross_heads, head), (batch, tokens, size.cross_heads, head)
+    return _attention(plain, None if backend == "plain" else kernels, work, [q, kv, kv], 1, dtype=dtype, derivative=derivative)
+
+
+def _attention(plain, kernels, work, shapes, moving, *, dtype, derivative):
     """One attention alone.
 
-    function: (q, k, v) -> out. shapes: of q, k, v. work: of one forward pass.
+    plain, kernels: (q, k, v) -> out; kernels None times plain XLA alone. work: of one forward pass. shapes: of q, k, v.
+    moving: how many of q, k, v have a tangent.
     derivative: "forward", "jvp" (value and tangent), or "sprint" (gradients beside a stopped tangent, as sCM takes).
-    plain: the implementation to compare with; None compares with none.
     """
     arrays = [_normal(i, s, dtype) for i, s in enumerate(shapes)]
-    tangents = [_normal(9 + i, s, dtype) for i, s in enumerate(shapes)]
+    tangents = [_normal(9 + i, s, dtype) for i, s in enumerate(shapes[:moving])]
     derive, times = _DERIVATIVES[derivative]
-    build = lambda f: bench_lib.compiled(derive(f), *arrays, *tangents)
-    program, seconds = build(function)
+    build = lambda f: bench_lib.compiled(derive(f, moving), *arrays, *tangents)
     ready = lambda program: bench_lib.program(program, *arrays, *tangents)
-    peers = () if plain is None else (("plain XLA", lambda: ready(build(plain)[0])),)
-    return bench_lib.Subject(ready(program), seconds, dtype, work * times, peers, shortest=_KERNEL_SECONDS)
+    program, seconds = build(kernels or plain)
+    memory = lambda program: f"{program.memory_analysis().temp_size_in_bytes / 2**20:.0f} MiB"
+    note, peers = f"temporaries {memory(program)}", ()
+    if kernels:
+        other, _ = build(plain)
+        note += f", of plain XLA {memory(other)}"
+        peers = (("plain XLA", lambda: ready(other)),)
+    return bench_lib.Subject(ready(program), seconds, dtype, work * times[moving], peers, shortest=_KERNEL_SECONDS, note=note)
 
 
-def _jvp(function):
-    return lambda q, k, v, *tangents: jax.jvp(function, (q, k, v), tangents)
+def _forward(function, moving):
+    return lambda q, k, v, *tangents: function(q, k, v)
 
 
-def _sprint(function):
-    def loss(q, k, v, *tangents):
-        out, J = jax.jvp(function, (q, k, v), tangents)
+def _jvp(function, moving):
+    def derived(*arrays):
+        primals, tangents = arrays[:3], arrays[3:]
+        return jax.jvp(lambda *p: function(*p, *primals[moving:]), primals[:moving], tangents)
+
+    return derived
+
+
+def _sprint(function, moving):
+    def loss(*arrays):
+        out, J = _jvp(function, moving)(*arrays)
         aim = jax.lax.stop_gradient(out + J)
         return jnp.square((out - aim).astype(jnp.float32)).sum()
 
     return jax.grad(loss, (0, 1, 2))
 
 
-# (derivative, forward passes it costs). Both attentions are two products: a tangent doubles each of them twice
-# over, and so does a backward pass.
+# (derivative, {inputs that move: forward passes it costs}). Both attentions are two products. A tangent adds one of
+# them for each input of a product that moves, a backward pass two for each.
 _DERIVATIVES = {
-    "forward": (lambda f: lambda q, k, v, *tangents: f(q, k, v), 1),
-    "jvp": (_jvp, 3),
-    "sprint": (_sprint, 5),
+    "forward": (_forward, {1: 1, 3: 1}),
+    "jvp": (_jvp, {1: 2, 3: 3}),
+    "sprint": (_sprint, {1: 4, 3: 5}),
 }
-
-
-def linear_attention(bench, size: LinearDiT, N, *, dtype, batch, derivative, function=None):
-    """The self-attention at published shapes; function: an implementation to put beside ours."""
-    shape = (batch, N, size.heads, size.width // size.heads)
-    work = floors.linear_attention(N, size.width, shape[-1], batch=batch, itemsize=_itemsize(dtype))
-    plain = layers.linear_attention
-    return attention(
-        bench, function or plain, work, [shape] * 3, dtype=dtype, derivative=derivative, plain=plain if function else None
-    )  # fmt: skip
-
-
-def cross_attention(bench, size: LinearDiT, N, *, dtype, batch, derivative, function=None, tokens=TEXT_TOKENS):
-    """The cross-attention at published shapes, no text masked; function: (q, k, v, mask) to put beside ours."""
-    head = size.width // size.cross_heads
-    q, kv = (batch, N, size.cross_heads, head), (batch, tokens, size.cross_heads, head)
-    work = floors.cross_attention(N, tokens, size.width, batch=batch, itemsize=_itemsize(dtype))
-    mask = jnp.ones((batch, tokens))
-    masked = lambda f: lambda q, k, v: f(q, k, v, mask)
-    plain = masked(layers.cross_attention)
-    return attention(
-        bench, masked(function) if function else plain, work, [q, kv, kv], dtype=dtype, derivative=derivative,
-        plain=plain if function else None,
-    )  # fmt: skip

@@ -1,10 +1,10 @@
 """Which cases a suite has. Names are stable: whoever compares runs finds a row by its name and peer."""
 
-import dataclasses
 import functools
 
 from sprint_jax.benchmarking import commands, subjects, training
 from sprint_jax.benchmarking.bench import Case
+from sprint_jax.kernels import backend
 from sprint_jax.models.dc_ae import DCAE_F32C32
 from sprint_jax.models.gemma2 import GEMMA2_2B
 from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
@@ -71,38 +71,22 @@ def _at(side, batch):
     return f"_{side}" * (side != 1024) + f"_batch{batch}" * (batch > 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Attention:
-    """An implementation of both attentions to compare with plain XLA.
+def kernels(platform) -> list[Case]:
+    """Attention alone at published shapes: forward, with a tangent, and as the training step differentiates it.
 
-    linear: (q, k, v) -> out, as `models.layers.linear_attention`; None if it has none.
-    cross: (q, k, v, mask) -> out, as `models.layers.cross_attention`; None if it has none.
+    By kernels where the platform has them, beside plain XLA; elsewhere plain XLA alone.
     """
-
-    label: str
-    linear: object = None
-    cross: object = None
-
-
-def attentions() -> list[Attention]:
-    """Plain XLA, and every other implementation of this package: new ones are added here."""
-    return [Attention("plain")]
-
-
-def kernels(on_cpu) -> list[Case]:
-    """Attention alone at published shapes: forward, with a tangent, and as the training step differentiates it."""
+    on_cpu = platform == "cpu"
     dtype, batches = ("float32", (1,)) if on_cpu else ("bfloat16", (1, 16))
     cases = []
     for size_name, size in _SIZES:
         for kind, subject in (("linear", subjects.linear_attention), ("cross", subjects.cross_attention)):
-            for derivative in ("forward", "jvp", "sprint"):
-                for batch in batches:
-                    for one in attentions():
-                        function = getattr(one, kind)
-                        if function is None and one.label != "plain":
-                            continue
-                        label = f"{kind}_attention_{size_name}_{derivative}_batch{batch}"
-                        label += "" if one.label == "plain" else f"_{one.label}"
-                        options = dict(dtype=dtype, batch=batch, derivative=derivative, function=function)
-                        cases.append(case(label, subject, size, 1024, **options))
+            heads = size.heads if kind == "linear" else size.cross_heads
+            chosen, _ = backend.resolve("pallas", platform, (size.width // heads,), dtype)
+            for tokens in (1024,) if on_cpu else (1024, 4096):
+                for derivative in ("forward", "jvp", "sprint"):
+                    for batch in batches:
+                        name = f"{kind}_attention_{size_name}_{tokens}_{derivative}_batch{batch}"
+                        options = dict(dtype=dtype, batch=batch, derivative=derivative, backend=chosen)
+                        cases.append(case(name, subject, size, tokens, **options))
     return cases

@@ -103,7 +103,7 @@ def transformer(config: dict, dtype: str) -> LinearDiT:
         cross_heads=c["num_cross_attention_heads"], mlp_ratio=c["mlp_ratio"], text_dim=c["caption_channels"],
         patch_size=1, qk_norm=_QK_NORM[c["qk_norm"]], time_scale=float(c["timestep_scale"]),
         guidance_embed=c["guidance_embeds"], guidance_scale_factor=c["guidance_embeds_scale"], logvar_head=False,
-        remat="none", unroll=1, dtype=dtype,
+        remat="none", unroll=1, dtype=dtype, attention="plain",
     )  # fmt: skip
 
 

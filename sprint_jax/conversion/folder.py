@@ -168,7 +168,7 @@ def read_ours(path, *, dtype, place=_keep, say=lambda message: None) -> Checkpoi
         raise UserError(f"{path / MODEL} has format {described.get('format')!r}, this version reads {_FORMAT!r}: convert again")
     try:
         models = {
-            "transformer": LinearDiT(**described["transformer"] | {"dtype": dtype or "float32"}),
+            "transformer": LinearDiT(**described["transformer"] | {"dtype": dtype or "float32", "attention": "plain"}),
             "autoencoder": _autoencoder(described["autoencoder"]),
             "text_encoder": Gemma2(**described["text_encoder"]),
         }
@@ -195,6 +195,7 @@ def write_ours(path, checkpoint: Checkpoint):
     """model.json, one safetensors file a part under our names, and the tokenizer."""
     with whole(path) as partial:
         described = {part: dataclasses.asdict(getattr(checkpoint, part)) for part in PARTS}
+        del described["transformer"]["attention"]  # says how to compute, not what: the reader chooses
         described |= {"format": _FORMAT, "instruction": checkpoint.instruction}
         (partial / MODEL).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for part in PARTS:
@@ -221,7 +222,7 @@ def read_native(file) -> Checkpoint:
         heads=width // 32, cross_heads=_CROSS_HEADS[width], mlp_ratio=hidden / width, text_dim=text_dim, patch_size=1,
         qk_norm="blocks.0.attn.q_norm.weight" in found, time_scale=1.0,
         guidance_embed="cfg_embedder.mlp.0.weight" in found, guidance_scale_factor=0.1, logvar_head=False,
-        remat="none", unroll=1, dtype="float32",
+        remat="none", unroll=1, dtype="float32", attention="plain",
     )  # fmt: skip
     params = rules.load(tables.native_transformer(model), found, _abstract(model), None, "transformer")
     return Checkpoint(model, None, None, {"transformer": params}, None, "")

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sprint_jax.kernels import linear_attention
 from sprint_jax.models import convolutions, depthwise, layers
 
 NORM_EPS = 1e-5
@@ -66,7 +67,7 @@ class _Norm(nn.Module):
         channels = x.shape[-1]
         weight = self.param("weight", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        return layers.rms_norm(x, weight, NORM_EPS) + bias.astype(x.dtype)
+        return linear_attention.rms_norm(x, weight, NORM_EPS) + bias.astype(x.dtype)
 
 
 class _Residual(nn.Module):
@@ -103,7 +104,7 @@ class _MultiscaleAttention(nn.Module):
             copies.append(jnp.einsum("bhwgi,gio->bhwgo", grouped, mixing.astype(x.dtype)).reshape(qkv.shape))
         heads = jnp.concatenate(copies, -1).reshape(batch, height * width, -1, 3 * group)
         q, k, v = jnp.split(heads, 3, -1)
-        out = layers.linear_attention(q, k, v).reshape(batch, height, width, -1)
+        out = linear_attention.by_heads(q, k, v).reshape(batch, height, width, -1)
         out = layers.Dense(channels, use_bias=False, dtype=x.dtype, name="to_out")(out)
         return x + _Norm(name="norm_out")(out)
 

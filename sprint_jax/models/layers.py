@@ -1,7 +1,7 @@
 """Layers of the Linear-DiT: norms, embeddings, the two attentions and the gated convolution.
 
-Linen modules here only hold parameters; the arithmetic is in plain functions of arrays. Names and
-epsilons follow SANA (diffusers `SanaTransformer2DModel`). Reductions of norms, softmax and the linear
+Linen modules here only hold parameters; the arithmetic is in plain functions of arrays, that of the attentions in
+`kernels/` beside the kernels that may stand for it. Names and epsilons follow SANA (diffusers `SanaTransformer2DModel`). Reductions of norms, softmax and the linear
 attention run in float32 whatever the compute dtype, as in the published model.
 
 Shape letters: B batch, N image tokens, L text tokens, D width, h heads, d head width.
@@ -9,15 +9,14 @@ Shape letters: B batch, N image tokens, L text tokens, D width, h heads, d head 
 
 import math
 
-import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sprint_jax.kernels import cross_attention, linear_attention
 from sprint_jax.models import depthwise
 
-ATTENTION_EPS = 1e-15  # diffusers; the official repository uses 1e-8
-MASKED = -1e4
+QK_EPS = 1e-5  # of the norm of queries and keys
 
 xavier = nn.initializers.xavier_uniform()
 small = nn.initializers.normal(0.02)
@@ -32,13 +31,6 @@ def layer_norm(x, eps=1e-6):
     return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
-def rms_norm(x, weight, eps):
-    """RMSNorm over the last axis. [..., D], weight [D] -> [..., D], computed in float32."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * weight.astype(x.dtype)
-
-
 def modulate(x, shift, scale):
     """AdaLN: x [B, N, D], shift and scale [B, 1, D] -> x's dtype, rounded once."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -51,37 +43,6 @@ def sinusoid(value, dim=256):
     frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = value.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
-
-
-def linear_attention(q, k, v):
-    """ReLU linear attention, float32 inside. q, k, v [B, N, h, d] -> [B, N, h, d] in v's dtype."""
-    q, k, v32 = (a.astype(jnp.float32) for a in (jax.nn.relu(q), jax.nn.relu(k), v))
-    state = jnp.einsum("bnhe,bnhd->bhed", k, v32)
-    numerator = jnp.einsum("bnhe,bhed->bnhd", q, state)
-    denominator = jnp.einsum("bnhe,bhe->bnh", q, k.sum(1))
-    return (numerator / (denominator[..., None] + ATTENTION_EPS)).astype(v.dtype)
-
-
-def cross_attention(q, k, v, mask):
-    """Softmax attention over text. q [B, N, h, d], k and v [B, L, h, d], mask [B, L] -> [B, N, h, d].
-
-    Heads lead in both products: XLA's CPU backend takes half the time of the same products as einsums.
-    """
-    q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
-    scores = jnp.matmul(q, jnp.swapaxes(k, 2, 3), preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    bias = jnp.where(mask.astype(bool), 0.0, MASKED)[:, None, None, :]
-    weights = jax.nn.softmax(scores + bias, axis=-1).astype(v.dtype)
-    return jnp.swapaxes(weights @ v, 1, 2)
-
-
-def split_heads(x, heads):
-    """[B, N, D] -> [B, N, h, d]."""
-    return einops.rearrange(x, "b n (h d) -> b n h d", h=heads)
-
-
-def merge_heads(x):
-    """[B, N, h, d] -> [B, N, D]."""
-    return einops.rearrange(x, "b n h d -> b n (h d)")
 
 
 def silu(x):
@@ -123,7 +84,17 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         weight = self.param("weight", nn.initializers.constant(self.init), (x.shape[-1],))
-        return rms_norm(x, weight, self.eps)
+        return linear_attention.rms_norm(x, weight, self.eps)
+
+
+class NormWeight(nn.Module):
+    """The parameter of an `RMSNorm` that is computed elsewhere: [width]."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self):
+        return self.param("weight", nn.initializers.ones, (self.width,))
 
 
 class ScalarEmbedding(nn.Module):
@@ -158,22 +129,27 @@ class CaptionProjection(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Linear self-attention with RMSNorm of q and k over all channels before the head split."""
+    """Linear self-attention with RMSNorm of q and k over all channels before the head split.
+
+    attention: one of `kernels.backend.BACKENDS`.
+    """
 
     heads: int
     qk_norm: bool
     dtype: jnp.dtype
+    attention: str
 
     @nn.compact
     def __call__(self, x):
         width = x.shape[-1]
         # One product for q, k and v: a third of the calls and better use of narrow widths.
         qkv = Dense(3 * width, use_bias=False, dtype=self.dtype, kernel_init=_xavier_thirds, name="to_qkv")(x)
-        q, k, v = jnp.split(qkv, 3, -1)
-        if self.qk_norm:
-            q = RMSNorm(eps=1e-5, name="norm_q")(q)
-            k = RMSNorm(eps=1e-5, name="norm_k")(k)
-        out = merge_heads(linear_attention(*(split_heads(a, self.heads) for a in (q, k, v))))
+        norms = [NormWeight(width, name=name)() if self.qk_norm else None for name in ("norm_q", "norm_k")]
+        operands = (*jnp.split(qkv, 3, -1), *norms)
+        if self.attention == "plain":
+            out = linear_attention.plain(*operands, heads=self.heads, eps=QK_EPS)
+        else:
+            out = linear_attention.attention(*operands, heads=self.heads, eps=QK_EPS, backend=self.attention)
         return Dense(width, dtype=self.dtype, kernel_init=xavier, name="to_out")(out)
 
 
@@ -185,11 +161,15 @@ def _xavier_thirds(key, shape, dtype=jnp.float32):
 
 
 class CrossAttention(nn.Module):
-    """Masked softmax attention over the text, QK RMSNorm over all channels, no outer norm or gate."""
+    """Masked softmax attention over the text, QK RMSNorm over all channels, no outer norm or gate.
+
+    attention: one of `kernels.backend.BACKENDS`.
+    """
 
     heads: int
     qk_norm: bool
     dtype: jnp.dtype
+    attention: str
 
     @nn.compact
     def __call__(self, x, text, mask):
@@ -197,10 +177,14 @@ class CrossAttention(nn.Module):
         dense = lambda name: Dense(width, dtype=self.dtype, kernel_init=xavier, name=name)
         q, k, v = dense("to_q")(x), dense("to_k")(text), dense("to_v")(text)
         if self.qk_norm:
-            q = RMSNorm(eps=1e-5, name="norm_q")(q)
-            k = RMSNorm(eps=1e-5, name="norm_k")(k)
-        out = cross_attention(*(split_heads(a, self.heads) for a in (q, k, v)), mask)
-        return dense("to_out")(merge_heads(out))
+            q = RMSNorm(eps=QK_EPS, name="norm_q")(q)
+            k = RMSNorm(eps=QK_EPS, name="norm_k")(k)
+        q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, k, v))
+        if self.attention == "plain":
+            out = cross_attention.plain(q, k, v, mask)
+        else:
+            out = cross_attention.attention(q, k, v, mask, backend=self.attention)
+        return dense("to_out")(out.reshape(x.shape))
 
 
 class GLUMBConv(nn.Module):

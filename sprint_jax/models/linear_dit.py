@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from sprint_jax.kernels import backend
 from sprint_jax.models import layers, placement
 
 REMAT = ("none", "block", "cheap")
@@ -75,8 +76,8 @@ class _Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = rows  # [B, 1, D] each
         x = x.reshape(batch, -1, c.width)
         z = layers.modulate(layers.layer_norm(x), shift1, scale1)
-        x = x + gate1 * layers.SelfAttention(c.heads, c.qk_norm, c.compute_dtype, name="attn1")(z)
-        x = x + layers.CrossAttention(c.cross_heads, c.qk_norm, c.compute_dtype, name="attn2")(
+        x = x + gate1 * layers.SelfAttention(c.heads, c.qk_norm, c.compute_dtype, c.attention, name="attn1")(z)
+        x = x + layers.CrossAttention(c.cross_heads, c.qk_norm, c.compute_dtype, c.attention, name="attn2")(
             x, text, mask
         )
         z = layers.modulate(layers.layer_norm(x), shift2, scale2)
@@ -136,6 +137,7 @@ class LinearDiT:
       (norms, activations and attention weights; results of products with weights are kept).
     unroll: blocks per scan step; depth removes the loop, which XLA's CPU backend likes.
     dtype: compute dtype, "float32" or "bfloat16"; parameters are always float32.
+    attention: what computes both attentions, one of `kernels.backend.BACKENDS`; parameters are the same for all.
     """
 
     in_channels: int
@@ -154,6 +156,7 @@ class LinearDiT:
     remat: str
     unroll: int
     dtype: str
+    attention: str
 
     def __post_init__(self):
         for name in ("heads", "cross_heads"):
@@ -163,6 +166,8 @@ class LinearDiT:
             raise ValueError(f"dtype {self.dtype!r}: use 'float32' or 'bfloat16'")
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r}: use one of {', '.join(REMAT)}")
+        if self.attention not in backend.BACKENDS:
+            raise ValueError(f"attention {self.attention!r}: use one of {', '.join(backend.BACKENDS)}")
 
     @property
     def compute_dtype(self):
@@ -177,7 +182,8 @@ class LinearDiT:
         (tokens, cond, modulation, text, _), inputs = _Inputs(self).init_with_output(
             k_in, x, ones, text, ones
         )
-        one_block = lambda k: _Block(self).init(k, tokens, modulation, text, mask)["params"]
+        block = _Block(dataclasses.replace(self, attention="plain"))  # parameters do not depend on it
+        one_block = lambda k: block.init(k, tokens, modulation, text, mask)["params"]
         return {
             "inputs": inputs["params"],
             "blocks": jax.vmap(one_block)(jax.random.split(k_blocks, self.depth)),
@@ -253,7 +259,7 @@ class LinearDiT:
 _PUBLISHED = dict(
     in_channels=32, text_dim=2304, mlp_ratio=2.5, patch_size=1, qk_norm=True, time_scale=1.0,
     guidance_embed=True, guidance_scale_factor=0.1, logvar_head=True, remat="block", unroll=1,
-    dtype="bfloat16",
+    dtype="bfloat16", attention="plain",
 )  # fmt: skip
 SANA_600M = LinearDiT(width=1152, depth=28, heads=36, cross_heads=16, **_PUBLISHED)
 SANA_1600M = LinearDiT(width=2240, depth=20, heads=70, cross_heads=20, **_PUBLISHED)

@@ -1,0 +1,349 @@
+"""Attention kernels against float64, in every direction a step takes them, and what each platform makes of them."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from conftest import ROOT
+from kernel_cases import EPS, cross, cross_case, directions, half_hidden, linear, linear_case, modes, normals, published, relative, worst
+from sprint_jax import build, config, pipeline
+from sprint_jax.errors import UserError
+from sprint_jax.kernels import backend, cross_attention, linear_attention
+from sprint_jax.models.linear_dit import LinearDiT
+from test_config import card
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Of the float32 products that kernels are compared with, for GPUs have a coarser default."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def in_float64(f, *arguments, **options):
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), arguments)
+        return directions(f, *wide, **options)
+
+
+# ------------------------------------------------------------------------------------------------ linear attention
+
+
+def exact_linear(heads, q, k, v, norm_q=None, norm_k=None):
+    """Written from the equations, per head, weights of all pairs of tokens: no sum is shared with the kernels."""
+    if norm_q is not None:
+        q, k = (x / jnp.sqrt((x**2).mean(-1, keepdims=True) + EPS) * w for x, w in ((q, norm_q), (k, norm_k)))
+    split = lambda x: x.reshape(*x.shape[:2], heads, -1)
+    pairs = jnp.einsum("bnhd,bmhd->bhnm", split(jnp.maximum(q, 0)), split(jnp.maximum(k, 0)))
+    pairs = pairs / (pairs.sum(-1, keepdims=True) + 1e-15)
+    return jnp.einsum("bhnm,bmhd->bnhd", pairs, split(v)).reshape(v.shape)
+
+
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "head", "norm"),
+    [(2, 85, 3, 32, True), slow(1, 21, 2, 72, True), slow(2, 130, 1, 112, True), slow(1, 1100, 2, 32, False), slow(2, 7, 5, 8, True)],
+)
+def test_linear_attention(batch, tokens, heads, head, norm):
+    """Fails when _divide_tangent forgets c dtotal, _through_rms its second term, _key_gradient gtotal, _same_head is
+    all ones, or padded tokens are given an inverse of inf."""
+    case = linear_case(0, batch, tokens, heads, head, norm)
+    found = directions(linear(linear_attention.attention, heads, backend="interpret"), *case)
+    assert worst(found, in_float64(functools.partial(exact_linear, heads), *case)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["queries", "keys", "both", "large"])
+def test_linear_attention_without_weight(kind):
+    """Where relu leaves nothing the denominator is its epsilon: value and slopes are as plain, and finite.
+
+    Fails when the epsilon is left out.
+    """
+    primals, tangents, g = linear_case(2, 1, 20, 2, 32, False)
+    q, k, v = (np.array(a) for a in primals)
+    if kind == "large":
+        q, k, v = 1e4 * q, 1e4 * k, 1e4 * v
+    if kind in ("queries", "both"):
+        q[:, ::2] = -np.abs(q[:, ::2])
+    if kind in ("keys", "both"):
+        k[:] = np.where(np.arange(20)[:, None] % 3 == 0, 0, -np.abs(k))
+    case = ((q, k, v), tangents, g)
+    found = directions(linear(linear_attention.attention, 2, backend="interpret"), *case, scan=False)
+    expected = directions(linear(linear_attention.plain, 2), *case, scan=False)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1e-6, np.abs(b).max()))
+
+
+def test_linear_attention_refuses():
+    q, w = jnp.zeros((1, 4, 32)), jnp.ones(32)
+    run = functools.partial(linear_attention.attention, heads=2, eps=EPS, backend="interpret")
+    with pytest.raises(ValueError, match="both norms, or of neither"):
+        run(q, q, q, w, None)
+    with pytest.raises(ValueError, match="q, k and v differ"):
+        run(q, q[:, :2], q, w, w)
+    with pytest.raises(ValueError, match="backend 'cuda'"):
+        linear_attention.attention(q, q, q, w, w, heads=2, eps=EPS, backend="cuda")
+
+
+# ------------------------------------------------------------------------------------------------- cross-attention
+
+
+def exact_cross(mask, q, k, v):
+    scores = jnp.einsum("bnhd,blhd->bhnl", q, k) / np.sqrt(q.shape[-1]) + jnp.where(mask, 0.0, -1e4)[:, None, None]
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True))
+    return jnp.einsum("bhnl,blhd->bnhd", weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "heads", "head"),
+    [(2, 85, 70, 2, 32), slow(2, 21, 11, 2, 72), slow(1, 70, 130, 1, 112), slow(2, 1100, 5, 1, 32)],
+)
+def test_cross_attention(batch, queries, keys, heads, head):
+    """Fails when keys that fill a block weigh like masked ones, `shrink` is left off the sum or the mean off s', when
+    the kernel without tangents of k and v is taken with them, and when only the last part of the queries counts."""
+    case, mask = cross_case(0, batch, queries, keys, heads, head), half_hidden(batch, keys)
+    found = directions(cross(cross_attention.attention, mask, backend="interpret"), *case)
+    assert worst(found, in_float64(functools.partial(exact_cross, mask), *case)) < 1e-5
+
+
+def test_cross_attention_of_hidden_text():
+    """Every key masked: all count alike, and keys that only fill a block do not. Scores are multiples of 1/8, so that
+    float32 holds them beside -1e4. Fails when _ABSENT is MASKED."""
+    (q, k, v), tangents, g = cross_case(3, 1, 9, 19, 2, 64)
+    case = ((jnp.sign(q), jnp.sign(k), v), tangents, g)
+    mask = np.zeros((1, 19))
+    found = directions(cross(cross_attention.attention, mask, backend="interpret"), *case, scan=False)
+    expected = in_float64(functools.partial(exact_cross, mask), *case, scan=False)
+    assert worst(found, expected) < 1e-5
+    shown = in_float64(functools.partial(exact_cross, mask + 1), *case, scan=False)
+    assert worst(found, shown) < 1e-5
+
+
+def test_cross_attention_of_large_scores():
+    """Scores of some thousands: one key wins each query. Fails when the weights come from a log-sum-exp."""
+    (q, k, v), tangents, g = cross_case(4, 2, 20, 40, 1, 32)
+    case = ((100 * jnp.round(4 * q), jnp.round(4 * k), v), tangents, g)
+    mask = half_hidden(2, 40)
+    found = directions(cross(cross_attention.attention, mask, backend="interpret"), *case, scan=False)
+    expected = in_float64(functools.partial(exact_cross, mask), *case, scan=False)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-3 * max(1e-3, np.abs(b).max()))
+
+
+# ------------------------------------------------------------------------------------------------------ both kinds
+
+
+def both_kinds():
+    """((kernel, primals) of linear attention, then of cross-attention)."""
+    linear_primals, *_ = linear_case(0, 1, 16, 1, 32, True)
+    cross_primals, *_ = cross_case(0, 1, 16, 16, 1, 32)
+    return (
+        (linear(linear_attention.attention, 1, backend="interpret"), linear_primals),
+        (cross(cross_attention.attention, np.ones((1, 16)), backend="interpret"), cross_primals),
+    )
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["linear", "cross"])
+def test_tangent_that_is_not_stopped(which):
+    """NaN in the gradient of whatever made primals or tangents. Fails when _refuse returns zeros, or when residuals
+    are stopped before the linear map."""
+    f, primals = both_kinds()[which]
+    along = lambda scale, direction: jax.jvp(lambda x: f(x, *primals[1:]), (primals[0] * scale,), (direction,))[1].sum()
+    ones = jnp.ones_like(primals[0])
+    assert np.isnan(jax.jit(jax.grad(lambda s: along(s, ones)))(1.0))
+    assert np.isnan(jax.jit(jax.grad(lambda s: along(1.0, s * ones)))(1.0))
+    # Stopped, the gradient of value and tangent together is that of the value.
+    beside = lambda s: f(primals[0] * s, *primals[1:]).sum()
+    stopped = jax.grad(lambda s: beside(s) + jax.lax.stop_gradient(along(s, ones)))(1.0)
+    np.testing.assert_allclose(stopped, jax.grad(beside)(1.0), rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_as_good_as_plain():
+    """Over several draws each output's distance to float64 is at most 3 % more than plain's.
+
+    Fails when the state of linear attention is rounded to bfloat16 once, and when the mean in the tangent of
+    cross-attention is taken off the rounded sum.
+    """
+    mask = half_hidden(2, 50)
+    kinds = (
+        (lambda seed: linear_case(seed, 2, 128, 2, 32, True, jnp.bfloat16), linear(linear_attention.plain, 2),
+         linear(linear_attention.attention, 2, backend="interpret"), functools.partial(exact_linear, 2)),
+        (lambda seed: cross_case(seed, 2, 128, 50, 2, 72, jnp.bfloat16), cross(cross_attention.plain, mask),
+         cross(cross_attention.attention, mask, backend="interpret"), functools.partial(exact_cross, mask)),
+    )  # fmt: skip
+    for case, plain, kernel, exact in kinds:
+        squares = 0
+        for seed in range(3):
+            expected = jax.tree.leaves(in_float64(exact, *case(seed), scan=False))
+            found = [jax.tree.leaves(directions(f, *case(seed), scan=False)) for f in (kernel, plain)]
+            squares += np.array([[relative(a, b) ** 2 for a, b in zip(each, expected, strict=True)] for each in found])
+        ours, theirs = np.sqrt(squares)
+        assert (ours <= 1.03 * theirs).all(), (ours, theirs)
+        assert theirs.min() > 1e-3  # bfloat16 was at work
+
+
+TINY = LinearDiT(
+    in_channels=3, width=64, depth=2, heads=2, cross_heads=4, mlp_ratio=1.0, text_dim=6, patch_size=1,
+    qk_norm=True, time_scale=1.0, guidance_embed=False, guidance_scale_factor=0.1, logvar_head=False,
+    remat="block", unroll=1, dtype="float32", attention="plain",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes"), [{}, slow({"qk_norm": False, "remat": "none"}), slow({"remat": "cheap", "unroll": 2})], ids=str
+)
+def test_whole_network(changes):
+    """Value, jvp and the gradient of all parameters around a stopped jvp: with kernels as without, and the same tree."""
+    x, dx, text = normals(5, (2, 5, 4, 3), (2, 5, 4, 3), (2, 7, 6))
+    t, dt, mask = np.array([0.3, 0.6], np.float32), np.ones(2, np.float32), half_hidden(2, 7)
+    plain = dataclasses.replace(TINY, **changes)
+    kernels = dataclasses.replace(plain, attention="interpret")
+    params = plain.init(jax.random.key(0))
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, kernels.init(jax.random.key(0))))
+    rng = np.random.default_rng(6)
+    params = jax.tree.map(lambda a: a + 0.2 * rng.standard_normal(a.shape).astype(np.float32), params)
+
+    def step(model):
+        def loss(params):
+            net = lambda x, t: model.apply(params, x, t, text, mask).velocity
+            value, J = jax.jvp(net, (x, t), (dx, dt))
+            target = jax.lax.stop_gradient(value - J / jnp.sqrt((J**2).sum()))
+            return ((value - target) ** 2).sum(), (value, J)
+
+        return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
+
+    found, expected = step(kernels), step(plain)
+    assert worst(found[1], expected[1]) < 1e-5
+    # Leaf by leaf, none finer than a thousandth of the largest: without QK norm that of the keys' bias is rounding alone.
+    largest = max(np.linalg.norm(a) for a in jax.tree.leaves(expected[0]))
+    for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(expected[0]), strict=True):
+        assert np.linalg.norm(a - b) < 1e-4 * max(np.linalg.norm(b), 1e-3 * largest)
+    assert min(np.abs(a).max() for a in jax.tree.leaves(expected[0]["blocks"]["attn1"])) > 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------- platforms
+
+
+DEVICES = {
+    "triton": ("cuda", "__gpu$xla.gpu.triton", dict(device_kind="NVIDIA H200", num_cores=132, platform="gpu")),
+    "tpu": ("tpu", "tpu_custom_call", dict(device_kind="TPU v5e", num_cores=1, platform="tpu")),
+}
+
+
+@pytest.mark.parametrize("name", list(DEVICES))
+@pytest.mark.parametrize("kind", ["linear", 72, slow(32), slow(112)])
+def test_kernels_lower_for(name, kind):
+    """Without the device: the compiler's last step is not part of this. Fails when heads are not filled up to a power
+    of two (Triton), or blocks do not end on 128 lanes (TPU)."""
+    platform, target, device = DEVICES[name]
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(**device))
+    f, arguments = published(kind, name)
+    counts = {}
+    with jax.sharding.use_abstract_mesh(mesh):
+        for mode, g in modes(f).items():
+            text = jax.jit(g).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+            counts[mode] = len(re.findall(re.escape(f"custom_call @{target}("), text))
+    expected = {"forward": 2, "jvp": 4, "grad": 4} if kind == "linear" else {"forward": 1, "jvp": 2, "grad": 3}
+    assert counts == expected
+
+
+def run_script(*arguments, **environment):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment
+    program = pathlib.Path(__file__).parent / "kernels_on_devices.py"
+    result = subprocess.run(
+        [sys.executable, str(program), *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_sharded_operands_stay_where_they_are():
+    """Eight simulated devices as 4 x 2, a network with kernels: same numbers as on one, and nothing of the size of an
+    activation is gathered. Fails when `launch` does not map over devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    found = run_script("mesh", XLA_FLAGS=flags)
+    assert set(found) == {"linear", "cross", "linear 3 samples"}
+    for name, measured in found.items():
+        assert measured["error"] < 1e-5, name
+        if "samples" not in name:
+            assert measured["gathers"] == 0, name
+
+
+@pytest.mark.slow
+def test_tpu_compiles_them():
+    """By libtpu, ahead of time, for 2 x 2 chips: forward, jvp and grad at the published widths."""
+    pytest.importorskip("libtpu")
+    found = run_script("tpu", TPU_SKIP_MDS_QUERY="1")
+    assert len(found) == 12
+    assert all(m["kernels"] >= 1 and m["gathers"] == 0 for m in found.values()), found
+
+
+# ---------------------------------------------------------------------------------------------------------- choice
+
+
+def test_resolve():
+    """Fails when a GPU gets the TPU's kernels, and when a reason is given where nothing is missing."""
+    resolve = backend.resolve
+    assert resolve("plain", "gpu", (32, 72), "bfloat16") == ("plain", None)
+    assert resolve("pallas", "gpu", (32, 72), "bfloat16") == ("triton", None)
+    assert resolve("pallas", "cuda", (32, 112), "float32") == ("triton", None)
+    assert resolve("pallas", "tpu", (32, 112), "bfloat16") == ("tpu", None)
+    for arguments, reason in (
+        (("cpu", (32, 72), "bfloat16"), "no compiled kernel for a cpu"),
+        (("gpu", (32, 136), "bfloat16"), "heads are 32, 136 wide and kernels take multiples of 8 up to 128"),
+        (("gpu", (32, 20), "bfloat16"), "multiples of 8"),
+        (("tpu", (32, 72), "float16"), "the compute dtype is float16"),
+    ):
+        chosen, sentence = resolve("pallas", *arguments)
+        assert chosen == "plain" and reason in sentence and "\n" not in sentence
+    with pytest.raises(ValueError, match="use one of plain, pallas"):
+        resolve("triton", "gpu", (32,), "bfloat16")
+
+
+def test_config_chooses(monkeypatch):
+    """Fails when build leaves the config's wish in the model, or a folder's weights are refused for it."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    tree = card("smoke")[0]
+    assert build.student(config.parse(tree)).attention == "plain"
+    tree.model.attention = "pallas"
+    parsed = config.parse(tree)
+    assert "no compiled kernel" in build.attention(parsed)[1]
+    assert build.teacher(parsed).attention == "plain"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert build.attention(parsed) == ("triton", None)
+    assert {m(parsed).attention for m in (build.student, build.teacher, build.base_teacher)} == {"triton"}
+    tree.model.attention = "triton"
+    with pytest.raises(UserError, match="config.model.attention 'triton': use plain or pallas"):
+        config.parse(tree)
+    with pytest.raises(ValueError, match="attention 'pallas'"):
+        dataclasses.replace(TINY, attention="pallas")
+
+
+def test_pipeline_chooses(monkeypatch, tmp_path):
+    """Said once, and not where nothing was asked for. Fails when load does not pass the choice to the model."""
+    made = pipeline.Pipeline(TINY, None, None, {}, 32, 32, 1.0, "code", 1, "float32")
+    monkeypatch.setattr(pipeline, "_load", lambda path, **options: made)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    lines = []
+    assert pipeline.load(tmp_path, dtype="float32", say=lines.append).model == TINY
+    assert lines == []
+    assert pipeline.load(tmp_path, dtype="float32", attention="pallas", say=lines.append).model == TINY
+    assert len(lines) == 1 and "instead of Pallas kernels" in lines[0]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert pipeline.load(tmp_path, dtype="float32", attention="pallas", say=lines.append).model.attention == "tpu"
+    with pytest.raises(UserError, match="attention 'fast'"):
+        pipeline.load(tmp_path, attention="fast")
