@@ -33,6 +33,7 @@ class Pipeline:
     height, width, guidance_scale, schedule: what `generate` uses when it is not told.
     batch_size: pictures per program run when `generate` is not told.
     dtype: of parameters and of most arithmetic.
+    rows: how the pictures of a batch are cut over devices (`over_devices`); None: one device makes all.
     """
 
     model: LinearDiT
@@ -45,6 +46,7 @@ class Pipeline:
     schedule: str
     batch_size: int
     dtype: str
+    rows: jax.sharding.NamedSharding | None = None
     programs: dict = dataclasses.field(default_factory=dict, repr=False)
 
 
@@ -155,10 +157,21 @@ def _run(path, dtype, **options):
     )  # fmt: skip
 
 
+def over_devices(pipe, devices):
+    """The pipeline with its parameters on all of `devices` and the pictures of a batch cut over them.
+
+    Batches must then be multiples of their number.
+    """
+    mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    return dataclasses.replace(pipe, params=jax.device_put(pipe.params, whole), rows=rows, programs={})
+
+
 def generate(
     pipe, prompts, *, steps=2, guidance_scale=None, height=None, width=None, seed=0, timesteps=None,
     latents=None, step_noise=None, image=None, strength=0.6, output="pixels", schedule=None,
-    images_per_prompt=1, batch_size=None, say=lambda done: None,
+    images_per_prompt=1, batch_size=None, indices=None, say=lambda done: None,
 ):  # fmt: skip
     """Pictures of prompts in few steps.
 
@@ -178,6 +191,7 @@ def generate(
       images_per_prompt: pictures of each prompt, side by side in the result.
       batch_size: pictures per run of the compiled program; pictures are bit-equal for any company of
         prompts at one batch size. None takes pipe.batch_size.
+      indices: the i of each picture's noise, for a part of a longer list; None counts from 0.
       say: called with the number of pictures done.
     Returns:
       "pixels": uint8 [B, H, W, 3]. "latent": float32 [B, h, w, c] at unit scale, before the
@@ -202,19 +216,33 @@ def generate(
     rows = pipe.text.prepare(prompts)  # every prompt is checked before the first picture is made
     scale = pipe.guidance_scale if guidance_scale is None else guidance_scale
     program = _program(pipe, output)
+    numbers = np.arange(len(prompts)) if indices is None else np.asarray(indices)
+    if numbers.shape != (len(prompts),):
+        raise UserError(f"{numbers.size} indices for {len(prompts)} pictures: give one each")
     result, done = [None] * len(prompts), 0
-    for indices, padded, arrays in parts.batches(rows, batch_size or pipe.batch_size):
+    for members, padded, arrays in parts.batches(rows, batch_size or pipe.batch_size):
         pick = lambda a, axis: None if a is None else np.take(a, padded, axis)
+        arrays, numbered, begun = _spread(pipe, (arrays, numbers[padded].astype(np.int32), pick(start, 0)))
         made = program(
-            pipe.params, arrays, np.float32(_rounded(scale, pipe.dtype)), times, np.int32(seed),
-            np.array(padded, np.int32), pick(draws, 1), pick(start, 0), shape=shape,
+            pipe.params, arrays, np.float32(_rounded(scale, pipe.dtype)), times, np.int32(seed), numbered,
+            pick(draws, 1), begun, shape=shape,
         )  # fmt: skip
         made = np.asarray(made)
-        for row, index in enumerate(indices):
+        for row, index in enumerate(members):
             result[index] = made[row]
-        done += len(indices)
+        done += len(members)
         say(done)
     return np.stack(result)
+
+
+def _spread(pipe, rows):
+    """Arrays [B, ...] of a batch where `over_devices` wants them; as they are without it."""
+    if pipe.rows is None:
+        return rows
+    devices, count = pipe.rows.mesh.size, len(jax.tree.leaves(rows)[0])
+    if count % devices:
+        raise UserError(f"batches of {count} pictures on {devices} devices: use a multiple of {devices}")
+    return jax.device_put(rows, pipe.rows)
 
 
 def latent_shape(pipe, height, width):

@@ -11,7 +11,6 @@ import hashlib
 import json
 import pathlib
 import resource
-import subprocess
 import sys
 import time
 
@@ -19,12 +18,12 @@ import jax
 import numpy as np
 import tqdm
 
-from sprint_jax import build, files, generation, inputs, pictures, weights
+from sprint_jax import build, files, generation, inputs, pictures, revision, weights
 from sprint_jax import config as config_lib
 from sprint_jax import workdir as names
 from sprint_jax.diffusion import samplers
 from sprint_jax.errors import UserError
-from sprint_jax.evaluation.evaluate import Evaluator
+from sprint_jax.evaluation.heldout import Evaluator
 from sprint_jax.training import came, hosts, loop, sharding, sprint_step, state, teacher_step
 from sprint_jax.training.records import Records
 
@@ -337,25 +336,12 @@ def _summary(results, begin):
         "seconds": time.perf_counter() - begin,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "jax": jax.__version__,
-        "commit": _commit(),
+        "commit": revision.commit(),
         "device": jax.devices()[0].device_kind,
         "scores": {name: r["score"] for name, r in results.items() if "score" in r},
         "tasks": {name: r["tasks"] for name, r in results.items() if "tasks" in r},
         "frechet": {name: r["frechet"] for name, r in results.items()},
     }
-
-
-def _commit():
-    """Commit of the source tree, with + where it has changes; "unknown" outside one."""
-    here = pathlib.Path(__file__).parent
-    git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
-    try:
-        commit = git("rev-parse", "HEAD")
-        if commit.returncode:
-            return "unknown"
-        return commit.stdout.strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout else "")
-    except FileNotFoundError:
-        return "unknown"
 
 
 def _table(summary):
