@@ -24,7 +24,7 @@ def random_state(seed=0):
         kernel = rng.randn(out, into, height, width) * np.sqrt(2 / (into * height * width))
         state[f"{layer}.conv.weight"] = kernel.astype(np.float32)
         state |= {f"{layer}.bn.weight": draw(0.7, 1.3), f"{layer}.bn.bias": draw(-0.3, 0.3)}
-        state |= {f"{layer}.bn.running_mean": draw(-0.2, 0.2), f"{layer}.bn.running_var": draw(0.001, 1.5)}
+        state |= {f"{layer}.bn.running_mean": draw(-0.2, 0.2), f"{layer}.bn.running_var": draw(0.4, 1.6)}
     return state
 
 
