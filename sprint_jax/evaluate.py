@@ -354,6 +354,8 @@ def _fid(paths, sizes, formats):
         print(f"statistics of {gaussian.count} pictures in {_SAVE_REFERENCE.value}")
     if reference is None:
         return {}, protocol
+    if len(gaussian.mean) > 500:  # minutes on a slow machine, and no way to watch it
+        print(f"the matrix root of {len(gaussian.mean)} features: a minute or two", file=sys.stderr, flush=True)
     name = "fid" if published else "frechet_distance_not_fid"
     return {name: fid.distance(gaussian, reference)}, protocol | theirs
 

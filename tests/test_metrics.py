@@ -33,11 +33,31 @@ def test_fid_is_that_of_the_official_packages(count):
 
 
 def test_fid_of_singular_covariances():
-    """Recorded as above: where no finite root exists, 1e-6 is added to both diagonals."""
+    """Recorded as above, of covariances whose product is zero."""
     zero, one, other = np.zeros(8), np.diag([1.0] + [0] * 7), np.diag([0, 1.0] + [0] * 6)
     of = lambda mean, covariance: fid.Gaussian(mean, covariance, 0)
     assert fid.distance(of(zero, one), of(zero + 0.5, other)) == pytest.approx(4.0, rel=1e-9)
     assert fid.distance(of(zero, one), of(zero + 0.5, 0 * one)) == pytest.approx(3.0, rel=1e-9)
+
+
+def test_fid_adds_to_the_diagonals_where_there_is_no_root(monkeypatch):
+    """A product whose root is not finite: 1e-6 on both diagonals, of the root alone (closed form of diagonals)."""
+    a, b, roots = np.array([1.0, 0.0, 2.0]), np.array([0.0, 0.0, 3.0]), [np.full((3, 3), np.nan)]
+    true = fid._root
+    monkeypatch.setattr(fid, "_root", lambda matrix: roots.pop() if roots else true(matrix))
+    found = fid.distance(fid.Gaussian(np.zeros(3), np.diag(a), 0), fid.Gaussian(np.zeros(3), np.diag(b), 0))
+    assert not roots
+    assert found == pytest.approx(a.sum() + b.sum() - 2 * np.sqrt((a + 1e-6) * (b + 1e-6)).sum(), rel=1e-12)
+
+
+def test_a_root_that_is_not_real_is_refused(monkeypatch):
+    """Imaginary parts up to 1e-3 on the diagonal are rounding, as in pytorch-fid; more is an error."""
+    one = fid.Gaussian(np.zeros(2), np.eye(2), 0)
+    monkeypatch.setattr(fid, "_root", lambda matrix: np.eye(2) + np.diag([0.9e-3j, 0]))
+    assert fid.distance(one, one) == 0
+    monkeypatch.setattr(fid, "_root", lambda matrix: np.eye(2) + np.diag([1.1e-3j, 0]))
+    with pytest.raises(UserError, match="imaginary part of 0.0011"):
+        fid.distance(one, one)
 
 
 def test_fid_of_diagonal_gaussians_in_closed_form():
