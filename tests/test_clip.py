@@ -1,5 +1,6 @@
 """CLIP against transformers' PyTorch model on random weights, and its preprocessing."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from PIL import Image
 
 from sprint_jax.errors import UserError
-from sprint_jax.evaluation import clip_score, extractors
+from sprint_jax.evaluation import extractors
+from sprint_jax.models import clip as clip_lib
 
 torch = pytest.importorskip("torch")
 fabricate = pytest.importorskip("fabricate")
@@ -75,8 +77,6 @@ def test_text_features_match_transformers(folder, peer):
 def test_image_features_match_transformers(folder, peer):
     clip, _ = extractors.load_clip(folder, batch=2)
     images = np.random.RandomState(0).randint(0, 256, (3, 28, 28, 3)).astype(np.uint8)
-    from sprint_jax.models import clip as clip_lib
-
     x = (images / 255 - np.array(clip_lib.MEAN)) / np.array(clip_lib.DEVIATION)
     with torch.no_grad():
         expected = pooled(peer.get_image_features(torch.tensor(x, dtype=torch.float32).permute(0, 3, 1, 2)))
@@ -84,17 +84,27 @@ def test_image_features_match_transformers(folder, peer):
     assert clip.logit_scale == pytest.approx(peer.logit_scale.item())
 
 
-def test_score_of_pairs_matches_transformers(folder, peer):
-    """The diagonal of transformers' own logits is exp(logit_scale) x cosine."""
-    clip, _ = extractors.load_clip(folder, batch=4)
+def test_score_of_pairs_matches_transformers(folder, peer, command, tmp_path):
+    """From picture files and prompts: the diagonal of transformers' own logits is exp(logit_scale) x cosine."""
+    clip, digest = extractors.load_clip(folder, batch=4)
     images = np.random.RandomState(1).randint(0, 256, (3, 28, 28, 3)).astype(np.uint8)
-    from sprint_jax.models import clip as clip_lib
-
     x = (images / 255 - np.array(clip_lib.MEAN)) / np.array(clip_lib.DEVIATION)
     with torch.no_grad():
         out = peer(input_ids=torch.tensor(clip.tokens(TEXTS)).long(), pixel_values=torch.tensor(x, dtype=torch.float32).permute(0, 3, 1, 2))
-    cosines = clip_score.cosines(clip.images(list(images)), clip.texts(TEXTS))
-    assert clip_score.sana(cosines, clip.logit_scale) == pytest.approx(out.logits_per_image.diagonal().mean().item(), rel=1e-5)
+    (tmp_path / "pictures").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"pictures/{i:05d}.png")
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+    result = command(
+        "sprint_jax.evaluate", "--suite=clip", f"--folder={tmp_path / 'pictures'}", f"--prompts={tmp_path / 'prompts.txt'}",
+        f"--weights={folder}", "--scoring_batch=2", f"--out={tmp_path}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads((tmp_path / "report-clip.json").read_text())
+    scaled, logits = peer.logit_scale.exp().item(), out.logits_per_image.diagonal().mean().item()
+    assert found["scores"]["clip_score"] == pytest.approx(logits, rel=1e-4)
+    assert found["scores"]["clip_score_torchmetrics"] == pytest.approx(max(100 * logits / scaled, 0), rel=1e-4)
+    assert found["protocol"]["weights_sha256"] == digest == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def test_preprocessing_matches_transformers():

@@ -6,10 +6,13 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
+from PIL import Image
 
 from sprint_jax.errors import UserError
-from sprint_jax.evaluation import extractors
+from sprint_jax.evaluation import extractors, fid
 from sprint_jax.models import inception
+from test_bad_input import refused
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -118,15 +121,35 @@ def test_resize_matches_pytorch(height, width):
     np.testing.assert_allclose(jax.jit(inception.resized)(images), expected.permute(0, 2, 3, 1).numpy(), atol=1e-4)
 
 
-def test_a_whole_picture_through_the_extractor(state):
-    """Pictures of any size, in batches that do not divide them, to what PyTorch makes of each alone."""
+def test_statistics_of_a_folder_match_pytorch(state, command, tmp_path):
+    """The door from picture files to mu and sigma, in batches that do not divide the pictures."""
     images = np.random.RandomState(2).randint(0, 256, (3, 24, 40, 3)).astype(np.uint8)
-    x = F.interpolate(torch.tensor(images[2:]).permute(0, 3, 1, 2).float() / 255, size=(299, 299), mode="bilinear", align_corners=False)
+    (tmp_path / "pictures").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"pictures/{i}.png")
+    weights, stats = tmp_path / "w.safetensors", tmp_path / "stats.npz"
+    weights.write_bytes(safetensors.numpy.save(state))
+    x = torch.tensor(images).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
-        expected = Peer(state).features(2 * x - 1).numpy()
-    found = extractors.Inception(inception.params_of(state), resize="pytorch-fid", batch=2)(images)
-    assert found.dtype == np.float64
-    assert np.linalg.norm(found[2] - expected[0]) / np.linalg.norm(expected) < 1e-4
+        resized = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
+        expected = Peer(state).features(2 * resized - 1).double().numpy()
+    result = command(
+        "sprint_jax.evaluate", "--suite=fid", f"--folder={tmp_path / 'pictures'}", f"--weights={weights}",
+        "--unpublished_weights", "--scoring_batch=2", f"--save_reference={stats}", f"--out={tmp_path}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "3 pictures give a singular covariance" in result.stderr
+    gaussian, protocol = fid.load(stats)
+    assert np.linalg.norm(gaussian.mean - expected.mean(0)) / np.linalg.norm(expected.mean(0)) < 1e-4
+    covariance = np.cov(expected, rowvar=False)
+    assert np.linalg.norm(gaussian.covariance - covariance) / np.linalg.norm(covariance) < 1e-3
+    assert protocol["features"] == "Inception of other weights" and protocol["resize"] == "pytorch-fid"
+    assert protocol["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    result = command(
+        "sprint_jax.evaluate", "--suite=fid", f"--folder={tmp_path / 'pictures'}", f"--weights={weights}",
+        "--unpublished_weights", "--fid_resize=clean-fid", f"--reference={stats}", f"--out={tmp_path}",
+    )  # fmt: skip
+    refused(result, "resize=pytorch-fid", "now clean-fid")
 
 
 def test_published_files_are_told_from_others(tmp_path, monkeypatch, state):
