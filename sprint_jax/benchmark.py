@@ -19,10 +19,10 @@ from absl import app, flags
 from sprint_jax import cli
 from sprint_jax.errors import UserError
 
-_SUITE = flags.DEFINE_enum("suite", None, ["cpu", "gpu", "kernels"], "What to measure.")
 # Two commands with a flag of one name meet only in a process that imports both.
+_SUITE = flags.DEFINE_enum("suite", None, ["cpu", "gpu", "kernels"], "What to measure.", allow_override=True)
 _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.", allow_override=True)
-_ONLY = flags.DEFINE_list("only", None, "Names of the cases to run, * for anything; default: all of the suite.")
+_ONLY = flags.DEFINE_list("only", None, "Names of the cases to run, * for anything; default: all of the suite.", allow_override=True)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Alternating runs of each program.")
 
 

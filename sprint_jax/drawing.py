@@ -41,7 +41,7 @@ class Kind:
 def generate(
     pipe, prompts, *, steps=2, guidance_scale=None, height=None, width=None, seed=0, timesteps=None,
     latents=None, step_noise=None, image=None, strength=0.6, output="pixels", schedule=None,
-    images_per_prompt=1, batch_size=None, say=lambda done: None,
+    images_per_prompt=1, batch_size=None, indices=None, say=lambda done: None,
 ):  # fmt: skip
     """Pictures of prompts in few steps.
 
@@ -62,6 +62,7 @@ def generate(
       images_per_prompt: pictures of each prompt, side by side in the result.
       batch_size: pictures per run of the compiled program; pictures are bit-equal for any company of
         prompts at one batch size. None takes pipe.batch_size.
+      indices: the i of each picture's noise, for a part of a longer list; None counts from 0.
       say: called with the number of pictures done.
     Returns:
       "pixels": uint8 [B, H, W, 3]. "latent": float32 [B, h, w, c] at unit scale, before the
@@ -87,17 +88,20 @@ def generate(
     given = dict(output=output, steps=len(times) - 1, batch_size=size, shape=shape, draws=draws is not None, start=start is not None)
     programs = {length: pipe.program(Kind(length=length, **given)) for length in sorted({length for length, _ in rows})}
     scale = rounded(pipe.guidance_scale if guidance_scale is None else guidance_scale, pipe.dtype)
+    numbers = np.arange(len(prompts)) if indices is None else np.asarray(indices)
+    if numbers.shape != (len(prompts),):
+        raise UserError(f"{numbers.size} indices for {len(prompts)} pictures: give one each")
     pick = lambda a, padded, axis: None if a is None else np.take(a, padded, axis)
     result, done = [None] * len(prompts), 0
-    for length, indices, padded, arrays in prompts_lib.batches(rows, size):
+    for length, members, padded, arrays in prompts_lib.batches(rows, size):
         made = programs[length](
-            pipe.params, arrays, np.float32(scale), times, np.int32(seed), np.array(padded, np.int32),
+            pipe.params, arrays, np.float32(scale), times, np.int32(seed), numbers[padded].astype(np.int32),
             pick(draws, padded, 1), pick(start, padded, 0),
         )  # fmt: skip
         made = np.asarray(made)
-        for row, index in enumerate(indices):
+        for row, index in enumerate(members):
             result[index] = made[row]
-        done += len(indices)
+        done += len(members)
         say(done)
     return np.stack(result)
 

@@ -20,11 +20,11 @@ def grid(images, columns, gap=2):
     return sheet
 
 
-def save(path, image, zoom=1):
-    """Writes uint8 [H, W, 3] as PNG, each pixel repeated `zoom` times."""
+def save(path, image, zoom=1, file_format="PNG"):
+    """Writes uint8 [H, W, 3] as PNG or JPEG (of PIL's default quality), each pixel repeated `zoom` times."""
     image = np.repeat(np.repeat(image, zoom, 0), zoom, 1)
     with files.whole(path) as partial:
-        Image.fromarray(image).save(partial, format="PNG")
+        Image.fromarray(image).save(partial, format=file_format)
 
 
 def load(path, height, width):

@@ -29,6 +29,7 @@ class Pipeline:
     height, width, guidance_scale, schedule: what `generate` uses when it is not told.
     batch_size: pictures per program run when `generate` is not told.
     dtype: of parameters and of most arithmetic.
+    rows: how the pictures of a batch are cut over devices (`over_devices`); None: one device makes all.
     """
 
     model: LinearDiT
@@ -41,6 +42,7 @@ class Pipeline:
     schedule: str
     batch_size: int
     dtype: str
+    rows: jax.sharding.NamedSharding | None = None
     programs: dict = dataclasses.field(default_factory=dict, repr=False)
 
     def program(self, kind: drawing.Kind):
@@ -48,7 +50,8 @@ class Pipeline:
         if kind.output not in self.programs:
             way = functools.partial(sample, self.model, self.text, self.pixels, output=kind.output)
             self.programs[kind.output] = jax.jit(way, static_argnames="shape")
-        return functools.partial(self.programs[kind.output], shape=kind.shape)
+        run = functools.partial(self.programs[kind.output], shape=kind.shape)
+        return run if self.rows is None else functools.partial(_spread, run, self.rows)
 
     def encode(self, images):
         """uint8 [B, H, W, 3] -> latents at unit scale, to start from."""
@@ -174,6 +177,26 @@ def _run(path, dtype, **options):
         {"transformer": params, "text": {}, "pixels": {}}, config.data.size, config.data.size,
         e.student_guidance, e.schedule, 16, dtype,
     )  # fmt: skip
+
+
+def over_devices(pipe, devices):
+    """The pipeline with its parameters on all of `devices` and the pictures of a batch cut over them.
+
+    Batches must then be multiples of their number.
+    """
+    mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    return dataclasses.replace(pipe, params=jax.device_put(pipe.params, whole), rows=rows, programs={})
+
+
+def _spread(run, rows, params, arrays, guidance, times, seed, indices, draws, start):
+    """A program's run with its batch cut over devices."""
+    devices = rows.mesh.size
+    if len(indices) % devices:
+        raise UserError(f"batches of {len(indices)} pictures on {devices} devices: use a multiple of {devices}")
+    arrays, indices, start = jax.device_put((arrays, indices, start), rows)
+    return run(params, arrays, guidance, times, seed, indices, draws, start)
 
 
 def generate(pipe, prompts, **options):

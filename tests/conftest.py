@@ -18,16 +18,16 @@ TINY = ("--config=configs/sprint.py:smoke",)
 def command(tmp_path_factory):
     """run(module, *flags) -> CompletedProcess; a compilation cache is shared by all calls of a session."""
     cache = tmp_path_factory.mktemp("jax_cache")
-    environment = os.environ | {
+    shared = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
-    def run(module, *flags, background=False):
+    def run(module, *flags, background=False, environment={}):
         words = [sys.executable, "-m", module, *map(str, flags)]
-        options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        options = dict(cwd=ROOT, env=shared | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if background:
             return subprocess.Popen(words, **options)
         return subprocess.run(words, **options, timeout=600)

@@ -1,0 +1,247 @@
+"""Pictures and texts to features, by weights that the user has: the FID Inception and CLIP.
+
+An extractor is any callable from a list of uint8 pictures [H, W, 3] to features [N, D]; these are two.
+"""
+
+import hashlib
+import importlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax.sharding import NamedSharding, PartitionSpec
+from PIL import Image
+
+from sprint_jax import files
+from sprint_jax.conversion import tensors as tensors_lib
+from sprint_jax.errors import UserError
+from sprint_jax.models import clip as clip_lib
+from sprint_jax.models import inception
+
+# The first digits of the SHA-256 of pytorch-fid's weights are part of their file's name.
+INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
+_INCEPTION_SHA256 = "6726825d"
+_SOURCE = "source_sha256"  # of the .pth that a .safetensors file was made of
+RESIZES = ("pytorch-fid", "clean-fid")
+
+
+def sha256(path) -> str:
+    """Of a file's bytes, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Batched:
+    """function(params, rows) in batches of one size, a batch spread over the devices of this process."""
+
+    def __init__(self, function, params, batch):
+        devices = jax.local_devices()
+        mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
+        self._batch = -(-batch // len(devices)) * len(devices)
+        self._rows = NamedSharding(mesh, PartitionSpec("rows"))
+        self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+        self._function = jax.jit(function)
+
+    def __call__(self, rows):
+        """[N, ...] -> [N, D] as NumPy; the last batch is padded."""
+        made = []
+        for start in range(0, len(rows), self._batch):
+            part = rows[start : start + self._batch]
+            padded = np.concatenate([part, np.repeat(part[-1:], self._batch - len(part), 0)])
+            made.append(np.asarray(self._function(self._params, jax.device_put(padded, self._rows)))[: len(part)])
+        return np.concatenate(made)
+
+
+class Inception:
+    """The published Inception's pooled features, with pytorch-fid's or clean-fid's resize to 299."""
+
+    def __init__(self, params, *, resize, batch):
+        if resize == "pytorch-fid":
+            function = lambda p, x: inception.features(p, inception.resized(x))
+        else:  # clean-fid's range differs too: 128 is the middle
+            function = lambda p, x: inception.features(p, (x - 128) / 128)
+        self._resize, self._run = resize, Batched(function, params, batch)
+
+    def __call__(self, images):
+        """uint8 pictures of one size, [N, H, W, 3] or a list -> float64 [N, 2048]."""
+        if self._resize == "clean-fid":
+            images = [clean_resize(image) for image in images]
+        return self._run(np.stack(images)).astype(np.float64)
+
+
+def clean_resize(image):
+    """uint8 [H, W, 3] -> float32 [299, 299, 3] in 0..255: PIL's antialiased bicubic on float channels, not rounded."""
+    side = (inception.SIDE, inception.SIDE)
+    channels = [
+        np.asarray(Image.fromarray(image[..., c].astype(np.float32)).resize(side, Image.Resampling.BICUBIC))
+        for c in range(3)
+    ]
+    return np.clip(np.stack(channels, -1), 0, 255)
+
+
+def load_inception(path, *, unpublished=False):
+    """(parameters, SHA-256 of the published file they come from) of the .pth file or of what `save_inception` made.
+
+    unpublished: accept weights of any origin; their own digest is given then. Raises UserError for a file that is
+    not there, not whole, or not of the published weights.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"no Inception weights at {path}: download {INCEPTION_FILE} (of pytorch-fid) and give its path")
+    found, digest = _read_inception(path)
+    if not digest.startswith(_INCEPTION_SHA256) and not unpublished:
+        raise UserError(
+            f"{path} does not come from {INCEPTION_FILE}: the SHA-256 is {digest[:8]}..., not {_INCEPTION_SHA256}...; download "
+            "it again, or say --unpublished_weights for a distance that is not FID"
+        )
+    try:
+        return inception.params_of(found), digest
+    except ValueError as error:
+        raise UserError(f"{path} is not the FID Inception ({error}): give {INCEPTION_FILE}") from None
+
+
+def _read_inception(path):
+    """({name: array}, digest) of a .safetensors or a .pth file."""
+    if path.suffix == ".safetensors":
+        try:
+            with safetensors.safe_open(path, "numpy") as file:
+                digest = (file.metadata() or {}).get(_SOURCE) or sha256(path)
+                return {name: file.get_tensor(name) for name in file.keys()}, digest
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from None
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path} can only be read where PyTorch is installed: run sprint_jax.evaluate there with --weights={path} "
+            "--save_weights=FILE.safetensors, and give that file"
+        ) from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # never runs code of the file
+        return {name: value.numpy() for name, value in state.items()}, sha256(path)
+    except Exception as error:  # the library raises many kinds for a damaged file
+        raise UserError(f"{path} is not a state dict of PyTorch ({' '.join(str(error).split())[:120]}): download it again") from None
+
+
+def save_inception(source, target, *, unpublished=False):
+    """Writes the weights of a .pth file as safetensors, by the same names, with its SHA-256. Needs PyTorch."""
+    load_inception(source, unpublished=unpublished)  # refused here rather than where it is used
+    found, digest = _read_inception(pathlib.Path(source))
+    layers = tuple(f"{name}." for name in inception.layer_shapes())
+    kept = {k: np.ascontiguousarray(v) for k, v in found.items() if k.startswith(layers) and v.dtype == np.float32}
+    with files.whole(target) as partial:
+        partial.write_bytes(safetensors.numpy.save(kept, metadata={_SOURCE: digest}))
+
+
+class CLIP:
+    """Features of pictures and texts by a CLIP of transformers' layout. logit_scale: its logarithm, as stored."""
+
+    def __init__(self, model, params, tokenizer, *, batch):
+        self._model, self._tokenizer = model, tokenizer
+        self.logit_scale = float(params["logit_scale"])
+        self._image = Batched(model.image_features, params, batch)
+        self._text = Batched(model.text_features, params, batch)
+
+    def images(self, images):
+        """uint8 pictures [H, W, 3] -> float32 [N, P]."""
+        return self._image(np.stack([clip_resize(image, self._model.size) for image in images]))
+
+    def texts(self, texts):
+        """Texts, cut to the model's window with the end token kept -> float32 [N, P]."""
+        return self._text(self.tokens(texts))
+
+    def tokens(self, texts):
+        """int32 [N, 77]: padded after the end token, of which the first one counts."""
+        encoded = self._tokenizer(list(texts), padding="max_length", truncation=True, max_length=self._model.length)
+        return np.array(encoded["input_ids"], np.int32)
+
+
+def clip_resize(image, size):
+    """CLIP's own: the shorter side to `size` by PIL's bicubic, then the middle. uint8 [H, W, 3] -> [size, size, 3]."""
+    return shorter_side(image, size, Image.Resampling.BICUBIC)
+
+
+def shorter_side(image, size, method=Image.Resampling.BILINEAR):
+    """torchvision's Resize(size) and CenterCrop(size) on a PIL picture. uint8 [H, W, 3] -> uint8 [size, size, 3]."""
+    height, width = image.shape[:2]
+    short, long = min(height, width), max(height, width)
+    other = int(size * long / short)
+    rows, columns = (size, other) if height <= width else (other, size)
+    if (rows, columns) != (height, width):
+        image = np.asarray(Image.fromarray(image).resize((columns, rows), method))
+    top, left = round((rows - size) / 2), round((columns - size) / 2)
+    return image[top : top + size, left : left + size]
+
+
+def load_clip(path, *, batch):
+    """(extractor, SHA-256 of the weights' file, or over those of several) of a folder with transformers' CLIPModel and its tokenizer.
+
+    Raises UserError for a folder that lacks a part, or whose parts do not fit each other.
+    """
+    path = pathlib.Path(path)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} has no config.json: give the folder of a CLIP model (openai/clip-vit-large-patch14)")
+    try:
+        model = clip_model(json.loads((path / "config.json").read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path / 'config.json'} does not describe a CLIP ({type(error).__name__}: {error})") from None
+    found, wanted = tensors_lib.find(path, "model"), model.tensor_shapes()
+    absent = sorted(wanted.keys() - found.keys())
+    if absent:
+        raise UserError(f"{path} lacks {len(absent)} tensors of a CLIP, first {absent[0]}: download it again")
+    arrays = {}
+    for name, shape in wanted.items():
+        if tuple(found[name].shape) != shape:
+            raise UserError(f"{path} holds {name} with shape {tuple(found[name].shape)}, its config.json needs {shape}")
+        arrays[name] = np.empty(shape, np.float32)
+        tensors_lib.read(found[name], name, arrays[name], lambda a: a)
+    digests = [sha256(file) for file in sorted({tensor.file for tensor in found.values()})]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    return CLIP(model, model.params_of(arrays), _tokenizer(path), batch=batch), digest
+
+
+def _tokenizer(path):
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # the library raises many kinds for a damaged folder
+        raise UserError(f"cannot read the tokenizer in {path} ({' '.join(str(error).split())[:120]}): download it again") from None
+
+
+def clip_model(config) -> clip_lib.CLIP:
+    """The description in transformers' config.json. What a file leaves out has transformers' default."""
+    vision, text = dict(config["vision_config"]), dict(config["text_config"])
+    tower = lambda c, width, inner, heads: clip_lib.Tower(
+        c.get("hidden_size", width), c.get("num_hidden_layers", 12), c.get("num_attention_heads", heads),
+        c.get("intermediate_size", inner), c.get("layer_norm_eps", 1e-5),
+    )  # fmt: skip
+    activations = {c.get("hidden_act", "quick_gelu") for c in (vision, text)}
+    if len(activations) != 1 or not activations <= {"quick_gelu", "gelu"}:
+        raise ValueError(f"hidden_act {sorted(activations)}: quick_gelu or gelu is supported")
+    end = text.get("eos_token_id", 49407)
+    return clip_lib.CLIP(
+        vision=tower(vision, 768, 3072, 12), text=tower(text, 512, 2048, 8), size=vision.get("image_size", 224),
+        patch=vision.get("patch_size", 32), vocabulary=text.get("vocab_size", 49408),
+        length=text.get("max_position_embeddings", 77), features=config.get("projection_dim", 512),
+        end=None if end == 2 else end, activation=activations.pop(),
+    )  # fmt: skip
+
+
+def hook(name):
+    """The user's function called "module:function". Raises UserError naming what cannot be found."""
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise UserError(f"--hook={name}: write it as module:function")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        raise UserError(f"--hook={name}: cannot import {module} ({error}): it must be on the Python path") from None
+    except AttributeError:
+        raise UserError(f"--hook={name}: {module} has no {function}") from None
+    if not callable(found):
+        raise UserError(f"--hook={name} is not a function")
+    return found

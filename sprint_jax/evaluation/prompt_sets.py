@@ -1,0 +1,101 @@
+"""Prompts of a benchmark: text, JSON lines, MJHQ's JSON, GenEval's metadata, DPG-Bench's questions."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any
+
+from sprint_jax.data import shapes
+from sprint_jax.errors import UserError
+from sprint_jax.evaluation import dpg
+
+_ID = re.compile(r"[\w-][\w.-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """id: unique, names the picture's file. row: everything that the file says about it (DPG: a `dpg.Item`)."""
+
+    id: str
+    text: str
+    row: Any
+
+
+def read(path) -> list[Prompt]:
+    """The prompts of a file, by its ending.
+
+    .jsonl: rows with "prompt" and perhaps "id". .json: {id: {"prompt": ...}}, as MJHQ-30K's meta_data.json.
+    .csv: dpg_bench.csv. Any other: text, one prompt a line. Ids default to the number of the prompt in five
+    digits. Raises UserError naming the first line that cannot be used, and ids that occur twice with their count.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".csv":
+        prompts = [Prompt(item.id, item.prompt, item) for item in dpg.read_questions(path)]
+        _check(prompts, path)
+        return prompts
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --prompts={path} ({error}): give a UTF-8 file") from None
+    if path.suffix == ".json":
+        prompts = _table(text, path)
+    elif path.suffix == ".jsonl":
+        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        prompts = [_row(i, number, line, path) for i, (number, line) in enumerate(lines)]
+    else:
+        lines = [line for line in text.splitlines() if line.strip()]
+        prompts = [Prompt(f"{i:05d}", line, {}) for i, line in enumerate(lines)]
+    _check(prompts, path)
+    return prompts
+
+
+def _table(text, path):
+    try:
+        rows = _unique(text)
+        return [Prompt(name, row["prompt"], row) for name, row in rows.items()]
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a table of prompts ({error}): {{id: {{\"prompt\": ...}}, ...}}") from None
+
+
+def _unique(text):
+    """JSON whose repeated keys are an error instead of being dropped."""
+
+    def table(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        if twice:
+            raise ValueError(f"{len(twice)} ids occur twice, first {twice[0]}")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=table)
+
+
+def _row(index, number, line, path):
+    try:
+        row = json.loads(line)
+        return Prompt(str(row.get("id", f"{index:05d}")), row["prompt"], row)
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise UserError(f"{path} line {number} is not a JSON object with a prompt") from None
+
+
+def _check(prompts, path):
+    if not prompts:
+        raise UserError(f"--prompts={path} holds no prompt")
+    for prompt in prompts:
+        if not _ID.fullmatch(prompt.id):
+            raise UserError(f"{path}: the id {prompt.id!r} cannot name a file: use letters, digits, -, _ and .")
+        if not isinstance(prompt.text, str):
+            raise UserError(f"{path}: the prompt of {prompt.id} is not text")
+    seen, twice = set(), []
+    for prompt in prompts:
+        twice += [prompt.id] if prompt.id in seen else []
+        seen.add(prompt.id)
+    if twice:
+        raise UserError(f"{path}: {len(twice)} ids occur twice, first {twice[0]}: give each prompt its own")
+
+
+def heldout_captions(seed, count, size) -> list[Prompt]:
+    """The held-out captions of `shapes` that a run with this data.eval_seed is scored on, in the same order."""
+    examples = (shapes.example(seed, i, size=size, split="heldout") for i in range(count))
+    return [Prompt(f"{i:05d}", example.text, {}) for i, example in enumerate(examples)]

@@ -1,0 +1,39 @@
+"""A report: numbers beside everything that decides about them, as JSON and for reading."""
+
+import json
+import pathlib
+
+from sprint_jax import files
+
+
+def write(out, report):
+    """Writes report-SUITE.json and report-SUITE.md to the folder `out`; returns the latter's path.
+
+    report: {"suite": str, "scores": {name: number or {name: number}}, and sections {name: {field: value}}}.
+    """
+    out, suite = pathlib.Path(out), report["suite"]
+    with files.whole(out / f"report-{suite}.json") as partial:
+        partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with files.whole(out / f"report-{suite}.md") as partial:
+        partial.write_text(readable(report), encoding="utf-8")
+    return out / f"report-{suite}.md"
+
+
+def readable(report) -> str:
+    """The report as markdown."""
+    lines = [f"# {report['suite']}", "", "| score | |", "|---|---|"]
+    for name, value in report["scores"].items():
+        rows = value.items() if isinstance(value, dict) else [(None, value)]
+        lines += [f"| {name if part is None else f'{name}: {part}'} | {_shown(v)} |" for part, v in rows]
+    for section, fields in report.items():
+        if section in ("suite", "scores", "details"):
+            continue
+        lines += ["", f"## {section.replace('_', ' ')}", "", "| | |", "|---|---|"]
+        lines += [f"| {name.replace('_', ' ')} | {_shown(value)} |" for name, value in fields.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value):
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,204 @@
+"""A folder of pictures of many prompts, made with one protocol, that can be interrupted and gone on with.
+
+    OUT/protocol.json      the settings that decide about pixels, and who made pictures with them
+    OUT/manifest.jsonl     file, prompt and noise of every picture that belongs here
+    OUT/pictures/          the pictures
+
+A folder keeps to its settings: other ones are refused by name. What is there is kept.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+from sprint_jax import files, pictures, pipeline, revision, workdir
+from sprint_jax.errors import UserError
+from sprint_jax.evaluation import dpg, picture_files
+
+PROTOCOL, MANIFEST, PICTURES = "protocol.json", "manifest.jsonl", "pictures"
+FORMATS = {"png": "PNG", "jpeg": "JPEG"}
+_WINDOW = 8  # batches whose pictures are made before they are written
+_ENDS = 1 << 20  # bytes at each end of a file that go into its fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A file to make: one picture, or four as a 2 x 2 grid. indices: name the noise of each picture."""
+
+    file: str
+    prompt: str
+    indices: tuple[int, ...]
+
+
+def plain(prompts, per_prompt, ending):
+    """ID.png, or ID_0.png ... where a prompt has several pictures."""
+    name = lambda prompt, j: f"{prompt.id}{f'_{j}' if per_prompt > 1 else ''}.{ending}"
+    return [
+        Unit(name(prompt, j), prompt.text, (i * per_prompt + j,))
+        for i, prompt in enumerate(prompts)
+        for j in range(per_prompt)
+    ]
+
+
+def geneval(prompts, per_prompt):
+    """The official folders: 00000/samples/00000.png. `metadata` writes what stands beside them."""
+    return [
+        Unit(f"{i:05d}/samples/{j:05d}.png", prompt.text, (i * per_prompt + j,))
+        for i, prompt in enumerate(prompts)
+        for j in range(per_prompt)
+    ]
+
+
+def grids(prompts):
+    """DPG-Bench's: ID.png with four pictures."""
+    n = dpg.PICTURES
+    return [Unit(f"{p.id}.png", p.text, tuple(range(n * i, n * i + n))) for i, p in enumerate(prompts)]
+
+
+def write_metadata(out, prompts, per_prompt, with_grid):
+    """metadata.jsonl, and perhaps grid.png, in each folder of a prompt."""
+    for i, prompt in enumerate(prompts):
+        folder = pathlib.Path(out) / PICTURES / f"{i:05d}"
+        with files.whole(folder / "metadata.jsonl") as partial:
+            partial.write_text(json.dumps(prompt.row, ensure_ascii=False) + "\n", encoding="utf-8")
+        if with_grid:
+            images = [picture_files.read(folder / f"samples/{j:05d}.png") for j in range(per_prompt)]
+            pictures.save(folder / "grid.png", pictures.grid(np.stack(images), columns=per_prompt, gap=2))
+
+
+def fingerprint(model) -> str:
+    """Of a model's files: names, sizes and both ends of each, without reading gigabytes."""
+    model = pathlib.Path(model)
+    if not model.is_dir():
+        raise UserError(f"no directory {model}: give a diffusers folder, a converted model or the --workdir of a run")
+    if (model / workdir.STUDENT).is_file():
+        paths = [model / workdir.CONFIG, model / workdir.STUDENT]
+    else:
+        paths = sorted(p for p in model.rglob("*") if p.suffix in (".safetensors", ".json"))
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(_ENDS)
+            file.seek(max(0, size - _ENDS))
+            digest.update(repr((path.relative_to(model).as_posix(), size)).encode() + head + file.read())
+    return digest.hexdigest()
+
+
+def claim(out, settings, units):
+    """Makes the folder belong to these settings. Raises UserError naming the first setting or prompt that differs.
+
+    settings: plain values that decide about pixels. Several processes may claim one folder at once.
+    """
+    out, asked = pathlib.Path(out), json.loads(json.dumps(settings))
+    try:
+        (out / PICTURES).mkdir(parents=True, exist_ok=True)
+        with _alone(out):
+            _claim_settings(out, asked)
+            _claim_files(out, units)
+    except OSError as error:
+        raise UserError(f"cannot write in --out={out} ({error.strerror}): choose another") from None
+
+
+def _claim_settings(out, asked):
+    if (out / PROTOCOL).exists():
+        known = _read_json(out / PROTOCOL)["settings"]
+        for name in sorted(known.keys() | asked.keys()):
+            if known.get(name) != asked.get(name):
+                raise UserError(
+                    f"{out} was made with {name}={known.get(name)}, now {asked.get(name)}: use the same, or another --out"
+                )
+    elif any((out / PICTURES).iterdir()):
+        raise UserError(f"{out / PICTURES} holds pictures and {PROTOCOL} is missing: choose another --out")
+    else:
+        _write(out / PROTOCOL, json.dumps({"settings": asked, "made_by": []}, indent=2) + "\n")
+
+
+def _claim_files(out, units):
+    rows = {}
+    if (out / MANIFEST).exists():
+        for line in (out / MANIFEST).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            rows[row["file"]] = row
+    for unit in units:
+        row = {"file": unit.file, "prompt": unit.prompt, "indices": list(unit.indices)}
+        if rows.setdefault(unit.file, row) != row:
+            raise UserError(
+                f"{out} has {unit.file} of {rows[unit.file]['prompt']!r} with noise {rows[unit.file]['indices']}, now of "
+                f"{unit.prompt!r} with {row['indices']}: use the same prompts, or another --out"
+            )
+    _write(out / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
+
+
+def missing(out, units):
+    """Units whose files are not there yet. Files appear whole, so one that is there is done."""
+    return [unit for unit in units if not (pathlib.Path(out) / PICTURES / unit.file).exists()]
+
+
+def make(out, units, pipe, options, *, batch, file_format, bar):
+    """Makes and writes the pictures of units; records in protocol.json with what. bar: of tqdm, in pictures.
+
+    options: keywords of `pipeline.generate`. batch: pictures a program run, rounded up to a multiple of the devices.
+    """
+    out, devices = pathlib.Path(out), jax.local_devices()
+    batch = -(-batch // len(devices)) * len(devices)
+    if len(devices) > 1:
+        pipe = pipeline.over_devices(pipe, devices)
+    scale = pipe.guidance_scale if options.get("guidance_scale") is None else options["guidance_scale"]
+    _record(out, {
+        "commit": revision.commit(), "jax": jax.__version__, "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "batch": batch, "guidance_scale": scale, "schedule": options.get("schedule") or pipe.schedule,
+        "height": options.get("height") or pipe.height, "width": options.get("width") or pipe.width, "dtype": pipe.dtype,
+    })  # fmt: skip
+    size = max(1, _WINDOW * batch // len(units[0].indices))
+    for start in range(0, len(units), size):
+        part, begun = units[start : start + size], bar.n
+        prompts = [unit.prompt for unit in part for _ in unit.indices]
+        images = pipeline.generate(
+            pipe, prompts, indices=[i for unit in part for i in unit.indices], batch_size=batch,
+            say=lambda done: bar.update(begun + done - bar.n), **options,
+        )  # fmt: skip
+        for unit in part:
+            own, images = images[: len(unit.indices)], images[len(unit.indices) :]
+            path = out / PICTURES / unit.file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pictures.save(path, own[0] if len(own) == 1 else dpg.grid(own), file_format=FORMATS[file_format])
+
+
+def _record(out, maker):
+    with _alone(out):
+        known = _read_json(out / PROTOCOL)
+        if maker not in known["made_by"]:
+            known["made_by"].append(maker)
+            _write(out / PROTOCOL, json.dumps(known, indent=2) + "\n")
+
+
+def protocol(out) -> dict:
+    """{"settings", "made_by"} of a folder."""
+    return _read_json(pathlib.Path(out) / PROTOCOL)
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): choose another --out") from None
+
+
+@contextlib.contextmanager
+def _alone(out):
+    """One process at a time: several may make parts of one folder."""
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _write(path, text):
+    with files.whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
