@@ -54,9 +54,9 @@ def run(config: config_lib.Config, workdir, say=_say):
     say = say if primary else lambda message: None
     hosts.compare(_identity(config))
     mesh = sharding.mesh(config.mesh.data, config.mesh.fsdp)
-    with _claim(workdir) if primary else contextlib.nullcontext():
+    with claim(workdir) if primary else contextlib.nullcontext():
         if primary:
-            _write_config(config, workdir)
+            write_config(config, workdir)
         hosts.barrier("workdir")
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
         processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -97,7 +97,7 @@ def _done(path) -> bool:
 
 
 @contextlib.contextmanager
-def _claim(workdir):
+def claim(workdir):
     """Makes the work directory and holds it for this process."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def _claim(workdir):
         yield
 
 
-def _write_config(config, workdir):
+def write_config(config, workdir):
     """Records the resolved config; a directory made with another one is refused."""
     path = workdir / names.CONFIG
     tree = json.loads(json.dumps(config_lib.to_dict(config)))
@@ -337,7 +337,7 @@ def _summary(results, begin):
         "seconds": time.perf_counter() - begin,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "jax": jax.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "device": jax.devices()[0].device_kind,
         "scores": {name: r["score"] for name, r in results.items() if "score" in r},
         "tasks": {name: r["tasks"] for name, r in results.items() if "tasks" in r},
@@ -345,7 +345,7 @@ def _summary(results, begin):
     }
 
 
-def _commit():
+def commit():
     """Commit of the source tree, with + where it has changes; "unknown" outside one."""
     here = pathlib.Path(__file__).parent
     git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)

@@ -37,11 +37,14 @@ ALLOWED = {
     "emoji": {"errors", "cli", "pictures", "data"},
     "encode": {"errors", "cli", "files", "config", "weights", "resolutions", "data", "parts", "pipeline", "inputs"},
     "config_flag": {"errors"},
-    "main": {"cli", "config", "config_flag", "distributed", "run", "training"},
+    "workdir_flag": set(),
+    "main": {"cli", "config", "config_flag", "workdir_flag", "distributed", "run", "training"},
     "export": {"errors", "cli", "weights", "workdir", "config", "build", "training"},
     "plan": {"errors", "cli", "files", "config", "config_flag", "planning", "build", "inputs", "run", "training"},
     "sample": {"errors", "cli", "files", "pictures", "pipeline", "resolutions"},
     "convert": {"errors", "cli", "conversion", "pipeline"},
+    "ablation": {"errors", "files", "workdir", "config", "weights", "diffusion", "evaluation", "training", "build", "generation", "inputs", "run"},
+    "ablate": {"errors", "cli", "workdir_flag", "ablation", "training", "run"},
 }  # fmt: skip
 
 
