@@ -1,7 +1,8 @@
 """The paper's ablations in one command: python -m sprint_jax.ablate --suite=paper --scale=tiny [--only=table3,table6]
 
 Every run has a directory under --workdir; stopped at any moment, the same command goes on. The report is written
-after each table and at the end, and alone with --report_only.
+after each configuration and at the end, and alone with --report_only. With JAX_COMPILATION_CACHE_DIR set, going on
+compiles nothing again.
 """
 
 import pathlib
@@ -11,7 +12,7 @@ import sys
 from absl import app, flags
 
 from sprint_jax import cli, workdir_flag
-from sprint_jax.ablation import grid, report, suite
+from sprint_jax.ablation import grid, suite
 from sprint_jax.errors import UserError
 
 _SUITE = flags.DEFINE_enum("suite", "paper", ["paper"], "Which ablations.")
@@ -35,6 +36,8 @@ def main(argv):
         if where.suffix != ".md":
             raise UserError(f"--report={where}: name a .md file")
         if _REPORT_ONLY.value:
+            from sprint_jax.ablation import report
+
             rows = suite.read(workdir)
             if not rows:
                 raise UserError(f"{workdir / suite.RESULTS} has no results: run without --report_only first")
@@ -62,7 +65,7 @@ def _run(tables, scale, workdir, where):
     import tqdm
 
     from sprint_jax import run as run_lib
-    from sprint_jax.ablation import experiments
+    from sprint_jax.ablation import experiments, report
     from sprint_jax.training.loop import Interrupted
 
     def say(message):

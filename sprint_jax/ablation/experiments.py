@@ -261,9 +261,12 @@ def _teacher_programs(c: config_lib.Config):
 
 
 def geometric_mean(values):
-    """exp of the mean logarithm; infinite where a value is not finite (an update that was dropped)."""
+    """exp of the mean logarithm of the finite values, infinite without any. Updates that are not finite are dropped
+    and counted, as "rejected".
+    """
     values = np.asarray(values, np.float64)
-    return float(np.exp(np.log(values).mean())) if np.isfinite(values).all() else math.inf
+    finite = values[np.isfinite(values)]
+    return float(np.exp(np.log(finite).mean())) if finite.size else math.inf
 
 
 def _rows(folder):

@@ -13,9 +13,9 @@ _LEFT, _WIDTH, _RIGHT, _ROW, _TOP, _BOTTOM = 190, 420, 30, 24, 26, 34
 _INK, _GREY, _SEED, _MEAN = (30, 30, 30), (205, 205, 205), (120, 160, 205), (20, 70, 140)
 
 
-def dots(groups, *, logarithmic: bool) -> Image.Image:
-    """groups: [(title, [(label, values over seeds)])], panels below each other on an axis of their own."""
-    panels = [_panel(title, rows, logarithmic) for title, rows in groups]
+def dots(groups) -> Image.Image:
+    """groups: [(title, logarithmic axis or not, [(label, values over seeds)])], panels below each other."""
+    panels = [_panel(title, rows, logarithmic) for title, logarithmic, rows in groups]
     sheet = Image.new("RGB", (panels[0].width, sum(p.height for p in panels)), "white")
     top = 0
     for panel in panels:
@@ -35,7 +35,7 @@ def axis(values, logarithmic: bool) -> tuple[float, float, list[float]]:
     finite = [v for v in values if math.isfinite(v) and (v > 0 or not logarithmic)]
     shown = [math.log10(v) if logarithmic else v for v in finite] or [0.0, 1.0]
     low, high = min(shown), max(shown)
-    room = 0.08 * (high - low) or 0.1 * abs(high) or 0.1
+    room = 0.08 * (high - low) or 0.1 * abs(high) or 0.1  # something where all values are equal
     low, high = low - room, high + room
     step = 10.0 ** math.floor(math.log10((high - low) / 2))
     step = next(m * step for m in (1, 2, 5, 10) if (high - low) / (m * step) <= 6)
@@ -59,7 +59,7 @@ def _panel(title, rows, logarithmic):
         _text(draw, font, (_LEFT - 8, y), label, "rm", _INK)
         shown = [math.log10(v) if logarithmic else v for v in values if math.isfinite(v) and (v > 0 or not logarithmic)]
         if not shown:
-            _text(draw, font, (_LEFT + 6, y), "not finite" if values else "no result", "lm", _GREY)
+            _text(draw, font, (_LEFT + 6, y), "not finite" if values else "no result yet", "lm", (150, 150, 150))
             continue
         for value in shown:
             _dot(draw, place(value), y, 3, _SEED)

@@ -87,15 +87,17 @@ def _section(t, rows, folder):
         if paper:
             cells += [_number(r.fid), _number(r.clip)]
         lines.append("| " + " | ".join(cells) + " |")
+    dropped = {r.label: int(sum(values(rows, r.run, "rejected"))) for r in t.rows}
+    if any(dropped.values()):
+        lines += ["", "Updates dropped as not finite, all seeds: " + ", ".join(f"{k} {n}" for k, n in dropped.items() if n) + "."]
     verdicts = judge(t, rows)
     lines += ["", *_verdict_lines(t, verdicts), ""]
-    for base in t.metrics:
-        shown = [c for c in columns if c[0] == base]
-        if shown:
-            name = f"{t.name}_{base}.png"
-            groups = [(_title(b, s), [(r.label, values(rows, r.run, b + (r.metric or s))) for r in t.rows]) for b, _, s in shown]
-            plots.save(folder / name, plots.dots(groups, logarithmic=base in _LOGARITHMIC))
-            lines += [f"![{t.title}, {_NAMES[base]}]({folder.name}/{name})", ""]
+    groups = [
+        (_title(base, steps), base in _LOGARITHMIC, [(r.label, values(rows, r.run, base + (r.metric or steps))) for r in t.rows])
+        for base, _, steps in columns
+    ]  # fmt: skip
+    plots.save(folder / f"{t.name}.png", plots.dots(groups))
+    lines += [f"![{t.title}]({folder.name}/{t.name}.png)", ""]
     return lines, [(t, *found) for found in verdicts]
 
 
@@ -129,7 +131,7 @@ def _cell(metric, numbers):
 
 
 def _number(value):
-    return "" if value is None else f"{value:g}"
+    return "" if value is None else f"{value:.2f}"
 
 
 def _title(metric, steps):

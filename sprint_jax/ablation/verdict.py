@@ -3,7 +3,7 @@
 The rule. Let d be how much better the row claimed to be better is, and SE the standard error of d:
   agrees         d / SE is above the 95 % point of Student's t with Welch's degrees of freedom
   disagrees      d / SE is below minus that point
-  not resolved   anything between, or fewer than two seeds of either row
+  not resolved   anything between, or fewer than two seeds of either row, or a value that is not finite
 Where no difference is claimed, it agrees when |d| is at most one standard deviation over seeds, disagrees when a
 difference is resolved that is larger than that, and is not resolved otherwise.
 """
@@ -86,7 +86,7 @@ def _welch(one, other, higher):
     """(difference counted as better, its standard error, degrees of freedom)."""
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     difference = float(one.mean() - other.mean()) * (1 if higher else -1)
-    if min(len(one), len(other)) < 2:
+    if min(len(one), len(other)) < 2 or not np.isfinite([*one, *other]).all():
         return difference, math.nan, math.nan
     a, b = one.var(ddof=1) / len(one), other.var(ddof=1) / len(other)
     if a + b == 0:
