@@ -155,6 +155,8 @@ def test_a_line_cut_off_is_done_again_and_other_settings_are_refused(tmp_path):
     go(tmp_path, Fake())
     path = tmp_path / suite.RESULTS
     path.write_text(path.read_text()[:-20])
+    cut = path.read_bytes()
+    assert len(suite.read(tmp_path)) == 5 and path.read_bytes() == cut  # reading changes nothing under a running suite
     again = Fake()
     (tmp_path / "runs" / "base_1" / "checkpoints").mkdir(exist_ok=True)
     (tmp_path / "runs" / "base_1" / "checkpoints").rmdir()

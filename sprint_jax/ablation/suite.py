@@ -31,6 +31,7 @@ def go(runs, seeds: int, scale: grid.Scale, workdir, perform, *, about: dict, af
     todo = [(r, seed) for r in runs for seed in range(seeds)]
     rows = read(workdir)
     done = finished(rows, scale)
+    _mend(workdir / RESULTS, rows)
     with tqdm.tqdm(total=len(todo), desc="ablations", bar_format=_BAR, mininterval=1.0, smoothing=0.0) as bar:
         for i, (r, seed) in enumerate(todo):
             if (r.name, seed) not in done:
@@ -54,20 +55,24 @@ def go(runs, seeds: int, scale: grid.Scale, workdir, perform, *, about: dict, af
 
 
 def read(workdir) -> list[dict]:
-    """Rows of results.jsonl, none where there is no such file. A last line that was cut off is dropped from it."""
+    """Rows of results.jsonl, none where there is no such file; a last line that is cut off is no row."""
     path, rows = pathlib.Path(workdir) / RESULTS, []
-    if not path.exists():
-        return rows
-    lines = path.read_text().splitlines()
+    lines = path.read_text().splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
             if number < len(lines):
                 raise UserError(f"{path} line {number} is not a result: remove that line") from None
-            with files.whole(path) as partial:
-                partial.write_text("".join(line + "\n" for line in lines[:-1]))
     return rows
+
+
+def _mend(path, rows):
+    """Leaves the whole lines alone in a file whose last one was cut off."""
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.exists() and path.read_text() != whole:
+        with files.whole(path) as partial:
+            partial.write_text(whole)
 
 
 def finished(rows, scale: grid.Scale) -> set:
