@@ -268,7 +268,26 @@ def test_without_transfer_the_network_is_taken_for_a_trigflow_one():
         np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.slow
+def test_runs_of_one_structure_share_programs_that_are_told_the_rest(monkeypatch):
+    """What two configurations of one structure differ in reaches the steps as arguments."""
+    for name in ("make_generator_step", "make_discriminator_step"):
+        told = lambda nets, c, seed: lambda state, frozen, batch: (c, seed)
+        monkeypatch.setattr(experiments.sprint_step, name, told)
+    by_structure = {}
+    for r in (r for r in grid.RUNS if r.kind == "distil"):
+        for seed in (0, 1):
+            c = experiments.configuration(CARD(), grid.TINY, r, seed)
+            _, functions = by_structure.setdefault(experiments._structure(c), experiments._sprint_programs(c, True))
+            for function in functions:
+                settings, key = function(None, {"knobs": experiments._knobs(c)}, None)
+                for field in dataclasses.fields(settings):
+                    value, expected = getattr(settings, field.name), getattr(c.sprint, field.name)
+                    assert value == (np.float32(expected) if field.name in experiments.KNOBS else expected), (r.name, field.name)
+                assert key == c.seed + 1  # as run.sprint_stage has it
+    assert len(by_structure) == 7  # both losses, either alone, three weights, no embedding
+
+
+@pytest.mark.long
 def test_a_run_takes_the_updates_of_the_main_job():
     """Seed and times as arguments of the program give what they give as constants in it."""
     c = config.parse(CARD("smoke"))
