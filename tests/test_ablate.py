@@ -95,6 +95,7 @@ def test_unequal_spreads_have_welchs_degrees_of_freedom():
 
 def test_equality_by_hand():
     assert verdict.equal([0.9, 1.9, 0.2], LOW, higher=True).word == verdict.AGREES
+    assert verdict.equal([x + 0.9 for x in LOW], LOW, higher=True).word == verdict.AGREES  # one spread is 1, SE 0.816
     assert verdict.equal([x + 1.2 for x in LOW], LOW, higher=True).word == verdict.UNRESOLVED
     assert verdict.equal(HIGH, LOW, higher=True).word == verdict.DISAGREES
 
@@ -302,7 +303,8 @@ def test_a_run_takes_the_updates_of_the_main_job():
     for mine, main in zip(functions, stage.functions, strict=True):
         ours, metrics = jax.jit(mine)(ours, frozen, batch)
         theirs, expected = jax.jit(main)(theirs, stage.frozen, batch)
-        np.testing.assert_allclose(metrics["grad_norm" if "loss" in metrics else "disc"], expected["grad_norm" if "loss" in metrics else "disc"], rtol=1e-4)
+        name = "grad_norm" if "loss" in metrics else "disc"
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), ours.params, theirs.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), ours.heads, theirs.heads)
 

@@ -116,7 +116,7 @@ def _verdict_lines(t, verdicts):
 
 def _difference(metric, v):
     if metric in ("grad_norm", "tangent_norm"):
-        return f"factor {10**v.difference:.3g} (× or ÷ {10**v.error:.2f})" if not math.isnan(v.error) else f"factor {10**v.difference:.3g}"
+        return f"factor {10**v.difference:.3g}" + ("" if math.isnan(v.error) else f" (× or ÷ {10**v.error:.2f})")
     scale, unit, digits = (100, " points", 1) if metric.startswith("score") else (1, "", 4)
     error = "" if math.isnan(v.error) else f" ± {scale * v.error:.{digits}f}"
     return f"{scale * v.difference:+.{digits}f}{error}{unit}"
@@ -126,7 +126,7 @@ def _cell(metric, numbers):
     if not numbers:
         return ""
     mean, error = verdict.summary(numbers)
-    scale, unit, form = (100, " %", ".1f") if metric == "score" else (1, "", ".4f") if metric == "frechet" else (1, "", ".3g")
+    scale, unit, form = {"score": (100, " %", ".1f"), "frechet": (1, "", ".4f")}.get(metric, (1, "", ".3g"))
     return f"{scale * mean:{form}}" + ("" if math.isnan(error) else f" ± {scale * error:{form}}") + unit
 
 
@@ -144,11 +144,14 @@ def _metric_title(metric):
 
 
 def _overview(verdicts):
-    """Every claim in a line of one table."""
-    lines = ["## At a glance", "", "| table | " + " | ".join((verdict.AGREES, verdict.DISAGREES, verdict.UNRESOLVED)) + " |", "|---|---|---|---|"]
-    for t in dict.fromkeys(v[0].title for v in verdicts):
-        words = [v[-1].word for v in verdicts if v[0].title == t]
-        lines.append(f"| {t} | " + " | ".join(str(words.count(w)) for w in (verdict.AGREES, verdict.DISAGREES, verdict.UNRESOLVED)) + " |")
+    """How the claims of each table came out, in numbers."""
+    if not verdicts:
+        return []
+    words = (verdict.AGREES, verdict.DISAGREES, verdict.UNRESOLVED)
+    lines = ["## At a glance", "", "| table | " + " | ".join(words) + " |", "|---|---|---|---|"]
+    for title in dict.fromkeys(v[0].title for v in verdicts):
+        found = [v[-1].word for v in verdicts if v[0].title == title]
+        lines.append(f"| {title} | " + " | ".join(str(found.count(w)) for w in words) + " |")
     return [*lines, ""]
 
 
@@ -162,10 +165,13 @@ def _head(rows, scale):
         f"device {devices}, jax {', '.join(sorted({row['jax'] for row in rows}))}, commit {commits}.", "",
         f"Card `configs/sprint.py:{scale.preset}` with", "",
         *(f"- `{name}` = {value}" for name, value in scale.base.items()), "",
+        "and for the short trainings of Figure 3", "",
+        *(f"- `{name}` = {value}" for name, value in scale.gradients.items()),
+        *(f"- {size}: " + (", ".join(f"`{n}` = {v}" for n, v in c.items()) or "as above") for size, c in scale.sizes.items()), "",
         "Everything is varied around the embedded baseline, which differs from the published recipe: lambda is 5 (published "
-        "0.5), P_mean, P_std -0.4, 1.4 (0.0 or 0.2, 1.6), the optimiser Muon (CAME), the tangent warm-up H = 300 of this many "
-        "updates (4000 of 20 000), and the batch is small. So a row says what the change does here; whether it goes the "
-        "paper's way is the verdict.", "",
+        "0.5), P_mean, P_std -0.4, 1.4 (0.0 or 0.2, 1.6), the optimiser Muon (CAME), the tangent warm-up H = 300 of "
+        f"{scale.base['sprint.steps']} updates (4000 of 20 000), and the batch is small. So a row says what the change does "
+        "here; whether it goes the paper's way is the verdict.", "",
         "Whole caption right is the share of held-out prompts whose every word is drawn (the paper has a CLIP score and "
         "GenEval there); the Fréchet distance is on own features and is not FID. Numbers are means ± standard errors over "
         "seeds; a seed changes parameters, training noise, the order of the data and the noise of the pictures. The paper's "
