@@ -9,20 +9,19 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli, compile_cache, config_flag, distributed
+from sprint_jax import cli, compile_cache, config_flag, distributed, workdir_flag
 
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 (the next port is used too).")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Processes of this run; default: told by SLURM, JobSet or TPU variables, or one.")
 _PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.")
 _STARTUP = flags.DEFINE_float("startup_seconds", 300.0, "How long to wait for all processes.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/FILE_PRESET.")
 
 
 def main(argv):
     with cli.user_errors():
         cli.no_arguments(argv)
         path, preset = config_flag.path_and_preset()
-        workdir = _WORKDIR.value or _default_workdir(path, preset)
+        workdir = workdir_flag.WORKDIR.value or _default_workdir(path, preset)
         place = distributed.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, os.environ)
         compile_cache.start()
         from sprint_jax import config, run  # JAX starts here, after the flags are known to be right

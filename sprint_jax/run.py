@@ -53,9 +53,9 @@ def run(config: config_lib.Config, workdir, say=_say):
     say = say if primary else lambda message: None
     hosts.compare(_identity(config))
     mesh = sharding.mesh(config.mesh.data, config.mesh.fsdp)
-    with _claim(workdir) if primary else contextlib.nullcontext():
+    with claim(workdir) if primary else contextlib.nullcontext():
         if primary:
-            _write_config(config, workdir)
+            write_config(config, workdir)
         hosts.barrier("workdir")
         devices = f"{jax.device_count()} x {jax.devices()[0].device_kind} ({jax.default_backend()})"
         processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -98,7 +98,7 @@ def _done(path) -> bool:
 
 
 @contextlib.contextmanager
-def _claim(workdir):
+def claim(workdir):
     """Makes the work directory and holds it for this process."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def _claim(workdir):
         yield
 
 
-def _write_config(config, workdir):
+def write_config(config, workdir):
     """Records the resolved config; a directory made with another one is refused."""
     path = workdir / names.CONFIG
     tree = json.loads(json.dumps(config_lib.to_dict(config)))

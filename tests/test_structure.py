@@ -42,7 +42,8 @@ ALLOWED = {
     "emoji": {"errors", "cli", "pictures", "data"},
     "encode": {"errors", "cli", "compile_cache", "files", "config", "weights", "resolutions", "data", "parts", "pipeline", "inputs"},
     "config_flag": {"errors"},
-    "main": {"cli", "compile_cache", "config", "config_flag", "distributed", "run", "training"},
+    "workdir_flag": set(),
+    "main": {"cli", "compile_cache", "config", "config_flag", "workdir_flag", "distributed", "run", "training"},
     "extract": {"errors", "cli", "weights", "workdir", "config", "build", "training"},
     "exported": {"errors", "weights", "data", "drawing"},
     "export": {"errors", "cli", "files", "weights", "data", "drawing", "exported", "parts", "pipeline", "revision"},
@@ -53,6 +54,8 @@ ALLOWED = {
     "convert": {"errors", "cli", "conversion", "pipeline"},
     "benchmarking": {"errors", "files", "revision", "config", "kernels", "weights", "workdir", "diffusion", "models", "training", "build", "inputs", "parts", "run"},
     "benchmark": {"errors", "cli", "benchmarking"},
+    "ablation": {"errors", "files", "revision", "workdir", "config", "weights", "diffusion", "evaluation", "training", "build", "generation", "inputs", "run"},
+    "ablate": {"errors", "cli", "compile_cache", "workdir_flag", "ablation", "training", "run"},
 }  # fmt: skip
 
 

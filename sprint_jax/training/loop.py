@@ -87,8 +87,8 @@ class Placed:
 class _Programs:
     """Compiled steps by the shapes of their batch: one set, or one for each aspect ratio."""
 
-    def __init__(self, placed: Placed, say):
-        self._placed, self._say, self._compiled = placed, say, {}
+    def __init__(self, placed: Placed, say, compiled: dict):
+        self._placed, self._say, self._compiled = placed, say, compiled
 
     def get(self, batch):
         key = tuple((k, a.shape, a.dtype) for k, a in sorted(batch.items()))
@@ -111,9 +111,11 @@ class _Programs:
         return compiled
 
 
-def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say):
+def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say, *, compiled=None, bar=True):
     """Runs a stage to its end from the newest whole checkpoint and returns its final state.
 
+    compiled: {shapes of a batch: programs} of an earlier stage with the same functions on the same mesh, whose
+    arrays alone differ; what is compiled here is added to it. bar: shows progress on stderr.
     Raises Interrupted after saving when asked to stop, UserError when updates stay non-finite.
     """
     check_batch(stage, mesh)
@@ -128,14 +130,14 @@ def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say):
         records.rewind(stage.name, done)
         if done >= stage.steps:
             return state
-        programs = _Programs(placed, say)
+        programs = _Programs(placed, say, {} if compiled is None else compiled)
         split = sharding.batch(mesh)
         reader = stage.batches(stage.batch, done, stage.steps, jax.process_index(), jax.process_count())
         with _Stop() as stop, reader as batches:
             batch = _global(next(batches), split, stage.batch)
             programs.get(batch)
-            bar = records_lib.progress(stage.name, done, stage.steps, shown=hosts.primary())
-            watch = _Watch(stage.name, run, records, bar)
+            progress = records_lib.progress(stage.name, done, stage.steps, shown=bar and hosts.primary())
+            watch = _Watch(stage.name, run, records, progress)
             while done < stage.steps:
                 metrics = {}
                 for i in range(len(stage.functions)):
@@ -152,7 +154,7 @@ def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say):
                 if stopping:
                     break
             watch.flush()
-            bar.close()
+            progress.close()
     if stopping and done < stage.steps:
         raise Interrupted(f"{stage.name}: stopped at step {done} of {stage.steps}; the same command goes on from there")
     return state

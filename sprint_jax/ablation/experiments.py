@@ -1,0 +1,273 @@
+"""Runs of the grid with the project's own stages: one configuration and seed in, numbers out.
+
+What a seed and the cheap settings (times, probabilities) change are arguments of the compiled programs instead of
+constants in them, so that runs of one structure share one compilation: a suite compiles a dozen programs, not sixty.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+
+import jax
+import numpy as np
+
+from sprint_jax import build, generation, inputs, weights
+from sprint_jax import config as config_lib
+from sprint_jax import run as run_lib
+from sprint_jax import workdir as names
+from sprint_jax.ablation import grid
+from sprint_jax.diffusion import samplers, trigflow
+from sprint_jax.errors import UserError
+from sprint_jax.evaluation.evaluate import Evaluator
+from sprint_jax.training import came, loop, sharding, sprint_step, state, teacher_step
+from sprint_jax.training.records import Records
+
+# Fields of config.sprint that enter the steps as numbers alone.
+KNOBS = ("p_mean", "p_std", "max_time", "disc_mean", "disc_std")
+
+
+def with_changes(tree, changes: dict):
+    """A copy of a card (ConfigDict) with dotted keys replaced. Raises UserError for a key that it lacks."""
+    tree = tree.copy_and_resolve_references()
+    for name, value in changes.items():
+        *path, last = name.split(".")
+        node = tree
+        for part in path:
+            node = node.get(part, {})
+        if last not in node:
+            raise UserError(f"unknown config key {name}: see sprint_jax/config.py")
+        node[last] = value
+    return tree
+
+
+def configuration(card, scale: grid.Scale, r: grid.Run, seed: int) -> config_lib.Config:
+    """The config of a run. A seed names parameters, training noise and the order of the data."""
+    tree = with_changes(card, grid.changes(scale, r))
+    tree.seed, tree.data.seed = tree.seed + seed, tree.data.seed + seed
+    return config_lib.parse(tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Untransferred:
+    """A flow network whose answers are taken for those of a TrigFlow network: Eq. 6 to 8 are left out.
+
+    The steps turn u and t into flow's terms and the velocity back; this undoes both, so that F(u, t) is the
+    network at u and t themselves (paper section 4, "Schedule Transfer"; Fig. 3d, without).
+    """
+
+    model: object
+
+    @property
+    def guidance_embed(self):
+        return self.model.guidance_embed
+
+    def init(self, key):
+        return self.model.init(key)
+
+    def apply(self, params, x, t, text, mask, guidance=None, *, features=(), velocity=True):
+        angle = trigflow.from_flow_time(t)
+        u = trigflow.from_flow_state(x, t)
+        out = self.model.apply(params, u, angle, text, mask, guidance, features=features, velocity=velocity)
+        if out.velocity is None:
+            return out
+        return out.replace(velocity=trigflow.to_flow_velocity(out.velocity, u, angle))
+
+
+class Experiments:
+    """Everything that runs share: the teacher, the held-out examples, the compiled programs.
+
+    card: the scale's card, an `ml_collections.ConfigDict`. workdir: of the suite; a teacher that has to be trained
+    is kept there. say: told in lines.
+    """
+
+    def __init__(self, card, scale: grid.Scale, workdir, say):
+        self._card, self._scale, self._workdir, self._say = card, scale, pathlib.Path(workdir), say
+        self._base = config_lib.parse(with_changes(card, scale.base))
+        self._mesh = sharding.mesh(self._base.mesh.data, self._base.mesh.fsdp)
+        self._programs, self._samplers = {}, {}
+
+    def __call__(self, r: grid.Run, seed: int, folder, advance) -> dict:
+        """{metric: number} of one run. folder: its work directory. advance: called with the share of it that is done."""
+        c = configuration(self._card, self._scale, r, seed)
+        run_lib.write_config(c, folder)
+        if r.kind == "gradients":
+            return self._gradients(c, folder, advance)
+        if r.kind.startswith("sample_"):
+            return self._sample(c, r.kind.removeprefix("sample_"), seed)
+        return self._distil(c, folder, seed, advance, transfer=r.kind == "distil")
+
+    @functools.cached_property
+    def data(self):
+        return inputs.open_inputs(self._base, self._say)
+
+    @functools.cached_property
+    def teacher(self):
+        """Parameters: the card's, or trained once for the whole suite and kept in its work directory."""
+        c = self._base
+        if c.teacher.pretrained:
+            return inputs.teacher_weights(c.teacher.pretrained, build.teacher(c))
+        finished = self._workdir / names.TEACHER
+        if not finished.exists():
+            self._say("teacher: trained here, once for all runs")
+            folder = self._workdir / "runs" / "the_teacher"
+            folder.mkdir(parents=True, exist_ok=True)
+            weights.save(finished, self._train_teacher(c, self.data, folder, lambda share: None, bar=True))
+        return weights.load(finished, jax.eval_shape(build.teacher(c).init, jax.random.key(0)))
+
+    @functools.cached_property
+    def _heldout(self):
+        e = self._base.evaluation
+        heldout = self.data.heldout(e.prompts, e.reference)
+        return heldout, Evaluator(heldout)
+
+    # Runs
+
+    def _distil(self, c, folder, seed, advance, *, transfer):
+        data = inputs.open_inputs(c, self._say)
+        final = self._train_sprint(c, data, self.teacher, folder, advance, transfer=transfer)
+        params = jax.device_get(final.ema if final.ema is not None else final.params)
+        weights.save(pathlib.Path(folder) / names.STUDENT, params)
+        metrics = {"rejected": float(final.rejected[1])}
+        model = build.student(c) if transfer else Untransferred(build.student(c))
+        for steps in run_lib.STUDENT_STEPS:
+            times = samplers.scm_times(steps, c.evaluation.schedule)
+            make = lambda: generation.student_sampler(model, self.data.pixels, build.latent_shape(c), times)
+            metrics |= self._score(("student", model, steps), make, params, c.evaluation.student_guidance, seed, str(steps))
+        return metrics
+
+    def _sample(self, c, sampler, seed):
+        steps, model = c.evaluation.teacher_steps, build.teacher(c)
+        times = samplers.flow_times(steps) if sampler == "flow" else samplers.trig_times(steps)
+        make = lambda: generation.teacher_sampler(model, self.data.pixels, build.latent_shape(c), times, sampler=sampler)
+        return self._score((sampler, model, steps), make, self.teacher, c.evaluation.teacher_guidance, seed, "")
+
+    def _gradients(self, c, folder, advance):
+        """A teacher of this kind, then generator updates alone: what the norms of Fig. 3 are read off."""
+        data = inputs.open_inputs(c, self._say)
+        teacher = self._train_teacher(c, data, folder, lambda share: advance(share / 2))
+        self._train_sprint(
+            c, data, teacher, folder, lambda share: advance((1 + share) / 2), name="gradients", functions=slice(1)
+        )
+        rows = {stage: [row for row in _rows(folder) if row["stage"] == stage] for stage in ("teacher", "gradients")}
+        metrics = {name: geometric_mean([row[name] for row in rows["gradients"]]) for name in ("grad_norm", "tangent_norm")}
+        return metrics | {"rejected": rows["gradients"][-1]["rejected"], "teacher_loss": rows["teacher"][-1]["loss"]}
+
+    def _train_teacher(self, c, data, folder, advance, bar=False):
+        start, functions, compiled = self._shared(("teacher", _structure(c)), lambda: _teacher_programs(c))
+        stage = loop.Stage(
+            name="teacher", steps=c.teacher.steps, start=start, begun={}, functions=functions,
+            frozen={"knobs": _knobs(c)} | data.frozen, prepare=self.data.prepare, batch=c.teacher.batch,
+            batches=data.batches, data=data.identity,
+        )  # fmt: skip
+        final = self._train(stage, c, folder, compiled, advance, bar)
+        return jax.device_get(final.ema if final.ema is not None else final.params)
+
+    def _train_sprint(self, c, data, teacher, folder, advance, *, name="sprint", transfer=True, functions=slice(None)):
+        start, made, compiled = self._shared((name, transfer, _structure(c)), lambda: _sprint_programs(c, transfer))
+        stage = loop.Stage(
+            name=name, steps=c.sprint.steps, start=start, begun={}, functions=made[functions],
+            frozen={"teacher": teacher, "knobs": _knobs(c)} | data.frozen, prepare=self.data.prepare,
+            batch=c.sprint.batch, batches=data.batches, data=data.identity,
+        )  # fmt: skip
+        return self._train(stage, c, folder, compiled, advance)
+
+    def _shared(self, key, make):
+        """(start, step functions, {shapes: compiled steps}), made once for each structure."""
+        if key not in self._programs:
+            self._programs[key] = (*make(), {})
+        return self._programs[key]
+
+    def _train(self, stage, c, folder, compiled, advance, bar=False):
+        records = _Watched(folder, stage.steps, advance)
+        try:
+            final = loop.train(stage, c.run, self._mesh, folder, records, lambda message: None, compiled=compiled, bar=bar)
+        finally:
+            records.close()
+        return final
+
+    def _score(self, key, make, params, guidance, seed, suffix):
+        """Scores of pictures of the held-out prompts; the noise is the seed's own."""
+        heldout, evaluator = self._heldout
+        if key not in self._samplers:
+            self._samplers[key] = make()
+        null = {"text": self.data.frozen["null_text"], "mask": self.data.frozen["null_mask"]}
+        images = generation.run(
+            self._samplers[key], {"transformer": params, "pixels": self.data.pixels_params}, null, heldout.text, heldout.mask,
+            guidance=guidance, seed=self._base.data.eval_seed + seed, batch=self._base.evaluation.batch,
+        )  # fmt: skip
+        found = evaluator(images)
+        return {name + suffix: found[name] for name in ("score", "frechet") if name in found}
+
+
+class _Watched(Records):
+    """Records that also tell how much of a stage is done."""
+
+    def __init__(self, folder, steps, advance):
+        super().__init__(folder)
+        self._steps, self._advance = steps, advance
+
+    def write(self, stage, step, scalars):
+        super().write(stage, step, scalars)
+        self._advance(step / self._steps)
+
+
+def _structure(c: config_lib.Config):
+    """What a compiled program depends on: the config without what is an argument of it."""
+    sprint = dataclasses.replace(c.sprint, **dict.fromkeys(KNOBS, 0.0))
+    return dataclasses.replace(c, seed=0, data=dataclasses.replace(c.data, seed=0), sprint=sprint)
+
+
+def _knobs(c: config_lib.Config):
+    """Arguments of the programs. The seed is that of the sprint in `run.sprint_stage`."""
+    return {"seed": np.int32(c.seed + 1)} | {name: np.float32(getattr(c.sprint, name)) for name in KNOBS}
+
+
+def _sprint_programs(c: config_lib.Config, transfer: bool):
+    """(start, (generator step, discriminator step)) as in `run.sprint_stage`, with the knobs read from `frozen`."""
+    nets = build.nets(c)
+    if not transfer:
+        nets = dataclasses.replace(nets, teacher=Untransferred(nets.teacher), student=Untransferred(nets.student))
+
+    def start(frozen, begun):
+        k_student, k_heads = jax.random.split(jax.random.key(frozen["knobs"]["seed"]))
+        return sprint_step.init(sprint_step.student_params(frozen["teacher"], nets, k_student), nets, c.sprint, k_heads)
+
+    def told(make):
+        def step(current, frozen, batch):
+            knobs = frozen["knobs"]
+            settings = dataclasses.replace(c.sprint, **{name: knobs[name] for name in KNOBS})
+            return make(nets, settings, knobs["seed"])(current, frozen, batch)
+
+        return step
+
+    return start, (told(sprint_step.make_generator_step), told(sprint_step.make_discriminator_step))
+
+
+def _teacher_programs(c: config_lib.Config):
+    """(start, (step,)) of a teacher from nothing, as in `run.teacher_stages` with its seed read from `frozen`."""
+    model, t = build.teacher(c), c.teacher
+    tx = state.optimizer(t.optimizer, t.steps, t.batch, came_rules=(came.dit_factored, came.dit_stacked))
+
+    def start(frozen, begun):
+        key = jax.random.key(frozen["knobs"]["seed"])
+        return teacher_step.init(teacher_step.start(model, key, borders=t.border_start), tx, t)
+
+    def step(current, frozen, batch):
+        return teacher_step.make_step(model, tx, t, frozen["knobs"]["seed"])(current, frozen, batch)
+
+    return start, (step,)
+
+
+def geometric_mean(values):
+    """exp of the mean logarithm of the finite values, infinite without any. Updates that are not finite are dropped
+    and counted, as "rejected".
+    """
+    values = np.asarray(values, np.float64)
+    finite = values[np.isfinite(values)]
+    return float(np.exp(np.log(finite).mean())) if finite.size else math.inf
+
+
+def _rows(folder):
+    return [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]

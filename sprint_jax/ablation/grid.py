@@ -1,0 +1,225 @@
+"""The ablations of the SANA-Sprint paper as data: which runs, which tables they fill, what the paper says.
+
+A run changes the base card of a scale in a few named keys and is repeated over seeds; tables share runs, so the
+baseline is made once. The direction that a table claims is read off the paper's own numbers: of two rows, the
+one with the lower FID, or the higher CLIP score, is the better one.
+"""
+
+import dataclasses
+
+KINDS = ("distil", "distil_untransferred", "gradients", "sample_trigflow", "sample_flow")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One configuration, made with several seeds.
+
+    name: of its work directory. kind: what is done,
+      "distil"                a student from the teacher, scored in 1, 2 and 4 steps
+      "distil_untransferred"  the same without Eq. 6-8: the flow network is used as if it were a TrigFlow one
+      "gradients"             a short teacher from nothing, then sCM alone with the whole tangent: gradient norms
+      "sample_trigflow", "sample_flow"   the teacher with guidance in evaluation.teacher_steps steps
+    changes: {dotted key of the card: value}. size: "narrow" or "wide", one of the scale's small networks for
+    "gradients"; "" for the card's own.
+    """
+
+    name: str
+    kind: str
+    changes: dict
+    size: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a table. run: whose results. label: what the table calls it. metric: appended to "score" and
+    "frechet" of the run ("2" is the student in two steps). fid, clip: the paper's numbers, None where it has none.
+    """
+
+    label: str
+    run: str
+    metric: str = ""
+    fid: float | None = None
+    clip: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table or figure. claims: pairs of labels that the paper compares.
+
+    rule: "paper" reads each claim's direction off the paper's numbers, and leaves a metric without numbers unjudged;
+    "better" claims that the first row is the better one; "equal" claims no difference. metrics: what is shown. steps:
+    the student's steps at which the table is judged, each a suffix of the metrics; empty where rows name their own.
+    """
+
+    name: str
+    title: str
+    note: str
+    rows: tuple[Row, ...]
+    claims: tuple[tuple[str, str], ...]
+    rule: str = "paper"
+    metrics: tuple[str, ...] = ("score", "frechet")
+    steps: tuple[str, ...] = ("1", "2")
+
+
+# Higher is better; everything else a table shows is better when it is lower.
+HIGHER = ("score",)
+
+_OFF = {"model.qk_norm": False, "teacher.base_qk_norm": False}
+_SPARSE = {"model.time_scale": 1000.0, "teacher.base_time_scale": 1000.0}
+
+RUNS = (
+    Run("base", "distil", {}),
+    Run("scm", "distil", {"sprint.adv_weight": 0.0}),
+    Run("ladd", "distil", {"sprint.scm_weight": 0.0}),
+    Run("max_time_0", "distil", {"sprint.max_time": 0.0}),
+    Run("max_time_70", "distil", {"sprint.max_time": 0.7}),
+    Run("lambda_1", "distil", {"sprint.adv_weight": 1.0}),
+    Run("lambda_05", "distil", {"sprint.adv_weight": 0.5}),
+    Run("lambda_01", "distil", {"sprint.adv_weight": 0.1}),
+    Run("no_embed", "distil", {"model.guidance_embed": False}),
+    *(Run(f"norms_{size}", "gradients", {}, size) for size in ("narrow", "wide")),
+    *(Run(f"no_qk_norm_{size}", "gradients", _OFF, size) for size in ("narrow", "wide")),
+    *(Run(f"time_1000_{size}", "gradients", _SPARSE, size) for size in ("narrow", "wide")),
+    Run("no_transfer", "distil_untransferred", {}),
+    Run("teacher", "sample_trigflow", {}),
+    Run("p_mean_0", "distil", {"sprint.p_mean": 0.0, "sprint.p_std": 1.6}),
+    Run("p_mean_low", "distil", {"sprint.p_mean": -0.8, "sprint.p_std": 1.6}),
+    Run("p_mean_high", "distil", {"sprint.p_mean": 0.4, "sprint.p_std": 1.6}),
+    Run("disc_high", "distil", {"sprint.disc_mean": 0.6}),
+    Run("disc_wide", "distil", {"sprint.disc_std": 2.0}),
+    Run("flow_50", "sample_flow", {"evaluation.teacher_steps": 50}),
+    Run("trigflow_50", "sample_trigflow", {"evaluation.teacher_steps": 50}),
+)  # fmt: skip
+
+TABLES = (
+    Table(
+        "table3", "Table 3: sCM and LADD",
+        "Which of the two losses trains the student.",
+        (Row("sCM", "scm", fid=8.93, clip=27.51), Row("LADD", "ladd", fid=12.20, clip=27.00),
+         Row("sCM + LADD", "base", fid=8.11, clip=28.02)),
+        (("sCM + LADD", "sCM"), ("sCM + LADD", "LADD"), ("sCM", "LADD")),
+    ),
+    Table(
+        "table6", "Table 6: max-time weighting",
+        "Probability p that the adversarial branch starts from pure noise.",
+        (Row("0 %", "max_time_0", fid=9.44, clip=27.65), Row("50 %", "base", fid=8.32, clip=27.94),
+         Row("70 %", "max_time_70", fid=8.11, clip=28.02)),
+        (("50 %", "0 %"), ("70 %", "0 %"), ("70 %", "50 %")),
+    ),
+    Table(
+        "table5", "Table 5: weight of the adversarial loss",
+        "sCM : LADD. 1 : 5 is the embedded default and has no row in the paper.",
+        (Row("1 : 0.1", "lambda_01", fid=8.90, clip=27.76), Row("1 : 0.5", "lambda_05", fid=8.43, clip=27.85),
+         Row("1 : 1", "lambda_1", fid=8.81, clip=27.93), Row("1 : 5", "base")),
+        (("1 : 0.5", "1 : 0.1"), ("1 : 0.5", "1 : 1"), ("1 : 1", "1 : 0.1")),
+    ),
+    Table(
+        "table4", "Table 4: embedded guidance scale",
+        "Without the embedding the student learns the unguided teacher, as in the published code; the paper's text "
+        "keeps guidance in its teacher.",
+        (Row("without", "no_embed", fid=9.23, clip=27.15), Row("with", "base", fid=8.72, clip=28.09)),
+        (("with", "without"),),
+    ),
+    *(Table(
+        f"figure3{part}", f"Figure 3{part}: {what}",
+        "Short teachers from nothing, then sCM alone with the whole tangent (r = 1). Geometric mean over its updates "
+        "of the gradient's norm before clipping, and of the tangent's norm before it is normalised.",
+        (Row("with, narrow", "norms_narrow"), Row("without, narrow", f"{run}_narrow"),
+         Row("with, wide", "norms_wide"), Row("without, wide", f"{run}_wide")),
+        (("with, narrow", "without, narrow"), ("with, wide", "without, wide")),
+        rule="better", metrics=("grad_norm", "tangent_norm"), steps=(),
+    ) for part, what, run in (("a", "QK-norm", "no_qk_norm"), ("b", "dense times (1) against 1000", "time_1000"))),
+    Table(
+        "figure3d", "Figure 3d: schedule transfer",
+        "Without it the flow network is distilled as if it were a TrigFlow one; the paper shows pictures: training "
+        "diverges.",
+        (Row("with", "base"), Row("without", "no_transfer")),
+        (("with", "without"),),
+        rule="better",
+    ),
+    Table(
+        "figure5", "Figure 5: steps of the student",
+        "The paper's numbers are those of its 0.6B model in Table 2 and of SANA 0.6B in 20 steps.",
+        (Row("1 step", "base", "1", 7.04, 28.04), Row("2 steps", "base", "2", 6.54, 28.40),
+         Row("4 steps", "base", "4", 6.48, 28.45), Row("teacher, 20 steps", "teacher", "", 5.81, 28.36)),
+        (("2 steps", "1 step"), ("4 steps", "2 steps"), ("teacher, 20 steps", "1 step")),
+        steps=(),
+    ),
+    Table(
+        "samplers", "Appendix: times of the generator",
+        "(P_mean, P_std). The paper names (0.0, 1.6) the best of its means at 1.6, from sCM alone; here both losses train.",
+        (Row("(-0.8, 1.6)", "p_mean_low"), Row("(0.0, 1.6)", "p_mean_0"), Row("(0.4, 1.6)", "p_mean_high"),
+         Row("(-0.4, 1.4), embedded", "base")),
+        (("(0.0, 1.6)", "(-0.8, 1.6)"), ("(0.0, 1.6)", "(0.4, 1.6)")),
+        rule="better",
+    ),
+    Table(
+        "disc_samplers", "Appendix: times of the discriminator",
+        "(mean, standard deviation) of the renoising; the paper gives FID alone.",
+        (Row("(-0.6, 1.0)", "base", fid=9.48), Row("(-0.6, 2.0)", "disc_wide", fid=10.36), Row("(0.6, 1.0)", "disc_high", fid=12.85)),
+        (("(-0.6, 1.0)", "(-0.6, 2.0)"), ("(-0.6, 1.0)", "(0.6, 1.0)"), ("(-0.6, 2.0)", "(0.6, 1.0)")),
+    ),
+    Table(
+        "table1", "Table 1: flow and TrigFlow sampling of the teacher",
+        "50 steps with guidance; the same noise for both within a seed.",
+        (Row("flow Euler", "flow_50", fid=5.81, clip=28.810), Row("TrigFlow", "trigflow_50", fid=5.73, clip=28.806)),
+        (("flow Euler", "TrigFlow"),),
+        rule="equal", steps=(),
+    ),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """preset: of configs/sprint.py. base: changes of every run. gradients: further ones of that kind. sizes: networks
+    of that kind. minutes: what the suite is expected to take with three seeds.
+    """
+
+    name: str
+    preset: str
+    base: dict
+    gradients: dict
+    sizes: dict
+    minutes: str
+
+
+_SHORT = {"sprint.adv_weight": 0.0, "sprint.tangent_warmup": 1, "teacher.pretrained": "", "run.max_rejected": 1_000_000}
+
+TINY = Scale(
+    "tiny", "shapes",
+    {"sprint.steps": 320, "sprint.batch": 16, "run.checkpoint_every": 80, "run.keep": 1, "run.max_rejected": 1_000_000},
+    _SHORT | {"teacher.steps": 300, "teacher.batch": 32, "teacher.optimizer.warmup": 30, "sprint.steps": 40,
+              "sprint.batch": 16, "run.log_every": 2, "run.checkpoint_every": 150, "model.unroll": 1},
+    {"narrow": {"model.width": 64, "model.depth": 4, "model.heads": 2, "model.cross_heads": 2, "sprint.head_blocks": (1, 3)},
+     "wide": {"model.width": 128, "model.depth": 4, "model.heads": 4, "model.cross_heads": 4, "sprint.head_blocks": (1, 3)}},
+    "about 120 on one CPU core",
+)  # fmt: skip
+
+SMALL = Scale(
+    "small", "emoji",
+    {"model.width": 384, "model.depth": 12, "model.heads": 12, "model.cross_heads": 6, "model.unroll": 1,
+     "model.dtype": "bfloat16", "teacher.steps": 6000, "teacher.batch": 128, "sprint.steps": 1600, "sprint.batch": 64,
+     "sprint.head_blocks": (2, 5, 8, 11), "evaluation.prompts": 192, "evaluation.batch": 96, "evaluation.reference": 256,
+     "data.workers": 4, "run.checkpoint_every": 400, "run.keep": 1, "run.max_rejected": 1_000_000},
+    _SHORT | {"teacher.steps": 800, "sprint.steps": 80, "run.log_every": 2},
+    {"narrow": {"model.width": 192, "model.heads": 6}, "wide": {}},
+    "not yet run; by arithmetic some 60 on one GPU, of which the teacher, once, 10 and --only=table3 another 10",
+)  # fmt: skip
+
+SCALES = (TINY, SMALL)
+
+
+def run(name: str) -> Run:
+    return next(r for r in RUNS if r.name == name)
+
+
+def runs_of(tables) -> list[Run]:
+    """The runs that some tables need, each once, in the order of the tables."""
+    names = dict.fromkeys(row.run for t in tables for row in t.rows)
+    return [run(name) for name in names]
+
+
+def changes(scale: Scale, r: Run) -> dict:
+    """Everything a run changes in the card of its scale, {dotted key: value}; later ones win."""
+    gradients = scale.gradients | scale.sizes[r.size] if r.kind == "gradients" else {}
+    return scale.base | gradients | r.changes

@@ -1,0 +1,100 @@
+"""Going through a suite: what is done is skipped, what was begun goes on, a line of results.jsonl for each run.
+
+Knows neither networks nor data: what a run does is a function handed in.
+"""
+
+import hashlib
+import json
+import pathlib
+import shutil
+import time
+
+import tqdm
+
+from sprint_jax import files
+from sprint_jax.ablation import grid
+from sprint_jax.errors import UserError
+
+RESULTS = "results.jsonl"
+_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total_fmt} runs [{elapsed} gone, {remaining} left]"
+
+
+def go(runs, seeds: int, scale: grid.Scale, workdir, perform, *, about: dict, after=lambda rows: None, say=tqdm.tqdm.write):
+    """Does every run with seeds 0 .. seeds - 1, one configuration after the other, and returns all rows.
+
+    perform: (run, seed, folder, advance) -> {metric: number}; advance takes the share of the run that is done.
+    about: what every row records besides (commit, device, versions). after: called with all rows after a configuration's
+    last seed. Checkpoints of a finished run are removed. An error or an interrupt leaves the rows
+    that are finished, and the folder of the run in progress, from which the same call goes on.
+    """
+    workdir = pathlib.Path(workdir)
+    todo = [(r, seed) for r in runs for seed in range(seeds)]
+    rows = read(workdir)
+    done = finished(rows, scale)
+    _mend(workdir / RESULTS, rows)
+    with tqdm.tqdm(total=len(todo), desc="ablations", bar_format=_BAR, mininterval=1.0, smoothing=0.0) as bar:
+        for i, (r, seed) in enumerate(todo):
+            if (r.name, seed) not in done:
+                begin = time.perf_counter()
+                folder = workdir / "runs" / f"{r.name}_{seed}"
+                folder.mkdir(parents=True, exist_ok=True)
+                metrics = perform(r, seed, folder, lambda share, i=i: bar.update(i + share - bar.n))
+                row = {
+                    "run": r.name, "seed": seed, "scale": scale.name, "settings": settings(scale, r), "metrics": metrics,
+                    "seconds": time.perf_counter() - begin, **about,
+                }  # fmt: skip
+                with (workdir / RESULTS).open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                rows.append(row)
+                say(_line(row, i + 1, len(todo)))
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+                if seed == seeds - 1:
+                    after(rows)
+            bar.update(i + 1 - bar.n)
+    return rows
+
+
+def read(workdir) -> list[dict]:
+    """Rows of results.jsonl, none where there is no such file; a last line that is cut off is no row."""
+    path, rows = pathlib.Path(workdir) / RESULTS, []
+    lines = path.read_text().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise UserError(f"{path} line {number} is not a result: remove that line") from None
+    return rows
+
+
+def _mend(path, rows):
+    """Leaves the whole lines alone in a file whose last one was cut off."""
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.exists() and path.read_text() != whole:
+        with files.whole(path) as partial:
+            partial.write_text(whole)
+
+
+def finished(rows, scale: grid.Scale) -> set:
+    """{(run, seed)} of rows made with the settings of the grid as it is now; any other row is an error."""
+    known, done = {r.name: r for r in grid.RUNS}, set()
+    for row in rows:
+        r = known.get(row["run"])
+        if r is None or row["scale"] != scale.name or row["settings"] != settings(scale, r):
+            raise UserError(
+                f"{RESULTS} has run {row['run']!r} of scale {row['scale']!r} with other settings than scale {scale.name!r} has "
+                "now: choose another --workdir"
+            )
+        done.add((row["run"], row["seed"]))
+    return done
+
+
+def settings(scale: grid.Scale, r: grid.Run) -> str:
+    """A digest of all that a run's numbers depend on in the grid."""
+    content = [scale.preset, r.kind, sorted(grid.changes(scale, r).items())]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def _line(row, number, total):
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
+    return f"{number:3} of {total}  {row['run']:16} seed {row['seed']}  {row['seconds']:5.0f} s  {shown}"
