@@ -55,7 +55,7 @@ ALLOWED = {
     "benchmarking": {"errors", "files", "revision", "config", "kernels", "weights", "workdir", "diffusion", "models", "training", "build", "inputs", "parts", "run"},
     "benchmark": {"errors", "cli", "benchmarking"},
     "ablation": {"errors", "files", "revision", "workdir", "config", "weights", "diffusion", "evaluation", "training", "build", "generation", "inputs", "run"},
-    "ablate": {"errors", "cli", "compile_cache", "workdir_flag", "ablation", "training", "run"},
+    "ablate": {"errors", "cli", "compile_cache", "revision", "workdir_flag", "ablation", "training", "run"},
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from sprint_jax import workdir as names
 from sprint_jax.ablation import grid
 from sprint_jax.diffusion import samplers, trigflow
 from sprint_jax.errors import UserError
-from sprint_jax.evaluation.evaluate import Evaluator
+from sprint_jax.evaluation.heldout import Evaluator
 from sprint_jax.training import came, loop, sharding, sprint_step, state, teacher_step
 from sprint_jax.training.records import Records
 
