@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import tqdm
 
-from sprint_jax import build, files, generation, inputs, pictures, weights
+from sprint_jax import build, files, generation, inputs, pictures, strips, weights
 from sprint_jax import config as config_lib
 from sprint_jax import workdir as names
 from sprint_jax.diffusion import samplers
@@ -208,7 +208,7 @@ def _teacher_stage(config, data, name, model, begun, start):
         start=lambda frozen, begun: teacher_step.init(start(begun), tx, t), begun=begun,
         functions=(teacher_step.make_step(model, tx, t, config.seed),),
         frozen=data.frozen, prepare=data.prepare, batch=t.batch, batches=data.batches,
-        data=data.identity,
+        data=data.identity, strip=strips.teacher(config, data, model),
     )  # fmt: skip
 
 
@@ -239,7 +239,7 @@ def sprint_stage(config, data, teacher):
             sprint_step.make_discriminator_step(nets, s, config.seed + 1),
         ),
         frozen={"teacher": teacher} | data.frozen, prepare=data.prepare, batch=s.batch, batches=data.batches,
-        data=data.identity,
+        data=data.identity, strip=strips.student(config, data),
     )  # fmt: skip
 
 
