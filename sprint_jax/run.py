@@ -25,6 +25,7 @@ from sprint_jax import workdir as names
 from sprint_jax.diffusion import samplers
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.evaluate import Evaluator
+from sprint_jax.reporting import page
 from sprint_jax.training import came, hosts, loop, sharding, sprint_step, state, teacher_step
 from sprint_jax.training.records import Records
 
@@ -69,8 +70,10 @@ def run(config: config_lib.Config, workdir, say=_say):
             summary = _evaluate(job, teacher, student, begin)
         finally:
             records.close()
+        if primary:
+            page.write(workdir)
         hosts.barrier("done")
-    say(f"done: pictures, metrics and summary.json are in {workdir}")
+    say(f"done: pictures, metrics and summary.json are in {workdir}; look at {workdir / names.REPORT}")
     if student is None:
         say(f"next: distil it with --config.teacher.pretrained={workdir / names.TEACHER}")
     else:

@@ -17,6 +17,7 @@ import numpy as np
 
 from sprint_jax import config as config_lib
 from sprint_jax import pictures
+from sprint_jax import workdir as names
 from sprint_jax.errors import UserError
 from sprint_jax.training import hosts, sharding
 from sprint_jax.training import records as records_lib
@@ -201,7 +202,7 @@ def _strip(stage, run, workdir, records, done, state):
     params = hosts.to_host(state.params if state.ema is None else state.ema)
     if hosts.primary():
         strip = stage.strip(params)
-        folder = pathlib.Path(workdir) / "strips"
+        folder = pathlib.Path(workdir) / names.STRIPS
         folder.mkdir(exist_ok=True)
         pictures.save(folder / f"{stage.name}_{done:07d}.png", strip)
         records.images(done, {f"strip_{stage.name}": strip})
