@@ -142,7 +142,8 @@ def counting_stage(strip, killed_at=None):
     )  # fmt: skip
 
 
-def test_a_window_outlives_a_kill(tmp_path):
+@pytest.mark.parametrize("where", ["between checkpoints", "while drawing"])
+def test_rows_and_strips_outlive_a_kill(tmp_path, where):
     """Rows of six steps, checkpoints of four: a run that goes on in the middle of a row writes the same rows and strips.
 
     Fails when the window is not kept beside the checkpoint, and when strips are drawn after it.
@@ -150,11 +151,19 @@ def test_a_window_outlives_a_kill(tmp_path):
     run = config.Run(log_every=6, checkpoint_every=4, strip_every=4, keep=2, max_rejected=10)
     mesh = sharding.mesh(1, 1, jax.devices()[:1])
     drawn = lambda params: np.full((4, 4, 3), 7, np.uint8)
+    left = [8, 4, 0]
+
+    def drawn_twice(params):
+        if left.pop() == 8:
+            raise Killed
+        return drawn(params)
+
+    first = counting_stage(drawn, killed_at=11) if where == "between checkpoints" else counting_stage(drawn_twice)
     whole, parted = Rows([]), Rows([])
     loop.train(counting_stage(drawn), run, mesh, tmp_path / "whole", whole, print)
     (tmp_path / "parted").mkdir()
     with pytest.raises(Killed):
-        loop.train(counting_stage(drawn, killed_at=11), run, mesh, tmp_path / "parted", parted, print)
+        loop.train(first, run, mesh, tmp_path / "parted", parted, print)
     assert [row["step"] for row in parted.written] == [6]
     loop.train(counting_stage(drawn), run, mesh, tmp_path / "parted", parted, print)
     assert parted.written == whole.written
