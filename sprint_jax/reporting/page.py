@@ -73,14 +73,15 @@ def _json(path):
         raise UserError(f"cannot read {path} ({error}): restore it from the run") from None
 
 
-def _steps(config, stage):
-    """Steps of a stage when it is finished."""
+def _done(config, stage, found):
+    """How far a stage is, and of how many steps where the config says so."""
     section, key = {"finetune": ("teacher", "finetune_steps")}.get(stage, (stage, "steps"))
-    return config[section][key]
+    steps = config.get(section, {}).get(key)
+    return f"{stage} {found[-1]['step']}" + (f" of {steps} steps" if steps else " steps")
 
 
 def _facts(config, summary, stages):
-    done = [f"{stage} {found[-1]['step']} of {_steps(config, stage)} steps" for stage, found in stages.items()]
+    done = [_done(config, stage, found) for stage, found in stages.items()]
     facts = {"state": "finished" if summary else "not finished", "training": ", ".join(done) or "none yet"}
     rejected = {stage: int(found[-1].get("rejected", 0)) for stage, found in stages.items()}
     if any(rejected.values()):

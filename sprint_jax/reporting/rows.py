@@ -55,7 +55,7 @@ def by_time(stage, rows, name):
 def _sum(rows, name):
     rows = [row for row in rows if f"{_BY_TIME}{name}/0" in row]
     count = sum(key.startswith(f"{_BY_TIME}{name}/") for key in rows[0]) if rows else 0
-    return [math.fsum(row[f"{_BY_TIME}{name}/{i}"] for row in rows) for i in range(count)]
+    return [sum(row[f"{_BY_TIME}{name}/{i}"] for row in rows) for i in range(count)]
 
 
 def parts(rows, count):

@@ -228,7 +228,8 @@ class _Window:
         return {f"by_time/{name}/{i}": s / rounds for name, row in sums.items() for i, s in enumerate(row)}
 
     def state(self):
-        return [self._rounds, self._sums]
+        """For `__init__`, as plain values. A copy: checkpoints are written while training goes on."""
+        return [self._rounds, dict(self._sums)]
 
 
 class _Watch:
