@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import time
 import xml.etree.ElementTree
 
 import jax
@@ -89,6 +90,15 @@ class Killed(Exception):
     pass
 
 
+def kill(checkpoint):
+    """Once the checkpoint is whole: its writing would go on in this process, as it would not in a killed one."""
+    for _ in range(600):
+        if checkpoint.is_dir():
+            raise Killed
+        time.sleep(0.1)
+    raise AssertionError(f"no {checkpoint}")
+
+
 @dataclasses.dataclass
 class Rows:
     """Stands for `Records`."""
@@ -105,8 +115,8 @@ class Rows:
         pass
 
 
-def counting_stage(strip, killed_at=None):
-    """Six rounds whose sum by time is the number of the step; `killed_at`: the read that does not return."""
+def counting_stage(strip, reading=lambda count: None):
+    """Twelve rounds whose sum by time is the number of the step. reading: called with the number of every read."""
 
     def step(now, frozen, batch):
         now = now.replace(step=now.step + 1)
@@ -122,8 +132,7 @@ def counting_stage(strip, killed_at=None):
 
         def __next__(self):
             self.read += 1
-            if self.read == killed_at:
-                raise Killed
+            reading(self.read)
             return {"latent": np.zeros((1, 1), np.float32)}
 
     def batches(batch, start, stop, process, processes):
@@ -151,14 +160,10 @@ def test_rows_and_strips_outlive_a_kill(tmp_path, where):
     run = config.Run(log_every=6, checkpoint_every=4, strip_every=4, keep=2, max_rejected=10)
     mesh = sharding.mesh(1, 1, jax.devices()[:1])
     drawn = lambda params: np.full((4, 4, 3), 7, np.uint8)
-    left = [8, 4, 0]
-
-    def drawn_twice(params):
-        if left.pop() == 8:
-            raise Killed
-        return drawn(params)
-
-    first = counting_stage(drawn, killed_at=11) if where == "between checkpoints" else counting_stage(drawn_twice)
+    saved, left = tmp_path / "parted/checkpoints/teacher", [8, 4, 0]
+    killed_at_8 = lambda params: kill(saved / "4") if left.pop() == 8 else drawn(params)
+    killed_at_11 = lambda count: kill(saved / "8") if count == 11 else None
+    first = counting_stage(drawn, killed_at_11) if where == "between checkpoints" else counting_stage(killed_at_8)
     whole, parted = Rows([]), Rows([])
     loop.train(counting_stage(drawn), run, mesh, tmp_path / "whole", whole, print)
     (tmp_path / "parted").mkdir()
