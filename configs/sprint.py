@@ -81,7 +81,7 @@ def _shapes():
         prompts=256, batch=64, teacher_steps=20, teacher_guidance=1.5, student_guidance=1.5,
         schedule="code", reference=1024, samples=48,
     )  # fmt: skip
-    config.run = dict(log_every=20, checkpoint_every=200, keep=2, max_rejected=10)
+    config.run = dict(log_every=20, checkpoint_every=200, strip_every=200, keep=2, max_rejected=10)
     return config
 
 
@@ -100,7 +100,7 @@ def _smoke(config):
     )
     config.sprint.update(steps=12, batch=8, tangent_warmup=6, head_blocks=(0, 1))
     config.evaluation.update(prompts=16, batch=16, reference=64, samples=16)
-    config.run.update(log_every=2, checkpoint_every=4)
+    config.run.update(log_every=2, checkpoint_every=4, strip_every=6)
 
 
 def _shapes_64(config):
@@ -110,7 +110,7 @@ def _shapes_64(config):
     config.teacher.update(pretrained="", steps=3000, batch=256)
     config.sprint.update(steps=1600, batch=64, head_blocks=(2, 5, 8, 11))
     config.evaluation.update(batch=256)
-    config.run.update(log_every=50, checkpoint_every=500)
+    config.run.update(log_every=50, checkpoint_every=500, strip_every=200)
 
 
 def _emoji(config):
@@ -165,7 +165,8 @@ def sana(preset):
         prompts=64, batch=4, teacher_steps=20, teacher_guidance=4.5, student_guidance=4.5,
         schedule="code", reference=64, samples=64,
     )  # fmt: skip
-    config.run = dict(log_every=20, checkpoint_every=500, keep=3, max_rejected=100)
+    # No strips: process 0 would hold the whole student on one device beside its share of the training state.
+    config.run = dict(log_every=20, checkpoint_every=500, strip_every=0, keep=3, max_rejected=100)
     return config
 
 

@@ -211,10 +211,15 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """log_every, checkpoint_every: in steps. keep: checkpoints kept. max_rejected: non-finite in a row."""
+    """log_every, checkpoint_every: in steps. keep: checkpoints kept. max_rejected: non-finite in a row.
+
+    strip_every: steps between pictures of a few held-out prompts on the way, 0 for none. Drawing them holds the whole
+      network on one device, beside what training holds there.
+    """
 
     log_every: int
     checkpoint_every: int
+    strip_every: int
     keep: int
     max_rejected: int
 
@@ -315,6 +320,7 @@ def _check(c: Config):
         (c.evaluation.teacher_steps >= 1, f"config.evaluation.teacher_steps {c.evaluation.teacher_steps}: use 1 or more"),
         (c.run.log_every % 2 == 0 and c.run.log_every > 0, f"config.run.log_every {c.run.log_every}: use an even number"),
         (c.run.checkpoint_every > 0 and c.run.checkpoint_every % 2 == 0, f"config.run.checkpoint_every {c.run.checkpoint_every}: use an even number"),
+        (c.run.strip_every >= 0 and c.run.strip_every % 2 == 0, f"config.run.strip_every {c.run.strip_every}: use an even number, 0 for none"),
         (c.run.keep >= 1, f"config.run.keep {c.run.keep}: use 1 or more"),
     ]  # fmt: skip
     for holds, message in require:

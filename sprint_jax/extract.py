@@ -10,10 +10,9 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli
+from sprint_jax import cli, run_flag
 from sprint_jax.errors import UserError
 
-_RUN = flags.DEFINE_string("run_dir", None, "The --workdir of a run.")
 _STAGE = flags.DEFINE_enum("stage", "sprint", ["teacher", "finetune", "sprint"], "Whose checkpoint to read.")
 _FILE = flags.DEFINE_string("to_file", None, "Safetensors file to write.")
 
@@ -21,12 +20,12 @@ _FILE = flags.DEFINE_string("to_file", None, "Safetensors file to write.")
 def main(argv):
     with cli.user_errors():
         cli.no_arguments(argv)
-        for name, flag in (("run_dir", _RUN), ("to_file", _FILE)):
-            if not flag.value:
-                raise UserError(f"--{name} is missing: name the run's --workdir and the file to write")
+        run_dir = pathlib.Path(run_flag.given())
+        if not _FILE.value:
+            raise UserError("--to_file is missing: name the file to write")
         from sprint_jax import weights
 
-        step, params = extract(pathlib.Path(_RUN.value), _STAGE.value)
+        step, params = extract(run_dir, _STAGE.value)
         weights.save(_FILE.value, params)
         print(f"wrote {_FILE.value}: {_STAGE.value} after {step} steps")
 

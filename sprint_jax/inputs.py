@@ -61,7 +61,7 @@ class Abstract:
     def __init__(self, c: config_lib.Config):
         f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
         self.frozen = {"null_text": f32(1, c.text.length, c.text.dim), "null_mask": f32(1, c.text.length)}
-        self.batches, self.identity = None, ""
+        self.batches, self.identity, self.pixels = None, "", None
 
     def prepare(self, frozen, batch):
         return batch

@@ -18,12 +18,13 @@ import jax
 import numpy as np
 import tqdm
 
-from sprint_jax import build, files, generation, inputs, pictures, revision, weights
+from sprint_jax import build, files, generation, inputs, pictures, revision, strips, weights
 from sprint_jax import config as config_lib
 from sprint_jax import workdir as names
 from sprint_jax.diffusion import samplers
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.heldout import Evaluator
+from sprint_jax.reporting import page
 from sprint_jax.training import came, hosts, loop, sharding, sprint_step, state, teacher_step
 from sprint_jax.training.records import Records
 
@@ -70,8 +71,10 @@ def run(config: config_lib.Config, workdir, say=_say):
             summary = _evaluate(job, teacher, student, begin)
         finally:
             records.close()
+        if primary:
+            page.write(workdir)
         hosts.barrier("done")
-    say(f"done: pictures, metrics and summary.json are in {workdir}")
+    say(f"done: pictures, metrics and summary.json are in {workdir}; look at {workdir / names.REPORT}")
     if student is None:
         say(f"next: distil it with --config.teacher.pretrained={workdir / names.TEACHER}")
     else:
@@ -209,7 +212,7 @@ def _teacher_stage(config, data, name, model, begun, start):
         start=lambda frozen, begun: teacher_step.init(start(begun), tx, t), begun=begun,
         functions=(teacher_step.make_step(model, tx, t, config.seed),),
         frozen=data.frozen, prepare=data.prepare, batch=t.batch, batches=data.batches,
-        data=data.identity,
+        data=data.identity, strip=strips.teacher(config, data, model),
     )  # fmt: skip
 
 
@@ -240,7 +243,7 @@ def sprint_stage(config, data, teacher):
             sprint_step.make_discriminator_step(nets, s, config.seed + 1),
         ),
         frozen={"teacher": teacher} | data.frozen, prepare=data.prepare, batch=s.batch, batches=data.batches,
-        data=data.identity,
+        data=data.identity, strip=strips.student(config, data),
     )  # fmt: skip
 
 

@@ -2,3 +2,4 @@
 
 CONFIG, SUMMARY = "config.json", "summary.json"
 TEACHER, STUDENT = "teacher.safetensors", "student.safetensors"
+REPORT, STRIPS = "report.html", "strips"

@@ -106,7 +106,7 @@ def test_unknown_key_names_its_neighbour():
         ("sprint.batch", 1), ("sprint.accumulate", 3), ("sprint.accumulate", 8), ("teacher.accumulate", 0),
         ("text.vocabulary", "x"), ("text.dim", 7), ("model.remat", "x"), ("mesh.fsdp", 0), ("data.workers", -1), ("evaluation.schedule", "x"), ("evaluation.prompts", 0),
         ("evaluation.samples", 1000), ("evaluation.teacher_steps", 0), ("run.log_every", 3),
-        ("run.checkpoint_every", 0), ("run.keep", 0),
+        ("run.checkpoint_every", 0), ("run.keep", 0), ("run.strip_every", 3), ("run.strip_every", -2),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_named(path, value):

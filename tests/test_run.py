@@ -70,7 +70,10 @@ def test_extract_reads_the_newest_checkpoint(finished, command, tmp_path):
 
 @pytest.mark.slow
 def test_kill_at_any_moment_then_resume_is_bit_equal(finished, command, tmp_path):
-    """Fails when the training key ignores the step, when EMA is not restored, or when rows are not rewound."""
+    """Fails when the training key ignores the step, when EMA is not restored, or when rows are not rewound.
+
+    Pictures on the way are the same too.
+    """
     flags = (*TINY, f"--workdir={tmp_path / 'run'}")
     for stage, step in (("teacher", 6), ("sprint", 2), ("sprint", 6)):
         process = command("sprint_jax.main", *flags, background=True)
@@ -82,6 +85,8 @@ def test_kill_at_any_moment_then_resume_is_bit_equal(finished, command, tmp_path
     for name in ("teacher.safetensors", "student.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
     assert rows(tmp_path / "run") == rows(finished)
+    ours, theirs = ({p.name: p.read_bytes() for p in (d / "strips").iterdir()} for d in (tmp_path / "run", finished))
+    assert ours == theirs
     ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (tmp_path / "run", finished))
     assert ours["scores"] == theirs["scores"] and ours["frechet"] == theirs["frechet"]
 

@@ -43,14 +43,16 @@ class Checkpoints:
             self._wait()
         self._manager.close()
 
-    def save(self, step, state):
+    def save(self, step, state, beside=None):
         """Starts writing `state`; returns once its arrays are copied.
+
+        beside: what the host knows and a resumed run needs, as plain values for JSON.
 
         Raises UserError when this or the save before it could not be written; earlier checkpoints are whole.
         """
         if step == self._manager.latest_step():
             return
-        meta = {"fingerprints": fingerprints(state), "data": self._data}
+        meta = {"fingerprints": fingerprints(state), "data": self._data, "beside": beside}
         try:
             self._manager.save(
                 step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -82,6 +84,11 @@ class Checkpoints:
                 return state, step
             self._set_aside(step, damage)
         return None, 0
+
+    def beside(self, step):
+        """What `save` was given beside the state of `step`; None where it was nothing."""
+        found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        return found["meta"].get("beside")
 
     def _check_fits(self, step, abstract):
         """Refuses names and shapes other than the config's; says nothing about what cannot be read at all."""

@@ -7,6 +7,7 @@ been launched, so the device never waits for the host.
 """
 
 import dataclasses
+import pathlib
 import signal
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ import jax
 import numpy as np
 
 from sprint_jax import config as config_lib
+from sprint_jax import pictures
+from sprint_jax import workdir as names
 from sprint_jax.errors import UserError
 from sprint_jax.training import hosts, sharding
 from sprint_jax.training import records as records_lib
@@ -34,6 +37,7 @@ class Stage:
     round, each (state, frozen, batch) -> (state, metrics). frozen: arrays that never change. prepare: (frozen, batch as read) -> batch as the steps take
     it, compiled with them. batch: samples of a global batch. batches: (batch, start, stop, process, processes)
     -> context and iterator of this process's rows as NumPy arrays. data: names what is learnt from.
+    strip: parameters -> uint8 [H, W, 3], pictures of fixed prompts on the way; None where they cannot be drawn.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Stage:
     batch: int
     batches: Callable
     data: str
+    strip: Callable | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,8 +128,10 @@ def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say, *, com
     frozen = place(stage.frozen, placed.frozen)
     with Checkpoints(f"{workdir}/checkpoints/{stage.name}", keep=run.keep, data=stage.data, say=say) as checkpoints:
         state, done = checkpoints.restore_newest(placed.state)
+        window = _Window(checkpoints.beside(done) if state is not None else None)
         if state is None:
             state, done = placed.start(frozen), 0
+            _strip(stage, run, workdir, records, done, state)
         else:
             say(f"{stage.name}: resumed from checkpoint at step {done} of {stage.steps}")
         records.rewind(stage.name, done)
@@ -137,7 +144,7 @@ def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say, *, com
             batch = _global(next(batches), split, stage.batch)
             programs.get(batch)
             progress = records_lib.progress(stage.name, done, stage.steps, shown=bar and hosts.primary())
-            watch = _Watch(stage.name, run, records, progress)
+            watch = _Watch(stage.name, run, records, progress, window)
             while done < stage.steps:
                 metrics = {}
                 for i in range(len(stage.functions)):
@@ -147,10 +154,12 @@ def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say, *, com
                         batch = _global(next(batches), split, stage.batch)
                 done += len(stage.functions)
                 watch.launched(done, metrics)
+                # Before the checkpoint: whoever goes on from it finds every strip up to its step.
+                _strip(stage, run, workdir, records, done, state)
                 stopping = stop.agreed()
                 if done % run.checkpoint_every == 0 or done >= stage.steps or stopping:
                     watch.flush()
-                    checkpoints.save(done, state)
+                    checkpoints.save(done, state, beside=window.state())
                 if stopping:
                     break
             watch.flush()
@@ -185,11 +194,51 @@ def _global(rows, split, batch):
     }  # fmt: skip
 
 
+def _strip(stage, run, workdir, records, done, state):
+    """Every `strip_every` steps, pictures by the parameters as they are: strips/STAGE_STEP.png.
+
+    Parameters (their average where there is one) are gathered by all processes; process 0 draws and writes.
+    """
+    if stage.strip is None or not run.strip_every or done % run.strip_every:
+        return
+    params = hosts.to_host(state.params if state.ema is None else state.ema)
+    if hosts.primary():
+        strip = stage.strip(params)
+        folder = pathlib.Path(workdir) / names.STRIPS
+        folder.mkdir(exist_ok=True)
+        pictures.save(folder / f"{stage.name}_{done:07d}.png", strip)
+        records.images(done, {f"strip_{stage.name}": strip})
+
+
+class _Window:
+    """Averages what steps say by time (`buckets.by_time`) over the rounds from one row to the next."""
+
+    def __init__(self, state):
+        """state: of a checkpoint between two rows, or None."""
+        self._rounds, self._sums = state or (0, {})
+
+    def add(self, by_time):
+        self._rounds += 1
+        for name, values in by_time.items():
+            sums = self._sums.get(name, [0.0] * len(values))
+            self._sums[name] = [a + float(b) for a, b in zip(sums, values, strict=True)]
+
+    def take(self):
+        """{"by_time/NAME/BUCKET": average}; begins anew."""
+        rounds, sums = self.state()
+        self._rounds, self._sums = 0, {}
+        return {f"by_time/{name}/{i}": s / rounds for name, row in sums.items() for i, s in enumerate(row)}
+
+    def state(self):
+        """For `__init__`, as plain values. A copy: checkpoints are written while training goes on."""
+        return [self._rounds, dict(self._sums)]
+
+
 class _Watch:
     """Looks at metrics one round late: writes rows, moves the bar, stops on lasting non-finite updates."""
 
-    def __init__(self, name, run, records, bar):
-        self._name, self._run, self._records, self._bar = name, run, records, bar
+    def __init__(self, name, run, records, bar, window):
+        self._name, self._run, self._records, self._bar, self._window = name, run, records, bar, window
         self._waiting = None
         self._every = run.log_every
 
@@ -204,6 +253,7 @@ class _Watch:
         self._waiting = None
         metrics = jax.device_get(metrics)
         in_a_row, in_all = metrics.pop("rejected")
+        self._window.add(metrics.pop("by_time", {}))
         if in_a_row >= self._run.max_rejected:
             bad = sorted(k.split("/", 1)[1] for k, v in metrics.items() if "/" in k and not np.isfinite(v))
             raise UserError(
@@ -213,7 +263,7 @@ class _Watch:
         self._bar.update(step - self._bar.n)
         if step % self._every == 0:
             self._bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-            self._records.write(self._name, step, metrics | {"rejected": in_all})
+            self._records.write(self._name, step, metrics | self._window.take() | {"rejected": in_all})
 
 
 class _Stop:

@@ -46,7 +46,9 @@ class Records:
         row = {"stage": stage, "step": step, **{k: float(v) for k, v in sorted(scalars.items())}}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        self._writer.write_scalars(step, {f"{stage}/{k}": float(v) for k, v in scalars.items()})
+        # Sums by time mean nothing without their shares: `reporting` divides them, TensorBoard cannot.
+        shown = {f"{stage}/{k}": float(v) for k, v in scalars.items() if not k.startswith("by_time/")}
+        self._writer.write_scalars(step, shown)
 
     def images(self, step, images):
         """{name: uint8 [H, W, 3]} to TensorBoard."""

@@ -15,6 +15,7 @@ from sprint_jax import config as config_lib
 from sprint_jax.diffusion import ladd, scm, trigflow
 from sprint_jax.models.ladd_heads import LADDHeads
 from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.training import buckets
 from sprint_jax.training import state as state_lib
 
 
@@ -165,6 +166,7 @@ def make_generator_step(nets: Nets, c: config_lib.Sprint, seed: int):
             )  # fmt: skip
             total += c.scm_weight * per_sample.mean()
             metrics |= {"scm": per_sample.mean()} | {k: v.mean() for k, v in aux.items()}
+            metrics["by_time"] = buckets.by_time(batch["t"], trigflow.T_MAX, {"scm": per_sample} | aux)
         if c.adv_weight:
             u, s = _renoise(generate(nets, params, batch, batch["start"]), batch["renoise"])
             logits = discriminate(nets, frozen, state.heads, state.spectral, c, batch, u, s)

@@ -8,6 +8,7 @@ from flax import traverse_util
 from sprint_jax import config as config_lib
 from sprint_jax.diffusion import flow
 from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.training import buckets
 from sprint_jax.training import state as state_lib
 
 _FF_GATE = 5  # row of a block's table that gates its Mix-FFN
@@ -60,10 +61,11 @@ def make_step(model: LinearDiT, tx, c: config_lib.Teacher, seed: int):
 
         def loss(params, b):
             v = lambda x, t: model.apply(params, x, t, b["text"], b["mask"]).velocity
-            return flow.loss(v, b["x0"], b["z"], b["t"]).mean(), ()
+            per_sample = flow.loss(v, b["x0"], b["z"], b["t"])
+            return per_sample.mean(), buckets.by_time(b["t"], 1.0, {"loss": per_sample})
 
         drawn = {"x0": x0, "z": z, "t": t, "text": text, "mask": batch["mask"]}
-        (value, _), grads = state_lib.value_and_grad(loss, state.params, drawn, c.accumulate)
+        (value, by_time), grads = state_lib.value_and_grad(loss, state.params, drawn, c.accumulate)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
         updates, opt = tx.update(grads, state.opt, state.params)
@@ -78,7 +80,7 @@ def make_step(model: LinearDiT, tx, c: config_lib.Teacher, seed: int):
                 dict(params=state.params, ema=state.ema, opt=state.opt),
             ),
         )
-        metrics = {"loss": value, "grad_norm": norm, "rejected": new.rejected}
+        metrics = {"loss": value, "grad_norm": norm, "rejected": new.rejected, "by_time": by_time}
         return new, metrics | state_lib.module_norms(grads)
 
     return step
