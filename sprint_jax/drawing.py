@@ -92,18 +92,27 @@ def generate(
     if numbers.shape != (len(prompts),):
         raise UserError(f"{numbers.size} indices for {len(prompts)} pictures: give one each")
     pick = lambda a, padded, axis: None if a is None else np.take(a, padded, axis)
-    result, done = [None] * len(prompts), 0
+    result, waiting = [None] * len(prompts), None
     for length, members, padded, arrays in prompts_lib.batches(rows, size):
         made = programs[length](
             pipe.params, arrays, np.float32(scale), times, np.int32(seed), numbers[padded].astype(np.int32),
             pick(draws, padded, 1), pick(start, padded, 0),
         )  # fmt: skip
-        made = np.asarray(made)
-        for row, index in enumerate(members):
-            result[index] = made[row]
-        done += len(members)
-        say(done)
+        # The device works on this batch while the one before it is copied.
+        _keep(result, waiting, say)
+        waiting = members, made
+    _keep(result, waiting, say)
     return np.stack(result)
+
+
+def _keep(result, waiting, say):
+    """Copies a batch (indices, pictures on the device) into the list of all; None is no batch."""
+    if waiting is None:
+        return
+    members, made = waiting
+    for index, picture in zip(members, np.asarray(made)):  # what pads the batch is left
+        result[index] = picture
+    say(sum(picture is not None for picture in result))
 
 
 def latent_shape(pipe, height, width):
