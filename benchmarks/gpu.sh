@@ -58,6 +58,11 @@ part pair_shapes_64 60 $python -m benchmarks.pair --preset=shapes_64
 # Memory and time of the published sizes' training steps, 16 samples; docs/plan.md has what was predicted.
 part pair_600m_block 120 $python -m benchmarks.pair --preset=sana_600m --batch=16 --remat=block
 part pair_600m_none 120 $python -m benchmarks.pair --preset=sana_600m --batch=16 --remat=none
+# The paper's ablations at 64 px, about an hour in all by arithmetic: give the part again, with the same OUT, until it
+# says that it wrote its report. data/emoji is made by the commands of README, "Data of your own".
+if [ -d data/emoji ]; then
+  part ablate_small 540 $python -m sprint_jax.ablate --suite=paper --scale=small --workdir="$out/ablate_small"
+fi
 # The main job at 64 px with a larger model, teacher included.
 part main_shapes_64 270 $python -m sprint_jax.main --config=configs/sprint.py:shapes_64 --workdir="$out/shapes_64"
 cp "$out"/shapes_64/*.png "$out"/shapes_64/summary.json "$out" 2>/dev/null
