@@ -25,7 +25,7 @@ from sprint_jax import build
 from sprint_jax.benchmarking import bench as bench_lib
 from sprint_jax.benchmarking import timing
 from sprint_jax.conversion import tables
-from sprint_jax.diffusion import ladd, trigflow
+from sprint_jax.diffusion import trigflow
 from sprint_jax.models.ladd_heads import GROUP, KERNEL
 
 SIGMA_D = trigflow.SIGMA_D

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sprint_jax import build, drawing, generation, parts, weights, workdir
 from sprint_jax import config as config_lib

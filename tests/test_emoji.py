@@ -1,9 +1,7 @@
 """The emoji data set: pure pictures that show what their captions say, and the command that writes them."""
 
 import hashlib
-import io
 import re
-import unicodedata
 
 import numpy as np
 import pytest

@@ -5,7 +5,6 @@ record the new ones with the change that explains them.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
