@@ -29,17 +29,12 @@ def sample(bench, *, warm, preset="shapes"):
     student.mkdir()
     (student / workdir.CONFIG).write_text(json.dumps(config_lib.to_dict(c)))
     weights.save(student / workdir.STUDENT, jax.tree.map(np.asarray, subjects.drawn(build.student(c), "float32")))
-    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    if warm:
-        environment |= {
-            "JAX_COMPILATION_CACHE_DIR": str(path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }  # fmt: skip
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(path / "cache")} if warm else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     words = [sys.executable, "-m", "sprint_jax.sample", f"--model={student}", "--prompt=a red circle", "--steps=1"]
 
     def run():
         # On a GPU this process has taken the memory: the command's process asks for what it needs alone.
-        options = dict(capture_output=True, text=True, env=environment | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+        options = dict(capture_output=True, text=True, env=os.environ | cache | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
         result = subprocess.run([*words, f"--out={path / 'pictures'}"], cwd=training.ROOT, **options)
         if result.returncode:
             raise RuntimeError(f"sprint_jax.sample failed: {result.stderr.strip().splitlines()[-1:]}")
