@@ -10,12 +10,12 @@ proposition_id and dependency are read here. The official answerer is mPLUG-larg
 
 import csv
 import dataclasses
-import json
 import warnings
 
 import numpy as np
 
 from sprint_jax.errors import UserError
+from sprint_jax.evaluation import json_lines
 
 PICTURES = 4
 _COLUMNS = ("item_id", "text", "proposition_id", "dependency")
@@ -99,27 +99,13 @@ def score(answers, items, pictures=PICTURES) -> dict:
 
 def read_answers(path) -> dict:
     """{(item id, picture): {proposition id: bool}}. Raises UserError naming the first line that is not one."""
-    try:
-        lines = open(path, encoding="utf-8").read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --answers={path} ({error}): give a JSON lines file") from None
-    found = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            key = str(row["item_id"]), int(row["picture"])
-            given = {int(question): _yes(answer) for question, answer in row["answers"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path} line {number} is not an answer ({type(error).__name__}: {error}): see sprint_jax/evaluation/dpg.py "
-                "for the form"
-            ) from None
-        if key in found:
-            raise UserError(f"{path} line {number}: picture {key[1]} of {key[0]} has a line already")
-        found[key] = given
-    return found
+    return json_lines.read(path, "answers", _answers, kind="an answer", form="sprint_jax/evaluation/dpg.py")
+
+
+def _answers(row):
+    item, picture = str(row["item_id"]), int(row["picture"])
+    given = {int(question): _yes(answer) for question, answer in row["answers"].items()}
+    return (item, picture), given, f"picture {picture} of {item}"
 
 
 def _yes(answer):

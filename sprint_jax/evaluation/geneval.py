@@ -16,11 +16,11 @@ of {"class", "count"} with perhaps "color" and "position": [relation, index into
 """
 
 import collections
-import json
 
 import numpy as np
 
 from sprint_jax.errors import UserError
+from sprint_jax.evaluation import json_lines
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -113,26 +113,11 @@ def _fault(chosen, wanted, groups):
 
 def read_detections(path) -> dict[str, list]:
     """{file: objects} of a file of detections. Raises UserError naming the first line that is not one."""
-    try:
-        lines = open(path, encoding="utf-8").read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --detections={path} ({error}): give a JSON lines file") from None
-    found = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            file, objects = row["file"], [_object(o) for o in row["objects"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path} line {number} is not a detection ({type(error).__name__}: {error}): see "
-                "sprint_jax/evaluation/geneval.py for the form"
-            ) from None
-        if file in found:
-            raise UserError(f"{path} line {number}: {file} has a line already")
-        found[file] = objects
-    return found
+    return json_lines.read(path, "detections", _detections, kind="a detection", form="sprint_jax/evaluation/geneval.py")
+
+
+def _detections(row):
+    return row["file"], [_object(o) for o in row["objects"]], row["file"]
 
 
 def _object(row):
