@@ -44,7 +44,7 @@ def main():
     for name, (kind, times) in roads.items():
         sampler = generation.teacher_sampler(model, data.pixels, shape, times, sampler=kind)
         made[name] = generation.run(
-            sampler, {"transformer": params, "pixels": {}}, null, prompts.text, prompts.mask,
+            sampler, {"transformer": params, "pixels": {}}, null, prompts.cond,
             guidance=c.evaluation.teacher_guidance,
             seed=c.data.eval_seed, batch=64, say=lambda n, name=name: print(f"{name}: {n} of {options.count}", flush=True),
         )  # fmt: skip

@@ -68,6 +68,10 @@ def _shapes():
         base_qk_norm=True, base_time_scale=1.0, finetune_steps=0, finetune_lr=3e-4,
         optimizer=_muon(lr=2e-3, muon_lr=0.02, warmup=100, decay_to=0.02, b1=0.9, weight_decay=0.01, clip=1.0),
     )  # fmt: skip
+    config.control = dict(
+        depth=0, condition="edges", pretrained="", steps=0, batch=64, dropout=0.2,
+        optimizer=_muon(lr=2e-3, muon_lr=0.02, warmup=50, decay_to=0.05, b1=0.9, weight_decay=0.01, clip=1.0),
+    )  # fmt: skip
     config.sprint = dict(
         steps=2400, batch=32, accumulate=1, ema=0.99,
         guidance=(1.25, 1.5, 2.0), uncond_mask="cond",
@@ -151,6 +155,10 @@ def sana(preset):
         time_mean=0.0, time_std=1.0, time_shift=3.0,
         base_qk_norm=True, base_time_scale=1.0, finetune_steps=0, finetune_lr=2e-5,
         optimizer=came(lr=2e-5, reference_batch=0, warmup=2000),
+    )  # fmt: skip
+    config.control = dict(  # see configs/controlnet.py
+        depth=0, condition="hed", pretrained="", steps=0, batch=16, dropout=0.0,
+        optimizer=came(lr=1e-4, reference_batch=0, warmup=30),
     )  # fmt: skip
     config.sprint = dict(
         steps=20000, batch=512, accumulate=1, ema=0.0,

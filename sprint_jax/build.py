@@ -11,6 +11,7 @@ from sprint_jax.conversion import folder
 from sprint_jax.data import pixels, text
 from sprint_jax.errors import UserError
 from sprint_jax.kernels import backend
+from sprint_jax.models.controlnet import Controlled, ControlNet
 from sprint_jax.models.ladd_heads import LADDHeads
 from sprint_jax.models.linear_dit import LinearDiT
 from sprint_jax.training import came, sprint_step, state
@@ -61,13 +62,27 @@ def _model(c: config_lib.Config, **changes) -> LinearDiT:
     return LinearDiT(**(fields | changes))
 
 
-def student(c: config_lib.Config) -> LinearDiT:
-    return _model(c, logvar_head=True)
+def student(c: config_lib.Config) -> LinearDiT | Controlled:
+    return _controlled(c, _model(c, logvar_head=True))
 
 
 def teacher(c: config_lib.Config) -> LinearDiT:
     """The teacher as distillation needs it: never told the guidance scale."""
     return _model(c, guidance_embed=False)
+
+
+def distilled_teacher(c: config_lib.Config) -> LinearDiT | Controlled:
+    """What the student learns from: the teacher, with its ControlNet where there is one."""
+    return _controlled(c, teacher(c))
+
+
+def controlnet(c: config_lib.Config) -> ControlNet:
+    """The ControlNet of teacher and student alike. Not for control.depth 0."""
+    return ControlNet(net=teacher(c), depth=c.control.depth)
+
+
+def _controlled(c, trunk):
+    return Controlled(trunk=trunk, control=controlnet(c)) if c.control.depth else trunk
 
 
 def base_teacher(c: config_lib.Config) -> LinearDiT:
@@ -87,6 +102,21 @@ def published_transformer(path, model: LinearDiT):
     path: a pipeline's folder or its transformer/. Raises UserError where the folder describes another network.
     """
     found, params = folder.read_transformer(path)
+    _same(path, "transformer", found, model)
+    return params
+
+
+def published_controlnet(path, model: ControlNet):
+    """Parameters of `model` from a folder with a diffusers ControlNet: as `published_transformer`."""
+    found, params = folder.read_controlnet(path)
+    if found.depth != model.depth:
+        raise UserError(f"{path} holds a ControlNet of {found.depth} blocks, the config asks for {model.depth}: change config.control.depth")
+    _same(path, "ControlNet", found.net, dataclasses.replace(model.net, depth=found.net.depth))
+    return params
+
+
+def _same(path, what, found, model):
+    """Raises UserError where two networks differ in more than how they are computed."""
     free = {name: getattr(model, name) for name in ("remat", "unroll", "dtype", "attention", "guidance_scale_factor")}
     if model.time_scale != found.time_scale:
         free["time_scale"] = model.time_scale  # dense times are told in [0, 1]; the folder may scale them elsewhere
@@ -94,16 +124,15 @@ def published_transformer(path, model: LinearDiT):
     if differing:
         name = differing[0]
         raise UserError(
-            f"{path} holds a transformer with {name}={getattr(found, name)}, the config asks for {getattr(model, name)}: "
-            "change config.model, or give the folder of a teacher"
+            f"{path} holds a {what} with {name}={getattr(found, name)}, the config asks for {getattr(model, name)}: "
+            "change config.model, or give another folder"
         )
-    return params
 
 
 def nets(c: config_lib.Config) -> sprint_step.Nets:
     s = c.sprint
     return sprint_step.Nets(
-        teacher=teacher(c),
+        teacher=distilled_teacher(c),
         student=student(c),
         heads=LADDHeads(width=c.model.width, count=len(s.head_blocks)),
         tx=state.optimizer(s.optimizer, s.steps // 2, s.batch, came_rules=(came.dit_factored, came.dit_stacked)),

@@ -9,7 +9,7 @@ import difflib
 
 import ml_collections
 
-from sprint_jax.data import text
+from sprint_jax.data import conditions, text
 from sprint_jax.errors import UserError
 from sprint_jax.kernels import backend
 from sprint_jax.models.ladd_heads import GROUP
@@ -154,6 +154,29 @@ class Teacher:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Control:
+    """ControlNet around the teacher and the student: see `sprint_jax.models.controlnet`.
+
+    depth: blocks that it copies; 0 for none, and nothing else here counts then.
+    condition: what is made of each picture, "edges", "scribble" or "hed" (`sprint_jax.data.conditions`; encoded data
+      hold their own). 
+    pretrained: weights of a multi-step ControlNet to use instead of training: a .safetensors file, or a folder with a
+      diffusers ControlNet; "" to train it here around the frozen teacher.
+    steps, batch: of that training; times, dropped captions and average are those of `teacher`.
+    dropout: share of samples that go without the condition, in this phase and in the sprint, which so learns both.
+    optimizer: of that training.
+    """
+
+    depth: int
+    condition: str
+    pretrained: str
+    steps: int
+    batch: int
+    dropout: float
+    optimizer: Optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Sprint:
     """sCM + LADD distillation. Steps count generator and discriminator updates, which alternate.
 
@@ -235,6 +258,7 @@ class Config:
     model: Model
     mesh: Mesh
     teacher: Teacher
+    control: Control
     sprint: Sprint
     evaluation: Evaluation
     run: Run
@@ -276,7 +300,7 @@ def _build(kind, tree, path):
 
 
 def _check(c: Config):
-    s, t, m = c.sprint, c.teacher, c.model
+    s, t, m, k = c.sprint, c.teacher, c.model, c.control
     cell = c.codec.block * m.patch_size
     require = [
         (c.text.vocabulary in ("shapes", "words", "gemma"), f"config.text.vocabulary {c.text.vocabulary!r}: use shapes, words or gemma"),
@@ -297,13 +321,19 @@ def _check(c: Config):
         (t.steps >= 0 and t.finetune_steps >= 0, "config.teacher.steps and finetune_steps: use 0 or more"),
         (t.pretrained or t.steps > 0 or (t.start and t.finetune_steps > 0),
          "config.teacher.pretrained is empty and nothing trains a teacher: give it, or teacher.steps, or teacher.start with finetune_steps"),
+        (0 <= k.depth < m.depth, f"config.control.depth {k.depth}: use 0 (no ControlNet) to {m.depth - 1}, below model.depth"),
+        (k.condition in conditions.KINDS, f"config.control.condition {k.condition!r}: use one of {', '.join(conditions.KINDS)}"),
+        (not k.depth or c.data.encoded or k.condition != "hed", "config.control.condition hed needs encoded pictures: use edges or scribble, or name config.data.encoded"),
+        (not k.depth or k.pretrained or k.steps > 0, "config.control.pretrained is empty and config.control.steps is 0: nothing trains the ControlNet"),
+        (0 <= k.dropout < 1, f"config.control.dropout {k.dropout}: use a share from 0 to below 1"),
+        (k.batch > 0 and k.batch % t.accumulate == 0, f"config.control.batch {k.batch}: use 1 or more, a multiple of config.teacher.accumulate {t.accumulate}"),
         (t.batch > 0 and s.batch > 0, "config.teacher.batch and config.sprint.batch: use 1 or more"),
         *((x.accumulate >= 1 and x.batch % x.accumulate == 0, f"config.{n}.accumulate {x.accumulate}: use a divisor of {n}.batch {x.batch}")
           for n, x in (("teacher", t), ("sprint", s))),
         (s.accumulate == 1 or s.batch % (GROUP * s.accumulate) == 0,
          f"config.sprint.batch {s.batch}: with accumulate {s.accumulate} use a multiple of {GROUP * s.accumulate} (normalisation groups of {GROUP})"),
         *((o.kind in ("adamw", "muon", "came"), f"config.{n}.kind {o.kind!r}: use adamw, muon or came")
-          for n, o in (("teacher.optimizer", t.optimizer), ("sprint.optimizer", s.optimizer), ("sprint.head_optimizer", s.head_optimizer))),
+          for n, o in (("teacher.optimizer", t.optimizer), ("control.optimizer", k.optimizer), ("sprint.optimizer", s.optimizer), ("sprint.head_optimizer", s.head_optimizer))),
         (s.steps >= 0 and s.steps % 2 == 0, f"config.sprint.steps {s.steps}: use an even number (generator and discriminator alternate), 0 for a teacher alone"),
         (s.uncond_mask in ("cond", "null"), f"config.sprint.uncond_mask {s.uncond_mask!r}: use cond or null"),
         (s.weighting in ("code", "paper"), f"config.sprint.weighting {s.weighting!r}: use code or paper"),

@@ -44,6 +44,8 @@ def main(argv):
             folder.write_diffusers(target, _student(source))
             say("embedded models have a text encoder and a pixel codec that diffusers does not know: only")
             say("transformer/ and scheduler/ were written; load them with SanaTransformer2DModel and SCMScheduler")
+            if (target / "controlnet").is_dir():
+                say("controlnet/ as well, for sprint_jax alone: diffusers' SanaControlNetModel has no QK-norm")
         else:
             raise UserError(f"no folder or file {source}: give a checkpoint")
         say(f"wrote {target}")
@@ -52,9 +54,19 @@ def main(argv):
 def _student(path):
     """The student of a run as diffusers has it, without its log-variance head."""
     from sprint_jax import pipeline
-    from sprint_jax.conversion import folder
+    from sprint_jax.models.controlnet import Controlled
 
     model, params, _ = pipeline.read_student(path)
+    if isinstance(model, Controlled):
+        control = {"controlnet": params["control"]}
+        checkpoint = _without_logvar(model.trunk, params["trunk"])
+        return dataclasses.replace(checkpoint, controlnet=model.control, params=checkpoint.params | control)
+    return _without_logvar(model, params)
+
+
+def _without_logvar(model, params):
+    from sprint_jax.conversion import folder
+
     inputs = {name: leaf for name, leaf in params["inputs"].items() if name != "logvar"}
     model = dataclasses.replace(model, logvar_head=False)
     return folder.Checkpoint(model, None, None, {"transformer": params | {"inputs": inputs}}, None, "")

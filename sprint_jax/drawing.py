@@ -26,7 +26,7 @@ class Kind:
 
     output: "pixels" or "latent". steps: network calls. length: tokens that prompts are padded to.
     batch_size: pictures. shape: (h, w, c) of one latent. draws: whether noise is given. start: whether
-    latents to start from are.
+    latents to start from are. control: whether a ControlNet's condition is.
     """
 
     output: str
@@ -36,12 +36,13 @@ class Kind:
     shape: tuple[int, int, int]
     draws: bool
     start: bool
+    control: bool
 
 
 def generate(
     pipe, prompts, *, steps=2, guidance_scale=None, height=None, width=None, seed=0, timesteps=None,
     latents=None, step_noise=None, image=None, strength=0.6, output="pixels", schedule=None,
-    images_per_prompt=1, batch_size=None, indices=None, say=lambda done: None,
+    images_per_prompt=1, batch_size=None, indices=None, control=None, control_scale=1.0, say=lambda done: None,
 ):  # fmt: skip
     """Pictures of prompts in few steps.
 
@@ -63,6 +64,9 @@ def generate(
       batch_size: pictures per run of the compiled program; pictures are bit-equal for any company of
         prompts at one batch size. None takes pipe.batch_size.
       indices: the i of each picture's noise, for a part of a longer list; None counts from 0.
+      control: uint8 [H, W, 3] or [B, H, W, 3], the condition of a model with a ControlNet: a sketch, white lines on
+        black. None leaves the ControlNet out.
+      control_scale: finite; 1 follows the sketch as in training, 0 not at all.
       say: called with the number of pictures done.
     Returns:
       "pixels": uint8 [B, H, W, 3]. "latent": float32 [B, h, w, c] at unit scale, before the
@@ -83,9 +87,10 @@ def generate(
     if image is not None:
         times = image_times(times, strength)
     draws = _draws(latents, step_noise, len(prompts), shape, len(times) - 1)
-    start = None if image is None else _encode(pipe, image, len(prompts), height, width)
+    start = None if image is None else _encode(pipe, "image", image, len(prompts), height, width)
+    steered = None if control is None else _condition(pipe, control, control_scale, len(prompts), height, width)
     rows = pipe.text.prepare(prompts)  # every prompt is checked before the first picture is made
-    given = dict(output=output, steps=len(times) - 1, batch_size=size, shape=shape, draws=draws is not None, start=start is not None)
+    given = dict(output=output, steps=len(times) - 1, batch_size=size, shape=shape, draws=draws is not None, start=start is not None, control=steered is not None)
     programs = {length: pipe.program(Kind(length=length, **given)) for length in sorted({length for length, _ in rows})}
     scale = rounded(pipe.guidance_scale if guidance_scale is None else guidance_scale, pipe.dtype)
     numbers = np.arange(len(prompts)) if indices is None else np.asarray(indices)
@@ -96,7 +101,7 @@ def generate(
     for length, members, padded, arrays in prompts_lib.batches(rows, size):
         made = programs[length](
             pipe.params, arrays, np.float32(scale), times, np.int32(seed), numbers[padded].astype(np.int32),
-            pick(draws, padded, 1), pick(start, padded, 0),
+            pick(draws, padded, 1), pick(start, padded, 0), pick(steered, padded, 0), np.float32(control_scale),
         )  # fmt: skip
         # The device works on this batch while the one before it is copied.
         _keep(result, waiting, say)
@@ -171,15 +176,24 @@ def _draws(latents, step_noise, count, shape, steps):
     return np.stack(draws)
 
 
-def _encode(pipe, image, count, height, width):
-    """Latents [B, h, w, c] at unit scale of the picture or pictures to start from."""
+def _condition(pipe, control, scale, count, height, width):
+    """Latents [B, h, w, c] of the condition, for a model that takes one."""
+    if not pipe.control:
+        raise UserError("control is given and this model has no ControlNet: load a model with one, or leave it out")
+    if not math.isfinite(scale):
+        raise UserError(f"control_scale {scale}: use a finite number, 1 for what the model was trained with")
+    return _encode(pipe, "control", control, count, height, width)
+
+
+def _encode(pipe, name, image, count, height, width):
+    """Latents [B, h, w, c] at unit scale of one picture, or one for each prompt. name: of the argument, for errors."""
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3:
-        raise UserError(f"image is {image.dtype} {image.shape}: give uint8 [H, W, 3] or one for each prompt")
+        raise UserError(f"{name} is {image.dtype} {image.shape}: give uint8 [H, W, 3] or one for each prompt")
     image = image if image.ndim == 4 else image[None]
     if len(image) not in (1, count) or image.shape[1:3] != (height, width):
         raise UserError(
-            f"image has shape {image.shape}: give one, or {count}, of {height} x {width} (resize first)"
+            f"{name} has shape {image.shape}: give one, or {count}, of {height} x {width} (resize first)"
         )
     encoded = np.concatenate([np.asarray(pipe.encode(one[None])) for one in image])
     return np.broadcast_to(encoded, (count, *encoded.shape[1:])).astype(np.float32)

@@ -136,12 +136,13 @@ class Exported:
     schedule = property(lambda self: self.header.schedule)
     batch_size = property(lambda self: self.header.batch_size)
     dtype = property(lambda self: self.header.dtype)
+    control = property(lambda self: False)
 
     def program(self, kind: drawing.Kind):
         """The program of this kind. Raises UserError that names what the file has, where it has none."""
         if kind.output != "pixels" or kind.draws:
             raise UserError(f"{self.path} draws pixels from a seed: for latents or given noise sample from the model it was made of")
-        if kind.start:
+        if kind.start or kind.control:
             self.encode(None)
         height, width = (cells * self.header.factor for cells in kind.shape[:2])
         wanted = Program(kind.steps, kind.length, kind.batch_size, height, width)
@@ -150,7 +151,7 @@ class Exported:
         if wanted not in self.programs:
             self.programs[wanted] = _compiled(self.path, wanted)
         run = self.programs[wanted]
-        return lambda params, arrays, guidance, times, seed, indices, draws, start: run(params, arrays, guidance, times, seed, indices)
+        return lambda params, arrays, guidance, times, seed, indices, draws, start, control, control_scale: run(params, arrays, guidance, times, seed, indices)
 
     def encode(self, images):
         raise UserError(f"{self.path} has no program that starts from a picture: sample from the model it was made of")

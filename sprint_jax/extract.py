@@ -41,7 +41,8 @@ def extract(run_dir, stage):
         c = config.parse(json.loads((run_dir / workdir.CONFIG).read_text()))
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{run_dir} is no work directory of a run ({error}): give the --workdir of one") from None
-    model = {"teacher": build.base_teacher, "finetune": build.teacher, "sprint": build.student}[stage](c)
+    made = {"teacher": build.base_teacher, "finetune": build.teacher, "control": build.controlnet, "sprint": build.student}
+    model = made[stage](c)
     averaged = bool(c.sprint.ema if stage == "sprint" else c.teacher.ema)
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     return checkpoints.read_part(run_dir / "checkpoints" / stage, "ema" if averaged else "params", abstract)

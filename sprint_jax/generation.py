@@ -1,5 +1,8 @@
 """Prompts' features to pictures: the student in a few steps, the teacher in many. Pure, then batched.
 
+What pictures are made of is a dict `cond`, as a network's `apply` takes it by name: {"text" [B, L, D], "mask" [B, L]},
+and for a ControlNet {"control" [B, h, w, c], "control_scale" [B]} besides.
+
 A picture's noise comes from (seed, index) alone, and pictures are made in batches of one fixed size, the
 last one padded, so a picture is the same alone and in company, to the last bit.
 """
@@ -22,17 +25,17 @@ def noises(seed, indices, shape, count):
 
 
 def student_sampler(model, pixels, shape, times):
-    """Returns sample(params, null, text, mask, guidance, seed, indices) -> uint8 [B, H, W, 3].
+    """Returns sample(params, null, cond, guidance, seed, indices) -> uint8 [B, H, W, 3].
 
     pixels: the seam (`parts.py`). params: {"transformer", "pixels"}. times: angles from
     `samplers.scm_times`. shape: of one latent. guidance: scalar embedded scale.
     """
 
-    def sample(params, null, text, mask, guidance, seed, indices):
+    def sample(params, null, cond, guidance, seed, indices):
         del null
         draws = noises(seed, indices, shape, len(times) - 1)
         w = jnp.full(indices.shape, guidance) if model.guidance_embed else None
-        v = lambda x, t: model.apply(params["transformer"], x, t, text, mask, w).velocity
+        v = lambda x, t: model.apply(params["transformer"], x, t, guidance=w, **cond).velocity
         latents = samplers.scm(trigflow.from_flow(v), draws[0], draws[1:], times)
         return pixels.decode(params["pixels"], latents)
 
@@ -45,14 +48,14 @@ def teacher_sampler(model, pixels, shape, times, sampler="trigflow"):
     null: {"text" [1, L, D], "mask" [1, L]} of the null prompt, used under the prompt's own mask.
     """
 
-    def sample(params, null, text, mask, guidance, seed, indices):
+    def sample(params, null, cond, guidance, seed, indices):
         noise = noises(seed, indices, shape, 1)[0]
         w = jnp.full(indices.shape, guidance)
-        texts = jnp.concatenate([jnp.broadcast_to(null["text"], text.shape), text])
-        masks = jnp.concatenate([mask, mask])
+        uncond = cond | {"text": jnp.broadcast_to(null["text"], cond["text"].shape)}
+        twice = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), uncond, cond)
 
         def v(x, t):
-            both = model.apply(params["transformer"], jnp.concatenate([x, x]), jnp.concatenate([t, t]), texts, masks).velocity
+            both = model.apply(params["transformer"], jnp.concatenate([x, x]), jnp.concatenate([t, t]), **twice).velocity
             uncond, cond = jnp.split(both, 2)
             return flow.guided(uncond, cond, w)
 
@@ -65,17 +68,18 @@ def teacher_sampler(model, pixels, shape, times, sampler="trigflow"):
     return jax.jit(sample)
 
 
-def run(sampler, params, null, text, mask, *, guidance, seed, batch, starts=None, say=lambda done: None):
-    """Pictures of all rows of text, picture i from (seed, i, text i): uint8 [N, H, W, 3].
+def run(sampler, params, null, cond, *, guidance, seed, batch, starts=None, say=lambda done: None):
+    """Pictures of all rows of `cond`, picture i from (seed, i, row i): uint8 [N, H, W, 3].
 
-    text, mask: [N, L, D] and [N, L]. null: {"text", "mask"} of the null prompt. starts: rows at which to
+    null: {"text", "mask"} of the null prompt. starts: rows at which to
     begin a batch, for one of several processes; default all. say: called with the number of pictures done.
     """
-    images = []
-    for start in range(0, len(text), batch) if starts is None else starts:
-        rows = np.minimum(np.arange(start, start + batch), len(text) - 1)  # the last batch is padded
+    images, count = [], len(cond["text"])
+    for start in range(0, count, batch) if starts is None else starts:
+        rows = np.minimum(np.arange(start, start + batch), count - 1)  # the last batch is padded
         indices = np.arange(start, start + batch, dtype=np.int32)
-        made = sampler(params, null, text[rows], mask[rows], np.float32(guidance), np.int32(seed), indices)
-        images.append(np.asarray(made)[: len(text) - start])
+        some = {name: a[rows] for name, a in cond.items()}
+        made = sampler(params, null, some, np.float32(guidance), np.int32(seed), indices)
+        images.append(np.asarray(made)[: count - start])
         say(sum(map(len, images)))
     return np.concatenate(images)

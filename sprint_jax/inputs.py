@@ -16,38 +16,39 @@ import safetensors.numpy
 
 from sprint_jax import build, parts, pipeline, weights
 from sprint_jax import config as config_lib
-from sprint_jax.data import batches, encoded, loader, shapes
+from sprint_jax.data import batches, conditions, encoded, loader, shapes
 from sprint_jax.errors import UserError
 
 # Real pictures behind the Fréchet distance come from indices far from those of the prompts.
 _REFERENCE_START = 1_000_000
+_SCRIBBLE_SIGMA = 0.5  # pixels: strokes of three pixels, for the lines of one of small pictures
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Heldout:
     """Examples that training never sees.
 
-    captions: N texts. text, mask: their features [N, L, D], [N, L]. images: uint8 [N, H, W, 3].
+    captions: N texts. cond: what networks are told (`generation`): features "text" [N, L, D] and "mask" [N, L], with
+      a ControlNet "control" [N, h, w, c] and "control_scale" [N], all 1. images: uint8 [N, H, W, 3].
     reference: real pictures for the Fréchet distance, uint8 [M, H, W, 3].
     meanings: of the captions, for the checker of `shapes`; None for other data.
+    edges: what of `images` "control" shows, uint8 [N, H, W]; None without a ControlNet.
     """
 
     captions: list[str]
-    text: np.ndarray
-    mask: np.ndarray
+    cond: dict[str, np.ndarray]
     images: np.ndarray
     reference: np.ndarray
     meanings: list[shapes.Caption] | None
+    edges: np.ndarray | None
 
 
 def abstract_batch(c: config_lib.Config, batch: int) -> dict:
     """Shapes of a global batch as the steps take it, without any data."""
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    return {
-        "latent": f32(batch, *build.latent_shape(c)),
-        "text": f32(batch, c.text.length, c.text.dim),
-        "mask": f32(batch, c.text.length),
-    }
+    latent = f32(batch, *build.latent_shape(c))
+    rows = {"latent": latent, "text": f32(batch, c.text.length, c.text.dim), "mask": f32(batch, c.text.length)}
+    return rows | {"control": latent} if c.control.depth else rows
 
 
 def open_inputs(c: config_lib.Config, say):
@@ -81,7 +82,7 @@ class Shapes:
         """Context and iterator of this process's rows of the batches start .. stop - 1."""
         make = lambda step: loader.make_batch(
             step, seed=self._c.data.seed, batch=batch, size=self._c.data.size, codec=self._codec,
-            text_encoder=self._encoder, process=process, processes=processes,
+            text_encoder=self._encoder, condition=_condition(self._c), process=process, processes=processes,
         )  # fmt: skip
         return loader.Prefetch(make, start, stop)
 
@@ -95,10 +96,27 @@ class Shapes:
         ]
         examples = draw(0, count)
         text, mask = self._encoder.encode([e.text for e in examples])
+        cond, edges = {"text": text, "mask": mask}, None
+        images = np.stack([e.image for e in examples])
+        if self._c.control.depth:
+            shown = _condition(self._c)(images)
+            cond |= {"control": self._codec.encode(shown), "control_scale": np.ones(count, np.float32)}
+            edges = shown[..., 0]
         return Heldout(
-            [e.text for e in examples], text, mask, np.stack([e.image for e in examples]),
-            np.stack([e.image for e in draw(_REFERENCE_START, reference)]), [e.caption for e in examples],
+            [e.text for e in examples], cond, images, np.stack([e.image for e in draw(_REFERENCE_START, reference)]),
+            [e.caption for e in examples], edges,
         )  # fmt: skip
+
+
+def _condition(c):
+    """uint8 [B, H, W, 3] -> pictures of the ControlNet's condition alike; None without a ControlNet."""
+    if not c.control.depth:
+        return None
+    if c.control.condition == "edges":
+        return lambda images: conditions.as_picture(conditions.gradient_edges(images))
+    return lambda images: conditions.as_picture(
+        conditions.scribble(conditions.gradient_edges(images), thickness=1, sigma=_SCRIBBLE_SIGMA)
+    )
 
 
 class EncodedData:
@@ -150,7 +168,8 @@ class EncodedData:
             return batch
         arrays = {"tokens": batch["tokens"], "mask": batch["mask"]}
         text, mask = self._text.features(frozen["text_encoder"], arrays)
-        return {"latent": batch["latent"], "text": text.astype(jnp.float32), "mask": mask}
+        kept = {name: batch[name] for name in ("latent", "control") if name in batch}
+        return kept | {"text": text.astype(jnp.float32), "mask": mask}
 
     def heldout(self, count, reference) -> Heldout:
         """Examples of the held-out split at the config's size; pictures are decoded latents."""
@@ -167,7 +186,11 @@ class EncodedData:
         images = self._decode(stacked["latent"])
         ready = jax.jit(self.prepare)(self.frozen, {k: v[:count] for k, v in stacked.items()})
         captions = [row["caption"].tobytes().decode("utf-8", "replace") for row in rows[:count]]
-        return Heldout(captions, np.asarray(ready["text"]), np.asarray(ready["mask"]), images[:count], images, None)
+        cond, edges = {name: np.asarray(ready[name]) for name in ("text", "mask")}, None
+        if self._c.control.depth:
+            cond |= {"control": stacked["control"][:count], "control_scale": np.ones(count, np.float32)}
+            edges = self._decode(stacked["control"])[:count].max(-1)
+        return Heldout(captions, cond, images[:count], images, None, edges)
 
     def _decode(self, latents):
         decode = jax.jit(self.pixels.decode)
@@ -199,6 +222,14 @@ def embedded(c: config_lib.Config) -> tuple[Any, Any, str]:
     if c.codec.weights:
         digest.update(build.asset(c.codec.weights).read_bytes())
     return parts.EmbeddedPixels(codec), parts.EmbeddedText(encoder), f"{c.text.vocabulary} words, {digest.hexdigest()[:16]}"
+
+
+def control_weights(where: str, model):
+    """Parameters of a ControlNet from a .safetensors file, "package:NAME", or a folder with a diffusers ControlNet."""
+    path = build.asset(where)
+    if not path.is_dir():
+        return weights.load(path, jax.eval_shape(model.init, jax.random.key(0)))
+    return build.published_controlnet(path, model)
 
 
 def teacher_weights(where: str, model):

@@ -17,6 +17,7 @@ from sprint_jax.data import prompts as prompts_lib
 from sprint_jax.diffusion import samplers, trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.kernels import backend
+from sprint_jax.models.controlnet import Controlled, ControlNet
 from sprint_jax.models.linear_dit import LinearDiT
 
 DTYPES = ("bfloat16", "float32")
@@ -26,14 +27,14 @@ DTYPES = ("bfloat16", "float32")
 class Pipeline:
     """A student ready to generate.
 
-    model: the transformer. text, pixels: the seams (`parts.py`). params: {"transformer", "text", "pixels"}.
+    model: the transformer, perhaps with a ControlNet. text, pixels: the seams (`parts.py`). params: {"transformer", "text", "pixels"}.
     height, width, guidance_scale, schedule: what `generate` uses when it is not told.
     batch_size: pictures per program run when `generate` is not told.
     dtype: of parameters and of most arithmetic.
     rows: how the pictures of a batch are cut over devices (`over_devices`); None: one device makes all.
     """
 
-    model: LinearDiT
+    model: LinearDiT | Controlled
     text: Any
     pixels: Any
     params: Any
@@ -45,6 +46,11 @@ class Pipeline:
     dtype: str
     rows: jax.sharding.NamedSharding | None = None
     programs: dict = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def control(self) -> bool:
+        """Whether `generate` takes a condition."""
+        return isinstance(self.model, Controlled)
 
     def program(self, kind: drawing.Kind):
         """The compiled way from tokens to pixels: one program per shape of its arguments, kept here."""
@@ -60,8 +66,9 @@ class Pipeline:
 
 
 def load(
-    path, *, dtype="bfloat16", attention="plain", instruction=None, tile=False, unrolled=None, say=lambda message: None
-) -> Pipeline:
+    path, *, dtype="bfloat16", attention="plain", controlnet=None, instruction=None, tile=False, unrolled=None,
+    say=lambda message: None,
+) -> Pipeline:  # fmt: skip
     """A pipeline from a diffusers folder, a folder converted by `sprint_jax.convert`, or a run directory.
 
     Args:
@@ -69,6 +76,8 @@ def load(
         normalisations are float32 in both.
       attention: "plain", or "pallas" for kernels where the device has them; `say` is told where it has not. What a
         run directory was trained with does not matter.
+      controlnet: folder with a diffusers ControlNet to steer the model by. A run directory trained with one has its own,
+        and so has a folder with a controlnet/.
       instruction: text file with the instruction before each prompt, "" for none; None takes the one
         stored with a converted model, or that of the installed diffusers package. Run directories have none.
       tile: decode pictures in overlapping tiles of 1024 px, to bound memory.
@@ -83,11 +92,42 @@ def load(
     if attention not in backend.WANTED:
         raise UserError(f"attention {attention!r}: use one of {', '.join(backend.WANTED)}")
     pipe = _load(path, dtype=dtype, instruction=instruction, tile=tile, unrolled=unrolled, say=say)
-    m = pipe.model
+    if controlnet is not None:
+        say(f"reading {controlnet}")
+        pipe = _with_controlnet(pipe, controlnet)
+    m = pipe.model.trunk if pipe.control else pipe.model
     chosen, sentence = backend.resolve(attention, jax.default_backend(), (m.width // m.heads, m.width // m.cross_heads), dtype)
     if sentence:
         say(sentence)
-    return dataclasses.replace(pipe, model=dataclasses.replace(m, attention=chosen))
+    return dataclasses.replace(pipe, model=_computed(pipe.model, attention=chosen))
+
+
+def _computed(model, **changes):
+    """The model, computed otherwise: dtype or attention."""
+    if not isinstance(model, Controlled):
+        return dataclasses.replace(model, **changes)
+    net = dataclasses.replace(model.control.net, **changes)
+    return Controlled(trunk=dataclasses.replace(model.trunk, **changes), control=dataclasses.replace(model.control, net=net))
+
+
+def _with_controlnet(pipe, path):
+    """The pipeline around a ControlNet from a folder. Raises UserError where the two do not belong together."""
+    if pipe.control:
+        raise UserError(f"the model has a ControlNet of its own: leave {path} out")
+    control, params = folder.read_controlnet(path)
+    for name in ("in_channels", "width", "heads", "cross_heads", "text_dim"):
+        if getattr(control.net, name) != getattr(pipe.model, name):
+            raise UserError(
+                f"{path} holds a ControlNet with {name}={getattr(control.net, name)}, the model has {getattr(pipe.model, name)}: "
+                "these do not belong together"
+            )
+    if control.depth >= pipe.model.depth:
+        raise UserError(f"{path} holds a ControlNet of {control.depth} blocks, the model has {pipe.model.depth}: these do not belong together")
+    dtype = jnp.dtype(pipe.dtype)
+    params = jax.device_put(jax.tree.map(lambda a: a.astype(dtype), params))
+    model = _computed(Controlled(trunk=pipe.model, control=control), dtype=pipe.dtype)
+    both = {"trunk": pipe.params["transformer"], "control": params}
+    return dataclasses.replace(pipe, model=model, params=pipe.params | {"transformer": both}, programs={})
 
 
 def _load(path, *, dtype, instruction, tile, unrolled, say):
@@ -125,7 +165,11 @@ def _published(checkpoint, dtype, tile, unrolled):
         "pixels": trees["autoencoder"],
     }
     side = 32 * pixels.factor
-    return Pipeline(checkpoint.transformer, text, pixels, params, side, side, 4.5, "code", 1, dtype)
+    model = checkpoint.transformer
+    if checkpoint.controlnet is not None:
+        model = Controlled(trunk=model, control=checkpoint.controlnet)
+        params["transformer"] = {"trunk": params["transformer"], "control": trees["controlnet"]}
+    return Pipeline(model, text, pixels, params, side, side, 4.5, "code", 1, dtype)
 
 
 def _place(unrolled, part, path, array):
@@ -161,7 +205,7 @@ def read_student(path):
 
 def _run(path, dtype, **options):
     model, params, config = read_student(path)
-    model = dataclasses.replace(model, dtype=dtype)
+    model = _computed(model, dtype=dtype)
     params = jax.device_put(jax.tree.map(lambda a: a.astype(jnp.dtype(dtype)), params))
     e = config.evaluation
     if config.text.vocabulary == "gemma":
@@ -191,13 +235,13 @@ def over_devices(pipe, devices):
     return dataclasses.replace(pipe, params=jax.device_put(pipe.params, whole), rows=rows, programs={})
 
 
-def _spread(run, rows, params, arrays, guidance, times, seed, indices, draws, start):
+def _spread(run, rows, params, arrays, guidance, times, seed, indices, draws, start, control, control_scale):
     """A program's run with its batch cut over devices."""
     devices = rows.mesh.size
     if len(indices) % devices:
         raise UserError(f"batches of {len(indices)} pictures on {devices} devices: use a multiple of {devices}")
-    arrays, indices, start = jax.device_put((arrays, indices, start), rows)
-    return run(params, arrays, guidance, times, seed, indices, draws, start)
+    arrays, indices, start, control = jax.device_put((arrays, indices, start, control), rows)
+    return run(params, arrays, guidance, times, seed, indices, draws, start, control, control_scale)
 
 
 def generate(pipe, prompts, **options):
@@ -205,18 +249,25 @@ def generate(pipe, prompts, **options):
     return drawing.generate(pipe, prompts, **options)
 
 
-def sample(model, text, pixels, params, arrays, guidance, times, seed, indices, draws, start, *, output, shape):
+def sample(
+    model, text, pixels, params, arrays, guidance, times, seed, indices, draws, start, control=None, control_scale=None,
+    *, output, shape,
+):  # fmt: skip
     """Traced: text features, the few steps, pixels. model, text, pixels: of a `Pipeline`.
 
     Args:
       params: as `Pipeline.params`. arrays: of `text.prepare`, stacked. guidance: scalar. times: [steps + 1].
       seed: int32. indices: int32 [B]. draws: [steps, B, h, w, c], or None to draw from (seed, indices).
-      start: [B, h, w, c] to start from, or None. output: "pixels" or "latent". shape: (h, w, c).
+      start: [B, h, w, c] to start from, or None. control: [B, h, w, c] latents of a condition, or None for none.
+      control_scale: scalar, with control. output: "pixels" or "latent". shape: (h, w, c).
     """
     features, mask = text.features(params["text"], arrays)
     if draws is None:
         draws = generation.noises(seed, indices, shape, times.shape[0] - 1)
     w = jnp.full(indices.shape, guidance) if model.guidance_embed else None
-    v = lambda x, t: model.apply(params["transformer"], x, t, features, mask, w).velocity
+    cond = {"text": features, "mask": mask}
+    if control is not None:
+        cond |= {"control": control, "control_scale": jnp.full(indices.shape, control_scale)}
+    v = lambda x, t: model.apply(params["transformer"], x, t, guidance=w, **cond).velocity
     latents = samplers.scm(trigflow.from_flow(v), draws[0], draws[1:], times, start=start)
     return latents if output == "latent" else pixels.decode(params["pixels"], latents)

@@ -80,8 +80,10 @@ def _steps(config, device, topology, say):
     if not config.teacher.pretrained:
         begun = abstract(build.base_teacher(config)) if config.teacher.start else None
         stages += [stage(abstract(build.base_teacher(config))) for stage in run.teacher_stages(config, data, begun)]
+    if config.control.depth and not config.control.pretrained:
+        stages.append(run.control_stage(config, data, abstract(build.teacher(config))))
     if config.sprint.steps:
-        stages.append(run.sprint_stage(config, data, abstract(build.teacher(config))))
+        stages.append(run.sprint_stage(config, data, abstract(build.distilled_teacher(config))))
     for stage in stages:
         loop.check_batch(stage, mesh)
         placed = loop.Placed.on(stage, mesh, say)

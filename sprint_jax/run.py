@@ -66,7 +66,7 @@ def run(config: config_lib.Config, workdir, say=_say):
         records = Records(workdir if primary else None)
         try:
             job = _Job(config, workdir, mesh, inputs.open_inputs(config, say), records, say)
-            teacher = _teacher(job)
+            teacher = _control(job, _teacher(job))
             student = _sprint(job, teacher) if config.sprint.steps else None
             summary = _evaluate(job, teacher, student, begin)
         finally:
@@ -216,6 +216,38 @@ def _teacher_stage(config, data, name, model, begun, start):
     )  # fmt: skip
 
 
+def _control(job, teacher):
+    """Parameters of what is distilled: the teacher's, with those of a ControlNet loaded, found finished, or trained here."""
+    k = job.config.control
+    if not k.depth:
+        return teacher
+    model, finished = build.controlnet(job.config), job.workdir / names.CONTROL
+    if k.pretrained:
+        job.say(f"control: weights from {build.asset(k.pretrained)}")
+        return {"trunk": teacher, "control": inputs.control_weights(k.pretrained, model)}
+    if _done(finished):
+        job.say(f"control: done before, {finished}")
+        return {"trunk": teacher, "control": weights.load(finished, _abstract(model))}
+    stage = control_stage(job.config, job.data, teacher)
+    final = loop.train(stage, job.config.run, job.mesh, job.workdir, job.records, job.say)
+    return {"trunk": teacher, "control": _keep(job, names.CONTROL, final.ema if final.ema is not None else final.params)}
+
+
+def control_stage(config, data, teacher):
+    """Flow matching of a ControlNet alone, around the frozen teacher. teacher: its parameters, or their shapes."""
+    k, model = config.control, build.distilled_teacher(config)
+    t = dataclasses.replace(config.teacher, steps=k.steps, batch=k.batch, optimizer=k.optimizer)
+    tx = state.optimizer(k.optimizer, k.steps, k.batch, came_rules=(came.dit_factored, came.dit_stacked))
+    draw = strips.teacher(config, data, model)
+    return loop.Stage(
+        name="control", steps=k.steps, begun={},
+        start=lambda frozen, begun: teacher_step.init(model.control.start(frozen["trunk"]), tx, t),
+        functions=(teacher_step.make_step(model, tx, t, config.seed + 2, control_dropout=k.dropout),),
+        frozen={"trunk": teacher} | data.frozen, prepare=data.prepare, batch=k.batch, batches=data.batches,
+        data=data.identity, strip=draw and (lambda control: draw({"trunk": teacher, "control": control})),
+    )  # fmt: skip
+
+
 def _sprint(job, teacher):
     """Parameters of the student: found finished or distilled here."""
     finished = job.workdir / names.STUDENT
@@ -228,8 +260,8 @@ def _sprint(job, teacher):
 
 
 def sprint_stage(config, data, teacher):
-    """teacher: its parameters, or their shapes."""
-    nets, s = build.nets(config), config.sprint
+    """teacher: parameters of `build.distilled_teacher`, or their shapes."""
+    nets, s, dropout = build.nets(config), config.sprint, config.control.dropout
     key = jax.random.key(config.seed + 1)
 
     def start(frozen, begun):
@@ -239,8 +271,8 @@ def sprint_stage(config, data, teacher):
     return loop.Stage(
         name="sprint", steps=s.steps, start=start, begun={},
         functions=(
-            sprint_step.make_generator_step(nets, s, config.seed + 1),
-            sprint_step.make_discriminator_step(nets, s, config.seed + 1),
+            sprint_step.make_generator_step(nets, s, config.seed + 1, control_dropout=dropout),
+            sprint_step.make_discriminator_step(nets, s, config.seed + 1, control_dropout=dropout),
         ),
         frozen={"teacher": teacher} | data.frozen, prepare=data.prepare, batch=s.batch, batches=data.batches,
         data=data.identity, strip=strips.student(config, data),
@@ -274,18 +306,23 @@ def _pictures(job, teacher, student):
     heldout = job.data.heldout(e.prompts, e.reference)
     evaluator = Evaluator(heldout)
     results, sheets = {"real": evaluator(heldout.images)}, {"real": heldout.images}
+    if heldout.edges is not None:
+        # What chance gives: the right pictures, each held against the drawing of the next prompt.
+        results["mismatched"] = evaluator(np.roll(heldout.images, 1, 0))
+        sheets["control"] = np.repeat(heldout.edges[..., None], 3, -1)
     chosen = _samplers(job, teacher, student)
     job.say(f"evaluation: {e.prompts} held-out prompts, pictures by {len(chosen)} samplers (each compiles first)")
     null = {"text": job.data.frozen["null_text"], "mask": job.data.frozen["null_mask"]}
     with tqdm.tqdm(total=len(chosen) * e.prompts, desc="evaluation", unit="picture", mininterval=1.0,
                    disable=not hosts.primary()) as bar:  # fmt: skip
-        for name, (sampler, params, guidance) in chosen.items():
+        for name, (sampler, params, guidance, told) in chosen.items():
+            cond = heldout.cond | {k: np.full(e.prompts, v, np.float32) for k, v in told.items()}
             starts = list(range(0, e.prompts, e.batch))
             share = -(-len(starts) // jax.process_count())
             # Equal shares, so that they can be gathered: the last ones are made twice and cut off again.
             mine = [starts[min(jax.process_index() * share + i, len(starts) - 1)] for i in range(share)]
             made = generation.run(
-                sampler, params, null, heldout.text, heldout.mask, guidance=guidance, seed=job.config.data.eval_seed,
+                sampler, params, null, cond, guidance=guidance, seed=job.config.data.eval_seed,
                 batch=e.batch, starts=mine, say=lambda n, base=bar.n: bar.update(min(base + e.prompts, base + n * jax.process_count()) - bar.n),
             )  # fmt: skip
             images = _in_order(made, mine, e)
@@ -308,23 +345,26 @@ def _in_order(made, starts, e):
 
 
 def _samplers(job, teacher, student):
-    """{score: (sampler, params, guidance)} of everything that is scored."""
+    """{score: (sampler, params, guidance, changes of the held-out conditions)} of everything that is scored."""
     config, data = job.config, job.data
     e, shape = config.evaluation, build.latent_shape(config)
     params = lambda transformer: {"transformer": transformer, "pixels": data.pixels_params}
     chosen = {}
     for steps in (e.teacher_steps, 1):
-        sampler = generation.teacher_sampler(build.teacher(config), data.pixels, shape, samplers.trig_times(steps))
-        chosen[f"teacher_{steps}"] = (sampler, params(teacher), e.teacher_guidance)
+        sampler = generation.teacher_sampler(build.distilled_teacher(config), data.pixels, shape, samplers.trig_times(steps))
+        chosen[f"teacher_{steps}"] = (sampler, params(teacher), e.teacher_guidance, {})
     for steps in STUDENT_STEPS if student is not None else ():
         times = samplers.scm_times(steps, e.schedule)
         sampler = generation.student_sampler(build.student(config), data.pixels, shape, times)
-        chosen[f"student_{steps}"] = (sampler, params(student), e.student_guidance)
+        chosen[f"student_{steps}"] = (sampler, params(student), e.student_guidance, {})
+        if config.control.depth and steps == 1:
+            chosen["student_1_free"] = (sampler, params(student), e.student_guidance, {"control_scale": 0.0})
     return chosen
 
 
 def _save_sheets(config, workdir, sheets, records):
     suffixes = {"real": "real", f"teacher_{config.evaluation.teacher_steps}": "teacher"}
+    suffixes |= {"control": "control"}
     suffixes |= {f"student_{n}": str(n) for n in STUDENT_STEPS}
     zoom = max(1, 96 // config.data.size)
     made = {}
@@ -346,6 +386,7 @@ def _summary(results, begin):
         "scores": {name: r["score"] for name, r in results.items() if "score" in r},
         "tasks": {name: r["tasks"] for name, r in results.items() if "tasks" in r},
         "frechet": {name: r["frechet"] for name, r in results.items()},
+        "agreement": {name: r["agreement"] for name, r in results.items() if "agreement" in r},
     }
 
 
@@ -353,8 +394,11 @@ def _table(summary):
     """Scores where the data have a checker, and distances, a line each."""
     tasks = list(summary["tasks"].get("real", ()))
     columns = ["overall", *tasks] if tasks else []
-    lines = ["", f"{'':12}" + "".join(f"{t.replace('_', ' '):>20}" for t in (*columns, "Frechet"))]
+    agreement = summary["agreement"]
+    heads = (*columns, "Frechet", *(["edges"] if agreement else []))
+    lines = ["", f"{'':14}" + "".join(f"{t.replace('_', ' '):>20}" for t in heads)]
     for name, distance in summary["frechet"].items():
         shares = [summary["scores"][name], *(summary["tasks"][name].get(t, np.nan) for t in tasks)] if tasks else []
-        lines.append(f"{name:12}" + "".join(f"{100 * s:19.1f}%" for s in shares) + f"{distance:20.4f}")
+        row = f"{name:14}" + "".join(f"{100 * s:19.1f}%" for s in shares) + f"{distance:20.4f}"
+        lines.append(row + (f"{100 * agreement[name]:19.1f}%" if agreement else ""))
     return "\n".join(lines) + "\n"

@@ -20,7 +20,10 @@ _BINNING = flags.DEFINE_bool(
     "resolution_binning", False, "Make the nearest size the published models were trained at, then resize."
 )
 _IMAGE = flags.DEFINE_string("image", None, "Picture to start from.")
+_CONTROL = flags.DEFINE_string("control", None, "Sketch for a model with a ControlNet: a picture, white lines on black.")
+_CONTROL_SCALE = flags.DEFINE_float("control_scale", 1.0, "With --control: how strongly it is followed; 1 as in training.")
 _STRENGTH = flags.DEFINE_float("strength", 0.6, "With --image: how much may change, more than 0 and at most 1.")
+_CONTROLNET = flags.DEFINE_string("controlnet", None, "Folder of a diffusers ControlNet to steer the model by.")
 _ATTENTION = flags.DEFINE_enum(
     "attention", "plain", ["plain", "pallas"], "Compiled by XLA, or kernels where the device has them."
 )
@@ -65,12 +68,12 @@ def _generate(prompts):
     height, width = flag.HEIGHT.value or pipe.height, flag.WIDTH.value or pipe.width
     made_at = resolutions.nearest(height, width) if _BINNING.value else (height, width)
     drawing.latent_shape(pipe, *made_at)  # refuses a bad size before the picture is read
-    image = pictures.load(_IMAGE.value, *made_at) if _IMAGE.value else None
+    image, control = (pictures.load(f.value, *made_at) if f.value else None for f in (_IMAGE, _CONTROL))
     with tqdm.tqdm(total=len(prompts) * flag.PER_PROMPT.value, unit="picture", desc="sample", delay=5) as bar:
         images = drawing.generate(
             pipe, prompts, steps=flag.STEPS.value, guidance_scale=flag.GUIDANCE.value, seed=flag.SEED.value,
             schedule=flag.SCHEDULE.value, timesteps=flag.angles(), height=made_at[0], width=made_at[1], image=image,
-            strength=_STRENGTH.value, images_per_prompt=flag.PER_PROMPT.value,
+            strength=_STRENGTH.value, control=control, control_scale=_CONTROL_SCALE.value, images_per_prompt=flag.PER_PROMPT.value,
             batch_size=flag.BATCH.value, say=lambda done: bar.update(done - bar.n),
         )  # fmt: skip
     return resolutions.fit(images, height, width)
@@ -85,13 +88,13 @@ def _loaded(say):
     flag = model_flags
     return pipeline.load(
         flag.MODEL.value, dtype=flag.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
-        attention=_ATTENTION.value, instruction=flag.INSTRUCTION.value, tile=flag.TILE.value, say=say,
+        attention=_ATTENTION.value, controlnet=_CONTROLNET.value, instruction=flag.INSTRUCTION.value, tile=flag.TILE.value, say=say,
     )  # fmt: skip
 
 
 def _exported(say):
     """The programs of a file, which nothing can be changed about any more."""
-    for flag in (model_flags.DTYPE, _ATTENTION, model_flags.INSTRUCTION, model_flags.TILE):
+    for flag in (model_flags.DTYPE, _ATTENTION, _CONTROLNET, model_flags.INSTRUCTION, model_flags.TILE):
         if flag.present:
             raise UserError(f"--{flag.name} is settled in an exported file: give it to sprint_jax.export")
     from sprint_jax import exported

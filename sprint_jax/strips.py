@@ -11,6 +11,7 @@ import numpy as np
 from sprint_jax import build, generation, pictures, resolutions
 from sprint_jax import config as config_lib
 from sprint_jax.diffusion import samplers
+from sprint_jax.models.controlnet import Controlled
 
 COUNT = 8  # as many as a row of the sheets
 _LARGEST = 256  # pixels of a side; larger pictures are shown smaller
@@ -19,18 +20,19 @@ _LARGEST = 256  # pixels of a side; larger pictures are shown smaller
 def student(c: config_lib.Config, data):
     """parameters -> uint8 [H, W, 3], for `loop.Stage.strip`; None where the data have no way to pictures."""
     times = samplers.scm_times(1, c.evaluation.schedule)
-    make = lambda: generation.student_sampler(build.student(c), data.pixels, build.latent_shape(c), times)
-    return _strip(c, data, make, c.evaluation.student_guidance)
+    model = build.student(c)
+    make = lambda: generation.student_sampler(model, data.pixels, build.latent_shape(c), times)
+    return _strip(c, data, model, make, c.evaluation.student_guidance)
 
 
 def teacher(c: config_lib.Config, data, model):
-    """As `student`, for a stage that trains `model`: the teacher before or after its fine-tune."""
+    """As `student`, for a stage that trains `model`: the teacher before or after its fine-tune, or with its ControlNet."""
     times = samplers.trig_times(c.evaluation.teacher_steps)
     make = lambda: generation.teacher_sampler(model, data.pixels, build.latent_shape(c), times)
-    return _strip(c, data, make, c.evaluation.teacher_guidance)
+    return _strip(c, data, model, make, c.evaluation.teacher_guidance)
 
 
-def _strip(c, data, make_sampler, guidance):
+def _strip(c, data, model, make_sampler, guidance):
     if data.pixels is None:
         return None
     count = min(COUNT, c.evaluation.prompts)
@@ -42,9 +44,11 @@ def _strip(c, data, make_sampler, guidance):
 
     def draw(params):
         heldout, sampler = prepared()
+        # A teacher that is trained before its ControlNet is not told the condition.
+        told = heldout.cond if isinstance(model, Controlled) else {name: heldout.cond[name] for name in ("text", "mask")}
         null = {"text": data.frozen["null_text"], "mask": data.frozen["null_mask"]}
         images = generation.run(
-            sampler, {"transformer": params, "pixels": data.pixels_params}, null, heldout.text, heldout.mask,
+            sampler, {"transformer": params, "pixels": data.pixels_params}, null, told,
             guidance=guidance, seed=c.data.eval_seed, batch=min(count, c.evaluation.batch),
         )  # fmt: skip
         side = min(_LARGEST, c.data.size)

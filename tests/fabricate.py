@@ -81,6 +81,12 @@ def transformer(size="tiny", seed=0, **changes):
     return randomise(diffusers.SanaTransformer2DModel(**TRANSFORMERS[size] | fields | changes), seed)
 
 
+def controlnet(seed=1, **changes):
+    """A random ControlNet beside the tiny transformer, of two blocks; its zero projections are moved as well."""
+    torch.manual_seed(seed)
+    return randomise(diffusers.SanaControlNetModel(**TRANSFORMERS["tiny"] | dict(num_layers=2, caption_channels=48) | changes), seed)
+
+
 def autoencoder(size="tiny", seed=0, **changes):
     torch.manual_seed(seed)
     scales = [[], [], [], [5], [5], [5]]

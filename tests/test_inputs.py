@@ -66,8 +66,8 @@ def test_encoded_batches_hold_what_drawing_would(folder):
     np.testing.assert_array_equal(data.frozen["null_mask"], mask)
     heldout = data.heldout(4, 8)
     again, masks = encoder.encode(heldout.captions)
-    np.testing.assert_allclose(heldout.text * masks[..., None], again * masks[..., None], atol=2e-3)
-    np.testing.assert_array_equal(heldout.mask, masks)
+    np.testing.assert_allclose(heldout.cond["text"] * masks[..., None], again * masks[..., None], atol=2e-3)
+    np.testing.assert_array_equal(heldout.cond["mask"], masks)
     assert heldout.meanings is None and len(heldout.reference) == 8
     decoded = np.asarray(codec.decode(codec.encode(heldout.images)), int)
     assert np.abs(decoded - heldout.images).mean() < 1

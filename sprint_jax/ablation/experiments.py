@@ -194,7 +194,7 @@ class Experiments:
             self._samplers[key] = make()
         null = {"text": self.data.frozen["null_text"], "mask": self.data.frozen["null_mask"]}
         images = generation.run(
-            self._samplers[key], {"transformer": params, "pixels": self.data.pixels_params}, null, heldout.text, heldout.mask,
+            self._samplers[key], {"transformer": params, "pixels": self.data.pixels_params}, null, heldout.cond,
             guidance=guidance, seed=self._base.data.eval_seed + seed, batch=self._base.evaluation.batch,
         )  # fmt: skip
         found = evaluator(images)

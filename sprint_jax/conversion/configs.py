@@ -8,6 +8,7 @@ import json
 import pathlib
 
 from sprint_jax.errors import UserError
+from sprint_jax.models.controlnet import ControlNet
 from sprint_jax.models.dc_ae import DCAE, Stage
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
@@ -24,6 +25,12 @@ _TRANSFORMER_FIXED = {
     "attention_bias": False, "patch_size": 1, "norm_elementwise_affine": False, "norm_eps": 1e-6,
     "interpolation_scale": None,
 }  # fmt: skip
+# diffusers' `SanaControlNetModel` has no QK-norm, and its pipeline tells it times in [0, 1000]. Ours of Sprint is of a
+# class that diffusers does not know, so that none is taken for the other.
+_CONTROLNET = {k: v for k, v in _TRANSFORMER.items() if not k.startswith(("guidance_", "qk_", "timestep_"))} | {"num_layers": 7}
+_SPRINT_CONTROLNET = _CONTROLNET | {"qk_norm": "rms_norm_across_heads", "timestep_scale": 1.0}
+_CONTROLNET_CLASS, _SPRINT_CONTROLNET_CLASS = "SanaControlNetModel", "SprintControlNetModel"
+
 _QK_NORM = {"rms_norm_across_heads": True, None: False}
 
 _AUTOENCODER = {
@@ -105,6 +112,26 @@ def transformer(config: dict, dtype: str) -> LinearDiT:
         guidance_embed=c["guidance_embeds"], guidance_scale_factor=c["guidance_embeds_scale"], logvar_head=False,
         remat="none", unroll=1, dtype=dtype, attention="plain",
     )  # fmt: skip
+
+
+def controlnet(config: dict, dtype: str) -> ControlNet:
+    """`controlnet/config.json` of diffusers, or ours of a ControlNet with QK-norm or dense times. dtype: compute dtype."""
+    if config.get("_class_name") == _SPRINT_CONTROLNET_CLASS:
+        c = _fields(config, _SPRINT_CONTROLNET, {}, "ControlNet")
+    else:
+        _check_class(config, _CONTROLNET_CLASS, "ControlNet")
+        c = _fields(config, _CONTROLNET, {}, "ControlNet") | {"qk_norm": None, "timestep_scale": 1000.0}
+    # The copied network is deeper than its copies; by how much does not matter to them.
+    alike = c | {"_class_name": "SanaTransformer2DModel", "num_layers": c["num_layers"] + 1}
+    return ControlNet(net=transformer(alike, dtype), depth=c["num_layers"])
+
+
+def controlnet_json(m: ControlNet) -> dict:
+    """The inverse of `controlnet`."""
+    theirs = not m.net.qk_norm and m.net.time_scale == 1000.0
+    known, kind = (_CONTROLNET, _CONTROLNET_CLASS) if theirs else (_SPRINT_CONTROLNET, _SPRINT_CONTROLNET_CLASS)
+    given = {name: value for name, value in transformer_json(m.net).items() if name in known}
+    return given | {"_class_name": kind, "num_layers": m.depth}
 
 
 def transformer_json(m: LinearDiT) -> dict:

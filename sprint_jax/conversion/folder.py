@@ -15,13 +15,14 @@ import numpy as np
 from sprint_jax import weights
 from sprint_jax.conversion import configs, rules, tables, tensors
 from sprint_jax.errors import UserError
+from sprint_jax.models.controlnet import ControlNet
 from sprint_jax.models.dc_ae import DCAE, Stage
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
 
 INDEX = "model_index.json"  # diffusers
 MODEL = "model.json"  # ours
-PARTS = ("transformer", "autoencoder", "text_encoder")
+PARTS = ("transformer", "autoencoder", "text_encoder", "controlnet")
 _FORMAT = "sprint_jax model 1"
 _PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
 # The part's folder and the stem of its weight files, in diffusers pipelines.
@@ -29,7 +30,9 @@ _DIFFUSERS = {
     "transformer": ("transformer", "diffusion_pytorch_model"),
     "autoencoder": ("vae", "diffusion_pytorch_model"),
     "text_encoder": ("text_encoder", "model"),
+    "controlnet": ("controlnet", "diffusion_pytorch_model"),
 }
+_REQUIRED = ("scheduler", "tokenizer", "transformer", "vae", "text_encoder")
 SHARD_BYTES = 5 * 10**9
 _CROSS_HEADS = {1152: 16, 2240: 20}  # of the published widths, for files without a config
 
@@ -38,7 +41,8 @@ _CROSS_HEADS = {1152: 16, 2240: 20}  # of the published widths, for files withou
 class Checkpoint:
     """A model in memory.
 
-    transformer, autoencoder, text_encoder: descriptions; the last two None in a transformer alone.
+    transformer, autoencoder, text_encoder: descriptions; the last two None in a transformer alone. controlnet: None in
+    most.
     params: {part: tree of arrays, as `place` left them}. tokenizer: folder of its files. instruction: before every prompt.
     """
 
@@ -48,6 +52,7 @@ class Checkpoint:
     params: dict[str, Any]
     tokenizer: pathlib.Path | None
     instruction: str
+    controlnet: ControlNet | None = None
 
     def parts(self):
         return [part for part in PARTS if getattr(self, part) is not None]
@@ -85,8 +90,9 @@ def read_diffusers(path, *, dtype, instruction: str, place=_keep, say=lambda mes
     index = configs.read_json(path / INDEX)
     kind = index.get("_class_name")
     if kind not in _PIPELINES:
-        raise UserError(f"{path} holds a {kind}, not a SANA-Sprint pipeline ({' or '.join(_PIPELINES)})")
-    for part in ("scheduler", "tokenizer", *(folder for folder, _ in _DIFFUSERS.values())):
+        more = ": give its controlnet/ beside a SANA-Sprint model" if "ControlNet" in str(kind) else ""
+        raise UserError(f"{path} holds a {kind}, not a SANA-Sprint pipeline ({' or '.join(_PIPELINES)}){more}")
+    for part in _REQUIRED:
         if not (path / part).is_dir():
             raise UserError(f"{path} has no {part}/: download the whole folder")
     configs.check_scheduler(configs.read_json(path / "scheduler" / "scheduler_config.json"))
@@ -97,8 +103,12 @@ def read_diffusers(path, *, dtype, instruction: str, place=_keep, say=lambda mes
         "text_encoder": configs.text_encoder(configs.read_json(path / "text_encoder" / "config.json")),
     }
     _check_widths(models)
+    if (path / "controlnet").is_dir():
+        models["controlnet"] = configs.controlnet(configs.read_json(path / "controlnet" / "config.json"), compute)
     params = {}
     for part, (folder, stem) in _DIFFUSERS.items():
+        if part not in models:
+            continue
         say(f"reading {folder}")
         found = tensors.find(path / folder, stem)
         rows = getattr(tables, part)(models[part])
@@ -116,13 +126,22 @@ def read_transformer(path) -> tuple[LinearDiT, Any]:
     return model, _load("transformer", rows, tensors.find(path, stem), model, "float32", _keep)
 
 
+def read_controlnet(path) -> tuple[ControlNet, Any]:
+    """(description, parameters float32) of a diffusers ControlNet: a pipeline's folder of any kind, or controlnet/."""
+    path = pathlib.Path(path)
+    inner, stem = _DIFFUSERS["controlnet"]
+    path = path / inner if (path / inner).is_dir() else path
+    model = configs.controlnet(configs.read_json(path / "config.json"), "float32")
+    return model, _load("controlnet", tables.controlnet(model), tensors.find(path, stem), model, "float32", _keep)
+
+
 def _load(part, rows, found, model, dtype, place):
     leaf = functools.partial(place, part)
     return rules.load(rows, found, _abstract(model), _dtype(dtype), part.replace("_", " "), leaf)
 
 
 def _check_widths(models):
-    transformer, autoencoder, text = (models[part] for part in PARTS)
+    transformer, autoencoder, text = (models[part] for part in PARTS[:3])
     if transformer.in_channels != autoencoder.latent_channels:
         raise UserError(
             f"the transformer takes {transformer.in_channels} latent channels, the autoencoder makes "
@@ -149,7 +168,7 @@ def write_diffusers(path, checkpoint: Checkpoint, *, shard_bytes=SHARD_BYTES):
         configs.write_json(partial / "scheduler" / "scheduler_config.json", configs.scheduler_json())
         if checkpoint.tokenizer is not None:
             shutil.copytree(checkpoint.tokenizer, partial / "tokenizer")
-        if len(checkpoint.parts()) == len(PARTS):
+        if checkpoint.autoencoder is not None:
             configs.write_json(partial / INDEX, _INDEX_JSON)
 
 
@@ -172,6 +191,8 @@ def read_ours(path, *, dtype, place=_keep, say=lambda message: None) -> Checkpoi
             "autoencoder": _autoencoder(described["autoencoder"]),
             "text_encoder": Gemma2(**described["text_encoder"]),
         }
+        if "controlnet" in described:
+            models["controlnet"] = configs.controlnet(described["controlnet"], dtype or "float32")
         instruction = described["instruction"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / MODEL} does not describe a model ({error}): convert again") from None
@@ -194,11 +215,13 @@ def _autoencoder(fields):
 def write_ours(path, checkpoint: Checkpoint):
     """model.json, one safetensors file a part under our names, and the tokenizer."""
     with whole(path) as partial:
-        described = {part: dataclasses.asdict(getattr(checkpoint, part)) for part in PARTS}
+        described = {part: dataclasses.asdict(getattr(checkpoint, part)) for part in PARTS[:3]}
+        if checkpoint.controlnet is not None:
+            described["controlnet"] = configs.controlnet_json(checkpoint.controlnet)
         del described["transformer"]["attention"]  # says how to compute, not what: the reader chooses
         described |= {"format": _FORMAT, "instruction": checkpoint.instruction}
         (partial / MODEL).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        for part in PARTS:
+        for part in checkpoint.parts():
             tensors.write(partial, part, weights.flatten(checkpoint.params[part]), shard_bytes=2**62)
         shutil.copytree(checkpoint.tokenizer, partial / "tokenizer")
 

@@ -1,6 +1,7 @@
 """Which tensor of a published checkpoint fills which of our parameters: one function per model and dialect."""
 
 from sprint_jax.conversion.rules import Row
+from sprint_jax.models.controlnet import ControlNet
 from sprint_jax.models.dc_ae import DCAE, EFFICIENT_VIT
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
@@ -24,14 +25,7 @@ def transformer(m: LinearDiT) -> list[Row]:
         raise ValueError("diffusers' layout of patches larger than 1 is not supported")
     time = "time_embed.timestep_embedder" if m.guidance_embed else "time_embed.emb.timestep_embedder"
     rows = [
-        Row("patch_embed.proj.weight", (D, channels, 1, 1), "inputs.patch_embed.kernel", "conv1x1"),
-        Row("patch_embed.proj.bias", (D,), "inputs.patch_embed.bias"),
-        *_linear(f"{time}.linear_1", "inputs.time_embed.linear_1", 256, D),
-        *_linear(f"{time}.linear_2", "inputs.time_embed.linear_2", D, D),
-        *_linear("time_embed.linear", "inputs.time_proj", D, 6 * D),
-        *_linear("caption_projection.linear_1", "inputs.caption.linear_1", m.text_dim, D),
-        *_linear("caption_projection.linear_2", "inputs.caption.linear_2", D, D),
-        Row("caption_norm.weight", (D,), "inputs.caption.norm.weight"),
+        *_inputs(m, time),
         Row("scale_shift_table", (2, D), "outputs.scale_shift_table"),
         *_linear("proj_out", "outputs.proj_out", D, channels),
     ]
@@ -42,6 +36,32 @@ def transformer(m: LinearDiT) -> list[Row]:
     for i in range(m.depth):
         rows += _transformer_block(m, i, D, hidden)
     return rows
+
+
+def controlnet(m: ControlNet) -> list[Row]:
+    """diffusers' `SanaControlNetModel`; with QK-norm the norms are named as in its transformer."""
+    D = m.net.width
+    rows = _inputs(m.net, "time_embed.emb.timestep_embedder") + _linear("input_block", "zero_in", D, D)
+    for i in range(m.depth):
+        rows += _transformer_block(m.net, i, D, int(m.net.mlp_ratio * D))
+        rows.append(Row(f"controlnet_blocks.{i}.weight", (D, D), "zero_out.kernel", "dense", (i,)))
+        rows.append(Row(f"controlnet_blocks.{i}.bias", (D,), "zero_out.bias", "same", (i,)))
+    return rows
+
+
+def _inputs(m, time):
+    """What transformer and ControlNet have before their blocks. time: where the first two layers for times are."""
+    D, channels = m.width, m.in_channels * m.patch_size**2
+    return [
+        Row("patch_embed.proj.weight", (D, channels, 1, 1), "inputs.patch_embed.kernel", "conv1x1"),
+        Row("patch_embed.proj.bias", (D,), "inputs.patch_embed.bias"),
+        *_linear(f"{time}.linear_1", "inputs.time_embed.linear_1", 256, D),
+        *_linear(f"{time}.linear_2", "inputs.time_embed.linear_2", D, D),
+        *_linear("time_embed.linear", "inputs.time_proj", D, 6 * D),
+        *_linear("caption_projection.linear_1", "inputs.caption.linear_1", m.text_dim, D),
+        *_linear("caption_projection.linear_2", "inputs.caption.linear_2", D, D),
+        Row("caption_norm.weight", (D,), "inputs.caption.norm.weight"),
+    ]
 
 
 def _transformer_block(m, i, D, hidden):

@@ -8,16 +8,19 @@ import numpy as np
 from sprint_jax.data import shapes
 
 
-def make_batch(step, *, seed, batch, size, codec, text_encoder, process=0, processes=1):
+def make_batch(step, *, seed, batch, size, codec, text_encoder, condition=None, process=0, processes=1):
     """Rows of one process of global batch `step`, NumPy float32.
 
-    {"latent" [b, H, W, C], "text" [b, L, D], "mask" [b, L]} with b = batch / processes.
+    {"latent" [b, H, W, C], "text" [b, L, D], "mask" [b, L]} with b = batch / processes, and "control" as latent where
+    condition: uint8 [b, H, W, 3] -> pictures of a ControlNet's condition alike, is given.
     """
     share = batch // processes
     first = step * batch + process * share
     examples = [shapes.example(seed, first + i, size=size) for i in range(share)]
     text, mask = text_encoder.encode([e.text for e in examples])
-    return {"latent": codec.encode(np.stack([e.image for e in examples])), "text": text, "mask": mask}
+    images = np.stack([e.image for e in examples])
+    rows = {"latent": codec.encode(images), "text": text, "mask": mask}
+    return rows if condition is None else rows | {"control": codec.encode(condition(images))}
 
 
 class Prefetch:

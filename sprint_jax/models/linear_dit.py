@@ -190,7 +190,7 @@ class LinearDiT:
             "outputs": _Outputs(self).init(k_out, tokens, cond)["params"],
         }
 
-    def apply(self, params, x, t, text, mask, guidance=None, *, features=(), velocity=True) -> Output:
+    def apply(self, params, x, t, text, mask, guidance=None, *, features=(), velocity=True, residuals=None) -> Output:
         """Runs the network.
 
         Args:
@@ -202,6 +202,8 @@ class LinearDiT:
           guidance: [B] guidance scale; required if and only if the model embeds it.
           features: increasing block indices (0-based) whose outputs are returned.
           velocity: False skips the final layer and every block after the last of `features`.
+          residuals: [K, B, H, W, D] of a ControlNet (`models/controlnet.py`): number j is added after block j + 1,
+            none after block 0, as in diffusers' `SanaTransformer2DModel`.
         """
         if x.ndim != 4 or x.shape[-1] != self.in_channels:
             raise ValueError(f"x has shape {x.shape}; expected [B, H, W, {self.in_channels}]")
@@ -209,23 +211,24 @@ class LinearDiT:
             raise ValueError("guidance must be given exactly when the model has guidance_embed")
         if list(features) != sorted(set(features)) or any(not 0 <= f < self.depth for f in features):
             raise ValueError(f"features {features} must increase within 0..{self.depth - 1}")
-        h, cond, modulation, text, logvar = _Inputs(self).apply(
-            {"params": placement.gathered(params["inputs"], self.compute_dtype)}, x, t, text, guidance
-        )
-        h, cond, modulation, text = (placement.split_over_devices(a) for a in (h, cond, modulation, text))
-        ends = [f + 1 for f in features]
-        if velocity and (not ends or ends[-1] < self.depth):
-            ends.append(self.depth)
-        collected, start = [], 0
-        for end in ends:
-            h = self._run_blocks(params["blocks"], start, end, h, modulation, text, mask)
-            collected.append(h.reshape(h.shape[0], -1, self.width))
+        h, cond, modulation, text, logvar = self.inputs(params["inputs"], x, t, text, guidance)
+        last = self.depth if velocity else max(features, default=-1) + 1
+        # Segments of alike blocks: they end where features are asked for, and where residuals begin and end.
+        steered = range(1, 1) if residuals is None else range(1, 1 + len(residuals))
+        if steered.stop > self.depth:
+            raise ValueError(f"{len(residuals)} residuals for {self.depth} blocks: use at most {self.depth - 1}")
+        ends = {f + 1 for f in features} | {steered.start, steered.stop, last}
+        collected, start = {}, 0
+        for end in sorted(e for e in ends if e <= last):
+            part = residuals[start - 1 : end - 1] if start in steered else None
+            h = self._run_blocks(params["blocks"], start, end, h, modulation, text, mask, part)
+            collected[end - 1] = h.reshape(h.shape[0], -1, self.width)
             start = end
         out = None
         if velocity:
             outputs = placement.gathered(params["outputs"], self.compute_dtype)
             out = _Outputs(self).apply({"params": outputs}, h, cond).astype(jnp.float32)
-        return Output(velocity=out, logvar=logvar, features=tuple(collected[: len(features)]))
+        return Output(velocity=out, logvar=logvar, features=tuple(collected[f] for f in features))
 
     def unstack(self, params):
         """The same parameters with a list of blocks instead of a stack, for running without a loop.
@@ -237,22 +240,39 @@ class LinearDiT:
         blocks = [jax.tree.map(lambda a: a[i], params["blocks"], is_leaf=is_list) for i in range(self.depth)]
         return params | {"blocks": blocks}
 
-    def _run_blocks(self, blocks, start, end, h, modulation, text, mask):
-        def body(h, block):
-            block = placement.gathered(block, self.compute_dtype)
-            return placement.split_over_devices(_Block(self).apply({"params": block}, h, modulation, text, mask)), None
+    def _run_blocks(self, blocks, start, end, h, modulation, text, mask, residuals=None):
+        """Blocks start .. end - 1, after each of which its own of residuals [end - start, B, H, W, D] is added."""
+
+        def body(h, block_and_residual):
+            block, residual = block_and_residual
+            h = self.block(block, h, modulation, text, mask)
+            return (h if residual is None else h + residual), None
 
         if isinstance(blocks, list):
-            for block in blocks[start:end]:
-                h, _ = body(h, block)
+            for i, block in enumerate(blocks[start:end]):
+                h, _ = body(h, (block, None if residuals is None else residuals[i]))
             return h
-
-        if self.remat != "none":
-            policy = None if self.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            body = jax.checkpoint(body, prevent_cse=False, policy=policy)
         segment = jax.tree.map(lambda a: a[start:end], blocks)
-        h, _ = jax.lax.scan(body, h, segment, unroll=min(self.unroll, end - start))
+        h, _ = jax.lax.scan(self.remembering(body), h, (segment, residuals), unroll=min(self.unroll, end - start))
         return h
+
+    def block(self, params, h, modulation, text, mask):
+        """One block on h [B, H, W, D]. params: of one layer, not of the stack."""
+        params = placement.gathered(params, self.compute_dtype)
+        return placement.split_over_devices(_Block(self).apply({"params": params}, h, modulation, text, mask))
+
+    def inputs(self, params, x, t, text, guidance):
+        """(tokens [B, H, W, D], conditioning, modulation, text, logvar): everything before the blocks."""
+        params = placement.gathered(params, self.compute_dtype)
+        *arrays, logvar = _Inputs(self).apply({"params": params}, x, t, text, guidance)
+        return (*(placement.split_over_devices(a) for a in arrays), logvar)
+
+    def remembering(self, body):
+        """The body of a scan over blocks, under the policy of `remat`."""
+        if self.remat == "none":
+            return body
+        policy = None if self.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
 # The published sizes (SANA-Sprint 0.6B and 1.6B); in_channels and text_dim are DC-AE's and Gemma-2's.

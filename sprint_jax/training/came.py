@@ -143,8 +143,8 @@ def dit_factored(path, leaf):
 
 
 def dit_stacked(path, leaf):
-    """Leading layer axes in a LinearDiT's parameters: one in the blocks, none outside."""
-    return int(path[0] == "blocks")
+    """Leading layer axes in the parameters of a LinearDiT or a ControlNet: one in the blocks, none outside."""
+    return int("blocks" in path or "zero_out" in path)
 
 
 def heads_factored(path, leaf):

@@ -15,20 +15,25 @@ from sprint_jax.errors import UserError
 
 DATA, FSDP = "data", "fsdp"
 
+# CAME's factored moments of parameters, which may be those of a trunk or of a ControlNet.
+_FACTORED = "({0}|res_({0}))/(trunk/|control/)?({1})$".format
 # First match wins; names are joined by "/" and end as the parameter does, so one rule serves the parameter,
 # its average, its gradients' moments and the frozen copies. Of a matrix the axis that is cut is never the
 # stack's (layers are taken one by one) and matters little else: it is gathered before use.
 RULES = (
     (r"(step|rejected|count)$", P()),
-    (r"(row|col|res_row|res_col)/blocks/.*kernel$", P(None, FSDP)),  # factored moments [L, in] and [L, out]
-    (r"(row|res_row)/(inputs|outputs)/.*(kernel|table)$", P()),
-    (r"(col|res_col)/(inputs|outputs)/.*(kernel|table)$", P()),
-    (r"(row|res_row)/blocks/scale_shift_table$", P()),
-    (r"(col|res_col)/blocks/scale_shift_table$", P(None, FSDP)),
+    (_FACTORED("row|col", "blocks/.*kernel|zero_out/kernel"), P(None, FSDP)),  # moments [L, in] and [L, out]
+    (_FACTORED("row|col", "(inputs|outputs)/.*(kernel|table)|zero_in/kernel"), P()),
+    (_FACTORED("row", "blocks/scale_shift_table"), P()),
+    (_FACTORED("col", "blocks/scale_shift_table"), P(None, FSDP)),
     (r"blocks/.*/kernel$", P(None, FSDP, None)),
     (r"blocks/.*conv_depth_kernel$", P(None, None, None, FSDP)),
     (r"blocks/scale_shift_table$", P(None, None, FSDP)),
     (r"blocks/.*(bias|weight)$", P(None, FSDP)),
+    (r"zero_out/kernel$", P(None, FSDP, None)),  # of a ControlNet
+    (r"zero_out/bias$", P(None, FSDP)),
+    (r"zero_in/kernel$", P(FSDP, None)),
+    (r"zero_in/bias$", P(FSDP)),
     (r"inputs/logvar/kernel$", P(FSDP, None)),
     (r"inputs/logvar/bias$", P()),
     (r"inputs/.*kernel$", P(None, FSDP)),

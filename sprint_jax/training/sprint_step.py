@@ -10,21 +10,24 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from sprint_jax import config as config_lib
 from sprint_jax.diffusion import ladd, scm, trigflow
+from sprint_jax.models.controlnet import Controlled
 from sprint_jax.models.ladd_heads import LADDHeads
 from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.training import batch as batch_lib
 from sprint_jax.training import buckets
 from sprint_jax.training import state as state_lib
 
 
 @dataclasses.dataclass(frozen=True)
 class Nets:
-    """Descriptions of the three networks and the two optimisers."""
+    """Descriptions of the three networks and the two optimisers. With a ControlNet both teacher and student have one."""
 
-    teacher: LinearDiT
-    student: LinearDiT
+    teacher: LinearDiT | Controlled
+    student: LinearDiT | Controlled
     heads: LADDHeads
     tx: optax.GradientTransformation
     heads_tx: optax.GradientTransformation
@@ -35,9 +38,8 @@ def student_params(teacher_params, nets: Nets, key):
 
     The guidance embedding ends in zeros, so the student starts as the teacher exactly.
     """
-    fresh = nets.student.init(key)
-    inputs = {**fresh["inputs"], **teacher_params["inputs"]}
-    return jax.tree.map(jnp.copy, {**teacher_params, "inputs": inputs})
+    fresh = traverse_util.flatten_dict(nets.student.init(key))
+    return jax.tree.map(jnp.copy, traverse_util.unflatten_dict(fresh | traverse_util.flatten_dict(teacher_params)))
 
 
 def init(params, nets: Nets, c: config_lib.Sprint, key) -> state_lib.SprintState:
@@ -58,7 +60,7 @@ def student_F(nets: Nets, params, batch, w):
     def F(u, t):
         t_fm = trigflow.to_flow_time(t)
         x_fm = trigflow.to_flow_state(u, t)
-        out = nets.student.apply(params, x_fm, t_fm, batch["text"], batch["mask"], guidance)
+        out = nets.student.apply(params, x_fm, t_fm, guidance=guidance, **batch["cond"])
         return trigflow.from_flow_velocity(out.velocity, x_fm, t_fm), out.logvar
 
     return F
@@ -70,21 +72,18 @@ def teacher_velocity(nets: Nets, frozen, batch, w, uncond_mask):
     A student that is not told the scale learns the unguided teacher, as in the published code.
     """
     if not nets.student.guidance_embed:
-        v = lambda x, t: nets.teacher.apply(
-            frozen["teacher"], x, t, batch["text"], batch["mask"]
-        ).velocity
+        v = lambda x, t: nets.teacher.apply(frozen["teacher"], x, t, **batch["cond"]).velocity
         F = trigflow.from_flow(v)
         return lambda xt, t: trigflow.SIGMA_D * F(xt / trigflow.SIGMA_D, t)
-    n = batch["text"].shape[0]
-    null = jnp.broadcast_to(frozen["null_text"], batch["text"].shape)
-    mask = batch["mask"]
+    cond = batch["cond"]
+    n = cond["text"].shape[0]
+    uncond = cond | {"text": jnp.broadcast_to(frozen["null_text"], cond["text"].shape)}
     if uncond_mask == "null":
-        mask = jnp.broadcast_to(frozen["null_mask"], mask.shape)
-    text = jnp.concatenate([null, batch["text"]])
-    mask = jnp.concatenate([mask, batch["mask"]])
+        uncond["mask"] = jnp.broadcast_to(frozen["null_mask"], cond["mask"].shape)
+    both = _concatenate(uncond, cond)
 
     def velocity(xt, t):
-        v = lambda x, t: nets.teacher.apply(frozen["teacher"], x, t, text, mask).velocity
+        v = lambda x, t: nets.teacher.apply(frozen["teacher"], x, t, **both).velocity
         u = xt / trigflow.SIGMA_D
         F = trigflow.from_flow(v)(jnp.concatenate([u, u]), jnp.concatenate([t, t]))
         return scm.teacher_velocity(F[:n], F[n:], w)
@@ -92,12 +91,16 @@ def teacher_velocity(nets: Nets, frozen, batch, w, uncond_mask):
     return velocity
 
 
-def discriminate(nets: Nets, frozen, heads, spectral, c, batch, u, s):
+def _concatenate(a, b):
+    """Of two conditions, along the samples."""
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)
+
+
+def discriminate(nets: Nets, frozen, heads, spectral, c, cond, u, s):
     """Logits of the heads on the teacher's features of (u, s); the trunk stops after the last hooked block."""
     x_fm, t_fm = trigflow.to_flow_state(u, s), trigflow.to_flow_time(s)
     features = nets.teacher.apply(
-        frozen["teacher"], x_fm, t_fm, batch["text"], batch["mask"],
-        features=c.head_blocks, velocity=False,
+        frozen["teacher"], x_fm, t_fm, **cond, features=c.head_blocks, velocity=False
     ).features  # fmt: skip
     return nets.heads.apply(heads, spectral, features)
 
@@ -137,11 +140,12 @@ def _renoise(x0, drawn):
     return ladd.renoise(x0, drawn["z"], drawn["t"]), drawn["t"]
 
 
-def make_generator_step(nets: Nets, c: config_lib.Sprint, seed: int):
+def make_generator_step(nets: Nets, c: config_lib.Sprint, seed: int, *, control_dropout=0.0):
     """Returns step(state, frozen, batch) -> (state, metrics), pure.
 
     frozen: {"teacher" params, "null_text" [1, L, D], "null_mask" [1, L]}.
-    batch: {"latent" [B, H, W, C] unit scale, "text" [B, L, D], "mask" [B, L]}.
+    batch: {"latent" [B, H, W, C] unit scale, "text" [B, L, D], "mask" [B, L]}, and with a ControlNet "control" as latent,
+    which teacher and student go without in a share control_dropout of the samples.
     """
 
     def draw(key, batch):
@@ -149,7 +153,7 @@ def make_generator_step(nets: Nets, c: config_lib.Sprint, seed: int):
         x0 = trigflow.SIGMA_D * batch["latent"]
         n = x0.shape[0]
         return {
-            "x0": x0, "text": batch["text"], "mask": batch["mask"], "w": _guidance(c, k_w, n),
+            "x0": x0, "cond": batch_lib.conditions(batch, key, control_dropout), "w": _guidance(c, k_w, n),
             "t": trigflow.sample_time(k_t, n, mean=c.p_mean, std=c.p_std), "z": _noise(k_z, x0),
             "start": _start(c, k_gan, x0), "renoise": _renoising(c, k_s, x0),
         }  # fmt: skip
@@ -169,7 +173,7 @@ def make_generator_step(nets: Nets, c: config_lib.Sprint, seed: int):
             metrics["by_time"] = buckets.by_time(batch["t"], trigflow.T_MAX, {"scm": per_sample} | aux)
         if c.adv_weight:
             u, s = _renoise(generate(nets, params, batch, batch["start"]), batch["renoise"])
-            logits = discriminate(nets, frozen, state.heads, state.spectral, c, batch, u, s)
+            logits = discriminate(nets, frozen, state.heads, state.spectral, c, batch["cond"], u, s)
             adv = ladd.generator_loss(logits, reduction=c.reduction).mean()
             total += c.adv_weight * adv
             metrics["adv"] = adv
@@ -200,30 +204,31 @@ def make_generator_step(nets: Nets, c: config_lib.Sprint, seed: int):
     return step
 
 
-def make_discriminator_step(nets: Nets, c: config_lib.Sprint, seed: int):
+def make_discriminator_step(nets: Nets, c: config_lib.Sprint, seed: int, *, control_dropout=0.0):
     """Returns step(state, frozen, batch) -> (state, metrics), pure; arguments as for the generator."""
 
     def draw(key, batch):
         k_w, k_fake, k_real, k_shift, *k_gan = jax.random.split(key, 7)
         x0 = trigflow.SIGMA_D * batch["latent"]
         return {
-            "x0": x0, "text": batch["text"], "mask": batch["mask"], "w": _guidance(c, k_w, x0.shape[0]),
+            "x0": x0, "cond": batch_lib.conditions(batch, key, control_dropout), "w": _guidance(c, k_w, x0.shape[0]),
             "start": _start(c, k_gan, x0), "fake": _renoising(c, k_fake, x0), "real": _renoising(c, k_real, x0),
             "shifted": ladd.misaligned(x0), "shift": _renoising(c, k_shift, x0),
         }  # fmt: skip
 
     def loss(heads, batch, state, frozen, spectral):
-        fake_batch, n = batch, batch["x0"].shape[0]
+        cond, n = batch["cond"], batch["x0"].shape[0]
+        fake_cond = cond
         x0_hat = jax.lax.stop_gradient(generate(nets, state.params, batch, batch["start"]))
         u_fake, s_fake = _renoise(x0_hat, batch["fake"])
         if c.misaligned:
             u_shift, s_shift = _renoise(batch["shifted"], batch["shift"])
             u_fake, s_fake = jnp.concatenate([u_fake, u_shift]), jnp.concatenate([s_fake, s_shift])
-            fake_batch = {k: jnp.concatenate([batch[k], batch[k]]) for k in ("text", "mask")}
+            fake_cond = _concatenate(cond, cond)
         u_real, s_real = _renoise(batch["x0"], batch["real"])
         # Two calls: groups of the local norm do not mix real and fake.
-        fake = discriminate(nets, frozen, heads, spectral["fake"], c, fake_batch, u_fake, s_fake)
-        real = discriminate(nets, frozen, heads, spectral["real"], c, batch, u_real, s_real)
+        fake = discriminate(nets, frozen, heads, spectral["fake"], c, fake_cond, u_fake, s_fake)
+        real = discriminate(nets, frozen, heads, spectral["real"], c, cond, u_real, s_real)
         value = ladd.discriminator_loss(real, fake, reduction=c.reduction)
         margins = {
             f"head_{block}/{name}": side.mean()

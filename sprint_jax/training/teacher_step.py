@@ -7,7 +7,9 @@ from flax import traverse_util
 
 from sprint_jax import config as config_lib
 from sprint_jax.diffusion import flow
+from sprint_jax.models.controlnet import Controlled
 from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.training import batch as batch_lib
 from sprint_jax.training import buckets
 from sprint_jax.training import state as state_lib
 
@@ -41,13 +43,17 @@ def init(params, tx, c: config_lib.Teacher) -> state_lib.TeacherState:
     )  # fmt: skip
 
 
-def make_step(model: LinearDiT, tx, c: config_lib.Teacher, seed: int):
+def make_step(model, tx, c: config_lib.Teacher, seed: int, *, control_dropout=0.0):
     """Returns step(state, frozen, batch) -> (state, metrics), pure.
 
+    model: a `LinearDiT`, all of which is trained; or a `Controlled`, whose ControlNet alone is: state.params are then
+    its parameters and frozen["trunk"] those of the trunk.
     frozen: {"null_text" [1, L, D]}; captions dropped with probability caption_dropout become it, under
     the mask of the caption (as in the published trainer, which the uncond branch of sCM matches).
-    batch: {"latent" [B, H, W, C] unit scale, "text" [B, L, D], "mask" [B, L]}.
+    batch: {"latent" [B, H, W, C] unit scale, "text" [B, L, D], "mask" [B, L]}, and with a ControlNet "control" as latent,
+    which a share control_dropout of the samples goes without.
     """
+    steered = isinstance(model, Controlled)
 
     def step(state, frozen, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -59,12 +65,17 @@ def make_step(model: LinearDiT, tx, c: config_lib.Teacher, seed: int):
         drop = jax.random.bernoulli(k_drop, c.caption_dropout, (n, 1, 1))
         text = jnp.where(drop, frozen["null_text"], batch["text"])
 
+        cond = {"text": text, "mask": batch["mask"]}
+        if steered:
+            cond = batch_lib.conditions(batch, key, control_dropout) | cond
+
         def loss(params, b):
-            v = lambda x, t: model.apply(params, x, t, b["text"], b["mask"]).velocity
+            whole = {"trunk": frozen["trunk"], "control": params} if steered else params
+            v = lambda x, t: model.apply(whole, x, t, **b["cond"]).velocity
             per_sample = flow.loss(v, b["x0"], b["z"], b["t"])
             return per_sample.mean(), buckets.by_time(b["t"], 1.0, {"loss": per_sample})
 
-        drawn = {"x0": x0, "z": z, "t": t, "text": text, "mask": batch["mask"]}
+        drawn = {"x0": x0, "z": z, "t": t, "cond": cond}
         (value, by_time), grads = state_lib.value_and_grad(loss, state.params, drawn, c.accumulate)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)

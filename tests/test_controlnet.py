@@ -1,0 +1,322 @@
+"""ControlNet: identities, diffusers' modules and pipeline on random weights, and what its training leaves alone."""
+
+import dataclasses
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from sprint_jax import build, config, drawing, generation, inputs, run
+from sprint_jax.data import shapes
+from sprint_jax.diffusion import samplers
+from sprint_jax.errors import UserError
+from sprint_jax.models.controlnet import Controlled, ControlNet
+from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.training import sharding, sprint_step
+
+QUICK = {"xla_backend_optimization_level": 0}
+TRUNK = LinearDiT(
+    in_channels=4, width=24, depth=4, heads=3, cross_heads=2, mlp_ratio=1.5, text_dim=10, patch_size=1, qk_norm=True,
+    time_scale=1.0, guidance_embed=True, guidance_scale_factor=0.1, logvar_head=False, remat="none", unroll=1,
+    dtype="float32", attention="plain",
+)  # fmt: skip
+NET = dataclasses.replace(TRUNK, guidance_embed=False)
+MODEL = Controlled(trunk=TRUNK, control=ControlNet(net=NET, depth=2))
+
+
+def normals(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def moved(params, seed=0):
+    """Every parameter away from its initial value."""
+    leaves, tree = jax.tree.flatten(params)
+    return tree.unflatten([a + 0.1 * normals(*a.shape, seed=seed + i) for i, a in enumerate(leaves)])
+
+
+def arguments(batch=3):
+    mask = (np.arange(5) < np.array([5, 3, 1])[:batch, None]).astype(np.float32)
+    told = dict(text=normals(batch, 5, 10, seed=1), mask=mask, guidance=np.float32([4.5, 1.0, 2.0][:batch]))
+    return dict(x=normals(batch, 4, 6, 4), t=np.float32([0.9, 0.5, 0.1][:batch])) | told
+
+
+def apply(model, params, **kwargs):
+    return jax.jit(lambda p, k: model.apply(p, **k), compiler_options=QUICK)(params, kwargs)
+
+
+def test_changes_nothing_at_the_start():
+    """Zero projections: the trunk with a fresh ControlNet is the trunk, whatever the condition."""
+    trunk = moved(TRUNK.init(jax.random.key(0)))
+    params = {"trunk": trunk, "control": MODEL.control.start(trunk)}
+    given = dict(control=normals(3, 4, 6, 4, seed=2), control_scale=np.ones(3, np.float32))
+    steered = apply(MODEL, params, **arguments(), **given).velocity
+    np.testing.assert_allclose(steered, apply(TRUNK, trunk, **arguments()).velocity, atol=1e-6)
+
+
+def test_without_a_condition_or_at_scale_zero_it_is_the_trunk():
+    params = moved(MODEL.init(jax.random.key(0)))
+    alone = apply(TRUNK, params["trunk"], **arguments()).velocity
+    np.testing.assert_array_equal(apply(MODEL, params, **arguments()).velocity, alone)
+    control = normals(3, 4, 6, 4, seed=2)
+    zero = apply(MODEL, params, **arguments(), control=control, control_scale=np.zeros(3, np.float32)).velocity
+    np.testing.assert_allclose(zero, alone, atol=1e-6)
+    # A scale is each sample's own.
+    some = apply(MODEL, params, **arguments(), control=control, control_scale=np.float32([0, 1, 0])).velocity
+    np.testing.assert_allclose(some[::2], alone[::2], atol=1e-6)
+    assert np.abs(some[1] - alone[1]).max() > 1e-2
+
+
+def test_residuals_enter_behind_blocks_one_and_two():
+    """By features: block 0 is untouched, block 1 differs by the first residual alone; a list of blocks gives the same."""
+    params = moved(TRUNK.init(jax.random.key(0)))
+    residuals = normals(2, 3, 4, 6, 24, seed=3)
+    plain = apply_features(params, None)
+    given = apply_features(params, residuals)
+    np.testing.assert_array_equal(given[0], plain[0])
+    np.testing.assert_allclose(given[1] - plain[1], residuals[0].reshape(3, 24, 24), atol=1e-5)
+    assert np.abs(given[2] - plain[2] - residuals[1].reshape(3, 24, 24)).max() > 1e-2
+    only = apply_features(params, residuals * np.float32([0, 1])[:, None, None, None, None])
+    np.testing.assert_allclose(only[2] - plain[2], residuals[1].reshape(3, 24, 24), atol=1e-5)
+    for ours, again in zip(given, apply_features(TRUNK.unstack(params), residuals)):
+        np.testing.assert_allclose(ours, again, atol=1e-5)
+
+
+def apply_features(params, residuals):
+    model = lambda p, r: TRUNK.apply(p, **arguments(), features=(0, 1, 2, 3), residuals=r).features
+    return jax.jit(model, compiler_options=QUICK)(params, residuals)
+
+
+def test_too_many_residuals_and_wrong_conditions_are_refused():
+    params = MODEL.init(jax.random.key(0))
+    with pytest.raises(ValueError, match="4 residuals for 4 blocks"):
+        TRUNK.apply(params["trunk"], **arguments(), residuals=np.zeros((4, 3, 4, 6, 24)))
+    with pytest.raises(ValueError, match="control has shape"):
+        MODEL.apply(params, **arguments(), control=np.zeros((3, 2, 2, 4)), control_scale=np.ones(3))
+    with pytest.raises(ValueError, match="depth 4"):
+        ControlNet(net=NET, depth=4)
+
+
+def test_parity_with_diffusers(tmp_path):
+    """Residuals, and the steered transformer, of random weights; bit-equal tensors on the way back."""
+    torch = pytest.importorskip("torch")
+    import fabricate
+    from test_parity import converted, from_torch, relative, to_torch
+
+    from sprint_jax.conversion import configs, folder, rules, tables, tensors
+
+    theirs = fabricate.controlnet().eval()
+    model, params = converted(theirs, "controlnet", lambda c: configs.controlnet(c, "float32"), tmp_path / "controlnet")
+    assert model.net.time_scale == 1000.0 and not model.net.qk_norm and model.depth == 2
+    x, control, text = normals(3, 4, 6, 8), normals(3, 4, 6, 8, seed=5), normals(3, 9, 48, seed=1)
+    mask = (np.arange(9) < np.array([9, 4, 1])[:, None]).astype(np.float32)
+    t = np.float32([0.9, 0.4, 0.03])
+    scale = np.full(3, 0.7, np.float32)
+    ours = jax.jit(model.apply, compiler_options=QUICK)(params, x, t, text, mask, control, scale)
+    with torch.no_grad():
+        expected = theirs(
+            to_torch(x), torch.tensor(text), torch.tensor(1000 * t), to_torch(control), 0.7,
+            encoder_attention_mask=torch.tensor(mask),
+        ).controlnet_block_samples  # fmt: skip
+    for residual, other in zip(ours, expected, strict=True):
+        assert relative(residual.reshape(3, 24, 32), other.numpy()) < 1e-5
+
+    trunk = fabricate.transformer(guidance_embeds=False).eval()
+    description, trunk_params = converted(trunk, "transformer", lambda c: configs.transformer(c, "float32"), tmp_path / "transformer")
+    description = dataclasses.replace(description, time_scale=1000.0)
+    both = Controlled(trunk=description, control=model)
+    made = apply(
+        both, {"trunk": trunk_params, "control": params}, x=x, t=t, text=text, mask=mask, control=control, control_scale=scale
+    ).velocity  # fmt: skip
+    with torch.no_grad():
+        reference = trunk(
+            to_torch(x), torch.tensor(text), torch.tensor(1000 * t), encoder_attention_mask=torch.tensor(mask),
+            controlnet_block_samples=tuple(expected),
+        ).sample  # fmt: skip
+    assert relative(made, from_torch(reference)) < 1e-5
+
+    # And back, as they were.
+    back = rules.export(tables.controlnet(model), params)
+    found = tensors.find(tmp_path / "controlnet", "diffusion_pytorch_model")
+    assert back.keys() == found.keys()
+    for name, tensor in theirs.state_dict().items():
+        np.testing.assert_array_equal(back[name], tensor.numpy())
+    assert configs.controlnet(configs.controlnet_json(model), "float32") == model
+    dense = dataclasses.replace(model, net=dataclasses.replace(model.net, qk_norm=True, time_scale=1.0))
+    assert configs.controlnet_json(dense)["_class_name"] == "SprintControlNetModel"
+    assert configs.controlnet(configs.controlnet_json(dense), "float32") == dense
+    assert folder.read_controlnet(tmp_path)[0] == model  # of a whole pipeline's folder
+
+
+def test_multi_step_pipeline_of_diffusers(tmp_path):
+    """Our guided flow sampler with a ControlNet against SanaControlNetPipeline, same noise: latents of four steps."""
+    torch = pytest.importorskip("torch")
+    import diffusers
+    import fabricate
+    from test_parity import converted, from_torch, relative, to_torch
+
+    from sprint_jax.conversion import configs
+
+    tok = fabricate.tokenizer()
+    control, trunk = fabricate.controlnet().eval(), fabricate.transformer(guidance_embeds=False).eval()
+    theirs = diffusers.SanaControlNetPipeline(
+        tokenizer=tok, text_encoder=fabricate.text_encoder(len(tok)), vae=fabricate.autoencoder(), transformer=trunk,
+        controlnet=control, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )  # fmt: skip
+    theirs.set_progress_bar_config(disable=True)
+    text, null = normals(2, 9, 48, seed=1), normals(2, 9, 48, seed=2)
+    mask = (np.arange(9) < np.array([9, 4])[:, None]).astype(np.int64)
+    noise, hint = normals(2, 3, 5, 8, seed=3), normals(2, 3, 5, 8, seed=4)
+    theirs.prepare_image = lambda **kwargs: to_torch(np.concatenate([hint, hint]))  # latents, past the autoencoder
+    theirs.vae.encode = lambda image: type("Encoded", (), {"latent": image / theirs.vae.config.scaling_factor})()
+    expected = theirs(
+        negative_prompt=None, prompt_embeds=torch.tensor(text), prompt_attention_mask=torch.tensor(mask), negative_prompt_embeds=torch.tensor(null),
+        negative_prompt_attention_mask=torch.tensor(mask), control_image=torch.zeros(2, 3, 96, 160), height=96, width=160,
+        num_inference_steps=4, guidance_scale=4.5, controlnet_conditioning_scale=0.8, latents=to_torch(noise),
+        use_resolution_binning=False, output_type="latent",
+    ).images  # fmt: skip
+
+    net, control_params = converted(control, "controlnet", lambda c: configs.controlnet(c, "float32"), tmp_path / "controlnet")
+    description, trunk_params = converted(trunk, "transformer", lambda c: configs.transformer(c, "float32"), tmp_path / "transformer")
+    model = Controlled(trunk=dataclasses.replace(description, time_scale=1000.0), control=net)
+    sigmas = theirs.scheduler.sigmas.numpy()
+    cond = {"text": text, "mask": mask.astype(np.float32), "control": hint, "control_scale": np.full(2, 0.8, np.float32)}
+    params = {"transformer": {"trunk": trunk_params, "control": control_params}, "pixels": {}}
+    fixed = generation.noises
+    try:
+        generation.noises = lambda *args: noise[None]
+        sampler = generation.teacher_sampler(model, _Latents(), (3, 5, 8), sigmas, sampler="flow")
+        made = sampler(params, {"text": null, "mask": mask}, cond, 4.5, 0, np.arange(2))
+    finally:
+        generation.noises = fixed
+    assert relative(made, from_torch(expected)) < 1e-5
+
+
+class _Latents:
+    """Pixels that are latents."""
+
+    def decode(self, params, latents):
+        return latents
+
+
+@pytest.fixture(scope="module")
+def small():
+    tree = runpy.run_path(str(ROOT / "configs/controlnet.py"))["get_config"]("smoke")
+    tree.control.depth, tree.model.depth = 1, 2
+    return config.parse(tree)
+
+
+@pytest.fixture(scope="module")
+def batch(small):
+    data = inputs.Shapes(small)
+    with data.batches(8, 0, 1, 0, 1) as batches:
+        return data, next(batches)
+
+
+def test_batches_hold_the_edges_of_their_pictures(small, batch):
+    """The condition is the encoded edge map of the very picture, for training and held-out ones."""
+    from sprint_jax.data import conditions
+
+    data, rows = batch
+    codec = build.codec(small)
+    pictures = np.stack([shapes.example(small.data.seed, i, size=small.data.size).image for i in range(8)])
+    edges = conditions.as_picture(conditions.gradient_edges(pictures))
+    np.testing.assert_allclose(rows["control"], codec.encode(edges), atol=1e-6)
+    heldout = data.heldout(4, 2)
+    np.testing.assert_array_equal(heldout.edges, conditions.gradient_edges(heldout.images))
+    np.testing.assert_array_equal(heldout.cond["control_scale"], np.ones(4))
+
+
+def test_control_stage_trains_the_controlnet_alone(small, batch):
+    """The trunk is an argument and not in the state; with every condition dropped only what residuals are multiplied by
+    zero receives: nothing."""
+    data, rows = batch
+    teacher = moved(build.teacher(small).init(jax.random.key(0)))
+    stage = run.control_stage(small, data, teacher)
+    assert jax.tree.structure(stage.frozen["trunk"]) == jax.tree.structure(teacher)
+    state = stage.start(stage.frozen, {})
+    np.testing.assert_array_equal(state.params["blocks"]["ff"]["conv_point"]["kernel"], teacher["blocks"]["ff"]["conv_point"]["kernel"][:1])
+    new, metrics = jax.jit(stage.functions[0], compiler_options=QUICK)(state, stage.frozen, rows)
+    # At the start only the outer zero projection has a gradient; the inner parts follow once it has moved.
+    assert metrics["grad_norm/zero_out/kernel"] > 0 and metrics["grad_norm/zero_in/kernel"] == 0
+    assert np.abs(new.params["zero_out"]["kernel"]).max() > 0
+    dropped = dataclasses.replace(small, control=dataclasses.replace(small.control, dropout=1 - 1e-9))
+    stage = run.control_stage(dropped, data, teacher)
+    _, metrics = jax.jit(stage.functions[0], compiler_options=QUICK)(state, stage.frozen, rows)
+    assert metrics["grad_norm"] == 0
+
+
+def test_student_starts_as_teacher_and_both_are_told_the_condition(small, batch):
+    """sCM's velocity and the student's prediction depend on the condition; without dropout all samples have it."""
+    data, rows = batch
+    nets = build.nets(small)
+    teacher = moved(nets.teacher.init(jax.random.key(0)))
+    params = sprint_step.student_params(teacher, nets, jax.random.key(1))
+    assert isinstance(nets.teacher, Controlled) and isinstance(nets.student, Controlled)
+    cond = {"text": rows["text"], "mask": rows["mask"], "control": rows["control"], "control_scale": np.ones(8, np.float32)}
+    w, t = jnp.full(8, 1.5), jnp.linspace(0.2, 1.4, 8)
+    x = normals(*rows["latent"].shape, seed=4)
+    frozen = {"teacher": teacher} | data.frozen
+
+    @jax.jit
+    def both(cond):
+        F, _ = sprint_step.student_F(nets, params, {"cond": cond}, w)(x, t)
+        one = sprint_step.teacher_velocity(nets, frozen, {"cond": cond}, jnp.ones(8), "cond")(0.5 * x, t)  # unguided
+        return F, one / 0.5
+
+    F, velocity = both(cond)
+    np.testing.assert_allclose(F, velocity, atol=1e-4)
+    other = both(cond | {"control": np.roll(rows["control"], 1, 0)})
+    assert np.abs(other[0] - F).max() > 1e-2 and np.abs(other[1] - velocity).max() > 1e-2
+
+
+def test_every_new_parameter_has_a_sharding_rule(small):
+    """Cut over fsdp in the state of both phases, CAME's factored moments included; nothing is left to the default."""
+    came = dataclasses.replace(small.control.optimizer, kind="came", b3=0.9999)
+    c = dataclasses.replace(
+        small, control=dataclasses.replace(small.control, optimizer=came), sprint=dataclasses.replace(small.sprint, optimizer=came)
+    )
+    mesh = jax.sharding.AbstractMesh((1, 2), ("data", "fsdp"))
+    teacher = jax.eval_shape(build.teacher(c).init, jax.random.key(0))
+    control = jax.eval_shape(build.distilled_teacher(c).init, jax.random.key(0))
+    data = inputs.Abstract(c)
+    for stage in (run.control_stage(c, data, teacher), run.sprint_stage(c, data, control)):
+        frozen = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), stage.frozen)
+        state = jax.eval_shape(stage.start, frozen, {})
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            if leaf.ndim >= 2 and leaf.size > 1 and "zero_" in name and "/row/" not in name and "res_row" not in name:
+                assert sharding._spec(name, leaf, mesh) != jax.sharding.PartitionSpec(), name
+
+
+def test_generate_follows_and_refuses(small):
+    """A model without ControlNet refuses a sketch by name; with one, the sketch changes the picture and scale 0 does not."""
+    from sprint_jax import parts, pipeline
+
+    params = moved(build.student(small).init(jax.random.key(0)))
+    pipe = pipeline.Pipeline(
+        build.student(small), parts.EmbeddedText(build.text_encoder(small)), parts.EmbeddedPixels(build.codec(small)),
+        {"transformer": params, "text": {}, "pixels": {}}, 32, 32, 1.5, "code", 1, "float32",
+    )  # fmt: skip
+    assert pipe.control
+    sketch = np.zeros((32, 32, 3), np.uint8)
+    sketch[8:24, 10] = 255
+    make = lambda **kwargs: drawing.generate(pipe, ["a red circle"], steps=1, seed=3, **kwargs)
+    free = make()
+    np.testing.assert_array_equal(make(control=sketch, control_scale=0.0), free)
+    assert (make(control=sketch) != free).any()
+    with pytest.raises(UserError, match="control_scale nan"):
+        make(control=sketch, control_scale=float("nan"))
+    with pytest.raises(UserError, match="control has shape"):
+        make(control=sketch[:16])
+    plain = dataclasses.replace(pipe, model=pipe.model.trunk, params=pipe.params | {"transformer": params["trunk"]}, programs={})
+    with pytest.raises(UserError, match="has no ControlNet"):
+        drawing.generate(plain, ["a red circle"], control=sketch)
+    times = samplers.scm_times(1, "code")
+    sampler = generation.student_sampler(build.student(small), pipe.pixels, build.latent_shape(small), times)
+    text, mask = build.text_encoder(small).encode(["a red circle"])
+    cond = {"text": text, "mask": mask, "control": np.asarray(pipe.encode(sketch[None])), "control_scale": np.ones(1, np.float32)}
+    again = sampler({"transformer": params, "pixels": {}}, {}, cond, np.float32(1.5), np.int32(3), np.arange(1))
+    assert np.abs(np.asarray(again, int) - make(control=sketch)).max() <= 1
