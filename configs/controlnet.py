@@ -39,8 +39,9 @@ def get_config(preset="shapes"):
         config.control.update(depth=7, condition="scribble", steps=20000)
         config.teacher.time_shift = 4.0 if preset == "sana_600m" else 3.0
         return config
-    config.control.update(depth=3, steps=600)
-    config.sprint.steps = 1200
     if preset == "smoke":
         config.control.update(depth=1, steps=8, batch=8)
+        return config
+    config.control.update(depth=3, steps=600)
+    config.sprint.steps = 1200
     return config

@@ -326,10 +326,10 @@ def _check(c: Config):
         (not k.depth or c.data.encoded or k.condition != "hed", "config.control.condition hed needs encoded pictures: use edges or scribble, or name config.data.encoded"),
         (not k.depth or k.pretrained or k.steps > 0, "config.control.pretrained is empty and config.control.steps is 0: nothing trains the ControlNet"),
         (0 <= k.dropout < 1, f"config.control.dropout {k.dropout}: use a share from 0 to below 1"),
-        (k.batch > 0 and k.batch % t.accumulate == 0, f"config.control.batch {k.batch}: use 1 or more, a multiple of config.teacher.accumulate {t.accumulate}"),
         (t.batch > 0 and s.batch > 0, "config.teacher.batch and config.sprint.batch: use 1 or more"),
         *((x.accumulate >= 1 and x.batch % x.accumulate == 0, f"config.{n}.accumulate {x.accumulate}: use a divisor of {n}.batch {x.batch}")
           for n, x in (("teacher", t), ("sprint", s))),
+        (k.batch > 0 and k.batch % max(1, t.accumulate) == 0, f"config.control.batch {k.batch}: use 1 or more, a multiple of config.teacher.accumulate {t.accumulate}"),
         (s.accumulate == 1 or s.batch % (GROUP * s.accumulate) == 0,
          f"config.sprint.batch {s.batch}: with accumulate {s.accumulate} use a multiple of {GROUP * s.accumulate} (normalisation groups of {GROUP})"),
         *((o.kind in ("adamw", "muon", "came"), f"config.{n}.kind {o.kind!r}: use adamw, muon or came")

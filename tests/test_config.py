@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 import runpy
 
 import jax.numpy as jnp
@@ -48,7 +49,8 @@ def test_the_unpacked_section_reaches_its_constructor():
 
 
 TEACHERS = runpy.run_path(str(ROOT / "configs/teacher.py"))
-CARDS = [card(preset)[0] for preset in card("shapes")[1]] + [TEACHERS["get_config"](p) for p in TEACHERS["PRESETS"]]
+CONTROLS = runpy.run_path(str(ROOT / "configs/controlnet.py"))
+CARDS = [card(preset)[0] for preset in card("shapes")[1]] + [f["get_config"](p) for f in (TEACHERS, CONTROLS) for p in f["PRESETS"]]
 
 
 @pytest.mark.parametrize("tree", CARDS)
@@ -106,12 +108,24 @@ def test_unknown_key_names_its_neighbour():
         ("sprint.batch", 1), ("sprint.accumulate", 3), ("sprint.accumulate", 8), ("teacher.accumulate", 0),
         ("text.vocabulary", "x"), ("text.dim", 7), ("model.remat", "x"), ("mesh.fsdp", 0), ("data.workers", -1), ("evaluation.schedule", "x"), ("evaluation.prompts", 0),
         ("evaluation.samples", 1000), ("evaluation.teacher_steps", 0), ("run.log_every", 3),
-        ("run.checkpoint_every", 0), ("run.keep", 0), ("run.strip_every", 3), ("run.strip_every", -2),
+        ("control.depth", -1), ("control.depth", 7), ("control.condition", "x"), ("control.dropout", 1.0), ("control.batch", 0),
+        ("control.optimizer.kind", "x"), ("run.checkpoint_every", 0), ("run.keep", 0), ("run.strip_every", 3), ("run.strip_every", -2),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_named(path, value):
     tree = card("shapes")[0].to_dict()
-    section, name = path.split(".")
-    tree[section][name] = value
+    *sections, name = path.split(".")
+    section = functools.reduce(dict.__getitem__, sections, tree)
+    section[name] = value
     with pytest.raises(UserError, match=f"config.*{name}"):
+        config.parse(tree)
+
+
+def test_a_controlnet_that_nothing_trains_or_shows_is_named():
+    tree = card("shapes")[0].to_dict()
+    tree["control"]["depth"] = 3
+    with pytest.raises(UserError, match="control.pretrained is empty and config.control.steps is 0"):
+        config.parse(tree)
+    tree["control"] |= {"steps": 10, "condition": "hed"}
+    with pytest.raises(UserError, match="condition hed needs encoded pictures"):
         config.parse(tree)

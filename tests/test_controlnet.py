@@ -262,8 +262,8 @@ def test_student_starts_as_teacher_and_both_are_told_the_condition(small, batch)
 
     @jax.jit
     def both(cond):
-        F, _ = sprint_step.student_F(nets, params, {"cond": cond}, w)(x, t)
-        one = sprint_step.teacher_velocity(nets, frozen, {"cond": cond}, jnp.ones(8), "cond")(0.5 * x, t)  # unguided
+        F, _ = sprint_step.student_F(nets, params, cond, w)(x, t)
+        one = sprint_step.teacher_velocity(nets, frozen, cond, jnp.ones(8), "cond")(0.5 * x, t)  # unguided
         return F, one / 0.5
 
     F, velocity = both(cond)

@@ -47,6 +47,11 @@ def batch():
     return {"latent": normals(BATCH, *build.latent_shape(card())), "text": text, "mask": mask}
 
 
+def told(rows):
+    """What networks are told of a batch besides the state."""
+    return {name: rows[name] for name in ("text", "mask")}
+
+
 @functools.cache
 def nets():
     """As built, but with plain descent: it compiles faster and its first update is the gradient itself."""
@@ -180,7 +185,7 @@ def test_student_starts_as_the_teacher():
     t = np.float32([0.1, 0.6, 1.1, 1.5])
     v = lambda x, t: nets().teacher.apply(teacher(), x, t, b["text"], b["mask"]).velocity
     expected = jit(trigflow.from_flow(v))(u, t)
-    student = jit(lambda w: sprint_step.student_F(nets(), start().params, b, w)(u, t))
+    student = jit(lambda w: sprint_step.student_F(nets(), start().params, told(b), w)(u, t))
     for w in (0.0, 2.0, 7.0):
         F, logvar = student(np.full(BATCH, w, np.float32))
         assert error(F, expected) < 1e-6
@@ -194,7 +199,7 @@ def test_teacher_velocity_is_two_calls(uncond_mask):
     b, w = batch(), np.float32([0.0, 1.0, 2.0, 4.5])
     xt = 0.5 * normals(*b["latent"].shape, seed=3)
     t = np.float32([0.1, 0.6, 1.1, 1.5])
-    value = jit(sprint_step.teacher_velocity(nets(), frozen(), b, w, uncond_mask))(xt, t)
+    value = jit(sprint_step.teacher_velocity(nets(), frozen(), told(b), w, uncond_mask))(xt, t)
 
     def F(text, mask):
         v = lambda x, t: nets().teacher.apply(teacher(), x, t, text, mask).velocity
@@ -258,9 +263,9 @@ def test_frozen_teacher_gets_no_gradient():
     t = np.float32([0.1, 0.6, 1.1, 1.5])
 
     def loss(teacher_params):
-        F = sprint_step.student_F(nets(), start().params, b, w)
+        F = sprint_step.student_F(nets(), start().params, told(b), w)
         held = frozen() | {"teacher": teacher_params}
-        velocity = sprint_step.teacher_velocity(nets(), held, b, w, "cond")
+        velocity = sprint_step.teacher_velocity(nets(), held, told(b), w, "cond")
         return scm.loss(F, velocity, x0, z, t, r=1.0, weighting="code", normalize=True)[0].mean()
 
     value, slope = jit(jax.value_and_grad(loss))(teacher())

@@ -52,30 +52,29 @@ def init(params, nets: Nets, c: config_lib.Sprint, key) -> state_lib.SprintState
     )  # fmt: skip
 
 
-def student_F(nets: Nets, params, batch, w):
-    """The student as a TrigFlow network (u, t) -> (F, logvar), closed over text and guidance w [B]."""
+def student_F(nets: Nets, params, cond, w):
+    """The student as a TrigFlow network (u, t) -> (F, logvar), closed over its conditions and guidance w [B]."""
 
     guidance = w if nets.student.guidance_embed else None
 
     def F(u, t):
         t_fm = trigflow.to_flow_time(t)
         x_fm = trigflow.to_flow_state(u, t)
-        out = nets.student.apply(params, x_fm, t_fm, guidance=guidance, **batch["cond"])
+        out = nets.student.apply(params, x_fm, t_fm, guidance=guidance, **cond)
         return trigflow.from_flow_velocity(out.velocity, x_fm, t_fm), out.logvar
 
     return F
 
 
-def teacher_velocity(nets: Nets, frozen, batch, w, uncond_mask):
+def teacher_velocity(nets: Nets, frozen, cond, w, uncond_mask):
     """dx_t/dt of the guided teacher, both halves of the guidance in one call on 2B samples.
 
     A student that is not told the scale learns the unguided teacher, as in the published code.
     """
     if not nets.student.guidance_embed:
-        v = lambda x, t: nets.teacher.apply(frozen["teacher"], x, t, **batch["cond"]).velocity
+        v = lambda x, t: nets.teacher.apply(frozen["teacher"], x, t, **cond).velocity
         F = trigflow.from_flow(v)
         return lambda xt, t: trigflow.SIGMA_D * F(xt / trigflow.SIGMA_D, t)
-    cond = batch["cond"]
     n = cond["text"].shape[0]
     uncond = cond | {"text": jnp.broadcast_to(frozen["null_text"], cond["text"].shape)}
     if uncond_mask == "null":
@@ -108,7 +107,7 @@ def discriminate(nets: Nets, frozen, heads, spectral, c, cond, u, s):
 def generate(nets, params, batch, start):
     """Student prediction x0_hat from the drawn start {"t" [B], "z" [B, ...]} of `_start`."""
     xt = trigflow.interpolate(batch["x0"], start["z"], start["t"])
-    F, _ = student_F(nets, params, batch, batch["w"])(xt / trigflow.SIGMA_D, start["t"])
+    F, _ = student_F(nets, params, batch["cond"], batch["w"])(xt / trigflow.SIGMA_D, start["t"])
     return trigflow.denoise(F, xt, start["t"])
 
 
@@ -162,8 +161,8 @@ def make_generator_step(nets: Nets, c: config_lib.Sprint, seed: int, *, control_
         total, metrics = 0.0, {}
         if c.scm_weight:
             per_sample, aux = scm.loss(
-                student_F(nets, params, batch, batch["w"]),
-                teacher_velocity(nets, frozen, batch, batch["w"], c.uncond_mask),
+                student_F(nets, params, batch["cond"], batch["w"]),
+                teacher_velocity(nets, frozen, batch["cond"], batch["w"], c.uncond_mask),
                 batch["x0"], batch["z"], batch["t"],
                 r=scm.tangent_warmup(state.step + 1, c.tangent_warmup),
                 weighting=c.weighting, normalize=c.tangent_normalize,
