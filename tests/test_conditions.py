@@ -87,6 +87,10 @@ def test_pictures_of_a_batch_do_not_touch():
     images = np.stack([shapes.example(0, i, size=32).image for i in range(6)])
     one_by_one = np.concatenate([conditions.gradient_edges(image[None]) for image in images])
     np.testing.assert_array_equal(conditions.gradient_edges(images), one_by_one)
+    weak, strong = flat((0, 0, 0)), flat((0, 0, 0))
+    weak[:, :, 8:], strong[:, :, 8:] = 40, 200
+    found = conditions.gradient_edges(np.concatenate([weak, strong, weak]))  # a weak line never lives off a neighbour's
+    np.testing.assert_array_equal(found.any((1, 2)), [False, True, False])
 
 
 def test_gradient_is_sobels():
@@ -146,6 +150,20 @@ def test_crests_of_a_ridge():
     assert (soft > conditions.RIDGE)[inner].sum() > 5 * (expected[inner] > 0).sum()  # there was a band to thin
 
 
+def test_crests_are_maxima_along_any_of_four_lines():
+    """Pixel by pixel, on noise, from the definition; beyond the border there is nothing to be lower than."""
+    noise = ndimage.gaussian_filter(np.random.RandomState(0).randn(40, 48), 2)
+    soft = np.rint(180 + 200 * noise).clip(0, 255).astype(np.uint8)
+    smooth = np.pad(ndimage.gaussian_filter(soft.astype(np.float32), 1.0, mode="mirror"), 1, constant_values=-np.inf)
+    kept = np.zeros((4, *soft.shape), bool)
+    for y, x in np.ndindex(*soft.shape):
+        near = smooth[y : y + 3, x : x + 3]
+        lines = (near[1], near[:, 1], np.diagonal(near), np.diagonal(near[::-1]))
+        kept[:, y, x] = [near[1, 1] == line.max() and near[1, 1] > conditions.RIDGE for line in lines]
+    assert all((kept[i] & ~np.delete(kept, i, 0).any(0)).any() for i in range(4))  # each of the four is needed somewhere
+    np.testing.assert_array_equal(conditions.crests(soft, sigma=1.0) > 0, kept.any(0))
+
+
 def test_a_ring_becomes_a_ring_of_strokes():
     """Soft edges of a circle: the crest within 1.5 pixels of it, strokes 6 to either side."""
     y, x = np.mgrid[:96, :96] - 48
@@ -161,6 +179,7 @@ def test_thickness(thickness, width):
     strokes = conditions.scribble(ridge(), thickness=thickness, sigma=SIGMA)
     assert strokes.dtype == np.uint8 and set(np.unique(strokes)) == {0, 255}
     assert (strokes[40] > 0).sum() == width
+    assert (strokes[-1] > 0).sum() >= width - 2  # a stroke that leaves the picture is not cut short at its border
     first = {0: 26, 1: 24, 2: 24, 3: 24, 4: 24, 5: 24, 24: 19}[thickness]  # even squares reach one farther up and left
     assert np.flatnonzero(strokes[40])[0] == first
 
@@ -174,6 +193,8 @@ def test_scribbles_of_binary_lines():
     expected[0, 7:10, :] = expected[1, :, 4:7] = 255
     np.testing.assert_array_equal(conditions.scribble(line, thickness=1, sigma=0.5), expected)
     assert not conditions.scribble(line, thickness=1, sigma=SIGMA).any()
+    # Beside the line are 4.45 of 255 at this sigma, which is 4 in bytes and no stroke.
+    np.testing.assert_array_equal(conditions.scribble(line, thickness=1, sigma=0.353), line)
 
 
 def test_scribbles_move_and_batch():
@@ -192,7 +213,10 @@ def test_scribbles_move_and_batch():
 
 @pytest.mark.parametrize(
     "height, width, resolution, size",
-    [(512, 512, 512, (512, 512)), (480, 640, 512, (512, 704)), (1024, 333, 512, (1600, 512)), (10, 400, 64, (64, 2560)), (50, 50, 20, (64, 64))],
+    [
+        (512, 512, 512, (512, 512)), (480, 640, 512, (512, 704)), (1024, 333, 512, (1600, 512)), (10, 400, 64, (64, 2560)),
+        (50, 50, 20, (64, 64)),
+    ],
 )
 def test_detector_size(height, width, resolution, size):
     """The short side to the resolution, the long one along, both to the nearest 64: 640 * 512 / 480 = 683 is nearer to 704."""
