@@ -35,7 +35,8 @@ def unflatten(flat):
 
 def save(path, params, *, dtype="float32"):
     """Writes a tree to `path`; a reader never sees a partial file."""
-    flat = {k: np.asarray(jax.device_get(v)).astype(dtype) for k, v in flatten(params).items()}
+    # Contiguous, because safetensors writes the memory of an array, whatever its strides say.
+    flat = {k: np.ascontiguousarray(jax.device_get(v), dtype) for k, v in flatten(params).items()}
     with files.whole(path) as partial:
         partial.write_bytes(safetensors.numpy.save(flat))  # not save_file: its files are private to their owner
 

@@ -53,6 +53,7 @@ ALLOWED = {
     "export": {"errors", "cli", "files", "weights", "data", "drawing", "exported", "parts", "pipeline", "revision"},
     "plan": {"errors", "cli", "files", "config", "config_flag", "planning", "build", "inputs", "run", "training"},
     "sample": {"errors", "cli", "compile_cache", "files", "drawing", "exported", "model_flags", "pictures", "pipeline", "resolutions"},
+    "condition": {"errors", "cli", "compile_cache", "files", "pictures", "data", "models", "conversion", "evaluation"},
     "gallery": {"errors", "files", "pictures", "revision", "workdir", "evaluation", "pipeline"},
     "evaluate": {"errors", "cli", "compile_cache", "model_flags", "revision", "workdir", "data", "evaluation", "pipeline", "gallery"},
     "convert": {"errors", "cli", "conversion", "models", "pipeline"},

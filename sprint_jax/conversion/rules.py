@@ -19,6 +19,7 @@ _LAYOUTS = {
     "same": (lambda a: a, lambda a: a),
     "dense": (lambda a: a.T, lambda a: a.T),
     "conv1x1": (lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]),
+    "channels": (lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None]),  # one number of each, [1, C, 1, 1]
     "conv": (lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
     "depthwise": (lambda a: a[:, 0].transpose(1, 2, 0), lambda a: a.transpose(2, 0, 1)[:, None]),
     # Grouped 1x1 with as many channels out as in, per group: [g o, i, 1, 1] <-> [g, i, o].
@@ -93,6 +94,19 @@ def load(rows, found, abstract, dtype, what, place=lambda path, array: array):
             arrange = None if row.copies() else row.to_ours
             tensors.read(found[names[row]], names[row], array[row.place], arrange)
         flat[path] = place(path, array)
+    return weights.unflatten(flat)
+
+
+def from_arrays(rows, found, abstract, what):
+    """`load` for tensors that are in memory: {name: NumPy array} -> the tree, float32. Raises UserError as `load` does."""
+    names = _match(rows, found, what)
+    flat = {path: np.empty(leaf.shape, np.float32) for path, leaf in weights.flatten(abstract).items()}
+    _check_cover(rows, {path: array.shape for path, array in flat.items()})
+    for row in rows:
+        array = np.asarray(found[names[row]])
+        if not np.isfinite(array).all():
+            raise UserError(f"the weights of the {what} hold values of {names[row]} that are infinite or not numbers: get them again")
+        flat[row.ours][row.place] = row.to_ours(array)
     return weights.unflatten(flat)
 
 

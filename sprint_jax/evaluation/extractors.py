@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from sprint_jax import files
+from sprint_jax.conversion import state_dicts
 from sprint_jax.conversion import tensors as tensors_lib
 from sprint_jax.errors import UserError
 from sprint_jax.models import clip as clip_lib
@@ -112,18 +113,8 @@ def _read_inception(path):
                 return {name: file.get_tensor(name) for name in file.keys()}, digest
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from None
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            f"{path} can only be read where PyTorch is installed: run sprint_jax.evaluate there with --weights={path} "
-            "--save_weights=FILE.safetensors, and give that file"
-        ) from None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # never runs code of the file
-        return {name: value.numpy() for name, value in state.items()}, sha256(path)
-    except Exception as error:  # the library raises many kinds for a damaged file
-        raise UserError(f"{path} is not a state dict of PyTorch ({' '.join(str(error).split())[:120]}): download it again") from None
+    remedy = f"run sprint_jax.evaluate there with --weights={path} --save_weights=FILE.safetensors, and give that file"
+    return state_dicts.read(path, remedy), sha256(path)
 
 
 def save_inception(source, target, *, unpublished=False):
