@@ -35,7 +35,7 @@ $python -c 'import jax; print("jax", jax.__version__, jax.devices())' | tee -a "
 # Correctness first: the numeric tests compiled for the accelerator.
 part numeric_tests 240 $python -m pytest -p no:cacheprovider \
   tests/test_flow_trigflow.py tests/test_scm.py tests/test_ladd.py tests/test_samplers.py \
-  tests/test_linear_dit.py tests/test_steps.py tests/test_kernels.py
+  tests/test_linear_dit.py tests/test_steps.py tests/test_kernels.py tests/test_controlnet.py
 # Published sizes with random weights, against diffusers with and without torch.compile and against the floors. A
 # part that its limit cuts short has written the rows of the cases it finished.
 bench() { # bench NAME SUITE CASES
@@ -48,6 +48,7 @@ bench latency_06b gpu 'picture_0.6b_?step,picture_0.6b_?step_512'
 bench latency_16b gpu 'picture_1.6b_?step,picture_1.6b_?step_512'
 bench throughput_06b gpu 'picture_0.6b_*_batch10,picture_0.6b_*_batch32'
 bench throughput_16b gpu 'picture_1.6b_*_batch10,picture_1.6b_*_batch32'
+bench sketch gpu 'sketch_*'
 bench training_600m gpu 'sprint_pair_600m*'
 bench training_1600m gpu 'sprint_pair_1600m*'
 bench training_embedded gpu 'sprint_pair_embedded'

@@ -283,6 +283,18 @@ def test_peer_of_the_whole_picture(one_thread):
     assert difference(lambda b: subjects.picture(b, text, TINY, TINY_AE, 3, 2, **short)) < 1e-3
 
 
+def test_a_sketch_is_encoded_and_its_copies_are_counted(one_thread):
+    """A ControlNet of one of two blocks: measured without a peer, with half a transformer more in the floor."""
+    text = dataclasses.replace(GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40)
+    short = dict(dtype="float32", prefix=5, tokens=7)
+    plain = subjects.picture(bench(), text, TINY, TINY_AE, 3, 1, **short).work
+    case = bench_lib.Case("c", lambda b: subjects.picture(b, text, TINY, TINY_AE, 3, 1, control_depth=1, **short))
+    (row,) = bench_lib.measure(case, bench())
+    assert row.error is None and row.peer is None and row.ours_s > 0
+    copies = floors.transformer(dataclasses.replace(TINY, guidance_embed=False), 9, 8, itemsize=4, blocks=1)
+    assert case.build(bench()).work.flop == pytest.approx(plain.flop + copies.flop)
+
+
 @pytest.mark.slow
 def test_the_torch_pair_is_the_same_computation():
     """Losses and gradients' norms of both steps, with our weights and draws, in every way PyTorch may choose."""

@@ -17,6 +17,7 @@ from sprint_jax.benchmarking import floors
 from sprint_jax.diffusion import samplers, trigflow
 from sprint_jax.kernels import cross_attention as cross
 from sprint_jax.kernels import linear_attention as linear
+from sprint_jax.models.controlnet import Controlled, ControlNet
 from sprint_jax.models.dc_ae import DCAE
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
@@ -101,7 +102,7 @@ def _peers(label, build, compile_peer):
 
 def decoder(bench, model: DCAE, cells, *, dtype, batch=1, compile_peer=False):
     """Decoding cells x cells latents to float pictures."""
-    params = bench.kept("decoder", (model, dtype), lambda: drawn(model, dtype, part="decoder"))
+    params = bench.kept("decoder", (model, dtype, "decoder"), lambda: drawn(model, dtype, part="decoder"))
     z = _normal(1, (batch, cells, cells, model.latent_channels), dtype)
     program, seconds = bench_lib.compiled(model.decode, params, z)
 
@@ -116,32 +117,45 @@ def decoder(bench, model: DCAE, cells, *, dtype, batch=1, compile_peer=False):
 
 def picture(
     bench, text: Gemma2, size: LinearDiT, autoencoder: DCAE, cells, steps, *, dtype, batch=1, prefix=PREFIX_TOKENS,
-    tokens=PROMPT_TOKENS, published_tokens=TEXT_TOKENS, compile_peer=False,
+    tokens=PROMPT_TOKENS, published_tokens=TEXT_TOKENS, compile_peer=False, control_depth=0,
 ):  # fmt: skip
     """Prompt tokens to pixels: text encoder behind its cached instruction, `steps` calls, decoder, as `pipeline` does.
 
     The peer encodes instruction and prompt each time and pads to the published length, as the published pipeline does.
+    control_depth: blocks of a ControlNet, whose sketch is encoded in the program as well; there is no peer for it, and the
+    floor leaves the encoder out.
     """
     model = inference(size, dtype)
     transformer_params = _transformer(bench, model)
-    decoder_params = bench.kept("decoder", (autoencoder, dtype), lambda: drawn(autoencoder, dtype, part="decoder"))
+    part = None if control_depth else "decoder"
+    decoder_params = bench.kept("decoder", (autoencoder, dtype, part), lambda: drawn(autoencoder, dtype, part=part))
+    floor = floors.picture(text, model, autoencoder, cells, tokens, steps, prefix=prefix, batch=batch, itemsize=_itemsize(dtype))
+    if control_depth:
+        control = ControlNet(net=dataclasses.replace(model, guidance_embed=False), depth=control_depth)
+        transformer_params = {"trunk": transformer_params, "control": drawn(control, dtype)}
+        copies = floors.transformer(control.net, cells**2, tokens + 1, batch=batch, itemsize=_itemsize(dtype), blocks=control_depth)
+        model, floor = Controlled(trunk=model, control=control), floor + copies * steps
     text_params = bench.kept("text", (text, dtype), lambda: drawn(text, dtype))
     ids = np.random.default_rng(0).integers(3, text.vocab, prefix + batch * tokens).astype(np.int32)
     instruction, prompts = ids[:prefix], ids[prefix:].reshape(batch, tokens)
     cached = jax.jit(text.prefix)(text_params, instruction)
     encoder, pixels = parts.GemmaText(text, None), parts.AutoencoderPixels(autoencoder, tile=False)
     times = samplers.scm_times(steps)
-    draws = _normal(3, (steps, batch, cells, cells, model.in_channels))
+    draws = _normal(3, (steps, batch, cells, cells, size.in_channels))
+    side = cells * autoencoder.factor
+    sketch = np.random.default_rng(1).integers(0, 2, (batch, side, side, 3)).astype(np.uint8) * 255
 
-    def run(params, tokens, mask, draws):
+    def run(params, tokens, mask, draws, sketch):
         features, mask = encoder.features(params["text"], {"tokens": tokens, "mask": mask})
-        w = jnp.full((batch,), 4.5)
-        v = lambda x, t: model.apply(params["transformer"], x, t, features, mask, w).velocity
+        cond = {"text": features, "mask": mask, "guidance": jnp.full((batch,), 4.5)}
+        if control_depth:
+            cond |= {"control": pixels.encode(params["pixels"], sketch), "control_scale": jnp.ones((batch,))}
+        v = lambda x, t: model.apply(params["transformer"], x, t, **cond).velocity
         latents = samplers.scm(trigflow.from_flow(v), draws[0], draws[1:], times)
         return pixels.decode(params["pixels"], latents)
 
     params = {"transformer": transformer_params, "text": {"model": text_params, "prefix": cached}, "pixels": decoder_params}
-    arguments = params, prompts, np.ones(prompts.shape, np.float32), draws
+    arguments = params, prompts, np.ones(prompts.shape, np.float32), draws, sketch if control_depth else None
     program, seconds = bench_lib.compiled(run, *arguments)
 
     def peer(compiled):
@@ -151,11 +165,8 @@ def picture(
         )  # fmt: skip
 
     return bench_lib.Subject(
-        bench_lib.program(program, *arguments), seconds, dtype,
-        floors.picture(
-            text, model, autoencoder, cells, tokens, steps, prefix=prefix, batch=batch, itemsize=_itemsize(dtype)
-        ),
-        _peers("diffusers", peer, compile_peer),
+        bench_lib.program(program, *arguments), seconds, dtype, floor,
+        () if control_depth else _peers("diffusers", peer, compile_peer),
     )  # fmt: skip
 
 

@@ -52,6 +52,9 @@ def gpu() -> list[Case]:
                     one = functools.partial(subjects.picture, compile_peer=side == 1024 and batch == 1 and steps == 1)
                     label = f"picture_{name}_{steps}step{_at(side, batch)}"
                     cases.append(case(label, one, GEMMA2_2B, size, DCAE_F32C32, side // 32, steps, batch=batch, **bf16))
+    for name, size in _SIZES:
+        steered = functools.partial(subjects.picture, control_depth=7)
+        cases.append(case(f"sketch_{name}_1step", steered, GEMMA2_2B, size, DCAE_F32C32, 32, 1, **bf16))
     for name in ("sana_600m", "sana_1600m"):
         for remat in ("none", "block"):
             cases.append(case(f"sprint_pair_{name.removeprefix('sana_')}_remat_{remat}", published_pair, name, remat))

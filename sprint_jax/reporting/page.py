@@ -24,7 +24,7 @@ th:first-child, td:first-child { text-align: left } tr + tr { border-top: 1px so
 pre { background: #f6f6f6; padding: 1em; overflow: auto }
 """
 _SHEETS = {
-    "samples_real": "real pictures", "samples_teacher": "teacher", "samples_1": "student, 1 step",
+    "samples_control": "sketches, the condition", "samples_real": "real pictures", "samples_teacher": "teacher", "samples_1": "student, 1 step",
     "samples_2": "student, 2 steps", "samples_4": "student, 4 steps",
 }  # fmt: skip
 _BY_TIME = {
@@ -116,10 +116,13 @@ def _scores(summary):
         return []
     tasks = list(summary["tasks"].get("real", ()))
     shares = ["whole caption", *(t.replace("_", " ") for t in tasks)] if tasks else []
-    lines = ["<tr><th></th>" + "".join(f"<th>{html.escape(c)}</th>" for c in (*shares, "Fréchet")) + "</tr>"]
+    agreement = summary.get("agreement", {})  # with a ControlNet
+    heads = (*shares, "Fréchet", *(["edges as asked"] if agreement else []))
+    lines = ["<tr><th></th>" + "".join(f"<th>{html.escape(c)}</th>" for c in heads) + "</tr>"]
     for name, distance in summary["frechet"].items():
         values = [summary["scores"][name], *(summary["tasks"][name].get(t, math.nan) for t in tasks)] if tasks else []
-        lines.append(f"<tr><td>{html.escape(name)}</td>{''.join(map(_share, values))}<td>{distance:.4f}</td></tr>")
+        edges = _share(agreement[name]) if agreement else ""
+        lines.append(f"<tr><td>{html.escape(name)}</td>{''.join(map(_share, values))}<td>{distance:.4f}</td>{edges}</tr>")
     return ["<h2>Scores</h2>", f"<table>{''.join(lines)}</table>"]
 
 
