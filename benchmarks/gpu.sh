@@ -33,7 +33,7 @@ part() { # part NAME SECONDS COMMAND...
 $python -c 'import jax; print("jax", jax.__version__, jax.devices())' | tee -a "$out/table.txt"
 
 # Correctness first: the numeric tests compiled for the accelerator.
-part numeric_tests 240 $python -m pytest -p no:cacheprovider \
+part numeric_tests 240 $python -m pytest -o addopts=-q -p no:cacheprovider \
   tests/test_flow_trigflow.py tests/test_scm.py tests/test_ladd.py tests/test_samplers.py \
   tests/test_linear_dit.py tests/test_steps.py tests/test_kernels.py tests/test_controlnet.py
 # Published sizes with random weights, against diffusers with and without torch.compile and against the floors. A

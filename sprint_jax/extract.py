@@ -13,7 +13,7 @@ from absl import app, flags
 from sprint_jax import cli, run_flag
 from sprint_jax.errors import UserError
 
-_STAGE = flags.DEFINE_enum("stage", "sprint", ["teacher", "finetune", "sprint"], "Whose checkpoint to read.")
+_STAGE = flags.DEFINE_enum("stage", "sprint", ["teacher", "finetune", "control", "sprint"], "Whose checkpoint to read.")
 _FILE = flags.DEFINE_string("to_file", None, "Safetensors file to write.")
 
 

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import filelock
 import pytest
 
 # Tests compile much and compute little: this halves XLA's compile time, here and in every subprocess.
@@ -15,9 +16,18 @@ TINY = ("--config=configs/sprint.py:smoke",)
 
 
 @pytest.fixture(scope="session")
-def command(tmp_path_factory):
+def common(tmp_path_factory):
+    """A folder of the whole session, also where several processes share its tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "common"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def command(common):
     """run(module, *flags) -> CompletedProcess; a compilation cache is shared by all calls of a session."""
-    cache = tmp_path_factory.mktemp("jax_cache")
+    cache = common / "jax_cache"
     shared = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -36,9 +46,20 @@ def command(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(command, tmp_path_factory):
-    """Work directory of an uninterrupted `smoke` run."""
-    workdir = tmp_path_factory.mktemp("runs") / "finished"
-    result = command("sprint_jax.main", *TINY, f"--workdir={workdir}")
-    assert result.returncode == 0, result.stderr[-3000:]
+def finished(command, common):
+    """Work directory of an uninterrupted `smoke` run; tests copy it, or leave it as it is."""
+    return _run_once(command, common / "finished", *TINY)
+
+
+@pytest.fixture(scope="session")
+def sketched(command, common):
+    """As `finished`, of a student with a ControlNet."""
+    return _run_once(command, common / "sketched", "--config=configs/controlnet.py:smoke")
+
+
+def _run_once(command, workdir, *flags):
+    with filelock.FileLock(f"{workdir}.lock"):  # the next process finds it finished
+        if not (workdir / "report.html").exists():
+            result = command("sprint_jax.main", *flags, f"--workdir={workdir}")
+            assert result.returncode == 0, result.stderr[-3000:]
     return workdir

@@ -1,6 +1,7 @@
 """ControlNet: identities, diffusers' modules and pipeline on random weights, and what its training leaves alone."""
 
 import dataclasses
+import json
 import runpy
 
 import jax
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
-from sprint_jax import build, config, drawing, generation, inputs, run
+from sprint_jax import build, config, drawing, generation, inputs, pictures, pipeline, run, weights
 from sprint_jax.data import shapes
 from sprint_jax.diffusion import samplers
 from sprint_jax.errors import UserError
@@ -293,7 +295,7 @@ def test_every_new_parameter_has_a_sharding_rule(small):
 
 def test_generate_follows_and_refuses(small):
     """A model without ControlNet refuses a sketch by name; with one, the sketch changes the picture and scale 0 does not."""
-    from sprint_jax import parts, pipeline
+    from sprint_jax import parts
 
     params = moved(build.student(small).init(jax.random.key(0)))
     pipe = pipeline.Pipeline(
@@ -320,3 +322,60 @@ def test_generate_follows_and_refuses(small):
     cond = {"text": text, "mask": mask, "control": np.asarray(pipe.encode(sketch[None])), "control_scale": np.ones(1, np.float32)}
     again = sampler({"transformer": params, "pixels": {}}, {}, cond, np.float32(1.5), np.int32(3), np.arange(1))
     assert np.abs(np.asarray(again, int) - make(control=sketch)).max() <= 1
+
+
+# ---- Through the doors.
+
+
+def test_the_main_job_trains_distils_and_scores(sketched):
+    """Every stage is there; real pictures agree with their sketches wholly, those of other prompts do not."""
+    rows = [json.loads(line) for line in (sketched / "metrics.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(row["stage"] for row in rows)) == ["teacher", "finetune", "control", "sprint"]
+    summary = json.loads((sketched / "summary.json").read_text())
+    names = {"real", "mismatched", "teacher_20", "teacher_1", "student_1", "student_1_free", "student_2", "student_4"}
+    assert summary["agreement"].keys() == names == summary["scores"].keys()
+    assert summary["agreement"]["real"] == 1.0 and summary["agreement"]["mismatched"] < 0.5
+    with Image.open(sketched / "samples_control.png") as sheet, Image.open(sketched / "samples_real.png") as real:
+        assert sheet.size == real.size
+        assert set(np.unique(np.asarray(sheet))) <= {0, 255, 96}  # lines, ground, and the grid's grey
+    assert "edges as asked" in (sketched / "report.html").read_text()
+
+
+def test_sample_takes_a_sketch(sketched, command, tmp_path):
+    """And none; a size that differs is fitted, as pictures to start from are."""
+    sketch = np.zeros((64, 64, 3), np.uint8)
+    sketch[20:44, 20] = sketch[20:44, 44] = 255
+    Image.fromarray(sketch).save(tmp_path / "sketch.png")
+    made = []
+    for name, flags in (("free", []), ("held", [f"--control={tmp_path / 'sketch.png'}"])):
+        flags += [f"--model={sketched}", "--prompt=a red square", "--steps=1", f"--out={tmp_path / name}"]
+        result = command("sprint_jax.sample", *flags)
+        assert result.returncode == 0, result.stderr
+        made.append(np.asarray(Image.open(tmp_path / name / "00000.png"), int))
+    pipe = pipeline.load(sketched, dtype="float32")
+    again = pipeline.generate(pipe, ["a red square"], steps=1, control=pictures.load(tmp_path / "sketch.png", 32, 32))[0]
+    assert np.abs(made[1] - again).max() <= 1
+    np.testing.assert_array_equal(made[0], pipeline.generate(pipe, ["a red square"], steps=1)[0])
+
+
+def test_a_run_becomes_folders_and_its_stages_are_extracted(sketched, command, tmp_path):
+    from sprint_jax.conversion import folder
+
+    result = command("sprint_jax.convert", f"--from={sketched}", f"--to={tmp_path / 'out'}")
+    assert result.returncode == 0, result.stderr
+    model, params = folder.read_controlnet(tmp_path / "out")
+    found, whole, _ = pipeline.read_student(sketched)
+    assert dataclasses.replace(model.net, depth=2, remat="none", unroll=1) == dataclasses.replace(found.control.net, remat="none", unroll=1)
+    jax.tree.map(np.testing.assert_array_equal, params, whole["control"])
+    result = command("sprint_jax.extract", f"--run_dir={sketched}", "--stage=control", f"--to_file={tmp_path / 'c.safetensors'}")
+    assert result.returncode == 0, result.stderr
+    abstract = jax.eval_shape(found.control.init, jax.random.key(0))
+    kept = weights.load(sketched / "controlnet.safetensors", abstract)
+    jax.tree.map(np.testing.assert_array_equal, weights.load(tmp_path / "c.safetensors", abstract), kept)
+
+
+def test_a_model_without_a_controlnet_refuses_sketches(finished, command, tmp_path):
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "sketch.png")
+    flags = [f"--model={finished}", "--prompt=a circle", f"--control={tmp_path / 'sketch.png'}", f"--out={tmp_path / 'out'}"]
+    result = command("sprint_jax.sample", *flags)
+    assert result.returncode != 0 and result.stderr.strip().splitlines()[-1].count("has no ControlNet") == 1
