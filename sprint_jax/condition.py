@@ -128,16 +128,13 @@ def _make(targets, total):
 
 
 def _detector():
-    """A function from uint8 [H, W, 3] to soft edges, uint8 [h, w]. Compiled once for each size."""
-    import jax
-
+    """A function from uint8 [H, W, 3] to soft edges, uint8 [h, w]."""
     from sprint_jax import compile_cache
-    from sprint_jax.conversion import hed as hed_weights
-    from sprint_jax.models import hed
+    from sprint_jax import lines as lines_lib
 
     compile_cache.start()
-    params, apply = jax.device_put(hed_weights.load(_WEIGHTS.value, hed.PUBLISHED)), jax.jit(hed.PUBLISHED.apply)
-    return lambda image: conditions.levels(apply(params, conditions.detector_picture(image, _RESOLUTION.value)[None])[0])
+    detect = lines_lib.detector(_WEIGHTS.value).detect
+    return lambda image: detect(image, _RESOLUTION.value)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ class Control:
 
     depth: blocks that it copies; 0 for none, and nothing else here counts then.
     condition: what is made of each picture, "edges", "scribble" or "hed" (`sprint_jax.data.conditions`; encoded data
-      hold their own). 
+      must hold the same).
     pretrained: weights of a multi-step ControlNet to use instead of training: a .safetensors file, or a folder with a
       diffusers ControlNet; "" to train it here around the frozen teacher.
     steps, batch: of that training; times, dropped captions and average are those of `teacher`.

@@ -8,6 +8,9 @@ have none, and ends with the same bytes as one that never was. --hosts commands 
 chunks; whichever sees the last one done writes manifest.json (`sprint_jax/data/encoded.py` has the format).
 
 Examples that cannot be used are skipped, counted and listed with the reason.
+
+For a ControlNet --condition=edges|hed|scribble adds to each example what it is steered by: lines of its picture, encoded by
+the same autoencoder (`sprint_jax/lines.py`). hed and scribble need --hed_weights=ControlNetHED.pth.
 """
 
 import collections
@@ -27,6 +30,7 @@ import numpy as np
 from absl import app, flags
 
 from sprint_jax import cli, compile_cache, files
+from sprint_jax.data import conditions, encoded
 from sprint_jax.errors import UserError
 
 _SOURCE = flags.DEFINE_string("source", None, "Folder of captioned pictures: WebDataset tars, TFDS, or plain files.")
@@ -45,6 +49,16 @@ _SIZES = flags.DEFINE_string(
     "sizes", None,
     "HEIGHTxWIDTH,... to choose from by aspect ratio, or 'published' for the bins of the published models; "
     "default: the model's own square.",
+)  # fmt: skip
+_CONDITION = flags.DEFINE_enum(
+    "condition", encoded.NO_CONDITION, (encoded.NO_CONDITION, *conditions.KINDS), "Lines to store for a ControlNet."
+)
+_HED = flags.DEFINE_string("hed_weights", None, "hed, scribble: ControlNetHED.pth or .safetensors.")
+# Named as in sprint_jax.condition, for the same thing; one process runs one of the two commands.
+_THICKNESS = flags.DEFINE_integer(
+    "thickness", None,
+    "scribble: of strokes, in pixels; default: drawn for each example from 0 to 24, as published.",
+    allow_override=True,
 )  # fmt: skip
 _HELDOUT = flags.DEFINE_integer(
     "heldout", 256, "About how many examples to hold out. A hash of its name decides about each."
@@ -81,7 +95,8 @@ class Settings:
     """What decides about the bytes; a folder keeps to its own.
 
     source, encoder: identities. examples: in the source. text: "features" or "tokens". sizes: of pictures,
-    ((height, width), ...). heldout: about how many. shard_records: examples in a chunk.
+    ((height, width), ...). heldout: about how many. shard_records: examples in a chunk. condition: identity of the
+    `lines.Lines`, or "none".
     """
 
     source: str
@@ -92,10 +107,12 @@ class Settings:
     sizes: tuple[tuple[int, int], ...]
     heldout: int
     shard_records: int
+    condition: str
 
     def plain(self):
-        """As JSON gives it back."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        """As JSON gives it back. Without a condition it is what it was before there were any: old folders go on."""
+        fields = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: value for name, value in fields.items() if (name, value) != ("condition", encoded.NO_CONDITION)}
 
     def digest(self):
         return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()
@@ -124,6 +141,7 @@ def main(argv):
                 raise UserError(f"--{name}={flag.value}: use 1 or more")
         if not 0 <= _HOST.value < _HOSTS.value:
             raise UserError(f"--host={_HOST.value} of --hosts={_HOSTS.value}: use 0 to {_HOSTS.value - 1}")
+        _check_condition()
         from sprint_jax.data import sources  # libraries start here, after the flags are known to be right
 
         compile_cache.start()
@@ -132,16 +150,42 @@ def main(argv):
             raise UserError(
                 f"--heldout={_HELDOUT.value} of the {len(source)} examples of --source={_SOURCE.value}: hold out fewer"
             )
-        encoders = _encoders(_ENCODER.value)
+        condition, encoders = _condition(), _encoders(_ENCODER.value)
         settings = Settings(
             source.identity(), encoders.identity, len(source), _TEXT.value, _FIELD.value, _sizes(encoders),
-            _HELDOUT.value, _SHARD_RECORDS.value,
+            _HELDOUT.value, _SHARD_RECORDS.value, condition.identity if condition else encoded.NO_CONDITION,
         )  # fmt: skip
         say = lambda message: print(message, flush=True)
         encode(
-            source, encoders, _ENCODED.value, settings, batch=_BATCH.value, hosts=_HOSTS.value, host=_HOST.value,
-            max_bad=_MAX_BAD.value, say=say,
+            source, encoders, _ENCODED.value, settings, condition=condition, batch=_BATCH.value, hosts=_HOSTS.value,
+            host=_HOST.value, max_bad=_MAX_BAD.value, say=say,
         )  # fmt: skip
+
+
+def _check_condition():
+    """Raises UserError for flags of a condition that do not belong together."""
+    kind, detected = _CONDITION.value, _CONDITION.value in ("hed", "scribble")
+    if detected and not _HED.value:
+        raise UserError(
+            f"--condition={kind} needs --hed_weights=ControlNetHED.pth of the detector; --condition=edges needs none"
+        )
+    for flag, belongs in ((_HED, detected), (_THICKNESS, kind == "scribble")):
+        if flag.value is not None and not belongs:
+            raise UserError(f"--{flag.name} does not belong to --condition={kind}: leave it out")
+    if _THICKNESS.value is not None and _THICKNESS.value < 0:
+        raise UserError(f"--thickness={_THICKNESS.value}: use 0 or more")
+
+
+def _condition():
+    """The `lines.Lines` that flags ask for, or None."""
+    if _CONDITION.value == encoded.NO_CONDITION:
+        return None
+    from sprint_jax import lines
+
+    given, thickness = _THICKNESS.value, None
+    if _CONDITION.value == "scribble":
+        thickness = conditions.PUBLISHED_THICKNESS if given is None else (given, given)
+    return lines.Lines(_CONDITION.value, lines.detector(_HED.value) if _HED.value else None, thickness)
 
 
 def _sizes(encoders):
@@ -221,10 +265,7 @@ def identity(pipe, path):
     digest = hashlib.sha256()
     for model, params in ((pipe.pixels.model, pipe.params["pixels"]), (pipe.text.model, pipe.params["text"]["model"])):
         digest.update(repr(model).encode())
-        for name, leaf in sorted(weights.flatten(params).items()):
-            array = np.ascontiguousarray(leaf)
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(array.reshape(-1).view(np.uint8))
+        weights.feed(digest, params)
     for file in sorted((pathlib.Path(path) / "tokenizer").iterdir()):
         if file.is_file():
             digest.update(file.name.encode() + file.read_bytes())
@@ -268,11 +309,14 @@ def _null_prompt(encoders):
 # --- the work ---
 
 
-def encode(source, encoders, out, settings, *, batch=16, hosts=1, host=0, max_bad=0.05, say=lambda message: None):
+def encode(
+    source, encoders, out, settings, *, condition=None, batch=16, hosts=1, host=0, max_bad=0.05, say=lambda message: None
+):  # fmt: skip
     """Encodes the chunks host, host + hosts, … that are not done, and writes the manifest when all are.
 
     Args:
       source: of `data.sources`. encoders: `Encoders`. out: the folder. settings: `Settings`.
+      condition: the `lines.Lines` that settings.condition names; None for "none".
       batch: pictures, or captions, of a program run.
       max_bad: share of this host's examples that may be unusable; three are always forgiven.
       say: called with a line on what has been done.
@@ -281,8 +325,10 @@ def encode(source, encoders, out, settings, *, batch=16, hosts=1, host=0, max_ba
     import tqdm
 
     from sprint_jax import weights
-    from sprint_jax.data import encoded
 
+    told = condition.identity if condition else encoded.NO_CONDITION
+    if settings.condition != told:
+        raise ValueError(f"the condition is {told}, settings say {settings.condition}")
     out = pathlib.Path(out)
     dim, length = _text_size(encoders.text, settings.text)
     _claim(out, settings, host)
@@ -299,7 +345,7 @@ def encode(source, encoders, out, settings, *, batch=16, hosts=1, host=0, max_ba
         bar = stack.enter_context(
             tqdm.tqdm(total=count(mine), initial=count(c for c in mine if c in done), unit="example", desc="encode")
         )
-        work = _Work(source, encoders, settings, batch, pool, tally, lambda: bar.update(1))
+        work = _Work(source, encoders, settings, condition, batch, pool, tally, lambda: bar.update(1))
         for chunk in mine:
             if chunk not in done:
                 done[chunk] = _write_part(out, chunk, settings, work.run(chunk))
@@ -313,6 +359,8 @@ def encode(source, encoders, out, settings, *, batch=16, hosts=1, host=0, max_ba
         "model": encoders.identity, "source": settings.source, "text": settings.text, "text_dim": dim,
         "text_length": length, "channels": encoders.pixels.channels, "factor": encoders.pixels.factor,
     }  # fmt: skip
+    if condition:
+        described["condition"] = condition.kind
     shards = [shard for part in parts for shard in part["shards"]]
     skipped = [entry for part in parts for entry in part["skipped"]]
     counts = {name: sum(part["counts"][name] for part in parts) for name in parts[0]["counts"]}
@@ -344,10 +392,11 @@ def _claim(out, settings, host):
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot use --encoded={out} ({error}): choose another folder") from None
-    for name, value in settings.plain().items():
-        if found.get(name) != value:
+    have, wanted = ({"condition": encoded.NO_CONDITION} | fields for fields in (found, settings.plain()))
+    for name, value in wanted.items():
+        if have.get(name) != value:
             raise UserError(
-                f"--encoded={out} was begun with {name} {found.get(name)!r}, this command has {value!r}: use the "
+                f"--encoded={out} was begun with {name} {have.get(name)!r}, this command has {value!r}: use the "
                 "same, or another folder"
             )
 
@@ -371,8 +420,6 @@ def _read_part(out, chunk, settings):
 
 def _write_part(out, chunk, settings, made):
     """Writes a chunk's shards, then its part file. made: `_Made`. Returns what the part file says."""
-    from sprint_jax.data import encoded
-
     shards = []
     for split in encoded.SPLITS:
         chosen = [record for key, record in made.records if settings.split(key) == split]
@@ -412,7 +459,7 @@ class _Tally:
 class _Made:
     """What has become of a chunk so far.
 
-    keys, captions, rows, latents: {index: ...} of its examples, rows as `text.prepare` gives them. records:
+    keys, captions, rows, latents, controls: {index: ...} of its examples, rows as `text.prepare` gives them. records:
     [(key, record)] in the order of the source. skipped: {index: (key, reason)}. cut: captions that were cut.
     """
 
@@ -420,6 +467,7 @@ class _Made:
     captions: dict = dataclasses.field(default_factory=dict)
     rows: dict = dataclasses.field(default_factory=dict)
     latents: dict = dataclasses.field(default_factory=dict)
+    controls: dict = dataclasses.field(default_factory=dict)
     records: list = dataclasses.field(default_factory=list)
     skipped: dict = dataclasses.field(default_factory=dict)
     cut: int = 0
@@ -428,10 +476,10 @@ class _Made:
 class _Work:
     """The way of a chunk from the source to records. step: called as each example is read."""
 
-    def __init__(self, source, encoders, settings, batch, pool, tally, step):
+    def __init__(self, source, encoders, settings, condition, batch, pool, tally, step):
         import jax
 
-        self._source, self._encoders, self._settings = source, encoders, settings
+        self._source, self._encoders, self._settings, self._condition = source, encoders, settings, condition
         self._batch, self._pool, self._tally, self._step = batch, pool, tally, step
         self._features = jax.jit(encoders.text.features)
 
@@ -447,7 +495,7 @@ class _Work:
             made.keys[index], made.captions[index] = example.key, example.caption
             if not self._prepare(made, index):
                 continue
-            if example.latent is not None:
+            if self._is_ready(example):
                 self._keep(made.latents, made, index, ready, "latent")
                 continue
             group = waiting.setdefault(ready.shape, {})
@@ -459,7 +507,10 @@ class _Work:
         name = "text" if self._settings.text == "features" else "tokens"
         for index, text in sorted(self._texts(made).items()):
             caption = np.frombuffer(made.captions[index].encode("utf-8", "surrogateescape"), np.uint8)
-            made.records.append((made.keys[index], {"latent": made.latents[index], "caption": caption, name: text}))
+            record = {"latent": made.latents[index], "caption": caption, name: text}
+            if self._condition:
+                record["control"] = made.controls[index]
+            made.records.append((made.keys[index], record))
         return made
 
     def _ahead(self, indices):
@@ -479,27 +530,34 @@ class _Work:
         example, channels = None, self._encoders.pixels.channels
         try:
             example = self._source[index]
-            if example.latent is not None:
+            if self._is_ready(example):
                 if len(example.latent) != channels:
                     have = len(example.latent)
                     raise sources.BadExample(f"its latent has {have} channels, the encoder's have {channels}")
                 return example, _half(example.latent.transpose(1, 2, 0))
+            if example.image is None:
+                raise sources.BadExample("it has a latent and no picture to make a condition of")
             picture = sources.load_picture(example.image)
             bucket = sources.nearest_bucket(*picture.shape[:2], self._settings.sizes)
             return example, sources.fit(picture, *bucket)
         except sources.BadExample as error:
             return example, error
 
+    def _is_ready(self, example):
+        """Whether its own latent is taken. Not with a condition: both are then made of one cut of its picture."""
+        return example.latent is not None and not self._condition
+
     def _skip(self, made, index, key, reason):
         made.skipped[index] = key, reason
         self._tally.count(key, reason)
 
     def _keep(self, kept, made, index, array, name):
-        """kept[index] = array, unless that is not finite."""
+        """kept[index] = array, unless that is not finite. Whether it was kept."""
         if np.isfinite(array).all():
             kept[index] = array
-        else:
-            self._skip(made, index, made.keys[index], f"its {name} is not finite in float16")
+            return True
+        self._skip(made, index, made.keys[index], f"its {name} is not finite in float16")
+        return False
 
     def _prepare(self, made, index):
         """Whether the text encoder takes the caption; if so, what it makes of it is in made.rows."""
@@ -518,12 +576,22 @@ class _Work:
         return True
 
     def _encode(self, made, group):
-        """Latents of waiting pictures of one size, filled up to a whole batch: one program serves all."""
-        pictures = list(group.values())
-        pictures += pictures[-1:] * (self._batch - len(pictures))
-        latents = np.asarray(self._encoders.pixels.encode(self._encoders.params["pixels"], np.stack(pictures)))
-        for index, latent in zip(group, latents):
-            self._keep(made.latents, made, index, _half(latent), "latent")
+        """Latents of waiting pictures of one size, and of their lines where a condition is asked for."""
+        pictures, controls = np.stack(list(group.values())), {}
+        if self._condition:
+            drawn = self._condition.pictures(pictures, [made.keys[index] for index in group], self._pool.map)
+            controls = dict(zip(group, self._latents(drawn), strict=True))
+        for index, latent in zip(group, self._latents(pictures), strict=True):
+            # The condition first: `latents` says which examples are whole.
+            if index in controls and not self._keep(made.controls, made, index, controls[index], "condition"):
+                continue
+            self._keep(made.latents, made, index, latent, "latent")
+
+    def _latents(self, pictures):
+        """uint8 [B, H, W, 3] -> float16 [B, h, w, c], filled up to a whole batch: one program serves all."""
+        count = len(pictures)
+        pictures = np.concatenate([pictures, np.repeat(pictures[-1:], self._batch - count, 0)])
+        return _half(np.asarray(self._encoders.pixels.encode(self._encoders.params["pixels"], pictures))[:count])
 
     def _texts(self, made):
         """{index: float16 [L, D] or int32 [L], without padding} of the examples that have latents."""

@@ -131,6 +131,8 @@ class EncodedData:
         self.identity = (
             f"{manifest['counts']['train']} examples of source {manifest['source']} encoded by {manifest['model']}"
         )
+        if c.control.depth:
+            self.identity += f", with {manifest['condition']}"
         self._text = self.pixels = self.pixels_params = None
         self.frozen = self._null()
         if c.data.model:
@@ -155,11 +157,14 @@ class EncodedData:
         return {"null_text": found["text"].astype(np.float32)[None], "null_mask": found["mask"].astype(np.float32)[None]}
 
     def batches(self, batch, start, stop, process, processes):
-        """As `Shapes.batches`. With token ids instead of features, "tokens" stands for "text"."""
+        """As `Shapes.batches`. With token ids instead of features, "tokens" stands for "text".
+
+        A condition that the folder holds goes along only where there is a ControlNet.
+        """
         d = self._c.data
         return batches.iterate(
             self._train, seed=d.seed, batch=batch, start=start, stop=stop, process_index=process,
-            process_count=processes, workers=d.workers, max_bad=d.max_bad, say=self._say,
+            process_count=processes, workers=d.workers, max_bad=d.max_bad, control=self._c.control.depth > 0, say=self._say,
         )  # fmt: skip
 
     def prepare(self, frozen, batch):
@@ -189,7 +194,7 @@ class EncodedData:
         cond, edges = {name: np.asarray(ready[name]) for name in ("text", "mask")}, None
         if self._c.control.depth:
             cond |= {"control": stacked["control"][:count], "control_scale": np.ones(count, np.float32)}
-            edges = self._decode(stacked["control"])[:count].max(-1)
+            edges = self._decode(stacked["control"][:count]).max(-1)
         return Heldout(captions, cond, images[:count], images, None, edges)
 
     def _decode(self, latents):
@@ -209,8 +214,21 @@ def _check_manifest(c, manifest):
             raise UserError(
                 f"{c.data.encoded} has {name} {manifest[name]}, the config {value}: use the config that it was encoded for"
             )
+    _check_condition(c, manifest["condition"])
     if manifest["text"] == "tokens" and not c.data.model:
         raise UserError(f"{c.data.encoded} holds token ids: name the folder with the text encoder in config.data.model")
+
+
+def _check_condition(c, held):
+    """Whether a folder that holds this condition can train the ControlNet of a config. Raises UserError."""
+    wanted = c.control.condition
+    if not c.control.depth or held == wanted:
+        return
+    use = "" if held == encoded.NO_CONDITION else f", or use --config.control.condition={held}"
+    raise UserError(
+        f"{c.data.encoded} was encoded with condition {held}, config.control.condition is {wanted}: encode into another "
+        f"folder with --condition={wanted}{use}"
+    )
 
 
 def embedded(c: config_lib.Config) -> tuple[Any, Any, str]:

@@ -33,6 +33,14 @@ def unflatten(flat):
     return tree
 
 
+def feed(digest, params):
+    """Names, dtypes, shapes and numbers of a tree, in an order of their own, into a `hashlib` digest."""
+    for name, leaf in sorted(flatten(params).items()):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8))
+
+
 def save(path, params, *, dtype="float32"):
     """Writes a tree to `path`; a reader never sees a partial file."""
     # Contiguous, because safetensors writes the memory of an array, whatever its strides say.

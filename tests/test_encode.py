@@ -32,7 +32,7 @@ def tiny():
 def settings(source, **changes):
     fields = dict(
         source=source.identity(), encoder="tiny", examples=len(source), text="features", caption_field="prompt",
-        sizes=SIZES, heldout=8, shard_records=10,
+        sizes=SIZES, heldout=8, shard_records=10, condition="none",
     )  # fmt: skip
     return encode.Settings(**fields | changes)
 
@@ -59,12 +59,12 @@ def whole(pictures, tmp_path_factory):
     return out
 
 
-def make(pictures, out, said=None, encoders=None, **options):
+def make(pictures, out, said=None, encoders=None, lines=None, **options):
     source = sources.open_source(pictures)
     changes = {k: options.pop(k) for k in list(options) if k in {f.name for f in dataclasses.fields(encode.Settings)}}
     say = (lambda message: None) if said is None else said.append
     options = dict(batch=4, max_bad=0.2, say=say) | options
-    encode.encode(source, encoders or tiny(), out, settings(source, **changes), **options)
+    encode.encode(source, encoders or tiny(), out, settings(source, **changes), condition=lines, **options)
 
 
 def contents(folder):
@@ -139,7 +139,7 @@ def test_the_heldout_are_chosen_by_name(pictures, whole, tmp_path):
     assert records(tmp_path / "other", "heldout").keys() == chosen
     make(pictures, tmp_path / "fewer", heldout=4)
     assert records(tmp_path / "fewer", "heldout").keys() < chosen
-    drawn = encode.Settings("", "", 10000, "features", "", (), 500, 1)
+    drawn = encode.Settings("", "", 10000, "features", "", (), 500, 1, "none")
     assert 430 < sum(drawn.split(f"{i}.png") == "heldout" for i in range(10000)) < 570
 
 

@@ -23,14 +23,15 @@ def pictures(folder, count, size=32):
     return folder
 
 
-def encoded_by(c, source, out, heldout=24):
+def encoded_by(c, source, out, heldout=24, condition=None):
     pixels, words, name = inputs.embedded(c)
     encoders = encode.Encoders(pixels, words, {"pixels": {}, "text": {}}, name, c.data.size)
     kept = encode.Settings(
         source=source.identity(), encoder=name, examples=len(source), text="features", caption_field="prompt",
         sizes=((c.data.size, c.data.size),), heldout=heldout, shard_records=64,
+        condition=condition.identity if condition else "none",
     )  # fmt: skip
-    encode.encode(source, encoders, out, kept)
+    encode.encode(source, encoders, out, kept, condition=condition)
     return out
 
 
@@ -155,7 +156,7 @@ def test_token_ids_become_the_features(tmp_path_factory, tmp_path):
     for kind in ("features", "tokens"):
         kept = encode.Settings(
             source=source.identity(), encoder=encoders.identity, examples=12, text=kind, caption_field="prompt",
-            sizes=((32, 32),), heldout=0, shard_records=64,
+            sizes=((32, 32),), heldout=0, shard_records=64, condition="none",
         )  # fmt: skip
         encode.encode(source, encoders, tmp_path / kind, kept, batch=4)
         data = inputs.open_inputs(published_card(path, tmp_path / kind, pipe.model), lambda line: None)

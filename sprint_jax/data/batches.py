@@ -70,7 +70,8 @@ class Make:
     """step -> (arrays, bad): one process's rows of the global batch, read now.
 
     arrays: {"latent" float32 [b, h, w, c], "mask" float32 [b, L], "text" float32 [b, L, D] or "tokens" int32
-    [b, L]}, with b = batch / process_count and L the manifest's text_length. bad: [(index, reason)] of records
+    [b, L]}, and "control" as latent where the data set holds a condition and `control` asks for it, with b = batch /
+    process_count and L the manifest's text_length. bad: [(index, reason)] of records
     that could not be read and were replaced. Pickles small: worker processes plan for themselves.
 
     Raises UserError (when made) where batch does not divide by process_count or no bucket fills a batch,
@@ -82,6 +83,7 @@ class Make:
     batch: int
     process_index: int = 0
     process_count: int = 1
+    control: bool = True
 
     def __post_init__(self):
         if self.batch < 1 or self.batch % self.process_count:
@@ -91,12 +93,15 @@ class Make:
         self.plan = Plan(self.encoded.bucket_of, seed=self.seed, batch=self.batch)
 
     def __reduce__(self):
-        return Make, (self.encoded, self.seed, self.batch, self.process_index, self.process_count)
+        return Make, (self.encoded, self.seed, self.batch, self.process_index, self.process_count, self.control)
 
     def __call__(self, step):
         indices, rows, bad = self.plan.at(step), self.batch // self.process_count, []
         mine = indices[self.process_index * rows : (self.process_index + 1) * rows]
-        return stack(self.encoded.manifest, [self._read(index, bad) for index in mine]), bad
+        arrays = stack(self.encoded.manifest, [self._read(index, bad) for index in mine])
+        if not self.control:
+            arrays.pop("control", None)
+        return arrays, bad
 
     def _read(self, index, bad):
         """The record, or the next of its bucket that can be read; appends to `bad`."""
@@ -114,7 +119,7 @@ class Make:
 
 
 def stack(manifest, records):
-    """Records of one bucket as `Encoded.read` gives them -> arrays as of `Make`, text padded with zeros."""
+    """Records of one bucket as `Encoded.read` gives them -> arrays as of `Make`, all of them, text padded with zeros."""
     count, name, length = len(records), KINDS[manifest["text"]], manifest["text_length"]
     if name == "text":
         text = np.zeros((count, length, manifest["text_dim"]), np.float32)
@@ -124,11 +129,13 @@ def stack(manifest, records):
     for row, record in enumerate(records):
         text[row, : len(record[name])] = record[name]
         mask[row, : len(record[name])] = 1
-    return {"latent": np.stack([record["latent"] for record in records]), name: text, "mask": mask}
+    latents = [key for key in ("latent", "control") if key in records[0]]
+    return {key: np.stack([record[key] for record in records]) for key in latents} | {name: text, "mask": mask}
 
 
 def iterate(
-    encoded, *, seed, batch, start, stop, process_index=0, process_count=1, workers=0, max_bad=0.01, say=None
+    encoded, *, seed, batch, start, stop, process_index=0, process_count=1, workers=0, max_bad=0.01, control=True,
+    say=None,
 ):  # fmt: skip
     """Batches of the steps start to stop - 1, read ahead. Use as a context, and as an iterator within.
 
@@ -139,13 +146,14 @@ def iterate(
         that calls this needs an `if __name__ == "__main__"` guard, and takes some seconds to begin.
       max_bad: share of the records read that may be unreadable. Each is replaced by the next of its size,
         and said once; three are always forgiven.
+      control: False leaves a condition out that the data set holds.
       say: called with a line about each unreadable record and about sizes that never fill a batch; default:
         a warning.
     Yields dicts of NumPy arrays as `Make` does.
     Raises UserError as `Make` does, now or in `next`, and past max_bad.
     """
     say = say or (lambda message: warnings.warn(message, stacklevel=3))
-    make = Make(encoded, seed, batch, process_index, process_count)
+    make = Make(encoded, seed, batch, process_index, process_count, control)
     few = np.bincount(encoded.bucket_of, minlength=len(encoded.buckets))
     unused = [f"{h}x{w} ({n})" for (h, w), n in zip(encoded.buckets, few, strict=True) if n < batch]
     if unused:

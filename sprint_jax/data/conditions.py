@@ -27,6 +27,7 @@ _SECTOR = np.float32(np.tan(np.pi / 8))  # within 22.5 degrees of an axis a grad
 
 # `scribble`, published: made for pictures of about 512 pixels.
 PUBLISHED_SIGMA = 3.0  # pixels
+PUBLISHED_THICKNESS = (0, 24)  # pixels: least and most, drawn for each example
 RIDGE = 127  # of 255: a crest, after smoothing, that is drawn
 _SMEARED = 4  # of 255: what a blurred crest is cut at, which makes it a band of 13 pixels at sigma 3
 _ERODED = 4  # pixels of the square that thickness 0 erodes with
@@ -139,6 +140,13 @@ def levels(soft_edges):
 def as_picture(edges):
     """uint8 [..., H, W] -> uint8 [..., H, W, 3], the three channels equal: what an autoencoder encodes as the control input."""
     return np.repeat(np.asarray(edges)[..., None], 3, -1)
+
+
+def resized(lines, height, width):
+    """Lines that were drawn at another size, uint8 [h, w] -> uint8 [height, width]. Bicubic, antialiased, as published."""
+    if lines.shape == (height, width):
+        return lines
+    return np.asarray(Image.fromarray(lines).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def detector_size(height, width, resolution):

@@ -6,6 +6,7 @@ A record is a safetensors blob of
     latent   float16 [h, w, c] at unit scale
     caption  uint8, its UTF-8 bytes
     text     float16 [L, D], features at their true length, or tokens int32 [L]
+    control  float16 [h, w, c], the picture of its lines encoded alike, where the manifest names a "condition"
 
 null.safetensors holds the null prompt, as the text encoder makes it at its full length: text float32 [L, D],
 padding included (the published trainer reads it under the mask of another prompt), and its mask float32 [L].
@@ -25,6 +26,7 @@ import safetensors
 import safetensors.numpy
 
 from sprint_jax import files
+from sprint_jax.data import conditions
 from sprint_jax.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -33,6 +35,7 @@ FORMAT = 1
 SPLITS = ("train", "heldout")
 KINDS = {"features": "text", "tokens": "tokens"}  # what the manifest calls the text: its name in a record
 SUFFIX = ".array_record"
+NO_CONDITION = "none"  # in the place of a kind of `conditions`; what a manifest that says nothing means
 
 _SKIPPED_LISTED = 1000
 # Latents do not compress; reading them uncompressed is more than twice as fast.
@@ -89,7 +92,8 @@ def write_shard(path, records):
 def write_manifest(path, described, shards, skipped=(), skipped_count=None):
     """Writes a manifest, whole or not at all.
 
-    path: the file. described: {"model", "source", "text", "text_dim", "text_length", "channels", "factor"}.
+    path: the file. described: {"model", "source", "text", "text_dim", "text_length", "channels", "factor"}, and
+      "condition", a kind of `conditions`, where records hold one.
     shards: entries from `write_shard`. skipped: [{"key", "reason"}]; skipped_count: how many there were if
     not all are listed.
     """
@@ -102,7 +106,10 @@ def write_manifest(path, described, shards, skipped=(), skipped_count=None):
 
 
 def read_manifest(folder):
-    """The manifest of a folder, with every shard in its place. Raises UserError for anything else."""
+    """The manifest of a folder, with every shard in its place. Raises UserError for anything else.
+
+    As `write_manifest` wrote it, and "condition" is there in any case: "none" without one.
+    """
     folder = pathlib.Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
@@ -115,6 +122,7 @@ def read_manifest(folder):
             raise UserError(
                 f"{path} has format {manifest['format']!r}, this version reads {FORMAT}: encode again with this version"
             )
+        manifest.setdefault("condition", NO_CONDITION)
         _check(manifest)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error!r}): run its sprint_jax.encode command again") from None
@@ -143,6 +151,8 @@ def _check(manifest):
                 raise ValueError(f"{name} is {tree[name]!r}, not of type {kind.__name__}")
     if manifest["text"] not in KINDS:
         raise ValueError(f"text is {manifest['text']!r}, not one of {', '.join(KINDS)}")
+    if manifest["condition"] not in (NO_CONDITION, *conditions.KINDS):
+        raise ValueError(f"condition is {manifest['condition']!r}, not one of {', '.join(conditions.KINDS)}")
     for shard in manifest["shards"]:
         if sum(shard["buckets"].values()) != shard["records"]:
             raise ValueError(f"{shard['file']} has {shard['records']} records and buckets {shard['buckets']}")
@@ -161,7 +171,7 @@ class Encoded:
 
     Pickles as its path and split: worker processes open their own files.
 
-    manifest: as written. buckets: the latent sizes [(h, w)], sorted. bucket_of: int16 [N], the position in
+    manifest: of `read_manifest`. buckets: the latent sizes [(h, w)], sorted. bucket_of: int16 [N], the position in
     `buckets` of each example.
     """
 
@@ -179,6 +189,8 @@ class Encoded:
         self._files = [shard["file"] for shard in shards]
         self._starts = np.cumsum([0] + [shard["records"] for shard in shards])
         self._kind = KINDS[self.manifest["text"]]
+        steered = self.manifest["condition"] != NO_CONDITION
+        self._latents = ("latent", "control") if steered else ("latent",)
         self._readers, self._lock = collections.OrderedDict(), threading.Lock()
 
     def __reduce__(self):
@@ -190,7 +202,8 @@ class Encoded:
     def read(self, index):
         """Example `index` as NumPy arrays.
 
-        {"latent" float32 [h, w, c], "caption" uint8 [n], and "text" float16 [L, D] or "tokens" int32 [L]}.
+        {"latent" float32 [h, w, c], "caption" uint8 [n], and "text" float16 [L, D] or "tokens" int32 [L]},
+        and "control" as latent where the manifest names a condition.
         Raises BadRecord for one that is damaged, is not finite or is not what the manifest says.
         """
         shard = int(np.searchsorted(self._starts, index, "right")) - 1
@@ -200,8 +213,7 @@ class Encoded:
         except (RuntimeError, ValueError, OSError, KeyError, safetensors.SafetensorError) as error:
             raise BadRecord(f"cannot be read ({error})") from None
         self._check_record(record, (*self.buckets[self.bucket_of[index]], self.manifest["channels"]))
-        record["latent"] = record["latent"].astype(np.float32)
-        return record
+        return record | {name: record[name].astype(np.float32) for name in self._latents}
 
     def where(self, index):
         """Names an example for people: its shard and its place in it."""
@@ -209,16 +221,19 @@ class Encoded:
         return f"record {index - self._starts[shard]} of {self.path / self._files[shard]}"
 
     def _check_record(self, record, shape):
-        if record.keys() != {"latent", "caption", self._kind}:
-            raise BadRecord(f"holds {sorted(record)}, not latent, caption and {self._kind}")
-        latent, text = record["latent"], record[self._kind]
-        if latent.dtype != np.float16 or latent.shape != shape:
-            raise BadRecord(f"has a latent {latent.dtype} {latent.shape}, not float16 {shape}")
+        if record.keys() != {*self._latents, "caption", self._kind}:
+            raise BadRecord(f"holds {sorted(record)}, not {', '.join(self._latents)}, caption and {self._kind}")
+        for name in self._latents:
+            latent = record[name]
+            if latent.dtype != np.float16 or latent.shape != shape:
+                raise BadRecord(f"has a {name} {latent.dtype} {latent.shape}, not float16 {shape}")
+        text = record[self._kind]
         width, dtype = ((self.manifest["text_dim"],), np.float16) if self._kind == "text" else ((), np.int32)
         if text.dtype != dtype or text.shape[1:] != width or len(text) > self.manifest["text_length"]:
             at_most = (self.manifest["text_length"], *width)
             raise BadRecord(f"has {self._kind} {text.dtype} {text.shape}, not {np.dtype(dtype)} of at most {at_most}")
-        if not finite(latent) or not (self._kind == "tokens" or finite(text)):
+        numbers = [record[name] for name in self._latents] + ([text] if self._kind == "text" else [])
+        if not all(map(finite, numbers)):
             raise BadRecord("is not finite")
 
     def _reader(self, shard):
