@@ -213,8 +213,8 @@ def _refusal(refusal):
 
 # What of the page's framework is let through, to read only: its own scripts and styles. It brings much more (uploads,
 # files, proxies, queues, editors), none of which this page uses.
-_PAGE = ("/", "/theme.css", "/config", "/favicon.ico", "/gradio_api/theme.css", "/gradio_api/startup-events")
-_PAGE_FOLDERS = ("/assets/", "/static/", "/gradio_api/heartbeat/")
+_PAGE = ("/", "/theme.css", "/favicon.ico")
+_PAGE_FOLDERS = ("/assets/", "/static/")
 _API = {"/generate": ("POST",), "/schema": ("GET",), "/health": ("GET",), "/openapi.json": ("GET",)}
 
 

@@ -11,7 +11,7 @@ import pathlib
 from sprint_jax.serving import requests, uploads
 
 _HERE = pathlib.Path(__file__).parent
-_EXAMPLES = 6
+_EXAMPLES = 5
 
 
 def mount(app, limits: requests.Limits, name: str, examples: list[str]):
@@ -52,11 +52,11 @@ def _blocks(gradio, limits, name, examples):
                 prompt = gradio.Textbox(
                     value=examples[0], label="Prompt", lines=2, max_lines=6, max_length=None, elem_id="sprint-prompt", placeholder="What to draw"
                 )
-                gradio.HTML(_chips(examples), js_on_load="sprint.examples(element)")
+                gradio.HTML(_chips(examples), elem_id="sprint-examples", js_on_load="sprint.examples(element)")
                 controls = [prompt, *_tabs(gradio, limits)]
                 controls += _settings(gradio, limits)
             with gradio.Column(scale=6, min_width=340):
-                gradio.HTML('<div id="sprint-view"></div>', js_on_load="sprint.view(element)")
+                gradio.HTML("", elem_id="sprint-view", js_on_load="sprint.view(element)")
         gradio.on(
             [blocks.load, *(control.change for control in controls)], fn=None, inputs=controls,
             js="(...values) => { sprint.settings(...values); }", show_progress="hidden",
@@ -66,27 +66,27 @@ def _blocks(gradio, limits, name, examples):
 
 
 def _chips(examples):
-    return '<div id="sprint-examples">' + "".join(f"<button>{_escaped(text)}</button>" for text in examples) + "</div>"
+    return '<div class="sprint-chips">' + "".join(f"<button>{_escaped(text)}</button>" for text in examples) + "</div>"
 
 
 def _tabs(gradio, limits):
     """Three ways to ask. Returns the sliders of strength for the picture and the drawing."""
-    strength = lambda elem_id, visible: gradio.Slider(
-        0.05, 1, value=requests.STRENGTH, step=0.05, label="Strength", info="How much of it may change", visible=visible, elem_id=elem_id
+    strength = lambda elem_id: gradio.Slider(
+        0.05, 1, value=requests.STRENGTH, step=0.05, label="Strength: how much of it may change", elem_id=elem_id
     )
     with gradio.Tabs(elem_id="sprint-tabs"):
         with gradio.Tab("Text", render_children=True) as text:
             _draw_button(gradio, "sprint-draw-text")
         with gradio.Tab("Picture", render_children=True, visible=limits.starts) as picture:
-            gradio.HTML('<div id="sprint-drop"></div>', js_on_load="sprint.dropZone(element)")
-            picture_strength = strength("sprint-strength", True)
+            gradio.HTML("", elem_id="sprint-drop", js_on_load="sprint.dropZone(element)")
+            picture_strength = strength("sprint-strength")
             _draw_button(gradio, "sprint-draw-picture")
         with gradio.Tab("Sketch", render_children=True, visible=limits.starts or limits.control) as sketch:
-            gradio.HTML('<div id="sprint-sketch"></div>', js_on_load="sprint.sketch(element)")
+            gradio.HTML("", elem_id="sprint-sketch", js_on_load="sprint.sketch(element)")
             # With a ControlNet the lines guide the drawing; without one it starts from them.
             sketch_strength = gradio.Slider(
-                0, 2, value=1, step=0.05, label="Control", info="How closely the lines are followed", elem_id="sprint-sketch-strength"
-            ) if limits.control else strength("sprint-sketch-strength", True)  # fmt: skip
+                0, 2, value=1, step=0.05, label="Control: how closely the lines are followed", elem_id="sprint-sketch-strength"
+            ) if limits.control else strength("sprint-sketch-strength")  # fmt: skip
     for tab, mode in ((text, "text"), (picture, "picture"), (sketch, "sketch")):
         tab.select(fn=None, js=f"() => {{ sprint.mode('{mode}'); }}")
     return picture_strength, sketch_strength
@@ -102,7 +102,7 @@ def _settings(gradio, limits):
     sizes = [f"{height} × {width}" for height, width in limits.sizes]
     with gradio.Group():
         with gradio.Row():
-            steps = gradio.Radio(list(limits.steps), value=limits.usual_steps, label="Steps", elem_id="sprint-steps", min_width=180)
+            steps = gradio.Radio(list(limits.steps), value=limits.usual_steps, label="Steps", elem_id="sprint-steps", min_width=240)
             guidance = gradio.Slider(0, 10, value=limits.guidance_scale, step=0.1, label="Guidance", elem_id="sprint-guidance", min_width=180)
         with gradio.Row():
             seed = gradio.Number(value=0, precision=0, label="Seed", elem_id="sprint-seed", min_width=110)
