@@ -47,8 +47,8 @@ _READY_TOKENS = flags.DEFINE_integer(
 )
 
 _SHAPES = (
-    "a red circle left of a blue square", "a green triangle on a yellow background", "three orange circles",
-    "a purple square above a white circle", "two cyan triangles", "a blue circle below a yellow triangle",
+    "a red circle left of a blue square", "a green triangle on a yellow background", "three purple circles",
+    "a white square above a red triangle", "two blue triangles",
 )  # fmt: skip
 _PICTURES = (
     "a lighthouse at dusk, oil on canvas", "a fox in the snow, early morning light", "a bowl of ripe figs, still life",

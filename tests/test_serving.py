@@ -655,6 +655,11 @@ def test_a_path_is_left_out_of_what_strangers_are_told(pipe, finished, monkeypat
         door.artist(pipe, finished)(requests.parse(body(), LIMITS))
 
 
+def test_examples_are_in_words_that_the_model_knows(pipe):
+    pipe.text.prepare(door._examples(pipe))
+    assert len(door._prompts(pipe, None)) == 1
+
+
 def test_limits_of_sizes(pipe):
     assert door.limits_of(pipe, [(32, 32), (32, 64)], max_steps=2).sizes == ((32, 32), (32, 64))
     with pytest.raises(UserError, match="multiple of 8"):

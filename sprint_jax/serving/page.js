@@ -8,7 +8,7 @@ window.sprint = (() => {
   const wanted = { prompt: "", steps: 2, seed: 0, height: offer.height, width: offer.width };
   const strengths = { picture: offer.strength, sketch: offer.control ? 1 : offer.strength };
   const parts = {};  // elements, by what they are
-  let mode = "text", ready = false, asked = 0, flight = null, upload = null, canvas = null;
+  let mode = "text", asked = 0, strokes = 0, flight = null, upload = null, canvas = null;
 
   const element = (tag, attributes = {}, ...children) => {
     const made = document.createElement(tag);
@@ -40,7 +40,7 @@ window.sprint = (() => {
     const begin = performance.now();
     busy(true);
     try {
-      const request = body();
+      const request = body(), stroke = mode === "sketch" ? strokes : 0;
       const response = await fetch("generate", {
         method: "POST", signal: flight.signal, body: JSON.stringify(request),
         headers: { "Content-Type": "application/json", "X-Session": session },
@@ -52,7 +52,8 @@ window.sprint = (() => {
       await image.decode();
       if (number !== asked) return URL.revokeObjectURL(url);
       say("");
-      show(keep({ url, request, small: image.naturalWidth < 256, stages: stages(response.headers.get("Server-Timing")), begin }));
+      const timing = response.headers.get("Server-Timing");
+      show(keep({ url, request, stroke, small: image.naturalWidth < 256, stages: stages(timing), begin }));
     } catch (error) {
       if (number !== asked) return;
       say(error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message);
@@ -66,9 +67,11 @@ window.sprint = (() => {
 
   const pictures = [];  // newest first
 
+  // Of the pictures made during one stroke the gallery has the last.
   function keep(picture) {
-    pictures.unshift(picture);
-    for (const old of pictures.splice(GALLERY)) URL.revokeObjectURL(old.url);
+    const same = picture.stroke && pictures[0]?.stroke === picture.stroke;
+    const gone = same ? pictures.splice(0, 1, picture) : (pictures.unshift(picture), pictures.splice(GALLERY));
+    for (const old of gone) URL.revokeObjectURL(old.url);
     return picture;
   }
 
@@ -111,7 +114,6 @@ window.sprint = (() => {
       const health = await (await fetch("health")).json();
       const line = document.getElementById("sprint-ready");
       if (health.ready) {
-        ready = true;
         line.textContent = "Ready";
         return;
       }
@@ -187,6 +189,7 @@ window.sprint = (() => {
       paper.setPointerCapture(event.pointerId);
       past.push(pen.getImageData(0, 0, paper.width, paper.height));
       past.splice(0, past.length - 20);
+      strokes++;
       point = place(event);
       line(point);
     });
