@@ -68,8 +68,11 @@ def screenshot(browser, page, path):
         page.locator("#sprint-examples button").nth(number).click()
         browser.wait_for_picture(page, before)
     page.fill("#sprint-prompt textarea", "a red circle left of a blue square")
+    page.locator("#sprint-steps label", has_text="4").click()
     browser.tab(page, "Sketch")
-    turn = [(0.28 + 0.12 * np.cos(a), 0.5 + 0.12 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 13)]
+    page.wait_for_selector("#sprint-canvas")
+    page.click("#sprint-fill")  # with black: the embedded model's pictures are on black unless told
+    turn = [(0.28 + 0.12 * np.cos(a), 0.5 + 0.12 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 25)] + [(0.28, 0.5)]
     # colour, width, then strokes
     for colour, width, strokes in (
         (1, "Brush", [turn]),

@@ -53,6 +53,8 @@ ALLOWED = {
     "export": {"errors", "cli", "files", "weights", "data", "drawing", "exported", "parts", "pipeline", "revision"},
     "plan": {"errors", "cli", "files", "config", "config_flag", "planning", "build", "inputs", "run", "training"},
     "sample": {"errors", "cli", "compile_cache", "files", "drawing", "exported", "model_flags", "pictures", "pipeline", "resolutions"},
+    "serving": {"errors"},
+    "app": {"errors", "cli", "compile_cache", "drawing", "exported", "pipeline", "serving"},
     "gallery": {"errors", "files", "pictures", "revision", "workdir", "evaluation", "pipeline"},
     "evaluate": {"errors", "cli", "compile_cache", "model_flags", "revision", "workdir", "data", "evaluation", "pipeline", "gallery"},
     "convert": {"errors", "cli", "conversion", "pipeline"},

@@ -152,7 +152,7 @@ window.sprint = (() => {
 
   // ---- a drawing to start from -----------------------------------------------------------------------------------
 
-  const COLOURS = ["#1f2937", "#e03131", "#2f9e44", "#1971c2", "#f2c500", "#9c36b5", "#f08c00", "#ffffff"];
+  const COLOURS = ["#111111", "#e03131", "#2f9e44", "#1971c2", "#f2c500", "#9c36b5", "#f08c00", "#ffffff"];
 
   function sketch(root) {
     const ground = offer.control ? "#000000" : "#ffffff";
@@ -161,8 +161,13 @@ window.sprint = (() => {
     const pen = paper.getContext("2d", { willReadFrequently: true });
     const past = [];
     let colour = offer.control ? "#ffffff" : COLOURS[0], width = 0.06, point = null, timer = null, since = 0;
-    const clear = () => { pen.fillStyle = ground; pen.fillRect(0, 0, paper.width, paper.height); };
-    clear();
+    const fill = (value) => { pen.fillStyle = value; pen.fillRect(0, 0, paper.width, paper.height); };
+    const remember = () => {
+      strokes++;
+      past.push(pen.getImageData(0, 0, paper.width, paper.height));
+      past.splice(0, past.length - 20);
+    };
+    fill(ground);
 
     const send = () => { clearTimeout(timer); since = 0; draw(); };
     function changed() {
@@ -187,9 +192,7 @@ window.sprint = (() => {
     }
     paper.addEventListener("pointerdown", (event) => {
       paper.setPointerCapture(event.pointerId);
-      past.push(pen.getImageData(0, 0, paper.width, paper.height));
-      past.splice(0, past.length - 20);
-      strokes++;
+      remember();
       point = place(event);
       line(point);
     });
@@ -208,9 +211,13 @@ window.sprint = (() => {
       class: "sprint-tool", onclick: (event) => { width = value; choose(widths, event.target); } }, name));
     choose(colours, colours[0]);
     choose(widths, widths[1]);
-    const undo = element("button", { class: "sprint-tool", onclick: () => { if (past.length) { pen.putImageData(past.pop(), 0, 0); send(); } } }, "Undo");
-    const wipe = element("button", { class: "sprint-tool", id: "sprint-clear", onclick: () => { past.length = 0; clear(); } }, "Clear");
-    root.replaceChildren(element("div", { class: "sprint-tools" }, ...colours, ...widths, undo, wipe), paper);
+    const tool = (name, onclick) => element("button", { class: "sprint-tool", id: `sprint-${name.toLowerCase()}`, onclick }, name);
+    const tools = [
+      tool("Fill", () => { remember(); fill(colour); send(); }),
+      tool("Undo", () => { if (past.length) { strokes++; pen.putImageData(past.pop(), 0, 0); send(); } }),
+      tool("Clear", () => { past.length = 0; fill(ground); }),
+    ];
+    root.replaceChildren(element("div", { class: "sprint-tools" }, ...colours, ...widths, ...tools), paper);
     canvas = { picture: () => paper.toDataURL("image/png"), changed, drawn: () => past.length > 0 };
   }
 

@@ -50,7 +50,7 @@ def _blocks(gradio, limits, name, examples):
         with gradio.Row(equal_height=False):
             with gradio.Column(scale=5, min_width=340):
                 prompt = gradio.Textbox(
-                    value=examples[0], label="Prompt", lines=2, max_lines=6, max_length=None, elem_id="sprint-prompt", placeholder="What to draw"
+                    value=examples[0], label="Prompt", lines=1, max_lines=6, max_length=None, elem_id="sprint-prompt", placeholder="What to draw"
                 )
                 gradio.HTML(_chips(examples), elem_id="sprint-examples", js_on_load="sprint.examples(element)")
                 controls = [prompt, *_tabs(gradio, limits)]
