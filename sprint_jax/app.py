@@ -33,7 +33,9 @@ _TILE = flags.DEFINE_bool("tile", False, "Decode in overlapping tiles of 1024 px
 _INSTRUCTION = flags.DEFINE_string(
     "instruction_file", None, "Text before each prompt of a published model; '' for none; default: see README.", allow_override=True
 )
-_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets other machines in: then set a password.")
+_HOST = flags.DEFINE_string(
+    "host", "127.0.0.1", "Address to listen at; 0.0.0.0 lets other machines in: then set a password.", allow_override=True
+)
 _PORT = flags.DEFINE_integer("port", 7860, "Port to listen at; 0 takes a free one.")
 _PASSWORD = flags.DEFINE_string(
     "password", None, "Asked of everybody, with any user name; the variable SPRINT_JAX_PASSWORD keeps it out of lists of processes."
@@ -41,10 +43,14 @@ _PASSWORD = flags.DEFINE_string(
 _QUEUE = flags.DEFINE_integer("queue", 64, "Most requests that wait; further ones are refused at once.")
 _MAX_STEPS = flags.DEFINE_integer("max_steps", 4, "Most network calls per picture.")
 _MAX_PROMPT = flags.DEFINE_integer("max_prompt", 2000, "Most characters of a prompt.")
-_SIZES = flags.DEFINE_list("sizes", None, "HEIGHTxWIDTH on offer, each compiled before the start; default: the model's own.")
+_SIZES = flags.DEFINE_list(
+    "sizes", None, "HEIGHTxWIDTH on offer, each compiled before the start; default: the model's own.", allow_override=True
+)
 _READY_TOKENS = flags.DEFINE_integer(
     "ready_tokens", None, "Compile for prompts of at most so many tokens before the start, longer ones when they come; default: all."
 )
+
+_HEAD_SECONDS = 10.0
 
 _SHAPES = (
     "a red circle left of a blue square", "a green triangle on a yellow background", "three purple circles",
@@ -60,9 +66,10 @@ def main(argv):
     with cli.user_errors():
         cli.no_arguments(argv)
         _check_flags()
+        sizes = _sizes()
         listener = _listener(_HOST.value, _PORT.value)  # before the model, whose loading may take minutes
         pipe = _load(pathlib.Path(_MODEL.value))
-        limits = limits_of(pipe, _sizes(), _MAX_STEPS.value, _MAX_PROMPT.value)
+        limits = limits_of(pipe, sizes, _MAX_STEPS.value, _MAX_PROMPT.value)
         _serve(pipe, limits, listener)
 
 
@@ -224,6 +231,22 @@ def _load(path):
     return pipeline.load(path, dtype=dtype, attention=_ATTENTION.value, instruction=_INSTRUCTION.value, tile=_TILE.value, say=say)
 
 
+def server_config(application):
+    """uvicorn's configuration. A connection that brings no request within `_HEAD_SECONDS` is closed, which uvicorn leaves to proxies."""
+    import uvicorn
+    from uvicorn.protocols.http import h11_impl
+
+    class Impatient(h11_impl.H11Protocol):
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self.loop.call_later(_HEAD_SECONDS, lambda: self.cycle is None and transport.close())
+
+    return uvicorn.Config(
+        application, http=Impatient, ws="none", log_level="warning", access_log=False, server_header=False, limit_concurrency=1000,
+        timeout_graceful_shutdown=2,
+    )  # fmt: skip
+
+
 def _serve(pipe, limits, listener):
     """Until a signal ends it. The page answers while the model is still being compiled."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before Gradio is imported: it would report to its makers
@@ -253,12 +276,7 @@ def _serve(pipe, limits, listener):
 
     queue = queue_lib.Queue(draw, _QUEUE.value, prepare, on_failure)
     application = page.mount(api.make(queue, limits, password), limits, pathlib.Path(_MODEL.value).name, _examples(pipe))
-    server = uvicorn.Server(
-        uvicorn.Config(
-            application, log_level="warning", access_log=False, server_header=False, ws="none", limit_concurrency=1000,
-            timeout_graceful_shutdown=3,
-        )
-    )  # fmt: skip
+    server = uvicorn.Server(server_config(application))
     if not password and host not in ("127.0.0.1", "::1"):
         print(f"warning: {address} is open to other machines without a password: set --password", file=sys.stderr)
     print(f"{address} (compiling; the page says when it is ready)", flush=True)

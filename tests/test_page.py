@@ -9,6 +9,7 @@ import io
 import os
 import pathlib
 import socket
+import threading
 import time
 
 import browser
@@ -16,6 +17,8 @@ import httpx
 import numpy as np
 import pytest
 from PIL import Image
+
+from test_serving import gate, paint, served, wait_until  # noqa: F401 (gate is a fixture)
 
 pytestmark = [
     pytest.mark.slow,
@@ -248,3 +251,45 @@ def test_two_tabs_at_once(chromium, address, keep):
     keep(tabs[1], "two_tabs")
     for page in tabs:
         page.context.close()
+
+
+def test_the_page_says_how_far_compiling_is(chromium):
+    """With stand-ins for model and compiler. Who asks too early is told so; ready means ready."""
+    compiled = threading.Event()
+
+    def prepare(say):
+        say(3, 8)
+        compiled.wait(60)
+        say(8, 8)
+
+    with served(with_page=True, prepare=prepare) as (address, _):
+        page = chromium.new_page()
+        page.goto(address)
+        page.wait_for_function("document.getElementById('sprint-ready')?.textContent.includes('3 of 8')")
+        assert page.locator("#sprint-ready progress").get_attribute("value") == "3"
+        page.click("#sprint-draw-text")
+        page.wait_for_function("document.getElementById('sprint-message').textContent.includes('being compiled')")
+        compiled.set()
+        page.wait_for_selector("#sprint-ready:text('Ready')")
+        page.click("#sprint-draw-text")
+        browser.wait_for_picture(page, 0)
+        page.close()
+
+
+def test_a_closed_tab_gives_up_its_place_and_a_password_is_asked_for(chromium, gate):  # noqa: F811
+    with served(lambda request: paint(gate(request)), password="secret", with_page=True) as (address, queue):
+        stranger = chromium.new_page()
+        with pytest.raises(Exception, match="ERR_INVALID_AUTH_CREDENTIALS|401"):
+            assert stranger.goto(address).status != 401, "401"
+        stranger.close()
+        tabs = [browser.opened(chromium, address, http_credentials={"username": "me", "password": "secret"}) for _ in range(2)]
+        tabs[0].click("#sprint-draw-text")
+        wait_until(lambda: gate.seen)
+        tabs[1].click("#sprint-draw-text")
+        wait_until(lambda: queue.length == 1)
+        tabs[1].context.close()
+        wait_until(lambda: queue.length == 0)
+        gate.open.set()
+        browser.wait_for_picture(tabs[0], 0)
+        tabs[0].context.close()
+        assert len(gate.seen) == 1

@@ -354,16 +354,16 @@ def test_orientation_alpha_depth_and_animation():
 
 
 @contextlib.contextmanager
-def served(work=paint, capacity=8, password=None, with_page=False, limits=LIMITS):
-    """A server of its own on loopback. Yields (address, its queue)."""
+def served(work=paint, capacity=8, password=None, with_page=False, limits=LIMITS, prepare=None):
+    """A server of its own on loopback, ready unless `prepare` is given. Yields (address, its queue)."""
     import uvicorn
 
-    queue = line(work, capacity)
+    queue = queue_lib.Queue(work, capacity, prepare) if prepare else line(work, capacity)
     application = api.make(queue, limits, password)
     if with_page:
         page.mount(application, limits, "model", ["a red circle"])
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(application, log_level="warning", ws="none", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(door.server_config(application))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
@@ -508,6 +508,17 @@ def test_a_slow_client_keeps_nobody_out(monkeypatch):
         wait_until(lambda: ask(address).status_code == 200)
         for raw in slow:
             raw.close()
+
+
+def test_a_connection_without_a_request_is_closed(monkeypatch):
+    monkeypatch.setattr(door, "_HEAD_SECONDS", 0.3)
+    with served() as (address, _):
+        host, port = address.removeprefix("http://").split(":")
+        silent, slow = (socket.create_connection((host, int(port)), 10) for _ in range(2))
+        slow.sendall(b"POST /generate HTTP/1.1\r\nHost:")
+        for raw in (silent, slow):
+            assert raw.recv(100) == b""
+        drawn(ask(address))
 
 
 def test_strokes_of_one_session_replace_each_other(gate):
