@@ -235,6 +235,8 @@ class Guard:
         app = _refusal(refusal) if refusal else self._app
         if refusal and refusal.status == 401:
             app.headers["www-authenticate"] = 'Basic realm="sprint_jax"'
+        if refusal and refusal.status == 405:
+            app.headers["allow"] = ", ".join(_methods(scope["path"]))
         await app(scope, receive, _watched(send))
 
     def _refusal(self, method, path, headers):
@@ -244,13 +246,17 @@ class Guard:
         origin = headers.get("origin")
         if origin and method != "GET" and origin.partition("://")[2] != headers.get("host"):
             return Refused(403, "another site's page asks: use this server's own page, or a program")
-        if path in _API:
-            allowed = _API[path]
-        elif path in _PAGE or path.startswith(_PAGE_FOLDERS):
-            allowed = ("GET", "HEAD")
-        else:
+        allowed = _methods(path)
+        if not allowed:
             return Refused(404, "there is nothing here: the API has POST /generate, GET /schema, GET /openapi.json and GET /health")
         return None if method in allowed else Refused(405, f"{path} takes {' or '.join(allowed)} only")
+
+
+def _methods(path):
+    """Methods that are let through to a path; none where nothing is."""
+    if path in _PAGE or path.startswith(_PAGE_FOLDERS):
+        return ("GET", "HEAD")
+    return _API.get(path, ())
 
 
 def _knows(password, authorization):

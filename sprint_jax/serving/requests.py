@@ -72,6 +72,7 @@ def schema(limits: Limits) -> dict:
     """JSON Schema (2020-12) of the body of POST /generate."""
     heights, widths = ([size[axis] for size in limits.sizes] for axis in (0, 1))
     number = lambda low, high, default: {"type": ["number", "null"], "minimum": low, "maximum": high, "default": default}
+    absent = {"type": "null", "description": "This model takes none."}
     picture = lambda what: {
         "type": ["string", "null"],
         "contentEncoding": "base64",
@@ -88,7 +89,8 @@ def schema(limits: Limits) -> dict:
         "properties": {
             "prompt": {
                 "type": "string", "minLength": 1, "maxLength": limits.prompt,
-                "description": "What to draw. No control characters but tab and line feed.",
+                "allOf": [{"pattern": r"\S"}, {"pattern": r"^[^\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f]*$"}],
+                "description": "What to draw. No control characters but tab and line breaks.",
             },
             "steps": one_of(limits.steps, limits.usual_steps) | {"description": "Network calls."},
             "seed": {
@@ -99,12 +101,12 @@ def schema(limits: Limits) -> dict:
             "height": one_of(heights, heights[0]) | {"description": "Pixels, together with width one of the sizes on offer."},
             "width": one_of(widths, widths[0]),
             "schedule": one_of(SCHEDULES, limits.schedule) | {"description": "Times of the steps; paper: 1, 2 or 4 steps."},
-            "image": picture("to start from" + ("" if limits.starts else "; this model takes none")),
+            "image": picture("to start from") if limits.starts else absent,
             "strength": {
                 "type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1, "default": STRENGTH,
                 "description": "How much of image may change; not looked at without one.",
             },
-            "control": picture("white lines on black that the drawing follows" + ("" if limits.control else "; this model takes none")),
+            "control": picture("white lines on black that the drawing follows") if limits.control else absent,
             "control_scale": number(0, _MOST_CONTROL, 1.0) | {"description": "How much control counts; not looked at without one."},
         },
     }  # fmt: skip
