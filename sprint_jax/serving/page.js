@@ -152,7 +152,7 @@ window.sprint = (() => {
 
   // ---- a drawing to start from -----------------------------------------------------------------------------------
 
-  const COLOURS = ["#111111", "#e03131", "#2f9e44", "#1971c2", "#f2c500", "#9c36b5", "#f08c00", "#ffffff"];
+  const COLOURS = ["#111111", "#e03131", "#2f9e44", "#1971c2", "#f2c500", "#9c36b5", "#ffffff"];
 
   function sketch(root) {
     const ground = offer.control ? "#000000" : "#ffffff";
