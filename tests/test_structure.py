@@ -55,6 +55,8 @@ ALLOWED = {
     "sample": {"errors", "cli", "compile_cache", "files", "drawing", "exported", "model_flags", "pictures", "pipeline", "resolutions"},
     "lines": {"weights", "conversion", "data", "models"},
     "condition": {"errors", "cli", "compile_cache", "files", "pictures", "data", "models", "conversion", "evaluation", "lines"},
+    "serving": {"errors"},
+    "app": {"errors", "cli", "compile_cache", "drawing", "exported", "pipeline", "serving"},
     "gallery": {"errors", "files", "pictures", "revision", "workdir", "evaluation", "pipeline"},
     "evaluate": {"errors", "cli", "compile_cache", "model_flags", "revision", "workdir", "data", "evaluation", "pipeline", "gallery"},
     "convert": {"errors", "cli", "conversion", "models", "pipeline"},

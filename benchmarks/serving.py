@@ -1,0 +1,140 @@
+"""Many clients at once: is every answer the right one, who is refused and how fast, does memory grow?
+
+    python -m benchmarks.serving --model=runs/sprint [--clients=200] [--seconds=60] [--queue=64]
+
+Starts `sprint_jax.app` on loopback, waits until it is ready, asks for each of some requests alone, then lets all clients
+ask at random, each waiting for its answer before it asks again. An answer is right if it is that request's picture, byte
+by byte. A refused client waits as long as it is told. One request in fifty is given up in the middle. Server and clients
+share the machine's cores.
+"""
+
+import argparse
+import asyncio
+import collections
+import contextlib
+import json
+import pathlib
+import random
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+
+CASES = [
+    {"prompt": prompt, "seed": seed, "steps": steps}
+    for prompt in ("a red circle", "a blue square above a white circle")
+    for seed in range(4)
+    for steps in (1, 2, 4)
+]  # fmt: skip
+
+
+@contextlib.contextmanager
+def server(model, *flags):
+    """A started `sprint_jax.app`, ready. Yields (its port, its process)."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    process = subprocess.Popen([sys.executable, "-m", "sprint_jax.app", f"--model={model}", f"--port={port}", *flags])
+    try:
+        while True:
+            if process.poll() is not None:
+                raise SystemExit("the server did not start")
+            with contextlib.suppress(OSError):
+                if json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/health"))["ready"]:
+                    break
+            time.sleep(0.5)
+        yield port, process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def memory(process):
+    """Resident MB of a process (Linux)."""
+    return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+
+
+async def ask(port, case, vanish=False):
+    """(status, body, headers) of one request on a connection of its own; None where it was given up."""
+    content = json.dumps(case).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"POST /generate HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+    try:
+        writer.write(head.encode() + content)
+        await writer.drain()
+        if vanish:
+            await asyncio.sleep(random.random() / 10)
+            return None
+        head, _, body = (await asyncio.wait_for(reader.read(-1), 60)).partition(b"\r\n\r\n")
+        return int(head.split()[1]), body, head
+    finally:
+        writer.close()
+
+
+async def client(port, right, end, counts, seconds):
+    """Asks until `end`. counts: outcomes. seconds: {"answered", "refused"} -> times."""
+    while time.perf_counter() < end:
+        number, vanish, begin = random.randrange(len(CASES)), random.random() < 0.02, time.perf_counter()
+        try:
+            reply = await ask(port, CASES[number], vanish)
+        except (OSError, TimeoutError, IndexError) as error:
+            counts[f"lost ({type(error).__name__})"] += 1
+            continue
+        if reply is None:
+            counts["given up"] += 1
+            continue
+        status, body, head = reply
+        if status == 200:
+            counts["right" if body == right[number] else "swapped" if body in right else "broken"] += 1
+            seconds["answered"].append(time.perf_counter() - begin)
+        elif status in (429, 503):
+            counts[f"refused ({status})"] += 1
+            seconds["refused"].append(time.perf_counter() - begin)
+            await asyncio.sleep(int(re.search(rb"retry-after: (\d+)", head)[1]) * random.uniform(0.8, 1.2))
+        else:
+            counts[f"other ({status})"] += 1
+
+
+async def watched(process, end, said):
+    while time.perf_counter() < end:
+        said.append(memory(process))
+        await asyncio.sleep(0.5)
+
+
+async def measure(port, process, options):
+    right = [(await ask(port, case))[1] for case in CASES]
+    counts, seconds, said = collections.Counter(), {"answered": [], "refused": []}, []
+    end = time.perf_counter() + options.seconds
+    clients = [client(port, right, end, counts, seconds) for _ in range(options.clients)]
+    await asyncio.gather(watched(process, end, said), *clients)
+    for case, picture in zip(CASES, right, strict=True):  # it still draws, and the same
+        assert (await ask(port, case))[1] == picture
+    return counts, seconds, said
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--queue", type=int, default=64)
+    options = parser.parse_args()
+    with server(options.model, f"--queue={options.queue}") as (port, process):
+        counts, seconds, said = asyncio.run(measure(port, process, options))
+        alive = process.poll() is None
+    print(f"{options.clients} clients, {options.seconds:g} s, places in the line {options.queue}; the server {'lives' if alive else 'is gone'}")
+    for name, count in sorted(counts.items()):
+        print(f"{name:>20} {count}")
+    for name, times in seconds.items():
+        if times:
+            p50, p95, p99 = 1000 * np.percentile(times, (50, 95, 99))
+            print(f"{name:>20} p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms, most {1000 * max(times):.0f} ms")
+    tenth = max(1, len(said) // 10)
+    print(f"memory of the server: {np.mean(said[:tenth]):.0f} MB in the first tenth, {np.mean(said[-tenth:]):.0f} MB in the last, at most {max(said):.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

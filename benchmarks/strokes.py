@@ -1,0 +1,93 @@
+"""How long from a stroke's end to its picture on the screen, in a real browser? And README's picture of the page.
+
+    python -m benchmarks.strokes --model=runs/sprint [--strokes=100] [--steps=2] [--screenshot=docs/page.png]
+
+Starts `sprint_jax.app` and a headless Chromium, draws strokes with the mouse and takes the time, by the browser's own
+clock, from lifting the pen to the frame after the picture is decoded and in place. Needs requirements-dev.txt and an
+installed Chromium. Browser and server share the machine's cores.
+"""
+
+import argparse
+import pathlib
+import random
+import sys
+
+import numpy as np
+
+from benchmarks import serving
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
+
+# Marks the pen's lifting, and the second frame after a picture has been put in place: by then it is painted.
+WATCH = """() => {
+  window.times = [];
+  let lifted = null;
+  document.getElementById('sprint-canvas').addEventListener('pointerup', () => { lifted = performance.now(); }, true);
+  new MutationObserver(() => {
+    const busy = document.getElementById('sprint-frame').classList.contains('busy');
+    if (lifted === null || busy) return;
+    const from = lifted;
+    lifted = null;
+    requestAnimationFrame(() => requestAnimationFrame(() => window.times.push(performance.now() - from)));
+  }).observe(document.getElementById('sprint-frame'), { attributes: true, attributeFilter: ['class'] });
+}"""
+
+
+def main():
+    import browser
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--strokes", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--screenshot", help="Only take README's picture, and write it here.")
+    options = parser.parse_args()
+    with serving.server(options.model) as (port, _), browser.started() as chromium:
+        page = browser.opened(chromium, f"http://127.0.0.1:{port}")
+        if options.screenshot:
+            return screenshot(browser, page, options.screenshot)
+        page.locator("#sprint-steps label", has_text=str(options.steps)).click()
+        browser.tab(page, "Sketch")
+        page.wait_for_selector("#sprint-canvas")
+        page.evaluate(WATCH)
+        point, rng = (lambda: (rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9))), random.Random(0)
+        for number in range(options.strokes):
+            if number % 10 == 0:
+                page.click("#sprint-clear")
+            browser.stroke(page, point(), point(), pause=5)
+            page.wait_for_function("count => window.times.length > count", arg=number)
+        times = page.evaluate("window.times")
+    p50, p95 = np.percentile(times, (50, 95))
+    print(f"{len(times)} strokes at {options.steps} steps: p50 {p50:.0f} ms, p95 {p95:.0f} ms, most {max(times):.0f} ms")
+
+
+def screenshot(browser, page, path):
+    """Some pictures from prompts, then a sketch of a circle and a square."""
+    for number in range(3):
+        before = browser.shown(page)
+        page.locator("#sprint-examples button").nth(number).click()
+        browser.wait_for_picture(page, before)
+    page.fill("#sprint-prompt textarea", "a red circle left of a blue square")
+    page.locator("#sprint-steps label", has_text="4").click()
+    browser.tab(page, "Sketch")
+    page.wait_for_selector("#sprint-canvas")
+    page.click("#sprint-fill")  # with black: the embedded model's pictures are on black unless told
+    turn = [(0.28 + 0.12 * np.cos(a), 0.5 + 0.12 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 25)] + [(0.28, 0.5)]
+    # colour, width, then strokes
+    for colour, width, strokes in (
+        (1, "Brush", [turn]),
+        (3, "Brush", [[(0.62, 0.4), (0.86, 0.4), (0.86, 0.64), (0.62, 0.64), (0.62, 0.4)], [(0.7, 0.52), (0.78, 0.52)]]),
+    ):
+        page.locator("#sprint-sketch .sprint-colour").nth(colour).click()
+        page.locator("#sprint-sketch .sprint-tool", has_text=width).click()
+        for points in strokes:
+            before = browser.shown(page)
+            browser.stroke(page, *points)
+            browser.wait_for_picture(page, before)
+    page.wait_for_timeout(700)
+    page.mouse.move(5, 5)
+    page.screenshot(path=path)
+
+
+if __name__ == "__main__":
+    main()

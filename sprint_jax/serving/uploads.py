@@ -1,0 +1,55 @@
+"""Pictures that strangers send: bytes to uint8 [H, W, 3], or a refusal.
+
+What a picture is, its bytes say: names and MIME types are not looked at. Its size is read from the header, before
+anything is decoded. An animated picture is its first frame; what is transparent shows the ground it is laid on; 16 bits
+become the upper eight; the camera's orientation (EXIF) is obeyed and all other metadata is left behind.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from sprint_jax.serving.refused import Refused
+
+MOST_BYTES = 8 * 2**20
+MOST_PIXELS = 2**24  # 64 MB as RGBA
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+_FORMATS = ("PNG", "JPEG", "WEBP")  # every further decoder of PIL would be one more to trust
+
+
+def picture(data: bytes, height: int, width: int, ground=WHITE):
+    """An uploaded picture, scaled to cover height x width and cut to its middle: uint8 [height, width, 3].
+
+    data: the file. ground: (r, g, b) behind what is transparent. Raises Refused with 400 for what is no whole picture,
+    413 for one that is too large, 415 for any other format.
+    """
+    if not data:
+        raise Refused(400, "the picture is empty: send a PNG, JPEG or WebP file")
+    if len(data) > MOST_BYTES:
+        raise Refused(413, f"the picture has {len(data)} bytes: send at most {MOST_BYTES}")
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise Refused(413, f"the picture has {image.width} x {image.height} pixels: send at most {MOST_PIXELS}")
+            turned = ImageOps.exif_transpose(image)
+            # `fit` cuts before it scales, so a picture of one row is never blown up to cover.
+            return np.asarray(ImageOps.fit(_opaque(turned, ground), (width, height), Image.Resampling.LANCZOS))
+    except Refused:
+        raise
+    except Image.DecompressionBombError:
+        raise Refused(413, f"the picture has too many pixels: send at most {MOST_PIXELS}") from None
+    except UnidentifiedImageError:
+        raise Refused(415, "the picture is not a PNG, JPEG or WebP file: convert it to one") from None
+    except Exception:  # decoders raise dozens of kinds for damaged bytes, and none may reach the server's log as its own fault
+        raise Refused(400, "the picture is damaged and cannot be read: save it again as PNG") from None
+
+
+def _opaque(image, ground):
+    """PIL's picture as RGB. Grey of 16 bits keeps its upper eight; PIL would clip it."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, (*ground, 255)), layer).convert("RGB")
