@@ -5,7 +5,7 @@
 
 Presets
   shapes      around the shipped teacher: a ControlNet of its first three blocks learns to follow edges, then both are
-              distilled by sCM + LADD. A fifth of the samples go without the sketch, so the student draws with and without.
+              distilled by sCM + LADD. A tenth of the samples go without the sketch, so the student draws with and without.
   smoke       the same cut down to seconds.
   sana_600m, sana_1600m
               seven copied blocks and scribbles of HED, as published for the multi-step ControlNet; its rate, warm-up
@@ -42,6 +42,6 @@ def get_config(preset="shapes"):
     if preset == "smoke":
         config.control.update(depth=1, steps=8, batch=8)
         return config
-    config.control.update(depth=3, steps=600)
-    config.sprint.steps = 1200
+    config.control.update(depth=3, steps=450)
+    config.sprint.steps = 1400
     return config

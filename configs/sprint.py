@@ -69,7 +69,7 @@ def _shapes():
         optimizer=_muon(lr=2e-3, muon_lr=0.02, warmup=100, decay_to=0.02, b1=0.9, weight_decay=0.01, clip=1.0),
     )  # fmt: skip
     config.control = dict(
-        depth=0, condition="edges", pretrained="", steps=0, batch=64, dropout=0.2,
+        depth=0, condition="edges", pretrained="", steps=0, batch=64, dropout=0.1,
         optimizer=_muon(lr=2e-3, muon_lr=0.02, warmup=50, decay_to=0.05, b1=0.9, weight_decay=0.01, clip=1.0),
     )  # fmt: skip
     config.sprint = dict(

@@ -163,7 +163,7 @@ class Control:
     pretrained: weights of a multi-step ControlNet to use instead of training: a .safetensors file, or a folder with a
       diffusers ControlNet; "" to train it here around the frozen teacher.
     steps, batch: of that training; times, dropped captions and average are those of `teacher`.
-    dropout: share of samples that go without the condition, in this phase and in the sprint, which so learns both.
+    dropout: share of samples that go without the condition in the sprint, whose student so learns to draw with and without.
     optimizer: of that training.
     """
 

@@ -242,7 +242,7 @@ def control_stage(config, data, teacher):
     return loop.Stage(
         name="control", steps=k.steps, begun={},
         start=lambda frozen, begun: teacher_step.init(model.control.start(frozen["trunk"]), tx, t),
-        functions=(teacher_step.make_step(model, tx, t, config.seed + 2, control_dropout=k.dropout),),
+        functions=(teacher_step.make_step(model, tx, t, config.seed + 2),),
         frozen={"trunk": teacher} | data.frozen, prepare=data.prepare, batch=k.batch, batches=data.batches,
         data=data.identity, strip=draw and (lambda control: draw({"trunk": teacher, "control": control})),
     )  # fmt: skip

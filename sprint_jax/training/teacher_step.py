@@ -43,15 +43,15 @@ def init(params, tx, c: config_lib.Teacher) -> state_lib.TeacherState:
     )  # fmt: skip
 
 
-def make_step(model, tx, c: config_lib.Teacher, seed: int, *, control_dropout=0.0):
+def make_step(model, tx, c: config_lib.Teacher, seed: int):
     """Returns step(state, frozen, batch) -> (state, metrics), pure.
 
     model: a `LinearDiT`, all of which is trained; or a `Controlled`, whose ControlNet alone is: state.params are then
     its parameters and frozen["trunk"] those of the trunk.
     frozen: {"null_text" [1, L, D]}; captions dropped with probability caption_dropout become it, under
     the mask of the caption (as in the published trainer, which the uncond branch of sCM matches).
-    batch: {"latent" [B, H, W, C] unit scale, "text" [B, L, D], "mask" [B, L]}, and with a ControlNet "control" as latent,
-    which a share control_dropout of the samples goes without.
+    batch: {"latent" [B, H, W, C] unit scale, "text" [B, L, D], "mask" [B, L]}, and with a ControlNet "control" as latent. No
+    sample goes without it: one that did would teach the ControlNet nothing.
     """
     steered = isinstance(model, Controlled)
 
@@ -67,7 +67,7 @@ def make_step(model, tx, c: config_lib.Teacher, seed: int, *, control_dropout=0.
 
         cond = {"text": text, "mask": batch["mask"]}
         if steered:
-            cond = batch_lib.conditions(batch, key, control_dropout) | cond
+            cond = batch_lib.conditions(batch, key, 0.0) | cond
 
         def loss(params, b):
             whole = {"trunk": frozen["trunk"], "control": params} if steered else params
