@@ -61,7 +61,8 @@ async def ask(port, case, vanish=False):
     """(status, body, headers) of one request on a connection of its own; None where it was given up."""
     content = json.dumps(case).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST /generate HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+    lines = [f"Host: localhost:{port}", "Content-Type: application/json", f"Content-Length: {len(content)}", "Connection: close"]
+    head = "\r\n".join(["POST /generate HTTP/1.1", *lines, "", ""])
     try:
         writer.write(head.encode() + content)
         await writer.drain()
@@ -125,7 +126,8 @@ def main():
     with server(options.model, f"--queue={options.queue}") as (port, process):
         counts, seconds, said = asyncio.run(measure(port, process, options))
         alive = process.poll() is None
-    print(f"{options.clients} clients, {options.seconds:g} s, places in the line {options.queue}; the server {'lives' if alive else 'is gone'}")
+    state = "lives" if alive else "is gone"
+    print(f"{options.clients} clients, {options.seconds:g} s, places in the line {options.queue}; the server {state}")
     for name, count in sorted(counts.items()):
         print(f"{name:>20} {count}")
     for name, times in seconds.items():
@@ -133,7 +135,8 @@ def main():
             p50, p95, p99 = 1000 * np.percentile(times, (50, 95, 99))
             print(f"{name:>20} p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms, most {1000 * max(times):.0f} ms")
     tenth = max(1, len(said) // 10)
-    print(f"memory of the server: {np.mean(said[:tenth]):.0f} MB in the first tenth, {np.mean(said[-tenth:]):.0f} MB in the last, at most {max(said):.0f} MB")
+    first, last = np.mean(said[:tenth]), np.mean(said[-tenth:])
+    print(f"memory of the server: {first:.0f} MB in the first tenth, {last:.0f} MB in the last, at most {max(said):.0f} MB")
 
 
 if __name__ == "__main__":

@@ -262,15 +262,22 @@ def _serve(pipe, limits, listener):
         for done, request in enumerate(tqdm.tqdm(wanted, unit="program", desc="compile"), 1):
             draw(request)
             say(done, len(wanted))
-        print(f"ready: {address}", flush=True)
 
-    def on_failure(error):
+    def prepared(error):
+        if error is None:
+            return print(f"ready: {address}", flush=True)
         failures.append(error)
         server.should_exit = True
 
-    queue = queue_lib.Queue(draw, _QUEUE.value, prepare, on_failure)
+    queue = queue_lib.Queue(draw, _QUEUE.value, prepare, prepared)
     application = page.mount(api.make(queue, limits, password), limits, pathlib.Path(_MODEL.value).name, _examples(pipe))
-    server = uvicorn.Server(server_config(application))
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None):
+            await super().startup(sockets)
+            queue.start()  # "ready" is said of an address that answers
+
+    server = Server(server_config(application))
     if not password and host not in ("127.0.0.1", "::1"):
         print(f"warning: {address} is open to other machines without a password: set --password", file=sys.stderr)
     print(f"{address} (compiling; the page says when it is ready)", flush=True)

@@ -93,6 +93,7 @@ def gate():
 
 def line(work, capacity=8, **options):
     queue = queue_lib.Queue(work, capacity, **options)
+    queue.start()
     wait_until(lambda: queue.ready)
     return queue
 
@@ -154,15 +155,18 @@ def test_nothing_is_served_before_it_is_prepared():
         say(3, 8)
         ready.wait(10)
 
-    queue = queue_lib.Queue(lambda item: item, 2, prepare)
+    ends = []
+    queue = queue_lib.Queue(lambda item: item, 2, prepare, lambda error: ends.append((error, queue.ready)))
+    queue.start()
     wait_until(lambda: queue.total)
     told = refusal(queue.submit, 1)
     assert told.status == 503 and "3 of 8" in told.sentence and told.retry_after
     ready.set()
     wait_until(lambda: queue.ready)
-    assert queue.submit(1).result(5).result == 1
+    assert queue.submit(1).result(5).result == 1 and ends == [(None, True)]
 
     queue = queue_lib.Queue(lambda item: item, 2, lambda say: 1 // 0, failures.append)
+    queue.start()
     wait_until(lambda: failures)
     assert isinstance(failures[0], ZeroDivisionError) and not queue.ready
 
@@ -360,6 +364,8 @@ def served(work=paint, capacity=8, password=None, with_page=False, limits=LIMITS
     import uvicorn
 
     queue = queue_lib.Queue(work, capacity, prepare) if prepare else line(work, capacity)
+    if prepare:
+        queue.start()
     application = api.make(queue, limits, password)
     if with_page:
         page.mount(application, limits, "model", ["a red circle"])

@@ -50,7 +50,7 @@ def _blocks(gradio, limits, name, examples):
         with gradio.Row(equal_height=False):
             with gradio.Column(scale=5, min_width=340):
                 prompt = gradio.Textbox(
-                    value=examples[0], label="Prompt", lines=1, max_lines=6, max_length=None, elem_id="sprint-prompt", placeholder="What to draw"
+                    value=examples[0], label="Prompt", lines=1, max_lines=6, elem_id="sprint-prompt", placeholder="What to draw"
                 )
                 gradio.HTML(_chips(examples), elem_id="sprint-examples", js_on_load="sprint.examples(element)")
                 controls = [prompt, *_tabs(gradio, limits)]
@@ -103,11 +103,11 @@ def _settings(gradio, limits):
     with gradio.Group():
         with gradio.Row():
             steps = gradio.Radio(list(limits.steps), value=limits.usual_steps, label="Steps", elem_id="sprint-steps", min_width=240)
-            guidance = gradio.Slider(0, 10, value=limits.guidance_scale, step=0.1, label="Guidance", elem_id="sprint-guidance", min_width=180)
+            guidance = gradio.Slider(0, 10, value=limits.guidance_scale, step=0.1, label="Guidance", min_width=180)
         with gradio.Row():
             seed = gradio.Number(value=0, precision=0, label="Seed", elem_id="sprint-seed", min_width=110)
-            size = gradio.Dropdown(sizes, value=sizes[0], label="Height × width", elem_id="sprint-size", min_width=110)
-            schedule = gradio.Dropdown(list(requests.SCHEDULES), value=limits.schedule, label="Schedule", elem_id="sprint-schedule", min_width=110)
+            size = gradio.Dropdown(sizes, value=sizes[0], label="Height × width", min_width=110)
+            schedule = gradio.Dropdown(list(requests.SCHEDULES), value=limits.schedule, label="Schedule", min_width=110)
     again = gradio.Button("New seed", size="sm", elem_id="sprint-new-seed")
     again.click(fn=None, outputs=seed, js="() => sprint.newSeed()")
     return steps, guidance, seed, size, schedule

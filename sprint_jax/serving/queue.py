@@ -36,8 +36,8 @@ class _Job:
 class Queue:
     """A line of at most `capacity` items before one thread that runs `work(item)`.
 
-    prepare: run first by that thread, called with `say(done, total)`; until it returns all is refused. Where it raises,
-    `on_failure(error)` is called and nothing is ever served.
+    prepare: run first by that thread, called with `say(done, total)`; until it returns all is refused. prepared: called
+    when it has returned, with None, or with what it raised; then nothing is ever served.
     """
 
     def __init__(
@@ -45,14 +45,17 @@ class Queue:
         work: collections.abc.Callable,
         capacity: int,
         prepare: collections.abc.Callable = lambda say: None,
-        on_failure: collections.abc.Callable = lambda error: None,
+        prepared: collections.abc.Callable = lambda error: None,
     ):
-        self._work, self._prepare, self._on_failure = work, prepare, on_failure
+        self._work, self._prepare, self._prepared = work, prepare, prepared
         self.capacity = capacity
         self._changed = threading.Condition()
         self._line: list[_Job] = []
         self._closed = False
         self.ready, self.done, self.total = False, 0, 0
+
+    def start(self):
+        """Starts the thread. To be called once."""
         threading.Thread(target=self._run, name="worker", daemon=True).start()
 
     @property
@@ -117,9 +120,10 @@ class Queue:
         try:
             self._prepare(self._say)
         except Exception as error:
-            self._on_failure(error)
+            self._prepared(error)
             return
         self.ready = True
+        self._prepared(None)
         while (job := self._next()) is not None:
             self._serve(job)
             del job  # or the last picture would stay in memory until the next comes
