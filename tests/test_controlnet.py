@@ -335,6 +335,7 @@ def test_generate_follows_and_refuses(small):
 # ---- Through the doors.
 
 
+@pytest.mark.slow
 def test_the_main_job_trains_distils_and_scores(sketched):
     """Every stage is there; real pictures agree with their sketches wholly, those of other prompts do not."""
     rows = [json.loads(line) for line in (sketched / "metrics.jsonl").read_text().splitlines()]
@@ -349,6 +350,7 @@ def test_the_main_job_trains_distils_and_scores(sketched):
     assert "edges as asked" in (sketched / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_sample_takes_a_sketch(sketched, command, tmp_path):
     """And none; a size that differs is fitted, as pictures to start from are."""
     sketch = np.zeros((64, 64, 3), np.uint8)
@@ -366,6 +368,7 @@ def test_sample_takes_a_sketch(sketched, command, tmp_path):
     np.testing.assert_array_equal(made[0], pipeline.generate(pipe, ["a red square"], steps=1)[0])
 
 
+@pytest.mark.slow
 def test_a_run_becomes_folders_and_its_stages_are_extracted(sketched, command, tmp_path):
     from sprint_jax.conversion import folder
 
