@@ -71,15 +71,17 @@ def screenshot(browser, page, path):
     page.locator("#sprint-steps label", has_text="4").click()
     browser.tab(page, "Sketch")
     page.wait_for_selector("#sprint-canvas")
-    page.click("#sprint-fill")  # with black: the embedded model's pictures are on black unless told
+    colours = page.locator("#sprint-sketch .sprint-colour")
+    steered = colours.count() == 2  # white lines on black, for a ControlNet
+    if not steered:
+        page.click("#sprint-fill")  # with black: the embedded model's pictures are on black unless told
     turn = [(0.28 + 0.12 * np.cos(a), 0.5 + 0.12 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 25)] + [(0.28, 0.5)]
-    # colour, width, then strokes
-    for colour, width, strokes in (
-        (1, "Brush", [turn]),
-        (3, "Brush", [[(0.62, 0.4), (0.86, 0.4), (0.86, 0.64), (0.62, 0.64), (0.62, 0.4)], [(0.7, 0.52), (0.78, 0.52)]]),
-    ):
-        page.locator("#sprint-sketch .sprint-colour").nth(colour).click()
-        page.locator("#sprint-sketch .sprint-tool", has_text=width).click()
+    square = [(0.62, 0.4), (0.86, 0.4), (0.86, 0.64), (0.62, 0.64), (0.62, 0.4)]
+    # colour, then strokes
+    for colour, strokes in ((1, [turn]), (3, [square, [(0.7, 0.52), (0.78, 0.52)]])):
+        colours.nth(0 if steered else colour).click()
+        page.locator("#sprint-sketch .sprint-tool", has_text="Fine" if steered else "Brush").click()
+        strokes = strokes[:1] if steered else strokes  # outlines alone
         for points in strokes:
             before = browser.shown(page)
             browser.stroke(page, *points)
