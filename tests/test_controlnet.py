@@ -91,6 +91,14 @@ def apply_features(params, residuals):
     return jax.jit(model, compiler_options=QUICK)(params, residuals)
 
 
+def test_without_residuals_all_blocks_are_one_loop():
+    """And with two of them three: before, while and after they are added."""
+    params = TRUNK.init(jax.random.key(0))
+    loops = lambda r: str(jax.make_jaxpr(lambda p: TRUNK.apply(p, **arguments(), residuals=r).velocity)(params)).count("= scan[")
+    assert loops(None) == 1
+    assert loops(np.zeros((2, 3, 4, 6, 24), np.float32)) == 3
+
+
 def test_too_many_residuals_and_wrong_conditions_are_refused():
     params = MODEL.init(jax.random.key(0))
     with pytest.raises(ValueError, match="4 residuals for 4 blocks"):

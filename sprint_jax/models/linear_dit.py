@@ -214,12 +214,12 @@ class LinearDiT:
         h, cond, modulation, text, logvar = self.inputs(params["inputs"], x, t, text, guidance)
         last = self.depth if velocity else max(features, default=-1) + 1
         # Segments of alike blocks: they end where features are asked for, and where residuals begin and end.
-        steered = range(1, 1) if residuals is None else range(1, 1 + len(residuals))
+        steered = range(0) if residuals is None else range(1, 1 + len(residuals))
         if steered.stop > self.depth:
             raise ValueError(f"{len(residuals)} residuals for {self.depth} blocks: use at most {self.depth - 1}")
         ends = {f + 1 for f in features} | {steered.start, steered.stop, last}
         collected, start = {}, 0
-        for end in sorted(e for e in ends if e <= last):
+        for end in sorted(e for e in ends if 0 < e <= last):
             part = residuals[start - 1 : end - 1] if start in steered else None
             h = self._run_blocks(params["blocks"], start, end, h, modulation, text, mask, part)
             collected[end - 1] = h.reshape(h.shape[0], -1, self.width)
