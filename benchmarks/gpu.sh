@@ -17,7 +17,7 @@ out=${1:-gpu_results}
 shift || true
 chosen=" $* "
 mkdir -p "$out"
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 
 part() { # part NAME SECONDS COMMAND...
@@ -33,13 +33,15 @@ part() { # part NAME SECONDS COMMAND...
 $python -c 'import jax; print("jax", jax.__version__, jax.devices())' | tee -a "$out/table.txt"
 
 # Correctness first: the numeric tests compiled for the accelerator.
-part numeric_tests 240 $python -m pytest -o addopts=-q -p no:cacheprovider \
+# float32 products in float32, for their oracles are; without the search for the fastest of several programs.
+part numeric_tests 240 env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false \
+  XLA_FLAGS=--xla_gpu_autotune_level=0 $python -m pytest -q -p no:cacheprovider -n 6 --dist load \
   tests/test_flow_trigflow.py tests/test_scm.py tests/test_ladd.py tests/test_samplers.py \
   tests/test_linear_dit.py tests/test_steps.py tests/test_kernels.py tests/test_controlnet.py
 # Published sizes with random weights, against diffusers with and without torch.compile and against the floors. A
 # part that its limit cuts short has written the rows of the cases it finished.
 bench() { # bench NAME SUITE CASES
-  part "$1" 240 $python -m sprint_jax.benchmark --suite="$2" --only="$3" --out="$out/$1.json"
+  part "$1" 240 $python -m sprint_jax.benchmark --suite="$2" --only="$3" --out="$out/$1.json" --operations=20
 }
 bench transformer_06b gpu 'transformer_0.6b*'
 bench transformer_16b gpu 'transformer_1.6b*'

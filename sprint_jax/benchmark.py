@@ -7,6 +7,7 @@
 Prints a table and writes its rows to --out as a JSON list, after every case, so that a run cut short leaves
 what it measured. Peers (diffusers, PyTorch) run in the same process and take turns with ours; they need a
 checkout and requirements-dev.txt, and without them the rows say so. Weights are random: nothing is downloaded.
+--operations=N says after each case where its time goes: the N longest operations of the device.
 """
 
 import fnmatch
@@ -24,6 +25,7 @@ _SUITE = flags.DEFINE_enum("suite", None, ["cpu", "gpu", "kernels"], "What to me
 _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.", allow_override=True)
 _ONLY = flags.DEFINE_list("only", None, "Names of the cases to run, * for anything; default: all of the suite.", allow_override=True)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Alternating runs of each program.")
+_OPERATIONS = flags.DEFINE_integer("operations", 0, "Longest operations of each program to list, by JAX's profiler.")
 
 
 def main(argv):
@@ -33,6 +35,8 @@ def main(argv):
             raise UserError("--suite is missing: use cpu, gpu or kernels")
         if _REPEATS.value < 1:
             raise UserError(f"--repeats={_REPEATS.value}: use 1 or more")
+        if _OPERATIONS.value < 0:
+            raise UserError(f"--operations={_OPERATIONS.value}: use 0 or more")
         out = _file()
         # PyTorch lives in the same process and needs memory of the device too.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -83,7 +87,7 @@ def _run(cases, out):
     from sprint_jax.benchmarking import bench as bench_lib
     from sprint_jax.benchmarking import rows as rows_lib
 
-    bench, rows = bench_lib.Bench(_REPEATS.value), []
+    bench, rows = bench_lib.Bench(_REPEATS.value, _OPERATIONS.value, say=lambda text: tqdm.tqdm.write(text)), []
     where = bench.where
     threads = f", {where['threads']} threads" if where["threads"] else ""
     print(f"{where['device']}{threads}, jax {where['jax']}, commit {where['commit']}, {_REPEATS.value} repeats", flush=True)

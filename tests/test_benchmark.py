@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sprint_jax.benchmarking import bench as bench_lib
-from sprint_jax.benchmarking import floors, machine, rows, subjects, suites, timing, training
+from sprint_jax.benchmarking import floors, machine, operations, rows, subjects, suites, timing, training
 from sprint_jax.kernels import cross_attention, linear_attention
 from sprint_jax.models import dc_ae, linear_dit
 from sprint_jax.models.gemma2 import GEMMA2_2B
@@ -213,6 +213,29 @@ def test_failures_are_rows_and_the_rest_goes_on():
     assert alone.peer is None and alone.note == "no peer: nothing here" and alone.error is None and alone.ours_s is not None
     (gone,) = bench_lib.measure(bench_lib.Case("c", lambda bench: broken()), bench())
     assert gone.error == "RuntimeError: out of memory" and gone.ours_s is None
+
+
+def test_operations_are_summed_by_name():
+    """Two streams overlap: what runs at once is busy once, and what lies between is waiting. Fails when busy is the sum."""
+    events = [("b", 3.0, 4.0), ("a", 0.0, 2.0), ("b", 1.0, 2.5), ("a", 6.0, 7.0)]
+    found = operations.summary(events, runs=2)
+    assert (found.busy, found.wall) == (4.5 / 2, 7.0 / 2)
+    assert found.operations == (operations.Operation("a", 1.5, 1.0), operations.Operation("b", 1.25, 1.0))
+    assert "| a | 1.5e+03 | 66.7% | 1 |" in operations.table(found, 1) and "| b |" not in operations.table(found, 1)
+    with pytest.raises(ValueError, match="no operation"):
+        operations.summary([], 1)
+
+
+def test_operations_of_a_program_are_told():
+    """A product of this size is most of its program's time, whatever XLA calls it. Fails when host events are counted."""
+    a = jax.random.normal(jax.random.key(0), (600, 600))
+    f, told = jax.jit(lambda a: (a @ a).sum()), []
+    subject = lambda bench: bench_lib.Subject(bench_lib.program(f, a), None, "float32", None)
+    (row,) = bench_lib.measure(bench_lib.Case("product", subject), bench(operations=3, say=told.append))
+    assert row.error is None and len(told) == 1 and told[0].startswith("product: device busy")
+    found = operations.profile(lambda: jax.block_until_ready(f(a)), runs=4)
+    assert found.operations[0].count == pytest.approx(1, abs=0.3) and found.operations[0].seconds > 0.3 * found.busy
+    assert not [o for o in found.operations if "Execute" in o.name or "python" in o.name]
 
 
 def test_peers_that_are_missing_are_a_sentence():

@@ -23,6 +23,10 @@ from sprint_jax.kernels import backend, cross_attention, linear_attention
 from sprint_jax.models.linear_dit import LinearDiT
 from test_config import card
 
+# Compiled where the device has kernels, else interpreted.
+HERE = backend.resolve("pallas", jax.default_backend(), (64,), "float32")[0].replace("plain", "interpret")
+
+
 @pytest.fixture(autouse=True)
 def full_precision():
     """Of the float32 products that kernels are compared with, for GPUs have a coarser default."""
@@ -60,7 +64,7 @@ def test_linear_attention(batch, tokens, heads, head, norm):
     """Fails when _divide_tangent forgets c dtotal, _through_rms its second term, _key_gradient gtotal, _same_head is
     all ones, or padded tokens are given an inverse of inf."""
     case = linear_case(0, batch, tokens, heads, head, norm)
-    found = directions(linear(linear_attention.attention, heads, backend="interpret"), *case)
+    found = directions(linear(linear_attention.attention, heads, backend=HERE), *case)
     assert worst(found, in_float64(functools.partial(exact_linear, heads), *case)) < 1e-5
 
 
@@ -79,7 +83,7 @@ def test_linear_attention_without_weight(kind):
     if kind in ("keys", "both"):
         k[:] = np.where(np.arange(20)[:, None] % 3 == 0, 0, -np.abs(k))
     case = ((q, k, v), tangents, g)
-    found = directions(linear(linear_attention.attention, 2, backend="interpret"), *case, scan=False)
+    found = directions(linear(linear_attention.attention, 2, backend=HERE), *case, scan=False)
     expected = directions(linear(linear_attention.plain, 2), *case, scan=False)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.isfinite(a).all()
@@ -88,7 +92,7 @@ def test_linear_attention_without_weight(kind):
 
 def test_linear_attention_refuses():
     q, w = jnp.zeros((1, 4, 32)), jnp.ones(32)
-    run = functools.partial(linear_attention.attention, heads=2, eps=EPS, backend="interpret")
+    run = functools.partial(linear_attention.attention, heads=2, eps=EPS, backend=HERE)
     with pytest.raises(ValueError, match="both norms, or of neither"):
         run(q, q, q, w, None)
     with pytest.raises(ValueError, match="q, k and v differ"):
@@ -114,7 +118,7 @@ def test_cross_attention(batch, queries, keys, heads, head):
     """Fails when keys that fill a block weigh like masked ones, `shrink` is left off the sum or the mean off s', when
     the kernel without tangents of k and v is taken with them, and when only the last part of the queries counts."""
     case, mask = cross_case(0, batch, queries, keys, heads, head), half_hidden(batch, keys)
-    found = directions(cross(cross_attention.attention, mask, backend="interpret"), *case)
+    found = directions(cross(cross_attention.attention, mask, backend=HERE), *case)
     assert worst(found, in_float64(functools.partial(exact_cross, mask), *case)) < 1e-5
 
 
@@ -124,7 +128,7 @@ def test_cross_attention_of_hidden_text():
     (q, k, v), tangents, g = cross_case(3, 1, 9, 19, 2, 64)
     case = ((jnp.sign(q), jnp.sign(k), v), tangents, g)
     mask = np.zeros((1, 19))
-    found = directions(cross(cross_attention.attention, mask, backend="interpret"), *case, scan=False)
+    found = directions(cross(cross_attention.attention, mask, backend=HERE), *case, scan=False)
     expected = in_float64(functools.partial(exact_cross, mask), *case, scan=False)
     assert worst(found, expected) < 1e-5
     shown = in_float64(functools.partial(exact_cross, mask + 1), *case, scan=False)
@@ -136,7 +140,7 @@ def test_cross_attention_of_large_scores():
     (q, k, v), tangents, g = cross_case(4, 2, 20, 40, 1, 32)
     case = ((100 * jnp.round(4 * q), jnp.round(4 * k), v), tangents, g)
     mask = half_hidden(2, 40)
-    found = directions(cross(cross_attention.attention, mask, backend="interpret"), *case, scan=False)
+    found = directions(cross(cross_attention.attention, mask, backend=HERE), *case, scan=False)
     expected = in_float64(functools.partial(exact_cross, mask), *case, scan=False)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-3 * max(1e-3, np.abs(b).max()))
@@ -150,8 +154,8 @@ def both_kinds():
     linear_primals, *_ = linear_case(0, 1, 16, 1, 32, True)
     cross_primals, *_ = cross_case(0, 1, 16, 16, 1, 32)
     return (
-        (linear(linear_attention.attention, 1, backend="interpret"), linear_primals),
-        (cross(cross_attention.attention, np.ones((1, 16)), backend="interpret"), cross_primals),
+        (linear(linear_attention.attention, 1, backend=HERE), linear_primals),
+        (cross(cross_attention.attention, np.ones((1, 16)), backend=HERE), cross_primals),
     )
 
 
@@ -180,9 +184,9 @@ def test_bfloat16_is_as_good_as_plain():
     mask = half_hidden(2, 50)
     kinds = (
         (lambda seed: linear_case(seed, 2, 128, 2, 32, True, jnp.bfloat16), linear(linear_attention.plain, 2),
-         linear(linear_attention.attention, 2, backend="interpret"), functools.partial(exact_linear, 2)),
+         linear(linear_attention.attention, 2, backend=HERE), functools.partial(exact_linear, 2)),
         (lambda seed: cross_case(seed, 2, 128, 50, 2, 72, jnp.bfloat16), cross(cross_attention.plain, mask),
-         cross(cross_attention.attention, mask, backend="interpret"), functools.partial(exact_cross, mask)),
+         cross(cross_attention.attention, mask, backend=HERE), functools.partial(exact_cross, mask)),
     )  # fmt: skip
     for case, plain, kernel, exact in kinds:
         squares = 0
@@ -210,7 +214,7 @@ def test_whole_network(changes):
     x, dx, text = normals(5, (2, 5, 4, 3), (2, 5, 4, 3), (2, 7, 6))
     t, dt, mask = np.array([0.3, 0.6], np.float32), np.ones(2, np.float32), half_hidden(2, 7)
     plain = dataclasses.replace(TINY, **changes)
-    kernels = dataclasses.replace(plain, attention="interpret")
+    kernels = dataclasses.replace(plain, attention=HERE)
     params = plain.init(jax.random.key(0))
     assert jax.tree.all(jax.tree.map(np.array_equal, params, kernels.init(jax.random.key(0))))
     rng = np.random.default_rng(6)

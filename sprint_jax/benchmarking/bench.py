@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sprint_jax.benchmarking import floors, machine, rows, timing
+from sprint_jax.benchmarking import floors, machine, operations, rows, timing
 
 
 class NoPeer(Exception):
@@ -45,9 +45,13 @@ class Case:
 
 
 class Bench:
-    """What the cases of one run share: how often to repeat, the device's rates, and large things made once."""
+    """What the cases of one run share: how often to repeat, the device's rates, and large things made once.
 
-    def __init__(self, repeats: int):
+    operations: how many of a program's longest operations are told to `say`; 0 for none.
+    """
+
+    def __init__(self, repeats: int, operations: int = 0, say: Callable[[str], None] = print):
+        self.operations, self.say = operations, say
         self.repeats, self.on_cpu = repeats, jax.default_backend() == "cpu"
         self.where = machine.where()
         self._kept = {}
@@ -111,6 +115,17 @@ def _joined(*notes):
     return "; ".join(note for note in notes if note) or None
 
 
+def _operations(program, most):
+    def run():
+        for call in program.calls.values():
+            call.wait(call.start())
+
+    try:
+        return operations.table(operations.profile(run), most)
+    except Exception as error:  # the profiler's: the times are there already
+        return sentence(error)
+
+
 def measure(case: Case, bench: Bench) -> list[rows.Row]:
     """The rows of a case: one for each peer, or one alone. Never raises what the case or a peer raises."""
     row = rows.empty(case.name, bench.where)
@@ -140,6 +155,8 @@ def measure(case: Case, bench: Bench) -> list[rows.Row]:
                 waiting.append((dataclasses.replace(one, error=sentence(error)), None))
         ran = result is not None and subject.shortest == 0 and len(subject.program.calls) == 1
         times = timing.alternate(built, bench.repeats, subject.shortest, warm=not ran)
+        if bench.operations:
+            bench.say(f"{case.name}: {_operations(subject.program, bench.operations)}")
     except Exception as error:
         return [dataclasses.replace(row, error=sentence(error))]
     finished = [rows.filled(one, times["ours"], times.get(label)) for one, label in waiting or [(row, None)]]

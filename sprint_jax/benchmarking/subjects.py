@@ -61,24 +61,31 @@ def _normal(seed, shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
 
-def _transformer(bench, model):
-    """Parameters as they are run: without a loop on a CPU, as `pipeline.load` has it."""
+def _transformer(bench, model, unrolled=None):
+    """Parameters as they are run. unrolled: blocks one by one instead of in a loop; None as `pipeline.load` has it."""
+    unrolled = bench.on_cpu if unrolled is None else unrolled
 
     def make():
         params = drawn(model, model.dtype)
-        return model.unstack(params) if bench.on_cpu else params
+        return model.unstack(params) if unrolled else params
 
-    return bench.kept("transformer", model, make)
+    return bench.kept("transformer", (dataclasses.replace(model, attention="plain"), unrolled), make)
 
 
 def _itemsize(dtype):
     return jnp.dtype(dtype).itemsize
 
 
-def transformer(bench, size: LinearDiT, cells, *, dtype, batch=1, tokens=TEXT_TOKENS, compile_peer=False):
-    """One call of the transformer on cells x cells latents."""
-    model = inference(size, dtype)
-    params = _transformer(bench, model)
+def transformer(
+    bench, size: LinearDiT, cells, *, dtype, batch=1, tokens=TEXT_TOKENS, compile_peer=False, attention=None, unrolled=None
+):  # fmt: skip
+    """One call of the transformer on cells x cells latents.
+
+    attention: backend of its kernels instead of plain JAX, unrolled: see `_transformer`; with either it has no peer, its row
+    is to be read beside the one without.
+    """
+    model = dataclasses.replace(inference(size, dtype), attention=attention or "plain")
+    params = _transformer(bench, model, unrolled)
     x, text = _normal(1, (batch, cells, cells, model.in_channels)), _normal(2, (batch, tokens, model.text_dim), dtype)
     mask, t, w = jnp.ones((batch, tokens)), jnp.full((batch,), 0.7), jnp.full((batch,), 4.5)
     run = lambda params, *args: model.apply(params, *args).velocity
@@ -91,7 +98,7 @@ def transformer(bench, size: LinearDiT, cells, *, dtype, batch=1, tokens=TEXT_TO
     return bench_lib.Subject(
         bench_lib.program(program, params, x, t, text, mask, w), seconds, dtype,
         floors.transformer(model, cells * cells, tokens, batch=batch, itemsize=_itemsize(dtype)),
-        _peers("diffusers", peer, compile_peer),
+        () if attention or unrolled is not None else _peers("diffusers", peer, compile_peer),
     )  # fmt: skip
 
 
