@@ -25,6 +25,7 @@ _SUITE = flags.DEFINE_enum("suite", None, ["cpu", "gpu", "kernels"], "What to me
 _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.", allow_override=True)
 _ONLY = flags.DEFINE_list("only", None, "Names of the cases to run, * for anything; default: all of the suite.", allow_override=True)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Alternating runs of each program.")
+_PEERS = flags.DEFINE_bool("peers", True, "Time the peers too.")
 _OPERATIONS = flags.DEFINE_integer("operations", 0, "Longest operations of each program to list, by JAX's profiler.")
 
 
@@ -87,7 +88,7 @@ def _run(cases, out):
     from sprint_jax.benchmarking import bench as bench_lib
     from sprint_jax.benchmarking import rows as rows_lib
 
-    bench, rows = bench_lib.Bench(_REPEATS.value, _OPERATIONS.value, say=lambda text: tqdm.tqdm.write(text)), []
+    bench, rows = bench_lib.Bench(_REPEATS.value, _OPERATIONS.value, _PEERS.value, tqdm.tqdm.write), []
     where = bench.where
     threads = f", {where['threads']} threads" if where["threads"] else ""
     print(f"{where['device']}{threads}, jax {where['jax']}, commit {where['commit']}, {_REPEATS.value} repeats", flush=True)

@@ -47,11 +47,11 @@ class Case:
 class Bench:
     """What the cases of one run share: how often to repeat, the device's rates, and large things made once.
 
-    operations: how many of a program's longest operations are told to `say`; 0 for none.
+    operations: how many of a program's longest operations are told to `say`; 0 for none. with_peers: False times ours alone.
     """
 
-    def __init__(self, repeats: int, operations: int = 0, say: Callable[[str], None] = print):
-        self.operations, self.say = operations, say
+    def __init__(self, repeats: int, operations: int = 0, with_peers: bool = True, say: Callable[[str], None] = print):
+        self.operations, self.with_peers, self.say = operations, with_peers, say
         self.repeats, self.on_cpu = repeats, jax.default_backend() == "cpu"
         self.where = machine.where()
         self._kept = {}
@@ -139,7 +139,7 @@ def measure(case: Case, bench: Bench) -> list[rows.Row]:
         )  # fmt: skip
         built, result = {"ours": subject.program}, None
         waiting = []  # (row, label of a program that runs, or None)
-        for label, build in subject.peers:
+        for label, build in subject.peers if bench.with_peers else ():
             one = dataclasses.replace(row, peer=label)
             try:
                 built[label] = build()

@@ -5,6 +5,8 @@ speed of a matrix product; there wide convolutions use Winograd's F(2x2, 3x3): 1
 (`benchmarks/RESULTS.md` has the ratios).
 """
 
+import functools
+
 import einops
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ _DEFAULT_ROWS = 16
 
 
 def conv3x3(x, kernel, stride=1):
-    """3x3 convolution, padding 1, summed in float32. x [B, H, W, Cin], kernel [3, 3, Cin, Cout]."""
+    """3x3 convolution, padding 1. x [B, H, W, Cin], kernel [3, 3, Cin, Cout] -> [B, H', W', Cout] float32, see `_library`."""
     height, width, channels = x.shape[1:]
     whole = height % 2 == 0 and width % 2 == 0
     if stride == 1 and whole and x.dtype == jnp.float32 and channels >= WINOGRAD_CHANNELS:
@@ -26,10 +28,26 @@ def conv3x3(x, kernel, stride=1):
 
 
 def _conv(x, kernel, stride=1):
-    return jax.lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), (stride, stride), ((1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"), preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    return _library(x, kernel.astype(x.dtype), (stride, stride))
+
+
+def _library(x, kernel, strides):
+    """The library's convolution, padding 1, summed in float32 -> float32.
+
+    cuDNN has none from bfloat16 to float32: asked for one, XLA converts both operands and convolves in TF32, at half the
+    speed. So an NVIDIA GPU rounds the sums to bfloat16, as PyTorch does.
+    """
+
+    def convolve(out, x, kernel):
+        y = jax.lax.conv_general_dilated(
+            x, kernel, strides, ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"), preferred_element_type=out
+        )
+        return y.astype(jnp.float32)
+
+    wide = functools.partial(convolve, jnp.float32)
+    if x.dtype == jnp.float32:
+        return wide(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cuda=functools.partial(convolve, x.dtype), default=wide)
 
 
 def winograd(x, kernel):
@@ -106,10 +124,7 @@ def upsample_conv3x3(x, kernel):
         left, centre, right = row[:, 0], row[:, 1], row[:, 2]
         phases += [jnp.stack([left, centre + right], 1), jnp.stack([left + centre, right], 1)]
     taps = jnp.concatenate(phases, -1).astype(x.dtype)  # [2, 2, Cin, 4 Cout]
-    y = jax.lax.conv_general_dilated(
-        x, taps, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        preferred_element_type=jnp.float32,
-    )  # [B, H + 1, W + 1, 4 Cout]; phase (p, q) of cell (i, j) is at (i + p, j + q)
+    y = _library(x, taps, (1, 1))  # [B, H + 1, W + 1, 4 Cout]; phase (p, q) of cell (i, j) is at (i + p, j + q)
     y = y.reshape(*y.shape[:3], 2, 2, -1)
     shifted = [[y[:, p : p + height, q : q + width, p, q] for q in (0, 1)] for p in (0, 1)]
     y = jnp.stack([jnp.stack(row, 3) for row in shifted], 3)  # [B, H, W, 2, 2, Cout]
