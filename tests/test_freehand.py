@@ -109,7 +109,7 @@ def test_sketches_are_about_their_objects():
         far = np.full((64, 64), np.inf)
         for o in e.objects:
             away = np.maximum(abs(xs - o.x), abs(ys - o.y))
-            most = freehand.SCALE[1] * o.size + freehand.SHIFT + freehand.WOBBLE
+            most = 1.3 * o.size + 1 / 8 + 1 / 32
             assert ink[away < most].sum() > 0
             far = np.minimum(far, away - most)
         assert ink[far > freehand.WIDTH[1] / 2 + 1 / 64].sum() == 0
@@ -119,7 +119,7 @@ def test_sketches_are_about_their_objects():
         centres.append([columns.mean() + 0.5, rows.mean() + 0.5])
     centres = np.array(centres) / 32 - [0.375, 0.625]
     assert np.abs(centres.mean(0)).max() < 0.02 and np.abs(np.corrcoef(centres.T)[0, 1]) < 0.15
-    assert (np.abs(centres).max(0) > 0.1).all() and np.abs(centres).max() < freehand.SHIFT + 1 / 32
+    assert (np.abs(centres).max(0) > 0.1).all() and np.abs(centres).max() < 1 / 8 + 1 / 32
 
 
 def test_the_share_of_rough_examples():
