@@ -6,6 +6,8 @@
 Presets
   shapes      around the shipped teacher: a ControlNet of its first three blocks learns to follow edges, then both are
               distilled by sCM + LADD. A tenth of the samples go without the sketch, so the student draws with and without.
+              Half of the examples have their objects anywhere and are shown by a rough sketch, as drawn on the page; their
+              pictures stay on the grid, so a drawing is snapped to the nearest clean composition.
   smoke       the same cut down to seconds.
   sana_600m, sana_1600m
               seven copied blocks and scribbles of HED, as published for the multi-step ControlNet; its rate, warm-up
@@ -40,8 +42,8 @@ def get_config(preset="shapes"):
         config.teacher.time_shift = 4.0 if preset == "sana_600m" else 3.0
         return config
     if preset == "smoke":
-        config.control.update(depth=1, steps=8, batch=8)
+        config.control.update(depth=1, steps=8, batch=8, freehand=0.5)
         return config
-    config.control.update(depth=3, steps=450)
+    config.control.update(depth=3, steps=450, freehand=0.5)
     config.sprint.steps = 1400
     return config

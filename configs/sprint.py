@@ -69,7 +69,7 @@ def _shapes():
         optimizer=_muon(lr=2e-3, muon_lr=0.02, warmup=100, decay_to=0.02, b1=0.9, weight_decay=0.01, clip=1.0),
     )  # fmt: skip
     config.control = dict(
-        depth=0, condition="edges", pretrained="", steps=0, batch=64, dropout=0.1,
+        depth=0, condition="edges", pretrained="", steps=0, batch=64, dropout=0.1, freehand=0.0,
         optimizer=_muon(lr=2e-3, muon_lr=0.02, warmup=50, decay_to=0.05, b1=0.9, weight_decay=0.01, clip=1.0),
     )  # fmt: skip
     config.sprint = dict(
@@ -157,7 +157,7 @@ def sana(preset):
         optimizer=came(lr=2e-5, reference_batch=0, warmup=2000),
     )  # fmt: skip
     config.control = dict(  # see configs/controlnet.py
-        depth=0, condition="hed", pretrained="", steps=0, batch=16, dropout=0.0,
+        depth=0, condition="hed", pretrained="", steps=0, batch=16, dropout=0.0, freehand=0.0,
         optimizer=came(lr=1e-4, reference_batch=0, warmup=30),
     )  # fmt: skip
     config.sprint = dict(

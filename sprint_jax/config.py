@@ -164,6 +164,8 @@ class Control:
       diffusers ControlNet; "" to train it here around the frozen teacher.
     steps, batch: of that training; times, dropped captions and average are those of `teacher`.
     dropout: share of samples that go without the condition in the sprint, whose student so learns to draw with and without.
+    freehand: probability that an example of the embedded data has its objects anywhere and is shown by a rough sketch, as a
+      person draws (`sprint_jax.data.freehand`), instead of by `condition`; 0 for encoded data.
     optimizer: of that training.
     """
 
@@ -173,6 +175,7 @@ class Control:
     steps: int
     batch: int
     dropout: float
+    freehand: float
     optimizer: Optimizer
 
 
@@ -326,6 +329,9 @@ def _check(c: Config):
         (not k.depth or c.data.encoded or k.condition != "hed", "config.control.condition hed needs encoded pictures: use edges or scribble, or name config.data.encoded"),
         (not k.depth or k.pretrained or k.steps > 0, "config.control.pretrained is empty and config.control.steps is 0: nothing trains the ControlNet"),
         (0 <= k.dropout < 1, f"config.control.dropout {k.dropout}: use a share from 0 to below 1"),
+        (0 <= k.freehand <= 1, f"config.control.freehand {k.freehand}: use a probability in [0, 1]"),
+        (not k.freehand or not c.data.encoded,
+         f"config.control.freehand {k.freehand}: encoded pictures have no rough sketches, use 0 with config.data.encoded"),
         (t.batch > 0 and s.batch > 0, "config.teacher.batch and config.sprint.batch: use 1 or more"),
         *((x.accumulate >= 1 and x.batch % x.accumulate == 0, f"config.{n}.accumulate {x.accumulate}: use a divisor of {n}.batch {x.batch}")
           for n, x in (("teacher", t), ("sprint", s))),

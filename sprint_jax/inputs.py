@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from sprint_jax import build, parts, pipeline, weights
 from sprint_jax import config as config_lib
-from sprint_jax.data import batches, conditions, encoded, loader, shapes
+from sprint_jax.data import batches, conditions, encoded, freehand, loader, shapes
 from sprint_jax.errors import UserError
 
 # Real pictures behind the Fréchet distance come from indices far from those of the prompts.
@@ -32,7 +32,8 @@ class Heldout:
       a ControlNet "control" [N, h, w, c] and "control_scale" [N], all 1. images: uint8 [N, H, W, 3].
     reference: real pictures for the Fréchet distance, uint8 [M, H, W, 3].
     meanings: of the captions, for the checker of `shapes`; None for other data.
-    edges: what of `images` "control" shows, uint8 [N, H, W]; None without a ControlNet.
+    sketches: what "control" shows, uint8 [N, H, W]; None without a ControlNet.
+    edges: the lines that a picture's own should agree with, alike: the sketches, or of rough ones the edges of `images`.
     """
 
     captions: list[str]
@@ -40,6 +41,7 @@ class Heldout:
     images: np.ndarray
     reference: np.ndarray
     meanings: list[shapes.Caption] | None
+    sketches: np.ndarray | None
     edges: np.ndarray | None
 
 
@@ -76,13 +78,16 @@ class Shapes:
         self.pixels, self.pixels_params = parts.EmbeddedPixels(self._codec), {}
         text, mask = self._encoder.encode([""])
         self.identity = "drawn shapes"
+        if c.control.depth and c.control.freehand:
+            self.identity += f", {c.control.freehand} of them by rough sketches"
         self.frozen = {"null_text": text, "null_mask": mask}
 
     def batches(self, batch, start, stop, process, processes):
         """Context and iterator of this process's rows of the batches start .. stop - 1."""
         make = lambda step: loader.make_batch(
             step, seed=self._c.data.seed, batch=batch, size=self._c.data.size, codec=self._codec,
-            text_encoder=self._encoder, condition=_condition(self._c), process=process, processes=processes,
+            text_encoder=self._encoder, condition=_condition(self._c), freehand=self._c.control.freehand,
+            process=process, processes=processes,
         )  # fmt: skip
         return loader.Prefetch(make, start, stop)
 
@@ -90,21 +95,31 @@ class Shapes:
         return batch
 
     def heldout(self, count, reference) -> Heldout:
+        return self._heldout(count, reference, rough=False)
+
+    def freehand(self, count, reference) -> Heldout | None:
+        """As `heldout`, with objects anywhere and rough sketches of them; None where training has none."""
+        return self._heldout(count, reference, rough=True) if self._c.control.depth and self._c.control.freehand else None
+
+    def _heldout(self, count, reference, rough):
         d = self._c.data
         draw = lambda first, n: [
-            shapes.example(d.eval_seed, first + i, size=d.size, split="heldout") for i in range(n)
+            shapes.example(d.eval_seed, first + i, size=d.size, split="heldout", anywhere=rough) for i in range(n)
         ]
         examples = draw(0, count)
         text, mask = self._encoder.encode([e.text for e in examples])
-        cond, edges = {"text": text, "mask": mask}, None
+        cond, sketches, edges = {"text": text, "mask": mask}, None, None
         images = np.stack([e.image for e in examples])
         if self._c.control.depth:
-            shown = _condition(self._c)(images)
-            cond |= {"control": self._codec.encode(shown), "control_scale": np.ones(count, np.float32)}
-            edges = shown[..., 0]
+            sketches = edges = _condition(self._c)(images)[..., 0]
+            if rough:
+                drawn = [freehand.sketch(d.eval_seed, i, e.objects, size=d.size, split="heldout") for i, e in enumerate(examples)]
+                sketches, edges = np.stack(drawn), conditions.gradient_edges(images)
+            shown = self._codec.encode(conditions.as_picture(sketches))
+            cond |= {"control": shown, "control_scale": np.ones(count, np.float32)}
         return Heldout(
             [e.text for e in examples], cond, images, np.stack([e.image for e in draw(_REFERENCE_START, reference)]),
-            [e.caption for e in examples], edges,
+            [e.caption for e in examples], sketches, edges,
         )  # fmt: skip
 
 
@@ -195,7 +210,11 @@ class EncodedData:
         if self._c.control.depth:
             cond |= {"control": stacked["control"][:count], "control_scale": np.ones(count, np.float32)}
             edges = self._decode(stacked["control"][:count]).max(-1)
-        return Heldout(captions, cond, images[:count], images, None, edges)
+        return Heldout(captions, cond, images[:count], images, None, edges, edges)
+
+    def freehand(self, count, reference):
+        """None: of these pictures nobody knows the objects."""
+        return None
 
     def _decode(self, latents):
         decode = jax.jit(self.pixels.decode)

@@ -309,14 +309,20 @@ def _pictures(job, teacher, student):
     if heldout.edges is not None:
         # What chance gives: the right pictures, each held against the drawing of the next prompt.
         results["mismatched"] = evaluator(np.roll(heldout.images, 1, 0))
-        sheets["control"] = np.repeat(heldout.edges[..., None], 3, -1)
+        sheets["control"] = _white(heldout.sketches)
     chosen = _samplers(job, teacher, student)
+    trials = {name: (heldout, evaluator, how) for name, how in chosen.items()}
+    rough = job.data.freehand(e.prompts, e.reference)
+    if rough is not None:
+        sheets["freehand_sketches"], rough_evaluator = _white(rough.sketches), Evaluator(rough)
+        by = {"teacher_freehand": f"teacher_{e.teacher_steps}", "student_1_freehand": "student_1"}
+        trials |= {name: (rough, rough_evaluator, chosen[how]) for name, how in by.items() if how in chosen}
     job.say(f"evaluation: {e.prompts} held-out prompts, pictures by {len(chosen)} samplers (each compiles first)")
     null = {"text": job.data.frozen["null_text"], "mask": job.data.frozen["null_mask"]}
-    with tqdm.tqdm(total=len(chosen) * e.prompts, desc="evaluation", unit="picture", mininterval=1.0,
+    with tqdm.tqdm(total=len(trials) * e.prompts, desc="evaluation", unit="picture", mininterval=1.0,
                    disable=not hosts.primary()) as bar:  # fmt: skip
-        for name, (sampler, params, guidance, told) in chosen.items():
-            cond = heldout.cond | {k: np.full(e.prompts, v, np.float32) for k, v in told.items()}
+        for name, (asked, judge, (sampler, params, guidance, told)) in trials.items():
+            cond = asked.cond | {k: np.full(e.prompts, v, np.float32) for k, v in told.items()}
             starts = list(range(0, e.prompts, e.batch))
             share = -(-len(starts) // jax.process_count())
             # Equal shares, so that they can be gathered: the last ones are made twice and cut off again.
@@ -326,8 +332,13 @@ def _pictures(job, teacher, student):
                 batch=e.batch, starts=mine, say=lambda n, base=bar.n: bar.update(min(base + e.prompts, base + n * jax.process_count()) - bar.n),
             )  # fmt: skip
             images = _in_order(made, mine, e)
-            results[name], sheets[name] = evaluator(images), images
+            results[name], sheets[name] = judge(images), images
     return results, sheets
+
+
+def _white(sketches):
+    """uint8 [N, H, W] as pictures of three channels."""
+    return np.repeat(sketches[..., None], 3, -1)
 
 
 def _in_order(made, starts, e):
@@ -364,7 +375,7 @@ def _samplers(job, teacher, student):
 
 def _save_sheets(config, workdir, sheets, records):
     suffixes = {"real": "real", f"teacher_{config.evaluation.teacher_steps}": "teacher"}
-    suffixes |= {"control": "control"}
+    suffixes |= {"control": "control", "freehand_sketches": "freehand_sketches", "student_1_freehand": "freehand"}
     suffixes |= {f"student_{n}": str(n) for n in STUDENT_STEPS}
     zoom = max(1, 96 // config.data.size)
     made = {}
@@ -396,9 +407,9 @@ def _table(summary):
     columns = ["overall", *tasks] if tasks else []
     agreement = summary["agreement"]
     heads = (*columns, "Frechet", *(["edges"] if agreement else []))
-    lines = ["", f"{'':14}" + "".join(f"{t.replace('_', ' '):>20}" for t in heads)]
+    lines = ["", f"{'':18}" + "".join(f"{t.replace('_', ' '):>20}" for t in heads)]
     for name, distance in summary["frechet"].items():
         shares = [summary["scores"][name], *(summary["tasks"][name].get(t, np.nan) for t in tasks)] if tasks else []
-        row = f"{name:14}" + "".join(f"{100 * s:19.1f}%" for s in shares) + f"{distance:20.4f}"
+        row = f"{name:18}" + "".join(f"{100 * s:19.1f}%" for s in shares) + f"{distance:20.4f}"
         lines.append(row + (f"{100 * agreement[name]:19.1f}%" if agreement else ""))
     return "\n".join(lines) + "\n"

@@ -108,7 +108,7 @@ def test_unknown_key_names_its_neighbour():
         ("sprint.batch", 1), ("sprint.accumulate", 3), ("sprint.accumulate", 8), ("teacher.accumulate", 0),
         ("text.vocabulary", "x"), ("text.dim", 7), ("model.remat", "x"), ("mesh.fsdp", 0), ("data.workers", -1), ("evaluation.schedule", "x"), ("evaluation.prompts", 0),
         ("evaluation.samples", 1000), ("evaluation.teacher_steps", 0), ("run.log_every", 3),
-        ("control.depth", -1), ("control.depth", 7), ("control.condition", "x"), ("control.dropout", 1.0), ("control.batch", 0),
+        ("control.depth", -1), ("control.depth", 7), ("control.condition", "x"), ("control.dropout", 1.0), ("control.freehand", -0.1), ("control.freehand", 1.1), ("control.batch", 0),
         ("control.optimizer.kind", "x"), ("run.checkpoint_every", 0), ("run.keep", 0), ("run.strip_every", 3), ("run.strip_every", -2),
     ],
 )  # fmt: skip
@@ -129,3 +129,18 @@ def test_a_controlnet_that_nothing_trains_or_shows_is_named():
     tree["control"] |= {"steps": 10, "condition": "hed"}
     with pytest.raises(UserError, match="condition hed needs encoded pictures"):
         config.parse(tree)
+
+
+def test_encoded_pictures_have_no_rough_sketches():
+    """Fails when the share is silently not used."""
+    tree = card("emoji")[0].to_dict()
+    config.parse(tree)
+    tree["control"]["freehand"] = 0.5
+    with pytest.raises(UserError, match="config.control.freehand 0.5: encoded pictures have no rough sketches, use 0") as error:
+        config.parse(tree)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("preset, share", [("shapes", 0.5), ("smoke", 0.5), ("sana_600m", 0.0), ("sana_1600m", 0.0)])
+def test_cards_of_the_controlnet_say_the_share(preset, share):
+    assert config.parse(CONTROLS["get_config"](preset)).control.freehand == share

@@ -227,13 +227,14 @@ def batch(small):
 
 def test_batches_hold_the_edges_of_their_pictures(small, batch):
     """The condition is the encoded edge map of the very picture, for training and held-out ones."""
-    from sprint_jax.data import conditions
+    from sprint_jax.data import conditions, freehand
 
     data, rows = batch
     codec = build.codec(small)
-    pictures = np.stack([shapes.example(small.data.seed, i, size=small.data.size).image for i in range(8)])
+    usual = [i for i in range(8) if not freehand.chosen(small.data.seed, i, small.control.freehand)]
+    pictures = np.stack([shapes.example(small.data.seed, i, size=small.data.size).image for i in usual])
     edges = conditions.as_picture(conditions.gradient_edges(pictures))
-    np.testing.assert_allclose(rows["control"], codec.encode(edges), atol=1e-6)
+    np.testing.assert_allclose(rows["control"][usual], codec.encode(edges), atol=1e-6)
     heldout = data.heldout(4, 2)
     np.testing.assert_array_equal(heldout.edges, conditions.gradient_edges(heldout.images))
     np.testing.assert_array_equal(heldout.cond["control_scale"], np.ones(4))
@@ -350,12 +351,16 @@ def test_the_main_job_trains_distils_and_scores(sketched):
     assert list(dict.fromkeys(row["stage"] for row in rows)) == ["teacher", "finetune", "control", "sprint"]
     summary = json.loads((sketched / "summary.json").read_text())
     names = {"real", "mismatched", "teacher_20", "teacher_1", "student_1", "student_1_free", "student_2", "student_4"}
+    names |= {"teacher_freehand", "student_1_freehand"}
     assert summary["agreement"].keys() == names == summary["scores"].keys()
     assert summary["agreement"]["real"] == 1.0 and summary["agreement"]["mismatched"] < 0.5
     with Image.open(sketched / "samples_control.png") as sheet, Image.open(sketched / "samples_real.png") as real:
         assert sheet.size == real.size
         assert set(np.unique(np.asarray(sheet))) <= {0, 255, 96}  # lines, ground, and the grid's grey
-    assert "edges as asked" in (sketched / "report.html").read_text()
+    with Image.open(sketched / "samples_freehand_sketches.png") as sheet, Image.open(sketched / "samples_freehand.png") as made:
+        assert sheet.size == made.size and len(np.unique(np.asarray(sheet))) > 3  # strokes are grey at their borders
+    report = (sketched / "report.html").read_text()
+    assert "edges as asked" in report and "by the rough sketches" in report and "<td>student_1_freehand</td>" in report
 
 
 @pytest.mark.slow

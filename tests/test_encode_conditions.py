@@ -295,7 +295,7 @@ def card(folder, **control):
     """The `smoke` card of the ControlNet on an encoded folder, cut down."""
     tree = runpy.run_path(str(ROOT / "configs/controlnet.py"))["get_config"]("smoke")
     tree.model.depth, tree.data.encoded = 2, str(folder)
-    tree.control.update(depth=1, condition="edges")
+    tree.control.update(depth=1, condition="edges", freehand=0.0)
     tree.control.update(**control)
     tree.control.optimizer.kind = "adamw"  # compiles sooner than the card's
     return config.parse(tree)

@@ -3,8 +3,9 @@
 A caption follows a fixed grammar (below) and a picture shows exactly what it says: one to three objects
 on a plain background. Sizes, cells of a 4 x 4 grid and anything else the caption leaves open are random,
 within a composition as a photographer would choose: one object stands near the middle, and two in a relation
-share one of the two middle rows (or columns), at least half a picture apart. One in eight of
-the composed captions is held out of training, so that `heldout` asks for combinations never seen.
+share one of the two middle rows (or columns), at least half a picture apart. `anywhere` drops that: objects
+stand in any cells in which the caption is true, as where a person draws. One in eight of the composed captions
+is held out of training, so that `heldout` asks for combinations never seen.
 
     a {shape}                                        single object
     a {colour} {shape}                               colour
@@ -38,11 +39,13 @@ SPLITS = ("train", "heldout")
 _GRID = 4
 _CELLS = tuple((i + 0.5) / _GRID for i in range(_GRID))
 _INNER = _CELLS[1:-1]
+_CORNERS = tuple(i / _GRID for i in range(1, _GRID))  # of four cells, which a large object fills
 _SMALL, _LARGE = (3 / 32, 4 / 32), 8 / 32
 _GAP = 1.5 / 32  # least empty space between objects
 _KINDS = ("shape", "colour", "count", "relation")
 _KIND_CUMULATIVE = (0.06, 0.18, 0.42, 1.0)
 _BACKGROUND_PROBABILITY = 0.3
+STREAMS = ("example", "anywhere", "sketch", "choice")  # what is drawn of one (seed, index), each independent of the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,29 +130,36 @@ def is_heldout(caption: Caption) -> bool:
     return zlib.crc32(caption.text().encode()) % 8 == 0
 
 
-def example(seed: int, index: int, *, size: int = 32, split: str = "train") -> Example:
+def stream(seed: int, index: int, split: str, name: str) -> np.random.Generator:
+    """Random numbers of an example for one of STREAMS. Use random() alone: that part of NumPy's generators is stable."""
+    # Streams are so far apart in Philox's counter of 256 bits that they never meet.
+    counter = [0, 0, 0, STREAMS.index(name)]
+    return np.random.Generator(np.random.Philox(key=[seed, 2 * index + SPLITS.index(split)], counter=counter))
+
+
+def example(seed: int, index: int, *, size: int = 32, split: str = "train", anywhere: bool = False) -> Example:
     """Picture and caption number `index`. Depends on nothing but the arguments.
 
     Args:
       seed, index: non-negative integers; together they name the example.
       size: side in pixels.
       split: "train" or "heldout"; the caption is drawn from that side of `is_heldout`.
+      anywhere: objects in any cells of the grid. Another example than the one without, caption included.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: use one of {SPLITS}")
-    rng = np.random.Generator(np.random.Philox(key=[seed, 2 * index + SPLITS.index(split)]))
+    rng = stream(seed, index, split, "anywhere" if anywhere else "example")
     kind = _KINDS[int(np.searchsorted(_KIND_CUMULATIVE, rng.random(), side="right"))]
     while True:
         caption = _draw_caption(rng, kind)
         if is_heldout(caption) == (split == "heldout"):
             break
     background = caption.background
-    objects = _place(rng, caption, background)
+    objects = _place(rng, caption, background, anywhere)
     return Example(render(objects, background, size), caption.text(), caption, objects)
 
 
 def _pick(rng, options):
-    # random() alone is used throughout: its stream is the part of NumPy's generators that is stable.
     return options[int(rng.random() * len(options))]
 
 
@@ -172,21 +182,22 @@ def _draw_caption(rng, kind) -> Caption:
             return Caption(kind, (first, second), _pick(rng, RELATIONS), background)
 
 
-def _place(rng, caption, background) -> tuple[Object, ...]:
+def _place(rng, caption, background, anywhere) -> tuple[Object, ...]:
     """Sizes and positions: inside the picture, apart from each other, in the relation asked for."""
     while True:
-        placed = tuple(_place_one(rng, caption, wanted, background) for wanted in caption.objects)
-        if _apart(placed) and (caption.relation is None or _related(placed, caption.relation)):
+        placed = tuple(_place_one(rng, caption, wanted, background, anywhere) for wanted in caption.objects)
+        if _apart(placed) and (caption.relation is None or _related(placed, caption.relation, anywhere)):
             return placed
 
 
-def _place_one(rng, caption, wanted, background) -> Object:
+def _place_one(rng, caption, wanted, background, anywhere) -> Object:
     colour = wanted.colour or _pick(rng, [c for c in COLOURS if c != background])
     alone = len(caption.objects) == 1
     half = _pick(rng, (*_SMALL, _LARGE) if alone else _SMALL)
     if half == _LARGE:
-        return Object(colour, wanted.shape, 0.5, 0.5, half)
-    free = _INNER if alone else _CELLS
+        free = _CORNERS if anywhere else (0.5,)
+    else:
+        free = _INNER if alone and not anywhere else _CELLS
     return Object(colour, wanted.shape, _pick(rng, free), _pick(rng, free), half)
 
 
@@ -198,28 +209,38 @@ def _apart(objects) -> bool:
     return True
 
 
-def _related(objects, relation) -> bool:
-    """Generously inside the checker's rule: well apart on one axis, level on the other and in the middle."""
+def _related(objects, relation, anywhere) -> bool:
+    """Generously inside the checker's rule: well apart on one axis, level on the other and in the middle.
+
+    anywhere: the rule itself, farther apart on the one axis than on the other; the grid's steps are a quarter.
+    """
     a, b = objects
     dx, dy = b.x - a.x, b.y - a.y
     along, across, level = {
         "left of": (dx, dy, a.y), "right of": (-dx, dy, a.y), "above": (dy, dx, a.x), "below": (-dy, dx, a.x)
     }[relation]  # fmt: skip
+    if anywhere:
+        return along > abs(across)
     return along >= 0.5 and across == 0 and level in _INNER
+
+
+def distance(shape, dx, dy, half):
+    """Signed distance to the border of one shape, negative inside; outside a corner to the edges' prolongations.
+
+    dx, dy: arrays, to the right of and below the shape's centre, in the unit of `half`.
+    """
+    if shape == "circle":
+        return np.hypot(dx, dy) - half
+    if shape == "square":
+        return np.maximum(np.abs(dx), np.abs(dy)) - half
+    slope = np.sqrt(5.0)  # isosceles, apex up: base and height both 2 * half
+    return np.maximum(dy - half, (2 * np.abs(dx) - dy - half) / slope)
 
 
 def coverage(shape, x, y, half, size):
     """Anti-aliased mask of one shape. Arguments in pixels. Returns float64 [size, size] in [0, 1]."""
     ys, xs = np.mgrid[:size, :size] + 0.5
-    dx, dy = xs - x, ys - y
-    if shape == "circle":
-        distance = np.hypot(dx, dy) - half
-    elif shape == "square":
-        distance = np.maximum(np.abs(dx), np.abs(dy)) - half
-    else:  # isosceles, apex up: base and height both 2 * half
-        slope = np.sqrt(5.0)
-        distance = np.maximum(dy - half, (2 * np.abs(dx) - dy - half) / slope)
-    return np.clip(0.5 - distance, 0, 1)
+    return np.clip(0.5 - distance(shape, xs - x, ys - y, half), 0, 1)
 
 
 def render(objects, background, size) -> np.ndarray:

@@ -26,6 +26,7 @@ pre { background: #f6f6f6; padding: 1em; overflow: auto }
 _SHEETS = {
     "samples_control": "sketches, the condition", "samples_real": "real pictures", "samples_teacher": "teacher", "samples_1": "student, 1 step",
     "samples_2": "student, 2 steps", "samples_4": "student, 4 steps",
+    "samples_freehand_sketches": "rough sketches of other pictures", "samples_freehand": "student, 1 step, by the rough sketches",
 }  # fmt: skip
 _BY_TIME = {
     "loss": "flow loss", "scm": "sCM loss", "error": "sCM error before weighting", "tangent_norm": "norm of the tangent",
