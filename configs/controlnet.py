@@ -44,6 +44,6 @@ def get_config(preset="shapes"):
     if preset == "smoke":
         config.control.update(depth=1, steps=8, batch=8, freehand=0.5)
         return config
-    config.control.update(depth=3, steps=450, freehand=0.5)
-    config.sprint.steps = 1400
+    config.control.update(depth=3, steps=600, freehand=0.5)
+    config.sprint.steps = 1600
     return config

@@ -245,7 +245,8 @@ def _of_folder(path) -> Encoders:
 
     dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     say = lambda message: print(message, file=sys.stderr, flush=True)
-    pipe = pipeline.load(path, dtype=dtype, instruction=_INSTRUCTION.value, say=say)
+    # Stacks on every platform, for the identity's sake.
+    pipe = pipeline.load(path, dtype=dtype, instruction=_INSTRUCTION.value, platform="", say=say)
     if not isinstance(pipe.pixels, parts.AutoencoderPixels):
         raise UserError(
             f"--encoder={path} is a run directory: give its config file, a diffusers folder, or one made by "

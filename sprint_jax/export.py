@@ -65,7 +65,7 @@ def main(argv):
         say = lambda message: print(message, file=sys.stderr, flush=True)
         pipe = pipeline.load(
             _MODEL.value, dtype=_DTYPE.value or ("float32" if alone else "bfloat16"), instruction=_INSTRUCTION.value,
-            tile=_TILE.value, unrolled=alone, say=say,
+            tile=_TILE.value, platform=platforms[0] if len(platforms) == 1 else "", say=say,
         )  # fmt: skip
         bar = lambda programs: tqdm.tqdm(programs, unit="program", desc="export", delay=5)
         header = export(

@@ -66,7 +66,7 @@ class Pipeline:
 
 
 def load(
-    path, *, dtype="bfloat16", attention="plain", controlnet=None, instruction=None, tile=False, unrolled=None,
+    path, *, dtype="bfloat16", attention="plain", controlnet=None, instruction=None, tile=False, platform=None,
     say=lambda message: None,
 ) -> Pipeline:  # fmt: skip
     """A pipeline from a diffusers folder, a folder converted by `sprint_jax.convert`, or a run directory.
@@ -81,8 +81,8 @@ def load(
       instruction: text file with the instruction before each prompt, "" for none; None takes the one
         stored with a converted model, or that of the installed diffusers package. Run directories have none.
       tile: decode pictures in overlapping tiles of 1024 px, to bound memory.
-      unrolled: whether a published transformer's blocks run one by one instead of in a loop; None: on a CPU,
-        where it gains a twentieth of the time, and compilation can afford it.
+      platform: what the programs are for, as `jax.default_backend()` names it, None for that one, "" for several. It decides
+        which published networks run their blocks one by one instead of in a loop: see `_UNROLLED`.
       say: called with a line for each part that is read.
     Raises UserError for anything that is not a whole model of one of the three kinds.
     """
@@ -91,10 +91,10 @@ def load(
         raise UserError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
     if attention not in backend.WANTED:
         raise UserError(f"attention {attention!r}: use one of {', '.join(backend.WANTED)}")
-    pipe = _load(path, dtype=dtype, instruction=instruction, tile=tile, unrolled=unrolled, say=say)
+    pipe = _load(path, dtype=dtype, instruction=instruction, tile=tile, platform=platform, say=say)
     if controlnet is not None:
         say(f"reading {controlnet}")
-        pipe = _with_controlnet(pipe, controlnet)
+        pipe = _with_controlnet(pipe, controlnet, "controlnet" in _unrolled(platform))
     m = pipe.model.trunk if pipe.control else pipe.model
     chosen, sentence = backend.resolve(attention, jax.default_backend(), (m.width // m.heads, m.width // m.cross_heads), dtype)
     if sentence:
@@ -110,7 +110,7 @@ def _computed(model, **changes):
     return Controlled(trunk=dataclasses.replace(model.trunk, **changes), control=dataclasses.replace(model.control, net=net))
 
 
-def _with_controlnet(pipe, path):
+def _with_controlnet(pipe, path, unrolled):
     """The pipeline around a ControlNet from a folder. Raises UserError where the two do not belong together."""
     if pipe.control:
         raise UserError(f"the model has a ControlNet of its own: leave {path} out")
@@ -125,15 +125,26 @@ def _with_controlnet(pipe, path):
         raise UserError(f"{path} holds a ControlNet of {control.depth} blocks, the model has {pipe.model.depth}: these do not belong together")
     dtype = jnp.dtype(pipe.dtype)
     params = jax.device_put(jax.tree.map(lambda a: a.astype(dtype), params))
+    params = control.unstack(params) if unrolled else params
     model = _computed(Controlled(trunk=pipe.model, control=control), dtype=pipe.dtype)
     both = {"trunk": pipe.params["transformer"], "control": params}
     return dataclasses.replace(pipe, model=model, params=pipe.params | {"transformer": both}, programs={})
 
 
-def _load(path, *, dtype, instruction, tile, unrolled, say):
+# Parts whose loop over blocks is given up for the time that it takes: it copies the weights of each block. Of the text
+# encoder a CPU would compile 26 layers for every padded length, for little.
+_ON_GPU = ("transformer", "controlnet", "text_encoder")
+_UNROLLED = {"cpu": ("transformer", "controlnet"), "gpu": _ON_GPU, "cuda": _ON_GPU}
+
+
+def _unrolled(platform):
+    return _UNROLLED.get(jax.default_backend() if platform is None else platform, ())
+
+
+def _load(path, *, dtype, instruction, tile, platform, say):
     if not path.is_dir():
         raise UserError(f"no directory {path}: give a diffusers folder, a converted model, the --workdir of a run, or an exported file")
-    unrolled = jax.default_backend() == "cpu" if unrolled is None else unrolled
+    unrolled = _unrolled(platform)
     place = functools.partial(_place, unrolled)
     if folder.is_diffusers(path):
         wording = instruction_lib.published(instruction)
@@ -144,7 +155,7 @@ def _load(path, *, dtype, instruction, tile, unrolled, say):
         if instruction is not None:
             checkpoint = dataclasses.replace(checkpoint, instruction=instruction_lib.published(instruction))
         return _published(checkpoint, dtype, tile, unrolled)
-    return _run(path, dtype, instruction=instruction, tile=tile, unrolled=unrolled, say=say)
+    return _run(path, dtype, instruction=instruction, tile=tile, platform=platform, say=say)
 
 
 def _published(checkpoint, dtype, tile, unrolled):
@@ -157,8 +168,9 @@ def _published(checkpoint, dtype, tile, unrolled):
     text = parts.GemmaText(checkpoint.text_encoder, prompts_lib.GemmaPrompts(tokenizer, checkpoint.instruction))
     pixels = parts.AutoencoderPixels(checkpoint.autoencoder, tile)
     trees = dict(checkpoint.params)
-    if unrolled:
-        trees["transformer"] = checkpoint.transformer.unstack(trees["transformer"])
+    for part, model in (("transformer", checkpoint.transformer), ("text_encoder", checkpoint.text_encoder), ("controlnet", checkpoint.controlnet)):
+        if part in unrolled and model is not None:
+            trees[part] = model.unstack(trees[part])
     params = {
         "transformer": trees["transformer"],
         "text": parts.gemma_params(text, trees["text_encoder"]),
@@ -172,9 +184,12 @@ def _published(checkpoint, dtype, tile, unrolled):
     return Pipeline(model, text, pixels, params, side, side, 4.5, "code", 1, dtype)
 
 
+_STACKS = ("blocks.", "zero_out.", "layers.")
+
+
 def _place(unrolled, part, path, array):
     """Moves one array to the device as soon as it is read, layer by layer where blocks run one by one."""
-    if part == "transformer" and path.startswith("blocks.") and unrolled:
+    if part in unrolled and path.startswith(_STACKS):
         return [jax.device_put(layer) for layer in array]
     return jax.device_put(array)
 
@@ -203,7 +218,7 @@ def read_student(path):
     return model, weights.load(path / workdir.STUDENT, abstract), config
 
 
-def _run(path, dtype, **options):
+def _run(path, dtype, *, platform, **options):
     model, params, config = read_student(path)
     model = _computed(model, dtype=dtype)
     params = jax.device_put(jax.tree.map(lambda a: a.astype(jnp.dtype(dtype)), params))
@@ -211,7 +226,9 @@ def _run(path, dtype, **options):
     if config.text.vocabulary == "gemma":
         if not config.data.model:
             raise UserError(f"{path} was distilled from features alone: name a folder with its text encoder and autoencoder as data.model in {workdir.CONFIG}")
-        pipe = _load(pathlib.Path(config.data.model), dtype=dtype, **options)
+        pipe = _load(pathlib.Path(config.data.model), dtype=dtype, platform=platform, **options)
+        if "transformer" in _unrolled(platform):
+            params = model.unstack(params)
         return dataclasses.replace(
             pipe, model=model, params=pipe.params | {"transformer": params}, height=config.data.size,
             width=config.data.size, guidance_scale=e.student_guidance, schedule=e.schedule, programs={},

@@ -67,6 +67,8 @@ def test_without_a_condition_or_at_scale_zero_it_is_the_trunk():
     np.testing.assert_allclose(zero, alone, atol=1e-6)
     # A scale is each sample's own.
     some = apply(MODEL, params, **arguments(), control=control, control_scale=np.float32([0, 1, 0])).velocity
+    listed = apply(MODEL, MODEL.unstack(params), **arguments(), control=control, control_scale=np.float32([0, 1, 0])).velocity
+    np.testing.assert_allclose(listed, some, atol=1e-5)
     np.testing.assert_allclose(some[::2], alone[::2], atol=1e-6)
     assert np.abs(some[1] - alone[1]).max() > 1e-2
 

@@ -175,7 +175,7 @@ def test_programs_of_a_jax_that_is_too_new(file, tmp_path):
 
 def test_export_for_platforms_that_are_not_here(finished, command, tmp_path):
     """CUDA, TPU and CPU in one program, the depthwise convolution's branches included; CUDA alone is refused here."""
-    pipe = pipeline.load(finished, dtype="bfloat16", unrolled=False)
+    pipe = pipeline.load(finished, dtype="bfloat16", platform="")
     both = tmp_path / "both.sprint"
     export.export(pipe, both, steps=[2], batch_sizes=[1], platforms=("cuda", "tpu", "cpu"))
     made = drawing.generate(exported.load(both), ["a red circle"], steps=2)

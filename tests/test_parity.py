@@ -224,7 +224,7 @@ def test_autoencoder_tiles(tmp_path):
 
 
 def test_text_encoder_and_prefix(tmp_path):
-    """Right padding, a window shorter than the text, and the prefix against the full pass.
+    """Right padding, a window shorter than the text, and the prefix against the full pass, in a loop and without one.
 
     Fails when the norm weights are not offset by 1, when even and odd layers change roles, and when the
     positions after a prefix start at 0.
@@ -238,10 +238,11 @@ def test_text_encoder_and_prefix(tmp_path):
         expected = theirs(torch.tensor(tokens), torch.tensor(mask).long()).last_hidden_state.numpy()
     apply = jax.jit(model.apply, compiler_options=QUICK)
     assert relative(np.asarray(apply(params, tokens, mask))[mask], expected[mask]) < 1e-5
-    prefix = jax.jit(model.prefix, compiler_options=QUICK)(params, tokens[0, :6])
-    after = np.asarray(apply(params, tokens[:, 6:], mask[:, 6:], prefix))
-    assert relative(after[mask[:, 6:]], expected[:, 6:][mask[:, 6:]]) < 1e-5
-    assert relative(prefix.first, expected[0, 0]) < 1e-5
+    for given in (params, model.unstack(params)):
+        prefix = jax.jit(model.prefix, compiler_options=QUICK)(given, tokens[0, :6])
+        after = np.asarray(apply(given, tokens[:, 6:], mask[:, 6:], prefix))
+        assert relative(after[mask[:, 6:]], expected[:, 6:][mask[:, 6:]]) < 1e-5
+        assert relative(prefix.first, expected[0, 0]) < 1e-5
 
 
 @pytest.fixture(scope="module")

@@ -63,13 +63,18 @@ def _normal(seed, shape, dtype=jnp.float32):
 
 def _transformer(bench, model, unrolled=None):
     """Parameters as they are run. unrolled: blocks one by one instead of in a loop; None as `pipeline.load` has it."""
-    unrolled = bench.on_cpu if unrolled is None else unrolled
+    unrolled = jax.default_backend() != "tpu" if unrolled is None else unrolled
 
     def make():
         params = drawn(model, model.dtype)
         return model.unstack(params) if unrolled else params
 
     return bench.kept("transformer", (dataclasses.replace(model, attention="plain"), unrolled), make)
+
+
+def _text(model, dtype):
+    params = drawn(model, dtype)
+    return model.unstack(params) if jax.default_backend() == "gpu" else params
 
 
 def _itemsize(dtype):
@@ -139,10 +144,12 @@ def picture(
     floor = floors.picture(text, model, autoencoder, cells, tokens, steps, prefix=prefix, batch=batch, itemsize=_itemsize(dtype))
     if control_depth:
         control = ControlNet(net=dataclasses.replace(model, guidance_embed=False), depth=control_depth)
-        transformer_params = {"trunk": transformer_params, "control": drawn(control, dtype)}
+        steering = drawn(control, dtype)
+        steering = steering if jax.default_backend() == "tpu" else control.unstack(steering)
+        transformer_params = {"trunk": transformer_params, "control": steering}
         copies = floors.transformer(control.net, cells**2, tokens + 1, batch=batch, itemsize=_itemsize(dtype), blocks=control_depth)
         model, floor = Controlled(trunk=model, control=control), floor + copies * steps
-    text_params = bench.kept("text", (text, dtype), lambda: drawn(text, dtype))
+    text_params = bench.kept("text", (text, dtype), lambda: _text(text, dtype))
     ids = np.random.default_rng(0).integers(3, text.vocab, prefix + batch * tokens).astype(np.int32)
     instruction, prompts = ids[:prefix], ids[prefix:].reshape(batch, tokens)
     cached = jax.jit(text.prefix)(text_params, instruction)

@@ -70,8 +70,19 @@ class ControlNet:
             return h, scale * _dense(placement.gathered(zero, dtype), h)
 
         stack = (params["blocks"], params["zero_out"])
+        if isinstance(params["blocks"], list):
+            found = []
+            for each in zip(*stack, strict=True):
+                h, residual = body(h, each)
+                found.append(residual)
+            return jnp.stack(found)
         _, residuals = jax.lax.scan(net.remembering(body), h, stack, unroll=min(net.unroll, self.depth))
         return residuals
+
+
+    def unstack(self, params):
+        """As `LinearDiT.unstack`."""
+        return params | {name: layers.unstacked(params[name], self.depth) for name in ("blocks", "zero_out")}
 
 
 def _dense(params, x):
@@ -112,5 +123,5 @@ class Controlled:
         )
 
     def unstack(self, params):
-        """As `LinearDiT.unstack`, of the trunk."""
-        return params | {"trunk": self.trunk.unstack(params["trunk"])}
+        """As `LinearDiT.unstack`, of both."""
+        return {"trunk": self.trunk.unstack(params["trunk"]), "control": self.control.unstack(params["control"])}

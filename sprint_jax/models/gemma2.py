@@ -92,11 +92,15 @@ class Gemma2:
             "norm": jnp.zeros((width,)),
         }
 
+    def unstack(self, params):
+        """The same parameters with a list of layers, as `LinearDiT.unstack`."""
+        return params | {"layers": layers.unstacked(params["layers"], self.depth)}
+
     def apply(self, params, tokens, mask, prefix: Prefix | None = None):
         """Last hidden states.
 
         Args:
-          params: tree from `init`; its dtype is the compute dtype.
+          params: tree from `init`, or `unstack` of it; its dtype is the compute dtype.
           tokens: [B, T] int32. mask: [B, T], non-zero for real tokens; padding is on the right.
           prefix: of the P tokens before these; None for none.
         Returns:
@@ -133,7 +137,14 @@ class Gemma2:
         x = embed[tokens] * jnp.asarray(self.width**0.5, embed.dtype)
         past = None if prefix is None else (prefix.keys, prefix.values)
         local = jnp.arange(self.depth) % 2 == 0
-        x, (keys, values) = jax.lax.scan(layer, x, (params["layers"], past, local))
+        if isinstance(params["layers"], list):
+            found = []
+            for i, p in enumerate(params["layers"]):
+                x, new = layer(x, (p, jax.tree.map(lambda a: a[i], past), i % 2 == 0))
+                found.append(new)
+            keys, values = (jnp.stack(a) for a in zip(*found, strict=True))
+        else:
+            x, (keys, values) = jax.lax.scan(layer, x, (params["layers"], past, local))
         return _rms_norm(x, params["norm"], self.eps), keys, values
 
     def _attention(self, p, x, positions, allowed, past):

@@ -55,6 +55,12 @@ def gelu(x):
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
+def unstacked(stack, depth):
+    """A stack of layers as a list of them. Its leaves have a leading axis of `depth`, or are lists of their layers already."""
+    is_list = lambda a: isinstance(a, list)
+    return [jax.tree.map(lambda a: a[i], stack, is_leaf=is_list) for i in range(depth)]
+
+
 class Dense(nn.Module):
     """x kernel + bias in `dtype`, rounded once: products and the sum with the bias are float32.
 
