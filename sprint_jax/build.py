@@ -52,7 +52,7 @@ def latent_shape(c: config_lib.Config) -> tuple[int, int, int]:
 def attention(c: config_lib.Config) -> tuple[str, str | None]:
     """What computes attention on this process's devices, and a sentence where that is not what was asked for."""
     m = c.model
-    return backend.resolve(m.attention, jax.default_backend(), (m.width // m.heads, m.width // m.cross_heads), m.dtype)
+    return backend.resolve(m.attention, jax.default_backend(), m.width // m.heads, m.width // m.cross_heads, m.dtype)
 
 
 def _model(c: config_lib.Config, **changes) -> LinearDiT:

@@ -96,7 +96,7 @@ def load(
         say(f"reading {controlnet}")
         pipe = _with_controlnet(pipe, controlnet, "controlnet" in _unrolled(platform))
     m = pipe.model.trunk if pipe.control else pipe.model
-    chosen, sentence = backend.resolve(attention, jax.default_backend(), (m.width // m.heads, m.width // m.cross_heads), dtype)
+    chosen, sentence = backend.resolve(attention, jax.default_backend(), m.width // m.heads, m.width // m.cross_heads, dtype)
     if sentence:
         say(sentence)
     return dataclasses.replace(pipe, model=_computed(pipe.model, attention=chosen))

@@ -88,8 +88,8 @@ def kernels(platform) -> list[Case]:
     cases = []
     for size_name, size in _SIZES:
         for kind, subject in (("linear", subjects.linear_attention), ("cross", subjects.cross_attention)):
-            heads = size.heads if kind == "linear" else size.cross_heads
-            chosen, _ = backend.resolve("pallas", platform, (size.width // heads,), dtype)
+            head_dims = (size.width // size.heads, None) if kind == "linear" else (None, size.width // size.cross_heads)
+            chosen, _ = backend.resolve("pallas", platform, *head_dims, dtype)
             for tokens in (1024,) if on_cpu else (1024, 4096):
                 for derivative in ("forward", "jvp", "sprint"):
                     for batch in batches:

@@ -22,18 +22,20 @@ from jax.sharding import PartitionSpec
 BACKENDS = ("plain", "interpret", "triton", "tpu")
 WANTED = ("plain", "pallas")
 LARGEST_HEAD = 128
+# Heads of linear attention: wider ones make blocks of 128 x 128 states, which Triton compiles for minutes or not at all.
+LARGEST_LINEAR_HEAD = {"triton": 64, "tpu": 128}
 DTYPES = ("float32", "bfloat16")
 
 _COMPILED = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}
 
 
-def resolve(wanted, platform, head_dims, dtype):
+def resolve(wanted, platform, linear, cross, dtype):
     """What a wish means on a device.
 
     Args:
       wanted: "plain" or "pallas".
       platform: as `jax.default_backend()` names it.
-      head_dims: channels per head of every attention that would use a kernel.
+      linear, cross: channels per head of the two attentions that would use a kernel; None for one that is not there.
       dtype: compute dtype, by name.
     Returns:
       (backend, sentence): one of `BACKENDS`, and None or one line for people that says why it is "plain" all the same.
@@ -42,11 +44,13 @@ def resolve(wanted, platform, head_dims, dtype):
         raise ValueError(f"attention {wanted!r}: use one of {', '.join(WANTED)}")
     if wanted == "plain":
         return "plain", None
-    missing = None
+    missing, head_dims = None, [d for d in (linear, cross) if d is not None]
     if platform not in _COMPILED:
         missing = f"there is no compiled kernel for a {platform} (only for {' and '.join(sorted(set(_COMPILED) - {'cuda'}))})"
     elif any(d % 8 or not 8 <= d <= LARGEST_HEAD for d in head_dims):
         missing = f"heads are {', '.join(map(str, sorted(set(head_dims))))} wide and kernels take multiples of 8 up to {LARGEST_HEAD}"
+    elif linear is not None and linear > LARGEST_LINEAR_HEAD[_COMPILED[platform]]:
+        missing = f"heads of linear attention are {linear} wide and kernels for a {platform} take up to {LARGEST_LINEAR_HEAD[_COMPILED[platform]]}"
     elif dtype not in DTYPES:
         missing = f"the compute dtype is {dtype} and kernels take {' and '.join(DTYPES)}"
     if missing:
