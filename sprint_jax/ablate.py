@@ -10,7 +10,7 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli, workdir_flag
+from sprint_jax import cli, huge_pages, workdir_flag
 from sprint_jax.ablation import grid, suite
 from sprint_jax.errors import UserError
 
@@ -95,4 +95,5 @@ def _run(tables, scale, workdir, where):
 
 
 if __name__ == "__main__":
+    huge_pages.restart()
     app.run(main, flags_parser=cli.parse_flags, argv=sys.argv)

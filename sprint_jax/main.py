@@ -9,7 +9,7 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli, compile_cache, config_flag, distributed, workdir_flag
+from sprint_jax import cli, compile_cache, config_flag, distributed, huge_pages, workdir_flag
 
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 (the next port is used too).")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Processes of this run; default: told by SLURM, JobSet or TPU variables, or one.")
@@ -42,4 +42,5 @@ def _default_workdir(path, preset):
 
 
 if __name__ == "__main__":
+    huge_pages.restart()
     app.run(main, flags_parser=cli.parse_flags, argv=sys.argv)

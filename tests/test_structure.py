@@ -16,6 +16,7 @@ ALLOWED = {
     "revision": set(),
     "workdir": set(),
     "cli": {"errors"},
+    "huge_pages": set(),
     "compile_cache": set(),
     "model_flags": {"errors"},
     "distributed": {"errors"},
@@ -46,7 +47,7 @@ ALLOWED = {
     "encode": {"errors", "cli", "compile_cache", "files", "config", "weights", "resolutions", "data", "parts", "pipeline", "inputs", "lines"},
     "config_flag": {"errors"},
     "workdir_flag": set(),
-    "main": {"cli", "compile_cache", "config", "config_flag", "workdir_flag", "distributed", "run", "training"},
+    "main": {"cli", "compile_cache", "config", "config_flag", "huge_pages", "workdir_flag", "distributed", "run", "training"},
     "report": {"cli", "run_flag", "reporting"},
     "extract": {"errors", "cli", "run_flag", "weights", "workdir", "config", "build", "training"},
     "exported": {"errors", "weights", "data", "drawing"},
@@ -63,7 +64,7 @@ ALLOWED = {
     "benchmarking": {"errors", "files", "revision", "config", "kernels", "weights", "workdir", "diffusion", "models", "training", "build", "inputs", "parts", "run"},
     "benchmark": {"errors", "cli", "benchmarking"},
     "ablation": {"errors", "files", "revision", "workdir", "config", "weights", "diffusion", "evaluation", "training", "build", "generation", "inputs", "run"},
-    "ablate": {"errors", "cli", "compile_cache", "revision", "workdir_flag", "ablation", "training", "run"},
+    "ablate": {"errors", "cli", "compile_cache", "huge_pages", "revision", "workdir_flag", "ablation", "training", "run"},
 }  # fmt: skip
 
 
