@@ -21,6 +21,19 @@ from sprint_jax.models.gemma2 import Gemma2
 # seams on flat areas that its users report at 4K; 32 cells are 1024 px).
 TILE, TILE_STRIDE = 32, 28
 
+_ON_GPU = ("transformer", "controlnet", "text_encoder")
+_BLOCK_BY_BLOCK = {"cpu": ("transformer", "controlnet"), "gpu": _ON_GPU, "cuda": _ON_GPU}
+
+
+def block_by_block(platform) -> tuple[str, ...]:
+    """Names of the published networks that run without a loop over blocks, which copies the weights of each block.
+
+    platform: as `jax.default_backend()` names it, None for that one, "" for several, where all keep their loops. Of the
+    text encoder a CPU would compile 26 layers for every padded length, for little.
+    """
+    return _BLOCK_BY_BLOCK.get(jax.default_backend() if platform is None else platform, ())
+
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EmbeddedText:

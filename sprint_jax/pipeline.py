@@ -82,7 +82,7 @@ def load(
         stored with a converted model, or that of the installed diffusers package. Run directories have none.
       tile: decode pictures in overlapping tiles of 1024 px, to bound memory.
       platform: what the programs are for, as `jax.default_backend()` names it, None for that one, "" for several. It decides
-        which published networks run their blocks one by one instead of in a loop: see `_UNROLLED`.
+        which published networks run their blocks one by one instead of in a loop: see `parts.block_by_block`.
       say: called with a line for each part that is read.
     Raises UserError for anything that is not a whole model of one of the three kinds.
     """
@@ -94,7 +94,7 @@ def load(
     pipe = _load(path, dtype=dtype, instruction=instruction, tile=tile, platform=platform, say=say)
     if controlnet is not None:
         say(f"reading {controlnet}")
-        pipe = _with_controlnet(pipe, controlnet, "controlnet" in _unrolled(platform))
+        pipe = _with_controlnet(pipe, controlnet, "controlnet" in parts.block_by_block(platform))
     m = pipe.model.trunk if pipe.control else pipe.model
     chosen, sentence = backend.resolve(attention, jax.default_backend(), m.width // m.heads, m.width // m.cross_heads, dtype)
     if sentence:
@@ -131,20 +131,10 @@ def _with_controlnet(pipe, path, unrolled):
     return dataclasses.replace(pipe, model=model, params=pipe.params | {"transformer": both}, programs={})
 
 
-# Parts whose loop over blocks is given up for the time that it takes: it copies the weights of each block. Of the text
-# encoder a CPU would compile 26 layers for every padded length, for little.
-_ON_GPU = ("transformer", "controlnet", "text_encoder")
-_UNROLLED = {"cpu": ("transformer", "controlnet"), "gpu": _ON_GPU, "cuda": _ON_GPU}
-
-
-def _unrolled(platform):
-    return _UNROLLED.get(jax.default_backend() if platform is None else platform, ())
-
-
 def _load(path, *, dtype, instruction, tile, platform, say):
     if not path.is_dir():
         raise UserError(f"no directory {path}: give a diffusers folder, a converted model, the --workdir of a run, or an exported file")
-    unrolled = _unrolled(platform)
+    unrolled = parts.block_by_block(platform)
     place = functools.partial(_place, unrolled)
     if folder.is_diffusers(path):
         wording = instruction_lib.published(instruction)
@@ -227,7 +217,7 @@ def _run(path, dtype, *, platform, **options):
         if not config.data.model:
             raise UserError(f"{path} was distilled from features alone: name a folder with its text encoder and autoencoder as data.model in {workdir.CONFIG}")
         pipe = _load(pathlib.Path(config.data.model), dtype=dtype, platform=platform, **options)
-        if "transformer" in _unrolled(platform):
+        if "transformer" in parts.block_by_block(platform):
             params = model.unstack(params)
         return dataclasses.replace(
             pipe, model=model, params=pipe.params | {"transformer": params}, height=config.data.size,

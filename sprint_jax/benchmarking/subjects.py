@@ -63,7 +63,7 @@ def _normal(seed, shape, dtype=jnp.float32):
 
 def _transformer(bench, model, unrolled=None):
     """Parameters as they are run. unrolled: blocks one by one instead of in a loop; None as `pipeline.load` has it."""
-    unrolled = jax.default_backend() != "tpu" if unrolled is None else unrolled
+    unrolled = "transformer" in parts.block_by_block(None) if unrolled is None else unrolled
 
     def make():
         params = drawn(model, model.dtype)
@@ -74,7 +74,7 @@ def _transformer(bench, model, unrolled=None):
 
 def _text(model, dtype):
     params = drawn(model, dtype)
-    return model.unstack(params) if jax.default_backend() == "gpu" else params
+    return model.unstack(params) if "text_encoder" in parts.block_by_block(None) else params
 
 
 def _itemsize(dtype):
@@ -145,7 +145,7 @@ def picture(
     if control_depth:
         control = ControlNet(net=dataclasses.replace(model, guidance_embed=False), depth=control_depth)
         steering = drawn(control, dtype)
-        steering = steering if jax.default_backend() == "tpu" else control.unstack(steering)
+        steering = control.unstack(steering) if "controlnet" in parts.block_by_block(None) else steering
         transformer_params = {"trunk": transformer_params, "control": steering}
         copies = floors.transformer(control.net, cells**2, tokens + 1, batch=batch, itemsize=_itemsize(dtype), blocks=control_depth)
         model, floor = Controlled(trunk=model, control=control), floor + copies * steps
