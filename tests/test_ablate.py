@@ -52,8 +52,10 @@ def test_the_tables_of_the_paper_are_covered_and_every_run_is_used():
     }  # fmt: skip
     names = [r.name for r in grid.RUNS]
     assert len(set(names)) == len(names)
-    assert {r.name for r in grid.runs_of(grid.TABLES)} == set(names)
-    for t in grid.TABLES:
+    every = [t for s in grid.SUITES for t in s.tables]
+    assert {r.name for r in grid.runs_of(every)} == set(names)
+    assert len({t.name for t in every}) == len(every)
+    for t in every:
         labels = [row.label for row in t.rows]
         assert len(set(labels)) == len(labels)
         assert t.claims and {label for pair in t.claims for label in pair} <= set(labels)
@@ -221,7 +223,7 @@ def test_claims_go_the_way_of_the_papers_numbers():
 def test_the_report_renders_from_recorded_rows(tmp_path):
     path = tmp_path / "docs" / "ablations.md"
     path.parent.mkdir()
-    report.write(path, ROWS, grid.TABLES, grid.TINY)
+    report.write(path, ROWS, grid.PAPER, grid.TINY)
     text = path.read_text()
     assert "| sCM + LADD |  | 51.0 ± 0.6 % |" not in text  # no empty column for one step
     assert "| sCM + LADD | 51.0 ± 0.6 % | 0.1100 ± 0.0058 | 3 | 8.11 | 28.02 |" in text
@@ -276,7 +278,7 @@ def test_runs_of_one_structure_share_programs_that_are_told_the_rest(monkeypatch
         told = lambda nets, c, seed: lambda state, frozen, batch: (c, seed)
         monkeypatch.setattr(experiments.sprint_step, name, told)
     by_structure = {}
-    for r in (r for r in grid.RUNS if r.kind == "distil"):
+    for r in (r for r in grid.runs_of(grid.TABLES) if r.kind == "distil"):
         for seed in (0, 1):
             c = experiments.configuration(CARD(), grid.TINY, r, seed)
             _, functions = by_structure.setdefault(experiments._structure(c), experiments._sprint_programs(c, True))

@@ -15,21 +15,24 @@ _NAMES = {
 _LOGARITHMIC = ("grad_norm", "tangent_norm", "frechet")
 
 
-def write(path, rows, tables, scale: grid.Scale):
+def write(path, rows, suite: grid.Suite, scale: grid.Scale):
     """Writes the markdown file `path` and its plots into the folder of the same name beside it.
 
-    rows: of results.jsonl. tables: those to show; a table without any result is named as missing.
+    rows: of results.jsonl; those of runs that the suite's tables do not show are left out. A table without any result is named as
+    missing.
     """
+    shown = {r.name for r in grid.runs_of(suite.tables)}
+    rows = [row for row in rows if row["run"] in shown]
     path = pathlib.Path(path)
     folder = path.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     lines, verdicts = [], []
-    for t in tables:
+    for t in suite.tables:
         part, found = _section(t, rows, folder)
         lines += part
         verdicts += found
     with files.whole(path) as partial:
-        partial.write_text("\n".join([*_head(rows, scale), *_overview(verdicts), *lines]).rstrip() + "\n", encoding="utf-8")
+        partial.write_text("\n".join([*_head(rows, suite, scale), *_overview(verdicts), *lines]).rstrip() + "\n", encoding="utf-8")
 
 
 def values(rows, run: str, metric: str) -> list[float]:
@@ -155,13 +158,13 @@ def _overview(verdicts):
     return [*lines, ""]
 
 
-def _head(rows, scale):
+def _head(rows, suite, scale):
     commits = ", ".join(sorted({row["commit"][:7] for row in rows})) or "none"
     devices = ", ".join(sorted({row["device"] for row in rows})) or "none"
     minutes = sum(row["seconds"] for row in rows) / 60
     return [
-        f"# The paper's ablations at scale `{scale.name}`", "",
-        f"Made by `python -m sprint_jax.ablate --suite=paper --scale={scale.name}`: {len(rows)} runs, {minutes:.0f} minutes, "
+        f"# {suite.title} (scale `{scale.name}`)", "",
+        f"Made by `python -m sprint_jax.ablate --suite={suite.name} --scale={scale.name}`: {len(rows)} runs, {minutes:.0f} minutes, "
         f"device {devices}, jax {', '.join(sorted({row['jax'] for row in rows}))}, commit {commits}.", "",
         f"Card `configs/sprint.py:{scale.preset}` with", "",
         *(f"- `{name}` = {value}" for name, value in scale.base.items()), "",
