@@ -81,8 +81,8 @@ def _run(asked, scale, workdir, where):
     with run_lib.claim(workdir):
         work = experiments.Experiments(card, scale, workdir, say)
         say(
-            f"ablations: {len(runs)} configurations x {seeds} seeds in {workdir}, "
-            f"the paper's whole suite at scale {scale.name}, in minutes: {scale.minutes}"
+            f"ablations: {len(runs)} configurations x {seeds} seeds in {workdir}; "
+            f"the whole suite `paper` at scale {scale.name} with 3 seeds takes, in minutes: {scale.minutes}"
         )
         about = {"commit": revision.commit(), "device": jax.devices()[0].device_kind, "jax": jax.__version__}
         try:
