@@ -6,7 +6,6 @@ rows, checkpoints and stops fall between rounds. Metrics of a round are fetched 
 been launched, so the device never waits for the host.
 """
 
-import concurrent.futures
 import dataclasses
 import pathlib
 import signal
@@ -105,7 +104,7 @@ class _Programs:
     def _compile(self, batch):
         stage, begin = self._placed.stage, time.perf_counter()
         self._say(f"{stage.name}: compiling for latents {batch['latent'].shape} (seconds to two minutes, no bar)")
-        compiled = _compiled([self._placed.lower(function, batch) for function in stage.functions])
+        compiled = [self._placed.lower(function, batch).compile() for function in stage.functions]
         mesh = self._placed.mesh
         count = sum(a.size for a in jax.tree.leaves(self._placed.state.params))
         state = sharding.per_device_bytes(self._placed.state) + sharding.per_device_bytes(self._placed.frozen)
@@ -115,17 +114,6 @@ class _Programs:
             f"{state / 2**20:.1f} MiB a device, compiled in {time.perf_counter() - begin:.0f} s"
         )
         return compiled
-
-
-def _compiled(lowered):
-    """Programs from what `lower` gave. Most of a compilation is one thread's work, so on a CPU they are made side by side.
-
-    On other devices the compiler times its variants on the device and would be disturbed; several processes have to agree on an order.
-    """
-    if jax.default_backend() != "cpu" or jax.process_count() > 1:
-        return [one.compile() for one in lowered]
-    with concurrent.futures.ThreadPoolExecutor(len(lowered)) as pool:
-        return list(pool.map(lambda one: one.compile(), lowered))
 
 
 def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say, *, compiled=None, bar=True):
