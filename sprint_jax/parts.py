@@ -34,7 +34,6 @@ def block_by_block(platform) -> tuple[str, ...]:
     return _BLOCK_BY_BLOCK.get(jax.default_backend() if platform is None else platform, ())
 
 
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class EmbeddedText:
     """The seeded encoder of `shapes` prompts. encoder: `data.text.ShapesText`."""

@@ -278,7 +278,7 @@ def test_runs_of_one_structure_share_programs_that_are_told_the_rest(monkeypatch
         told = lambda nets, c, seed: lambda state, frozen, batch: (c, seed)
         monkeypatch.setattr(experiments.sprint_step, name, told)
     by_structure = {}
-    for r in (r for r in grid.runs_of(grid.TABLES) if r.kind == "distil"):
+    for r in (r for r in grid.RUNS if r.kind == "distil"):
         for seed in (0, 1):
             c = experiments.configuration(CARD(), grid.TINY, r, seed)
             _, functions = by_structure.setdefault(experiments._structure(c), experiments._sprint_programs(c, True))
@@ -288,7 +288,7 @@ def test_runs_of_one_structure_share_programs_that_are_told_the_rest(monkeypatch
                     value, expected = getattr(settings, field.name), getattr(c.sprint, field.name)
                     assert value == (np.float32(expected) if field.name in experiments.KNOBS else expected), (r.name, field.name)
                 assert key == c.seed + 1  # as run.sprint_stage has it
-    assert len(by_structure) == 7  # both losses, either alone, three weights, no embedding
+    assert len(by_structure) == 10  # both losses, either alone, three weights, no embedding; the follow-ups: a warm-up, two lengths
 
 
 @pytest.mark.long
