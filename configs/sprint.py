@@ -75,7 +75,7 @@ def _shapes():
     config.sprint = dict(
         steps=2400, batch=32, accumulate=1, ema=0.99,
         guidance=(1.25, 1.5, 2.0), uncond_mask="cond",
-        p_mean=-0.4, p_std=1.4, tangent_warmup=300, tangent_normalize=True, weighting="code",
+        p_mean=-0.4, p_std=1.4, tangent_warmup=300, tangent_normalize=True, weighting="code", logvar_gradient="head",
         scm_weight=1.0, adv_weight=5.0, max_time=0.5,
         disc_mean=-0.6, disc_std=1.0, reduction="code", misaligned=True, head_blocks=(1, 3, 5),
         optimizer=_muon(lr=2e-4, muon_lr=0.005, warmup=20, decay_to=0.1, b1=0.0, weight_decay=0.0, clip=0.5),
@@ -163,7 +163,7 @@ def sana(preset):
     config.sprint = dict(
         steps=20000, batch=512, accumulate=1, ema=0.0,
         guidance=(4.0, 4.5, 5.0), uncond_mask="cond",
-        p_mean=0.2, p_std=1.6, tangent_warmup=4000, tangent_normalize=True, weighting="code",
+        p_mean=0.2, p_std=1.6, tangent_warmup=4000, tangent_normalize=True, weighting="code", logvar_gradient="network",
         scm_weight=1.0, adv_weight=0.5, max_time=0.5,
         disc_mean=-0.6, disc_std=1.0, reduction="code", misaligned=True, head_blocks=(2, 8, 14, 19),
         optimizer=came(lr=2e-6, reference_batch=256, warmup=156),

@@ -188,6 +188,8 @@ class Sprint:
     uncond_mask: "cond" (code: the prompt's own mask on null features) or "null" (the null prompt's mask).
     p_mean, p_std: time sampler of the generator; disc_mean, disc_std: of the renoising.
     tangent_warmup: H. tangent_normalize, weighting, reduction: see `diffusion.scm` and `diffusion.ladd`.
+    logvar_gradient: what the adaptive weight's log-variance trains, "network" (code: its head and the time embedding
+      that the head reads) or "head" alone.
     scm_weight, adv_weight: factors of the two losses (lambda is the second); 0 leaves that loss out.
     max_time: probability p of the max-time weighting. misaligned: real pictures with wrong text as fakes.
     head_blocks: teacher blocks with a discriminator head, 0-based.
@@ -204,6 +206,7 @@ class Sprint:
     tangent_warmup: int
     tangent_normalize: bool
     weighting: str
+    logvar_gradient: str
     scm_weight: float
     adv_weight: float
     max_time: float
@@ -343,6 +346,7 @@ def _check(c: Config):
         (s.steps >= 0 and s.steps % 2 == 0, f"config.sprint.steps {s.steps}: use an even number (generator and discriminator alternate), 0 for a teacher alone"),
         (s.uncond_mask in ("cond", "null"), f"config.sprint.uncond_mask {s.uncond_mask!r}: use cond or null"),
         (s.weighting in ("code", "paper"), f"config.sprint.weighting {s.weighting!r}: use code or paper"),
+        (s.logvar_gradient in ("network", "head"), f"config.sprint.logvar_gradient {s.logvar_gradient!r}: use network or head"),
         (s.reduction in ("code", "paper"), f"config.sprint.reduction {s.reduction!r}: use code or paper"),
         (s.scm_weight > 0 or s.adv_weight > 0, "config.sprint.scm_weight and adv_weight are both 0: nothing to train"),
         (0 <= s.max_time <= 1, f"config.sprint.max_time {s.max_time}: use a probability in [0, 1]"),

@@ -103,7 +103,7 @@ def test_unknown_key_names_its_neighbour():
     [
         ("data.size", 30), ("codec.weights", ""), ("model.heads", 3), ("model.cross_heads", 3), ("model.dtype", "float16"),
         ("teacher.steps", -1), ("teacher.batch", 0), ("sprint.steps", 3), ("sprint.uncond_mask", "x"),
-        ("sprint.weighting", "x"), ("sprint.reduction", "x"), ("sprint.max_time", 1.5),
+        ("sprint.weighting", "x"), ("sprint.logvar_gradient", "x"), ("sprint.reduction", "x"), ("sprint.max_time", 1.5),
         ("sprint.guidance", ()), ("sprint.head_blocks", (3, 1)), ("sprint.head_blocks", (99,)),
         ("sprint.batch", 1), ("sprint.accumulate", 3), ("sprint.accumulate", 8), ("teacher.accumulate", 0),
         ("text.vocabulary", "x"), ("text.dim", 7), ("model.remat", "x"), ("mesh.fsdp", 0), ("data.workers", -1), ("evaluation.schedule", "x"), ("evaluation.prompts", 0),

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
 from conftest import ROOT
 from sprint_jax import build, config
@@ -270,6 +271,47 @@ def test_frozen_teacher_gets_no_gradient():
 
     value, slope = jit(jax.value_and_grad(loss))(teacher())
     assert value > 0 and all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(slope))
+
+
+def test_logvar_trains_its_head_alone_where_asked():
+    """The log-variance's gradient is that of the head, exactly, and nothing else's; its value is the same.
+
+    Fails when _head_alone stops nothing, or the head too.
+    """
+    b, w = batch(), np.full(BATCH, 2.0, np.float32)
+    u, t = normals(*b["latent"].shape, seed=1), np.float32([0.1, 0.6, 1.1, 1.5])
+    params = jax.tree.map(np.copy, start().params)
+    params["inputs"]["logvar"]["kernel"] += normals(*params["inputs"]["logvar"]["kernel"].shape, seed=2)  # starts at zero
+
+    def sloped(who):
+        mean = lambda p: sprint_step.student_F(nets(), p, told(b), w, logvar_gradient=who)(u, t)[1].mean()
+        value, slope = jit(jax.value_and_grad(mean))(params)
+        return value, traverse_util.flatten_dict(slope)
+
+    (value, by_network), (same_value, by_head) = sloped("network"), sloped("head")
+    assert value == same_value != 0
+    embedding = [path for path in by_network if "time_embed" in path or "guidance_embed" in path]
+    assert embedding and max(np.abs(by_network[path]).max() for path in embedding) > 1e-3
+    for path, slope in by_head.items():
+        expected = by_network[path] if "logvar" in path else np.zeros_like(slope)
+        assert np.array_equal(slope, expected), path
+
+
+def test_generator_step_obeys_logvar_gradient():
+    """Fails when make_generator_step does not hand the key to student_F."""
+    before = start()
+    kernel = before.params["inputs"]["logvar"]["kernel"]
+    logvar = before.params["inputs"]["logvar"] | {"kernel": normals(*kernel.shape, seed=2)}
+    before = before.replace(params=before.params | {"inputs": before.params["inputs"] | {"logvar": logvar}})
+    c = dataclasses.replace(card().sprint, adv_weight=0.0)
+    norms = {}
+    for who in ("network", "head"):
+        make = sprint_step.make_generator_step(nets(), dataclasses.replace(c, logvar_gradient=who), 0)
+        norms[who] = jit(make)(before, frozen(), batch())[1]
+    assert norms["head"]["loss"] == norms["network"]["loss"]
+    assert norms["head"]["grad_norm/inputs/logvar"] == pytest.approx(float(norms["network"]["grad_norm/inputs/logvar"]), rel=1e-4)
+    # The embedding feels the sCM error alone, which is below 1 / D, and not a log-variance of weight one.
+    assert norms["head"]["grad_norm/inputs/time_embed"] < 0.1 * norms["network"]["grad_norm/inputs/time_embed"]
 
 
 WHOLE = 2 * 8  # two parts of one normalisation group each

@@ -52,8 +52,12 @@ def init(params, nets: Nets, c: config_lib.Sprint, key) -> state_lib.SprintState
     )  # fmt: skip
 
 
-def student_F(nets: Nets, params, cond, w):
-    """The student as a TrigFlow network (u, t) -> (F, logvar), closed over its conditions and guidance w [B]."""
+def student_F(nets: Nets, params, cond, w, *, logvar_gradient="network"):
+    """The student as a TrigFlow network (u, t) -> (F, logvar), closed over its conditions and guidance w [B].
+
+    logvar_gradient: what the gradient of logvar trains, "network" (code: the head, and through it the embedding of
+      time and guidance that it reads) or "head" alone. Values do not depend on it.
+    """
 
     guidance = w if nets.student.guidance_embed else None
 
@@ -61,9 +65,21 @@ def student_F(nets: Nets, params, cond, w):
         t_fm = trigflow.to_flow_time(t)
         x_fm = trigflow.to_flow_state(u, t)
         out = nets.student.apply(params, x_fm, t_fm, guidance=guidance, **cond)
-        return trigflow.from_flow_velocity(out.velocity, x_fm, t_fm), out.logvar
+        logvar = out.logvar
+        if logvar_gradient == "head":  # again, without blocks, from parameters of which only the head's get a gradient
+            plain = {"text": cond["text"], "mask": cond["mask"]}
+            logvar = nets.student.apply(_head_alone(params), x_fm, t_fm, guidance=guidance, **plain, velocity=False).logvar
+        return trigflow.from_flow_velocity(out.velocity, x_fm, t_fm), logvar
 
     return F
+
+
+def _head_alone(params):
+    """The same parameters, all but those of the log-variance head stopped."""
+    flat = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict(
+        {path: leaf if "logvar" in path else jax.lax.stop_gradient(leaf) for path, leaf in flat.items()}
+    )
 
 
 def teacher_velocity(nets: Nets, frozen, cond, w, uncond_mask):
@@ -161,7 +177,7 @@ def make_generator_step(nets: Nets, c: config_lib.Sprint, seed: int, *, control_
         total, metrics = 0.0, {}
         if c.scm_weight:
             per_sample, aux = scm.loss(
-                student_F(nets, params, batch["cond"], batch["w"]),
+                student_F(nets, params, batch["cond"], batch["w"], logvar_gradient=c.logvar_gradient),
                 teacher_velocity(nets, frozen, batch["cond"], batch["w"], c.uncond_mask),
                 batch["x0"], batch["z"], batch["t"],
                 r=scm.tangent_warmup(state.step + 1, c.tangent_warmup),
