@@ -1,0 +1,111 @@
+"""How far is a student from the end of its teacher's ODE? What sCM alone should make smaller.
+
+    python -m benchmarks.ode_distance RUN_DIR [RUN_DIR ...] [--count=128] [--steps=24]
+
+For held-out pictures noised to some angles t: the guided teacher's PF-ODE from x_t to 0 (Heun, --steps even steps), and
+against it the student's f(x_t, t), Eq. 4, as mean square over the variance of the data (1 is as far as another
+picture's mean). Beside it the variance of f over that of the data, which is 1 for pictures as contrasted as real
+ones, and the share of whole captions right. Then how far the student's embedding of t has moved from the teacher's,
+over its size, and the share of that along the weights of the log-variance head. All runs must have one teacher.
+"""
+
+import argparse
+import functools
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sprint_jax import build, inputs, pipeline, weights, workdir
+from sprint_jax.diffusion import trigflow
+from sprint_jax.evaluation.heldout import Evaluator
+from sprint_jax.training import sprint_step
+
+ANGLES = (0.3, 0.6, 0.9, 1.2, 1.4, 1.5, trigflow.T_MAX)
+SIGMA_D = trigflow.SIGMA_D
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=pathlib.Path)
+    parser.add_argument("--count", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=24)
+    options = parser.parse_args()
+    configs = [pipeline.read_config(path) for path in options.runs]
+    c = configs[0]
+    for path, other in zip(options.runs, configs, strict=True):
+        if c.control.depth or other.teacher.pretrained != c.teacher.pretrained or not c.teacher.pretrained or other.model != c.model:
+            sys.exit(f"{path} is no text-to-image run from the teacher and the model of {options.runs[0]}: give such runs")
+    nets, data, n = build.nets(c), inputs.open_inputs(c, print), options.count
+    frozen = {"teacher": inputs.teacher_weights(c.teacher.pretrained, nets.teacher)} | data.frozen
+    heldout = data.heldout(n, 64)
+    evaluator = Evaluator(heldout)
+    cond, w = jax.tree.map(jnp.asarray, heldout.cond), jnp.full((n,), c.evaluation.student_guidance)
+    velocity = sprint_step.teacher_velocity(nets, frozen, cond, w, c.sprint.uncond_mask)
+    x0 = SIGMA_D * jnp.asarray(data.pixels.encode({}, heldout.images))
+    z = SIGMA_D * jax.random.normal(jax.random.key(c.data.eval_seed), x0.shape)
+    states = [trigflow.interpolate(x0, z, jnp.full((n,), t)) for t in ANGLES]
+    solve = jax.jit(functools.partial(heun, velocity, steps=options.steps))
+    ends = []
+    for t, xt in zip(ANGLES, states, strict=True):
+        ends.append(solve(xt, t))
+        print(f"ODE from t = {t:.3f} solved", file=sys.stderr, flush=True)
+    spread, right = jnp.var(x0), lambda x: evaluator(np.asarray(data.pixels.decode({}, x / SIGMA_D)))["score"]
+
+    def report(name, f):
+        made = [f(xt, jnp.full((n,), t)) for t, xt in zip(ANGLES, states, strict=True)]
+        _line(f"{name}: distance", [jnp.mean(jnp.square(x - end)) / spread for x, end in zip(made, ends, strict=True)], ".4f")
+        _line("variance", [jnp.var(x) / spread for x in made], ".3f")
+        _line("right", [right(x) for x in made], ".1%")
+
+    _line("t", ANGLES, ".3f")
+    _line("ODE's end: right", [right(x) for x in ends], ".1%")
+    report("teacher, 1 step", jax.jit(lambda xt, t: trigflow.denoise(velocity(xt, t) / SIGMA_D, xt, t)))
+
+    @jax.jit
+    def denoise(params, xt, t):
+        return trigflow.denoise(sprint_step.student_F(nets, params, cond, w)(xt / SIGMA_D, t)[0], xt, t)
+
+    for path in options.runs:
+        params = weights.load(path / workdir.STUDENT, jax.eval_shape(nets.student.init, jax.random.key(0)))
+        report(str(path), functools.partial(denoise, params))
+        moved, along = embedding(nets, frozen["teacher"], params, w[0])
+        _line("embedding moved", moved, ".2f")
+        _line("along the head", along, ".0%")
+
+
+def heun(velocity, xt, t, *, steps):
+    """The end at t = 0 of dx/dt = velocity(x, t) from xt [B, ...] at the angle t, in even second-order steps."""
+    times, n = t * jnp.linspace(1, 0, steps + 1), len(xt)
+
+    def step(x, ab):
+        a, b = ab
+        first = velocity(x, jnp.full((n,), a))
+        second = velocity(x + (b - a) * first, jnp.full((n,), b))
+        return x + (b - a) * (first + second) / 2, None
+
+    return jax.lax.scan(step, xt, (times[:-1], times[1:]))[0]
+
+
+def embedding(nets, teacher, student, w):
+    """At each of ANGLES: (||e - e'|| / ||e'||, the share of its square along the log-variance head's weights)."""
+    t, n = trigflow.to_flow_time(jnp.asarray(ANGLES)), len(ANGLES)
+    x = jnp.zeros((n, nets.teacher.patch_size, nets.teacher.patch_size, nets.teacher.in_channels))
+    text = jnp.zeros((n, 1, nets.teacher.text_dim))
+    before = nets.teacher.inputs(teacher["inputs"], x, t, text, None)[1]
+    guidance = jnp.full((n,), w) if nets.student.guidance_embed else None
+    moved = nets.student.inputs(student["inputs"], x, t, text, guidance)[1] - before
+    head = student["inputs"]["logvar"]["kernel"][:, 0]
+    along = moved @ (head / jnp.maximum(jnp.linalg.norm(head), 1e-12))
+    size = jnp.linalg.norm(moved, axis=1)
+    return size / jnp.linalg.norm(before, axis=1), jnp.square(along / jnp.maximum(size, 1e-12))
+
+
+def _line(name, values, form):
+    print(f"{name[-28:]:28}" + " ".join(f"{format(float(v), form):>8}" for v in values), flush=True)
+
+
+if __name__ == "__main__":
+    main()
