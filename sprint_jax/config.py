@@ -189,7 +189,8 @@ class Sprint:
     p_mean, p_std: time sampler of the generator; disc_mean, disc_std: of the renoising.
     tangent_warmup: H. tangent_normalize, weighting, reduction: see `diffusion.scm` and `diffusion.ladd`.
     logvar_gradient: what the adaptive weight's log-variance trains, "network" (code: its head and the time embedding
-      that the head reads) or "head" alone.
+      that the head reads) or "head" alone. logvar_start: its value before training (code: 0); a normalised tangent's
+      error is below 1 / D for latents of D numbers, so -log D is about where it ends.
     scm_weight, adv_weight: factors of the two losses (lambda is the second); 0 leaves that loss out.
     max_time: probability p of the max-time weighting. misaligned: real pictures with wrong text as fakes.
     head_blocks: teacher blocks with a discriminator head, 0-based.
@@ -207,6 +208,7 @@ class Sprint:
     tangent_normalize: bool
     weighting: str
     logvar_gradient: str
+    logvar_start: float
     scm_weight: float
     adv_weight: float
     max_time: float

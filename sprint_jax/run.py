@@ -266,7 +266,7 @@ def sprint_stage(config, data, teacher):
 
     def start(frozen, begun):
         k_student, k_heads = jax.random.split(key)
-        return sprint_step.init(sprint_step.student_params(frozen["teacher"], nets, k_student), nets, s, k_heads)
+        return sprint_step.init(sprint_step.student_params(frozen["teacher"], nets, k_student, logvar_start=s.logvar_start), nets, s, k_heads)
 
     return loop.Stage(
         name="sprint", steps=s.steps, start=start, begun={},

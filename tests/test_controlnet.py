@@ -274,7 +274,7 @@ def test_student_starts_as_teacher_and_both_are_told_the_condition(small, batch)
     data, rows = batch
     nets = build.nets(small)
     teacher = moved(nets.teacher.init(jax.random.key(0)))
-    params = sprint_step.student_params(teacher, nets, jax.random.key(1))
+    params = sprint_step.student_params(teacher, nets, jax.random.key(1), logvar_start=0.0)
     assert isinstance(nets.teacher, Controlled) and isinstance(nets.student, Controlled)
     cond = {"text": rows["text"], "mask": rows["mask"], "control": rows["control"], "control_scale": np.ones(8, np.float32)}
     w, t = jnp.full(8, 1.5), jnp.linspace(0.2, 1.4, 8)

@@ -80,7 +80,7 @@ def start():
     """Distillation at step 0."""
     teacher()
     make = lambda key: sprint_step.init(
-        sprint_step.student_params(teacher(), nets(), key), nets(), card().sprint, key
+        sprint_step.student_params(teacher(), nets(), key, logvar_start=card().sprint.logvar_start), nets(), card().sprint, key
     )
     return jax.tree.map(np.asarray, jit(make)(jax.random.key(1)))
 

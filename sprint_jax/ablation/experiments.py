@@ -232,7 +232,8 @@ def _sprint_programs(c: config_lib.Config, transfer: bool):
 
     def start(frozen, begun):
         k_student, k_heads = jax.random.split(jax.random.key(frozen["knobs"]["seed"]))
-        return sprint_step.init(sprint_step.student_params(frozen["teacher"], nets, k_student), nets, c.sprint, k_heads)
+        params = sprint_step.student_params(frozen["teacher"], nets, k_student, logvar_start=c.sprint.logvar_start)
+        return sprint_step.init(params, nets, c.sprint, k_heads)
 
     def told(make):
         def step(current, frozen, batch):

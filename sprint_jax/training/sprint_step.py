@@ -33,12 +33,16 @@ class Nets:
     heads_tx: optax.GradientTransformation
 
 
-def student_params(teacher_params, nets: Nets, key):
+def student_params(teacher_params, nets: Nets, key, *, logvar_start):
     """The teacher's parameters plus fresh ones for what only the student has.
 
-    The guidance embedding ends in zeros, so the student starts as the teacher exactly.
+    The guidance embedding ends in zeros, so the student starts as the teacher exactly, with a log-variance of
+    logvar_start everywhere.
     """
     fresh = traverse_util.flatten_dict(nets.student.init(key))
+    for path, leaf in fresh.items():
+        if path[-2:] == ("logvar", "bias"):
+            fresh[path] = jnp.full_like(leaf, logvar_start)
     return jax.tree.map(jnp.copy, traverse_util.unflatten_dict(fresh | traverse_util.flatten_dict(teacher_params)))
 
 
