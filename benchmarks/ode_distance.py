@@ -10,6 +10,7 @@ over its size, and the share of that along the weights of the log-variance head.
 """
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 import sys
@@ -36,7 +37,8 @@ def main():
     configs = [pipeline.read_config(path) for path in options.runs]
     c = configs[0]
     for path, other in zip(options.runs, configs, strict=True):
-        if c.control.depth or other.teacher.pretrained != c.teacher.pretrained or not c.teacher.pretrained or other.model != c.model:
+        alike = other.teacher.pretrained == c.teacher.pretrained != "" and dataclasses.replace(other.model, unroll=c.model.unroll) == c.model
+        if other.control.depth or not alike:
             sys.exit(f"{path} is no text-to-image run from the teacher and the model of {options.runs[0]}: give such runs")
     nets, data, n = build.nets(c), inputs.open_inputs(c, print), options.count
     frozen = {"teacher": inputs.teacher_weights(c.teacher.pretrained, nets.teacher)} | data.frozen

@@ -383,7 +383,8 @@ def to_torch(drawn, on=torch.device("cpu")):
 def program(bench, c, frozen, state, batch):
     """Both steps on `batch`, in the fastest of CHOICES. Raises NoPeer for a config that is written only in JAX."""
     s = c.sprint
-    if s.weighting != "code" or s.reduction != "code" or s.uncond_mask != "cond" or not s.misaligned or s.accumulate != 1:
+    published = dict(weighting="code", logvar_gradient="network", reduction="code", uncond_mask="cond", misaligned=True, accumulate=1)
+    if any(getattr(s, name) != value for name, value in published.items()):
         raise bench_lib.NoPeer("no peer: benchmarks/torch_pair.py has the published losses alone")
     on = peers.device(bench)
     ours = batch_of_ours(batch, on)

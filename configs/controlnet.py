@@ -45,5 +45,5 @@ def get_config(preset="shapes"):
         config.control.update(depth=1, steps=8, batch=8, freehand=0.5)
         return config
     config.control.update(depth=3, steps=600, freehand=0.5)
-    config.sprint.update(steps=1800, max_time=0.7)
+    config.sprint.update(steps=1600, max_time=0.7)
     return config

@@ -35,6 +35,11 @@ def with_adamw(tree):
     tree.sprint.head_optimizer.update(kind="adamw", muon_lr=0.0, b2=0.99, b3=0.0)
 
 
+def published_losses(tree):
+    """The losses that the PyTorch peer has."""
+    tree.sprint.update(weighting="code", logvar_gradient="network", logvar_start=0.0)
+
+
 def random_like(abstract, key):
     """Random normal arrays, 1 in masks."""
     make = lambda name, a, k: jnp.ones(a.shape, a.dtype) if "mask" in name else jax.random.normal(k, a.shape, a.dtype)
