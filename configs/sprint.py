@@ -25,8 +25,6 @@ Presets
 Any key can be changed on the command line: --config.sprint.steps=400. README has the measured results.
 """
 
-import math
-
 import ml_collections
 
 from sprint_jax.errors import UserError
@@ -75,10 +73,10 @@ def _shapes():
         optimizer=_muon(lr=2e-3, muon_lr=0.02, warmup=50, decay_to=0.05, b1=0.9, weight_decay=0.01, clip=1.0),
     )  # fmt: skip
     config.sprint = dict(
-        steps=3400, batch=16, accumulate=1, ema=0.99,
+        steps=2400, batch=16, accumulate=1, ema=0.99,
         guidance=(1.25, 1.5, 2.0), uncond_mask="cond",
-        p_mean=-0.4, p_std=1.4, tangent_warmup=300, tangent_normalize=True, weighting="paper", logvar_gradient="head",
-        logvar_start=-math.log(4 * 4 * 32), scm_weight=1.0, adv_weight=25.0, max_time=0.5,
+        p_mean=-0.4, p_std=1.4, tangent_warmup=300, tangent_normalize=True, weighting="code", logvar_gradient="head",
+        logvar_start=0.0, scm_weight=1.0, adv_weight=5.0, max_time=0.7,
         disc_mean=-0.6, disc_std=1.0, reduction="code", misaligned=True, head_blocks=(1, 3, 5),
         optimizer=_muon(lr=2e-4, muon_lr=0.005, warmup=20, decay_to=0.1, b1=0.0, weight_decay=0.0, clip=0.5),
         head_optimizer=_adamw(lr=5e-4, warmup=0, decay_to=1.0, b1=0.0, weight_decay=0.0, clip=0.5),
@@ -114,7 +112,7 @@ def _shapes_64(config):
     config.codec.update(block=8, scale=1.256, weights="", channels=192)
     config.model.update(width=384, depth=12, heads=12, cross_heads=6, mlp_ratio=2.5, unroll=1, dtype="bfloat16")
     config.teacher.update(pretrained="", steps=3000, batch=256)
-    config.sprint.update(steps=1600, batch=64, head_blocks=(2, 5, 8, 11), logvar_start=-math.log(8 * 8 * 192))
+    config.sprint.update(steps=1600, batch=64, head_blocks=(2, 5, 8, 11))
     config.evaluation.update(batch=256)
     config.run.update(log_every=50, checkpoint_every=500, strip_every=200)
 
@@ -126,10 +124,9 @@ def _emoji(config):
     config.codec.update(block=8, scale=1.437, weights="package:emoji_codec", channels=64)
     config.model.update(width=192, depth=8, heads=6, cross_heads=6, mlp_ratio=2.5, unroll=8)
     config.teacher.update(pretrained="", steps=4000, batch=32)
-    # Weighting, log-variance and lambda are those its results in README were made with.
+    # logvar_gradient and max_time are those its results in README were made with.
     config.sprint.update(
-        steps=1600, batch=16, guidance=(1.5, 2.0, 2.5), head_blocks=(1, 3, 5, 7),
-        weighting="code", logvar_gradient="network", logvar_start=0.0, adv_weight=5.0,
+        steps=1600, batch=16, guidance=(1.5, 2.0, 2.5), head_blocks=(1, 3, 5, 7), logvar_gradient="network", max_time=0.5
     )
     config.evaluation.update(prompts=64, batch=32, teacher_guidance=2.0, student_guidance=2.0, reference=256)
     config.run.update(checkpoint_every=200)
