@@ -297,6 +297,17 @@ def test_logvar_trains_its_head_alone_where_asked():
         assert np.array_equal(slope, expected), path
 
 
+def test_logvar_starts_where_asked():
+    """At every time and scale, and nothing else moves. Fails when the start does not reach the head's bias."""
+    b, key = batch(), jax.random.key(1)
+    zero, moved = (sprint_step.student_params(teacher(), nets(), key, logvar_start=start) for start in (0.0, -6.0))
+    F = sprint_step.student_F(nets(), moved, told(b), np.float32([1.0, 1.5, 2.0, 4.5]))
+    u, t = normals(*b["latent"].shape, seed=1), np.float32([0.1, 0.6, 1.1, 1.5])
+    np.testing.assert_array_equal(jit(F)(u, t)[1], np.full(BATCH, -6.0, np.float32))
+    zero["inputs"].pop("logvar"), moved["inputs"].pop("logvar")
+    assert same(zero, moved)
+
+
 def test_generator_step_obeys_logvar_gradient():
     """Fails when make_generator_step does not hand the key to student_F."""
     before = start()
