@@ -288,7 +288,8 @@ def test_runs_of_one_structure_share_programs_that_are_told_the_rest(monkeypatch
                     value, expected = getattr(settings, field.name), getattr(c.sprint, field.name)
                     assert value == (np.float32(expected) if field.name in experiments.KNOBS else expected), (r.name, field.name)
                 assert key == c.seed + 1  # as run.sprint_stage has it
-    assert len(by_structure) == 10  # both losses, either alone, three weights, no embedding; the follow-ups: a warm-up, two lengths
+    # Both losses, either alone, three weights, no embedding; the follow-ups: a warm-up, two lengths, three with the head alone.
+    assert len(by_structure) == 13
 
 
 @pytest.mark.long
