@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sprint_jax import build, inputs, pipeline, weights, workdir
+from sprint_jax import build, cli, inputs, pipeline, weights, workdir
 from sprint_jax.diffusion import trigflow
 from sprint_jax.evaluation.heldout import Evaluator
 from sprint_jax.training import sprint_step
@@ -39,7 +39,7 @@ def main():
     for path, other in zip(options.runs, configs, strict=True):
         alike = other.teacher.pretrained == c.teacher.pretrained != "" and dataclasses.replace(other.model, unroll=c.model.unroll) == c.model
         if other.control.depth or not alike:
-            sys.exit(f"{path} is no text-to-image run from the teacher and the model of {options.runs[0]}: give such runs")
+            sys.exit(f"{path} is no text-to-image run from a given teacher (config.teacher.pretrained) and with the model of {options.runs[0]}: give such runs")
     nets, data, n = build.nets(c), inputs.open_inputs(c, print), options.count
     frozen = {"teacher": inputs.teacher_weights(c.teacher.pretrained, nets.teacher)} | data.frozen
     heldout = data.heldout(n, 64)
@@ -110,4 +110,5 @@ def _line(name, values, form):
 
 
 if __name__ == "__main__":
-    main()
+    with cli.user_errors():
+        main()
