@@ -306,6 +306,19 @@ def test_peer_of_the_whole_picture(one_thread):
     assert difference(lambda b: subjects.picture(b, text, TINY, TINY_AE, 3, 2, **short)) < 1e-3
 
 
+def test_layers_are_compiled_in_a_copy(monkeypatch):
+    """The peer without torch.compile is timed beside the one with it: its own layers must stay as they are."""
+    torch = pytest.importorskip("torch")
+    peers = pytest.importorskip("benchmarks.peers")
+    seen = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: seen.append(module))
+    whole = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ModuleList([torch.nn.Linear(3, 3) for _ in range(2)]))
+    copied = peers._by_layer(whole, whole[1])
+    assert seen == list(copied[1]) and not set(seen) & set(whole.modules())
+    for mine, theirs in zip(copied.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_a_sketch_is_encoded_and_its_copies_are_counted(one_thread):
     """A ControlNet of one of two blocks: measured without a peer, with half a transformer more in the floor."""
     text = dataclasses.replace(GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40)
