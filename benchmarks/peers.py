@@ -230,8 +230,9 @@ def picture(
     run_decoder = torch.compile(vae.decoder) if compiled else vae.decoder
     run_encoder = _by_layer(encoder, encoder.layers) if compiled else encoder
 
+    # Without a cache of keys, which a prompt that is read once has no use for: compiled layers would differ by their place in it.
     def start():
-        features = run_encoder(ids, attention_mask=mask)[0][:, kept].to(dtype)
+        features = run_encoder(ids, attention_mask=mask, use_cache=False)[0][:, kept].to(dtype)
         features_mask = mask[:, kept].to(dtype)
         x = sigma * noises[0]
         for i in range(len(angles) - 1):

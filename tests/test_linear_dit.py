@@ -337,9 +337,10 @@ def test_depthwise_value_and_jvp(k):
 
 @pytest.mark.parametrize("k", [3, 5])
 def test_depthwise_gradients(k):
-    """Of both arguments, alone and around a stopped forward-mode derivative, as sCM needs them.
+    """Of both arguments, alone, around a stopped forward-mode derivative, as sCM needs them, and through one that is not stopped.
 
-    Fails when _weight_gradient_by_batch forgets the last sample or its padding is (0, 2).
+    Fails when _weight_gradient_by_batch forgets the last sample or its padding is (0, 2), when _input_gradient does not turn the
+    stencil, and when _product_rule leaves a term out.
     """
     x, dx, w = normals(2, 4, 5, 6), normals(2, 4, 5, 6, seed=1), normals(k, k, 6)
 
@@ -350,7 +351,11 @@ def test_depthwise_gradients(k):
         value, J = jax.jvp(lambda x: jnp.sin(conv(x, w)), (x,), (dx,))
         return (jnp.square(value + jax.lax.stop_gradient(J - 2 * value)) * (1 + jnp.arange(6))).sum()
 
-    for loss in (plain, with_tangent):
+    def with_moving_tangent(conv, x, w):
+        J = jax.jvp(lambda x, w: jnp.sin(conv(x, w)), (x, w), (dx, jnp.cos(w)))[1]
+        return (jnp.square(J) * (1 + jnp.arange(6))).sum()
+
+    for loss in (plain, with_tangent, with_moving_tangent):
         slopes = [
             jax.jit(jax.grad(lambda x, w, f=f: loss(f, x, w), (0, 1)))(x, w)
             for f in (depthwise.depthwise_conv, library_conv)

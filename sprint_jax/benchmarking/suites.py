@@ -70,7 +70,7 @@ def gpu() -> list[Case]:
         steered = functools.partial(subjects.picture, control_depth=7)
         cases.append(case(f"sketch_{name}_1step", steered, GEMMA2_2B, size, DCAE_F32C32, 32, 1, **bf16))
     for name in ("sana_600m", "sana_1600m"):
-        for remat in ("none", "block"):
+        for remat in ("none", "cheap", "block"):
             cases.append(case(f"sprint_pair_{name.removeprefix('sana_')}_remat_{remat}", published_pair, name, remat))
     return cases + [case("sprint_pair_embedded", embedded_pair)]
 

@@ -1,6 +1,8 @@
-"""A tangent kernel and its transpose as one linear map, which forward and reverse mode both understand."""
+"""Maps with transposes of our own, which forward and reverse mode both understand: linear ones and bilinear ones."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -66,3 +68,63 @@ def _poison(shape, dtype, tangents):
 
 
 _map.defjvp(_refuse, symbolic_zeros=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bilinear:
+    """A map that is linear in either argument, and how cotangents go back. Call it with two arrays.
+
+    value: (a, b) -> array. to_a: (b, g) -> cotangent of a, to_b: (a, g) -> cotangent of b, each in any dtype; it is rounded to
+    that of its argument. A map is made once for each use, so that the same program compares equal and is traced once.
+
+    Both modes work, in any order and depth: the derivative in one argument is the map itself with a tangent there.
+    """
+
+    value: Callable[[jax.Array, jax.Array], jax.Array]
+    to_a: Callable[[jax.Array, jax.Array], jax.Array]
+    to_b: Callable[[jax.Array, jax.Array], jax.Array]
+
+    def __call__(self, a, b):
+        return _bilinear(self, a, b)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _bilinear(f, a, b):
+    return f.value(a, b)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _along_a(f, b, a):
+    """f(a, b) as a linear map of a."""
+    return linear_call(lambda b, a: f.value(a, b), lambda b, g: f.to_a(b, g).astype(a.dtype), b, a)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _along_b(f, a, b):
+    return linear_call(f.value, lambda a, g: f.to_b(a, g).astype(b.dtype), a, b)
+
+
+def _product_rule(f, primals, tangents):
+    """Of f(a, b), for (a, b) in this order."""
+    (a, b), (da, db), terms = primals, tangents, []
+    if not is_zero(da):
+        terms.append(_along_a(f, b, da))
+    if not is_zero(db):
+        terms.append(_along_b(f, a, db))
+    return sum(terms) if terms else None
+
+
+def _derived(apply, in_order):
+    """The rule of one of the three functions above. in_order: its two arguments as (a, b)."""
+
+    def rule(f, primals, tangents):
+        out = apply(f, *primals)
+        tangent = _product_rule(f, in_order(primals), in_order(tangents))
+        return out, jnp.zeros_like(out) if tangent is None else tangent
+
+    apply.defjvp(rule, symbolic_zeros=True)
+
+
+_derived(_bilinear, lambda pair: pair)
+_derived(_along_a, lambda pair: pair[::-1])
+_derived(_along_b, lambda pair: pair)

@@ -4,16 +4,15 @@ Accelerators have a good `conv_general_dilated`. XLA's CPU backend does not: it 
 convolutions naively, and even shifted multiplies, one per tap, lose their time in one place, the
 reduction that gives the weight gradient. Here the value and the input gradient are fused shifted
 multiplies and the weight gradient accumulates over the batch (`benchmarks/RESULTS.md` has the ratios).
-
-The convolution is bilinear in (x, w). Only the rule in w is ours: a `custom_jvp` whose tangent is a
-`linear_call` with its own transpose, which keeps forward mode (sCM's tangent), reverse mode and reverse
-over a stopped forward all available.
+On a GPU the input gradient is what needs a form of its own.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero, linear_call
 
+from sprint_jax.kernels import derivatives
 from sprint_jax.models import placement
 
 
@@ -72,17 +71,30 @@ def _weight_gradient_by_conv(x, g, k):
     return dw
 
 
-def _linear_in_w(x, w):
-    k = w.shape[0]
-    weight_gradient = lambda x, g: jax.lax.platform_dependent(
-        x, g,
-        cpu=lambda x, g: _weight_gradient_by_batch(x, g, k),
-        default=lambda x, g: _weight_gradient_by_conv(x, g, k),
-    )  # fmt: skip
-    return linear_call(_conv, weight_gradient, x, w)
+def _input_gradient(w, g):
+    """A convolution like the forward one, with the stencil turned round.
+
+    Written out, for a convolution with `rev` of its weights is one more kind to XLA: cuDNN then copies operands to another
+    layout and back for bfloat16, at ten times the cost of the forward pass on a GPU.
+    """
+    turned = jnp.stack([w[i, j] for i, j in reversed(_offsets(w.shape))]).reshape(w.shape)
+    return _conv(g.astype(w.dtype), turned)
 
 
-@jax.custom_jvp
+@functools.cache
+def _map(k):
+    """The convolution by stencils of k x k."""
+
+    def weight_gradient(x, g):
+        return jax.lax.platform_dependent(
+            x, g,
+            cpu=lambda x, g: _weight_gradient_by_batch(x, g, k),
+            default=lambda x, g: _weight_gradient_by_conv(x, g, k),
+        )  # fmt: skip
+
+    return derivatives.Bilinear(_conv, _input_gradient, weight_gradient)
+
+
 def depthwise_conv(x, w):
     """Depthwise k x k convolution, zero-padded to the same size, stride 1 (cross-correlation, as in PyTorch).
 
@@ -92,22 +104,6 @@ def depthwise_conv(x, w):
     Returns:
       [B, H, W, C], of at least float32: whoever adds a bias rounds once, after it.
 
-    Forward mode, reverse mode, and reverse mode through a stopped tangent all work. Reverse mode through
-    a tangent in w that is not stopped does not (`linear_call` has no derivative of its residuals).
+    Forward mode, reverse mode, and any mixture of them work.
     """
-    return _conv(x, w)
-
-
-def _jvp(primals, tangents):
-    x, w = primals
-    dx, dw = tangents
-    out = depthwise_conv(x, w)
-    terms = []
-    if not isinstance(dx, SymbolicZero):
-        terms.append(_conv(dx, w))
-    if not isinstance(dw, SymbolicZero):
-        terms.append(_linear_in_w(x, dw))
-    return out, sum(terms) if terms else jnp.zeros_like(out)
-
-
-depthwise_conv.defjvp(_jvp, symbolic_zeros=True)
+    return _map(w.shape[0])(x, w)

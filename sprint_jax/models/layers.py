@@ -12,8 +12,9 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import ad_checkpoint
 
-from sprint_jax.kernels import cross_attention, linear_attention
+from sprint_jax.kernels import cross_attention, linear_attention, products
 from sprint_jax.models import depthwise
 
 QK_EPS = 1e-5  # of the norm of queries and keys
@@ -61,6 +62,10 @@ def unstacked(stack, depth):
     return [jax.tree.map(lambda a: a[i], stack, is_leaf=is_list) for i in range(depth)]
 
 
+# Name of what `Dense` returns: a backward pass that recomputes only cheap things keeps it.
+PRODUCT = "product"
+
+
 class Dense(nn.Module):
     """x kernel + bias in `dtype`, rounded once: products and the sum with the bias are float32.
 
@@ -74,11 +79,11 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features)).astype(self.dtype)
-        y = jnp.matmul(x.astype(self.dtype), kernel, preferred_element_type=jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        y = products.dense(x.astype(self.dtype), kernel)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(jnp.float32)
-        return y.astype(self.dtype)
+        return ad_checkpoint.checkpoint_name(y.astype(self.dtype), PRODUCT)
 
 
 class RMSNorm(nn.Module):

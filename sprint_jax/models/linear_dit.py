@@ -269,7 +269,7 @@ class LinearDiT:
         """The body of a scan over blocks, under the policy of `remat`."""
         if self.remat == "none":
             return body
-        policy = None if self.remat == "block" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = None if self.remat == "block" else jax.checkpoint_policies.save_only_these_names(layers.PRODUCT)
         return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 

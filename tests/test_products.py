@@ -1,0 +1,105 @@
+"""Products in bfloat16 whose backward pass stays in bfloat16, and what of them a backward pass recomputes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_kernels import TINY
+
+from sprint_jax.kernels import products
+
+
+def draws(*shapes):
+    return [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+
+
+def error(value, expected):
+    value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(value - expected) / np.linalg.norm(expected)
+
+
+KINDS = {
+    "dense": (products.dense, (5, 7, 24), (24, 16), (5, 7, 16), jnp.float32),
+    "batched": (products.batched, (2, 3, 7, 24), (2, 3, 24, 16), (2, 3, 7, 16), jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients(kind):
+    """Those of the float64 product, as near as bfloat16 operands allow; a float32 kernel's are not rounded to bfloat16.
+
+    Fails when to_kernel rounds its result, and when a side is not transposed.
+    """
+    product, *shapes, second = KINDS[kind]
+    a, b, g = draws(*shapes)
+    a, b = a.astype(jnp.bfloat16), b.astype(second)
+    out, back = jax.vjp(product, a, b)
+    assert out.dtype == jnp.float32
+    da, db = back(g)
+    wide = [np.asarray(x, np.float64) for x in (a, b, g)]
+    flat = lambda x: x.reshape(-1, x.shape[-1]) if kind == "dense" else x
+    assert error(out, wide[0] @ wide[1]) < 5e-3
+    assert error(da, wide[2] @ np.swapaxes(wide[1], -1, -2)) < 5e-3
+    assert error(db, np.swapaxes(flat(wide[0]), -1, -2) @ flat(wide[2])) < 5e-3
+    assert (da.dtype, db.dtype) == (a.dtype, second)
+    if kind == "dense":
+        assert not np.array_equal(db, db.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tangents_are_those_of_the_plain_product(kind):
+    product, *shapes, _ = KINDS[kind]
+    a, b = (x.astype(jnp.bfloat16) for x in draws(*shapes[:2]))
+    da, db = jnp.cos(a), jnp.sin(b)
+    plain = lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)
+    for tangents in ((da, db), (da, 0 * b), (0 * a, db)):
+        ours, theirs = (jax.jvp(f, (a, b), tangents) for f in (product, plain))
+        for x, y in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+
+
+def around_a_stopped_tangent(model):
+    """A loss of the parameters like sCM's: (params) -> scalar."""
+    x, text = draws((2, 8, 8, model.in_channels), (2, 5, model.text_dim))
+    v = lambda params: lambda x: model.apply(params, x, jnp.full((2,), 0.5), text=text, mask=jnp.ones((2, 5))).velocity
+
+    def loss(params):
+        value, J = jax.jvp(v(params), (x,), (jnp.cos(x),))
+        return jnp.square(value - jax.lax.stop_gradient(value + J)).sum()
+
+    return loss
+
+
+def _dots(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield tuple(v.aval.dtype.name for v in equation.invars)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _dots(inner)
+
+
+def test_a_network_in_bfloat16_mixes_no_operands():
+    """No product of forward, tangent or backward pass has one operand of each dtype: a GPU would take it in float32. Fails when
+    Dense, or the scores of cross-attention, leave the transposes to JAX."""
+    model = dataclasses.replace(TINY, dtype="bfloat16")
+    jaxpr = jax.make_jaxpr(jax.grad(around_a_stopped_tangent(model)))(model.init(jax.random.key(0)))
+    found = set(_dots(jaxpr.jaxpr))
+    # float32 alone: linear attention, as published.
+    assert found == {("bfloat16", "bfloat16"), ("float32", "float32")}, found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cheap_keeps_products(dtype):
+    """What is recomputed is less than a fifth of what recomputing whole blocks costs. Fails when Dense does not name its result."""
+
+    def flops(remat):
+        model = dataclasses.replace(TINY, dtype=dtype, remat=remat, width=128)
+        program = jax.jit(jax.grad(around_a_stopped_tangent(model))).lower(model.init(jax.random.key(0))).compile()
+        return program.cost_analysis()["flops"]
+
+    none, cheap, block = (flops(remat) for remat in ("none", "cheap", "block"))
+    assert cheap - none < 0.2 * (block - none), (none, cheap, block)
