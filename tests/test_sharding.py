@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from conftest import ROOT
+from conftest import QUICK, ROOT
 from sprint_jax import build, config, inputs, run
 from sprint_jax.errors import UserError
 from sprint_jax.models.ladd_heads import LADDHeads
@@ -22,7 +22,7 @@ from test_config import card
 def simulated(program, *arguments, devices=8):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
     }  # fmt: skip
     result = subprocess.run([sys.executable, *program, *map(str, arguments)], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
