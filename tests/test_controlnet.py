@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from kernel_cases import relative
 from PIL import Image
 
 from sprint_jax import build, config, drawing, generation, inputs, pictures, pipeline, run, weights
@@ -50,12 +51,12 @@ def apply(model, params, **kwargs):
 
 
 def test_changes_nothing_at_the_start():
-    """Zero projections: the trunk with a fresh ControlNet is the trunk, whatever the condition."""
+    """Zero projections: the trunk with a fresh ControlNet is the trunk, up to the rounding of another program, whatever the condition."""
     trunk = moved(TRUNK.init(jax.random.key(0)))
     params = {"trunk": trunk, "control": MODEL.control.start(trunk)}
     given = dict(control=normals(3, 4, 6, 4, seed=2), control_scale=np.ones(3, np.float32))
     steered = apply(MODEL, params, **arguments(), **given).velocity
-    np.testing.assert_allclose(steered, apply(TRUNK, trunk, **arguments()).velocity, atol=1e-6)
+    assert relative(steered, apply(TRUNK, trunk, **arguments()).velocity) < 1e-6
 
 
 def test_without_a_condition_or_at_scale_zero_it_is_the_trunk():
@@ -64,12 +65,12 @@ def test_without_a_condition_or_at_scale_zero_it_is_the_trunk():
     np.testing.assert_array_equal(apply(MODEL, params, **arguments()).velocity, alone)
     control = normals(3, 4, 6, 4, seed=2)
     zero = apply(MODEL, params, **arguments(), control=control, control_scale=np.zeros(3, np.float32)).velocity
-    np.testing.assert_allclose(zero, alone, atol=1e-6)
+    assert relative(zero, alone) < 1e-6
     # A scale is each sample's own.
     some = apply(MODEL, params, **arguments(), control=control, control_scale=np.float32([0, 1, 0])).velocity
     listed = apply(MODEL, MODEL.unstack(params), **arguments(), control=control, control_scale=np.float32([0, 1, 0])).velocity
     np.testing.assert_allclose(listed, some, atol=1e-5)
-    np.testing.assert_allclose(some[::2], alone[::2], atol=1e-6)
+    assert relative(some[::2], alone[::2]) < 1e-6
     assert np.abs(some[1] - alone[1]).max() > 1e-2
 
 
@@ -79,7 +80,7 @@ def test_residuals_enter_behind_blocks_one_and_two():
     residuals = normals(2, 3, 4, 6, 24, seed=3)
     plain = apply_features(params, None)
     given = apply_features(params, residuals)
-    np.testing.assert_array_equal(given[0], plain[0])
+    assert relative(given[0], plain[0]) < 1e-6
     np.testing.assert_allclose(given[1] - plain[1], residuals[0].reshape(3, 24, 24), atol=1e-5)
     assert np.abs(given[2] - plain[2] - residuals[1].reshape(3, 24, 24)).max() > 1e-2
     only = apply_features(params, residuals * np.float32([0, 1])[:, None, None, None, None])
