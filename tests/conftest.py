@@ -9,11 +9,14 @@ import sys
 import filelock
 import pytest
 
-# Tests compile much and compute little: these flags take XLA's compile time to a fifth, here and in every subprocess. The second
-# is gone from newer versions, which refuse flags that they do not know.
+# Tests compile much and compute little: each of these flags halves XLA's compile time, here and in every subprocess. The second is
+# gone from newer versions, which refuse flags that they do not know.
 QUICK = "--xla_backend_optimization_level=0"
+# Compiler options for tests that compare programs bit by bit: without the second flag, which rounds by the program.
+SAME_BITS = {"xla_backend_optimization_level": 0}
 if importlib.metadata.version("jaxlib") < "0.11":
     QUICK += " --xla_cpu_use_fusion_emitters=false"
+    SAME_BITS |= {"xla_cpu_use_fusion_emitters": True}
 os.environ.setdefault("XLA_FLAGS", QUICK)
 
 ROOT = pathlib.Path(__file__).parent.parent

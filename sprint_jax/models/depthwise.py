@@ -74,8 +74,8 @@ def _weight_gradient_by_conv(x, g, k):
 def _input_gradient(w, g):
     """A convolution like the forward one, with the stencil turned round.
 
-    Written out, for a convolution with `rev` of its weights is one more kind to XLA: cuDNN then copies operands to another
-    layout and back for bfloat16, at ten times the cost of the forward pass on a GPU.
+    Written out: transposed by JAX it turns the stencil by `rev`, which XLA takes for a "backward data" convolution, and on an
+    H200 those took 10 ms instead of 0.2 in bfloat16, most of it in copies between layouts (`benchmarks/RESULTS.md`).
     """
     turned = jnp.stack([w[i, j] for i, j in reversed(_offsets(w.shape))]).reshape(w.shape)
     return _conv(g.astype(w.dtype), turned)
