@@ -2,7 +2,7 @@
 
 DIR is what sprint_jax.sample takes. The file holds the traced and lowered programs, the weights and the tokenizer
 (`sprint_jax/exported.py` has the format), and `python -m sprint_jax.sample --model=FILE` draws from it without the
-networks' code: on the platform it was exported on, the same pictures as from DIR, bit by bit, at equal steps, batch size
+networks' code: exported for a CPU and drawn on it, the same pictures as from DIR, bit by bit, at equal steps, batch size
 and seed. It may also be exported for platforms that are not here; compiling is left to them.
 """
 

@@ -82,7 +82,8 @@ def load(
         stored with a converted model, or that of the installed diffusers package. Run directories have none.
       tile: decode pictures in overlapping tiles of 1024 px, to bound memory.
       platform: what the programs are for, as `jax.default_backend()` names it, None for that one, "" for several. It decides
-        which published networks run their blocks one by one instead of in a loop: see `parts.block_by_block`.
+        which published networks run their blocks one by one instead of in a loop (`parts.block_by_block`); where it is not
+        None, for programs that run elsewhere, none holds a kernel that was not asked for.
       say: called with a line for each part that is read.
     Raises UserError for anything that is not a whole model of one of the three kinds.
     """
@@ -99,11 +100,20 @@ def load(
     chosen, sentence = backend.resolve(attention, jax.default_backend(), m.width // m.heads, m.width // m.cross_heads, dtype)
     if sentence:
         say(sentence)
-    return dataclasses.replace(pipe, model=_computed(pipe.model, attention=chosen))
+    pipe = dataclasses.replace(pipe, model=_computed(pipe.model, attention=chosen))
+    return _smoothed(pipe, backend.depthwise(jax.default_backend())) if platform is None else pipe
+
+
+def _smoothed(pipe, depthwise):
+    """The pipeline with its depthwise convolutions by a backend."""
+    pixels = pipe.pixels
+    if isinstance(pixels, parts.AutoencoderPixels):
+        pixels = dataclasses.replace(pixels, model=dataclasses.replace(pixels.model, depthwise=depthwise))
+    return dataclasses.replace(pipe, model=_computed(pipe.model, depthwise=depthwise), pixels=pixels, programs={})
 
 
 def _computed(model, **changes):
-    """The model, computed otherwise: dtype or attention."""
+    """The model, computed otherwise: dtype, attention or depthwise."""
     if not isinstance(model, Controlled):
         return dataclasses.replace(model, **changes)
     net = dataclasses.replace(model.control.net, **changes)
@@ -234,11 +244,12 @@ def _run(path, dtype, *, platform, **options):
 def over_devices(pipe, devices):
     """The pipeline with its parameters on all of `devices` and the pictures of a batch cut over them.
 
-    Batches must then be multiples of their number.
+    Batches must then be multiples of their number. Depthwise convolutions go without their kernel.
     """
     mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+    pipe = _smoothed(pipe, "plain")  # left to itself the compiler would gather a kernel's operands
     return dataclasses.replace(pipe, params=jax.device_put(pipe.params, whole), rows=rows, programs={})
 
 

@@ -216,10 +216,11 @@ def test_failures_are_rows_and_the_rest_goes_on():
 
 
 def test_operations_are_summed_by_name():
-    """Two streams overlap: what runs at once is busy once, and what lies between is waiting. Fails when busy is the sum."""
+    """Two streams overlap: what runs at once is busy once, and what lies between is waiting. Fails when busy is the sum, or a wait begins where the last stream to start ended."""
     events = [("b", 3.0, 4.0), ("a", 0.0, 2.0), ("b", 1.0, 2.5), ("a", 6.0, 7.0)]
     found = operations.summary(events, runs=2)
     assert (found.busy, found.wall) == (4.5 / 2, 7.0 / 2)
+    assert found.waits == (2.0, 0.5)
     assert found.operations == (operations.Operation("a", 1.5, 1.0), operations.Operation("b", 1.25, 1.0))
     assert "| a | 1.5e+03 | 66.7% | 1 |" in operations.table(found, 1) and "| b |" not in operations.table(found, 1)
     with pytest.raises(ValueError, match="no operation"):

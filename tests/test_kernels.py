@@ -1,4 +1,4 @@
-"""Attention kernels against float64, in every direction a step takes them, and what each platform makes of them."""
+"""Kernels against float64, in every direction a step takes them, and what each platform makes of them."""
 
 import dataclasses
 import functools
@@ -17,9 +17,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from conftest import ROOT
 from kernel_cases import EPS, cross, cross_case, directions, half_hidden, linear, linear_case, modes, normals, published, relative, worst
-from sprint_jax import build, config, pipeline
+from sprint_jax import build, config, parts, pipeline
 from sprint_jax.errors import UserError
 from sprint_jax.kernels import backend, cross_attention, linear_attention
+from sprint_jax.kernels import depthwise as kernels_depthwise
+from sprint_jax.models import depthwise as models_depthwise
+from sprint_jax.models.dc_ae import DCAE_F32C32
 from sprint_jax.models.linear_dit import LinearDiT
 from test_config import card
 
@@ -240,6 +243,71 @@ def test_whole_network(changes):
     assert min(np.abs(a).max() for a in jax.tree.leaves(expected[0]["blocks"]["attn1"])) > 1e-4
 
 
+# ----------------------------------------------------------------------------------------- depthwise convolution
+
+
+def exact_depthwise(x, w, bias, gated):
+    """Position by position, in float64, from the definition."""
+    x, w, bias = (np.asarray(a, np.float64) for a in (x, w, bias))
+    k, out = w.shape[0], np.empty_like(x)
+    padded = np.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
+    for i, j in np.ndindex(x.shape[1:3]):
+        out[:, i, j] = (padded[:, i : i + k, j : j + k] * w).sum((1, 2)) + bias
+    if not gated:
+        return out
+    value, gate = np.split(out, 2, -1)
+    return value * gate / (1 + np.exp(-gate))
+
+
+@pytest.mark.parametrize(
+    ("shape", "k", "gated"), [((2, 9, 21, 64), 3, True), ((1, 9, 16, 48), 5, False), slow((1, 33, 17, 32), 3, False), slow((3, 4, 40, 128), 5, True)]
+)
+def test_depthwise(shape, k, gated):
+    """Sides that no tile divides. Fails when the last tiles are not moved back, when borders are not zero, when the gate
+    takes the first half, and when a stencil of five reads two rows too few."""
+    x, w, bias = normals(7, shape, (k, k, shape[-1]), shape[-1:])
+    expected = exact_depthwise(x, w, bias, gated)
+    for dtype, most in (("float32", 1e-6), ("bfloat16", 7e-3)):
+        arrays = [jnp.asarray(a, dtype) for a in (x, w, bias)]
+        found = models_depthwise.smooth(*arrays, gated, backend=HERE)
+        assert found.dtype == dtype and relative(found, expected) < most
+        # No worse than the formula, which rounds as often.
+        assert relative(found, expected) < 1.2 * relative(models_depthwise.smooth(*arrays, gated), expected) + 1e-7
+
+
+def test_depthwise_derivatives_do_not_see_the_kernel():
+    """Forward, reverse, and reverse around a stopped tangent. Fails when the kernel is differentiated, which it cannot be."""
+    x, w, bias, dx, g = (jnp.asarray(a) for a in normals(8, (1, 4, 16, 32), (3, 3, 32), (32,), (1, 4, 16, 32), (1, 4, 16, 16)))
+
+    def directions(kind):
+        f = lambda x, w, bias: models_depthwise.smooth(x, w, bias, True, backend=kind)
+        along = lambda x, w, bias: jax.jvp(lambda x: f(x, w, bias), (x,), (dx,))
+
+        def scm(*primals):
+            value, J = along(*primals)
+            return (jnp.square(value + jax.lax.stop_gradient(J - 2 * value)) * g).sum()
+
+        return jax.jit(lambda *p: (along(*p), jax.vjp(f, *p)[1](g), jax.grad(scm, (0, 1, 2))(*p)))(x, w, bias)
+
+    assert worst(directions(HERE), directions("plain")) < 1e-6
+
+
+def test_depthwise_goes_by_what_the_kernel_takes():
+    """Small pictures, odd channels, other dtypes, and arrays beyond 32-bit offsets take the formula. Fails when one is let through."""
+    tile = kernels_depthwise.tile
+    assert tile((1, 32, 32, 5760), "bfloat16", True) == 64 and tile((1, 32, 32, 48), "float32", False) == 16
+    for shape, dtype, gated in [
+        ((1, 3, 32, 64), "float32", False), ((1, 32, 15, 64), "float32", False), ((1, 32, 32, 40), "float32", False),
+        ((1, 32, 32, 48), "float32", True), ((1, 32, 32, 64), "float16", False), ((8, 512, 512, 1024), "bfloat16", False),
+    ]:  # fmt: skip
+        assert tile(shape, dtype, gated) is None, shape
+    with pytest.raises(ValueError, match="no depthwise kernel"):
+        kernels_depthwise.conv(*normals(0, (1, 3, 3, 16), (3, 3, 16), (16,)), gated=False, backend="interpret")
+    with pytest.raises(ValueError, match="use interpret or triton"):
+        kernels_depthwise.conv(*normals(0, (1, 4, 16, 16), (3, 3, 16), (16,)), gated=False, backend="tpu")
+    assert [backend.depthwise(p) for p in ("gpu", "cuda", "cpu", "tpu")] == ["triton", "triton", "plain", "plain"]
+
+
 # ------------------------------------------------------------------------------------------------------- platforms
 
 
@@ -264,6 +332,18 @@ def test_kernels_lower_for(name, kind):
             counts[mode] = len(re.findall(re.escape(f"custom_call @{target}("), text))
     expected = {"forward": 2, "jvp": 4, "grad": 4} if kind == "linear" else {"forward": 1, "jvp": 2, "grad": 3}
     assert counts == expected
+
+
+@pytest.mark.parametrize(("shape", "k", "gated"), [((1, 32, 32, 5760), 3, True), ((1, 128, 128, 1536), 5, False)])
+def test_depthwise_lowers(shape, k, gated):
+    """For an NVIDIA GPU, at published shapes, one kernel and no convolution. Fails when a load has a side that is no power of two."""
+    platform, target, device = DEVICES["triton"]
+    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(**device))
+    arguments = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in (shape, (k, k, shape[-1]), shape[-1:])]
+    f = lambda *a: models_depthwise.smooth(*a, gated, backend="triton")
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(f).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    assert text.count(f"custom_call @{target}(") == 1 and "stablehlo.convolution" not in text
 
 
 def run_script(*arguments, **environment):
@@ -354,3 +434,22 @@ def test_pipeline_chooses(monkeypatch, tmp_path):
     assert pipeline.load(tmp_path, dtype="float32", attention="pallas", say=lines.append).model.attention == "tpu"
     with pytest.raises(UserError, match="attention 'fast'"):
         pipeline.load(tmp_path, attention="fast")
+
+
+def test_pipeline_chooses_the_depthwise_kernel(monkeypatch, tmp_path):
+    """On a GPU, of transformer and autoencoder; not for programs that run elsewhere, nor over devices. Fails when one of the two is left out."""
+    pixels = parts.AutoencoderPixels(DCAE_F32C32, tile=False)
+    made = pipeline.Pipeline(TINY, None, pixels, {}, 32, 32, 1.0, "code", 1, "float32")
+    monkeypatch.setattr(pipeline, "_load", lambda path, **options: made)
+    kinds = lambda pipe: (pipe.model.depthwise, pipe.pixels.model.depthwise)
+    assert kinds(pipeline.load(tmp_path, dtype="float32")) == (backend.depthwise(jax.default_backend()),) * 2
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    pipe = pipeline.load(tmp_path, dtype="float32")
+    assert kinds(pipe) == ("triton", "triton") and kinds(pipeline.over_devices(pipe, devices)) == ("plain", "plain")
+    for platform in ("cuda", ""):
+        assert kinds(pipeline.load(tmp_path, dtype="float32", platform=platform)) == ("plain", "plain")
+    with pytest.raises(ValueError, match="depthwise 'tpu'"):
+        dataclasses.replace(TINY, depthwise="tpu")
+    with pytest.raises(ValueError, match="depthwise 'tpu'"):
+        dataclasses.replace(DCAE_F32C32, depthwise="tpu")

@@ -21,10 +21,12 @@ class Operation:
 @dataclasses.dataclass(frozen=True)
 class Profile:
     """busy: seconds of one run in which the device ran at least one operation. wall: from the first operation's start to
-    the last one's end, by run; what lies between the two is waiting. operations: longest first."""
+    the last one's end, by run; what lies between the two is waiting. waits: how long it waited each time, in all of the runs,
+    longest first. operations: longest first."""
 
     busy: float
     wall: float
+    waits: tuple[float, ...]
     operations: tuple[Operation, ...]
 
 
@@ -58,19 +60,26 @@ def summary(events, runs) -> Profile:
     for name, begin, end in events:
         seconds[name] += end - begin
         counts[name] += 1
-    busy, reached = 0.0, float("-inf")
+    first = reached = min(begin for _, begin, _ in events)
+    busy, waits = 0.0, []
     for _, begin, end in sorted(events, key=lambda event: event[1]):
+        if begin > reached:
+            waits.append(begin - reached)
         busy += max(0.0, end - max(begin, reached))
         reached = max(reached, end)
-    wall = reached - min(begin for _, begin, _ in events)
     ordered = (Operation(name, total / runs, counts[name] / runs) for name, total in seconds.most_common())
-    return Profile(busy / runs, wall / runs, tuple(ordered))
+    return Profile(busy / runs, (reached - first) / runs, tuple(sorted(waits, reverse=True)), tuple(ordered))
 
 
 def table(found: Profile, most: int) -> str:
     """The `most` longest operations as markdown, under a line on the whole."""
     shown = found.operations[:most]
-    lines = [f"device busy {1e3 * found.busy:.3g} ms of {1e3 * found.wall:.3g} ms a run, {len(found.operations)} kinds of operations"]
+    longest = ", ".join(f"{1e3 * wait:.3g}" for wait in found.waits[:8])
+    lines = [
+        f"device busy {1e3 * found.busy:.3g} ms of {1e3 * found.wall:.3g} ms a run, {len(found.operations)} kinds of operations; "
+        f"{len(found.waits)} waits in all, the longest {longest} ms",
+        "",
+    ]
     lines += ["| operation | ms | share | runs |", "|---|---|---|---|"]
     lines += [f"| {o.name[:90]} | {1e3 * o.seconds:.3g} | {o.seconds / found.busy:.1%} | {o.count:g} |" for o in shown]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from sprint_jax import parts
 from sprint_jax.benchmarking import bench as bench_lib
 from sprint_jax.benchmarking import floors
 from sprint_jax.diffusion import samplers, trigflow
+from sprint_jax.kernels import backend as backends
 from sprint_jax.kernels import cross_attention as cross
 from sprint_jax.kernels import linear_attention as linear
 from sprint_jax.models.controlnet import Controlled, ControlNet
@@ -54,7 +55,12 @@ def _leaf(key, name, shape, dtype):
 
 def inference(model: LinearDiT, dtype) -> LinearDiT:
     """The description as a pipeline runs it."""
-    return dataclasses.replace(model, logvar_head=False, remat="none", dtype=dtype)
+    return smoothed(dataclasses.replace(model, logvar_head=False, remat="none", dtype=dtype))
+
+
+def smoothed(model):
+    """A transformer or autoencoder with its depthwise convolutions as a pipeline runs them."""
+    return dataclasses.replace(model, depthwise=backends.depthwise(jax.default_backend()))
 
 
 def _normal(seed, shape, dtype=jnp.float32):
@@ -114,6 +120,7 @@ def _peers(label, build, compile_peer):
 
 def decoder(bench, model: DCAE, cells, *, dtype, batch=1, compile_peer=False):
     """Decoding cells x cells latents to float pictures."""
+    model = smoothed(model)
     params = bench.kept("decoder", (model, dtype, "decoder"), lambda: drawn(model, dtype, part="decoder"))
     z = _normal(1, (batch, cells, cells, model.latent_channels), dtype)
     program, seconds = bench_lib.compiled(model.decode, params, z)
@@ -137,7 +144,7 @@ def picture(
     control_depth: blocks of a ControlNet, whose sketch is encoded in the program as well; there is no peer for it, and the
     floor leaves the encoder out.
     """
-    model = inference(size, dtype)
+    model, autoencoder = inference(size, dtype), smoothed(autoencoder)
     transformer_params = _transformer(bench, model)
     part = None if control_depth else "decoder"
     decoder_params = bench.kept("decoder", (autoencoder, dtype, part), lambda: drawn(autoencoder, dtype, part=part))

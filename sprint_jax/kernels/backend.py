@@ -26,7 +26,16 @@ LARGEST_HEAD = 128
 LARGEST_LINEAR_HEAD = {"triton": 64, "tpu": 128}
 DTYPES = ("float32", "bfloat16")
 
+# Of the depthwise convolution, which has no kernel for TPUs.
+DEPTHWISE = ("plain", "interpret", "triton")
+
 _COMPILED = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}
+
+
+def depthwise(platform) -> str:
+    """The fastest backend of depthwise convolutions for inference. platform: as `jax.default_backend()` names it."""
+    found = _COMPILED.get(platform, "plain")
+    return found if found in DEPTHWISE else "plain"
 
 
 def resolve(wanted, platform, linear, cross, dtype):

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.kernels import linear_attention
+from sprint_jax.kernels import backend, linear_attention
 from sprint_jax.models import convolutions, depthwise, layers
 
 NORM_EPS = 1e-5
@@ -85,13 +85,13 @@ class _MultiscaleAttention(nn.Module):
     head's q, k and v: what diffusers calls `to_q`, `to_k`, `to_v` are not the q, k and v of any head.
     """
 
-    head_dim: int
+    ae: "DCAE"
     scales: tuple[int, ...]
 
     @nn.compact
     def __call__(self, x):  # [B, H, W, C]
         batch, height, width, channels = x.shape
-        group = self.head_dim
+        group = self.ae.head_dim
         qkv = layers.Dense(3 * channels, use_bias=False, dtype=x.dtype, name="to_qkv")(x)
         copies = [qkv]
         for i, size in enumerate(self.scales):
@@ -99,7 +99,7 @@ class _MultiscaleAttention(nn.Module):
             mixing = self.param(
                 f"scale_{i}_point", nn.initializers.lecun_normal(), (3 * channels // group, group, group)
             )
-            smooth = depthwise.depthwise_conv(qkv, stencil.astype(x.dtype)).astype(x.dtype)
+            smooth = depthwise.smooth(qkv, stencil.astype(x.dtype), backend=self.ae.depthwise)
             grouped = smooth.reshape(*smooth.shape[:3], -1, group)
             copies.append(jnp.einsum("bhwgi,gio->bhwgo", grouped, mixing.astype(x.dtype)).reshape(qkv.shape))
         heads = jnp.concatenate(copies, -1).reshape(batch, height * width, -1, 3 * group)
@@ -110,13 +110,13 @@ class _MultiscaleAttention(nn.Module):
 
 
 class _EfficientViT(nn.Module):
-    head_dim: int
+    ae: "DCAE"
     scales: tuple[int, ...]
 
     @nn.compact
     def __call__(self, x):
-        x = _MultiscaleAttention(self.head_dim, self.scales, name="attn")(x)
-        y = layers.GLUMBConv(4 * x.shape[-1], x.dtype, name="ff")(x)
+        x = _MultiscaleAttention(self.ae, self.scales, name="attn")(x)
+        y = layers.GLUMBConv(4 * x.shape[-1], x.dtype, self.ae.depthwise, name="ff")(x)
         return x + _Norm(name="ff_norm")(y)
 
 
@@ -134,12 +134,12 @@ class Stage:
             raise ValueError(f"block {self.block!r}: use {RESIDUAL!r} or {EFFICIENT_VIT!r}")
 
 
-def _blocks(stage, head_dim, x):
+def _blocks(stage, ae, x):
     for i in range(stage.layers):
         if stage.block == RESIDUAL:
             x = _Residual(name=f"block_{i}")(x)
         else:
-            x = _EfficientViT(head_dim, stage.scales, name=f"block_{i}")(x)
+            x = _EfficientViT(ae, stage.scales, name=f"block_{i}")(x)
     return x
 
 
@@ -147,12 +147,12 @@ class _DownStage(nn.Module):
     """Blocks, then half the resolution at `channels_out` channels unless that is None."""
 
     stage: Stage
-    head_dim: int
+    ae: "DCAE"
     channels_out: int | None
 
     @nn.compact
     def __call__(self, x):
-        x = _blocks(self.stage, self.head_dim, x)
+        x = _blocks(self.stage, self.ae, x)
         if self.channels_out is None:
             return x
         shortcut = group_mean(space_to_channels(x), self.channels_out)
@@ -163,7 +163,7 @@ class _UpStage(nn.Module):
     """Twice the resolution at the stage's channels if `upsample`, then blocks."""
 
     stage: Stage
-    head_dim: int
+    ae: "DCAE"
     upsample: bool
 
     @nn.compact
@@ -171,7 +171,7 @@ class _UpStage(nn.Module):
         if self.upsample:
             shortcut = channels_to_space(repeat_channels(x, 4 * self.stage.channels))
             x = _Conv(self.stage.channels, upsample=True, name="up")(x) + shortcut
-        return _blocks(self.stage, self.head_dim, x)
+        return _blocks(self.stage, self.ae, x)
 
 
 class _Encoder(nn.Module):
@@ -183,7 +183,7 @@ class _Encoder(nn.Module):
         x = _Conv(stages[0].channels, name="conv_in")(x)
         for i, stage in enumerate(stages):
             after = stages[i + 1].channels if i + 1 < len(stages) else None
-            x = _DownStage(stage, self.ae.head_dim, after, name=f"stage_{i}")(x)
+            x = _DownStage(stage, self.ae, after, name=f"stage_{i}")(x)
         latent = self.ae.latent_channels
         return _Conv(latent, name="conv_out")(x) + group_mean(x, latent)
 
@@ -196,7 +196,7 @@ class _Decoder(nn.Module):
         stages = self.ae.decoder
         x = _Conv(stages[-1].channels, name="conv_in")(z) + repeat_channels(z, stages[-1].channels)
         for i in reversed(range(len(stages))):
-            x = _UpStage(stages[i], self.ae.head_dim, i + 1 < len(stages), name=f"stage_{i}")(x)
+            x = _UpStage(stages[i], self.ae, i + 1 < len(stages), name=f"stage_{i}")(x)
         x = jax.nn.relu(_Norm(name="norm_out")(x))
         return _Conv(self.ae.in_channels, name="conv_out")(x)
 
@@ -208,6 +208,7 @@ class DCAE:
     in_channels: of pictures. latent_channels: of latents. head_dim: of the attention.
     encoder, decoder: stages from the finest resolution to the coarsest.
     scaling_factor: multiplies encoded latents for the diffusion model.
+    depthwise: what computes its depthwise convolutions: "plain", or a backend of `kernels/depthwise.py`, for inference.
     """
 
     in_channels: int
@@ -216,8 +217,11 @@ class DCAE:
     encoder: tuple[Stage, ...]
     decoder: tuple[Stage, ...]
     scaling_factor: float
+    depthwise: str = "plain"
 
     def __post_init__(self):
+        if self.depthwise not in backend.DEPTHWISE:
+            raise ValueError(f"depthwise {self.depthwise!r}: use one of {', '.join(backend.DEPTHWISE)}")
         if len(self.encoder) != len(self.decoder):
             raise ValueError(f"{len(self.encoder)} encoder stages and {len(self.decoder)} decoder stages")
 

@@ -4,7 +4,7 @@ Accelerators have a good `conv_general_dilated`. XLA's CPU backend does not: it 
 convolutions naively, and even shifted multiplies, one per tap, lose their time in one place, the
 reduction that gives the weight gradient. Here the value and the input gradient are fused shifted
 multiplies and the weight gradient accumulates over the batch (`benchmarks/RESULTS.md` has the ratios).
-On a GPU the input gradient is what needs a form of its own.
+On a GPU the input gradient is what needs a form of its own, and for inference there is a kernel (`kernels/depthwise.py`).
 """
 
 import functools
@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.kernels import derivatives
+from sprint_jax.kernels import depthwise, derivatives
 from sprint_jax.models import placement
 
 
@@ -107,3 +107,41 @@ def depthwise_conv(x, w):
     Forward mode, reverse mode, and any mixture of them work.
     """
     return _map(w.shape[0])(x, w)
+
+
+def smooth(x, w, bias=None, gated=False, backend="plain"):
+    """Depthwise convolution with a bias, and with a gate: value * SiLU(gate), halves of the channels.
+
+    Args:
+      x: [B, H, W, C].
+      w: [k, k, C], k odd, same dtype.
+      bias: [C], or None.
+      backend: "plain", or what `kernels.depthwise.conv` takes, for the shapes that it takes.
+    Returns:
+      [B, H, W, C], or C / 2 channels with a gate, in x's dtype. The convolution with its bias is rounded once, so are the SiLU
+      and the product.
+
+    Derivatives of any order and mode are those of the formula in JAX, whatever the backend.
+    """
+    bias = jnp.zeros(x.shape[-1], x.dtype) if bias is None else bias
+    if backend == "plain" or depthwise.tile(x.shape, x.dtype, gated) is None:
+        return _formula(x, w, bias, gated)
+    return _by_kernel(x, w, bias, gated, backend)
+
+
+def _formula(x, w, bias, gated):
+    y = (depthwise_conv(x, w) + bias).astype(x.dtype)
+    if not gated:
+        return y
+    value, gate = jnp.split(y, 2, -1)
+    return value * jax.nn.silu(gate.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _by_kernel(x, w, bias, gated, backend):
+    return depthwise.conv(x, w, bias, gated=gated, backend=backend)
+
+
+@_by_kernel.defjvp
+def _by_kernel_jvp(gated, backend, primals, tangents):
+    return jax.jvp(functools.partial(_formula, gated=gated), primals, tangents)

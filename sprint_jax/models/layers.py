@@ -199,10 +199,14 @@ class CrossAttention(nn.Module):
 
 
 class GLUMBConv(nn.Module):
-    """Mix-FFN: 1x1 expand, SiLU, 3x3 depthwise, value * SiLU(gate), 1x1 project (no bias)."""
+    """Mix-FFN: 1x1 expand, SiLU, 3x3 depthwise, value * SiLU(gate), 1x1 project (no bias).
+
+    depthwise: backend of the convolution, see `models/depthwise.py`.
+    """
 
     hidden: int
     dtype: jnp.dtype
+    depthwise: str
 
     @nn.compact
     def __call__(self, x):  # [B, H, W, D]
@@ -211,9 +215,7 @@ class GLUMBConv(nn.Module):
         x = silu(x)
         stencil = self.param("conv_depth_kernel", _depthwise_init, (3, 3, inner))
         bias = self.param("conv_depth_bias", nn.initializers.zeros, (inner,))
-        x = (depthwise.depthwise_conv(x, stencil.astype(x.dtype)) + bias).astype(x.dtype)
-        value, gate = jnp.split(x, 2, -1)
-        x = value * silu(gate)
+        x = depthwise.smooth(x, stencil.astype(x.dtype), bias, gated=True, backend=self.depthwise)
         return Dense(width, use_bias=False, dtype=self.dtype, kernel_init=xavier, name="conv_point")(x)
 
 

@@ -82,7 +82,7 @@ class _Block(nn.Module):
         )
         z = layers.modulate(layers.layer_norm(x), shift2, scale2)
         z = z.reshape(batch, height, width, c.width)
-        z = layers.GLUMBConv(int(c.mlp_ratio * c.width), c.compute_dtype, name="ff")(z)
+        z = layers.GLUMBConv(int(c.mlp_ratio * c.width), c.compute_dtype, c.depthwise, name="ff")(z)
         x = x + gate2 * z.reshape(batch, -1, c.width)
         return x.reshape(batch, height, width, c.width)
 
@@ -138,6 +138,7 @@ class LinearDiT:
     unroll: blocks per scan step; depth removes the loop, which XLA's CPU backend likes.
     dtype: compute dtype, "float32" or "bfloat16"; parameters are always float32.
     attention: what computes both attentions, one of `kernels.backend.BACKENDS`; parameters are the same for all.
+    depthwise: what computes the Mix-FFN's convolution: "plain", or a backend of `kernels/depthwise.py`, for inference.
     """
 
     in_channels: int
@@ -157,6 +158,7 @@ class LinearDiT:
     unroll: int
     dtype: str
     attention: str
+    depthwise: str = "plain"
 
     def __post_init__(self):
         for name in ("heads", "cross_heads"):
@@ -166,6 +168,8 @@ class LinearDiT:
             raise ValueError(f"dtype {self.dtype!r}: use 'float32' or 'bfloat16'")
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r}: use one of {', '.join(REMAT)}")
+        if self.depthwise not in backend.DEPTHWISE:
+            raise ValueError(f"depthwise {self.depthwise!r}: use one of {', '.join(backend.DEPTHWISE)}")
         if self.attention not in backend.BACKENDS:
             raise ValueError(f"attention {self.attention!r}: use one of {', '.join(backend.BACKENDS)}")
 
