@@ -134,7 +134,7 @@ def nets(c: config_lib.Config) -> sprint_step.Nets:
     return sprint_step.Nets(
         teacher=distilled_teacher(c),
         student=student(c),
-        heads=LADDHeads(width=c.model.width, count=len(s.head_blocks)),
+        heads=LADDHeads(width=c.model.width, count=len(s.head_blocks), dtype=c.model.dtype),
         tx=state.optimizer(s.optimizer, s.steps // 2, s.batch, came_rules=(came.dit_factored, came.dit_stacked)),
         heads_tx=state.optimizer(
             s.head_optimizer, s.steps // 2, s.batch, came_rules=(came.heads_factored, came.heads_stacked)

@@ -192,7 +192,7 @@ def test_rules_of_the_networks():
     for path, leaf in jax.tree_util.tree_flatten_with_path(state.nu)[0]:
         assert leaf.ndim == 1 + (path[0].key == "blocks") or path[-1].key == "conv_depth_kernel", path
 
-    heads = ladd_heads.LADDHeads(width=8, count=2)
+    heads = ladd_heads.LADDHeads(width=8, count=2, dtype="float32")
     params, _ = jax.eval_shape(heads.init, jax.random.key(0))
     state = jax.eval_shape(came.came(1.0, factored=came.heads_factored, stacked=came.heads_stacked).init, params)
     assert not jax.tree.leaves(state.row) and leaves(state.nu) == leaves(params)

@@ -1,6 +1,8 @@
 """LADD: hinge losses, renoising and discriminator heads against NumPy written from their description."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +85,7 @@ def test_renoise():
 
 @functools.cache
 def new_heads():
-    heads = LADDHeads(width=WIDTH, count=HEADS)
+    heads = LADDHeads(width=WIDTH, count=HEADS, dtype="float32")
     init = jax.jit(heads.init, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
     return heads, *jax.tree.map(np.asarray, init(jax.random.key(0)))
 
@@ -118,7 +120,7 @@ def test_new_heads_know_their_singular_values():
 def test_spectral_norm_gradient_holds_u_and_v():
     """d<M, K/sigma>/dK = (M - <M, K/sigma> v u') / sigma. Fails when advance is not stopped."""
     kernel, M = normals(9, 6), normals(9, 6, seed=1)
-    heads = LADDHeads(width=6, count=1)
+    heads = LADDHeads(width=6, count=1, dtype="float32")
     start = {"conv_in": {"u": np.eye(6, dtype=np.float32)[:1], "v": np.zeros((1, 9), np.float32)}}
 
     def value(kernel):
@@ -225,6 +227,34 @@ def test_heads_against_numpy():
         assert error(value, numpy_head(take(params), take(spectral), features[i])) < 1e-5
     with pytest.raises(ValueError, match="1 features for 2 heads"):
         heads.apply(params, spectral, features[:1])
+
+
+def test_heads_in_bfloat16():
+    """Near the float32 heads, forward and back, and no product of activations left in float32. Fails when windows or logits
+    are multiplied as they come out of a norm, and when parameters' gradients are rounded to bfloat16."""
+    heads, params, spectral = random_heads()
+    features = [normals(16, TOKENS, WIDTH, seed=i) for i in range(HEADS)]
+
+    def slopes(heads):
+        loss = lambda params, features: sum(jnp.sin(v).sum() for v in heads.apply(params, spectral, features))
+        return jax.jit(jax.grad(loss, (0, 1)))
+
+    low = dataclasses.replace(heads, dtype="bfloat16")
+    for value, expected in zip(jax.jit(low.apply)(params, spectral, features), heads.apply(params, spectral, features), strict=True):
+        assert value.dtype == jnp.float32 and 1e-4 < error(value, expected) < 2e-2
+    found, expected = slopes(low)(params, features), slopes(heads)(params, features)
+    # Euclidean: where LeakyReLU's kink is crossed a single slope is another one.
+    relative = lambda a, b: np.linalg.norm(np.float64(a) - np.float64(b)) / np.linalg.norm(np.float64(b))
+    for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
+        assert relative(a, b) < 5e-2
+    for name in ("conv_in", "conv_mid", "conv_out"):
+        kernel = found[0][name]["kernel"]
+        assert relative(kernel, expected[0][name]["kernel"]) < 5e-2
+        assert not np.array_equal(kernel, np.asarray(kernel, jnp.bfloat16))
+    products = re.findall(r"stablehlo.dot_general .* : \((.*)\) ->", slopes(low).lower(params, features).as_text())
+    vectors = lambda operands: any(operand.count("x") == 1 for operand in operands.split(", "))  # spectral norm's
+    assert len(products) >= 9 * HEADS
+    assert [p for p in products if "f32" in p and not vectors(p)] == []
 
 
 def test_adversarial_gradient_reaches_the_student():

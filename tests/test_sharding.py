@@ -83,7 +83,7 @@ def test_published_sizes_divide(size, fsdp):
     """Every leaf of both networks finds a rule or is small; nothing big stays whole."""
     said = []
     tree = jax.eval_shape(size.init, jax.random.key(0))
-    heads, spectral = jax.eval_shape(LADDHeads(width=size.width, count=4).init, jax.random.key(0))
+    heads, spectral = jax.eval_shape(LADDHeads(width=size.width, count=4, dtype="bfloat16").init, jax.random.key(0))
     placed = sharding.shardings({"params": tree, "heads": heads, "spectral": spectral}, abstract_mesh(8, fsdp), said.append)
     assert not said
     assert placed["params"]["blocks"]["attn1"]["to_qkv"]["kernel"].spec == P(None, "fsdp", None)

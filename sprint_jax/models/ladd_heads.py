@@ -11,6 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from sprint_jax.kernels import products
+
 GROUP = 8  # BatchNormLocal: samples per normalisation group
 KERNEL = 9
 
@@ -20,10 +22,12 @@ class LADDHeads:
     """Description of the heads.
 
     width: feature width D. count: number of hooked blocks, one head each.
+    dtype: of the operands of products, "float32" or "bfloat16" (published: bfloat16 autocast). Parameters, sums and norms are float32.
     """
 
     width: int
     count: int
+    dtype: str
 
     def init(self, key):
         """(params, spectral): parameters and the singular vectors of spectral norm, a leading axis per head."""
@@ -46,7 +50,7 @@ class LADDHeads:
         if len(features) != self.count:
             raise ValueError(f"{len(features)} features for {self.count} heads")
         one = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
-        return [_apply_head(one(params, i), one(spectral, i), f) for i, f in enumerate(features)]
+        return [_apply_head(one(params, i), one(spectral, i), f.astype(self.dtype)) for i, f in enumerate(features)]
 
 
 def _init_head(key, width):
@@ -69,13 +73,13 @@ def _init_head(key, width):
 
 
 def _apply_head(params, spectral, x):
-    x = x.astype(jnp.float32)
+    dtype = x.dtype
     weights = {name: spectral_norm(params[name]["kernel"], v) for name, v in spectral.items()}
-    conv = lambda name, x: x @ weights[name] + params[name]["bias"]
+    conv = lambda name, x: products.dense(x.astype(dtype), weights[name]) + params[name]["bias"]
     norm = lambda name, x: batch_norm_local(x, params[name]["scale"], params[name]["bias"])
     activate = lambda x: jax.nn.leaky_relu(x, 0.2)
     h = activate(norm("norm_in", conv("conv_in", x)))
-    h = (h + activate(norm("norm_mid", conv("conv_mid", circular_windows(h))))) / math.sqrt(2)
+    h = (h + activate(norm("norm_mid", conv("conv_mid", circular_windows(h.astype(dtype)))))) / math.sqrt(2)
     return conv("conv_out", h)[..., 0]
 
 
