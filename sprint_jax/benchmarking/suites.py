@@ -71,15 +71,17 @@ def gpu() -> list[Case]:
         cases.append(case(f"sketch_{name}_1step", steered, GEMMA2_2B, size, DCAE_F32C32, 32, 1, **bf16))
     for name in ("sana_600m", "sana_1600m"):
         for remat in ("none", "cheap", "block"):
-            cases.append(case(f"sprint_pair_{name.removeprefix('sana_')}_remat_{remat}", published_pair, name, remat))
+            label = f"sprint_pair_{name.removeprefix('sana_')}_remat_{remat}"
+            cases.append(case(label, published_pair, name, remat))
+            cases.append(case(f"{label}_kernels", published_pair, name, remat, attention="pallas"))
     return cases + [case("sprint_pair_embedded", embedded_pair)]
 
 
-def published_pair(bench, preset, remat):
-    """16 samples, what the published trainer gives each device."""
+def published_pair(bench, preset, remat, attention="plain"):
+    """16 samples, what the published trainer gives each device. attention: as in the config."""
 
     def change(tree):
-        tree.sprint.batch, tree.model.remat = 16, remat
+        tree.sprint.batch, tree.model.remat, tree.model.attention = 16, remat, attention
 
     return training.pair(bench, training.card(preset, change))
 
