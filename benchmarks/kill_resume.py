@@ -29,8 +29,7 @@ _STAGES = {"teacher": 200, "sprint": 200}
 _EVERY = 4
 _JOB = (
     "--config=configs/sprint.py:smoke",
-    "--config.teacher.base_qk_norm=True", "--config.teacher.base_time_scale=1.0",
-    "--config.teacher.finetune_steps=0", "--config.evaluation.teacher_steps=2",
+    "--config.evaluation.teacher_steps=2",
     f"--config.run.checkpoint_every={_EVERY}",
     *(f"--config.{stage}.steps={steps}" for stage, steps in _STAGES.items()),
 )  # fmt: skip

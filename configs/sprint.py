@@ -6,7 +6,7 @@
 Presets
   shapes          2 CPU cores. Distils the shipped teacher into a 1-4 step student and scores both.
   shapes_teacher  the recipe of the shipped teacher: trains it from nothing, then does the rest.
-  smoke           every stage cut down to seconds, fine-tune of an old-style teacher included.
+  smoke           every stage cut down to seconds.
   shapes_64       64 px pictures and a larger model, for one GPU; trains its own teacher.
   emoji           captioned emoji at 64 px, read from a folder that `sprint_jax.encode` made.
   sana_600m, sana_1600m
@@ -85,7 +85,7 @@ def _shapes():
         prompts=256, batch=64, teacher_steps=20, teacher_guidance=1.5, student_guidance=1.5,
         schedule="code", reference=1024, samples=48,
     )  # fmt: skip
-    config.run = dict(log_every=20, checkpoint_every=200, strip_every=200, keep=2, max_rejected=10)
+    config.run = dict(log_every=20, checkpoint_every=200, strip_every=200, keep=2, max_rejected=10, quick_compile=False)
     return config
 
 
@@ -99,12 +99,10 @@ def _muon(**values):
 
 def _smoke(config):
     config.model.update(width=32, depth=2, heads=2, cross_heads=2, unroll=1)
-    config.teacher.update(
-        pretrained="", steps=12, batch=8, base_qk_norm=False, base_time_scale=1000.0, finetune_steps=4
-    )
+    config.teacher.update(pretrained="", steps=12, batch=8)
     config.sprint.update(steps=12, batch=8, tangent_warmup=6, head_blocks=(0, 1))
     config.evaluation.update(prompts=16, batch=16, reference=64, samples=16)
-    config.run.update(log_every=2, checkpoint_every=4, strip_every=6)
+    config.run.update(log_every=2, checkpoint_every=4, strip_every=6, quick_compile=True)
 
 
 def _shapes_64(config):
@@ -177,7 +175,7 @@ def sana(preset):
         schedule="code", reference=64, samples=64,
     )  # fmt: skip
     # No strips: process 0 would hold the whole student on one device beside its share of the training state.
-    config.run = dict(log_every=20, checkpoint_every=500, strip_every=0, keep=3, max_rejected=100)
+    config.run = dict(log_every=20, checkpoint_every=500, strip_every=0, keep=3, max_rejected=100, quick_compile=False)
     return config
 
 

@@ -246,6 +246,7 @@ class Run:
 
     strip_every: steps between pictures of a few held-out prompts on the way, 0 for none. Drawing them holds the whole
       network on one device, beside what training holds there.
+    quick_compile: on a CPU, programs compile in half the time and run slower (`sprint_jax/quick_compile.py`).
     """
 
     log_every: int
@@ -253,6 +254,7 @@ class Run:
     strip_every: int
     keep: int
     max_rejected: int
+    quick_compile: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli, compile_cache, config_flag, distributed, huge_pages, workdir_flag
+from sprint_jax import cli, compile_cache, config_flag, distributed, huge_pages, quick_compile, workdir_flag
 
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 (the next port is used too).")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Processes of this run; default: told by SLURM, JobSet or TPU variables, or one.")
@@ -28,6 +28,8 @@ def main(argv):
         from sprint_jax.training.loop import Interrupted
 
         parsed = config.parse(config_flag.CONFIG.value)
+        if parsed.run.quick_compile:
+            quick_compile.start()
         with distributed.started(place, seconds=_STARTUP.value):
             try:
                 run.run(parsed, workdir)

@@ -20,7 +20,10 @@ if importlib.metadata.version("jaxlib") < "0.11":
 os.environ.setdefault("XLA_FLAGS", QUICK)
 
 ROOT = pathlib.Path(__file__).parent.parent
-TINY = ("--config=configs/sprint.py:smoke",)
+SMOKE = "--config=configs/sprint.py:smoke"
+# Of a teacher that is first trained as the original SANA was.
+OLD_STYLE = ("--config.teacher.base_qk_norm=False", "--config.teacher.base_time_scale=1000.0", "--config.teacher.finetune_steps=4")
+TINY = (SMOKE, *OLD_STYLE)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +65,7 @@ def finished(command, common):
 @pytest.fixture(scope="session")
 def sketched(command, common):
     """As `finished`, of a student with a ControlNet."""
-    return _run_once(command, common / "sketched", "--config=configs/controlnet.py:smoke")
+    return _run_once(command, common / "sketched", "--config=configs/controlnet.py:smoke", *OLD_STYLE)
 
 
 def _run_once(command, workdir, *flags):

@@ -28,7 +28,7 @@ def settings():
     tree = runpy.run_path(str(ROOT / "configs/sprint.py"))["get_config"]("smoke")
     # Rates at which an update is no larger than the gradient it came from, so that a difference shows.
     plain = dict(kind="adamw", lr=1e-3, muon_lr=0.0, b1=0.9, b2=0.99, warmup=0, decay_to=1.0)
-    tree.teacher.update(batch=BATCH, pretrained="none", base_qk_norm=True, base_time_scale=1.0)
+    tree.teacher.update(batch=BATCH, pretrained="none")
     tree.teacher.optimizer.update(plain)
     tree.sprint.update(batch=BATCH)
     tree.sprint.optimizer.update(plain)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conftest import ROOT, TINY
+from conftest import ROOT, SMOKE, TINY
 from sprint_jax import distributed
 from sprint_jax.distributed import Place
 from sprint_jax.errors import UserError
@@ -27,8 +27,7 @@ HERE = socket.gethostname()
 # One teacher and one student: with processes other than the first nothing compiled is kept between runs. The
 # suite's runs are of a teacher alone; the same with the student takes minutes (-m long).
 SMALL = (
-    *TINY, "--config.teacher.base_qk_norm=True", "--config.teacher.base_time_scale=1.0", "--config.teacher.finetune_steps=0",
-    "--config.teacher.steps=16", "--config.teacher.optimizer.kind=adamw", "--config.teacher.optimizer.lr=1e-3",
+    SMOKE, "--config.teacher.steps=16", "--config.teacher.optimizer.kind=adamw", "--config.teacher.optimizer.lr=1e-3",
     "--config.sprint.steps=16", "--config.sprint.optimizer.kind=adamw", "--config.run.checkpoint_every=4",
     "--config.evaluation.teacher_steps=1", "--config.evaluation.batch=8",
 )  # fmt: skip

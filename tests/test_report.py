@@ -157,7 +157,7 @@ def test_rows_and_strips_outlive_a_kill(tmp_path, where):
 
     Fails when the window is not kept beside the checkpoint, and when strips are drawn after it.
     """
-    run = config.Run(log_every=6, checkpoint_every=4, strip_every=4, keep=2, max_rejected=10)
+    run = config.Run(log_every=6, checkpoint_every=4, strip_every=4, keep=2, max_rejected=10, quick_compile=False)
     mesh = sharding.mesh(1, 1, jax.devices()[:1])
     drawn = lambda params: np.full((4, 4, 3), 7, np.uint8)
     saved, left = tmp_path / "parted/checkpoints/teacher", [8, 4, 0]

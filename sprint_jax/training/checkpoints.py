@@ -154,9 +154,13 @@ class Checkpoints:
 
 def fingerprints(state):
     """{name: sum over the array of bits x (2 position + 1), modulo 2^32}. Any changed bit changes it."""
-    numbers = jax.jit(lambda tree: jax.tree.map(_fingerprint, tree))(state)
-    leaves = jax.tree_util.tree_leaves_with_path(hosts.to_host(numbers))
+    leaves = jax.tree_util.tree_leaves_with_path(hosts.to_host(_fingerprints(state)))
     return {_name(path): int(number) for path, number in leaves}
+
+
+@jax.jit  # one function for all saves: traced once a state, which takes a second
+def _fingerprints(tree):
+    return jax.tree.map(_fingerprint, tree)
 
 
 def _fingerprint(a):

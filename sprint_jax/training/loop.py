@@ -6,6 +6,7 @@ rows, checkpoints and stops fall between rounds. Metrics of a round are fetched 
 been launched, so the device never waits for the host.
 """
 
+import concurrent.futures
 import dataclasses
 import pathlib
 import signal
@@ -104,7 +105,10 @@ class _Programs:
     def _compile(self, batch):
         stage, begin = self._placed.stage, time.perf_counter()
         self._say(f"{stage.name}: compiling for latents {batch['latent'].shape} (seconds to two minutes, no bar)")
-        compiled = [self._placed.lower(function, batch).compile() for function in stage.functions]
+        # One compiles while the next is traced. Accelerators compile one at a time: compilers try programs out on them.
+        with concurrent.futures.ThreadPoolExecutor(len(stage.functions) if jax.default_backend() == "cpu" else 1) as pool:
+            compiling = [pool.submit(self._placed.lower(function, batch).compile) for function in stage.functions]
+        compiled = [one.result() for one in compiling]
         mesh = self._placed.mesh
         count = sum(a.size for a in jax.tree.leaves(self._placed.state.params))
         state = sharding.per_device_bytes(self._placed.state) + sharding.per_device_bytes(self._placed.frozen)
