@@ -1,9 +1,8 @@
 """Depthwise convolution with its zero padding, bias and SiLU gate inside, in one pass over memory.
 
-`models/depthwise.py` has the published arithmetic, and the derivatives: the kernel has none. On an H200 cuDNN's depthwise
-convolutions take two to ten times as long as their memory traffic, and write what the gate then reads again
-(`benchmarks/RESULTS.md`). A program makes a few rows of a few channels; for each horizontal tap it reads each input row once, nearly always
-from a cache.
+`models/depthwise.py` has the published arithmetic, and the derivatives: the kernel has none. Of one 1024 px picture on an H200
+it takes 1.7 ms, where cuDNN's depthwise convolutions take 2.3 and write what the gate then reads again (`benchmarks/RESULTS.md`).
+A program makes a few rows of a few channels; for each horizontal tap it reads each input row once, nearly always from a cache.
 
 Shape letters: B batch, H x W positions, C channels in, D channels out (C, or C / 2 with a gate), k the stencil's side.
 """
@@ -55,11 +54,11 @@ def conv(x, w, bias, *, gated, backend):
     whole = (None, height, width, size)
     ins = {}
     for half in range(1 + gated):
-        at = functools.partial(lambda offset, b, g, i, j: g + offset, half * (out // size))
-        shared = dict(index=lambda b, g, i, j, at=at: (0, at(b, g, i, j)), shared=True)
-        ins["x", half] = Operand(x, whole, lambda b, g, i, j, at=at: (b, 0, 0, at(b, g, i, j)))
-        ins["w", half] = Operand(w.reshape(k * k, channels), (k * k, size), **shared)
-        ins["b", half] = Operand(bias.astype(jnp.float32)[None], (1, size), **shared)
+        first = half * (out // size)
+        everywhere = dict(index=lambda b, g, i, j, first=first: (0, first + g), shared=True)
+        ins["x", half] = Operand(x, whole, lambda b, g, i, j, first=first: (b, 0, 0, first + g))
+        ins["w", half] = Operand(w.reshape(k * k, channels), (k * k, size), **everywhere)
+        ins["b", half] = Operand(bias.astype(jnp.float32)[None], (1, size), **everywhere)
     made = jax.ShapeDtypeStruct((batch, height, width, out), x.dtype)
     body = functools.partial(_body, k, height, width, gated)
     grid = None, out // size, pl.cdiv(height, ROWS), pl.cdiv(width, COLUMNS)
