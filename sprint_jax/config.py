@@ -246,7 +246,7 @@ class Run:
 
     strip_every: steps between pictures of a few held-out prompts on the way, 0 for none. Drawing them holds the whole
       network on one device, beside what training holds there.
-    quick_compile: on a CPU, programs compile in half the time and run slower (`sprint_jax/quick_compile.py`).
+    quick_compile: on a CPU, programs compile in a third of the time, side by side, and run slower (`sprint_jax/quick_compile.py`).
     """
 
     log_every: int
