@@ -250,7 +250,7 @@ def over_devices(pipe, devices):
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
     pipe = _smoothed(pipe, "plain")  # left to itself the compiler would gather a kernel's operands
-    return dataclasses.replace(pipe, params=jax.device_put(pipe.params, whole), rows=rows, programs={})
+    return dataclasses.replace(pipe, params=jax.device_put(pipe.params, whole), rows=rows)
 
 
 def _spread(run, rows, params, arrays, guidance, times, seed, indices, draws, start, control, control_scale):

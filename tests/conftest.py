@@ -1,6 +1,5 @@
 """Shared fixtures: one tiny run of the main job, made once per session, and a way to call the commands."""
 
-import importlib.metadata
 import os
 import pathlib
 import subprocess
@@ -9,13 +8,14 @@ import sys
 import filelock
 import pytest
 
+from sprint_jax import quick_compile
+
 # Tests compile much and compute little: each of these flags halves XLA's compile time, here and in every subprocess. The second is
 # gone from newer versions, which refuse flags that they do not know.
-QUICK = "--xla_backend_optimization_level=0"
+QUICK = quick_compile.flags()
 # Compiler options for tests that compare programs bit by bit: without the second flag, which rounds by the program.
 SAME_BITS = {"xla_backend_optimization_level": 0}
-if importlib.metadata.version("jaxlib") < "0.11":
-    QUICK += " --xla_cpu_use_fusion_emitters=false"
+if "fusion_emitters" in QUICK:
     SAME_BITS |= {"xla_cpu_use_fusion_emitters": True}
 os.environ.setdefault("XLA_FLAGS", QUICK)
 

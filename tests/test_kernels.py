@@ -25,6 +25,7 @@ from sprint_jax.models import depthwise as models_depthwise
 from sprint_jax.models.dc_ae import DCAE_F32C32
 from sprint_jax.models.linear_dit import LinearDiT
 from test_config import card
+from test_linear_dit import stencil
 
 # Compiled where the device has kernels, else interpreted.
 HERE = backend.resolve("pallas", jax.default_backend(), 64, 64, "float32")[0].replace("plain", "interpret")
@@ -247,12 +248,9 @@ def test_whole_network(changes):
 
 
 def exact_depthwise(x, w, bias, gated):
-    """Position by position, in float64, from the definition."""
+    """In float64, from the definition."""
     x, w, bias = (np.asarray(a, np.float64) for a in (x, w, bias))
-    k, out = w.shape[0], np.empty_like(x)
-    padded = np.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
-    for i, j in np.ndindex(x.shape[1:3]):
-        out[:, i, j] = (padded[:, i : i + k, j : j + k] * w).sum((1, 2)) + bias
+    out = stencil(x, w) + bias
     if not gated:
         return out
     value, gate = np.split(out, 2, -1)

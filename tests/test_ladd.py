@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_cases import relative
 
 from sprint_jax.diffusion import ladd
 from sprint_jax.models import ladd_heads
@@ -244,7 +245,6 @@ def test_heads_in_bfloat16():
         assert value.dtype == jnp.float32 and 1e-4 < error(value, expected) < 2e-2
     found, expected = slopes(low)(params, features), slopes(heads)(params, features)
     # Euclidean: where LeakyReLU's kink is crossed a single slope is another one.
-    relative = lambda a, b: np.linalg.norm(np.float64(a) - np.float64(b)) / np.linalg.norm(np.float64(b))
     for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
         assert relative(a, b) < 5e-2
     for name in ("conv_in", "conv_mid", "conv_out"):
