@@ -210,8 +210,6 @@ def _listener(host, port):
 
 
 def _load(path):
-    import jax
-
     from sprint_jax import exported, pipeline
 
     compile_cache.start()
@@ -221,7 +219,7 @@ def _load(path):
             if flag.present:
                 raise UserError(f"--{flag.name} is settled in an exported file: give it to sprint_jax.export")
         return exported.load(path, say=say)
-    dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = _DTYPE.value or pipeline.default_dtype()
     return pipeline.load(path, dtype=dtype, attention=_ATTENTION.value, instruction=_INSTRUCTION.value, tile=_TILE.value, say=say)
 
 

@@ -239,11 +239,9 @@ def _of_config(path) -> Encoders:
 
 def _of_folder(path) -> Encoders:
     """The autoencoder and the text encoder of a diffusers folder or a converted one."""
-    import jax
-
     from sprint_jax import parts, pipeline
 
-    dtype = _DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = _DTYPE.value or pipeline.default_dtype()
     say = lambda message: print(message, file=sys.stderr, flush=True)
     # Stacks on every platform, for the identity's sake.
     pipe = pipeline.load(path, dtype=dtype, instruction=_INSTRUCTION.value, platform="", say=say)

@@ -234,14 +234,13 @@ def _settings():
 
 
 def _make(out, units, total):
-    import jax
     import tqdm
 
     from sprint_jax import compile_cache, gallery, pipeline
 
     compile_cache.start()
     f = model_flags
-    dtype = f.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = f.DTYPE.value or pipeline.default_dtype()
     say = lambda message: print(message, file=sys.stderr, flush=True)
     pipe = pipeline.load(f.MODEL.value, dtype=dtype, instruction=f.INSTRUCTION.value, tile=f.TILE.value, say=say)
     options = {

@@ -151,8 +151,8 @@ class EncodedData:
         self._text = self.pixels = self.pixels_params = None
         self.frozen = self._null()
         if c.data.model:
-            dtype = "bfloat16" if jax.default_backend() != "cpu" else "float32"
-            pipe = pipeline.load(c.data.model, dtype=dtype, platform="", say=say)  # stacks, which sharding knows
+            # Stacks on every platform, which sharding knows.
+            pipe = pipeline.load(c.data.model, dtype=pipeline.default_dtype(), platform="", say=say)
             self._text, self.pixels, self.pixels_params = pipe.text, pipe.pixels, pipe.params["pixels"]
             if self._tokens:
                 self.frozen["text_encoder"] = pipe.params["text"]

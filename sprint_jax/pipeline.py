@@ -17,10 +17,15 @@ from sprint_jax.data import prompts as prompts_lib
 from sprint_jax.diffusion import samplers, trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.kernels import backend
-from sprint_jax.models.controlnet import Controlled, ControlNet
+from sprint_jax.models.controlnet import Controlled
 from sprint_jax.models.linear_dit import LinearDiT
 
 DTYPES = ("bfloat16", "float32")
+
+
+def default_dtype() -> str:
+    """Of weights and arithmetic where a command is not told: float32 on a CPU, which has no faster bfloat16; else bfloat16."""
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

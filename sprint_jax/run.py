@@ -264,12 +264,8 @@ def sprint_stage(config, data, teacher):
     nets, s, dropout = build.nets(config), config.sprint, config.control.dropout
     key = jax.random.key(config.seed + 1)
 
-    def start(frozen, begun):
-        k_student, k_heads = jax.random.split(key)
-        return sprint_step.init(sprint_step.student_params(frozen["teacher"], nets, k_student, logvar_start=s.logvar_start), nets, s, k_heads)
-
     return loop.Stage(
-        name="sprint", steps=s.steps, start=start, begun={},
+        name="sprint", steps=s.steps, start=lambda frozen, begun: sprint_step.start(frozen["teacher"], nets, s, key), begun={},
         functions=(
             sprint_step.make_generator_step(nets, s, config.seed + 1, control_dropout=dropout),
             sprint_step.make_discriminator_step(nets, s, config.seed + 1, control_dropout=dropout),

@@ -81,13 +81,11 @@ def _generate(prompts):
 
 def _loaded(say):
     """The model of a folder."""
-    import jax
-
     from sprint_jax import pipeline
 
     flag = model_flags
     return pipeline.load(
-        flag.MODEL.value, dtype=flag.DTYPE.value or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        flag.MODEL.value, dtype=flag.DTYPE.value or pipeline.default_dtype(),
         attention=_ATTENTION.value, controlnet=_CONTROLNET.value, instruction=flag.INSTRUCTION.value, tile=flag.TILE.value, say=say,
     )  # fmt: skip
 

@@ -231,9 +231,7 @@ def _sprint_programs(c: config_lib.Config, transfer: bool):
         nets = dataclasses.replace(nets, teacher=Untransferred(nets.teacher), student=Untransferred(nets.student))
 
     def start(frozen, begun):
-        k_student, k_heads = jax.random.split(jax.random.key(frozen["knobs"]["seed"]))
-        params = sprint_step.student_params(frozen["teacher"], nets, k_student, logvar_start=c.sprint.logvar_start)
-        return sprint_step.init(params, nets, c.sprint, k_heads)
+        return sprint_step.start(frozen["teacher"], nets, c.sprint, jax.random.key(frozen["knobs"]["seed"]))
 
     def told(make):
         def step(current, frozen, batch):

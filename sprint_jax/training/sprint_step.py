@@ -56,6 +56,12 @@ def init(params, nets: Nets, c: config_lib.Sprint, key) -> state_lib.SprintState
     )  # fmt: skip
 
 
+def start(teacher_params, nets: Nets, c: config_lib.Sprint, key) -> state_lib.SprintState:
+    """State at step 0 of a distillation: the student that is its teacher still, and fresh heads."""
+    k_student, k_heads = jax.random.split(key)
+    return init(student_params(teacher_params, nets, k_student, logvar_start=c.logvar_start), nets, c, k_heads)
+
+
 def student_F(nets: Nets, params, cond, w, *, logvar_gradient="network"):
     """The student as a TrigFlow network (u, t) -> (F, logvar), closed over its conditions and guidance w [B].
 
