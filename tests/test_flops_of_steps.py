@@ -44,7 +44,7 @@ class Case:
         self.batch = {"latent": array(BATCH, *self.latent), "text": array(BATCH, *text), "mask": array(BATCH, text[0])}
         teacher = jax.eval_shape(self.nets.teacher.init, jax.random.key(0))
         self.frozen = {"teacher": teacher, "null_text": array(1, *text), "null_mask": array(1, text[0])}
-        begin = lambda p, k: sprint_step.init(sprint_step.student_params(p, self.nets, k, logvar_start=self.c.sprint.logvar_start), self.nets, self.c.sprint, k)
+        begin = lambda p, k: sprint_step.start(p, self.nets, self.c.sprint, k)
         self.state = jax.eval_shape(begin, teacher, jax.random.key(0))
         self.inputs = array(BATCH, *self.latent), array(BATCH), self.batch["text"], self.batch["mask"]
 
