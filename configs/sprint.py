@@ -54,7 +54,7 @@ def _shapes():
     config.seed = 0
     config.data = dict(encoded="", model="", size=32, seed=0, eval_seed=1, workers=0, max_bad=0.01)
     config.text = dict(vocabulary="shapes", length=16, dim=224)
-    config.codec = dict(block=8, scale=1.236, weights="package:shapes_codec", channels=32)
+    config.codec = dict(block=8, scale=1.237, weights="package:shapes_codec", channels=32)
     config.model = dict(
         width=128, depth=7, heads=4, cross_heads=4, mlp_ratio=2.0, patch_size=1,
         qk_norm=True, time_scale=1.0, guidance_embed=True, guidance_scale_factor=0.1,
@@ -63,7 +63,7 @@ def _shapes():
     config.mesh = dict(data=-1, fsdp=1)
     config.teacher = dict(
         pretrained="package:shapes_teacher", start="",
-        steps=6000, batch=64, accumulate=1, ema=0.998, caption_dropout=0.1, border_start=True,
+        steps=10000, batch=64, accumulate=1, ema=0.998, caption_dropout=0.1, border_start=True,
         time_mean=0.0, time_std=1.0, time_shift=3.0,
         base_qk_norm=True, base_time_scale=1.0, finetune_steps=0, finetune_lr=3e-4,
         optimizer=_muon(lr=2e-3, muon_lr=0.02, warmup=100, decay_to=0.02, b1=0.9, weight_decay=0.01, clip=1.0),
@@ -73,11 +73,11 @@ def _shapes():
         optimizer=_muon(lr=2e-3, muon_lr=0.02, warmup=50, decay_to=0.05, b1=0.9, weight_decay=0.01, clip=1.0),
     )  # fmt: skip
     config.sprint = dict(
-        steps=2400, batch=16, accumulate=1, ema=0.99,
+        steps=2800, batch=16, accumulate=1, ema=0.99,
         guidance=(1.25, 1.5, 2.0), uncond_mask="cond",
         p_mean=-0.4, p_std=1.4, tangent_warmup=300, tangent_normalize=True, weighting="code", logvar_gradient="head",
         logvar_start=0.0, scm_weight=1.0, adv_weight=5.0, max_time=0.7,
-        disc_mean=-0.6, disc_std=1.0, reduction="code", misaligned=True, head_blocks=(1, 3, 5),
+        disc_mean=-0.6, disc_std=1.0, reduction="code", misaligned=True, head_blocks=(0, 2, 4, 6),
         optimizer=_muon(lr=2e-4, muon_lr=0.005, warmup=20, decay_to=0.1, b1=0.0, weight_decay=0.0, clip=0.5),
         head_optimizer=_adamw(lr=5e-4, warmup=0, decay_to=1.0, b1=0.0, weight_decay=0.0, clip=0.5),
     )  # fmt: skip

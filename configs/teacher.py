@@ -4,7 +4,7 @@
     python -m sprint_jax.main --config=configs/teacher.py:sana_600m ...   the paper's first phase
 
 Presets
-  shapes      2 CPU cores, some 50 minutes: the recipe of the shipped teacher.
+  shapes      2 CPU cores, some 70 minutes: the recipe of the shipped teacher.
   emoji       captioned emoji at 64 px, from data that `sprint_jax.encode` made.
   sana_600m, sana_1600m
               fine-tunes a SANA without QK-norm and with times in [0, 1000]: 5 000 updates of 1 024 samples at

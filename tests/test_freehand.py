@@ -30,7 +30,7 @@ def smoke(**changes):
 
 @pytest.mark.parametrize("split", shapes.SPLITS)
 def test_compositions_are_what_their_captions_say(split):
-    """Fails when a relation is placed by `along >= abs(across)`, or `_apart` is left out."""
+    """Fails when a relation is accepted by `along >= abs(across)`, or `_apart` is left out."""
     made = compositions(400, split=split)
     assert checker.chance(made, [e.caption for e in made]) == 1.0
     assert checker.score([e.image for e in made], [e.caption for e in made])[0] >= 0.99
@@ -38,7 +38,7 @@ def test_compositions_are_what_their_captions_say(split):
 
 
 def test_objects_stand_anywhere_on_the_grid():
-    """All cells, all corners of four, and inside. Fails when `_place_one` takes `_INNER`, or 0.5, in spite of `anywhere`."""
+    """All cells, all corners of four, and inside. Fails when `_scatter` takes `_INNER`, or 0.5, instead of its cells."""
     made = compositions(2000)
     alone = [e.objects[0] for e in made if len(e.objects) == 1]
     assert {(o.x, o.y) for o in alone if o.size < 0.2} == {(x, y) for x in CELLS for y in CELLS}

@@ -2,10 +2,11 @@
 
 A caption follows a fixed grammar (below) and a picture shows exactly what it says: one to three objects
 on a plain background. Sizes, cells of a 4 x 4 grid and anything else the caption leaves open are random,
-within a composition as a photographer would choose: one object stands near the middle, and two in a relation
-share one of the two middle rows (or columns), at least half a picture apart. `anywhere` drops that: objects
-stand in any cells in which the caption is true, as where a person draws. One in eight of the composed captions
-is held out of training, so that `heldout` asks for combinations never seen.
+within a composition as a photographer would choose: one object stands near the middle, two share one of the
+two middle rows (or columns), half a picture apart, three are the corners of a triangle, and all objects of a
+picture have one size. `anywhere` drops that: objects of any sizes stand in any cells in which the caption is true,
+as where a person draws. One in eight of the composed captions is held out of training, so that `heldout` asks for
+combinations never seen.
 
     a {shape}                                        single object
     a {colour} {shape}                               colour
@@ -39,6 +40,7 @@ SPLITS = ("train", "heldout")
 _GRID = 4
 _CELLS = tuple((i + 0.5) / _GRID for i in range(_GRID))
 _INNER = _CELLS[1:-1]
+_LOWER = _CELLS[2:]
 _CORNERS = tuple(i / _GRID for i in range(1, _GRID))  # of four cells, which a large object fills
 _SMALL, _LARGE = (3 / 32, 4 / 32), 8 / 32
 _GAP = 1.5 / 32  # least empty space between objects
@@ -183,22 +185,51 @@ def _draw_caption(rng, kind) -> Caption:
 
 
 def _place(rng, caption, background, anywhere) -> tuple[Object, ...]:
-    """Sizes and positions: inside the picture, apart from each other, in the relation asked for."""
+    """Colours where left open, sizes and positions: in the relation asked for, apart from each other."""
+    colours = [o.colour or _pick(rng, [c for c in COLOURS if c != background]) for o in caption.objects]
     while True:
-        placed = tuple(_place_one(rng, caption, wanted, background, anywhere) for wanted in caption.objects)
-        if _apart(placed) and (caption.relation is None or _related(placed, caption.relation, anywhere)):
+        sizes, positions = (_scatter if anywhere else _compose)(rng, caption)
+        placed = tuple(
+            Object(colour, o.shape, *position, half)
+            for o, colour, position, half in zip(caption.objects, colours, positions, sizes, strict=True)
+        )
+        if _apart(placed) and (caption.relation is None or _related(placed, caption.relation)):
             return placed
 
 
-def _place_one(rng, caption, wanted, background, anywhere) -> Object:
-    colour = wanted.colour or _pick(rng, [c for c in COLOURS if c != background])
-    alone = len(caption.objects) == 1
-    half = _pick(rng, (*_SMALL, _LARGE) if alone else _SMALL)
-    if half == _LARGE:
-        free = _CORNERS if anywhere else (0.5,)
-    else:
-        free = _INNER if alone and not anywhere else _CELLS
-    return Object(colour, wanted.shape, _pick(rng, free), _pick(rng, free), half)
+def _scatter(rng, caption):
+    """Any sizes in any cells. Returns (half extents, centres)."""
+    sizes, positions = [], []
+    for _ in caption.objects:
+        half = _pick(rng, (*_SMALL, _LARGE) if len(caption.objects) == 1 else _SMALL)
+        free = _CORNERS if half == _LARGE else _CELLS
+        sizes.append(half)
+        positions.append((_pick(rng, free), _pick(rng, free)))
+    return sizes, positions
+
+
+def _compose(rng, caption):
+    """One size for all, and one of few arrangements, no two of which share more than one cell.
+
+    Few, because a step of the student has to choose one of them from the noise alone; and where two arrangements share
+    two cells it learns to draw those two and nothing else. Returns (half extents, centres).
+    """
+    count = len(caption.objects)
+    half = _pick(rng, (*_SMALL, _LARGE) if count == 1 else _SMALL)
+    if count == 1:
+        free = (0.5,) if half == _LARGE else _INNER
+        return (half,), ((_pick(rng, free), _pick(rng, free)),)
+    start = _pick(rng, _CELLS[:2])  # of a span of half a picture: from the first or the second cell
+    if count == 3:
+        level = _pick(rng, _LOWER)
+        return (half,) * 3, ((start, level), (start + 0.25, level - 0.5), (start + 0.5, level))
+    level = _pick(rng, _INNER)
+    across = ((start, level), (start + 0.5, level))
+    down = ((level, start), (level, start + 0.5))
+    positions = across if caption.relation in ("left of", "right of") else down
+    if caption.relation is None:
+        positions = _pick(rng, (across, down))
+    return (half,) * 2, positions[::-1] if caption.relation in ("right of", "below") else positions
 
 
 def _apart(objects) -> bool:
@@ -209,19 +240,14 @@ def _apart(objects) -> bool:
     return True
 
 
-def _related(objects, relation, anywhere) -> bool:
-    """Generously inside the checker's rule: well apart on one axis, level on the other and in the middle.
-
-    anywhere: the rule itself, farther apart on the one axis than on the other; the grid's steps are a quarter.
-    """
+def _related(objects, relation) -> bool:
+    """Generously inside the checker's rule: farther apart on one axis than on the other; the grid's steps are a quarter."""
     a, b = objects
     dx, dy = b.x - a.x, b.y - a.y
-    along, across, level = {
-        "left of": (dx, dy, a.y), "right of": (-dx, dy, a.y), "above": (dy, dx, a.x), "below": (-dy, dx, a.x)
+    along, across = {
+        "left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)
     }[relation]  # fmt: skip
-    if anywhere:
-        return along > abs(across)
-    return along >= 0.5 and across == 0 and level in _INNER
+    return along > abs(across)
 
 
 def distance(shape, dx, dy, half):
