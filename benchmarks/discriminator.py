@@ -1,0 +1,98 @@
+"""Could the heads tell a student's one-step pictures from real ones, if they had the time?
+
+    python -m benchmarks.discriminator RUN_DIR [--updates=600] [--kind=muon --muon_lr=0.01 --lr=1e-3] [--head_blocks=0,2,4,6]
+
+Fresh heads are trained by the run's own discriminator step against its finished student, which stands still. Then, at
+some noise levels, the share of pairs of held-out prompts in which a real picture has the higher logit (mean over
+tokens and heads): than the student's picture in one step ("student"), and than a real picture of another prompt
+("misaligned"). One half is chance: nothing there for the student to learn from. RUN_DIR is a run whose teacher was given.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from sprint_jax import build, cli, inputs, pipeline, weights, workdir
+from sprint_jax.diffusion import ladd, trigflow
+from sprint_jax.training import sprint_step
+
+NOISE = (0.05, 0.2, 0.55, 1.0)  # tan s
+BATCH = 64
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=pathlib.Path)
+    parser.add_argument("--updates", type=int, default=600)
+    parser.add_argument("--count", type=int, default=256, help="held-out prompts")
+    parser.add_argument("--kind", help="of the heads' optimiser: adamw or muon")
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--muon_lr", type=float)
+    parser.add_argument("--head_blocks", help="0,2,4,6")
+    parser.add_argument("--no_misaligned", action="store_true", help="the student's pictures as the only fakes (paper)")
+    options = parser.parse_args()
+    c = _config(options)
+    nets, data = build.nets(c), inputs.open_inputs(c, print)
+    frozen = {"teacher": inputs.teacher_weights(c.teacher.pretrained, nets.teacher)} | data.frozen
+    student = weights.load(options.run / workdir.STUDENT, jax.eval_shape(nets.student.init, jax.random.key(0)))
+    state = sprint_step.init(jax.tree.map(jnp.asarray, student), nets, c.sprint, jax.random.key(c.seed))
+    discriminator = sprint_step.make_discriminator_step(nets, c.sprint, c.seed)
+    step = jax.jit(lambda state, frozen, batch: discriminator(state, frozen, data.prepare(frozen, batch))[0])
+    with data.batches(c.sprint.batch, 0, options.updates, 0, 1) as batches:
+        for _ in tqdm.trange(options.updates, desc="heads", mininterval=1.0):
+            state = step(state, frozen, next(batches))
+    heldout = data.heldout(options.count, 64)
+    x0 = trigflow.SIGMA_D * np.asarray(data.pixels.encode({}, heldout.images))
+    logits = jax.jit(lambda *arguments: _logits(nets, c, frozen, state, *arguments))
+    print(f"{'tan s':>8}{'student':>10}{'misaligned':>12}")
+    for level in NOISE:
+        found = [
+            logits(level, i, x0[i : i + BATCH], jax.tree.map(lambda a, i=i: a[i : i + BATCH], heldout.cond))
+            for i in range(0, options.count, BATCH)
+        ]
+        real, fake, shifted = (np.concatenate(side) for side in zip(*found, strict=True))
+        print(f"{level:8.2f}{higher(real, fake):10.1%}{higher(real, shifted):12.1%}", flush=True)
+
+
+def higher(a, b):
+    """Share of pairs in which a's logit is the higher one: the area under the ROC curve. a: [N], b: [M]."""
+    return float((np.asarray(a)[:, None] > np.asarray(b)[None]).mean())
+
+
+def _config(options):
+    c = pipeline.read_config(options.run)
+    if c.control.depth or not c.teacher.pretrained:
+        sys.exit(f"{options.run} is no text-to-image run from a given teacher (config.teacher.pretrained): give such a run")
+    given = {name: value for name in ("kind", "lr", "muon_lr") if (value := getattr(options, name)) is not None}
+    s = dataclasses.replace(c.sprint, head_optimizer=dataclasses.replace(c.sprint.head_optimizer, **given))
+    if options.head_blocks:
+        s = dataclasses.replace(s, head_blocks=tuple(map(int, options.head_blocks.split(","))))
+    return dataclasses.replace(c, sprint=dataclasses.replace(s, misaligned=s.misaligned and not options.no_misaligned))
+
+
+def _logits(nets, c, frozen, state, level, index, x0, cond):
+    """([B] of real pictures, of the student's in one step, of real ones with another's text), renoised alike."""
+    n = len(x0)
+    k_start, k_renoise = jax.random.split(jax.random.fold_in(jax.random.key(c.data.eval_seed), index))
+    noise = lambda key: trigflow.SIGMA_D * jax.random.normal(key, x0.shape)
+    start = {"t": jnp.full((n,), trigflow.T_MAX), "z": noise(k_start)}
+    batch = {"x0": x0, "cond": cond, "w": jnp.full((n,), c.evaluation.student_guidance)}
+    fake = sprint_step.generate(nets, state.params, batch, start)
+    z, s = noise(k_renoise), jnp.full((n,), jnp.arctan(level))
+
+    def judge(x):
+        every = sprint_step.discriminate(nets, frozen, state.heads, state.spectral, c.sprint, cond, ladd.renoise(x, z, s), s)
+        return jnp.stack(every).mean((0, 2))
+
+    return judge(x0), judge(fake), judge(ladd.misaligned(x0))
+
+
+if __name__ == "__main__":
+    with cli.user_errors():
+        main()
