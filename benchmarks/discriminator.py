@@ -9,17 +9,17 @@ tokens and heads): than the student's picture in one step ("student"), and than 
 """
 
 import argparse
-import dataclasses
+import functools
 import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from sprint_jax import build, cli, inputs, pipeline, weights, workdir
+from sprint_jax import build, cli, config, inputs, pipeline
 from sprint_jax.diffusion import ladd, trigflow
+from sprint_jax.errors import UserError
 from sprint_jax.training import sprint_step
 
 NOISE = (0.05, 0.2, 0.55, 1.0)  # tan s
@@ -34,13 +34,13 @@ def main():
     parser.add_argument("--kind", help="of the heads' optimiser: adamw or muon")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--muon_lr", type=float)
-    parser.add_argument("--head_blocks", help="0,2,4,6")
+    parser.add_argument("--head_blocks", type=lambda text: tuple(map(int, text.split(","))), help="0,2,4,6")
     parser.add_argument("--no_misaligned", action="store_true", help="the student's pictures as the only fakes (paper)")
     options = parser.parse_args()
     c = _config(options)
     nets, data = build.nets(c), inputs.open_inputs(c, print)
     frozen = {"teacher": inputs.teacher_weights(c.teacher.pretrained, nets.teacher)} | data.frozen
-    student = weights.load(options.run / workdir.STUDENT, jax.eval_shape(nets.student.init, jax.random.key(0)))
+    student = pipeline.read_student(options.run)[1]
     state = sprint_step.init(jax.tree.map(jnp.asarray, student), nets, c.sprint, jax.random.key(c.seed))
     discriminator = sprint_step.make_discriminator_step(nets, c.sprint, c.seed)
     step = jax.jit(lambda state, frozen, batch: discriminator(state, frozen, data.prepare(frozen, batch))[0])
@@ -49,15 +49,15 @@ def main():
             state = step(state, frozen, next(batches))
     heldout = data.heldout(options.count, 64)
     x0 = trigflow.SIGMA_D * np.asarray(data.pixels.encode({}, heldout.images))
-    logits = jax.jit(lambda *arguments: _logits(nets, c, frozen, state, *arguments))
+    logits = jax.jit(functools.partial(_logits, nets, c))
+    found = [
+        logits(frozen, state, i, x0[i : i + BATCH], jax.tree.map(lambda a, i=i: a[i : i + BATCH], heldout.cond))
+        for i in range(0, options.count, BATCH)
+    ]
+    real, fake, shifted = (np.concatenate(side, axis=1) for side in zip(*found, strict=True))
     print(f"{'tan s':>8}{'student':>10}{'misaligned':>12}")
-    for level in NOISE:
-        found = [
-            logits(level, i, x0[i : i + BATCH], jax.tree.map(lambda a, i=i: a[i : i + BATCH], heldout.cond))
-            for i in range(0, options.count, BATCH)
-        ]
-        real, fake, shifted = (np.concatenate(side) for side in zip(*found, strict=True))
-        print(f"{level:8.2f}{higher(real, fake):10.1%}{higher(real, shifted):12.1%}", flush=True)
+    for level, r, f, m in zip(NOISE, real, fake, shifted, strict=True):
+        print(f"{level:8.2f}{higher(r, f):10.1%}{higher(r, m):12.1%}")
 
 
 def higher(a, b):
@@ -66,31 +66,36 @@ def higher(a, b):
 
 
 def _config(options):
+    """The run's config with the options in place of its own."""
     c = pipeline.read_config(options.run)
     if c.control.depth or not c.teacher.pretrained:
-        sys.exit(f"{options.run} is no text-to-image run from a given teacher (config.teacher.pretrained): give such a run")
-    given = {name: value for name in ("kind", "lr", "muon_lr") if (value := getattr(options, name)) is not None}
-    s = dataclasses.replace(c.sprint, head_optimizer=dataclasses.replace(c.sprint.head_optimizer, **given))
+        raise UserError(f"{options.run} is no text-to-image run from a given teacher (config.teacher.pretrained): give such a run")
+    tree = config.to_dict(c)
+    tree["sprint"]["head_optimizer"] |= {k: v for k in ("kind", "lr", "muon_lr") if (v := getattr(options, k)) is not None}
     if options.head_blocks:
-        s = dataclasses.replace(s, head_blocks=tuple(map(int, options.head_blocks.split(","))))
-    return dataclasses.replace(c, sprint=dataclasses.replace(s, misaligned=s.misaligned and not options.no_misaligned))
+        tree["sprint"]["head_blocks"] = options.head_blocks
+    tree["sprint"]["misaligned"] &= not options.no_misaligned
+    return config.parse(tree)
 
 
-def _logits(nets, c, frozen, state, level, index, x0, cond):
-    """([B] of real pictures, of the student's in one step, of real ones with another's text), renoised alike."""
+def _logits(nets, c, frozen, state, index, x0, cond):
+    """Mean logits [len(NOISE), B] of real pictures, of the student's in one step, of real ones with another's text.
+
+    All of a prompt are renoised alike, at every level.
+    """
     n = len(x0)
     k_start, k_renoise = jax.random.split(jax.random.fold_in(jax.random.key(c.data.eval_seed), index))
     noise = lambda key: trigflow.SIGMA_D * jax.random.normal(key, x0.shape)
     start = {"t": jnp.full((n,), trigflow.T_MAX), "z": noise(k_start)}
     batch = {"x0": x0, "cond": cond, "w": jnp.full((n,), c.evaluation.student_guidance)}
-    fake = sprint_step.generate(nets, state.params, batch, start)
-    z, s = noise(k_renoise), jnp.full((n,), jnp.arctan(level))
+    fake, z = sprint_step.generate(nets, state.params, batch, start), noise(k_renoise)
 
-    def judge(x):
+    def judge(x, level):
+        s = jnp.full((n,), jnp.arctan(level))
         every = sprint_step.discriminate(nets, frozen, state.heads, state.spectral, c.sprint, cond, ladd.renoise(x, z, s), s)
         return jnp.stack(every).mean((0, 2))
 
-    return judge(x0), judge(fake), judge(ladd.misaligned(x0))
+    return [jnp.stack([judge(x, level) for level in NOISE]) for x in (x0, fake, ladd.misaligned(x0))]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sprint_jax import build, cli, inputs, pipeline, weights, workdir
+from sprint_jax import build, cli, inputs, pipeline
 from sprint_jax.diffusion import trigflow
 from sprint_jax.evaluation.heldout import Evaluator
 from sprint_jax.training import sprint_step
@@ -71,7 +71,7 @@ def main():
         return trigflow.denoise(sprint_step.student_F(nets, params, cond, w)(xt / SIGMA_D, t)[0], xt, t)
 
     for path in options.runs:
-        params = weights.load(path / workdir.STUDENT, jax.eval_shape(nets.student.init, jax.random.key(0)))
+        params = pipeline.read_student(path)[1]
         report(str(path), functools.partial(denoise, params))
         moved, along = embedding(nets, frozen["teacher"], params, w[0])
         _line("embedding moved", moved, ".2f")

@@ -185,51 +185,59 @@ def _draw_caption(rng, kind) -> Caption:
 
 
 def _place(rng, caption, background, anywhere) -> tuple[Object, ...]:
-    """Colours where left open, sizes and positions: in the relation asked for, apart from each other."""
-    colours = [o.colour or _pick(rng, [c for c in COLOURS if c != background]) for o in caption.objects]
+    """The caption's objects with what it leaves open: colours, sizes and positions."""
+    wanted = [
+        dataclasses.replace(o, colour=o.colour or _pick(rng, [c for c in COLOURS if c != background]))
+        for o in caption.objects
+    ]
+    return (_scatter if anywhere else _compose)(rng, wanted, caption.relation)
+
+
+def _scatter(rng, wanted, relation) -> tuple[Object, ...]:
+    """Objects of any sizes in any cells, apart from each other and in the relation asked for."""
     while True:
-        sizes, positions = (_scatter if anywhere else _compose)(rng, caption)
-        placed = tuple(
-            Object(colour, o.shape, *position, half)
-            for o, colour, position, half in zip(caption.objects, colours, positions, sizes, strict=True)
-        )
-        if _apart(placed) and (caption.relation is None or _related(placed, caption.relation)):
-            return placed
+        placed = []
+        for o in wanted:
+            half = _half(rng, len(wanted))
+            free = _CORNERS if half == _LARGE else _CELLS
+            placed.append(dataclasses.replace(o, x=_pick(rng, free), y=_pick(rng, free), size=half))
+        if _apart(placed) and (relation is None or _related(placed, relation)):
+            return tuple(placed)
 
 
-def _scatter(rng, caption):
-    """Any sizes in any cells. Returns (half extents, centres)."""
-    sizes, positions = [], []
-    for _ in caption.objects:
-        half = _pick(rng, (*_SMALL, _LARGE) if len(caption.objects) == 1 else _SMALL)
-        free = _CORNERS if half == _LARGE else _CELLS
-        sizes.append(half)
-        positions.append((_pick(rng, free), _pick(rng, free)))
-    return sizes, positions
-
-
-def _compose(rng, caption):
-    """One size for all, and one of few arrangements, no two of which share more than one cell.
+def _compose(rng, wanted, relation) -> tuple[Object, ...]:
+    """Objects of one size in one of few arrangements, no two of which share more than one cell.
 
     Few, because a step of the student has to choose one of them from the noise alone; and where two arrangements share
-    two cells it learns to draw those two and nothing else. Returns (half extents, centres).
+    two cells it learns to draw those two and nothing else.
     """
-    count = len(caption.objects)
-    half = _pick(rng, (*_SMALL, _LARGE) if count == 1 else _SMALL)
-    if count == 1:
-        free = (0.5,) if half == _LARGE else _INNER
-        return (half,), ((_pick(rng, free), _pick(rng, free)),)
-    start = _pick(rng, _CELLS[:2])  # of a span of half a picture: from the first or the second cell
+    half = _half(rng, len(wanted))
+    centres = _alone(rng, half) if len(wanted) == 1 else _together(rng, len(wanted), relation)
+    return tuple(dataclasses.replace(o, x=x, y=y, size=half) for o, (x, y) in zip(wanted, centres, strict=True))
+
+
+def _half(rng, count):
+    return _pick(rng, (*_SMALL, _LARGE) if count == 1 else _SMALL)
+
+
+def _alone(rng, half):
+    """Centre of a single object."""
+    free = (0.5,) if half == _LARGE else _INNER
+    return [(_pick(rng, free), _pick(rng, free))]
+
+
+def _together(rng, count, relation):
+    """Centres of two or three objects, half a picture apart along a row or a column."""
+    start = _pick(rng, _CELLS[:2])
     if count == 3:
         level = _pick(rng, _LOWER)
-        return (half,) * 3, ((start, level), (start + 0.25, level - 0.5), (start + 0.5, level))
+        return [(start, level), (start + 0.25, level - 0.5), (start + 0.5, level)]
     level = _pick(rng, _INNER)
-    across = ((start, level), (start + 0.5, level))
-    down = ((level, start), (level, start + 0.5))
-    positions = across if caption.relation in ("left of", "right of") else down
-    if caption.relation is None:
-        positions = _pick(rng, (across, down))
-    return (half,) * 2, positions[::-1] if caption.relation in ("right of", "below") else positions
+    across, down = [(start, level), (start + 0.5, level)], [(level, start), (level, start + 0.5)]
+    if relation is None:
+        return _pick(rng, (across, down))
+    pair = across if relation in ("left of", "right of") else down
+    return pair[::-1] if relation in ("right of", "below") else pair
 
 
 def _apart(objects) -> bool:
