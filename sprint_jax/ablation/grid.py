@@ -255,7 +255,7 @@ TINY = Scale(
               "sprint.batch": 16, "run.log_every": 2, "run.checkpoint_every": 150, "model.unroll": 1},
     {"narrow": {"model.width": 64, "model.depth": 4, "model.heads": 2, "model.cross_heads": 2, "sprint.head_blocks": (1, 3)},
      "wide": {"model.width": 128, "model.depth": 4, "model.heads": 4, "model.cross_heads": 4, "sprint.head_blocks": (1, 3)}},
-    "about 120 on one CPU core",
+    "about 90 on one CPU core",
 )  # fmt: skip
 
 SMALL = Scale(
