@@ -50,6 +50,7 @@ ALLOWED = {
     "workdir_flag": set(),
     "main": {"cli", "compile_cache", "config", "config_flag", "huge_pages", "quick_compile", "workdir_flag", "distributed", "run", "training"},
     "report": {"cli", "run_flag", "reporting"},
+    "average": {"errors", "cli", "weights", "workdir", "conversion", "pipeline"},
     "extract": {"errors", "cli", "run_flag", "weights", "workdir", "config", "build", "training"},
     "exported": {"errors", "weights", "data", "drawing"},
     "export": {"errors", "cli", "files", "weights", "data", "drawing", "exported", "parts", "pipeline", "revision"},

@@ -253,17 +253,17 @@ def read_native(file) -> Checkpoint:
 
 
 @contextlib.contextmanager
-def whole(path):
-    """A folder to fill, which takes its name only when it is complete; on an error nothing is left."""
+def whole(path, flag="--to"):
+    """A folder to fill, which takes its name only when it is complete; on an error nothing is left. flag: what named it."""
     path = pathlib.Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists and is not empty: choose another --to")
+        raise UserError(f"{path} exists and is not empty: choose another {flag}")
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot write in {path.parent} ({error.strerror}): choose another --to") from None
+        raise UserError(f"cannot write in {path.parent} ({error.strerror}): choose another {flag}") from None
     try:
         yield partial
         if path.exists():

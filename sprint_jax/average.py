@@ -1,0 +1,74 @@
+"""One student out of several: python -m sprint_jax.average --runs=DIR,DIR --averaged=DIR
+
+Means of the weights of students that were distilled from one teacher with different seeds ("model soups", arXiv
+2203.05482): what a run owes to its own batches and its own discriminator falls against what all have learnt. The folder
+holds a student and a config as a run's does, so it is a --model for every command that takes one.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+import sys
+
+from absl import app, flags
+
+from sprint_jax import cli
+from sprint_jax.errors import UserError
+
+_RUNS = flags.DEFINE_list("runs", None, "The --workdir of two or more finished runs, with commas between.")
+_AVERAGED = flags.DEFINE_string("averaged", None, "Folder to make, for the averaged student.")
+
+
+def main(argv):
+    with cli.user_errors():
+        cli.no_arguments(argv)
+        runs = [pathlib.Path(run) for run in _RUNS.value or ()]
+        if len(runs) < 2:
+            raise UserError(f"--runs={','.join(map(str, runs))}: name two or more runs, with commas between")
+        if not _AVERAGED.value:
+            raise UserError("--averaged is missing: name the folder to make")
+        from sprint_jax import weights, workdir
+        from sprint_jax.conversion import folder
+
+        params = average(runs)
+        with folder.whole(_AVERAGED.value, "--averaged") as made:
+            weights.save(made / workdir.STUDENT, params)
+            shutil.copyfile(runs[0] / workdir.CONFIG, made / workdir.CONFIG)
+        print(f"wrote {_AVERAGED.value}: the mean of {len(runs)} students. It is a --model for sprint_jax.sample, evaluate and app")
+
+
+def average(runs):
+    """Mean parameters, NumPy float64, of the students of finished runs (paths).
+
+    Raises UserError unless all have one network and one given teacher: weights of others have nothing in common.
+    """
+    import jax
+    import numpy as np
+
+    from sprint_jax import pipeline
+
+    total, first = None, None
+    for run in runs:
+        _, params, config = pipeline.read_student(run)
+        first = first or config
+        if not config.teacher.pretrained:
+            raise UserError(f"{run} trained a teacher of its own: give runs that were given one (config.teacher.pretrained)")
+        for name, found, wanted in zip(_ALIKE, _alike(config), _alike(first), strict=True):
+            if found != wanted:
+                raise UserError(f"config.{name} is {found} in {run}, {wanted} in {runs[0]}: give runs with one network and one teacher")
+        params = jax.tree.map(np.float64, params)
+        total = params if total is None else jax.tree.map(np.add, total, params)
+    return jax.tree.map(lambda a: a / len(runs), total)
+
+
+_ALIKE = ("teacher.pretrained", "control.depth", "model")
+
+
+def _alike(config):
+    """What must not differ: nothing that says only how the network is computed."""
+    model = dataclasses.replace(config.model, remat="", unroll=0, dtype="", attention="")
+    return config.teacher.pretrained, config.control.depth, model
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=cli.parse_flags, argv=sys.argv)
