@@ -75,10 +75,12 @@ def screenshot(browser, page, path):
     steered = colours.count() == 2  # white lines on black, for a ControlNet
     if not steered:
         page.click("#sprint-fill")  # with black: the embedded model's pictures are on black unless told
-    turn = [(0.28 + 0.12 * np.cos(a), 0.5 + 0.12 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 25)] + [(0.28, 0.5)]
-    square = [(0.62, 0.4), (0.86, 0.4), (0.86, 0.64), (0.62, 0.64), (0.62, 0.4)]
+    turn = [(0.32 + 0.12 * np.cos(a), 0.6 + 0.12 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 25)] + [(0.32, 0.6)]
+    square = [(0.7, 0.48), (0.94, 0.48), (0.94, 0.72), (0.7, 0.72), (0.7, 0.48)]
+    if steered:
+        turn.pop()  # the filling of a coloured disc, as the square's second stroke is
     # colour, then strokes
-    for colour, strokes in ((1, [turn]), (3, [square, [(0.7, 0.52), (0.78, 0.52)]])):
+    for colour, strokes in ((1, [turn]), (3, [square, [(0.78, 0.6), (0.86, 0.6)]])):
         colours.nth(0 if steered else colour).click()
         page.locator("#sprint-sketch .sprint-tool", has_text="Fine" if steered else "Brush").click()
         strokes = strokes[:1] if steered else strokes  # outlines alone
