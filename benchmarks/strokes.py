@@ -75,12 +75,10 @@ def screenshot(browser, page, path):
     steered = colours.count() == 2  # white lines on black, for a ControlNet
     if not steered:
         page.click("#sprint-fill")  # with black: the embedded model's pictures are on black unless told
-    turn = [(0.32 + 0.12 * np.cos(a), 0.6 + 0.12 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 25)] + [(0.32, 0.6)]
+    turn = [(0.32 + 0.12 * np.cos(a), 0.6 + 0.12 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 25)]
     square = [(0.7, 0.48), (0.94, 0.48), (0.94, 0.72), (0.7, 0.72), (0.7, 0.48)]
-    if steered:
-        turn.pop()  # the filling of a coloured disc, as the square's second stroke is
-    # colour, then strokes
-    for colour, strokes in ((1, [turn]), (3, [square, [(0.78, 0.6), (0.86, 0.6)]])):
+    # colour, then the outline and a stroke that fills it
+    for colour, strokes in ((1, [turn, [(0.28, 0.6), (0.36, 0.6)]]), (3, [square, [(0.78, 0.6), (0.86, 0.6)]])):
         colours.nth(0 if steered else colour).click()
         page.locator("#sprint-sketch .sprint-tool", has_text="Fine" if steered else "Brush").click()
         strokes = strokes[:1] if steered else strokes  # outlines alone

@@ -40,7 +40,8 @@ def main(argv):
 def average(runs):
     """Mean parameters, NumPy float64, of the students of finished runs (paths).
 
-    Raises UserError unless all have one network and one given teacher: weights of others have nothing in common.
+    Raises UserError unless all have one network and one given teacher (and ControlNet, where there is one): weights of
+    others have nothing in common.
     """
     import jax
     import numpy as np
@@ -50,24 +51,25 @@ def average(runs):
     total, first = None, None
     for run in runs:
         _, params, config = pipeline.read_student(run)
-        first = first or config
         if not config.teacher.pretrained:
             raise UserError(f"{run} trained a teacher of its own: give runs that were given one (config.teacher.pretrained)")
-        for name, found, wanted in zip(_ALIKE, _alike(config), _alike(first), strict=True):
-            if found != wanted:
-                raise UserError(f"config.{name} is {found} in {run}, {wanted} in {runs[0]}: give runs with one network and one teacher")
-        params = jax.tree.map(np.float64, params)
-        total = params if total is None else jax.tree.map(np.add, total, params)
+        if config.control.depth and not config.control.pretrained:
+            raise UserError(f"{run} trained a ControlNet of its own: give runs that were given one (config.control.pretrained)")
+        first = first or _alike(config)
+        for name, found in _alike(config).items():
+            if found != first[name]:
+                raise UserError(f"config.{name} is {found} in {run}, {first[name]} in {runs[0]}: give runs with one network and one teacher")
+        total = jax.tree.map(np.float64, params) if total is None else jax.tree.map(np.add, total, params)
     return jax.tree.map(lambda a: a / len(runs), total)
 
 
-_ALIKE = ("teacher.pretrained", "control.depth", "model")
-
-
 def _alike(config):
-    """What must not differ: nothing that says only how the network is computed."""
-    model = dataclasses.replace(config.model, remat="", unroll=0, dtype="", attention="")
-    return config.teacher.pretrained, config.control.depth, model
+    """{key: value} of what must not differ: nothing that says only how the network is computed."""
+    return {
+        "teacher.pretrained": config.teacher.pretrained, "control.pretrained": config.control.pretrained,
+        "control.depth": config.control.depth, "text": config.text, "codec": config.codec,
+        "model": dataclasses.replace(config.model, remat="", unroll=0, dtype="", attention=""),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -11,11 +11,10 @@ from sprint_jax.errors import UserError
 from test_config import card
 
 
-def run(folder, seed, **model):
+def run(folder, seed):
     """A finished run from a given teacher, with random weights, as far as its student is concerned."""
     tree = card("smoke")[0]
     tree.teacher.pretrained = "teacher.safetensors"
-    tree.model.update(model)
     c = config.parse(tree)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config.to_dict(c)))
@@ -56,12 +55,26 @@ def test_weights_are_the_mean_and_the_folder_is_a_model(command, tmp_path):
         ("teacher", {"pretrained": ""}, "teacher of its own"),
         ("teacher", {"pretrained": "another.safetensors"}, "config.teacher.pretrained"),
         ("model", {"time_scale": 1000.0}, "config.model"),
+        ("codec", {"scale": 2.0}, "config.codec"),
     ],
 )
 def test_refuses_what_has_nothing_in_common(section, values, message, tmp_path):
     first, second = run(tmp_path / "a", 0), changed(run(tmp_path / "b", 1), section, **values)
     with pytest.raises(UserError, match=message):
         average.average([first, second])
+
+
+def test_refuses_a_controlnet_trained_in_the_run(tmp_path):
+    """Two of them begin from other weights, whatever teacher they were given."""
+    runs = [changed(run(tmp_path / str(i), i), "control", depth=1, steps=8) for i in range(2)]
+    for path in runs:
+        c = config.parse(json.loads((path / "config.json").read_text()))
+        weights.save(path / "student.safetensors", build.student(c).init(jax.random.key(0)))
+    with pytest.raises(UserError, match="ControlNet of its own"):
+        average.average(runs)
+    for path in runs:
+        changed(path, "control", pretrained="controlnet.safetensors")
+    average.average(runs)
 
 
 def test_says_what_is_missing(command, tmp_path):
