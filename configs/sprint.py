@@ -73,7 +73,7 @@ def _shapes():
         optimizer=_muon(lr=2e-3, muon_lr=0.02, warmup=50, decay_to=0.05, b1=0.9, weight_decay=0.01, clip=1.0),
     )  # fmt: skip
     config.sprint = dict(
-        steps=2800, batch=16, accumulate=1, ema=0.99,
+        steps=2400, batch=32, accumulate=1, ema=0.99,
         guidance=(1.25, 1.5, 2.0), uncond_mask="cond",
         p_mean=-0.4, p_std=1.4, tangent_warmup=300, tangent_normalize=True, weighting="code", logvar_gradient="head",
         logvar_start=0.0, scm_weight=1.0, adv_weight=5.0, max_time=0.7,
