@@ -57,7 +57,7 @@ def linear_case(seed, batch, tokens, heads, head, norm, dtype=np.float32):
 
 def linear(function, heads, **options):
     def f(q, k, v, norm_q=None, norm_k=None):
-        return function(q, k, v, norm_q, norm_k, heads=heads, eps=EPS, **options)
+        return function(jnp.concatenate((q, k, v), -1), norm_q, norm_k, heads=heads, eps=EPS, **options)
 
     return f
 

@@ -110,16 +110,16 @@ def test_floors_count_what_the_programs_do():
 def test_attention_floors_count_what_the_programs_do(derivative):
     """Also that a stopped tangent's own backward pass is not computed: it would be several more."""
     derive, times = subjects._DERIVATIVES[derivative]
-    tokens, weights = array(2, 64, 32), jnp.ones(32)
-    plain = lambda q, k, v: linear_attention.plain(q, k, v, weights, weights, heads=4, eps=1e-5)
-    counted = flops.count(derive(plain, 3), *[tokens] * 6).multiplied
-    assert floors.linear_attention(64, 32, 8, batch=2, itemsize=4).flop * times[3] == pytest.approx(counted, rel=0.15)
+    tokens, weights = array(2, 64, 96), jnp.ones(32)
+    plain = lambda qkv: linear_attention.plain(qkv, weights, weights, heads=4, eps=1e-5)
+    counted = flops.count(derive(plain, 1), tokens, tokens).multiplied
+    assert floors.linear_attention(64, 32, 8, batch=2, itemsize=4).flop * times[2] == pytest.approx(counted, rel=0.15)
     texts = [array(2, 64, 4, 8), array(2, 24, 4, 8), array(2, 24, 4, 8)]
     plain = lambda q, k, v: cross_attention.plain(q, k, v, jnp.ones((2, 24)))
     forward = floors.cross_attention(64, 24, 32, batch=2, itemsize=4).flop
-    for moving in (1, 3):
-        counted = flops.count(derive(plain, moving), *texts, *texts[:moving]).multiplied
-        assert forward * subjects._DERIVATIVES[derivative][1][moving] == pytest.approx(counted, rel=0.01)
+    for sides, moving in ((1, 1), (2, 3)):
+        counted = flops.count(derive(plain, 3), *texts, *texts[:moving]).multiplied
+        assert forward * times[sides] == pytest.approx(counted, rel=0.01)
 
 
 # ---- Times and rows.

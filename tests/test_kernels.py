@@ -62,7 +62,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "head", "norm"),
-    [(2, 85, 3, 32, True), slow(1, 21, 2, 72, True), slow(2, 130, 1, 112, True), slow(1, 1100, 2, 32, False), slow(2, 7, 5, 8, True)],
+    [(2, 85, 3, 32, True), (1, 256, 4, 32, True), slow(1, 21, 2, 72, True), slow(2, 130, 1, 112, True), slow(1, 1100, 2, 32, False), slow(2, 7, 5, 8, True)],
 )
 def test_linear_attention(batch, tokens, heads, head, norm):
     """Fails when _divide_tangent forgets c dtotal, _through_rms its second term, _key_gradient gtotal, _same_head is
@@ -97,14 +97,14 @@ def test_linear_attention_without_weight(kind):
 
 
 def test_linear_attention_refuses():
-    q, w = jnp.zeros((1, 4, 32)), jnp.ones(32)
+    qkv, w = jnp.zeros((1, 4, 96)), jnp.ones(32)
     run = functools.partial(linear_attention.attention, heads=2, eps=EPS, backend=HERE)
     with pytest.raises(ValueError, match="both norms, or of neither"):
-        run(q, q, q, w, None)
-    with pytest.raises(ValueError, match="q, k and v differ"):
-        run(q, q[:, :2], q, w, w)
+        run(qkv, w, None)
+    with pytest.raises(ValueError, match="not three times the width of 2 heads"):
+        run(qkv[..., :64], w, w)
     with pytest.raises(ValueError, match="backend 'cuda'"):
-        linear_attention.attention(q, q, q, w, w, heads=2, eps=EPS, backend="cuda")
+        linear_attention.attention(qkv, w, w, heads=2, eps=EPS, backend="cuda")
 
 
 # ------------------------------------------------------------------------------------------------- cross-attention

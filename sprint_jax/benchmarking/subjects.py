@@ -204,11 +204,12 @@ def linear_attention(bench, size: LinearDiT, N, *, dtype, batch, derivative, bac
     head = size.width // size.heads
     options = dict(heads=size.heads, eps=_NORM_EPS)
     weights = [1 + 0.1 * _normal(20 + i, (size.width,)) for i in range(2)]
-    plain = lambda q, k, v: linear.plain(q, k, v, *weights, **options)
-    kernels = lambda q, k, v: linear.attention(q, k, v, *weights, **options, backend=backend)
+    plain = lambda qkv: linear.plain(qkv, *weights, **options)
+    kernels = lambda qkv: linear.attention(qkv, *weights, **options, backend=backend)
     work = floors.linear_attention(N, size.width, head, batch=batch, itemsize=_itemsize(dtype))
-    shapes = [(batch, N, size.width)] * 3
-    return _attention(plain, None if backend == "plain" else kernels, work, shapes, 3, dtype=dtype, derivative=derivative)
+    _, times = _DERIVATIVES[derivative]
+    shapes = [(batch, N, 3 * size.width)]
+    return _attention(plain, None if backend == "plain" else kernels, work * times[2], shapes, 1, dtype=dtype, derivative=derivative)
 
 
 def cross_attention(bench, size: LinearDiT, N, *, dtype, batch, derivative, backend, tokens=TEXT_TOKENS):
@@ -218,21 +219,22 @@ def cross_attention(bench, size: LinearDiT, N, *, dtype, batch, derivative, back
     plain = lambda q, k, v: cross.plain(q, k, v, mask)
     kernels = lambda q, k, v: cross.attention(q, k, v, mask, backend=backend)
     work = floors.cross_attention(N, tokens, size.width, batch=batch, itemsize=_itemsize(dtype))
+    _, times = _DERIVATIVES[derivative]
     q, kv = (batch, N, size.cross_heads, head), (batch, tokens, size.cross_heads, head)
-    return _attention(plain, None if backend == "plain" else kernels, work, [q, kv, kv], 1, dtype=dtype, derivative=derivative)
+    return _attention(plain, None if backend == "plain" else kernels, work * times[1], [q, kv, kv], 1, dtype=dtype, derivative=derivative)
 
 
 def _attention(plain, kernels, work, shapes, moving, *, dtype, derivative):
     """One attention alone.
 
-    plain, kernels: (q, k, v) -> out; kernels None times plain XLA alone. work: of one forward pass. shapes: of q, k, v.
-    moving: how many of q, k, v have a tangent.
+    plain, kernels: functions of arrays of the given shapes; kernels None times plain XLA alone. work: what it has to do.
+    moving: how many of the arrays, from the first, have a tangent.
     derivative: "forward", "jvp" (value and tangent), or "sprint" (gradients beside a stopped tangent, as sCM takes).
     """
     arrays = [_normal(i, s, dtype) for i, s in enumerate(shapes)]
     tangents = [_normal(9 + i, s, dtype) for i, s in enumerate(shapes[:moving])]
-    derive, times = _DERIVATIVES[derivative]
-    build = lambda f: bench_lib.compiled(derive(f, moving), *arrays, *tangents)
+    derive, _ = _DERIVATIVES[derivative]
+    build = lambda f: bench_lib.compiled(derive(f, len(shapes)), *arrays, *tangents)
     ready = lambda program: bench_lib.program(program, *arrays, *tangents)
     program, seconds = build(kernels or plain)
     memory = lambda program: f"{program.memory_analysis().temp_size_in_bytes / 2**20:.0f} MiB"
@@ -241,34 +243,37 @@ def _attention(plain, kernels, work, shapes, moving, *, dtype, derivative):
         other, _ = build(plain)
         note += f", of plain XLA {memory(other)}"
         peers = (("plain XLA", lambda: ready(other)),)
-    return bench_lib.Subject(ready(program), seconds, dtype, work * times[moving], peers, shortest=_KERNEL_SECONDS, note=note)
+    return bench_lib.Subject(ready(program), seconds, dtype, work, peers, shortest=_KERNEL_SECONDS, note=note)
 
 
-def _forward(function, moving):
-    return lambda q, k, v, *tangents: function(q, k, v)
+def _forward(function, count):
+    return lambda *arrays: function(*arrays[:count])
 
 
-def _jvp(function, moving):
+def _jvp(function, count):
+    """Of count arrays, followed by tangents of the first of them."""
+
     def derived(*arrays):
-        primals, tangents = arrays[:3], arrays[3:]
+        primals, tangents = arrays[:count], arrays[count:]
+        moving = len(tangents)
         return jax.jvp(lambda *p: function(*p, *primals[moving:]), primals[:moving], tangents)
 
     return derived
 
 
-def _sprint(function, moving):
+def _sprint(function, count):
     def loss(*arrays):
-        out, J = _jvp(function, moving)(*arrays)
+        out, J = _jvp(function, count)(*arrays)
         aim = jax.lax.stop_gradient(out + J)
         return jnp.square((out - aim).astype(jnp.float32)).sum()
 
-    return jax.grad(loss, (0, 1, 2))
+    return jax.grad(loss, tuple(range(count)))
 
 
-# (derivative, {inputs that move: forward passes it costs}). Both attentions are two products. A tangent adds one of
-# them for each input of a product that moves, a backward pass two for each.
+# (derivative, {sides of each product that move: forward passes it costs}). Both attentions are two products. A tangent
+# adds one of them for each side that moves, a backward pass two for each.
 _DERIVATIVES = {
-    "forward": (_forward, {1: 1, 3: 1}),
-    "jvp": (_jvp, {1: 2, 3: 3}),
-    "sprint": (_sprint, {1: 4, 3: 5}),
+    "forward": (_forward, {1: 1, 2: 1}),
+    "jvp": (_jvp, {1: 2, 2: 3}),
+    "sprint": (_sprint, {1: 4, 2: 5}),
 }

@@ -58,7 +58,7 @@ def conv(x, w, bias, *, gated, backend):
         everywhere = dict(index=lambda b, g, i, j, first=first: (0, first + g), shared=True)
         ins["x", half] = Operand(x, whole, lambda b, g, i, j, first=first: (b, 0, 0, first + g))
         ins["w", half] = Operand(w.reshape(k * k, channels), (k * k, size), **everywhere)
-        ins["b", half] = Operand(bias.astype(jnp.float32)[None], (1, size), **everywhere)
+        ins["b", half] = Operand(bias[None], (1, size), **everywhere)
     made = jax.ShapeDtypeStruct((batch, height, width, out), x.dtype)
     body = functools.partial(_body, k, height, width, gated)
     grid = None, out // size, pl.cdiv(height, ROWS), pl.cdiv(width, COLUMNS)
@@ -74,7 +74,7 @@ def _body(k, height, width, gated, refs):
     halves = []
     for half in range(1 + gated):
         rows = _sums(k, height, width, top, left, refs["x", half], refs["w", half])
-        halves.append([rounded(row + refs["b", half][0, :][None], dtype) for row in rows])
+        halves.append([rounded(row + refs["b", half][0, :].astype(jnp.float32)[None], dtype) for row in rows])
     for i, out in enumerate(halves[0]):
         if gated:
             gate = halves[1][i]

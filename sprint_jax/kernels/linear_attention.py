@@ -8,8 +8,9 @@ of the normalised keys and queries,
 and forward and backward passes are two kernels each: one over keys, one over queries, between which only S and z (or
 their tangents or cotangents) travel. Several heads share a block of channels; products of different heads inside it
 are masked away, which costs a matrix unit nothing and spares a transpose of the heads. The one number per token that
-RMSNorm needs, 1 / rms over all channels, is a row reduction that XLA makes before the kernels; what it adds to the
-gradient is added after them.
+RMSNorm needs, the sum of squares over all channels, is a row reduction that XLA makes before the kernels; what it adds to
+the gradient is added after them. Beside that nothing stands between the projection and the kernels: q, k and v are read
+where it left them, side by side, and partial sums are added by whoever reads them.
 
 Shape letters: B batch, N tokens, D width, h heads, d head width, C channels of a block, G blocks.
 """
@@ -45,17 +46,18 @@ def by_heads(q, k, v):
     return (numerator / (denominator[..., None] + EPS)).astype(v.dtype)
 
 
-def plain(q, k, v, norm_q, norm_k, *, heads, eps):
+def plain(qkv, norm_q, norm_k, *, heads, eps):
     """Linear attention of normalised queries and keys.
 
     Args:
-      q, k, v: [B, N, D], one dtype.
+      qkv: [B, N, 3 D], queries, keys and values side by side.
       norm_q, norm_k: weights [D] of RMSNorm over all channels, before the split into heads; None for no norm.
       heads: h, a divisor of D.
       eps: of RMSNorm.
     Returns:
-      [B, N, D] in v's dtype.
+      [B, N, D] in the same dtype.
     """
+    q, k, v = jnp.split(qkv, 3, -1)
     if norm_q is not None:
         q = rms_norm(q, norm_q, eps)
     if norm_k is not None:
@@ -64,7 +66,7 @@ def plain(q, k, v, norm_q, norm_k, *, heads, eps):
     return by_heads(split(q), split(k), split(v)).reshape(v.shape)
 
 
-def attention(q, k, v, norm_q, norm_k, *, heads, eps, backend):
+def attention(qkv, norm_q, norm_k, *, heads, eps, backend):
     """`plain` by kernels; same arguments and result.
 
     backend: "interpret", "triton" or "tpu", see `kernels/backend.py`. Weights of both norms, or of neither.
@@ -72,14 +74,13 @@ def attention(q, k, v, norm_q, norm_k, *, heads, eps, backend):
     """
     if (norm_q is None) != (norm_k is None):
         raise ValueError("give the weights of both norms, or of neither")
-    if not q.shape == k.shape == v.shape or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v differ: {q.shape} {q.dtype}, {k.shape} {k.dtype}, {v.shape} {v.dtype}")
+    *shape, channels = qkv.shape
+    if channels % (3 * heads):
+        raise ValueError(f"qkv {qkv.shape}: its last axis is not three times the width of {heads} heads")
     if norm_q is None:
-        norm_q = norm_k = jnp.zeros(q.shape[-1], jnp.float32)  # not read
-        tiling = _Tiling.of(q.shape, heads, backend, None)
-    else:
-        tiling = _Tiling.of(q.shape, heads, backend, eps)
-    return _attend(tiling, q, k, v, norm_q, norm_k)[0]
+        norm_q = norm_k = jnp.zeros(channels // 3, jnp.float32)  # not read
+        eps = None
+    return _attend(_Tiling.of((*shape, channels // 3), heads, backend, eps), qkv, norm_q, norm_k)[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,17 @@ class _Tiling:
         """N, padded."""
         return self.block * self.inner * self.parts
 
+    @property
+    def whole(self):
+        """Whether blocks cover tokens and channels as they are, with nothing to fill up."""
+        return self.rows == self.tokens and self.head * self.heads == self.width == self.groups * self.channels
+
+    def views(self, qkv):
+        """q, k and v of [B, N, 3 D], each (an array, the block of channels with which it begins there)."""
+        if self.whole:
+            return [(qkv, i * self.groups) for i in range(3)]
+        return [(self.tiled(x), 0) for x in jnp.split(qkv, 3, -1)]
+
     def tiled(self, x):
         """[B, N, D] -> [B, rows, G C]: heads, tokens and channels filled up with zeros."""
         batch, tokens, width = x.shape
@@ -134,9 +146,9 @@ class _Tiling:
             x = x.reshape(*x.shape[:2], self.heads, self.head)[..., : self.width // self.heads]
         return x.reshape(*x.shape[:2], self.width)
 
-    def row(self, weight, dtype):
-        """Weights [D] of a norm, as the compute dtype holds them -> float32 [1, G C]."""
-        return self.tiled(rounded(weight, dtype)[None, None])[0]
+    def row(self, weight):
+        """Weights [D] of a norm -> [1, G C]."""
+        return weight[None] if self.whole else self.tiled(weight[None, None])[0]
 
 
 # ---------------------------------------------------------------------------------------------- blocks of arrays
@@ -145,22 +157,33 @@ class _Tiling:
 def _operands(t, summing):
     """Makers of `Operand`s for a kernel with grid (B, G, programs along N)."""
     size = t.block * t.inner if summing else t.block
-    whole = lambda b, g, n: (b, g, 0, 0)
     part = lambda b, g, n: (b, n, g, 0, 0)
+    every = lambda b, g, n: (b, 0, g, 0, 0)
+
+    def tokens(a):
+        array, first = a if isinstance(a, tuple) else (a, 0)
+        return Operand(array, (None, size, t.channels), lambda b, g, n: (b, n, first + g))
+
+    def width_sum(which):
+        return lambda a: Operand(a, (None, None, size, 1), lambda b, g, n: (b, which, n, 0))
+
     return dict(
-        tokens=lambda a: Operand(a, (None, size, t.channels), lambda b, g, n: (b, n, g)),
-        column=lambda a: Operand(a, (None, size, 1), lambda b, g, n: (b, n, 0)),
+        tokens=tokens,
+        width_sum_q=width_sum(0), width_sum_k=width_sum(1),
         columns=lambda a: Operand(a, (None, None, size, 1), lambda b, g, n: (b, g, n, 0)),
         weight=lambda a: Operand(a, (1, t.channels), lambda b, g, n: (0, g), shared=True),
-        state=lambda a: Operand(a, (None, None, t.channels, t.channels), whole),
-        total=lambda a: Operand(a, (None, None, 1, t.channels), whole),
+        state=lambda a: Operand(a, (None, t.parts, None, t.channels, t.channels), every),
+        total=lambda a: Operand(a, (None, t.parts, None, 1, t.channels), every),
         states=lambda a: Operand(a, (None, None, None, t.channels, t.channels), part),
         totals=lambda a: Operand(a, (None, None, None, 1, t.channels), part),
-    )
+    )  # fmt: skip
 
 
 def _run(t, name, body, ins, outs, batch, dtype):
-    """ins: {name: (kind, array)}. outs: {name: kind}, whose shapes follow from the kind; sums over parts are made here."""
+    """ins: {name: (kind, array)}. outs: {name: kind}, whose shapes follow from the kind.
+
+    What a kernel sums over tokens it gives in parts, "states" and "totals", which others read as "state" and "total".
+    """
     summing = any(kind in ("states", "totals") for kind in outs.values())
     make = _operands(t, summing)
     shapes = dict(
@@ -169,7 +192,7 @@ def _run(t, name, body, ins, outs, batch, dtype):
         states=((batch, t.parts, t.groups, t.channels, t.channels), jnp.float32),
         totals=((batch, t.parts, t.groups, 1, t.channels), jnp.float32),
     )
-    found = backends.launch(
+    return backends.launch(
         functools.partial(body, t, dtype),
         (None, t.groups, t.parts if summing else t.parts * t.inner),
         {key: make[kind](array) for key, (kind, array) in ins.items()},
@@ -177,7 +200,6 @@ def _run(t, name, body, ins, outs, batch, dtype):
         backend=t.backend,
         name=name,
     )
-    return {key: a.sum(1) if outs[key] in ("states", "totals") else a for key, a in found.items()}
 
 
 # -------------------------------------------------------------------------------------------------- kernel bodies
@@ -189,13 +211,18 @@ def _same_head(t, dtype):
     return (head(0) == head(1)).astype(dtype)
 
 
-def _normed(t, dtype, x, inverse, weight):
-    """(x' and x / rms, both as `dtype` rounds them) in float32. inverse: 1 / rms of each token."""
-    if t.eps is None:
-        x = x.astype(jnp.float32)
-        return x, x
-    unit = rounded(x.astype(jnp.float32) * inverse, dtype)
-    return rounded(unit * weight, dtype), unit
+def _sum_of(t, r, key):
+    """All parts of a sum over tokens."""
+    return jax.lax.fori_loop(1, t.parts, lambda i, sums: sums + r[key][i], r[key][0])
+
+
+def _weight(dtype, r, key):
+    return rounded(r[key][...].astype(jnp.float32), dtype)
+
+
+def _inverse_rms(t, r, x, rows):
+    """1 / rms of the tokens `rows` of q or k, float32 [n, 1]."""
+    return jax.lax.rsqrt(r[f"squares_{x}"][rows, :] / t.width + t.eps)
 
 
 def _load(r, key, rows):
@@ -203,10 +230,12 @@ def _load(r, key, rows):
 
 
 def _features(t, dtype, r, x, rows):
-    """(relu(x'), x', x / rms) of the tokens `rows` of q or k."""
-    normed = t.eps is not None
-    inverse, weight = (_load(r, f"inverse_{x}", rows), r[f"weight_{x}"][...]) if normed else (None, None)
-    value, unit = _normed(t, dtype, _load(r, x, rows), inverse, weight)
+    """(relu(x'), x', x / rms) of the tokens `rows` of q or k, float32, the last two as `dtype` rounds them."""
+    value = _load(r, x, rows).astype(jnp.float32)
+    if t.eps is None:
+        return jnp.maximum(value, 0), value, value
+    unit = rounded(value * _inverse_rms(t, r, x, rows), dtype)
+    value = rounded(unit * _weight(dtype, r, f"weight_{x}"), dtype)
     return jnp.maximum(value, 0), value, unit
 
 
@@ -215,10 +244,12 @@ def _moved_features(t, dtype, r, x, rows):
     out, value, unit = _features(t, dtype, r, x, rows)
     moved = _load(r, f"d{x}", rows).astype(jnp.float32)
     if t.eps is not None:
-        moved = moved * _load(r, f"inverse_{x}", rows) + _load(r, x, rows).astype(jnp.float32) * _load(r, f"dinverse_{x}", rows)
-        moved = moved * r[f"weight_{x}"][...]
+        inverse = _inverse_rms(t, r, x, rows)
+        moved_inverse = -(inverse**3) * r[f"along_{x}"][rows, :] / t.width
+        moved = moved * inverse + _load(r, x, rows).astype(jnp.float32) * moved_inverse
+        moved = moved * _weight(dtype, r, f"weight_{x}")
         if f"dweight_{x}" in r:
-            moved = moved + unit * r[f"dweight_{x}"][...]
+            moved = moved + unit * _weight(dtype, r, f"dweight_{x}")
     return out, rounded(jnp.where(value > 0, moved, 0.0), dtype)
 
 
@@ -257,7 +288,7 @@ def _quotient(t, dtype, c, state, total):
 
 def _divide(t, dtype, r):
     c, _, _ = _features(t, dtype, r, "q", slice(None))
-    out, _ = _quotient(t, dtype, c, r["state"][...], r["total"][...])
+    out, _ = _quotient(t, dtype, c, _sum_of(t, r, "state"), _sum_of(t, r, "total"))
     r["out"][...] = out.astype(dtype)
 
 
@@ -277,10 +308,10 @@ def _sum_state_tangent(t, dtype, r):
 
 def _divide_tangent(t, dtype, r):
     c, dc = _moved_features(t, dtype, r, "q", slice(None))
-    state, total = r["state"][...], r["total"][...]
+    state, total = _sum_of(t, r, "state"), _sum_of(t, r, "total")
     out, denominator = _quotient(t, dtype, c, state, total)
-    numerator = dot(dc.astype(dtype), state, dtype) + dot(c.astype(dtype), r["dstate"][...], dtype)
-    moved = dot(dc * total + c * r["dtotal"][...], _same_head(t, dtype), dtype)
+    numerator = dot(dc.astype(dtype), state, dtype) + dot(c.astype(dtype), _sum_of(t, r, "dstate"), dtype)
+    moved = dot(dc * total + c * _sum_of(t, r, "dtotal"), _same_head(t, dtype), dtype)
     r["dout"][...] = ((numerator - out * moved) / denominator).astype(dtype)
 
 
@@ -290,7 +321,7 @@ def _store_norm_gradient(t, dtype, r, x, rows, gradient, value, unit):
     if t.eps is None:
         r[f"g{x}"][rows, :] = gradient.astype(dtype)
         return jnp.zeros((1, t.channels), jnp.float32)
-    of_unit = rounded(gradient * r[f"weight_{x}"][...], dtype)
+    of_unit = rounded(gradient * _weight(dtype, r, f"weight_{x}"), dtype)
     r[f"g{x}"][rows, :] = of_unit.astype(dtype)
     r[f"along_{x}"][rows, :] = (of_unit * _load(r, x, rows).astype(jnp.float32)).sum(1, keepdims=True)
     return _column_sum(gradient * unit)
@@ -298,10 +329,10 @@ def _store_norm_gradient(t, dtype, r, x, rows, gradient, value, unit):
 
 def _query_gradient(t, dtype, r):
     """Cotangents of q / rms, S, z and the weight of its norm."""
+    state, total = _sum_of(t, r, "state"), _sum_of(t, r, "total")
 
     def step(rows, sums):
         c, value, unit = _features(t, dtype, r, "q", rows)
-        state, total = r["state"][...], r["total"][...]
         out, denominator = _quotient(t, dtype, c, state, total)
         g = _load(r, "g", rows).astype(jnp.float32)
         of_numerator = g / denominator
@@ -312,20 +343,20 @@ def _query_gradient(t, dtype, r):
         return sums[0] + of_state, sums[1] + _column_sum(c * of_denominator), sums[2] + weight
 
     zeros = _zeros(t)
-    state, total, weight = _walk(t, step, (*zeros, zeros[1]))
-    r["gstate"][...] = state * _same_head(t, jnp.float32)
-    r["gtotal"][...] = total
+    of_state, of_total, weight = _walk(t, step, (*zeros, zeros[1]))
+    r["gstate"][...] = of_state * _same_head(t, jnp.float32)
+    r["gtotal"][...] = of_total
     if t.eps is not None:
         r["gweight_q"][...] = weight
 
 
 def _key_gradient(t, dtype, r):
     """Cotangents of k / rms, v and the weight of the norm of k."""
+    of_state, of_total = _sum_of(t, r, "gstate"), _sum_of(t, r, "gtotal")
 
     def step(rows, sums):
         a, value, unit = _features(t, dtype, r, "k", rows)
-        of_state = r["gstate"][...]
-        of_a = dot(_load(r, "v", rows), of_state, dtype, (1, 1)) + r["gtotal"][...]
+        of_a = dot(_load(r, "v", rows), of_state, dtype, (1, 1)) + of_total
         r["gv"][rows, :] = dot(a.astype(dtype), of_state, dtype).astype(dtype)
         return (sums[0] + _store_norm_gradient(t, dtype, r, "k", rows, of_a, value, unit),)
 
@@ -339,54 +370,60 @@ def _key_gradient(t, dtype, r):
 # --------------------------------------------------------------------------------------------- the four passes
 
 
-def _inverse_rms(t, x):
-    """[B, N, D] -> 1 / rms, float32 [B, rows, 1]."""
-    inverse = jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1, keepdims=True) + t.eps)
-    return jnp.pad(inverse, ((0, 0), (0, t.rows - t.tokens), (0, 0)))
+def _width_sums(t, a):
+    """Sums over the width of q's and k's part of [B, N, 3 D] -> float32 [B, 2, rows, 1]."""
+    both = a[..., : 2 * t.width].reshape(*a.shape[:2], 2, t.width)
+    sums = jnp.swapaxes(both.sum(-1), 1, 2)[..., None]
+    return sums if t.rows == t.tokens else jnp.pad(sums, ((0, 0), (0, 0), (0, t.rows - t.tokens), (0, 0)))
 
 
-def _inputs(t, name, x, weight):
-    """What kernels read of q or k."""
-    found = {name: ("tokens", t.tiled(x))}
+def _wide(a):
+    return a.astype(jnp.float32)
+
+
+def _inputs(t, qkv, norms):
+    """What kernels read of (q, k, v)."""
+    found = [{x: ("tokens", view)} for x, view in zip("qkv", t.views(qkv))]
     if t.eps is not None:
-        found[f"inverse_{name}"] = ("column", _inverse_rms(t, x))
-        found[f"weight_{name}"] = ("weight", t.row(weight, x.dtype))
+        squares = _width_sums(t, jnp.square(_wide(qkv)))
+        for x, weight, its in zip("qk", norms, found):
+            its |= {f"squares_{x}": (f"width_sum_{x}", squares), f"weight_{x}": ("weight", t.row(weight))}
     return found
 
 
-def _moved_inputs(t, name, x, weight, dx, dweight):
-    found = _inputs(t, name, x, weight) | {f"d{name}": ("tokens", t.tiled(dx))}
+def _moved_inputs(t, qkv, norms, dqkv, dnorms):
+    """The same with their tangents. dnorms: of both weights, or ()."""
+    found = _inputs(t, qkv, norms)
+    for x, view, its in zip("qkv", t.views(dqkv), found):
+        its |= {f"d{x}": ("tokens", view)}
     if t.eps is not None:
-        inverse = found[f"inverse_{name}"][1]
-        along = (x.astype(jnp.float32) * dx.astype(jnp.float32)).mean(-1, keepdims=True)
-        along = jnp.pad(along, ((0, 0), (0, t.rows - t.tokens), (0, 0)))
-        found[f"dinverse_{name}"] = ("column", -(inverse**3) * along)
-        if dweight is not None:
-            found[f"dweight_{name}"] = ("weight", t.row(dweight, x.dtype))
+        along = _width_sums(t, _wide(qkv) * _wide(dqkv))
+        for x, its in zip("qk", found):
+            its |= {f"along_{x}": (f"width_sum_{x}", along)}
+        for x, weight, its in zip("qk", dnorms, found):
+            its |= {f"dweight_{x}": ("weight", t.row(weight))}
     return found
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attend(t, q, k, v, norm_q, norm_k):
-    """(out [B, N, D], S [B, G, C, C], z [B, G, 1, C]); the last two for the derivative, which they have none of."""
-    run = functools.partial(_run, t, batch=q.shape[0], dtype=q.dtype)
-    sums = run(
-        "linear_attention_state", _sum_state, _inputs(t, "k", k, norm_k) | {"v": ("tokens", t.tiled(v))},
-        {"state": "states", "total": "totals"},
-    )  # fmt: skip
-    sums = {"state": ("state", sums["state"]), "total": ("total", sums["total"])}
-    out = run("linear_attention_out", _divide, _inputs(t, "q", q, norm_q) | sums, {"out": "tokens"})["out"]
-    return t.untiled(out), sums["state"][1], sums["total"][1]
+def _attend(t, qkv, norm_q, norm_k):
+    """(out [B, N, D], S and z in parts [B, parts, G, C | 1, C]); the last two for the derivative, which they have none of."""
+    run = functools.partial(_run, t, batch=qkv.shape[0], dtype=qkv.dtype)
+    q, k, v = _inputs(t, qkv, (norm_q, norm_k))
+    sums = run("linear_attention_state", _sum_state, k | v, {"state": "states", "total": "totals"})
+    ins = q | {key: (key, a) for key, a in sums.items()}
+    out = run("linear_attention_out", _divide, ins, {"out": "tokens"})["out"]
+    return t.untiled(out), sums["state"], sums["total"]
 
 
 def _attend_jvp(t, primals, tangents):
     # By the function itself, so that a derivative around this one finds its rule.
     out, state, total = _attend(t, *primals)
-    if t.eps is None or all(map(is_zero, tangents[3:])):
-        tangents = tangents[:3]
+    if t.eps is None or all(map(is_zero, tangents[1:])):
+        tangents = tangents[:1]
     dout = jnp.zeros_like(out)
     if not all(map(is_zero, tangents)):
-        transpose = functools.partial(_transpose, t, len(tangents) > 3)
+        transpose = functools.partial(_transpose, t, len(tangents) > 1)
         residuals = (*primals, *jax.lax.stop_gradient((state, total)))
         dout = linear_map(functools.partial(_tangent, t), transpose, residuals, tangents)
     return (out, state, total), (dout, jnp.zeros_like(state), jnp.zeros_like(total))
@@ -396,53 +433,49 @@ _attend.defjvp(_attend_jvp, symbolic_zeros=True)
 
 
 def _tangent(t, residuals, tangents):
-    q, k, v, norm_q, norm_k, state, total = residuals
-    dq, dk, dv, *dnorms = tangents
-    dnorm_q, dnorm_k = dnorms or (None, None)
-    run = functools.partial(_run, t, batch=q.shape[0], dtype=q.dtype)
-    moved = run(
-        "linear_attention_state_tangent", _sum_state_tangent,
-        _moved_inputs(t, "k", k, norm_k, dk, dnorm_k) | {"v": ("tokens", t.tiled(v)), "dv": ("tokens", t.tiled(dv))},
-        {"dstate": "states", "dtotal": "totals"},
-    )  # fmt: skip
-    sums = {
-        "state": ("state", state), "total": ("total", total),
-        "dstate": ("state", moved["dstate"]), "dtotal": ("total", moved["dtotal"]),
-    }  # fmt: skip
-    ins = _moved_inputs(t, "q", q, norm_q, dq, dnorm_q) | sums
+    qkv, *norms, state, total = residuals
+    dqkv, *dnorms = tangents
+    run = functools.partial(_run, t, batch=qkv.shape[0], dtype=qkv.dtype)
+    q, k, v = _moved_inputs(t, qkv, norms, dqkv, dnorms)
+    moved = run("linear_attention_state_tangent", _sum_state_tangent, k | v, {"dstate": "states", "dtotal": "totals"})
+    sums = {"state": state, "total": total} | moved
+    ins = q | {key: (key.removeprefix("d"), a) for key, a in sums.items()}
     return t.untiled(run("linear_attention_out_tangent", _divide_tangent, ins, {"dout": "tokens"})["dout"])
 
 
 def _transpose(t, with_norms, residuals, g):
-    q, k, v, norm_q, norm_k, state, total = residuals
-    run = functools.partial(_run, t, batch=q.shape[0], dtype=q.dtype)
+    qkv, *norms, state, total = residuals
+    run = functools.partial(_run, t, batch=qkv.shape[0], dtype=qkv.dtype)
     normed = t.eps is not None
     of_norm = lambda x: {f"along_{x}": "columns", f"gweight_{x}": "totals"} if normed else {}
-    ins_q, ins_k = _inputs(t, "q", q, norm_q), _inputs(t, "k", k, norm_k)
+    q, k, v = _inputs(t, qkv, norms)
     by_q = run(
         "linear_attention_query_gradient", _query_gradient,
-        ins_q | {"g": ("tokens", t.tiled(g)), "state": ("state", state), "total": ("total", total)},
+        q | {"g": ("tokens", t.tiled(g)), "state": ("state", state), "total": ("total", total)},
         {"gq": "tokens", "gstate": "states", "gtotal": "totals"} | of_norm("q"),
     )  # fmt: skip
     by_k = run(
         "linear_attention_key_gradient", _key_gradient,
-        ins_k | {"v": ("tokens", t.tiled(v)), "gstate": ("state", by_q["gstate"]), "gtotal": ("total", by_q["gtotal"])},
+        k | v | {"gstate": ("state", by_q["gstate"]), "gtotal": ("total", by_q["gtotal"])},
         {"gk": "tokens", "gv": "tokens"} | (of_norm("k") if normed else {"unused": "totals"}),
     )  # fmt: skip
-    found = []
-    for name, x, ins, by in (("q", q, ins_q, by_q), ("k", k, ins_k, by_k)):
-        of_unit = t.untiled(by[f"g{name}"])
-        found.append(_through_rms(t, x, ins[f"inverse_{name}"][1], of_unit, by[f"along_{name}"]) if normed else of_unit)
-    found.append(t.untiled(by_k["gv"]))
+    found = by_q | by_k
+    cotangents = [t.untiled(found[f"g{x}"]) for x in "qkv"]
+    if normed:
+        squares = q["squares_q"][1][:, :, : t.tokens]
+        for i, x in enumerate("qk"):
+            part = qkv[..., i * t.width : (i + 1) * t.width]
+            cotangents[i] = _through_rms(t, part, squares[:, i], cotangents[i], found[f"along_{x}"])
+    gradients = [jnp.concatenate(cotangents, -1)]
     if with_norms:
-        for name, by, norm in (("q", by_q, norm_q), ("k", by_k, norm_k)):
-            of_weight = by[f"gweight_{name}"].sum(0).reshape(1, 1, -1)
-            found.append(dataclasses.replace(t, tokens=1).untiled(of_weight)[0, 0].astype(norm.dtype))
-    return tuple(found)
+        for x, weight in zip("qk", norms):
+            of_weight = found[f"gweight_{x}"].sum((0, 1)).reshape(1, 1, -1)
+            gradients.append(dataclasses.replace(t, tokens=1).untiled(of_weight)[0, 0].astype(weight.dtype))
+    return tuple(gradients)
 
 
-def _through_rms(t, x, inverse, of_unit, along):
-    """Cotangent of x from that of u = x / rms. along: its products with x, summed by blocks of channels [B, G, rows, 1]."""
-    inverse, along = inverse[:, : t.tokens], along.sum(1)[:, : t.tokens]
-    x32 = x.astype(jnp.float32)
-    return (inverse * of_unit.astype(jnp.float32) - x32 * (inverse**3 * along / t.width)).astype(x.dtype)
+def _through_rms(t, x, squares, of_unit, along):
+    """Cotangent of x from that of u = x / rms. squares: of x, summed [B, N, 1]. along: products of x with the cotangent, summed by
+    blocks of channels [B, G, rows, 1]."""
+    inverse, along = jax.lax.rsqrt(squares / t.width + t.eps), along.sum(1)[:, : t.tokens]
+    return (inverse * _wide(of_unit) - _wide(x) * (inverse**3 * along / t.width)).astype(x.dtype)

@@ -156,11 +156,10 @@ class SelfAttention(nn.Module):
         # One product for q, k and v: a third of the calls and better use of narrow widths.
         qkv = Dense(3 * width, use_bias=False, dtype=self.dtype, kernel_init=_xavier_thirds, name="to_qkv")(x)
         norms = [NormWeight(width, name=name)() if self.qk_norm else None for name in ("norm_q", "norm_k")]
-        operands = (*jnp.split(qkv, 3, -1), *norms)
         if self.attention == "plain":
-            out = linear_attention.plain(*operands, heads=self.heads, eps=QK_EPS)
+            out = linear_attention.plain(qkv, *norms, heads=self.heads, eps=QK_EPS)
         else:
-            out = linear_attention.attention(*operands, heads=self.heads, eps=QK_EPS, backend=self.attention)
+            out = linear_attention.attention(qkv, *norms, heads=self.heads, eps=QK_EPS, backend=self.attention)
         return Dense(width, dtype=self.dtype, kernel_init=xavier, name="to_out")(out)
 
 
