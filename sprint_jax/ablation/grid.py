@@ -67,6 +67,7 @@ HIGHER = ("score",)
 _OFF = {"model.qk_norm": False, "teacher.base_qk_norm": False}
 _SPARSE = {"model.time_scale": 1000.0, "teacher.base_time_scale": 1000.0}
 _HEAD = {"sprint.logvar_gradient": "head"}
+_FREE = {"sprint.tangent_normalize": False}
 
 RUNS = (
     Run("base", "distil", {}),
@@ -99,6 +100,8 @@ RUNS = (
     Run("scm_long_head", "distil", _HEAD | {"sprint.adv_weight": 0.0, "sprint.steps": 640}),
     Run("norms_late", "gradients", {"teacher.steps": 900}, "wide"),
     Run("no_qk_norm_late", "gradients", _OFF | {"teacher.steps": 900}, "wide"),
+    *(Run(f"{name}_free_{size}", "gradients", changes | _FREE, size) for size in ("narrow", "wide")
+      for name, changes in (("norms", {}), ("no_qk_norm", _OFF), ("time_1000", _SPARSE))),
 )  # fmt: skip
 
 TABLES = (
@@ -207,6 +210,15 @@ FOLLOW_UPS = (
         (("with", "without"), ("with, late", "without, late")),
         rule="better", metrics=("grad_norm", "tangent_norm"), steps=(),
     ),
+    *(Table(
+        f"figure3{part}_free", f"Figure 3{part}: {what}, where the tangent is not normalised",
+        "As in the paper's suite, but the tangent enters the loss as it is. Paper and published code divide it by its norm, and then "
+        "the gradient does not see how long it was.",
+        (Row("with, narrow", "norms_free_narrow"), Row("without, narrow", f"{run}_free_narrow"),
+         Row("with, wide", "norms_free_wide"), Row("without, wide", f"{run}_free_wide")),
+        (("with, narrow", "without, narrow"), ("with, wide", "without, wide")),
+        rule="better", metrics=("grad_norm", "tangent_norm"), steps=(),
+    ) for part, what, run in (("a", "QK-norm", "no_qk_norm"), ("b", "dense times (1) against 1000", "time_1000"))),
     Table(
         "disc_std", "Appendix: the spread of the discriminator's times, with more seeds",
         "(mean, standard deviation) of the renoising; the paper gives FID alone.",
