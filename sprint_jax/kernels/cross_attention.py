@@ -98,14 +98,24 @@ class _Tiling:
         """L, padded."""
         return backends.padded_to(self.keys, self.block_k)
 
+    @property
+    def padded(self):
+        """Whether heads and lengths are filled up in memory. Elsewhere kernels leave out what is not there as they read and write,
+        which spares a copy of each array; a TPU reads whole blocks."""
+        return self.backend == "tpu"
+
     def tiled(self, x, length):
-        """[B, n, h, d] -> [B, length, h head], filled up with zeros."""
-        x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, self.head - self.width)))
+        """[B, n, h, d] -> what kernels read: [B, n, h d], or [B, length, h head] filled up with zeros."""
+        if self.padded:
+            x = jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, self.head - self.width)))
         return x.reshape(*x.shape[:2], -1)
 
     def untiled(self, x, length):
         """The inverse of `tiled`."""
-        return x.reshape(*x.shape[:2], self.heads, self.head)[:, :length, :, : self.width]
+        return x.reshape(*x.shape[:2], self.heads, -1)[:, :length, :, : self.width]
+
+
+_OF_QUERIES = ("q", "dq", "g", "out", "dout", "gq")
 
 
 def _run(t, name, body, ins, outs, batch, dtype, *, by_keys=False):
@@ -133,8 +143,12 @@ def _run(t, name, body, ins, outs, batch, dtype, *, by_keys=False):
         column=((batch, t.heads, t.rows, 1), jnp.float32),
         partial=((batch, t.parts, t.columns, t.heads * t.head), jnp.float32),
     )
+    if not t.padded:  # a program sees all of a sample and reads its own
+        for kind in ("queries", "keys"):
+            make[kind] = lambda a: Operand(a, (None, *a.shape[1:]), lambda b, *rest: (b, 0, 0))
+        shapes["queries"] = (batch, t.queries, t.heads * t.width), dtype
     return backends.launch(
-        functools.partial(body, t, dtype), grid,
+        lambda refs: body(_Program(t, dtype, by_keys, refs)), grid,
         {key: make[kind](array) for key, (kind, array) in ins.items()},
         {key: make[kind](jax.ShapeDtypeStruct(*shapes[kind])) for key, kind in outs.items()},
         backend=t.backend, name=name,
@@ -144,90 +158,132 @@ def _run(t, name, body, ins, outs, batch, dtype, *, by_keys=False):
 # -------------------------------------------------------------------------------------------------- kernel bodies
 
 
-def _product(t, a, b):
-    """a b^T / sqrt(d), divided as `plain` does."""
-    return single_dot(a, b, (1, 1)) / math.sqrt(t.width)
+class _Program:
+    """One program of a kernel: what it was given, and where in the arrays its block begins."""
+
+    def __init__(self, t, dtype, by_keys, refs):
+        self.t, self.dtype, self.refs = t, dtype, refs
+        # Read here, for the interpreter knows them outside loops alone.
+        self.channel = pl.program_id(1) * t.width
+        self.query = pl.program_id(3) * (t.block_q * t.inner) if by_keys else pl.program_id(2) * t.block_q
+        self.key = pl.program_id(2) * t.block_k if by_keys else 0
+
+    def _place(self, name, start, size):
+        """(index, mask) of `size` rows of the program's head, from `start` of its block on."""
+        first, length = (self.query, self.t.queries) if name in _OF_QUERIES else (self.key, self.t.keys)
+        first, head = first + start, self.t.head
+        rows = first + jax.lax.broadcasted_iota(jnp.int32, (size, head), 0)
+        channels = jax.lax.broadcasted_iota(jnp.int32, (size, head), 1)
+        return (pl.ds(first, size), pl.ds(self.channel, head)), (rows < length) & (channels < self.t.width)
+
+    def load(self, name, start, size):
+        """[size, head], zeros where there is nothing."""
+        if self.t.padded:
+            return self.refs[name][pl.ds(start, size), :]
+        from jax.experimental.pallas import triton  # its masks are the interpreter's too
+
+        index, mask = self._place(name, start, size)
+        return triton.load(self.refs[name].at[index], mask=mask, other=0.0)
+
+    def queries(self, name):
+        return self.load(name, 0, self.t.block_q)
+
+    def keys(self, name, j):
+        """The block of keys from j on."""
+        return self.load(name, j, self.t.block_k)
+
+    def store(self, name, value):
+        """A block of queries [block_q, head]."""
+        value = value.astype(self.dtype)
+        if self.t.padded:
+            self.refs[name][...] = value
+            return
+        from jax.experimental.pallas import triton
+
+        index, mask = self._place(name, 0, self.t.block_q)
+        triton.store(self.refs[name].at[index], value, mask=mask)
+
+    def over_keys(self, step, start):
+        """step(first key of a block, sums) -> sums over the blocks of keys."""
+        at = lambda j: pl.multiple_of(j * self.t.block_k, self.t.block_k)
+        return jax.lax.fori_loop(0, self.t.columns // self.t.block_k, lambda j, sums: step(at(j), sums), start)
+
+    def product(self, a, b):
+        """a b^T / sqrt(d), divided as `plain` does."""
+        return single_dot(a, b, (1, 1)) / math.sqrt(self.t.width)
+
+    def scores(self, q, j):
+        """Of a block of queries and the block of keys from j on."""
+        return self.product(q, self.keys("k", j)) + self.refs["bias"][:, pl.ds(j, self.t.block_k)]
+
+    def weights(self, q, j):
+        """p of the same, float32, from what the forward pass kept."""
+        return jnp.exp(self.scores(q, j) - self.refs["largest"][...]) / self.refs["sum"][...]
+
+    def zeros(self, channels):
+        return jnp.zeros((self.t.block_q, channels), jnp.float32)
 
 
-def _over_keys(t, step, start):
-    """step(columns, sums) -> sums over the blocks of keys."""
-    at = lambda j: pl.ds(pl.multiple_of(j * t.block_k, t.block_k), t.block_k)
-    return jax.lax.fori_loop(0, t.columns // t.block_k, lambda j, sums: step(at(j), sums), start)
+def _forward(program):
+    t, r, q = program.t, program.refs, program.queries("q")
 
-
-def _weights(t, r, q, columns):
-    """p of a block of queries and a block of keys, float32, from what the forward pass kept."""
-    scores = _product(t, q, r["k"][columns, :]) + r["bias"][:, columns]
-    return jnp.exp(scores - r["largest"][...]) / r["sum"][...]
-
-
-def _forward(t, dtype, r):
-    q = r["q"][...]
-
-    def step(columns, sums):
+    def step(j, sums):
         out, largest, total = sums
-        scores = _product(t, q, r["k"][columns, :]) + r["bias"][:, columns]
+        scores = program.scores(q, j)
         larger = jnp.maximum(largest, scores.max(1, keepdims=True))
         shrink, p = jnp.exp(largest - larger), jnp.exp(scores - larger)
-        out = out * shrink + single_dot(p.astype(dtype), r["v"][columns, :])
+        out = out * shrink + single_dot(p.astype(program.dtype), program.keys("v", j))
         return out, larger, total * shrink + p.sum(1, keepdims=True)
 
-    start = (
-        jnp.zeros((t.block_q, t.head), jnp.float32), jnp.full((t.block_q, 1), 2 * _ABSENT, jnp.float32),
-        jnp.zeros((t.block_q, 1), jnp.float32),
-    )  # fmt: skip
-    out, largest, total = _over_keys(t, step, start)
-    r["out"][...] = (out / total).astype(dtype)
+    start = program.zeros(t.head), jnp.full((t.block_q, 1), 2 * _ABSENT, jnp.float32), program.zeros(1)
+    out, largest, total = program.over_keys(step, start)
+    program.store("out", out / total)
     r["largest"][...] = largest
     r["sum"][...] = total
 
 
-def _forward_tangent(t, dtype, r):
+def _forward_tangent(program):
     """With or without tangents of k and v."""
-    q, dq, moving = r["q"][...], r["dq"][...], "dk" in r
+    dtype, q, dq, moving = program.dtype, program.queries("q"), program.queries("dq"), "dk" in program.refs
 
-    def moved(columns):
-        scores = _product(t, dq, r["k"][columns, :])
-        return scores + _product(t, q, r["dk"][columns, :]) if moving else scores
+    def moved(j):
+        scores = program.product(dq, program.keys("k", j))
+        return scores + program.product(q, program.keys("dk", j)) if moving else scores
 
-    mean = _over_keys(
-        t, lambda columns, mean: mean + (_weights(t, r, q, columns) * moved(columns)).sum(1, keepdims=True),
-        jnp.zeros((t.block_q, 1), jnp.float32),
-    )  # fmt: skip
+    mean = program.over_keys(lambda j, mean: mean + (program.weights(q, j) * moved(j)).sum(1, keepdims=True), program.zeros(1))
 
-    def step(columns, out):
-        p = _weights(t, r, q, columns)
-        out = out + single_dot((p * (moved(columns) - mean)).astype(dtype), r["v"][columns, :])
-        return out + single_dot(p.astype(dtype), r["dv"][columns, :]) if moving else out
+    def step(j, out):
+        p = program.weights(q, j)
+        out = out + single_dot((p * (moved(j) - mean)).astype(dtype), program.keys("v", j))
+        return out + single_dot(p.astype(dtype), program.keys("dv", j)) if moving else out
 
-    r["dout"][...] = _over_keys(t, step, jnp.zeros((t.block_q, t.head), jnp.float32)).astype(dtype)
+    program.store("dout", program.over_keys(step, program.zeros(program.t.head)))
 
 
-def _query_gradient(t, dtype, r):
+def _query_gradient(program):
     """Cotangent of q, and sum_j p_j g v_j for `_key_gradient`."""
-    q, g = r["q"][...], r["g"][...]
-    of_weights = lambda columns: single_dot(g, r["v"][columns, :], (1, 1))
-    mean = _over_keys(
-        t, lambda columns, mean: mean + (_weights(t, r, q, columns) * of_weights(columns)).sum(1, keepdims=True),
-        jnp.zeros((t.block_q, 1), jnp.float32),
-    )  # fmt: skip
+    t, q, g = program.t, program.queries("q"), program.queries("g")
+    of_weights = lambda j: single_dot(g, program.keys("v", j), (1, 1))
+    mean = program.over_keys(lambda j, mean: mean + (program.weights(q, j) * of_weights(j)).sum(1, keepdims=True), program.zeros(1))
 
-    def step(columns, of_q):
-        of_scores = _weights(t, r, q, columns) * (of_weights(columns) - mean) / math.sqrt(t.width)
-        return of_q + dot(of_scores, r["k"][columns, :], dtype)
+    def step(j, of_q):
+        of_scores = program.weights(q, j) * (of_weights(j) - mean) / math.sqrt(t.width)
+        return of_q + dot(of_scores, program.keys("k", j), program.dtype)
 
-    r["gq"][...] = _over_keys(t, step, jnp.zeros((t.block_q, t.head), jnp.float32)).astype(dtype)
-    r["mean"][...] = mean
+    program.store("gq", program.over_keys(step, program.zeros(t.head)))
+    program.refs["mean"][...] = mean
 
 
-def _key_gradient(t, dtype, r):
+def _key_gradient(program):
     """Cotangents of k and v, each summed over the queries of one part."""
-    k, v, bias = r["k"][...], r["v"][...], r["bias"][...]
+    t, dtype, r = program.t, program.dtype, program.refs
+    k, v, bias = program.keys("k", 0), program.keys("v", 0), r["bias"][...]
 
     def step(i, sums):
-        rows = pl.ds(pl.multiple_of(i * t.block_q, t.block_q), t.block_q)
-        q, g = r["q"][rows, :], r["g"][rows, :]
-        p = jnp.exp(_product(t, q, k) + bias - r["largest"][rows, :]) / r["sum"][rows, :]
+        first = pl.multiple_of(i * t.block_q, t.block_q)
+        rows = pl.ds(first, t.block_q)
+        q, g = program.load("q", first, t.block_q), program.load("g", first, t.block_q)
+        p = jnp.exp(program.product(q, k) + bias - r["largest"][rows, :]) / r["sum"][rows, :]
         of_scores = p * (single_dot(g, v, (1, 1)) - r["mean"][rows, :]) / math.sqrt(t.width)
         return sums[0] + dot(of_scores, q, dtype, (0, 0)), sums[1] + single_dot(p.astype(dtype), g, (0, 0))
 
