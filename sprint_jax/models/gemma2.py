@@ -4,7 +4,8 @@ A pure function of a parameter tree, with an optional prefix: Gemma is causal, s
 and values of a fixed beginning (SANA's instruction) are computed once and only what follows is encoded.
 Arithmetic follows transformers' `Gemma2Model` with eager attention (the only one with the soft cap).
 
-Shape letters: B batch, P prefix tokens, T tokens, D width, h query heads, g key-value heads, d head width.
+Shape letters: B batch, P prefix tokens, T tokens, D width, h query heads, g key-value heads, d head width, m = r t: the r query heads of a
+key-value head at t tokens.
 """
 
 import dataclasses
@@ -156,14 +157,16 @@ class Gemma2:
         if past is not None:
             join = lambda old, new: jnp.concatenate([jnp.broadcast_to(old, (batch, *old.shape)), new], 1)
             all_k, all_v = join(past[0], k), join(past[1], v)
-        q = einops.rearrange(q, "b t (g r) d -> b t g r d", g=self.kv_heads)
-        scores = jnp.einsum("btgrd,bsgd->bgrts", q, all_k, preferred_element_type=jnp.float32)
+        # Queries that share keys side by side, keys last: a GPU then takes the soft cap, mask and softmax in one pass.
+        q = einops.rearrange(q, "b t (g r) d -> b g (r t) d", g=self.kv_heads)
+        scores = jnp.einsum("bgmd,bsgd->bgms", q, all_k, preferred_element_type=jnp.float32)
         scores = scores * self.query_scalar**-0.5
         scores = self.softcap * jnp.tanh(scores / self.softcap)
-        scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
+        allowed = jnp.tile(allowed, (1, self.heads // self.kv_heads, 1))[:, None]
+        scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, -1).astype(x.dtype)
-        out = jnp.einsum("bgrts,bsgd->btgrd", weights, all_v)
-        return out.reshape(batch, length, -1) @ p["o"], k, v
+        out = jnp.einsum("bgms,bsgd->bgmd", weights, all_v)
+        return einops.rearrange(out, "b g (r t) d -> b t (g r d)", t=length) @ p["o"], k, v
 
 
 _NORMS = ("input_norm", "post_attention_norm", "pre_feedforward_norm", "post_feedforward_norm")
