@@ -106,15 +106,24 @@ def load(
     if sentence:
         say(sentence)
     pipe = dataclasses.replace(pipe, model=_computed(pipe.model, attention=chosen))
+    if isinstance(pipe.pixels, parts.AutoencoderPixels):
+        of_heads, _ = backend.resolve(attention, jax.default_backend(), pipe.pixels.model.head_dim, None, dtype)
+        pipe = dataclasses.replace(pipe, pixels=_pixels(pipe, attention=of_heads if of_heads != "tpu" else "plain"))
     return _smoothed(pipe, backend.depthwise(jax.default_backend())) if platform is None else pipe
 
 
 def _smoothed(pipe, depthwise):
     """The pipeline with its depthwise convolutions by a backend."""
-    pixels = pipe.pixels
-    if isinstance(pixels, parts.AutoencoderPixels):
-        pixels = dataclasses.replace(pixels, model=dataclasses.replace(pixels.model, depthwise=depthwise))
-    return dataclasses.replace(pipe, model=_computed(pipe.model, depthwise=depthwise), pixels=pixels, programs={})
+    return dataclasses.replace(
+        pipe, model=_computed(pipe.model, depthwise=depthwise), pixels=_pixels(pipe, depthwise=depthwise), programs={}
+    )
+
+
+def _pixels(pipe, **changes):
+    """Its pixels, of an autoencoder computed otherwise: attention or depthwise."""
+    if not isinstance(pipe.pixels, parts.AutoencoderPixels):
+        return pipe.pixels
+    return dataclasses.replace(pipe.pixels, model=dataclasses.replace(pipe.pixels.model, **changes))
 
 
 def _computed(model, **changes):

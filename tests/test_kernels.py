@@ -74,6 +74,20 @@ def test_linear_attention(batch, tokens, heads, head, norm):
     assert worst(found, in_float64(functools.partial(exact_linear, heads), *case)) < 1e-5
 
 
+@pytest.mark.parametrize(("tokens", "head"), [(128, 32), (45, 32), slow(2200, 16)])
+def test_linear_attention_of_heads(tokens, head):
+    """With q, k and v of a head beside each other: as they lie in memory, filled up, and in so many parts that the sums are made between
+    the kernels. Fails when heads are 3 d apart in place of 3 blocks, and when `joined` puts q, k and v of all heads together."""
+    primals, tangents, g = linear_case(3, 1, tokens, 3, head, False)
+    by_head = lambda q, k, v: jnp.stack([x.reshape(*x.shape[:2], 3, -1) for x in (q, k, v)], 3).reshape(*q.shape[:2], -1)
+    f = lambda *qkv: linear_attention.attention_of_heads(by_head(*qkv), heads=3, backend=HERE)
+    assert worst(directions(f, primals, tangents, g), in_float64(functools.partial(exact_linear, 3), primals, tangents, g)) < 1e-5
+    plain = lambda *qkv: linear_attention.plain_of_heads(by_head(*qkv), heads=3)
+    assert relative(plain(*primals), f(*primals)) < 1e-5
+    with pytest.raises(ValueError, match="not three times the width of 4 heads"):
+        linear_attention.attention_of_heads(jnp.zeros((1, 4, 90)), heads=4, backend=HERE)
+
+
 @pytest.mark.parametrize("kind", ["queries", "keys", "both", "large"])
 def test_linear_attention_without_weight(kind):
     """Where relu leaves nothing the denominator is its epsilon: value and slopes are as plain, and finite.

@@ -44,6 +44,19 @@ def test_gradients(kind):
         assert not np.array_equal(db, db.astype(jnp.bfloat16))
 
 
+def test_rounded_once():
+    """Rounded, value and tangent are those of the float32 result, rounded; gradients do not know. Fails when sums are bfloat16."""
+    x, kernel, dx, g = draws((5, 700), (700, 16), (5, 700), (5, 16))
+    x, dx = x.astype(jnp.bfloat16), dx.astype(jnp.bfloat16)
+    wide, rounded = (lambda x, kernel, r=r: products.dense(x, kernel, rounded=r) for r in (False, True))
+    values = jax.jvp(wide, (x, kernel), (dx, 0 * kernel))
+    for a, b in zip(jax.jvp(rounded, (x, kernel), (dx, 0 * kernel)), values, strict=True):
+        assert a.dtype == jnp.bfloat16 and relative(a, b.astype(jnp.bfloat16)) < 1e-4
+    for a, b in zip(jax.vjp(rounded, x, kernel)[1](g.astype(jnp.bfloat16)), jax.vjp(wide, x, kernel)[1](g), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tangents_are_those_of_the_plain_product(kind):
     product, *shapes, _ = KINDS[kind]

@@ -218,8 +218,9 @@ def write_ours(path, checkpoint: Checkpoint):
         described = {part: dataclasses.asdict(getattr(checkpoint, part)) for part in PARTS[:3]}
         if checkpoint.controlnet is not None:
             described["controlnet"] = configs.controlnet_json(checkpoint.controlnet)
-        for part, field in (("transformer", "attention"), ("transformer", "depthwise"), ("autoencoder", "depthwise")):
-            del described[part][field]  # says how to compute, not what: the reader chooses
+        for part in ("transformer", "autoencoder"):
+            for field in ("attention", "depthwise"):
+                del described[part][field]  # says how to compute, not what: the reader chooses
         described |= {"format": _FORMAT, "instruction": checkpoint.instruction}
         (partial / MODEL).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for part in checkpoint.parts():

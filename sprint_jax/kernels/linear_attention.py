@@ -66,6 +66,26 @@ def plain(qkv, norm_q, norm_k, *, heads, eps):
     return by_heads(split(q), split(k), split(v)).reshape(v.shape)
 
 
+def plain_of_heads(qkv, *, heads):
+    """Linear attention without norms of heads that have their queries, keys and values beside each other, as in a DC-AE.
+
+    qkv: [B, N, h 3 d], of each head first q, then k, then v. Returns [B, N, h d] in the same dtype.
+    """
+    q, k, v = jnp.split(qkv.reshape(*qkv.shape[:2], heads, -1), 3, -1)
+    out = by_heads(q, k, v)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def attention_of_heads(qkv, *, heads, backend):
+    """`plain_of_heads` by kernels; same arguments and result. backend and derivatives: as `attention`."""
+    *shape, channels = qkv.shape
+    if channels % (3 * heads):
+        raise ValueError(f"qkv {qkv.shape}: its last axis is not three times the width of {heads} heads")
+    unread = jnp.zeros(channels // 3, jnp.float32)
+    tiling = _Tiling.of((*shape, channels // 3), heads, backend, None, by_head=True)
+    return _attend(tiling, qkv, unread, unread)[0]
+
+
 def attention(qkv, norm_q, norm_k, *, heads, eps, backend):
     """`plain` by kernels; same arguments and result.
 
@@ -98,20 +118,21 @@ class _Tiling:
     parts: int  # such programs along N
     backend: str
     eps: float | None
+    by_head: bool  # q, k and v of each head beside each other, instead of those of all heads
 
     @classmethod
-    def of(cls, shape, heads, backend, eps):
+    def of(cls, shape, heads, backend, eps, by_head=False):
         batch, tokens, width = shape
         head = backends.next_power_of_two(width // heads)
         # A TPU's lanes are 128; on a GPU narrower blocks waste less on products of different heads.
-        channels = max(128 if backend == "tpu" else 64, head)
+        channels = max(128 if backend == "tpu" else 16 if by_head else 64, head)
         groups = -(-heads * head // channels)
-        block = max(16, min(channels, backends.next_power_of_two(tokens)))
+        block = max(16, min(max(64, channels), backends.next_power_of_two(tokens)))
         blocks = -(-tokens // block)
         # Partial sums over at most 1024 tokens, fewer where there are not programs enough for a GPU's cores.
         wanted = max(-(-blocks * block // 1024), math.ceil(128 / (backends.local_batch(batch) * groups)))
         inner = -(-blocks // min(blocks, wanted))
-        return cls(tokens, width, heads, head, channels, groups, block, inner, -(-blocks // inner), backend, eps)
+        return cls(tokens, width, heads, head, channels, groups, block, inner, -(-blocks // inner), backend, eps, by_head)
 
     @property
     def rows(self):
@@ -121,13 +142,29 @@ class _Tiling:
     @property
     def whole(self):
         """Whether blocks cover tokens and channels as they are, with nothing to fill up."""
-        return self.rows == self.tokens and self.head * self.heads == self.width == self.groups * self.channels
+        covered = self.rows == self.tokens and self.head * self.heads == self.width == self.groups * self.channels
+        return covered and (not self.by_head or self.groups == self.heads)
+
+    def split(self, qkv):
+        """[B, N, 3 D] -> q, k and v [B, N, D]."""
+        if not self.by_head:
+            return jnp.split(qkv, 3, -1)
+        parts = jnp.split(qkv.reshape(*qkv.shape[:2], self.heads, -1), 3, -1)
+        return [x.reshape(*x.shape[:2], -1) for x in parts]
+
+    def joined(self, parts):
+        """The inverse of `split`."""
+        if not self.by_head:
+            return jnp.concatenate(parts, -1)
+        x = jnp.concatenate([x.reshape(*x.shape[:2], self.heads, -1) for x in parts], -1)
+        return x.reshape(*x.shape[:2], -1)
 
     def views(self, qkv):
-        """q, k and v of [B, N, 3 D], each (an array, the block of channels with which it begins there)."""
-        if self.whole:
-            return [(qkv, i * self.groups) for i in range(3)]
-        return [(self.tiled(x), 0) for x in jnp.split(qkv, 3, -1)]
+        """q, k and v of [B, N, 3 D], each (an array, the block of channels with which it begins there, blocks from one of its
+        groups to the next)."""
+        if not self.whole:
+            return [(self.tiled(x), 0, 1) for x in self.split(qkv)]
+        return [(qkv, i, 3) if self.by_head else (qkv, i * self.groups, 1) for i in range(3)]
 
     def tiled(self, x):
         """[B, N, D] -> [B, rows, G C]: heads, tokens and channels filled up with zeros."""
@@ -154,6 +191,10 @@ class _Tiling:
 # ---------------------------------------------------------------------------------------------- blocks of arrays
 
 
+# Times that one group's partial sums are read, up to which that costs less than another kernel.
+_MOST_READS = 128
+
+
 def _operands(t, summing):
     """Makers of `Operand`s for a kernel with grid (B, G, programs along N)."""
     size = t.block * t.inner if summing else t.block
@@ -161,8 +202,8 @@ def _operands(t, summing):
     every = lambda b, g, n: (b, 0, g, 0, 0)
 
     def tokens(a):
-        array, first = a if isinstance(a, tuple) else (a, 0)
-        return Operand(array, (None, size, t.channels), lambda b, g, n: (b, n, first + g))
+        array, first, stride = a if isinstance(a, tuple) else (a, 0, 1)
+        return Operand(array, (None, size, t.channels), lambda b, g, n: (b, n, first + stride * g))
 
     def width_sum(which):
         return lambda a: Operand(a, (None, None, size, 1), lambda b, g, n: (b, which, n, 0))
@@ -172,8 +213,8 @@ def _operands(t, summing):
         width_sum_q=width_sum(0), width_sum_k=width_sum(1),
         columns=lambda a: Operand(a, (None, None, size, 1), lambda b, g, n: (b, g, n, 0)),
         weight=lambda a: Operand(a, (1, t.channels), lambda b, g, n: (0, g), shared=True),
-        state=lambda a: Operand(a, (None, t.parts, None, t.channels, t.channels), every),
-        total=lambda a: Operand(a, (None, t.parts, None, 1, t.channels), every),
+        state=lambda a: Operand(a, (None, a.shape[1], None, t.channels, t.channels), every),
+        total=lambda a: Operand(a, (None, a.shape[1], None, 1, t.channels), every),
         states=lambda a: Operand(a, (None, None, None, t.channels, t.channels), part),
         totals=lambda a: Operand(a, (None, None, None, 1, t.channels), part),
     )  # fmt: skip
@@ -182,7 +223,8 @@ def _operands(t, summing):
 def _run(t, name, body, ins, outs, batch, dtype):
     """ins: {name: (kind, array)}. outs: {name: kind}, whose shapes follow from the kind.
 
-    What a kernel sums over tokens it gives in parts, "states" and "totals", which others read as "state" and "total".
+    What a kernel sums over tokens it gives in parts, "states" and "totals", which others read as "state" and "total". Readers
+    add the parts up where these are few; where many programs would read many, it is done here.
     """
     summing = any(kind in ("states", "totals") for kind in outs.values())
     make = _operands(t, summing)
@@ -192,7 +234,7 @@ def _run(t, name, body, ins, outs, batch, dtype):
         states=((batch, t.parts, t.groups, t.channels, t.channels), jnp.float32),
         totals=((batch, t.parts, t.groups, 1, t.channels), jnp.float32),
     )
-    return backends.launch(
+    found = backends.launch(
         functools.partial(body, t, dtype),
         (None, t.groups, t.parts if summing else t.parts * t.inner),
         {key: make[kind](array) for key, (kind, array) in ins.items()},
@@ -200,6 +242,9 @@ def _run(t, name, body, ins, outs, batch, dtype):
         backend=t.backend,
         name=name,
     )
+    if t.parts**2 * t.inner <= _MOST_READS:
+        return found
+    return {key: a.sum(1, keepdims=True) if outs[key] in ("states", "totals") else a for key, a in found.items()}
 
 
 # -------------------------------------------------------------------------------------------------- kernel bodies
@@ -211,9 +256,9 @@ def _same_head(t, dtype):
     return (head(0) == head(1)).astype(dtype)
 
 
-def _sum_of(t, r, key):
+def _sum_of(r, key):
     """All parts of a sum over tokens."""
-    return jax.lax.fori_loop(1, t.parts, lambda i, sums: sums + r[key][i], r[key][0])
+    return jax.lax.fori_loop(1, r[key].shape[0], lambda i, sums: sums + r[key][i], r[key][0])
 
 
 def _weight(dtype, r, key):
@@ -288,7 +333,7 @@ def _quotient(t, dtype, c, state, total):
 
 def _divide(t, dtype, r):
     c, _, _ = _features(t, dtype, r, "q", slice(None))
-    out, _ = _quotient(t, dtype, c, _sum_of(t, r, "state"), _sum_of(t, r, "total"))
+    out, _ = _quotient(t, dtype, c, _sum_of(r, "state"), _sum_of(r, "total"))
     r["out"][...] = out.astype(dtype)
 
 
@@ -308,10 +353,10 @@ def _sum_state_tangent(t, dtype, r):
 
 def _divide_tangent(t, dtype, r):
     c, dc = _moved_features(t, dtype, r, "q", slice(None))
-    state, total = _sum_of(t, r, "state"), _sum_of(t, r, "total")
+    state, total = _sum_of(r, "state"), _sum_of(r, "total")
     out, denominator = _quotient(t, dtype, c, state, total)
-    numerator = dot(dc.astype(dtype), state, dtype) + dot(c.astype(dtype), _sum_of(t, r, "dstate"), dtype)
-    moved = dot(dc * total + c * _sum_of(t, r, "dtotal"), _same_head(t, dtype), dtype)
+    numerator = dot(dc.astype(dtype), state, dtype) + dot(c.astype(dtype), _sum_of(r, "dstate"), dtype)
+    moved = dot(dc * total + c * _sum_of(r, "dtotal"), _same_head(t, dtype), dtype)
     r["dout"][...] = ((numerator - out * moved) / denominator).astype(dtype)
 
 
@@ -329,7 +374,7 @@ def _store_norm_gradient(t, dtype, r, x, rows, gradient, value, unit):
 
 def _query_gradient(t, dtype, r):
     """Cotangents of q / rms, S, z and the weight of its norm."""
-    state, total = _sum_of(t, r, "state"), _sum_of(t, r, "total")
+    state, total = _sum_of(r, "state"), _sum_of(r, "total")
 
     def step(rows, sums):
         c, value, unit = _features(t, dtype, r, "q", rows)
@@ -352,7 +397,7 @@ def _query_gradient(t, dtype, r):
 
 def _key_gradient(t, dtype, r):
     """Cotangents of k / rms, v and the weight of the norm of k."""
-    of_state, of_total = _sum_of(t, r, "gstate"), _sum_of(t, r, "gtotal")
+    of_state, of_total = _sum_of(r, "gstate"), _sum_of(r, "gtotal")
 
     def step(rows, sums):
         a, value, unit = _features(t, dtype, r, "k", rows)
@@ -371,7 +416,7 @@ def _key_gradient(t, dtype, r):
 
 
 def _width_sums(t, a):
-    """Sums over the width of q's and k's part of [B, N, 3 D] -> float32 [B, 2, rows, 1]."""
+    """Sums over the width of q's and k's part of [B, N, 3 D], not by head -> float32 [B, 2, rows, 1]."""
     both = a[..., : 2 * t.width].reshape(*a.shape[:2], 2, t.width)
     sums = jnp.swapaxes(both.sum(-1), 1, 2)[..., None]
     return sums if t.rows == t.tokens else jnp.pad(sums, ((0, 0), (0, 0), (0, t.rows - t.tokens), (0, 0)))
@@ -407,7 +452,7 @@ def _moved_inputs(t, qkv, norms, dqkv, dnorms):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(t, qkv, norm_q, norm_k):
-    """(out [B, N, D], S and z in parts [B, parts, G, C | 1, C]); the last two for the derivative, which they have none of."""
+    """(out [B, N, D], S and z as `_run` gives them, [B, parts, G, C | 1, C]); the last two for the derivative, which they have none of."""
     run = functools.partial(_run, t, batch=qkv.shape[0], dtype=qkv.dtype)
     q, k, v = _inputs(t, qkv, (norm_q, norm_k))
     sums = run("linear_attention_state", _sum_state, k | v, {"state": "states", "total": "totals"})
@@ -463,10 +508,9 @@ def _transpose(t, with_norms, residuals, g):
     cotangents = [t.untiled(found[f"g{x}"]) for x in "qkv"]
     if normed:
         squares = q["squares_q"][1][:, :, : t.tokens]
-        for i, x in enumerate("qk"):
-            part = qkv[..., i * t.width : (i + 1) * t.width]
+        for i, (x, part) in enumerate(zip("qk", t.split(qkv))):
             cotangents[i] = _through_rms(t, part, squares[:, i], cotangents[i], found[f"along_{x}"])
-    gradients = [jnp.concatenate(cotangents, -1)]
+    gradients = [t.joined(cotangents)]
     if with_norms:
         for x, weight in zip("qk", norms):
             of_weight = found[f"gweight_{x}"].sum((0, 1)).reshape(1, 1, -1)

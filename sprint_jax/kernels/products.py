@@ -13,20 +13,21 @@ import jax.numpy as jnp
 from sprint_jax.kernels.derivatives import Bilinear
 
 
-def dense(x, kernel):
-    """x [..., n] times kernel [n, m], multiplied in x's dtype -> [..., m] float32.
+def dense(x, kernel, rounded=False):
+    """x [..., n] times kernel [n, m], multiplied in x's dtype and summed in float32 -> [..., m] float32.
 
+    rounded: in x's dtype instead, for a product to which nothing is added: where a library multiplies, that spares a pass over it.
     A kernel with more digits than x keeps them in its gradient, which is summed in float32 over samples and devices.
     """
     if x.dtype == jnp.float32:
         return jnp.matmul(x, kernel.astype(x.dtype))
-    return _dense(x.dtype)(x, kernel)
+    return _dense(x.dtype, x.dtype if rounded else jnp.float32)(x, kernel)
 
 
 @functools.cache
-def _dense(dtype):
+def _dense(dtype, out):
     def value(x, kernel):
-        return jnp.matmul(x, kernel.astype(dtype), preferred_element_type=jnp.float32)
+        return jnp.matmul(x, kernel.astype(dtype), preferred_element_type=out)
 
     def to_x(kernel, g):
         return jnp.matmul(g.astype(dtype), kernel.astype(dtype).T)

@@ -102,11 +102,18 @@ class _MultiscaleAttention(nn.Module):
             smooth = depthwise.smooth(qkv, stencil.astype(x.dtype), backend=self.ae.depthwise)
             grouped = smooth.reshape(*smooth.shape[:3], -1, group)
             copies.append(jnp.einsum("bhwgi,gio->bhwgo", grouped, mixing.astype(x.dtype)).reshape(qkv.shape))
-        heads = jnp.concatenate(copies, -1).reshape(batch, height * width, -1, 3 * group)
-        q, k, v = jnp.split(heads, 3, -1)
-        out = linear_attention.by_heads(q, k, v).reshape(batch, height, width, -1)
+        out = self._attend([a.reshape(batch, height * width, -1) for a in copies]).reshape(batch, height, width, -1)
         out = layers.Dense(channels, use_bias=False, dtype=x.dtype, name="to_out")(out)
         return x + _Norm(name="norm_out")(out)
+
+    def _attend(self, copies):
+        """Of copies [B, N, 3 C] -> [B, N, copies C]."""
+        group = 3 * self.ae.head_dim
+        if self.ae.attention == "plain":
+            heads = jnp.concatenate(copies, -1)
+            return linear_attention.plain_of_heads(heads, heads=heads.shape[-1] // group)
+        attend = lambda a: linear_attention.attention_of_heads(a, heads=a.shape[-1] // group, backend=self.ae.attention)
+        return jnp.concatenate([attend(a) for a in copies], -1)
 
 
 class _EfficientViT(nn.Module):
@@ -209,6 +216,7 @@ class DCAE:
     encoder, decoder: stages from the finest resolution to the coarsest.
     scaling_factor: multiplies encoded latents for the diffusion model.
     depthwise: what computes its depthwise convolutions: "plain", or a backend of `kernels/depthwise.py`, for inference.
+    attention: what computes its attention, one of `kernels.backend.BACKENDS`.
     """
 
     in_channels: int
@@ -218,8 +226,11 @@ class DCAE:
     decoder: tuple[Stage, ...]
     scaling_factor: float
     depthwise: str = "plain"
+    attention: str = "plain"
 
     def __post_init__(self):
+        if self.attention not in backend.BACKENDS:
+            raise ValueError(f"attention {self.attention!r}: use one of {', '.join(backend.BACKENDS)}")
         if self.depthwise not in backend.DEPTHWISE:
             raise ValueError(f"depthwise {self.depthwise!r}: use one of {', '.join(backend.DEPTHWISE)}")
         if len(self.encoder) != len(self.decoder):

@@ -80,7 +80,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = products.dense(x.astype(self.dtype), kernel)
+        y = products.dense(x.astype(self.dtype), kernel, rounded=not self.use_bias)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(jnp.float32)
         return ad_checkpoint.checkpoint_name(y.astype(self.dtype), PRODUCT)
