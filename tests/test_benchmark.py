@@ -1,7 +1,9 @@
 """The benchmark command: its arithmetic against known tables, its rows, and that its peers do the same computation."""
 
 import dataclasses
+import functools
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 
 from sprint_jax.benchmarking import bench as bench_lib
 from sprint_jax.benchmarking import floors, machine, operations, rows, subjects, suites, timing, training
-from sprint_jax.kernels import cross_attention, linear_attention
+from sprint_jax.kernels import backend, cross_attention, linear_attention
 from sprint_jax.models import dc_ae, linear_dit
 from sprint_jax.models.gemma2 import GEMMA2_2B
 from sprint_jax.planning import flops
@@ -330,6 +332,19 @@ def test_a_sketch_is_encoded_and_its_copies_are_counted(one_thread):
     assert row.error is None and row.peer is None and row.ours_s > 0
     copies = floors.transformer(dataclasses.replace(TINY, guidance_embed=False), 9, 8, itemsize=4, blocks=1)
     assert case.build(bench()).work.flop == pytest.approx(plain.flop + copies.flop)
+
+
+def test_a_picture_by_kernels():
+    """Transformer and autoencoder both; it has no peer. Fails when one of them stays plain, and when heads of the autoencoder are mixed."""
+    text = dataclasses.replace(GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40)
+    build = functools.partial(subjects.picture, bench(), text, TINY, TINY_AE, 3, 1, dtype="float32", prefix=5, tokens=7)
+    with mock.patch.object(backend, "launch", wraps=backend.launch) as launch:
+        plain, kernels = build(), build(attention="interpret")
+    names = {call.kwargs["name"] for call in launch.call_args_list}
+    assert names == {"cross_attention", "linear_attention_state", "linear_attention_out"} and not kernels.peers
+    widths = {call.args[3]["out"].array.shape[-1] for call in launch.call_args_list if call.kwargs["name"] == "linear_attention_out"}
+    assert len(widths) > 1  # the transformer's and the autoencoder's
+    assert np.abs(plain.program.result().astype(int) - kernels.program.result().astype(int)).max() <= 1
 
 
 @pytest.mark.slow

@@ -136,18 +136,21 @@ def decoder(bench, model: DCAE, cells, *, dtype, batch=1, compile_peer=False):
 
 def picture(
     bench, text: Gemma2, size: LinearDiT, autoencoder: DCAE, cells, steps, *, dtype, batch=1, prefix=PREFIX_TOKENS,
-    tokens=PROMPT_TOKENS, published_tokens=TEXT_TOKENS, compile_peer=False, control_depth=0,
+    tokens=PROMPT_TOKENS, published_tokens=TEXT_TOKENS, compile_peer=False, control_depth=0, attention=None,
 ):  # fmt: skip
     """Prompt tokens to pixels: text encoder behind its cached instruction, `steps` calls, decoder, as `pipeline` does.
 
     The peer encodes instruction and prompt each time and pads to the published length, as the published pipeline does.
     control_depth: blocks of a ControlNet, whose sketch is encoded in the program as well; there is no peer for it, and the
     floor leaves the encoder out.
+    attention: backend of its kernels, of transformer and autoencoder, instead of plain JAX; no peer, as in `transformer`.
     """
-    model, autoencoder = inference(size, dtype), smoothed(autoencoder)
+    by = lambda network: dataclasses.replace(network, attention=attention or "plain")
+    model, autoencoder = by(inference(size, dtype)), by(smoothed(autoencoder))
     transformer_params = _transformer(bench, model)
     part = None if control_depth else "decoder"
-    decoder_params = bench.kept("decoder", (autoencoder, dtype, part), lambda: drawn(autoencoder, dtype, part=part))
+    described = dataclasses.replace(autoencoder, attention="plain")  # parameters do not depend on it
+    decoder_params = bench.kept("decoder", (described, dtype, part), lambda: drawn(autoencoder, dtype, part=part))
     floor = floors.picture(text, model, autoencoder, cells, tokens, steps, prefix=prefix, batch=batch, itemsize=_itemsize(dtype))
     if control_depth:
         control = ControlNet(net=dataclasses.replace(model, guidance_embed=False), depth=control_depth)
@@ -187,7 +190,7 @@ def picture(
 
     return bench_lib.Subject(
         bench_lib.program(program, *arguments), seconds, dtype, floor,
-        () if control_depth else _peers("diffusers", peer, compile_peer),
+        () if control_depth or attention else _peers("diffusers", peer, compile_peer),
     )  # fmt: skip
 
 

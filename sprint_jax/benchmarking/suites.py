@@ -67,8 +67,12 @@ def gpu() -> list[Case]:
                     label = f"picture_{name}_{steps}step{_at(side, batch)}"
                     cases.append(case(label, one, GEMMA2_2B, size, DCAE_F32C32, side // 32, steps, batch=batch, **bf16))
     for name, size in _SIZES:
-        steered = functools.partial(subjects.picture, control_depth=7)
-        cases.append(case(f"sketch_{name}_1step", steered, GEMMA2_2B, size, DCAE_F32C32, 32, 1, **bf16))
+        for change, options in (("", {}), ("_kernels", {"attention": "triton"})):
+            whole = GEMMA2_2B, size, DCAE_F32C32, 32, 1
+            steered = functools.partial(subjects.picture, control_depth=7)
+            cases.append(case(f"sketch_{name}_1step{change}", steered, *whole, **options, **bf16))
+            if change:
+                cases.append(case(f"picture_{name}_1step{change}", subjects.picture, *whole, **options, **bf16))
     for name in ("sana_600m", "sana_1600m"):
         for remat in ("none", "cheap", "block"):
             label = f"sprint_pair_{name.removeprefix('sana_')}_remat_{remat}"

@@ -244,11 +244,12 @@ class DCAE:
     def init(self, key):
         """Random parameters {"encoder", "decoder"}, float32."""
         k_encoder, k_decoder = jax.random.split(key)
+        plain = dataclasses.replace(self, attention="plain")  # parameters do not depend on it
         picture = jnp.zeros((1, self.factor, self.factor, self.in_channels))
         latent = jnp.zeros((1, 1, 1, self.latent_channels))
         return {
-            "encoder": _Encoder(self).init(k_encoder, picture)["params"],
-            "decoder": _Decoder(self).init(k_decoder, latent)["params"],
+            "encoder": _Encoder(plain).init(k_encoder, picture)["params"],
+            "decoder": _Decoder(plain).init(k_decoder, latent)["params"],
         }
 
     def encode(self, params, x):
