@@ -9,6 +9,8 @@ import dataclasses
 import math
 import re
 
+from sprint_jax.planning import hlo
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -29,19 +31,9 @@ class Collective:
     known: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    """name = type opcode(rest, up to the end of the line."""
-
-    name: str
-    type: str
-    opcode: str
-    rest: str
-
-
 def parse(hlo_text) -> list[Collective]:
     """Every collective of compiled.as_text(), in the order of the program; a start-done pair is one."""
-    computations, entry = _computations(hlo_text)
+    computations, entry = hlo.parse(hlo_text)
     found = []
     if entry is not None:
         _walk(entry, computations, 1, True, _device_count(hlo_text), found)
@@ -76,84 +68,26 @@ def _walk(name, computations, times, known, devices, found, fused=None):
             group = _group_size(kind, i.rest, devices)
             if name.startswith("all-reduce-scatter"):
                 # TPU: a fusion of the sum and the slice that is kept; the sum is as large as the operand.
-                found.append(Collective("reduce-scatter", _size(i.type), times, group, known))
+                found.append(Collective("reduce-scatter", hlo.size(i.type), times, group, known))
             else:
                 found.append(Collective(kind, _bytes(i, kind, group), times, group, known))
             continue
         runs, certain = times, known and i.opcode != "conditional"
         if i.opcode == "while":
-            trips = _trips(i, computations)
+            trips = hlo.trips(i, computations)
             runs, certain = times * (1 if trips is None else trips), known and trips is not None
-        for called in _called(i.rest):
+        for called in hlo.called(i.rest):
             if called in computations:
                 inside = channels if i.opcode == "fusion" else None
                 _walk(called, computations, runs, certain, devices, found, inside)
-
-
-def _computations(text):
-    """({name: [instructions]}, name of the entry or None)."""
-    computations, entry, body = {}, None, None
-    for line in text.splitlines():
-        header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$", line)
-        if header:
-            body = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif body is not None and (found := _instruction(line)):
-            body.append(found)
-    return computations, entry
-
-
-def _instruction(line):
-    found = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line)
-    if not found:
-        return None
-    rest = line[found.end() :]
-    end = _type_end(rest)
-    opcode = re.match(r" ([\w-]+)\(", rest[end:])
-    return opcode and _Instruction(found[1], rest[:end], opcode[1], rest[end + opcode.end() :])
-
-
-def _type_end(text):
-    """Where a type ends: at the first space outside parentheses and braces."""
-    depth = 0
-    for position, letter in enumerate(text):
-        depth += (letter in "({") - (letter in ")}")
-        if letter == " " and depth == 0:
-            return position
-    return len(text)
 
 
 def _bytes(instruction, kind, group):
     type_ = instruction.type
     # An asynchronous start holds (operands, results, more); only all-reduce's is its result alone.
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        type_ = _elements(type_)[1]
-    return _size(type_) * (group if kind == "reduce-scatter" else 1)
-
-
-def _elements(type_):
-    """Types of a tuple's elements, nested tuples whole."""
-    parts, depth, start = [], 0, 1
-    for position, letter in enumerate(type_):
-        depth += (letter in "({[") - (letter in ")}]")
-        if (letter == "," and depth == 1) or (letter == ")" and depth == 0):
-            parts.append(type_[start:position])
-            start = position + 1
-    return parts
-
-
-def _size(type_):
-    """Bytes of an array type or of all arrays of a tuple; layouts add nothing."""
-    bits = 0
-    for dtype, shape in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", type_):
-        bits += _bits(dtype) * math.prod(int(n.lstrip("<=")) for n in shape.split(",") if n)
-    return bits // 8
-
-
-def _bits(dtype):
-    """bf16 -> 16, f8e4m3fn -> 8, c64 -> 64; pred takes a byte, tokens and the like nothing."""
-    number = re.match(r"(?:bf|[fscu])(\d+)", dtype)
-    return int(number[1]) if number else 8 * (dtype == "pred")
+        type_ = hlo.elements(type_)[1]
+    return hlo.size(type_) * (group if kind == "reduce-scatter" else 1)
 
 
 def _group_size(kind, rest, devices):
@@ -179,35 +113,3 @@ def _device_count(text):
     """Devices of the program, from the module's first line."""
     counts = (re.search(rf"\b{word}=(\d+)", text.partition("\n")[0]) for word in ("replica_count", "num_partitions"))
     return math.prod(int(c[1]) for c in counts if c)
-
-
-def _called(rest):
-    """Computations an instruction names: of fusions, calls, loops, branches and asynchronous wrappers."""
-    names = []
-    words = "calls|to_apply|body|condition|true_computation|false_computation|branch_computations|called_computations"
-    for value in re.findall(rf"\b(?:{words})=(\{{[^}}]*\}}|%?[\w.-]+)", rest):
-        names += re.findall(r"[\w.-]+", value)
-    return names
-
-
-def _trips(loop, computations):
-    """How often a loop runs, or None: as the compiler noted, else from a condition `counter < constant`.
-
-    The second assumes that the counter rises from 0 by 1, as in the loops JAX writes.
-    """
-    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
-        return int(noted[1])
-    condition = re.search(r"\bcondition=%?([\w.-]+)", loop.rest)
-    pending, names, instructions = [condition[1]], set(), []
-    while pending:
-        name = pending.pop()
-        if name in computations and name not in names:
-            names.add(name)
-            instructions += computations[name]
-            pending += [c for i in computations[name] for c in _called(i.rest)]
-    compares = [i for i in instructions if i.opcode == "compare"]
-    constants = [i for i in instructions if i.opcode == "constant" and re.match(r"[su]\d+\[\]", i.type)]
-    if len(compares) != 1 or len(constants) != 1 or "direction=LT" not in compares[0].rest:
-        return None
-    bound = re.match(r"-?\d+", constants[0].rest)
-    return max(0, int(bound[0]))
