@@ -1,7 +1,8 @@
 """What a configuration needs on hardware that is not here: python -m sprint_jax.plan --config=… --topology=…
 
     --topology=v5e:16x16, v5p:4x4x4, v6e:8x8     TPU pods: the true steps are compiled for them (pip install libtpu)
-    --topology=h200:8x8, h100:4x8, a100:4x8      nodes x GPUs: compiled for as many simulated devices
+    --topology=h200:8x8, h100:4x8, a100:4x8      nodes x GPUs: compiled for them (pip install "jax[cuda12]", no GPU needed);
+                                                 without that compiler for as many simulated CPU devices
 
 Prints, for each step of the configuration: parameters and bytes per device, compiled memory, FLOPs, bytes of
 each collective, the least time a step can take, the hours of the whole recipe, and the first thing that does
@@ -18,7 +19,7 @@ from absl import app, flags
 
 from sprint_jax import cli, config_flag, files
 from sprint_jax.errors import UserError
-from sprint_jax.planning import hardware
+from sprint_jax.planning import gpus, hardware
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Device and its numbers, for example v5e:16x16 or h200:8x8.")
 _TABLE = flags.DEFINE_string("table", None, "File to add the table to, as markdown.")
@@ -33,14 +34,18 @@ def main(argv):
         device, shape, count = hardware.parse_topology(_TOPOLOGY.value)
         # Before JAX starts: neither kind of device is here.
         os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-        if not _is_tpu(device):
+        if _is_simulated(device):
             simulated = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simulated}"
+        elif not _is_tpu(device):
+            gpus.prepare()
         from sprint_jax import config
 
         parsed = config.parse(config_flag.CONFIG.value)
         say = lambda message: print(message, flush=True)
-        steps = [_measure(*step, say) for step in _steps(parsed, device, _TOPOLOGY.value, say)]
+        if _is_simulated(device):
+            say("pip install 'jax[cuda12]' for memory and collectives of the GPUs' own compiler (no GPU needed); simulated CPU devices now")
+        steps = [_measure(*step, say) for step in _steps(parsed, _devices(device, shape), say)]
         name = f"{path}{':' + preset if preset else ''}"
         report = _report(parsed, name, device, shape, steps)
         say("\n" + report)
@@ -52,13 +57,20 @@ def _is_tpu(device):
     return device.name.startswith("v")
 
 
-def _devices(device, topology):
+def _is_simulated(device):
+    return not _is_tpu(device) and not gpus.compiler()
+
+
+def _devices(device, shape):
     import jax
 
-    if not _is_tpu(device):
+    if _is_simulated(device):
         return jax.devices()
+    if not _is_tpu(device):
+        return gpus.devices(device, *shape)
     from jax.experimental import topologies
 
+    topology = f"{device.name}:{'x'.join(map(str, shape))}"
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # the library raises many kinds
@@ -66,14 +78,14 @@ def _devices(device, topology):
         raise UserError(f"cannot describe {topology} ({line}): pip install libtpu, and use a topology that exists") from None
 
 
-def _steps(config, device, topology, say):
+def _steps(config, devices, say):
     """(name, times run, placed stage, function, abstract batch) of every step of the configuration."""
     import jax
 
     from sprint_jax import build, inputs, run
     from sprint_jax.training import loop, sharding
 
-    mesh = sharding.mesh(config.mesh.data, config.mesh.fsdp, _devices(device, topology))
+    mesh = sharding.mesh(config.mesh.data, config.mesh.fsdp, devices)
     data = inputs.Abstract(config)
     abstract = lambda model: jax.eval_shape(model.init, jax.random.key(0))
     stages = []
@@ -119,7 +131,7 @@ def _report(config, name, device, shape, steps):
     """Markdown."""
     mesh, count = config.mesh, math.prod(shape)
     data = count // mesh.fsdp if mesh.data == -1 else mesh.data
-    kind = "compiled ahead of time for it" if _is_tpu(device) else (
+    kind = "compiled ahead of time for it" if not _is_simulated(device) else (
         "compiled for as many simulated CPU devices; a CPU computes bfloat16 in float32, so temporary memory and "
         "collectives are upper bounds"
     )  # fmt: skip

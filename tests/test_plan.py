@@ -10,7 +10,7 @@ import pytest
 from conftest import TINY
 from sprint_jax import build, config, plan
 from sprint_jax.errors import UserError
-from sprint_jax.planning import hardware
+from sprint_jax.planning import gpus, hardware
 from sprint_jax.training import loop
 from test_config import card
 
@@ -32,6 +32,9 @@ def test_the_table_of_a_small_configuration(command, tmp_path):
         assert row[1] == str(c.sprint.batch) and row[2] == f"{count / 1e6:.1f} M"
     exchanged = re.search(r"generator (.*); discriminator", table).group(1)
     assert "all-gather" in exchanged and "Everything fits." in table
+    # By the GPUs' own compiler where that is installed; elsewhere it is said how to get it.
+    assert ("compiled ahead of time for it" in table) == gpus.compiler()
+    assert ("pip install 'jax[cuda12]'" in result.stdout) == ("simulated CPU devices" in table) == (not gpus.compiler())
 
 
 def test_advice_follows_what_is_too_large():

@@ -12,7 +12,7 @@ import pytest
 
 from sprint_jax.errors import UserError
 from sprint_jax.models import depthwise, linear_dit
-from sprint_jax.planning import collectives, flops, hardware
+from sprint_jax.planning import collectives, flops, hardware, launches
 
 
 def array(*shape):
@@ -374,3 +374,78 @@ def test_data_sheets_are_in_the_units_they_say():
         assert 1e14 < d.peak_bf16 < 1e16 and 1e10 < d.memory < 1e12 and 5e11 < d.bandwidth < 1e13, d
         assert 1e10 < d.outside <= d.link < d.bandwidth, d
         assert 100 < d.peak_bf16 / d.bandwidth < 1000, d
+
+
+# ---- Launches of a GPU's program.
+
+
+GPU_TEXT = """HloModule jit_run, entry_computation_layout={()->f32[]}
+
+%fused_silu (p0: bf16[8,4], p1: f32[4]) -> bf16[8,4] {
+  %p0 = bf16[8,4]{1,0} parameter(0)
+  %p1 = f32[4]{0} parameter(1)
+  ROOT %silu = bf16[8,4]{1,0} multiply(%p0, %p0)
+}
+
+%fused_slice (p0.1: f32[5,16], p1.1: s32[]) -> f32[1,16] {
+  %p0.1 = f32[5,16]{1,0} parameter(0)
+  %flat = f32[5,16]{1,0} bitcast(%p0.1)
+  %p1.1 = s32[] parameter(1)
+  ROOT %row = f32[1,16]{1,0} dynamic-slice(%flat, %p1.1, %p1.1), dynamic_slice_sizes={1,16}
+}
+
+%fused_update (p0.2: f32[5,16], p1.2: f32[1,16], p2.2: s32[]) -> f32[5,16] {
+  %p0.2 = f32[5,16]{1,0} parameter(0)
+  %p1.2 = f32[1,16]{1,0} parameter(1)
+  %p2.2 = s32[] parameter(2)
+  ROOT %new = f32[5,16]{1,0} dynamic-update-slice(%p0.2, %p1.2, %p2.2, %p2.2)
+}
+
+%gemm_computation (p0.3: bf16[8,4], p1.3: bf16[4,4]) -> f32[8,4] {
+  %p0.3 = bf16[8,4]{1,0} parameter(0)
+  %p1.3 = bf16[4,4]{1,0} parameter(1)
+  ROOT %dot = f32[8,4]{1,0} dot(%p0.3, %p1.3), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body (state: (s32[], f32[5,16])) -> (s32[], f32[5,16]) {
+  %state = (s32[], f32[5,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %stack = f32[5,16]{1,0} get-tuple-element(%state), index=1
+  %one = f32[1,16]{1,0} fusion(%stack, %i), kind=kLoop, calls=%fused_slice
+  %start = ((f32[5,16]{1,0}, f32[1,16]{1,0}, s32[]), f32[5,16]{1,0}, u32[]) fusion-start(%stack, %one, %i), kind=kLoop, calls=%fused_update
+  %done = f32[5,16]{1,0} fusion-done(%start)
+  ROOT %next = (s32[], f32[5,16]{1,0}) tuple(%i, %done)
+}
+
+%condition (state.1: (s32[], f32[5,16])) -> pred[] {
+  %state.1 = (s32[], f32[5,16]{1,0}) parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+ENTRY %main (x: bf16[8,4], w: bf16[4,4], b: f32[4], stack: (s32[], f32[5,16])) -> f32[5,16] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %w = bf16[4,4]{1,0} parameter(1)
+  %b = f32[4]{0} parameter(2)
+  %stack.2 = (s32[], f32[5,16]{1,0}) parameter(3)
+  %a = (f32[8,4]{1,0}, s8[64]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(run)/dot_general"}
+  %c = f32[8,4]{1,0} fusion(%x, %w), kind=kCustom, calls=%gemm_computation, backend_config={"kind":"__triton_nested_gemm_fusion"}
+  %d = bf16[8,4]{1,0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton"
+  %e = bf16[8,4]{1,0} fusion(%x, %b), kind=kLoop, calls=%fused_silu, metadata={op_name="jit(run)/silu"}
+  %f = (bf16[8,4]{1,0}, u8[0]{0}) custom-call(%x, %w), custom_call_target="__cudnn$convForward"
+  %loop = (s32[], f32[5,16]{1,0}) while(%stack.2), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  ROOT %out = f32[5,16]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_launches():
+    """Bytes by hand. Fails when a slice counts as the whole, what is unread as read, a start and its done as two, or a loop once."""
+    found = launches.parse(GPU_TEXT)
+    x, w, wide, row = 8 * 4 * 2, 4 * 4 * 2, 8 * 4 * 4, 16 * 4
+    assert [(f.kind, f.bytes, f.times) for f in found] == [
+        ("product", x + w + wide + 64, 1), ("product by Triton", x + w + wide, 1), ("kernel", 2 * x, 1), ("pass", 2 * x, 1),
+        ("convolution", 2 * x + w, 1), ("pass", row + row + 4, 7), ("pass", row + row + 4, 7),
+    ]  # fmt: skip
+    assert [(f.shape, f.source) for f in found[:1]] == [("f32[8,4]", "jit(run)/dot_general")]
+    assert launches.totals(found)["pass"] == (15, 2 * x + 14 * (2 * row + 4))
+    assert launches.parse("") == []

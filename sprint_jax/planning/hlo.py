@@ -7,12 +7,18 @@ import re
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """name = type opcode(rest, up to the end of the line."""
+    """name = type opcode(rest, up to the end of the line. root: what its computation gives."""
 
     name: str
     type: str
     opcode: str
     rest: str
+    root: bool = False
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of what it works on."""
+        return re.findall(r"%([\w.-]+)", self.rest.split("), ")[0])
 
 
 def parse(text) -> tuple[dict[str, list[Instruction]], str | None]:
@@ -29,13 +35,13 @@ def parse(text) -> tuple[dict[str, list[Instruction]], str | None]:
 
 
 def _instruction(line):
-    found = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = ", line)
+    found = re.match(r"\s+(ROOT )?%?([\w.-]+) = ", line)
     if not found:
         return None
     rest = line[found.end() :]
     end = _type_end(rest)
     opcode = re.match(r" ([\w-]+)\(", rest[end:])
-    return opcode and Instruction(found[1], rest[:end], opcode[1], rest[end + opcode.end() :])
+    return opcode and Instruction(found[2], rest[:end], opcode[1], rest[end + opcode.end() :], bool(found[1]))
 
 
 def _type_end(text):

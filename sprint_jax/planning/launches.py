@@ -1,0 +1,120 @@
+"""What a program compiled for a GPU starts on it: one kernel after the other, and the bytes that each reads and writes.
+
+Read from the text of its HLO, so it needs no GPU. What a kernel takes is not in the text: bytes over the memory's bandwidth
+are a lower bound where caches do not hold what is read, and a launch costs a few microseconds of its own, which is what many
+small ones take.
+"""
+
+import collections
+import dataclasses
+import re
+
+from sprint_jax.planning import hlo
+
+# Opcodes for which nothing is started.
+_NOTHING = (
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier",
+)  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel.
+
+    kind: "convolution" and "product" of a library, "product by Triton" of the compiler's, "kernel" of Pallas, "pass" for everything
+    else. bytes: it reads and writes. times: how often it runs, the product of the enclosing loops' trips.
+    shape: of its result. source: the operation in the model that it comes from, as the compiler has it; may be empty.
+    """
+
+    kind: str
+    bytes: int
+    times: int
+    shape: str
+    source: str
+
+
+def parse(hlo_text) -> list[Launch]:
+    """Every launch of compiled.as_text(), in the order of the program."""
+    computations, entry = hlo.parse(hlo_text)
+    found = []
+    if entry is not None:
+        _walk(entry, computations, 1, found)
+    return found
+
+
+def totals(launches) -> dict[str, tuple[int, int]]:
+    """{kind: (launches, bytes) over all runs}, most bytes first."""
+    counts, sizes = collections.Counter(), collections.Counter()
+    for launch in launches:
+        counts[launch.kind] += launch.times
+        sizes[launch.kind] += launch.bytes * launch.times
+    return {kind: (counts[kind], size) for kind, size in sizes.most_common()}
+
+
+def _walk(name, computations, times, found):
+    types = {i.name: i.type for i in computations[name]}
+    for i in computations[name]:
+        if i.opcode in _NOTHING or i.opcode.endswith(("-done", "-update")):
+            continue
+        if i.opcode == "while":
+            body = re.search(r"\bbody=%?([\w.-]+)", i.rest)[1]
+            _walk(body, computations, times * (hlo.trips(i, computations) or 1), found)
+        elif i.opcode in ("call", "conditional"):
+            for called in hlo.called(i.rest):
+                _walk(called, computations, times, found)
+        else:
+            source = re.search(r'op_name="([^"]*)"', i.rest)
+            shape = re.search(r"\w+\[[\d,]*\]", i.type)
+            found.append(Launch(_kind(i), _bytes(i, types, computations), times, shape[0] if shape else "", source[1] if source else ""))
+
+
+def _kind(i):
+    target = re.search(r'custom_call_target="([^"]+)"', i.rest)
+    target = target[1] if target else ""
+    if "cudnn$conv" in target:
+        return "convolution"
+    if "cublas" in target:
+        return "product"
+    if "triton" in target:
+        return "kernel"
+    return "product by Triton" if i.opcode.startswith("fusion") and re.search(r"__triton\w*_gemm", i.rest) else "pass"
+
+
+def _bytes(i, types, computations):
+    """Read and written. What a fusion only slices counts as the slice, what it writes in place as what is new."""
+    inside = [computations[c] for c in hlo.called(i.rest)] if i.opcode.startswith(("fusion", "async")) else []
+    if not inside:
+        return hlo.size(i.type) + sum(hlo.size(types.get(name, "")) for name in i.operands)
+    (body,) = inside
+    return _read(body) + _written(body)
+
+
+def _read(body):
+    known = {i.name: i.type for i in body}
+    behind, whole, parts = {}, set(), collections.Counter()
+    for i in body:
+        if i.opcode == "parameter":
+            behind[i.name] = i.name
+            continue
+        sources = [behind.get(name) for name in i.operands]
+        if i.opcode == "bitcast" and sources and sources[0]:
+            behind[i.name] = sources[0]
+            continue
+        for position, source in enumerate(sources):
+            if source is None:
+                continue
+            if position == 0 and i.opcode in _SLICES:
+                parts[source] += hlo.size(i.type)
+            elif position or i.opcode != "dynamic-update-slice":
+                whole.add(source)
+    sizes = {name: hlo.size(known[name]) for name in behind.values()}
+    return sum(size if name in whole else min(size, parts[name]) for name, size in sizes.items())
+
+
+def _written(body):
+    types = {i.name: i.type for i in body}
+    root = next((i for i in body if i.root), body[-1])
+    updates = [i for i in body if i.opcode == "dynamic-update-slice"]
+    new = sum(hlo.size(types[i.operands[1]]) for i in updates)
+    return max(0, hlo.size(root.type) - sum(hlo.size(i.type) for i in updates)) + new
