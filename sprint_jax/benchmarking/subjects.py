@@ -163,21 +163,12 @@ def picture(
     ids = np.random.default_rng(0).integers(3, text.vocab, prefix + batch * tokens).astype(np.int32)
     instruction, prompts = ids[:prefix], ids[prefix:].reshape(batch, tokens)
     cached = jax.jit(text.prefix)(text_params, instruction)
-    encoder, pixels = parts.GemmaText(text, None), parts.AutoencoderPixels(autoencoder, tile=False)
     times = samplers.scm_times(steps)
     draws = _normal(3, (steps, batch, cells, cells, size.in_channels))
     side = cells * autoencoder.factor
     sketch = np.random.default_rng(1).integers(0, 2, (batch, side, side, 3)).astype(np.uint8) * 255
 
-    def run(params, tokens, mask, draws, sketch):
-        features, mask = encoder.features(params["text"], {"tokens": tokens, "mask": mask})
-        cond = {"text": features, "mask": mask, "guidance": jnp.full((batch,), 4.5)}
-        if control_depth:
-            cond |= {"control": pixels.encode(params["pixels"], sketch), "control_scale": jnp.ones((batch,))}
-        v = lambda x, t: model.apply(params["transformer"], x, t, **cond).velocity
-        latents = samplers.scm(trigflow.from_flow(v), draws[0], draws[1:], times)
-        return pixels.decode(params["pixels"], latents)
-
+    run = prompt_to_pixels(text, model, autoencoder, times)
     params = {"transformer": transformer_params, "text": {"model": text_params, "prefix": cached}, "pixels": decoder_params}
     arguments = params, prompts, np.ones(prompts.shape, np.float32), draws, sketch if control_depth else None
     program, seconds = bench_lib.compiled(run, *arguments)
@@ -192,6 +183,26 @@ def picture(
         bench_lib.program(program, *arguments), seconds, dtype, floor,
         () if control_depth or attention else _peers("diffusers", peer, compile_peer),
     )  # fmt: skip
+
+
+def prompt_to_pixels(text: Gemma2, model: LinearDiT | Controlled, autoencoder: DCAE, times):
+    """(params, tokens [B, L], mask [B, L], draws [steps, B, h, w, c], sketch uint8 [B, H, W, 3] or None) -> uint8 [B, H, W, 3].
+
+    params: {"text": {"model", "prefix"}, "transformer", "pixels"}.
+    """
+    encoder, pixels = parts.GemmaText(text, None), parts.AutoencoderPixels(autoencoder, tile=False)
+
+    def run(params, tokens, mask, draws, sketch):
+        batch = len(tokens)
+        features, mask = encoder.features(params["text"], {"tokens": tokens, "mask": mask})
+        cond = {"text": features, "mask": mask, "guidance": jnp.full((batch,), 4.5)}
+        if isinstance(model, Controlled):
+            cond |= {"control": pixels.encode(params["pixels"], sketch), "control_scale": jnp.ones((batch,))}
+        v = lambda x, t: model.apply(params["transformer"], x, t, **cond).velocity
+        latents = samplers.scm(trigflow.from_flow(v), draws[0], draws[1:], times)
+        return pixels.decode(params["pixels"], latents)
+
+    return run
 
 
 # ---- Attention alone, forward and in the two derivatives that training takes.

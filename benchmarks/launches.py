@@ -1,0 +1,116 @@
+"""What an NVIDIA GPU that is not here would be given to do: launches and bytes of a program, compiled for it.
+
+    pip install "jax[cuda12]"                                 at jax's version; no GPU and no driver are needed
+    python -m benchmarks.launches --program=picture|sketch|pair [--size=0.6b] [--attention=plain|pallas] [--longest=20]
+
+A picture is one step at 1024 px, batch 1, prompt tokens to pixels; a sketch has a ControlNet of 7 blocks and its encoder besides; a
+pair is the published training step on 16 samples (`--remat=cheap`). All in bfloat16, with kernels for depthwise convolutions where the
+pipeline has them. The compiler searches for nothing here: on a GPU it also chooses between its own products and a library's by
+timing them, so counts differ a little, and nothing is said of time.
+"""
+
+import argparse
+import dataclasses
+from unittest import mock
+
+from sprint_jax.planning import gpus, hardware, launches
+
+SIDE, CONTROL_DEPTH, SAMPLES = 32, 7, 16  # latent cells of 1024 px; as `benchmarking/suites.py`
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--program", choices=("picture", "sketch", "pair"), default="picture")
+    parser.add_argument("--size", choices=("0.6b", "1.6b"), default="0.6b")
+    parser.add_argument("--attention", choices=("plain", "pallas"), default="plain")
+    parser.add_argument("--remat", choices=("none", "block", "cheap"), default="cheap")
+    parser.add_argument("--device", choices=("h200", "h100", "a100"), default="h200")
+    parser.add_argument("--longest", type=int, default=0, help="list so many launches that move most bytes")
+    options = parser.parse_args()
+    if not gpus.compiler():
+        raise SystemExit("error: no compiler for NVIDIA GPUs here: pip install 'jax[cuda12]' at jax's version")
+    gpus.prepare()
+    device = next(d for d in hardware.DEVICES if d.name == options.device)
+    programs = _pair(options, device) if options.program == "pair" else _pictures(options, device)
+    for name, compiled in programs:
+        _report(name, compiled, device, options.longest)
+
+
+def _report(name, compiled, device, longest):
+    found = launches.parse(compiled.as_text())
+    kinds = launches.totals(found)
+    count, size = (sum(column) for column in zip(*kinds.values(), strict=True))
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    print(f"{name}: {count} launches, {size / 1e9:.1f} GB read and written, {memory / 2**30:.2f} GiB of temporaries")
+    for kind, (count, size) in kinds.items():
+        print(f"  {kind:18} {count:6d}   {size / 1e9:7.2f} GB   {1e3 * size / device.bandwidth:6.2f} ms at the memory's speed")
+    for launch in sorted(found, key=lambda launch: -launch.bytes * launch.times)[:longest]:
+        print(f"  {launch.bytes * launch.times / 1e6:9.1f} MB in {launch.times:3d} x {launch.kind:18} {launch.shape:28} {launch.source[-80:]}")
+
+
+def _pictures(options, device):
+    import jax
+    import jax.numpy as jnp
+
+    from sprint_jax.benchmarking import subjects
+    from sprint_jax.diffusion import samplers
+    from sprint_jax.models.controlnet import Controlled, ControlNet
+    from sprint_jax.models.dc_ae import DCAE_F32C32
+    from sprint_jax.models.gemma2 import GEMMA2_2B as text
+    from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
+    from sprint_jax.training import sharding
+
+    mesh = sharding.mesh(1, 1, gpus.devices(device, 1, 1))
+    shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype, sharding=sharding.replicated(mesh))
+    placed = lambda tree: jax.tree.map(lambda a: shape(*a.shape, dtype=a.dtype), tree)
+    by = {"attention": "triton" if options.attention == "pallas" else "plain", "depthwise": "triton"}
+    size = SANA_600M if options.size == "0.6b" else SANA_1600M
+    model = dataclasses.replace(subjects.inference(size, "bfloat16"), **by)
+    autoencoder = dataclasses.replace(DCAE_F32C32, **by)
+
+    def parameters(network):
+        found = jax.eval_shape(network.init, jax.random.key(0))
+        return jax.tree.map(lambda a: shape(*a.shape), found)
+
+    def in_a_row(network):
+        """Blocks one by one, as `pipeline.load` has them on a GPU."""
+        return placed(jax.eval_shape(network.unstack, parameters(network)))
+
+    transformer, pixels, sketch = in_a_row(model), parameters(autoencoder), None
+    if options.program == "sketch":
+        control = ControlNet(net=dataclasses.replace(model, guidance_embed=False), depth=CONTROL_DEPTH)
+        transformer = {"trunk": transformer, "control": in_a_row(control)}
+        model, sketch = Controlled(trunk=model, control=control), shape(1, SIDE * 32, SIDE * 32, 3, dtype=jnp.uint8)
+    instruction = shape(subjects.PREFIX_TOKENS, dtype=jnp.int32)
+    prefix = placed(jax.eval_shape(text.prefix, parameters(text), instruction))
+    params = {"text": {"model": in_a_row(text), "prefix": prefix}, "transformer": transformer, "pixels": pixels}
+    tokens, mask = (shape(1, subjects.PROMPT_TOKENS, dtype=d) for d in (jnp.int32, jnp.float32))
+    draws = shape(1, 1, SIDE, SIDE, size.in_channels, dtype=jnp.float32)
+    run = jax.jit(subjects.prompt_to_pixels(text, model, autoencoder, samplers.scm_times(1)))
+    with jax.set_mesh(mesh):
+        yield f"{options.program}_{options.size}_1step, attention {options.attention}", run.lower(params, tokens, mask, draws, sketch).compile()
+
+
+def _pair(options, device):
+    import jax
+
+    from sprint_jax import build, inputs, run
+    from sprint_jax.benchmarking import training
+    from sprint_jax.training import loop, sharding
+
+    def change(tree):
+        tree.sprint.batch, tree.model.remat, tree.model.attention = SAMPLES, options.remat, options.attention
+
+    preset = "sana_600m" if options.size == "0.6b" else "sana_1600m"
+    what = f"of {preset}, {SAMPLES} samples, remat {options.remat}, attention {options.attention}"
+    with mock.patch.object(jax, "default_backend", lambda: "gpu"):  # what kernels are chosen by
+        c = training.card(preset, change)
+        stage = run.sprint_stage(c, inputs.Abstract(c), jax.eval_shape(build.distilled_teacher(c).init, jax.random.key(0)))
+        placed = loop.Placed.on(stage, sharding.mesh(1, 1, gpus.devices(device, 1, 1)))
+        batch = inputs.abstract_batch(c, c.sprint.batch)
+        for name, function in zip(("generator", "discriminator"), stage.functions, strict=True):
+            yield f"{name} {what}", placed.lower(function, batch).compile()
+
+
+if __name__ == "__main__":
+    main()
