@@ -347,6 +347,16 @@ def test_a_picture_by_kernels():
     assert np.abs(plain.program.result().astype(int) - kernels.program.result().astype(int)).max() <= 1
 
 
+@pytest.mark.parametrize("control_depth", [0, 1])
+def test_three_programs_make_the_same_picture(control_depth):
+    """Fails when one of them is given another's parameters."""
+    text = dataclasses.replace(GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40)
+    short = dict(dtype="float32", prefix=5, tokens=7, control_depth=control_depth)
+    build = functools.partial(subjects.picture, bench(), text, TINY, TINY_AE, 3, 2, **short)
+    one, three = build(), build(in_turn=True)
+    assert not three.peers and np.abs(one.program.result().astype(int) - three.program.result().astype(int)).max() <= 1
+
+
 @pytest.mark.slow
 def test_the_torch_pair_is_the_same_computation():
     """Losses and gradients' norms of both steps, with our weights and draws, in every way PyTorch may choose."""

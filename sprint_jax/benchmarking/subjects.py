@@ -136,14 +136,15 @@ def decoder(bench, model: DCAE, cells, *, dtype, batch=1, compile_peer=False):
 
 def picture(
     bench, text: Gemma2, size: LinearDiT, autoencoder: DCAE, cells, steps, *, dtype, batch=1, prefix=PREFIX_TOKENS,
-    tokens=PROMPT_TOKENS, published_tokens=TEXT_TOKENS, compile_peer=False, control_depth=0, attention=None,
+    tokens=PROMPT_TOKENS, published_tokens=TEXT_TOKENS, compile_peer=False, control_depth=0, attention=None, in_turn=False,
 ):  # fmt: skip
     """Prompt tokens to pixels: text encoder behind its cached instruction, `steps` calls, decoder, as `pipeline` does.
 
     The peer encodes instruction and prompt each time and pads to the published length, as the published pipeline does.
     control_depth: blocks of a ControlNet, whose sketch is encoded in the program as well; there is no peer for it, and the
     floor leaves the encoder out.
-    attention: backend of its kernels, of transformer and autoencoder, instead of plain JAX; no peer, as in `transformer`.
+    attention: backend of its kernels, of transformer and autoencoder, instead of plain JAX. in_turn: three programs instead of one.
+    Neither has a peer, as in `transformer`.
     """
     by = lambda network: dataclasses.replace(network, attention=attention or "plain")
     model, autoencoder = by(inference(size, dtype)), by(smoothed(autoencoder))
@@ -168,10 +169,12 @@ def picture(
     side = cells * autoencoder.factor
     sketch = np.random.default_rng(1).integers(0, 2, (batch, side, side, 3)).astype(np.uint8) * 255
 
-    run = prompt_to_pixels(text, model, autoencoder, times)
     params = {"transformer": transformer_params, "text": {"model": text_params, "prefix": cached}, "pixels": decoder_params}
     arguments = params, prompts, np.ones(prompts.shape, np.float32), draws, sketch if control_depth else None
-    program, seconds = bench_lib.compiled(run, *arguments)
+    if in_turn:
+        program, seconds = _in_turn(_stages(text, model, autoencoder, times), *arguments)
+    else:
+        program, seconds = bench_lib.compiled(prompt_to_pixels(text, model, autoencoder, times), *arguments)
 
     def peer(compiled):
         return bench.peers("peers").picture(
@@ -181,7 +184,7 @@ def picture(
 
     return bench_lib.Subject(
         bench_lib.program(program, *arguments), seconds, dtype, floor,
-        () if control_depth or attention else _peers("diffusers", peer, compile_peer),
+        () if control_depth or attention or in_turn else _peers("diffusers", peer, compile_peer),
     )  # fmt: skip
 
 
@@ -190,19 +193,50 @@ def prompt_to_pixels(text: Gemma2, model: LinearDiT | Controlled, autoencoder: D
 
     params: {"text": {"model", "prefix"}, "transformer", "pixels"}.
     """
-    encoder, pixels = parts.GemmaText(text, None), parts.AutoencoderPixels(autoencoder, tile=False)
+    read, paint, decode = _stages(text, model, autoencoder, times)
 
     def run(params, tokens, mask, draws, sketch):
-        batch = len(tokens)
-        features, mask = encoder.features(params["text"], {"tokens": tokens, "mask": mask})
-        cond = {"text": features, "mask": mask, "guidance": jnp.full((batch,), 4.5)}
-        if isinstance(model, Controlled):
-            cond |= {"control": pixels.encode(params["pixels"], sketch), "control_scale": jnp.ones((batch,))}
-        v = lambda x, t: model.apply(params["transformer"], x, t, **cond).velocity
-        latents = samplers.scm(trigflow.from_flow(v), draws[0], draws[1:], times)
-        return pixels.decode(params["pixels"], latents)
+        features, mask = read(params["text"], tokens, mask)
+        latents = paint(params["transformer"], params["pixels"], features, mask, draws, sketch)
+        return decode(params["pixels"], latents)
 
     return run
+
+
+def _stages(text, model, autoencoder, times):
+    """Text encoder, transformer with what steers it, decoder: three functions of their parameters and arrays."""
+    encoder, pixels = parts.GemmaText(text, None), parts.AutoencoderPixels(autoencoder, tile=False)
+
+    def read(params, tokens, mask):
+        return encoder.features(params, {"tokens": tokens, "mask": mask})
+
+    def paint(params, pixels_params, features, mask, draws, sketch):
+        batch = len(features)
+        cond = {"text": features, "mask": mask, "guidance": jnp.full((batch,), 4.5)}
+        if isinstance(model, Controlled):
+            cond |= {"control": pixels.encode(pixels_params, sketch), "control_scale": jnp.ones((batch,))}
+        v = lambda x, t: model.apply(params, x, t, **cond).velocity
+        return samplers.scm(trigflow.from_flow(v), draws[0], draws[1:], times)
+
+    return read, paint, pixels.decode
+
+
+def _in_turn(stages, params, tokens, mask, draws, sketch):
+    """(program, seconds) of the same as three programs, each started while the one before still runs."""
+    read, paint, decode = stages
+    paints = sketch is not None  # nothing of the autoencoder goes to the transformer but for a sketch
+    reader, a = bench_lib.compiled(read, params["text"], tokens, mask)
+    features, mask_out = jax.eval_shape(read, params["text"], tokens, mask)
+    latents = jax.eval_shape(paint, params["transformer"], params["pixels"], features, mask_out, draws, sketch)
+    pixels = params["pixels"] if paints else None
+    painter, b = bench_lib.compiled(paint, params["transformer"], pixels, features, mask_out, draws, sketch)
+    decoder, c = bench_lib.compiled(decode, params["pixels"], latents)
+
+    def run(params, tokens, mask, draws, sketch):
+        features, mask = reader(params["text"], tokens, mask)
+        return decoder(params["pixels"], painter(params["transformer"], pixels, features, mask, draws, sketch))
+
+    return run, a + b + c
 
 
 # ---- Attention alone, forward and in the two derivatives that training takes.
