@@ -376,6 +376,27 @@ def test_data_sheets_are_in_the_units_they_say():
         assert 100 < d.peak_bf16 / d.bandwidth < 1000, d
 
 
+GPU_SUM = """HloModule jit_step, num_partitions=8
+
+ENTRY %main (p: f32[100], q: bf16[7]) -> f32[100] {
+  %p = f32[100]{0} parameter(0)
+  %q = bf16[7]{0} parameter(1)
+  %all-reduce-start.1 = ((f32[100]{0}, bf16[7]{0}), (f32[100]{0}, bf16[7]{0})) all-reduce-start(%p, %q), channel_id=1, \
+replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp'}, to_apply=%add
+  %all-reduce-done.1 = (f32[100]{0}, bf16[7]{0}) all-reduce-done(%all-reduce-start.1)
+  %all-reduce-start.2 = (f32[100]{0}, bf16[7]{0}) all-reduce-start(%p, %q), channel_id=2, replica_groups={}, to_apply=%add
+  %all-reduce-done.2 = (f32[100]{0}, bf16[7]{0}) all-reduce-done(%all-reduce-start.2)
+  ROOT %out = f32[100]{0} get-tuple-element(%all-reduce-done.1), index=0
+}
+"""
+
+
+def test_sums_of_gpus_are_not_counted_twice():
+    """A GPU's start has operands and results, another's results alone. Fails when both count."""
+    found = [c.bytes for c in collectives.parse(GPU_SUM)]
+    assert found == [414, 414]
+
+
 # ---- Launches of a GPU's program.
 
 

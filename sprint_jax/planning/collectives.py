@@ -84,8 +84,8 @@ def _walk(name, computations, times, known, devices, found, fused=None):
 
 def _bytes(instruction, kind, group):
     type_ = instruction.type
-    # An asynchronous start holds (operands, results, more); only all-reduce's is its result alone.
-    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+    # An asynchronous start holds (operands, results, more); only all-reduce's is its result alone, but for GPUs.
+    if instruction.opcode.endswith("-start") and (kind != "all-reduce" or type_.startswith("((")):
         type_ = hlo.elements(type_)[1]
     return hlo.size(type_) * (group if kind == "reduce-scatter" else 1)
 
