@@ -61,7 +61,7 @@ bench latency_06b gpu 'picture_0.6b_?step,picture_0.6b_?step_512'
 # temporary buffers kept from run to run (jax 0.11.2), so that a CUDA graph of a thousand kernels is not written anew for each picture.
 bench latency_06b_kernels gpu 'picture_0.6b_1step_kernels,picture_0.6b_1step_kernels_in_turn,sketch_0.6b_1step_kernels'
 XLA_FLAGS=--xla_gpu_command_buffer_update_mode=SKIP_TEMP bench latency_06b_skip_temp gpu 'picture_0.6b_1step_kernels'
-# The profiler runs launches one by one unless it is told not to: what `--operations` says of waiting is of that.
+# By the compiler's help the profiler runs launches one by one unless it is told not to; the waits that were measured do not look like it.
 XLA_FLAGS='--xla_gpu_command_buffer_update_mode=SKIP_TEMP --xla_enable_command_buffers_during_profiling=true' bench latency_06b_profiled gpu 'picture_0.6b_1step_kernels'
 # The same with launches one by one instead of CUDA graphs: 33.5 against 31.2 ms on an H200.
 XLA_FLAGS=--xla_gpu_enable_command_buffer= bench latency_06b_no_graphs gpu 'picture_0.6b_1step'
