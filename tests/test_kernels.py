@@ -433,8 +433,9 @@ def test_config_chooses(monkeypatch):
 
 
 def test_pipeline_chooses(monkeypatch, tmp_path):
-    """Said once, and not where nothing was asked for. Fails when load does not pass the choice to the model."""
-    made = pipeline.Pipeline(TINY, None, None, {}, 32, 32, 1.0, "code", 1, "float32")
+    """Said once, and not where nothing was asked for. Fails when load does not pass the choice to the model, or to the autoencoder."""
+    pixels = parts.AutoencoderPixels(DCAE_F32C32, tile=False)
+    made = pipeline.Pipeline(TINY, None, pixels, {}, 32, 32, 1.0, "code", 1, "float32")
     monkeypatch.setattr(pipeline, "_load", lambda path, **options: made)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     lines = []
@@ -443,7 +444,11 @@ def test_pipeline_chooses(monkeypatch, tmp_path):
     assert pipeline.load(tmp_path, dtype="float32", attention="pallas", say=lines.append).model == TINY
     assert len(lines) == 1 and "instead of Pallas kernels" in lines[0]
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert pipeline.load(tmp_path, dtype="float32", attention="pallas", say=lines.append).model.attention == "tpu"
+    kinds = lambda pipe: (pipe.model.attention, pipe.pixels.model.attention)
+    assert kinds(pipeline.load(tmp_path, dtype="float32", attention="pallas", say=lines.append)) == ("tpu", "plain")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert kinds(pipeline.load(tmp_path, dtype="float32", attention="pallas", say=lines.append)) == ("triton", "triton")
+    assert kinds(pipeline.load(tmp_path, dtype="float32", say=lines.append)) == ("plain", "plain") and len(lines) == 1
     with pytest.raises(UserError, match="attention 'fast'"):
         pipeline.load(tmp_path, attention="fast")
 

@@ -78,12 +78,9 @@ def plain_of_heads(qkv, *, heads):
 
 def attention_of_heads(qkv, *, heads, backend):
     """`plain_of_heads` by kernels; same arguments and result. backend and derivatives: as `attention`."""
-    *shape, channels = qkv.shape
-    if channels % (3 * heads):
-        raise ValueError(f"qkv {qkv.shape}: its last axis is not three times the width of {heads} heads")
-    unread = jnp.zeros(channels // 3, jnp.float32)
-    tiling = _Tiling.of((*shape, channels // 3), heads, backend, None, by_head=True)
-    return _attend(tiling, qkv, unread, unread)[0]
+    shape = _shape(qkv, heads)
+    unread = jnp.zeros(shape[-1], jnp.float32)
+    return _attend(_Tiling.of(shape, heads, backend, None, by_head=True), qkv, unread, unread)[0]
 
 
 def attention(qkv, norm_q, norm_k, *, heads, eps, backend):
@@ -94,13 +91,19 @@ def attention(qkv, norm_q, norm_k, *, heads, eps, backend):
     """
     if (norm_q is None) != (norm_k is None):
         raise ValueError("give the weights of both norms, or of neither")
+    shape = _shape(qkv, heads)
+    if norm_q is None:
+        norm_q = norm_k = jnp.zeros(shape[-1], jnp.float32)  # not read
+        eps = None
+    return _attend(_Tiling.of(shape, heads, backend, eps), qkv, norm_q, norm_k)[0]
+
+
+def _shape(qkv, heads):
+    """(B, N, D) of [B, N, 3 D]."""
     *shape, channels = qkv.shape
     if channels % (3 * heads):
         raise ValueError(f"qkv {qkv.shape}: its last axis is not three times the width of {heads} heads")
-    if norm_q is None:
-        norm_q = norm_k = jnp.zeros(channels // 3, jnp.float32)  # not read
-        eps = None
-    return _attend(_Tiling.of((*shape, channels // 3), heads, backend, eps), qkv, norm_q, norm_k)[0]
+    return *shape, channels // 3
 
 
 @dataclasses.dataclass(frozen=True)
