@@ -43,6 +43,8 @@ def main(argv):
 
         parsed = config.parse(config_flag.CONFIG.value)
         say = lambda message: print(message, flush=True)
+        if parsed.model.attention != "plain":
+            say("attention is planned in plain JAX, without the kernels of config.model.attention: they are chosen where they run")
         if _is_simulated(device):
             say("pip install 'jax[cuda12]' for memory and collectives of the GPUs' own compiler (no GPU needed); simulated CPU devices now")
         steps = [_measure(*step, say) for step in _steps(parsed, _devices(device, shape), say)]

@@ -18,7 +18,7 @@ from test_config import card
 @pytest.mark.slow
 def test_the_table_of_a_small_configuration(command, tmp_path):
     """Parameters, batch and bytes are those of the networks; two devices hold half of what is cut each."""
-    flags = (*TINY, "--topology=h200:1x2", "--config.mesh.fsdp=2", "--config.teacher.pretrained=elsewhere",
+    flags = (*TINY, "--topology=h200:1x2", "--config.mesh.fsdp=2", "--config.teacher.pretrained=elsewhere", "--config.model.attention=pallas",
              f"--table={tmp_path / 'table.md'}")  # fmt: skip
     result = command("sprint_jax.plan", *flags)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -32,6 +32,7 @@ def test_the_table_of_a_small_configuration(command, tmp_path):
         assert row[1] == str(c.sprint.batch) and row[2] == f"{count / 1e6:.1f} M"
     exchanged = re.search(r"generator (.*); discriminator", table).group(1)
     assert "all-gather" in exchanged and "Everything fits." in table
+    assert "attention is planned in plain JAX" in result.stdout
     # By the GPUs' own compiler where that is installed; elsewhere it is said how to get it.
     assert ("compiled ahead of time for it" in table) == gpus.compiler()
     assert ("pip install 'jax[cuda12]'" in result.stdout) == ("simulated CPU devices" in table) == (not gpus.compiler())
