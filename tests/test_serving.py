@@ -508,14 +508,21 @@ def test_a_slow_client_keeps_nobody_out(monkeypatch):
     with served(capacity=1) as (address, _):
         slow = [connection(address, b"{", length=1000) for _ in range(20)]
         drawn(ask(address))
-        for raw in slow:  # all of them: one that is still being read would hold the only place below
+        for raw in slow:
             reply = raw.recv(65536)
             assert b"408" in reply.split(b"\r\n")[0] and b"within 0.5 seconds" in reply
         monkeypatch.setattr(api, "_READERS", 1)
         monkeypatch.setattr(api, "_READ_SECONDS", 5)
-        held = connection(address, b"{", length=1000)
-        wait_until(lambda: ask(address).status_code == 429)
-        held.close()
+        held = []
+
+        def full():
+            held.append(connection(address, b"{", length=1000))  # another, where the one before came while others still had the place
+            answer = ask(address)
+            return answer.status_code == 429 and "being read" in answer.text
+
+        wait_until(full)
+        for raw in held:
+            raw.close()
         wait_until(lambda: ask(address).status_code == 200)
         for raw in slow:
             raw.close()
