@@ -37,17 +37,13 @@ $python -c 'import jax; print("jax", jax.__version__, jax.devices())' | tee -a "
 
 # Correctness first: the numeric tests compiled for the accelerator.
 # float32 products in float32, for their oracles are; without the search for the fastest of several programs.
+tests=(env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_autotune_level=0
+  $python -m pytest -q -p no:cacheprovider -n 6 --dist load)
 # Not yet run on a GPU: kernels that read q, k and v where the projection left them, heads of any width, and the autoencoder's.
-kernel_tests() {
-  env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_autotune_level=0 \
-    $python -m pytest -q -p no:cacheprovider -n 6 --dist load tests/test_kernels.py
-}
-export -f kernel_tests && export python
-part kernel_tests 240 bash -c kernel_tests
-part numeric_tests 540 env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false \
-  XLA_FLAGS=--xla_gpu_autotune_level=0 $python -m pytest -q -p no:cacheprovider -n 6 --dist load \
+part kernel_tests 240 "${tests[@]}" tests/test_kernels.py
+part numeric_tests 540 "${tests[@]}" \
   tests/test_flow_trigflow.py tests/test_scm.py tests/test_ladd.py tests/test_samplers.py \
-  tests/test_linear_dit.py tests/test_steps.py tests/test_kernels.py tests/test_controlnet.py
+  tests/test_linear_dit.py tests/test_steps.py tests/test_controlnet.py
 # Published sizes with random weights, against diffusers with and without torch.compile and against the floors. A
 # part that its limit cuts short has written the rows of the cases it finished.
 bench() { # bench NAME SUITE CASES

@@ -107,6 +107,7 @@ def load(
         say(sentence)
     pipe = dataclasses.replace(pipe, model=_computed(pipe.model, attention=chosen))
     if isinstance(pipe.pixels, parts.AutoencoderPixels):
+        # A TPU's kernel would fill heads of 32 up to 128 lanes.
         of_heads, _ = backend.resolve(attention, jax.default_backend(), pipe.pixels.model.head_dim, None, dtype)
         pipe = dataclasses.replace(pipe, pixels=_pixels(pipe, attention=of_heads if of_heads != "tpu" else "plain"))
     return _smoothed(pipe, backend.depthwise(jax.default_backend())) if platform is None else pipe

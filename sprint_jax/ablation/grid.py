@@ -104,6 +104,18 @@ RUNS = (
       for name, changes in (("norms", {}), ("no_qk_norm", _OFF), ("time_1000", _SPARSE))),
 )  # fmt: skip
 
+
+def _figure3(suffix, how, about):
+    """Figures 3a and 3b, of the runs whose names end in a suffix before their size."""
+    return tuple(Table(
+        f"figure3{part}{suffix}", f"Figure 3{part}: {what}{how}", about,
+        (Row("with, narrow", f"norms{suffix}_narrow"), Row("without, narrow", f"{run}{suffix}_narrow"),
+         Row("with, wide", f"norms{suffix}_wide"), Row("without, wide", f"{run}{suffix}_wide")),
+        (("with, narrow", "without, narrow"), ("with, wide", "without, wide")),
+        rule="better", metrics=("grad_norm", "tangent_norm"), steps=(),
+    ) for part, what, run in (("a", "QK-norm", "no_qk_norm"), ("b", "dense times (1) against 1000", "time_1000")))  # fmt: skip
+
+
 TABLES = (
     Table(
         "table3", "Table 3: sCM and LADD",
@@ -133,15 +145,10 @@ TABLES = (
         (Row("without", "no_embed", fid=9.23, clip=27.15), Row("with", "base", fid=8.72, clip=28.09)),
         (("with", "without"),),
     ),
-    *(Table(
-        f"figure3{part}", f"Figure 3{part}: {what}",
-        "Short teachers from nothing, then sCM alone with the whole tangent (r = 1). Geometric mean over its updates "
+    *_figure3(
+        "", "", "Short teachers from nothing, then sCM alone with the whole tangent (r = 1). Geometric mean over its updates "
         "of the gradient's norm before clipping, and of the tangent's norm before it is normalised.",
-        (Row("with, narrow", "norms_narrow"), Row("without, narrow", f"{run}_narrow"),
-         Row("with, wide", "norms_wide"), Row("without, wide", f"{run}_wide")),
-        (("with, narrow", "without, narrow"), ("with, wide", "without, wide")),
-        rule="better", metrics=("grad_norm", "tangent_norm"), steps=(),
-    ) for part, what, run in (("a", "QK-norm", "no_qk_norm"), ("b", "dense times (1) against 1000", "time_1000"))),
+    ),
     Table(
         "figure3d", "Figure 3d: schedule transfer",
         "Without it the flow network is distilled as if it were a TrigFlow one; the paper shows pictures: training "
@@ -210,15 +217,10 @@ FOLLOW_UPS = (
         (("with", "without"), ("with, late", "without, late")),
         rule="better", metrics=("grad_norm", "tangent_norm"), steps=(),
     ),
-    *(Table(
-        f"figure3{part}_free", f"Figure 3{part}: {what}, where the tangent is not normalised",
-        "As in the paper's suite, but the tangent enters the loss as it is. Paper and published code divide it by its norm, and then "
-        "the gradient does not see how long it was.",
-        (Row("with, narrow", "norms_free_narrow"), Row("without, narrow", f"{run}_free_narrow"),
-         Row("with, wide", "norms_free_wide"), Row("without, wide", f"{run}_free_wide")),
-        (("with, narrow", "without, narrow"), ("with, wide", "without, wide")),
-        rule="better", metrics=("grad_norm", "tangent_norm"), steps=(),
-    ) for part, what, run in (("a", "QK-norm", "no_qk_norm"), ("b", "dense times (1) against 1000", "time_1000"))),
+    *_figure3(
+        "_free", ", where the tangent is not normalised", "As in the paper's suite, but the tangent enters the loss as it is. Paper and "
+        "published code divide it by its norm, and then the gradient does not see how long it was.",
+    ),
     Table(
         "disc_std", "Appendix: the spread of the discriminator's times, with more seeds",
         "(mean, standard deviation) of the renoising; the paper gives FID alone.",

@@ -224,17 +224,16 @@ def _stages(text, model, autoencoder, times):
 def _in_turn(stages, params, tokens, mask, draws, sketch):
     """(program, seconds) of the same as three programs, each started while the one before still runs."""
     read, paint, decode = stages
-    paints = sketch is not None  # nothing of the autoencoder goes to the transformer but for a sketch
+    encoder = None if sketch is None else params["pixels"]  # all that the second program has of the autoencoder
     reader, a = bench_lib.compiled(read, params["text"], tokens, mask)
     features, mask_out = jax.eval_shape(read, params["text"], tokens, mask)
-    latents = jax.eval_shape(paint, params["transformer"], params["pixels"], features, mask_out, draws, sketch)
-    pixels = params["pixels"] if paints else None
-    painter, b = bench_lib.compiled(paint, params["transformer"], pixels, features, mask_out, draws, sketch)
+    latents = jax.eval_shape(paint, params["transformer"], encoder, features, mask_out, draws, sketch)
+    painter, b = bench_lib.compiled(paint, params["transformer"], encoder, features, mask_out, draws, sketch)
     decoder, c = bench_lib.compiled(decode, params["pixels"], latents)
 
     def run(params, tokens, mask, draws, sketch):
         features, mask = reader(params["text"], tokens, mask)
-        return decoder(params["pixels"], painter(params["transformer"], pixels, features, mask, draws, sketch))
+        return decoder(params["pixels"], painter(params["transformer"], encoder, features, mask, draws, sketch))
 
     return run, a + b + c
 
