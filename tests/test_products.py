@@ -10,6 +10,7 @@ from kernel_cases import relative
 from test_kernels import TINY
 
 from sprint_jax.kernels import products
+from sprint_jax.models import layers
 
 
 def draws(*shapes):
@@ -55,6 +56,14 @@ def test_rounded_once():
     for a, b in zip(jax.vjp(rounded, x, kernel)[1](g.astype(jnp.bfloat16)), jax.vjp(wide, x, kernel)[1](g), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_bias_is_added_before_rounding():
+    """Fails when a Dense layer rounds its product although a bias follows: a third of the results differ then."""
+    x, kernel, bias = draws((50, 24), (24, 16), (16,))
+    found = layers.Dense(16, dtype=jnp.bfloat16).apply({"params": {"kernel": kernel, "bias": bias}}, x)
+    product = x.astype(jnp.bfloat16).astype(jnp.float32) @ kernel.astype(jnp.bfloat16).astype(jnp.float32)
+    assert np.mean(np.asarray(found != (product + bias).astype(jnp.bfloat16))) < 0.01  # sums in another order
 
 
 @pytest.mark.parametrize("kind", KINDS)
