@@ -56,9 +56,11 @@ def attention(c: config_lib.Config) -> tuple[str, str | None]:
 
 
 def _model(c: config_lib.Config, **changes) -> LinearDiT:
+    kernels = attention(c)[0]
     fields = dataclasses.asdict(c.model) | dict(
-        in_channels=c.codec.channels, text_dim=c.text.dim, logvar_head=False, attention=attention(c)[0]
-    )
+        in_channels=c.codec.channels, text_dim=c.text.dim, logvar_head=False, attention=kernels,
+        depthwise="plain" if kernels == "plain" else backend.depthwise(jax.default_backend()),
+    )  # fmt: skip
     return LinearDiT(**(fields | changes))
 
 
@@ -117,7 +119,7 @@ def published_controlnet(path, model: ControlNet):
 
 def _same(path, what, found, model):
     """Raises UserError where two networks differ in more than how they are computed."""
-    free = {name: getattr(model, name) for name in ("remat", "unroll", "dtype", "attention", "guidance_scale_factor")}
+    free = {name: getattr(model, name) for name in ("remat", "unroll", "dtype", "attention", "depthwise", "guidance_scale_factor")}
     if model.time_scale != found.time_scale:
         free["time_scale"] = model.time_scale  # dense times are told in [0, 1]; the folder may scale them elsewhere
     differing = [f.name for f in dataclasses.fields(model) if getattr(dataclasses.replace(found, **free), f.name) != getattr(model, f.name)]

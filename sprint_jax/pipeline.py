@@ -37,6 +37,8 @@ class Pipeline:
     batch_size: pictures per program run when `generate` is not told.
     dtype: of parameters and of most arithmetic.
     rows: how the pictures of a batch are cut over devices (`over_devices`); None: one device makes all.
+    in_turn: whether text encoder, transformer and decoder are three programs instead of one: a GPU starts with the first while the
+      host prepares the launches of the others.
     """
 
     model: LinearDiT | Controlled
@@ -50,6 +52,7 @@ class Pipeline:
     batch_size: int
     dtype: str
     rows: jax.sharding.NamedSharding | None = None
+    in_turn: bool = False
     programs: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -58,10 +61,12 @@ class Pipeline:
         return isinstance(self.model, Controlled)
 
     def program(self, kind: drawing.Kind):
-        """The compiled way from tokens to pixels: one program per shape of its arguments, kept here."""
+        """The compiled way from tokens to pixels: one program per shape of its arguments, kept here; three where they run in turn."""
         if kind.output not in self.programs:
-            way = functools.partial(sample, self.model, self.text, self.pixels, output=kind.output)
-            self.programs[kind.output] = jax.jit(way, static_argnames="shape")
+            read, paint, decode = _stages(self.model, self.text, self.pixels, kind.output)
+            with_shape = functools.partial(jax.jit, static_argnames="shape")
+            in_turn = lambda: _joined(jax.jit(read), with_shape(paint), jax.jit(decode))
+            self.programs[kind.output] = in_turn() if self.in_turn else with_shape(_joined(read, paint, decode))
         run = functools.partial(self.programs[kind.output], shape=kind.shape)
         return run if self.rows is None else functools.partial(_spread, run, self.rows)
 
@@ -71,7 +76,7 @@ class Pipeline:
 
 
 def load(
-    path, *, dtype="bfloat16", attention="plain", controlnet=None, instruction=None, tile=False, platform=None,
+    path, *, dtype="bfloat16", attention=None, controlnet=None, instruction=None, tile=False, platform=None,
     say=lambda message: None,
 ) -> Pipeline:  # fmt: skip
     """A pipeline from a diffusers folder, a folder converted by `sprint_jax.convert`, or a run directory.
@@ -79,8 +84,8 @@ def load(
     Args:
       dtype: "bfloat16" or "float32", of the parameters and of the computation. Latents, times and
         normalisations are float32 in both.
-      attention: "plain", or "pallas" for kernels where the device has them; `say` is told where it has not. What a
-        run directory was trained with does not matter.
+      attention: "plain", or "pallas" for kernels where the device has them; `say` is told where it has not. None takes them on an
+        NVIDIA GPU. What a run directory was trained with does not matter.
       controlnet: folder with a diffusers ControlNet to steer the model by. A run directory trained with one has its own,
         and so has a folder with a controlnet/.
       instruction: text file with the instruction before each prompt, "" for none; None takes the one
@@ -95,29 +100,31 @@ def load(
     path = pathlib.Path(path)
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
-    if attention not in backend.WANTED:
+    if attention is not None and attention not in backend.WANTED:
         raise UserError(f"attention {attention!r}: use one of {', '.join(backend.WANTED)}")
     pipe = _load(path, dtype=dtype, instruction=instruction, tile=tile, platform=platform, say=say)
     if controlnet is not None:
         say(f"reading {controlnet}")
         pipe = _with_controlnet(pipe, controlnet, "controlnet" in parts.block_by_block(platform))
+    here = jax.default_backend()
+    wanted = attention or (backend.fastest(here) if platform is None else "plain")
     m = pipe.model.trunk if pipe.control else pipe.model
-    chosen, sentence = backend.resolve(attention, jax.default_backend(), m.width // m.heads, m.width // m.cross_heads, dtype)
-    if sentence:
+    chosen, sentence = backend.resolve(wanted, here, m.width // m.heads, m.width // m.cross_heads, dtype)
+    if sentence and attention:
         say(sentence)
-    pipe = dataclasses.replace(pipe, model=_computed(pipe.model, attention=chosen))
+    pipe, of_heads = _by(pipe, attention=chosen), "plain"
     if isinstance(pipe.pixels, parts.AutoencoderPixels):
         # A TPU's kernel would fill heads of 32 up to 128 lanes.
-        of_heads, _ = backend.resolve(attention, jax.default_backend(), pipe.pixels.model.head_dim, None, dtype)
-        pipe = dataclasses.replace(pipe, pixels=_pixels(pipe, attention=of_heads if of_heads != "tpu" else "plain"))
-    return _smoothed(pipe, backend.depthwise(jax.default_backend())) if platform is None else pipe
+        of_heads, _ = backend.resolve(wanted, here, pipe.pixels.model.head_dim, None, dtype)
+        of_heads = of_heads if of_heads != "tpu" else "plain"
+        pipe = dataclasses.replace(pipe, in_turn=platform is None and backend.launches_cost(here))
+    pipe = dataclasses.replace(pipe, pixels=_pixels(pipe, attention=of_heads))
+    return _by(pipe, depthwise=backend.depthwise(here)) if platform is None else pipe
 
 
-def _smoothed(pipe, depthwise):
-    """The pipeline with its depthwise convolutions by a backend."""
-    return dataclasses.replace(
-        pipe, model=_computed(pipe.model, depthwise=depthwise), pixels=_pixels(pipe, depthwise=depthwise), programs={}
-    )
+def _by(pipe, **changes):
+    """The pipeline with attention or depthwise convolutions, of all its networks, by a backend."""
+    return dataclasses.replace(pipe, model=_computed(pipe.model, **changes), pixels=_pixels(pipe, **changes), programs={})
 
 
 def _pixels(pipe, **changes):
@@ -259,12 +266,12 @@ def _run(path, dtype, *, platform, **options):
 def over_devices(pipe, devices):
     """The pipeline with its parameters on all of `devices` and the pictures of a batch cut over them.
 
-    Batches must then be multiples of their number. Depthwise convolutions go without their kernel.
+    Batches must then be multiples of their number. Everything goes without kernels.
     """
     mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
-    pipe = _smoothed(pipe, "plain")  # left to itself the compiler would gather a kernel's operands
+    pipe = _by(pipe, attention="plain", depthwise="plain")  # left to itself the compiler would gather a kernel's operands
     return dataclasses.replace(pipe, params=jax.device_put(pipe.params, whole), rows=rows)
 
 
@@ -294,13 +301,37 @@ def sample(
       start: [B, h, w, c] to start from, or None. control: [B, h, w, c] latents of a condition, or None for none.
       control_scale: scalar, with control. output: "pixels" or "latent". shape: (h, w, c).
     """
-    features, mask = text.features(params["text"], arrays)
-    if draws is None:
-        draws = generation.noises(seed, indices, shape, times.shape[0] - 1)
-    w = jnp.full(indices.shape, guidance) if model.guidance_embed else None
-    cond = {"text": features, "mask": mask}
-    if control is not None:
-        cond |= {"control": control, "control_scale": jnp.full(indices.shape, control_scale)}
-    v = lambda x, t: model.apply(params["transformer"], x, t, guidance=w, **cond).velocity
-    latents = samplers.scm(trigflow.from_flow(v), draws[0], draws[1:], times, start=start)
-    return latents if output == "latent" else pixels.decode(params["pixels"], latents)
+    run = _joined(*_stages(model, text, pixels, output))
+    return run(params, arrays, guidance, times, seed, indices, draws, start, control, control_scale, shape=shape)
+
+
+def _joined(read, paint, decode):
+    """Three functions as one; see `sample`."""
+
+    def run(params, arrays, *drawn, shape):
+        latents = paint(params["transformer"], *read(params["text"], arrays), *drawn, shape=shape)
+        return decode(params["pixels"], latents)
+
+    return run
+
+
+def _stages(model, text, pixels, output):
+    """What reads the prompts, takes the few steps and makes pixels: functions of their own parameters and of arrays."""
+
+    def read(params, arrays):
+        return text.features(params, arrays)
+
+    def paint(params, features, mask, guidance, times, seed, indices, draws, start, control, control_scale, *, shape):
+        if draws is None:
+            draws = generation.noises(seed, indices, shape, times.shape[0] - 1)
+        w = jnp.full(indices.shape, guidance) if model.guidance_embed else None
+        cond = {"text": features, "mask": mask}
+        if control is not None:
+            cond |= {"control": control, "control_scale": jnp.full(indices.shape, control_scale)}
+        v = lambda x, t: model.apply(params, x, t, guidance=w, **cond).velocity
+        return samplers.scm(trigflow.from_flow(v), draws[0], draws[1:], times, start=start)
+
+    def decode(params, latents):
+        return latents if output == "latent" else pixels.decode(params, latents)
+
+    return read, paint, decode

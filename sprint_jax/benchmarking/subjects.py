@@ -136,17 +136,22 @@ def decoder(bench, model: DCAE, cells, *, dtype, batch=1, compile_peer=False):
 
 def picture(
     bench, text: Gemma2, size: LinearDiT, autoencoder: DCAE, cells, steps, *, dtype, batch=1, prefix=PREFIX_TOKENS,
-    tokens=PROMPT_TOKENS, published_tokens=TEXT_TOKENS, compile_peer=False, control_depth=0, attention=None, in_turn=False,
+    tokens=PROMPT_TOKENS, published_tokens=TEXT_TOKENS, compile_peer=False, control_depth=0, attention=None, in_turn=None,
 ):  # fmt: skip
     """Prompt tokens to pixels: text encoder behind its cached instruction, `steps` calls, decoder, as `pipeline` does.
 
     The peer encodes instruction and prompt each time and pads to the published length, as the published pipeline does.
     control_depth: blocks of a ControlNet, whose sketch is encoded in the program as well; there is no peer for it, and the
     floor leaves the encoder out.
-    attention: backend of its kernels, of transformer and autoencoder, instead of plain JAX. in_turn: three programs instead of one.
-    Neither has a peer, as in `transformer`.
+    attention: backend of its kernels, of transformer and autoencoder, or "plain". in_turn: whether it is three programs. None: both as
+    `pipeline.load` has them. With either it has no peer, as in `transformer`.
     """
-    by = lambda network: dataclasses.replace(network, attention=attention or "plain")
+    here = jax.default_backend()
+    heads = size.width // size.heads, size.width // size.cross_heads
+    usual, _ = backends.resolve(backends.fastest(here), here, *heads, dtype)
+    by = lambda network: dataclasses.replace(network, attention=attention or usual)
+    others = attention is not None or in_turn is not None
+    in_turn = backends.launches_cost(here) if in_turn is None else in_turn
     model, autoencoder = by(inference(size, dtype)), by(smoothed(autoencoder))
     transformer_params = _transformer(bench, model)
     part = None if control_depth else "decoder"
@@ -184,7 +189,7 @@ def picture(
 
     return bench_lib.Subject(
         bench_lib.program(program, *arguments), seconds, dtype, floor,
-        () if control_depth or attention or in_turn else _peers("diffusers", peer, compile_peer),
+        () if control_depth or others else _peers("diffusers", peer, compile_peer),
     )  # fmt: skip
 
 

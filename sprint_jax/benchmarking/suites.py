@@ -67,8 +67,7 @@ def gpu() -> list[Case]:
                     label = f"picture_{name}_{steps}step{_at(side, batch)}"
                     cases.append(case(label, one, GEMMA2_2B, size, DCAE_F32C32, side // 32, steps, batch=batch, **bf16))
     for name, size in _SIZES:
-        kernels = {"attention": "triton"}
-        for change, options in (("", {}), ("_kernels", kernels), ("_kernels_in_turn", kernels | {"in_turn": True})):
+        for change, options in (("", {}), ("_plain", {"attention": "plain"}), ("_at_once", {"in_turn": False})):
             whole = GEMMA2_2B, size, DCAE_F32C32, 32, 1
             steered = functools.partial(subjects.picture, control_depth=7)
             cases.append(case(f"sketch_{name}_1step{change}", steered, *whole, **options, **bf16))

@@ -33,9 +33,19 @@ _COMPILED = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}
 
 
 def depthwise(platform) -> str:
-    """The fastest backend of depthwise convolutions for inference. platform: as `jax.default_backend()` names it."""
+    """The fastest backend of depthwise convolutions. platform: as `jax.default_backend()` names it."""
     found = _COMPILED.get(platform, "plain")
     return found if found in DEPTHWISE else "plain"
+
+
+def fastest(platform) -> str:
+    """The one of `WANTED` that makes pictures fastest on a platform, as `jax.default_backend()` names it."""
+    return "pallas" if _COMPILED.get(platform) == "triton" else "plain"
+
+
+def launches_cost(platform) -> bool:
+    """Whether a picture waits for the host to prepare what it starts on the device."""
+    return _COMPILED.get(platform) == "triton"
 
 
 def resolve(wanted, platform, linear, cross, dtype):

@@ -5,8 +5,8 @@ query, with s_j = q k_j / sqrt(d) + bias_j, p = softmax(s) and a dot for the tan
 
     out = sum_j p_j v_j        s'_j = (q' k_j + q k'_j) / sqrt(d)        out' = sum_j p_j (s'_j - sum_i p_i s'_i) v_j + p_j v'_j
 
-The forward pass keeps the row's largest score and its sum of exponentials, apart from each other: their log-sum-exp
-would lose digits where scores are large or masked. Tangent and gradient rebuild p from them. Keys are walked through
+The forward pass keeps the row's largest score and one over its sum of exponentials, apart from each other: their log-sum-exp
+would lose digits where scores are large or masked. Nothing is divided inside a loop: on a GPU a division takes as long as an exponential. Tangent and gradient rebuild p from them. Keys are walked through
 twice where a mean over them comes off first (s' above, and the gradient's p (g v - sum p g v)): with so few keys that
 is cheaper than what is lost when the mean is taken off the rounded sum instead.
 
@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from sprint_jax.kernels import backend as backends
 from sprint_jax.kernels import products
 from sprint_jax.kernels.backend import Operand, dot, single_dot
-from sprint_jax.kernels.derivatives import is_zero, linear_map
+from sprint_jax.kernels.derivatives import is_zero, kept, linear_map
 
 MASKED = -1e4  # added to the scores of masked keys, as published
 _ABSENT = -1e30  # added to those of keys that only fill a block: they have no weight even where every key is masked
@@ -69,7 +69,7 @@ class _Tiling:
     keys: int  # L
     heads: int
     width: int  # d
-    head: int  # channels of a head inside the kernels
+    pieces: tuple[int, ...]  # widths in which the kernels take the channels of a head
     block_q: int
     block_k: int
     inner: int  # blocks of queries that one program of the gradient of the keys walks through
@@ -79,14 +79,23 @@ class _Tiling:
     @classmethod
     def of(cls, shape, keys, backend):
         batch, queries, heads, width = shape
-        # Blocks of a TPU end on 128 lanes; Triton's arrays are powers of two, of at least 16 in products.
-        head = 128 if backend == "tpu" else max(16, backends.next_power_of_two(width))
+        # Blocks of a TPU end on 128 lanes.
+        pieces = (128,) if backend == "tpu" else _pieces(width)
         block_k = 128 if backend == "tpu" else max(16, min(64, backends.next_power_of_two(keys)))
         block_q = max(16, min(64, backends.next_power_of_two(queries)))
         blocks, programs = -(-queries // block_q), backends.local_batch(batch) * heads * -(-keys // block_k)
         wanted = max(-(-blocks * block_q // 1024), math.ceil(128 / programs))
         inner = -(-blocks // min(blocks, wanted))
-        return cls(queries, keys, heads, width, head, block_q, block_k, inner, -(-blocks // inner), backend)
+        return cls(queries, keys, heads, width, pieces, block_q, block_k, inner, -(-blocks // inner), backend)
+
+    @property
+    def scale(self):
+        return 1 / math.sqrt(self.width)
+
+    @property
+    def head(self):
+        """Channels of a head inside the kernels."""
+        return sum(self.pieces)
 
     @property
     def rows(self):
@@ -113,6 +122,14 @@ class _Tiling:
     def untiled(self, x, length):
         """The inverse of `tiled`."""
         return x.reshape(*x.shape[:2], self.heads, -1)[:, :length, :, : self.width]
+
+
+def _pieces(width):
+    """Triton's arrays are powers of two, of at least 16 in products: two of them where that is less than one (72 -> 64 + 16)."""
+    whole = max(16, backends.next_power_of_two(width))
+    first = whole // 2
+    both = first, max(16, backends.next_power_of_two(width - first))
+    return both if first >= 16 and sum(both) < whole else (whole,)
 
 
 _OF_QUERIES = ("q", "dq", "g", "out", "dout", "gq")
@@ -146,7 +163,9 @@ def _run(t, name, body, ins, outs, batch, dtype, *, by_keys=False):
     if not t.padded:  # a program sees all of a sample and reads its own
         for kind in ("queries", "keys"):
             make[kind] = lambda a: Operand(a, (None, *a.shape[1:]), lambda b, *rest: (b, 0, 0))
+        make["partial"] = lambda a: Operand(a, (None, None, *a.shape[2:]), lambda b, h, j, n: (b, n, 0, 0))
         shapes["queries"] = (batch, t.queries, t.heads * t.width), dtype
+        shapes["partial"] = (batch, t.parts, t.keys, t.heads * t.width), jnp.float32
     return backends.launch(
         lambda refs: body(_Program(t, dtype, by_keys, refs)), grid,
         {key: make[kind](array) for key, (kind, array) in ins.items()},
@@ -159,7 +178,10 @@ def _run(t, name, body, ins, outs, batch, dtype, *, by_keys=False):
 
 
 class _Program:
-    """One program of a kernel: what it was given, and where in the arrays its block begins."""
+    """One program of a kernel: what it was given, and where in the arrays its block begins.
+
+    Blocks of queries and keys are tuples of arrays, one for each piece of the channels.
+    """
 
     def __init__(self, t, dtype, by_keys, refs):
         self.t, self.dtype, self.refs = t, dtype, refs
@@ -168,22 +190,27 @@ class _Program:
         self.query = pl.program_id(3) * (t.block_q * t.inner) if by_keys else pl.program_id(2) * t.block_q
         self.key = pl.program_id(2) * t.block_k if by_keys else 0
 
-    def _place(self, name, start, size):
-        """(index, mask) of `size` rows of the program's head, from `start` of its block on."""
-        first, length = (self.query, self.t.queries) if name in _OF_QUERIES else (self.key, self.t.keys)
-        first, head = first + start, self.t.head
-        rows = first + jax.lax.broadcasted_iota(jnp.int32, (size, head), 0)
-        channels = jax.lax.broadcasted_iota(jnp.int32, (size, head), 1)
-        return (pl.ds(first, size), pl.ds(self.channel, head)), (rows < length) & (channels < self.t.width)
+    def _places(self, name, start, size):
+        """(index, mask) of `size` rows of the program's head, from `start` of its block on, for each piece of the channels."""
+        begin, length = (self.query, self.t.queries) if name in _OF_QUERIES else (self.key, self.t.keys)
+        begin, channel, places = begin + start, 0, []
+        for piece in self.t.pieces:
+            rows = begin + jax.lax.broadcasted_iota(jnp.int32, (size, piece), 0)
+            channels = channel + jax.lax.broadcasted_iota(jnp.int32, (size, piece), 1)
+            mask = (rows < length) & (channels < self.t.width)
+            places.append(((pl.ds(begin, size), pl.ds(self.channel + channel, piece)), mask))
+            channel += piece
+        return places
 
     def load(self, name, start, size):
-        """[size, head], zeros where there is nothing."""
+        """Arrays of `size` rows, zeros where there is nothing."""
         if self.t.padded:
-            return self.refs[name][pl.ds(start, size), :]
+            return (self.refs[name][pl.ds(start, size), :],)
         from jax.experimental.pallas import triton  # its masks are the interpreter's too
 
-        index, mask = self._place(name, start, size)
-        return triton.load(self.refs[name].at[index], mask=mask, other=0.0)
+        return tuple(
+            triton.load(self.refs[name].at[index], mask=mask, other=0.0) for index, mask in self._places(name, start, size)
+        )
 
     def queries(self, name):
         return self.load(name, 0, self.t.block_q)
@@ -192,36 +219,51 @@ class _Program:
         """The block of keys from j on."""
         return self.load(name, j, self.t.block_k)
 
-    def store(self, name, value):
-        """A block of queries [block_q, head]."""
-        value = value.astype(self.dtype)
+    def store(self, name, values):
+        """A block of queries, or of the gradient of keys, in the array's dtype."""
+        ref = self.refs[name]
         if self.t.padded:
-            self.refs[name][...] = value
+            (ref[...],) = (value.astype(ref.dtype) for value in values)
             return
         from jax.experimental.pallas import triton
 
-        index, mask = self._place(name, 0, self.t.block_q)
-        triton.store(self.refs[name].at[index], value, mask=mask)
+        for value, (index, mask) in zip(values, self._places(name, 0, len(values[0])), strict=True):
+            triton.store(ref.at[index], value.astype(ref.dtype), mask=mask)
 
     def over_keys(self, step, start):
         """step(first key of a block, sums) -> sums over the blocks of keys."""
         at = lambda j: pl.multiple_of(j * self.t.block_k, self.t.block_k)
         return jax.lax.fori_loop(0, self.t.columns // self.t.block_k, lambda j, sums: step(at(j), sums), start)
 
-    def product(self, a, b):
-        """a b^T / sqrt(d), divided as `plain` does."""
-        return single_dot(a, b, (1, 1)) / math.sqrt(self.t.width)
-
     def scores(self, q, j):
         """Of a block of queries and the block of keys from j on."""
-        return self.product(q, self.keys("k", j)) + self.refs["bias"][:, pl.ds(j, self.t.block_k)]
+        return self.scaled(q, self.keys("k", j)) + self.refs["bias"][:, pl.ds(j, self.t.block_k)]
+
+    def scaled(self, a, b):
+        """a b^T / sqrt(d)."""
+        return _across(a, b) * self.t.scale
 
     def weights(self, q, j):
         """p of the same, float32, from what the forward pass kept."""
-        return jnp.exp(self.scores(q, j) - self.refs["largest"][...]) / self.refs["sum"][...]
+        return jnp.exp(self.scores(q, j) - self.refs["largest"][...]) * self.refs["inverse"][...]
 
-    def zeros(self, channels):
-        return jnp.zeros((self.t.block_q, channels), jnp.float32)
+    def column(self):
+        """Zeros, one for each query."""
+        return jnp.zeros((self.t.block_q, 1), jnp.float32)
+
+    def zeros(self, rows):
+        """Zeros for each channel of so many rows."""
+        return tuple(jnp.zeros((rows, piece), jnp.float32) for piece in self.t.pieces)
+
+
+def _across(a, b):
+    """a b^T over the channels."""
+    return sum(single_dot(x, y, (1, 1)) for x, y in zip(a, b, strict=True))
+
+
+def _plus(sums, product, p, b):
+    """sums + product(p, b), piece by piece."""
+    return tuple(s + product(p, y) for s, y in zip(sums, b, strict=True))
 
 
 def _forward(program):
@@ -232,14 +274,15 @@ def _forward(program):
         scores = program.scores(q, j)
         larger = jnp.maximum(largest, scores.max(1, keepdims=True))
         shrink, p = jnp.exp(largest - larger), jnp.exp(scores - larger)
-        out = out * shrink + single_dot(p.astype(program.dtype), program.keys("v", j))
+        out = _plus((o * shrink for o in out), single_dot, p.astype(program.dtype), program.keys("v", j))
         return out, larger, total * shrink + p.sum(1, keepdims=True)
 
-    start = program.zeros(t.head), jnp.full((t.block_q, 1), 2 * _ABSENT, jnp.float32), program.zeros(1)
+    start = program.zeros(t.block_q), jnp.full((t.block_q, 1), 2 * _ABSENT, jnp.float32), program.column()
     out, largest, total = program.over_keys(step, start)
-    program.store("out", out / total)
+    inverse = 1 / total
+    program.store("out", [o * inverse for o in out])
     r["largest"][...] = largest
-    r["sum"][...] = total
+    r["inverse"][...] = inverse
 
 
 def _forward_tangent(program):
@@ -247,30 +290,31 @@ def _forward_tangent(program):
     dtype, q, dq, moving = program.dtype, program.queries("q"), program.queries("dq"), "dk" in program.refs
 
     def moved(j):
-        scores = program.product(dq, program.keys("k", j))
-        return scores + program.product(q, program.keys("dk", j)) if moving else scores
+        scores = program.scaled(dq, program.keys("k", j))
+        return scores + program.scaled(q, program.keys("dk", j)) if moving else scores
 
-    mean = program.over_keys(lambda j, mean: mean + (program.weights(q, j) * moved(j)).sum(1, keepdims=True), program.zeros(1))
+    mean = program.over_keys(lambda j, mean: mean + (program.weights(q, j) * moved(j)).sum(1, keepdims=True), program.column())
 
     def step(j, out):
         p = program.weights(q, j)
-        out = out + single_dot((p * (moved(j) - mean)).astype(dtype), program.keys("v", j))
-        return out + single_dot(p.astype(dtype), program.keys("dv", j)) if moving else out
+        out = _plus(out, single_dot, (p * (moved(j) - mean)).astype(dtype), program.keys("v", j))
+        return _plus(out, single_dot, p.astype(dtype), program.keys("dv", j)) if moving else out
 
-    program.store("dout", program.over_keys(step, program.zeros(program.t.head)))
+    program.store("dout", program.over_keys(step, program.zeros(program.t.block_q)))
 
 
 def _query_gradient(program):
     """Cotangent of q, and sum_j p_j g v_j for `_key_gradient`."""
     t, q, g = program.t, program.queries("q"), program.queries("g")
-    of_weights = lambda j: single_dot(g, program.keys("v", j), (1, 1))
-    mean = program.over_keys(lambda j, mean: mean + (program.weights(q, j) * of_weights(j)).sum(1, keepdims=True), program.zeros(1))
+    of_weights = lambda j: _across(g, program.keys("v", j))
+    mean = program.over_keys(lambda j, mean: mean + (program.weights(q, j) * of_weights(j)).sum(1, keepdims=True), program.column())
+    product = functools.partial(dot, dtype=program.dtype)
 
     def step(j, of_q):
-        of_scores = program.weights(q, j) * (of_weights(j) - mean) / math.sqrt(t.width)
-        return of_q + dot(of_scores, program.keys("k", j), program.dtype)
+        of_scores = program.weights(q, j) * (of_weights(j) - mean) * t.scale
+        return _plus(of_q, product, of_scores, program.keys("k", j))
 
-    program.store("gq", program.over_keys(step, program.zeros(t.head)))
+    program.store("gq", program.over_keys(step, program.zeros(t.block_q)))
     program.refs["mean"][...] = mean
 
 
@@ -278,17 +322,20 @@ def _key_gradient(program):
     """Cotangents of k and v, each summed over the queries of one part."""
     t, dtype, r = program.t, program.dtype, program.refs
     k, v, bias = program.keys("k", 0), program.keys("v", 0), r["bias"][...]
+    of_k = functools.partial(dot, dtype=dtype, contract=(0, 0))
+    of_v = functools.partial(single_dot, contract=(0, 0))
 
     def step(i, sums):
         first = pl.multiple_of(i * t.block_q, t.block_q)
         rows = pl.ds(first, t.block_q)
         q, g = program.load("q", first, t.block_q), program.load("g", first, t.block_q)
-        p = jnp.exp(program.product(q, k) + bias - r["largest"][rows, :]) / r["sum"][rows, :]
-        of_scores = p * (single_dot(g, v, (1, 1)) - r["mean"][rows, :]) / math.sqrt(t.width)
-        return sums[0] + dot(of_scores, q, dtype, (0, 0)), sums[1] + single_dot(p.astype(dtype), g, (0, 0))
+        p = jnp.exp(program.scaled(q, k) + bias - r["largest"][rows, :]) * r["inverse"][rows, :]
+        of_scores = p * (_across(g, v) - r["mean"][rows, :]) * t.scale
+        return _plus(sums[0], of_k, of_scores, q), _plus(sums[1], of_v, p.astype(dtype), g)
 
-    zeros = jnp.zeros((t.block_k, t.head), jnp.float32)
-    r["gk"][...], r["gv"][...] = jax.lax.fori_loop(0, t.inner, step, (zeros, zeros))
+    of_keys, of_values = jax.lax.fori_loop(0, t.inner, step, (program.zeros(t.block_k), program.zeros(t.block_k)))
+    program.store("gk", of_keys)
+    program.store("gv", of_values)
 
 
 # --------------------------------------------------------------------------------------------- the four passes
@@ -304,35 +351,36 @@ def _inputs(t, q, k, v, bias):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(t, q, k, v, bias):
-    """(out [B, N, h, d], largest score and sum of exponentials, each [B, h, rows, 1]); only out has a derivative."""
+    """(out [B, N, h, d], largest score and one over the sum of exponentials, each [B, h, rows, 1]); only out has a derivative."""
     found = _run(
         t, "cross_attention", _forward, _inputs(t, q, k, v, bias),
-        {"out": "queries", "largest": "column", "sum": "column"}, q.shape[0], q.dtype,
+        {"out": "queries", "largest": "column", "inverse": "column"}, q.shape[0], q.dtype,
     )  # fmt: skip
-    return t.untiled(found["out"], t.queries), found["largest"], found["sum"]
+    return t.untiled(found["out"], t.queries), found["largest"], found["inverse"]
 
 
 def _attend_jvp(t, primals, tangents):
     # By the function itself, so that a derivative around this one finds its rule.
-    out, largest, total = _attend(t, *primals)
+    out, largest, inverse = _attend(t, *primals)
+    largest, inverse = kept(largest), kept(inverse)
     tangents = tangents[:3]
     if all(map(is_zero, tangents[1:])):
         tangents = tangents[:1]  # sCM: the text does not move
     dout = jnp.zeros_like(out)
     if not all(map(is_zero, tangents)):
         q, k, v, bias = primals
-        residuals = (q, k, v, *jax.lax.stop_gradient((bias, largest, total)))
+        residuals = (q, k, v, *jax.lax.stop_gradient((bias, largest, inverse)))
         transpose = functools.partial(_transpose, t, len(tangents) > 1)
         dout = linear_map(functools.partial(_tangent, t), transpose, residuals, tangents)
-    return (out, largest, total), (dout, jnp.zeros_like(largest), jnp.zeros_like(total))
+    return (out, largest, inverse), (dout, jnp.zeros_like(largest), jnp.zeros_like(inverse))
 
 
 _attend.defjvp(_attend_jvp, symbolic_zeros=True)
 
 
 def _residuals(t, residuals):
-    *inputs, largest, total = residuals
-    return _inputs(t, *inputs) | {"largest": ("column", largest), "sum": ("column", total)}
+    *inputs, largest, inverse = residuals
+    return _inputs(t, *inputs) | {"largest": ("column", largest), "inverse": ("column", inverse)}
 
 
 def _tangent(t, residuals, tangents):

@@ -1,7 +1,8 @@
 """Depthwise convolution with its zero padding, bias and SiLU gate inside, in one pass over memory.
 
-`models/depthwise.py` has the published arithmetic, and the derivatives: the kernel has none. Of one 1024 px picture on an H200
-it takes 1.7 ms, where cuDNN's depthwise convolutions take 2.3 and write what the gate then reads again (`benchmarks/RESULTS.md`).
+`models/depthwise.py` has the published arithmetic, and puts the kernels together for derivatives. Of one 1024 px picture on an H200
+they take 1.7 ms, where cuDNN's depthwise convolutions take 2.3 and write what the gate then reads again (`benchmarks/RESULTS.md`).
+Tangent and gradient of a gate make the convolution anew, which costs less than to read what it wrote.
 A program makes a few rows of a few channels; for each horizontal tap it reads each input row once, nearly always from a cache.
 
 Shape letters: B batch, H x W positions, C channels in, D channels out (C, or C / 2 with a gate), k the stencil's side.
@@ -44,42 +45,120 @@ def conv(x, w, bias, *, gated, backend):
     Returns:
       [B, H, W, D] in x's dtype. Sums are float32; the convolution with its bias is rounded once, so are the SiLU and the product.
     """
+    body = _forward_gated if gated else _forward
+    return _run("", body, {"x": x}, w, bias, {"out": False}, gated=gated, backend=backend)["out"]
+
+
+@functools.partial(jax.jit, static_argnames="backend", inline=True)
+def gated_tangent(x, dx, w, bias, *, backend):
+    """Tangent of the gated `conv` along dx, of x's shape and dtype: [B, H, W, C / 2], rounded once. Linear in dx."""
+    return _run("_tangent", _tangent, {"x": x, "dx": dx}, w, bias, {"out": False}, gated=True, backend=backend)["out"]
+
+
+@functools.partial(jax.jit, static_argnames="backend", inline=True)
+def gate_gradient(x, g, w, bias, *, backend):
+    """Cotangent of the convolution with its bias inside the gated `conv`: g [B, H, W, C / 2] -> [B, H, W, C], rounded once."""
+    return _run("_gradient", _gate_gradient, {"x": x, "g": g}, w, bias, {"out": True}, gated=True, backend=backend)["out"]
+
+
+def _run(name, body, arrays, w, bias, outs, *, gated, backend):
+    """arrays: {name: [B, H, W, C or D]}, "g" having D channels. outs: {name: whether it has all C channels}."""
     if backend not in backends.DEPTHWISE[1:]:
         raise ValueError(f"depthwise kernel for {backend!r}: use interpret or triton")
+    x = arrays["x"]
     batch, height, width, channels = x.shape
     size = tile(x.shape, x.dtype, gated)
     if size is None:
         raise ValueError(f"no depthwise kernel for {x.shape} {x.dtype}")
+    if len(arrays) > 1:
+        size = max(CHANNELS[-1], size // 2)  # twice as many sums at a time
     k, out = w.shape[0], channels // 2 if gated else channels
     whole = (None, height, width, size)
     ins = {}
     for half in range(1 + gated):
         first = half * (out // size)
         everywhere = dict(index=lambda b, g, i, j, first=first: (0, first + g), shared=True)
-        ins["x", half] = Operand(x, whole, lambda b, g, i, j, first=first: (b, 0, 0, first + g))
+        for key, array in arrays.items():
+            if key != "g":
+                ins[key, half] = Operand(array, whole, lambda b, g, i, j, first=first: (b, 0, 0, first + g))
         ins["w", half] = Operand(w.reshape(k * k, channels), (k * k, size), **everywhere)
         ins["b", half] = Operand(bias[None], (1, size), **everywhere)
-    made = jax.ShapeDtypeStruct((batch, height, width, out), x.dtype)
-    body = functools.partial(_body, k, height, width, gated)
+    one_half = lambda array: Operand(array, whole, lambda b, g, i, j: (b, 0, 0, g))
+    if "g" in arrays:
+        ins["g"] = one_half(arrays["g"])
+    made = {}
+    for key, both in outs.items():
+        if both:
+            array = jax.ShapeDtypeStruct((batch, height, width, 2, out), x.dtype)
+            made[key] = Operand(array, (None, height, width, 2, size), lambda b, g, i, j: (b, 0, 0, 0, g))
+        else:
+            made[key] = one_half(jax.ShapeDtypeStruct((batch, height, width, out), x.dtype))
     grid = None, out // size, pl.cdiv(height, ROWS), pl.cdiv(width, COLUMNS)
-    outs = {"out": Operand(made, whole, lambda b, g, i, j: (b, 0, 0, g))}
-    return backends.launch(body, grid, ins, outs, backend=backend, name=f"depthwise_{k}x{k}" + "_gated" * gated)["out"]
+    label = f"depthwise_{k}x{k}" + "_gated" * gated + name
+    found = backends.launch(lambda refs: body(_Program(k, height, width, x.dtype, refs)), grid, ins, made, backend=backend, name=label)
+    return {key: a.reshape(batch, height, width, -1) for key, a in found.items()}
 
 
-def _body(k, height, width, gated, refs):
-    # The last tiles are moved back to end with the picture: what two of them cover, both write, equal.
-    top = jnp.minimum(pl.program_id(2) * ROWS, height - ROWS)
-    left = jnp.minimum(pl.program_id(3) * COLUMNS, width - COLUMNS)
-    dtype = refs["out"].dtype
-    halves = []
-    for half in range(1 + gated):
-        rows = _sums(k, height, width, top, left, refs["x", half], refs["w", half])
-        halves.append([rounded(row + refs["b", half][0, :].astype(jnp.float32)[None], dtype) for row in rows])
-    for i, out in enumerate(halves[0]):
-        if gated:
-            gate = halves[1][i]
-            out = out * rounded(gate * jax.nn.sigmoid(gate), dtype)
-        refs["out"][top + i, pl.ds(left, COLUMNS), :] = out.astype(dtype)
+class _Program:
+    """One program of a kernel: `ROWS` x `COLUMNS` positions of some channels."""
+
+    def __init__(self, k, height, width, dtype, refs):
+        self.k, self.height, self.width, self.dtype, self.refs = k, height, width, dtype, refs
+        # The last tiles are moved back to end with the picture: what two of them cover, both write, equal.
+        self.top = jnp.minimum(pl.program_id(2) * ROWS, height - ROWS)
+        self.left = jnp.minimum(pl.program_id(3) * COLUMNS, width - COLUMNS)
+
+    def rows(self, name):
+        """A list of its rows, float32 [COLUMNS, channels]."""
+        return [self.refs[name][self.top + i, pl.ds(self.left, COLUMNS), :].astype(jnp.float32) for i in range(ROWS)]
+
+    def sums(self, name, half):
+        """Rows of the convolution."""
+        return _sums(self.k, self.height, self.width, self.top, self.left, self.refs[name, half], self.refs["w", half])
+
+    def conv(self, half):
+        """Rows of the convolution of x with its bias, as `dtype` holds them."""
+        bias = self.refs["b", half][0, :].astype(jnp.float32)[None]
+        return [rounded(row + bias, self.dtype) for row in self.sums("x", half)]
+
+    def store(self, rows, *half):
+        """Rows of the output; half: which of its channels, where it has all."""
+        for i, row in enumerate(rows):
+            self.refs["out"][(self.top + i, pl.ds(self.left, COLUMNS), *half, slice(None))] = row.astype(self.dtype)
+
+
+def _forward(program):
+    program.store(program.conv(0))
+
+
+def _forward_gated(program):
+    gated = lambda value, gate: value * rounded(gate * jax.nn.sigmoid(gate), program.dtype)
+    program.store(list(map(gated, program.conv(0), program.conv(1))))
+
+
+def _silu(gate):
+    """(SiLU, its slope)."""
+    share = jax.nn.sigmoid(gate)
+    return gate * share, share * (1 + gate * (1 - share))
+
+
+def _tangent(program):
+    rows = zip(program.conv(0), program.conv(1), program.sums("dx", 0), program.sums("dx", 1), strict=True)
+
+    def moved(value, gate, dvalue, dgate):
+        silu, slope = _silu(gate)
+        return dvalue * silu + value * slope * dgate
+
+    program.store([moved(*row) for row in rows])
+
+
+def _gate_gradient(program):
+    both = []
+    for value, gate, g in zip(program.conv(0), program.conv(1), program.rows("g"), strict=True):
+        silu, slope = _silu(gate)
+        both.append((g * silu, g * value * slope))
+    for half, rows in enumerate(zip(*both, strict=True)):
+        program.store(rows, half)
 
 
 def _sums(k, height, width, top, left, x, w):

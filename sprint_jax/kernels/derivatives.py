@@ -6,7 +6,17 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, linear_call
+
+# Name of what takes long to compute again - results of products with weights, of attentions, of convolutions: a backward pass that
+# recomputes only cheap things keeps it.
+KEPT = "kept"
+
+
+def kept(a):
+    """The array, by that name."""
+    return checkpoint_name(a, KEPT)
 
 
 def is_zero(tangent):
@@ -86,6 +96,10 @@ class Bilinear:
 
     def __call__(self, a, b):
         return _bilinear(self, a, b)
+
+    def tangent(self, primals, tangents):
+        """Of value(a, b), for (a, b) and tangents of which some may be `SymbolicZero`; None where all are."""
+        return _product_rule(self, primals, tangents)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 
 from sprint_jax.kernels import backend as backends
 from sprint_jax.kernels.backend import Operand, dot, rounded
-from sprint_jax.kernels.derivatives import is_zero, linear_map
+from sprint_jax.kernels.derivatives import is_zero, kept, linear_map
 
 EPS = 1e-15  # of the denominator, diffusers; the official repository uses 1e-8
 
@@ -128,7 +128,7 @@ class _Tiling:
         batch, tokens, width = shape
         head = backends.next_power_of_two(width // heads)
         # A TPU's lanes are 128; on a GPU narrower blocks waste less on products of different heads.
-        channels = max(128 if backend == "tpu" else 16 if by_head else 64, head)
+        channels = max(128 if backend == "tpu" else 16 if by_head else 32, head)
         groups = -(-heads * head // channels)
         block = max(16, min(max(64, channels), backends.next_power_of_two(tokens)))
         blocks = -(-tokens // block)
@@ -259,6 +259,16 @@ def _same_head(t, dtype):
     return (head(0) == head(1)).astype(dtype)
 
 
+def _by_head(t, dtype, a):
+    """Sums over the channels of each head of float32 [n, C]: [n, C], or [n, 1] where all channels are one head's."""
+    return a.sum(1, keepdims=True) if t.channels == t.head else dot(a, _same_head(t, dtype), dtype)
+
+
+def _of_heads(t, state):
+    """A state without products of different heads."""
+    return state if t.channels == t.head else state * _same_head(t, jnp.float32)
+
+
 def _sum_of(r, key):
     """All parts of a sum over tokens."""
     return jax.lax.fori_loop(1, r[key].shape[0], lambda i, sums: sums + r[key][i], r[key][0])
@@ -324,14 +334,14 @@ def _sum_state(t, dtype, r):
         return sums[0] + dot(a, v, dtype, (0, 0)), sums[1] + _column_sum(a.astype(jnp.float32))
 
     state, total = _walk(t, step, _zeros(t))
-    r["state"][...] = state * _same_head(t, jnp.float32)
+    r["state"][...] = _of_heads(t, state)
     r["total"][...] = total
 
 
 def _quotient(t, dtype, c, state, total):
-    """(out, denominator), float32 [n, C]."""
-    denominator = dot(c * total, _same_head(t, dtype), dtype) + EPS
-    return dot(c.astype(dtype), state, dtype) / denominator, denominator
+    """(out [n, C], one over its denominator as `_by_head` has it), float32."""
+    inverse = 1 / (_by_head(t, dtype, c * total) + EPS)
+    return dot(c.astype(dtype), state, dtype) * inverse, inverse
 
 
 def _divide(t, dtype, r):
@@ -350,17 +360,17 @@ def _sum_state_tangent(t, dtype, r):
         return sums[0] + moved, sums[1] + _column_sum(da.astype(jnp.float32))
 
     state, total = _walk(t, step, _zeros(t))
-    r["dstate"][...] = state * _same_head(t, jnp.float32)
+    r["dstate"][...] = _of_heads(t, state)
     r["dtotal"][...] = total
 
 
 def _divide_tangent(t, dtype, r):
     c, dc = _moved_features(t, dtype, r, "q", slice(None))
     state, total = _sum_of(r, "state"), _sum_of(r, "total")
-    out, denominator = _quotient(t, dtype, c, state, total)
+    out, inverse = _quotient(t, dtype, c, state, total)
     numerator = dot(dc.astype(dtype), state, dtype) + dot(c.astype(dtype), _sum_of(r, "dstate"), dtype)
-    moved = dot(dc * total + c * _sum_of(r, "dtotal"), _same_head(t, dtype), dtype)
-    r["dout"][...] = ((numerator - out * moved) / denominator).astype(dtype)
+    moved = _by_head(t, dtype, dc * total + c * _sum_of(r, "dtotal"))
+    r["dout"][...] = ((numerator - out * moved) * inverse).astype(dtype)
 
 
 def _store_norm_gradient(t, dtype, r, x, rows, gradient, value, unit):
@@ -381,10 +391,10 @@ def _query_gradient(t, dtype, r):
 
     def step(rows, sums):
         c, value, unit = _features(t, dtype, r, "q", rows)
-        out, denominator = _quotient(t, dtype, c, state, total)
+        out, inverse = _quotient(t, dtype, c, state, total)
         g = _load(r, "g", rows).astype(jnp.float32)
-        of_numerator = g / denominator
-        of_denominator = -dot(of_numerator * out, _same_head(t, dtype), dtype)  # one number a head
+        of_numerator = g * inverse
+        of_denominator = -_by_head(t, dtype, of_numerator * out)
         of_c = dot(of_numerator, state, dtype, (1, 1)) + of_denominator * total
         weight = _store_norm_gradient(t, dtype, r, "q", rows, of_c, value, unit)
         of_state = dot(c.astype(dtype), of_numerator, dtype, (0, 0))
@@ -392,7 +402,7 @@ def _query_gradient(t, dtype, r):
 
     zeros = _zeros(t)
     of_state, of_total, weight = _walk(t, step, (*zeros, zeros[1]))
-    r["gstate"][...] = of_state * _same_head(t, jnp.float32)
+    r["gstate"][...] = _of_heads(t, of_state)
     r["gtotal"][...] = of_total
     if t.eps is not None:
         r["gweight_q"][...] = weight
@@ -467,6 +477,7 @@ def _attend(t, qkv, norm_q, norm_k):
 def _attend_jvp(t, primals, tangents):
     # By the function itself, so that a derivative around this one finds its rule.
     out, state, total = _attend(t, *primals)
+    state, total = kept(state), kept(total)
     if t.eps is None or all(map(is_zero, tangents[1:])):
         tangents = tangents[:1]
     dout = jnp.zeros_like(out)

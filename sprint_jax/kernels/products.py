@@ -8,9 +8,10 @@ float32 operands are left to JAX: there is nothing to round.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 
-from sprint_jax.kernels.derivatives import Bilinear
+from sprint_jax.kernels.derivatives import Bilinear, is_zero
 
 
 def dense(x, kernel, rounded=False):
@@ -22,6 +23,42 @@ def dense(x, kernel, rounded=False):
     if x.dtype == jnp.float32:
         return jnp.matmul(x, kernel.astype(x.dtype))
     return _dense(x.dtype, x.dtype if rounded else jnp.float32)(x, kernel)
+
+
+def affine(x, kernel, bias):
+    """x [..., n] times kernel [n, m], plus bias [m] -> [..., m] in x's dtype; x, kernel and their gradients as in `dense`.
+
+    Product and sum are float32 and rounded once. On an NVIDIA GPU the sum is written in x's dtype: libraries add it before they round,
+    and spare a float32 array and a pass over it; where the compiler's own product is chosen it rounds twice.
+    """
+    if x.dtype == jnp.float32:
+        return jnp.matmul(x, kernel.astype(x.dtype)) + bias
+    return _affine(x, kernel, bias)
+
+
+@jax.custom_jvp
+def _affine(x, kernel, bias):
+    def added(out, x, kernel, bias):
+        return (_dense(x.dtype, out).value(x, kernel) + bias.astype(out)).astype(x.dtype)
+
+    by = lambda out: functools.partial(added, out)
+    return jax.lax.platform_dependent(x, kernel, bias, cuda=by(x.dtype), default=by(jnp.float32))
+
+
+def _affine_jvp(primals, tangents):
+    x, kernel, _ = primals
+    out, (*moving, slide) = _affine(*primals), tangents
+    tangent = _dense(x.dtype, x.dtype).tangent((x, kernel), moving)
+    terms = [] if tangent is None else [tangent]
+    if not is_zero(slide):
+        # Spread out before it is rounded: its gradient is then a float32 sum.
+        terms.append(jnp.broadcast_to(slide, out.shape).astype(x.dtype))
+    # Behind the barrier a cotangent is rounded for all three of its uses; the compiler would keep float32 for the sum alone, and
+    # write and read twice as much for it.
+    return out, jax.lax.optimization_barrier(sum(terms)) if terms else jnp.zeros_like(out)
+
+
+_affine.defjvp(_affine_jvp, symbolic_zeros=True)
 
 
 @functools.cache

@@ -64,7 +64,9 @@ class ControlNet:
         h = h + _dense(placement.gathered(params["zero_in"], dtype), placement.split_over_devices(hint))
         scale = scale[:, None, None, None].astype(h.dtype)
 
-        def body(h, block_and_zero):
+        text = net.text(params, text)
+
+        def body(h, block_and_zero, text=text):
             block, zero = block_and_zero
             h = net.block(block, h, modulation, text, mask)
             return h, scale * _dense(placement.gathered(zero, dtype), h)
@@ -72,17 +74,18 @@ class ControlNet:
         stack = (params["blocks"], params["zero_out"])
         if isinstance(params["blocks"], list):
             found = []
-            for each in zip(*stack, strict=True):
-                h, residual = body(h, each)
+            for *each, its_text in zip(*stack, text, strict=True):
+                h, residual = body(h, each, its_text)
                 found.append(residual)
             return jnp.stack(found)
         _, residuals = jax.lax.scan(net.remembering(body), h, stack, unroll=min(net.unroll, self.depth))
         return residuals
 
-
     def unstack(self, params):
         """As `LinearDiT.unstack`."""
-        return params | {name: layers.unstacked(params[name], self.depth) for name in ("blocks", "zero_out")}
+        blocks, zero_out = (layers.unstacked(params[name], self.depth) for name in ("blocks", "zero_out"))
+        blocks, text = layers.text_joined(blocks)
+        return params | {"blocks": blocks, "text": text, "zero_out": zero_out}
 
 
 def _dense(params, x):

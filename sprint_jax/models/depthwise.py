@@ -4,7 +4,7 @@ Accelerators have a good `conv_general_dilated`. XLA's CPU backend does not: it 
 convolutions naively, and even shifted multiplies, one per tap, lose their time in one place, the
 reduction that gives the weight gradient. Here the value and the input gradient are fused shifted
 multiplies and the weight gradient accumulates over the batch (`benchmarks/RESULTS.md` has the ratios).
-On a GPU the input gradient is what needs a form of its own, and for inference there is a kernel (`kernels/depthwise.py`).
+On a GPU the input gradient is what needs a form of its own, and there are kernels (`kernels/depthwise.py`).
 """
 
 import functools
@@ -77,22 +77,27 @@ def _input_gradient(w, g):
     Written out: transposed by JAX it turns the stencil by `rev`, which XLA takes for a "backward data" convolution, and on an
     H200 those took 10 ms instead of 0.2 in bfloat16, most of it in copies between layouts (`benchmarks/RESULTS.md`).
     """
-    turned = jnp.stack([w[i, j] for i, j in reversed(_offsets(w.shape))]).reshape(w.shape)
-    return _conv(g.astype(w.dtype), turned)
+    return _conv(g.astype(w.dtype), _turned(w))
+
+
+def _turned(w):
+    """The stencil turned round."""
+    return jnp.stack([w[i, j] for i, j in reversed(_offsets(w.shape))]).reshape(w.shape)
+
+
+def _weight_gradient(x, g, k):
+    """g: of at least float32."""
+    return jax.lax.platform_dependent(
+        x, g,
+        cpu=lambda x, g: _weight_gradient_by_batch(x, g, k),
+        default=lambda x, g: _weight_gradient_by_conv(x, g, k),
+    )  # fmt: skip
 
 
 @functools.cache
 def _map(k):
     """The convolution by stencils of k x k."""
-
-    def weight_gradient(x, g):
-        return jax.lax.platform_dependent(
-            x, g,
-            cpu=lambda x, g: _weight_gradient_by_batch(x, g, k),
-            default=lambda x, g: _weight_gradient_by_conv(x, g, k),
-        )  # fmt: skip
-
-    return derivatives.Bilinear(_conv, _input_gradient, weight_gradient)
+    return derivatives.Bilinear(_conv, _input_gradient, functools.partial(_weight_gradient, k=k))
 
 
 def depthwise_conv(x, w):
@@ -121,7 +126,8 @@ def smooth(x, w, bias=None, gated=False, backend="plain"):
       [B, H, W, C], or C / 2 channels with a gate, in x's dtype. The convolution with its bias is rounded once, so are the SiLU
       and the product.
 
-    Derivatives of any order and mode are those of the formula in JAX, whatever the backend.
+    "plain" has derivatives of any order and mode. By kernels forward mode, reverse mode, and reverse mode around a stopped tangent
+    work; a tangent that is not stopped gives NaN.
     """
     bias = jnp.zeros(x.shape[-1], x.dtype) if bias is None else bias
     if backend == "plain" or depthwise.tile(x.shape, x.dtype, gated) is None:
@@ -142,6 +148,38 @@ def _by_kernel(x, w, bias, gated, backend):
     return depthwise.conv(x, w, bias, gated=gated, backend=backend)
 
 
-@_by_kernel.defjvp
 def _by_kernel_jvp(gated, backend, primals, tangents):
-    return jax.jvp(functools.partial(_formula, gated=gated), primals, tangents)
+    # By the function itself, so that a derivative around this one finds its rule.
+    out = _by_kernel(*primals, gated, backend)
+    if all(map(derivatives.is_zero, tangents)):
+        return out, jnp.zeros_like(out)
+    if all(map(derivatives.is_zero, tangents[1:])):
+        tangents = tangents[:1]  # sCM: parameters do not move
+    along = functools.partial(_along, gated, backend)
+    transpose = functools.partial(_transpose, gated, backend, len(tangents) > 1)
+    return out, derivatives.linear_map(along, transpose, primals, tangents)
+
+
+_by_kernel.defjvp(_by_kernel_jvp, symbolic_zeros=True)
+
+
+def _along(gated, backend, primals, tangents):
+    """Tangent of `_by_kernel`."""
+    x, w, bias = primals
+    if len(tangents) > 1:
+        return jax.jvp(functools.partial(_formula, gated=gated), primals, tangents)[1]
+    if gated:
+        return depthwise.gated_tangent(x, *tangents, w, bias, backend=backend)
+    return depthwise.conv(*tangents, w, jnp.zeros_like(bias), gated=False, backend=backend)
+
+
+def _transpose(gated, backend, with_parameters, primals, g):
+    """Cotangents of x, and of w and bias."""
+    x, w, bias = primals
+    if gated:
+        g = depthwise.gate_gradient(x, g, w, bias, backend=backend)
+    of_x = depthwise.conv(g, _turned(w), jnp.zeros_like(bias), gated=False, backend=backend)
+    if not with_parameters:
+        return (of_x,)
+    wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))
+    return of_x, _weight_gradient(x, wide, w.shape[0]), wide.sum((0, 1, 2)).astype(bias.dtype)

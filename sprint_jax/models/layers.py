@@ -12,9 +12,9 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import ad_checkpoint
 
 from sprint_jax.kernels import cross_attention, linear_attention, products
+from sprint_jax.kernels.derivatives import kept
 from sprint_jax.models import depthwise
 
 QK_EPS = 1e-5  # of the norm of queries and keys
@@ -62,12 +62,30 @@ def unstacked(stack, depth):
     return [jax.tree.map(lambda a: a[i], stack, is_leaf=is_list) for i in range(depth)]
 
 
-# Name of what `Dense` returns: a backward pass that recomputes only cheap things keeps it.
-PRODUCT = "product"
+_OF_TEXT = ("to_k", "to_v")
+
+
+def text_joined(blocks):
+    """(blocks without their keys' and values' projections of the text, these as one, {"kernel" [D, 2 n D], "bias" [2 n D]}) of a list
+    of n blocks. One product instead of 2 n small ones, for which XLA would put the kernels beside each other in every run."""
+    attentions = [block["attn2"] for block in blocks]
+    joined = {
+        leaf: jnp.concatenate([attention[name][leaf] for attention in attentions for name in _OF_TEXT], -1) for leaf in ("kernel", "bias")
+    }
+    without = [block | {"attn2": {name: a for name, a in block["attn2"].items() if name not in _OF_TEXT}} for block in blocks]
+    return without, joined
+
+
+def text_by_block(params, text, dtype):
+    """A list of (keys, values) [B, L, D], as `CrossAttention` takes them, by what `text_joined` made."""
+    D = text.shape[-1]
+    both = Dense(params["kernel"].shape[-1], dtype=dtype).apply({"params": params}, text)
+    parts = [both[..., i : i + D] for i in range(0, both.shape[-1], D)]
+    return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 class Dense(nn.Module):
-    """x kernel + bias in `dtype`, rounded once: products and the sum with the bias are float32.
+    """x kernel + bias in `dtype`, rounded once where the platform can (`products.affine`).
 
     flax's layer rounds the product before it adds the bias, which costs bfloat16 about a tenth of its accuracy.
     """
@@ -80,10 +98,12 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = products.dense(x.astype(self.dtype), kernel, rounded=not self.use_bias)
+        x = x.astype(self.dtype)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(jnp.float32)
-        return ad_checkpoint.checkpoint_name(y.astype(self.dtype), PRODUCT)
+            y = products.affine(x, kernel, self.param("bias", nn.initializers.zeros, (self.features,)))
+        else:
+            y = products.dense(x, kernel, rounded=True)
+        return kept(y)
 
 
 class RMSNorm(nn.Module):
@@ -160,7 +180,7 @@ class SelfAttention(nn.Module):
             out = linear_attention.plain(qkv, *norms, heads=self.heads, eps=QK_EPS)
         else:
             out = linear_attention.attention(qkv, *norms, heads=self.heads, eps=QK_EPS, backend=self.attention)
-        return Dense(width, dtype=self.dtype, kernel_init=xavier, name="to_out")(out)
+        return Dense(width, dtype=self.dtype, kernel_init=xavier, name="to_out")(kept(out))
 
 
 def _xavier_thirds(key, shape, dtype=jnp.float32):
@@ -173,6 +193,7 @@ def _xavier_thirds(key, shape, dtype=jnp.float32):
 class CrossAttention(nn.Module):
     """Masked softmax attention over the text, QK RMSNorm over all channels, no outer norm or gate.
 
+    text: [B, L, D], or its keys and values, of `text_by_block`.
     attention: one of `kernels.backend.BACKENDS`.
     """
 
@@ -185,7 +206,8 @@ class CrossAttention(nn.Module):
     def __call__(self, x, text, mask):
         width = x.shape[-1]
         dense = lambda name: Dense(width, dtype=self.dtype, kernel_init=xavier, name=name)
-        q, k, v = dense("to_q")(x), dense("to_k")(text), dense("to_v")(text)
+        q = dense("to_q")(x)
+        k, v = text if isinstance(text, tuple) else [dense(name)(text) for name in _OF_TEXT]
         if self.qk_norm:
             q = RMSNorm(eps=QK_EPS, name="norm_q")(q)
             k = RMSNorm(eps=QK_EPS, name="norm_k")(k)
@@ -194,7 +216,7 @@ class CrossAttention(nn.Module):
             out = cross_attention.plain(q, k, v, mask)
         else:
             out = cross_attention.attention(q, k, v, mask, backend=self.attention)
-        return dense("to_out")(out.reshape(x.shape))
+        return dense("to_out")(kept(out.reshape(x.shape)))
 
 
 class GLUMBConv(nn.Module):
@@ -215,6 +237,8 @@ class GLUMBConv(nn.Module):
         stencil = self.param("conv_depth_kernel", _depthwise_init, (3, 3, inner))
         bias = self.param("conv_depth_bias", nn.initializers.zeros, (inner,))
         x = depthwise.smooth(x, stencil.astype(x.dtype), bias, gated=True, backend=self.depthwise)
+        if self.depthwise != "plain":  # whose gradient does not need what is between convolution and gate
+            x = kept(x)
         return Dense(width, use_bias=False, dtype=self.dtype, kernel_init=xavier, name="conv_point")(x)
 
 

@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.kernels import backend
+from sprint_jax.kernels import backend, derivatives
 from sprint_jax.models import layers, placement
 
 REMAT = ("none", "block", "cheap")
@@ -134,11 +134,11 @@ class LinearDiT:
     guidance_scale_factor: multiplies the guidance scale before its sinusoid (0.1 published).
     logvar_head: adds the linear head of the adaptive weight (student only).
     remat: what the backward pass recomputes: "none", "block" (each block, from its input) or "cheap"
-      (norms, activations and attention weights; results of products with weights are kept).
+      (norms and activations; results of products, attentions and, by kernels, of the gated convolution are kept).
     unroll: blocks per scan step; depth removes the loop, which XLA's CPU backend likes.
     dtype: compute dtype, "float32" or "bfloat16"; parameters are always float32.
     attention: what computes both attentions, one of `kernels.backend.BACKENDS`; parameters are the same for all.
-    depthwise: what computes the Mix-FFN's convolution: "plain", or a backend of `kernels/depthwise.py`, for inference.
+    depthwise: what computes the Mix-FFN's convolution: "plain", or a backend of `kernels/depthwise.py`.
     """
 
     in_channels: int
@@ -216,6 +216,7 @@ class LinearDiT:
         if list(features) != sorted(set(features)) or any(not 0 <= f < self.depth for f in features):
             raise ValueError(f"features {features} must increase within 0..{self.depth - 1}")
         h, cond, modulation, text, logvar = self.inputs(params["inputs"], x, t, text, guidance)
+        text = self.text(params, text)
         last = self.depth if velocity else max(features, default=-1) + 1
         # Segments of alike blocks: they end where features are asked for, and where residuals begin and end.
         steered = range(0) if residuals is None else range(1, 1 + len(residuals))
@@ -235,12 +236,13 @@ class LinearDiT:
         return Output(velocity=out, logvar=logvar, features=tuple(collected[f] for f in features))
 
     def unstack(self, params):
-        """The same parameters with a list of blocks instead of a stack, for running without a loop.
+        """The same parameters with a list of blocks instead of a stack, for running without a loop, and one projection of the text.
 
         A loop copies each block's slice of the stack before its products, a twentieth of a CPU's time and a fifth of a
         GPU's; compilation takes longer in return. For inference: steps and checkpoints know the stack alone.
         """
-        return params | {"blocks": layers.unstacked(params["blocks"], self.depth)}
+        blocks, text = layers.text_joined(layers.unstacked(params["blocks"], self.depth))
+        return params | {"blocks": blocks, "text": text}
 
     def _run_blocks(self, blocks, start, end, h, modulation, text, mask, residuals=None):
         """Blocks start .. end - 1, after each of which its own of residuals [end - start, B, H, W, D] is added."""
@@ -251,15 +253,22 @@ class LinearDiT:
             return (h if residual is None else h + residual), None
 
         if isinstance(blocks, list):
-            for i, block in enumerate(blocks[start:end]):
-                h, _ = body(h, (block, None if residuals is None else residuals[i]))
+            for i in range(start, end):
+                h = self.block(blocks[i], h, modulation, text[i], mask)
+                h = h if residuals is None else h + residuals[i - start]
             return h
         segment = jax.tree.map(lambda a: a[start:end], blocks)
         h, _ = jax.lax.scan(self.remembering(body), h, (segment, residuals), unroll=min(self.unroll, end - start))
         return h
 
+    def text(self, params, text):
+        """What each block has of the projected text [B, L, D]: that itself, or of `unstack`ed parameters a list of keys and values."""
+        if "text" not in params:
+            return text
+        return layers.text_by_block(placement.gathered(params["text"], self.compute_dtype), text, self.compute_dtype)
+
     def block(self, params, h, modulation, text, mask):
-        """One block on h [B, H, W, D]. params: of one layer, not of the stack."""
+        """One block on h [B, H, W, D]. params: of one layer, not of the stack. text: of that layer, see `text`."""
         params = placement.gathered(params, self.compute_dtype)
         return placement.split_over_devices(_Block(self).apply({"params": params}, h, modulation, text, mask))
 
@@ -273,7 +282,7 @@ class LinearDiT:
         """The body of a scan over blocks, under the policy of `remat`."""
         if self.remat == "none":
             return body
-        policy = None if self.remat == "block" else jax.checkpoint_policies.save_only_these_names(layers.PRODUCT)
+        policy = None if self.remat == "block" else jax.checkpoint_policies.save_only_these_names(derivatives.KEPT)
         return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
