@@ -17,6 +17,7 @@ import transformers
 from sprint_jax.benchmarking import bench as bench_lib
 from sprint_jax.benchmarking import machine, timing
 from sprint_jax.conversion import tables
+from sprint_jax.models import layers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -52,6 +53,8 @@ def filled(module, table, params, device, prefix=""):
 
     params: blocks stacked or as a list. One tensor at a time: a second copy of the whole tree is not needed.
     """
+    if "text" in params:
+        params = params | {"blocks": layers.text_apart(params["blocks"], params["text"])}
     table = [row for row in table if row.theirs.startswith(prefix)]
     state = {row.theirs: tensor(row.to_theirs(np.asarray(_place(params, row))), device) for row in table}
     missing, unexpected = module.load_state_dict(state, strict=False, assign=True)

@@ -77,6 +77,28 @@ def alternate(programs: Mapping[str, Program], repeats, shortest=0.0, warm=True,
     return {name: Times(of) for name, of in times.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Launching:
+    """Seconds of one call: `started` until its work is handed to the device, `alone` until it is done, and `in_a_row` of each of
+    several that do not wait for each other, as in a busy service. Medians, but for the last, a mean."""
+
+    started: float
+    alone: float
+    in_a_row: float
+
+
+def launching(call: Call, repeats, clock=time.perf_counter) -> Launching:
+    """Of a call that has run before."""
+    started, alone = [], []
+    for _ in range(repeats):
+        begin = clock()
+        result = call.start()
+        started.append(clock() - begin)
+        call.wait(result)
+        alone.append(clock() - begin)
+    return Launching(middle(started), middle(alone), _run(call, repeats, clock))
+
+
 def _run(call, count, clock):
     begin = clock()
     for _ in range(count):

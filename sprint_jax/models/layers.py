@@ -76,6 +76,13 @@ def text_joined(blocks):
     return without, joined
 
 
+def text_apart(blocks, joined):
+    """The inverse of `text_joined`: a list of whole blocks."""
+    parts = {leaf: iter(jnp.split(a, len(_OF_TEXT) * len(blocks), -1)) for leaf, a in joined.items()}
+    its = [{name: {leaf: next(a) for leaf, a in parts.items()} for name in _OF_TEXT} for _ in blocks]
+    return [block | {"attn2": block["attn2"] | own} for block, own in zip(blocks, its, strict=True)]
+
+
 def text_by_block(params, text, dtype):
     """A list of (keys, values) [B, L, D], as `CrossAttention` takes them, by what `text_joined` made."""
     D = text.shape[-1]
