@@ -63,10 +63,13 @@ class Pipeline:
     def program(self, kind: drawing.Kind):
         """The compiled way from tokens to pixels: one program per shape of its arguments, kept here; three where they run in turn."""
         if kind.output not in self.programs:
-            read, paint, decode = _stages(self.model, self.text, self.pixels, kind.output)
-            with_shape = functools.partial(jax.jit, static_argnames="shape")
-            in_turn = lambda: _joined(jax.jit(read), with_shape(paint), jax.jit(decode))
-            self.programs[kind.output] = in_turn() if self.in_turn else with_shape(_joined(read, paint, decode))
+            networks = self.model, self.text, self.pixels
+            if self.in_turn:
+                read, paint, decode = _stages(*networks, kind.output)
+                way = _joined(jax.jit(read), jax.jit(paint, static_argnames="shape"), jax.jit(decode))
+            else:
+                way = jax.jit(functools.partial(sample, *networks, output=kind.output), static_argnames="shape")
+            self.programs[kind.output] = way
         run = functools.partial(self.programs[kind.output], shape=kind.shape)
         return run if self.rows is None else functools.partial(_spread, run, self.rows)
 

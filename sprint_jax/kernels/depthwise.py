@@ -95,15 +95,16 @@ def _run(name, body, arrays, w, bias, outs, *, gated, backend):
             made[key] = one_half(jax.ShapeDtypeStruct((batch, height, width, out), x.dtype))
     grid = None, out // size, pl.cdiv(height, ROWS), pl.cdiv(width, COLUMNS)
     label = f"depthwise_{k}x{k}" + "_gated" * gated + name
-    found = backends.launch(lambda refs: body(_Program(k, height, width, x.dtype, refs)), grid, ins, made, backend=backend, name=label)
+    found = backends.launch(lambda refs: body(_Program(k, height, width, x.dtype, backend, refs)), grid, ins, made, backend=backend, name=label)
     return {key: a.reshape(batch, height, width, -1) for key, a in found.items()}
 
 
 class _Program:
     """One program of a kernel: `ROWS` x `COLUMNS` positions of some channels."""
 
-    def __init__(self, k, height, width, dtype, refs):
+    def __init__(self, k, height, width, dtype, backend, refs):
         self.k, self.height, self.width, self.dtype, self.refs = k, height, width, dtype, refs
+        self.compiled = backend == "triton"
         # The last tiles are moved back to end with the picture: what two of them cover, both write, equal.
         self.top = jnp.minimum(pl.program_id(2) * ROWS, height - ROWS)
         self.left = jnp.minimum(pl.program_id(3) * COLUMNS, width - COLUMNS)
@@ -113,8 +114,41 @@ class _Program:
         return [self.refs[name][self.top + i, pl.ds(self.left, COLUMNS), :].astype(jnp.float32) for i in range(ROWS)]
 
     def sums(self, name, half):
-        """Rows of the convolution."""
-        return _sums(self.k, self.height, self.width, self.top, self.left, self.refs[name, half], self.refs["w", half])
+        """Rows of the convolution, float32 [COLUMNS, channels] each."""
+        x, w, k = self.refs[name, half], self.refs["w", half], self.k
+        out = [jnp.zeros((COLUMNS, w.shape[-1]), jnp.float32)] * ROWS
+        for j in range(k):
+            taps = [self._wide(jnp.broadcast_to(w[i * k + j, :][None], out[0].shape)) for i in range(k)]
+            for r in range(ROWS + k - 1):
+                values = self._shifted(x, r - k // 2, j - k // 2)
+                for i in range(max(0, r - ROWS + 1), min(k, r + 1)):
+                    out[r - i] = self._multiply_add(values, taps[i], out[r - i])
+        return out
+
+    def _shifted(self, x, down, right):
+        """The row that lies `down` from the first, its columns moved to the right: float32 [COLUMNS, channels], zeros outside."""
+        from jax.experimental.pallas import triton  # its masks are the interpreter's too
+
+        shape = COLUMNS, x.shape[-1]
+        row = jnp.full(shape, self.top + down, jnp.int32)
+        column = self.left + right + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        there = (column >= 0) & (column < self.width) & (row >= 0) & (row < self.height)
+        place = jnp.clip(row, 0, self.height - 1), jnp.clip(column, 0, self.width - 1), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        return self._wide(triton.load(x.at[place], mask=there, other=0.0))
+
+    def _wide(self, a):
+        """In float32."""
+        if not self.compiled or a.dtype != jnp.bfloat16:
+            return a.astype(jnp.float32)
+        # Two instructions for two values, of which Triton makes three.
+        asm = "{ .reg .b32 low, high; shl.b32 low, $2, 16; and.b32 high, $2, 0xffff0000; mov.b32 $0, low; mov.b32 $1, high; }"
+        return _inline(asm, "=f,=f,r", 2, a.shape, a)
+
+    def _multiply_add(self, a, b, c):
+        """a b + c, in one instruction, which XLA's Triton does not make of a product and a sum."""
+        if not self.compiled:
+            return a * b + c
+        return _inline("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", 1, c.shape, a, b, c)
 
     def conv(self, half):
         """Rows of the convolution of x with its bias, as `dtype` holds them."""
@@ -161,18 +195,9 @@ def _gate_gradient(program):
         program.store(rows, half)
 
 
-def _sums(k, height, width, top, left, x, w):
-    """`ROWS` rows of the convolution, float32 [COLUMNS, channels] each."""
-    out = [0.0] * ROWS
-    for j in range(k):
-        columns = left + j - k // 2 + jax.lax.iota(jnp.int32, COLUMNS)
-        inside = (columns >= 0) & (columns < width)
-        columns = jnp.clip(columns, 0, width - 1)
-        taps = [w[i * k + j, :].astype(jnp.float32)[None] for i in range(k)]
-        for r in range(ROWS + k - 1):
-            row = top + r - k // 2
-            there = (inside & (row >= 0) & (row < height))[:, None]
-            values = jnp.where(there, x[jnp.clip(row, 0, height - 1), columns, :].astype(jnp.float32), 0.0)
-            for i in range(max(0, r - ROWS + 1), min(k, r + 1)):
-                out[r - i] += values * taps[i]
-    return out
+def _inline(asm, constraints, pack, shape, *arrays):
+    """Instructions of an NVIDIA GPU on `pack` elements of each array at a time -> float32."""
+    from jax.experimental.pallas import triton
+
+    out = [jax.ShapeDtypeStruct(shape, jnp.float32)]
+    return triton.elementwise_inline_asm(asm, args=arrays, constraints=constraints, pack=pack, result_shape_dtypes=out)[0]
