@@ -13,7 +13,7 @@
 # Parts of it have run on an H100 and an H200: benchmarks/RESULTS.md has what was measured and what is open. One part at a time: compilers
 # search for the fastest of several programs on the GPU, and beside each other they take many times as long. On an H200 one 0.6B picture with
 # both peers took 160 s, 40 to 60 of them compiling ours, and one pair of training_600m 90 to 140 s, most of them compiling. With 15 minutes, what is
-# asked most: kernel_tests latency_06b latency_06b_kernels latency_06b_skip_temp sketch training_600m_next throughput_06b latency_16b
+# asked most: depthwise_tests tiles latency_06b_now training_600m_now throughput_06b_now latency_16b_now latency_06b
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-gpu_results}
@@ -39,7 +39,8 @@ $python -c 'import jax; print("jax", jax.__version__, jax.devices())' | tee -a "
 # float32 products in float32, for their oracles are; without the search for the fastest of several programs.
 tests=(env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_autotune_level=0
   $python -m pytest -q -p no:cacheprovider -n 6 --dist load)
-# Not yet run on a GPU: kernels that read q, k and v where the projection left them, heads of any width, and the autoencoder's.
+# 114 s on an H200. Not yet run on a GPU: depthwise kernels with fused multiply-adds.
+part depthwise_tests 60 "${tests[@]}" tests/test_kernels.py -k test_depthwise
 part kernel_tests 240 "${tests[@]}" tests/test_kernels.py
 part numeric_tests 540 "${tests[@]}" \
   tests/test_flow_trigflow.py tests/test_scm.py tests/test_ladd.py tests/test_samplers.py \
@@ -52,28 +53,32 @@ bench() { # bench NAME SUITE CASES
 bench transformer_06b gpu 'transformer_0.6b*'
 bench transformer_16b gpu 'transformer_1.6b*'
 bench decoder gpu 'dcae_decode*'
+# Ours alone, some 60 s: 23.1 ms and 38.0 ms at 7dfbe64. Not yet run on a GPU: with fused multiply-adds in the depthwise kernels.
+part latency_06b_now 110 $python -m sprint_jax.benchmark --suite=gpu --nopeers --operations=60 --out="$out/latency_06b_now.json" --only=picture_0.6b_1step,sketch_0.6b_1step
+part latency_16b_now 110 $python -m sprint_jax.benchmark --suite=gpu --nopeers --operations=60 --out="$out/latency_16b_now.json" --only=picture_1.6b_1step
+# Not compiled after 60 s once.
+part throughput_06b_now 140 $python -m sprint_jax.benchmark --suite=gpu --nopeers --operations=60 --out="$out/throughput_06b_now.json" --only=picture_0.6b_1step_batch10
+# The longest, and with the peers, which compile for minutes.
 bench latency_06b gpu 'picture_0.6b_?step,picture_0.6b_?step_512'
-# Not yet run on a GPU: attention by kernels, in transformer and autoencoder (benchmarks/RESULTS.md has its launches). And that with the addresses of
-# temporary buffers kept from run to run (jax 0.11.2), so that a CUDA graph of a thousand kernels is not written anew for each picture.
-bench latency_06b_kernels gpu 'picture_0.6b_1step_kernels,picture_0.6b_1step_kernels_in_turn,sketch_0.6b_1step_kernels'
-XLA_FLAGS=--xla_gpu_command_buffer_update_mode=SKIP_TEMP bench latency_06b_skip_temp gpu 'picture_0.6b_1step_kernels'
-# By the compiler's help the profiler runs launches one by one unless it is told not to; the waits that were measured do not look like it.
-XLA_FLAGS='--xla_gpu_command_buffer_update_mode=SKIP_TEMP --xla_enable_command_buffers_during_profiling=true' bench latency_06b_profiled gpu 'picture_0.6b_1step_kernels'
-# The same with launches one by one instead of CUDA graphs: 33.5 against 31.2 ms on an H200.
-XLA_FLAGS=--xla_gpu_enable_command_buffer= bench latency_06b_no_graphs gpu 'picture_0.6b_1step'
+# Plain attention, and one program instead of three: 27.8 and 26.5 ms on an H200 at 10fa4cb.
+bench latency_06b_ways gpu 'picture_0.6b_1step_plain,picture_0.6b_1step_at_once,sketch_0.6b_1step_at_once'
+# The same with launches one by one instead of CUDA graphs: 33.5 against 31.2 ms on an H200, of a picture in one program.
+XLA_FLAGS=--xla_gpu_enable_command_buffer= bench latency_06b_no_graphs gpu 'picture_0.6b_1step_at_once'
 bench latency_16b gpu 'picture_1.6b_?step,picture_1.6b_?step_512'
 bench throughput_06b gpu 'picture_0.6b_*_batch10,picture_0.6b_*_batch32'
 bench throughput_16b gpu 'picture_1.6b_*_batch10,picture_1.6b_*_batch32'
 bench sketch gpu 'sketch_?.?b_1step'
 # Without the search among Triton's products: the pair compiles in 88 s, with it it had not after 220 s beside other jobs.
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false bench training_600m gpu 'sprint_pair_600m_remat_block,sprint_pair_600m_remat_cheap'
-# Not yet run on a GPU: heads in bfloat16 (in both), and attention by kernels.
-XLA_FLAGS=--xla_gpu_enable_triton_gemm=false bench training_600m_next gpu 'sprint_pair_600m_remat_cheap,sprint_pair_600m_remat_cheap_kernels'
+# 0.898 s at 7dfbe64. Not yet run on a GPU: with fused multiply-adds in the depthwise kernels.
+XLA_FLAGS=--xla_gpu_enable_triton_gemm=false bench training_600m_now gpu 'sprint_pair_600m_remat_cheap_kernels'
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false bench training_1600m gpu 'sprint_pair_1600m_remat_block'
 bench training_embedded gpu 'sprint_pair_embedded'
 bench kernels_06b kernels '*_0.6b_*'
 bench kernels_16b kernels '*_1.6b_*'
 part depthwise 40 $python -m benchmarks.depthwise
+# Not yet run on a GPU: other tiles and numbers of warps for every kernel.
+part tiles 200 $python -m benchmarks.tiles
 part pair_shapes_64 60 $python -m benchmarks.pair --preset=shapes_64
 # Memory and time of the published sizes' training steps, 16 samples; docs/plan.md has what was predicted.
 part pair_600m_block 120 $python -m benchmarks.pair --preset=sana_600m --batch=16 --remat=block

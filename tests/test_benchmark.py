@@ -361,6 +361,24 @@ def test_three_programs_make_the_same_picture(control_depth):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["cross", "linear", "depthwise"])
+def test_every_tile_gives_the_same(kernel):
+    """Interpreted, at sizes that the larger ones do not divide: what a search on a GPU may choose. Fails when a kernel counts on the tiles in use,
+    and when a choice does not reach its kernel."""
+    from benchmarks import tiles
+
+    module, every = tiles.CHOICES[kernel]
+    choices = [choice for choice in every if not {"WARPS", "STAGES"} & set(choice)][:4]  # an interpreter has neither
+    small = tiles.subject(kernel, "interpret", 1, tokens=324, text=150, width=288, hidden=128)
+    with mock.patch.object(backend, "launch", wraps=backend.launch) as launch, mock.patch.dict(tiles.CHOICES, {kernel: (module, choices)}):
+        found = tiles.search(kernel, small, lambda line: None, runs=1, rounds=1)
+    assert len(found) == len(choices) and all(len(of) == 3 for of in found.values())
+    assert max(difference for of in found.values() for _, difference in of.values()) < 2e-2
+    grids = {(call.kwargs["name"], call.args[1]) for call in launch.call_args_list}
+    assert len(grids) > len({name for name, _ in grids})
+
+
+@pytest.mark.slow
 def test_the_torch_pair_is_the_same_computation():
     """Losses and gradients' norms of both steps, with our weights and draws, in every way PyTorch may choose."""
     torch = pytest.importorskip("torch")

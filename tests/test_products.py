@@ -1,6 +1,8 @@
 """Products in bfloat16 whose backward pass stays in bfloat16, and what of them a backward pass recomputes."""
 
+import collections
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,35 @@ def test_a_bias_is_added_before_rounding():
     assert np.mean(np.asarray(found != (product + bias).astype(jnp.bfloat16))) < 0.01  # sums in another order
 
 
+def test_derivatives_with_a_bias():
+    """Of value, tangent and gradient against float64; the gradients of kernel and bias, sums over many rows, have more digits than bfloat16.
+
+    Fails when the bias' tangent is rounded before it is spread out, when a term of the tangent is left out, and when the kernel's gradient is rounded.
+    """
+    x, kernel, bias, dx, dkernel, dbias, g = draws((3000, 24), (24, 16), (16,), (3000, 24), (24, 16), (16,), (3000, 16))
+    x, dx, g = (a.astype(jnp.bfloat16) for a in (x, dx, g))
+    out, moved = jax.jvp(products.affine, (x, kernel, bias), (dx, dkernel, dbias))
+    wide = lambda *arrays: [np.asarray(a, np.float64) for a in arrays]
+    a, k, b, da, dk, db, c = wide(x, kernel, bias, dx, dkernel, dbias, g)
+    assert out.dtype == moved.dtype == jnp.bfloat16
+    assert relative(out, a @ k + b) < 5e-3 and relative(moved, da @ k + a @ dk + db) < 8e-3
+    of_x, of_kernel, of_bias = jax.vjp(products.affine, x, kernel, bias)[1](g)
+    assert of_x.dtype == jnp.bfloat16 and relative(of_x, c @ k.T) < 5e-3
+    assert relative(of_kernel, a.T @ c) < 1e-5 and relative(of_bias, c.sum(0)) < 1e-5
+    # Whatever does not move costs nothing: one product, not three.
+    along_x = jax.make_jaxpr(lambda x, dx: jax.jvp(lambda x: products.affine(x, kernel, bias), (x,), (dx,))[1])(x, dx)
+    assert len(list(_dots(along_x.jaxpr))) == 3  # of the value on two kinds of platform, and of the tangent
+
+
+def test_a_gpu_adds_the_bias_to_a_product_of_its_own_dtype():
+    """So that a library can do it. Fails when an NVIDIA GPU is given the sum in float32."""
+    f = jax.jit(products.affine)
+    arrays = jax.ShapeDtypeStruct((8, 24), jnp.bfloat16), jax.ShapeDtypeStruct((24, 16), jnp.bfloat16), jax.ShapeDtypeStruct((16,), jnp.float32)
+    made = {p: f.trace(*arrays).lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "cpu", "tpu")}
+    sums = {p: set(re.findall(r"stablehlo.add .*: tensor<8x16x(\w+)>", text)) for p, text in made.items()}
+    assert sums == {"cuda": {"bf16"}, "cpu": {"f32"}, "tpu": {"f32"}}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tangents_are_those_of_the_plain_product(kind):
     product, *shapes, _ = KINDS[kind]
@@ -108,6 +139,25 @@ def test_a_network_in_bfloat16_mixes_no_operands():
     found = set(_dots(jaxpr.jaxpr))
     # float32 alone: linear attention, as published.
     assert found == {("bfloat16", "bfloat16"), ("float32", "float32")}, found
+
+
+def test_cheap_starts_no_kernel_again():
+    """A backward pass by kernels has those of the gradient alone. Fails when what attention gave, or what its gradient reads beside it, is not kept,
+    and when the gated convolution is not."""
+    names = lambda remat: collections.Counter(
+        re.findall(r"name=((?:linear|cross|depthwise)\w+)", str(jax.make_jaxpr(jax.grad(loss(remat)))(params)))
+    )
+
+    def loss(remat):
+        model = dataclasses.replace(TINY, remat=remat, attention="interpret", depthwise="interpret", width=64)
+        x, text = draws((2, 16, 16, model.in_channels), (2, 5, model.text_dim))
+        v = lambda params: model.apply(params, x, jnp.full((2,), 0.5), text=text, mask=jnp.ones((2, 5))).velocity
+        return lambda params: jnp.square(v(params)).sum()
+
+    params = TINY.init(jax.random.key(0))
+    none, cheap, block = map(names, ("none", "cheap", "block"))
+    assert cheap == none and block["cross_attention"] == 2 * none["cross_attention"], (none, cheap, block)
+    assert {"linear_attention_state", "cross_attention_key_gradient", "depthwise_3x3_gated", "depthwise_3x3_gated_gradient"} <= set(none)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -26,6 +26,9 @@ LARGEST_HEAD = 128
 LARGEST_LINEAR_HEAD = {"triton": 64, "tpu": 128}
 DTYPES = ("float32", "bfloat16")
 
+# Of every kernel compiled by Triton; `benchmarks/tiles.py` tries others.
+WARPS, STAGES = 4, 2
+
 # Of the depthwise convolution, which has no kernel for TPUs.
 DEPTHWISE = ("plain", "interpret", "triton")
 
@@ -159,7 +162,7 @@ def _compiler_params(backend, axes):
     if backend == "triton":
         from jax.experimental.pallas import triton
 
-        return triton.CompilerParams(num_warps=4, num_stages=2)
+        return triton.CompilerParams(num_warps=WARPS, num_stages=STAGES)
     if backend == "tpu":
         from jax.experimental.pallas import tpu
 

@@ -26,6 +26,7 @@ from sprint_jax.kernels import products
 from sprint_jax.kernels.backend import Operand, dot, single_dot
 from sprint_jax.kernels.derivatives import is_zero, kept, linear_map
 
+QUERIES, KEYS = 64, 64  # at a time; a TPU takes 128 keys
 MASKED = -1e4  # added to the scores of masked keys, as published
 _ABSENT = -1e30  # added to those of keys that only fill a block: they have no weight even where every key is masked
 
@@ -81,8 +82,8 @@ class _Tiling:
         batch, queries, heads, width = shape
         # Blocks of a TPU end on 128 lanes.
         pieces = (128,) if backend == "tpu" else _pieces(width)
-        block_k = 128 if backend == "tpu" else max(16, min(64, backends.next_power_of_two(keys)))
-        block_q = max(16, min(64, backends.next_power_of_two(queries)))
+        block_k = 128 if backend == "tpu" else max(16, min(KEYS, backends.next_power_of_two(keys)))
+        block_q = max(16, min(QUERIES, backends.next_power_of_two(queries)))
         blocks, programs = -(-queries // block_q), backends.local_batch(batch) * heads * -(-keys // block_k)
         wanted = max(-(-blocks * block_q // 1024), math.ceil(128 / programs))
         inner = -(-blocks // min(blocks, wanted))

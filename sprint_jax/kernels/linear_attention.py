@@ -27,6 +27,7 @@ from sprint_jax.kernels import backend as backends
 from sprint_jax.kernels.backend import Operand, dot, rounded
 from sprint_jax.kernels.derivatives import is_zero, kept, linear_map
 
+CHANNELS, TOKENS = 32, 64  # at a time; a TPU takes 128 channels
 EPS = 1e-15  # of the denominator, diffusers; the official repository uses 1e-8
 
 
@@ -128,9 +129,9 @@ class _Tiling:
         batch, tokens, width = shape
         head = backends.next_power_of_two(width // heads)
         # A TPU's lanes are 128; on a GPU narrower blocks waste less on products of different heads.
-        channels = max(128 if backend == "tpu" else 16 if by_head else 32, head)
+        channels = max(128 if backend == "tpu" else 16 if by_head else CHANNELS, head)
         groups = -(-heads * head // channels)
-        block = max(16, min(max(64, channels), backends.next_power_of_two(tokens)))
+        block = max(16, min(max(TOKENS, channels), backends.next_power_of_two(tokens)))
         blocks = -(-tokens // block)
         # Partial sums over at most 1024 tokens, fewer where there are not programs enough for a GPU's cores.
         wanted = max(-(-blocks * block // 1024), math.ceil(128 / (backends.local_batch(batch) * groups)))

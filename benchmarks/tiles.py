@@ -1,0 +1,122 @@
+"""Which tiles and how many warps suit the kernels of a GPU: the ones in use against others, at the shapes of a published training step.
+
+    python -m benchmarks.tiles [--kernel=cross|linear|depthwise ...] [--samples=16]
+
+For each choice the value, the value with its tangent and the value with its gradients, bfloat16, heads of the 0.6B size; one line each with the median of
+back-to-back runs, its ratio to the first line and the difference of its results from the first line's. What does not compile says why.
+To take another choice over, change the constant of that name in `sprint_jax/kernels`.
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from sprint_jax.benchmarking import bench
+from sprint_jax.kernels import backend, cross_attention, linear_attention
+from sprint_jax.kernels import depthwise as depthwise_kernel
+from sprint_jax.models import depthwise
+
+RUNS, ROUNDS = 20, 5
+# {kernel: (module, its constants by choice)}, the choice in use first. WARPS and STAGES are those of `kernels/backend.py`.
+CHOICES = {
+    "cross": (
+        cross_attention,
+        [
+            {}, {"QUERIES": 128, "WARPS": 8}, {"QUERIES": 128}, {"KEYS": 32}, {"KEYS": 128}, {"STAGES": 3}, {"STAGES": 1}, {"WARPS": 8},
+            {"QUERIES": 128, "KEYS": 32, "WARPS": 8},
+        ],
+    ),
+    "linear": (linear_attention, [{}, {"CHANNELS": 64}, {"TOKENS": 128}, {"TOKENS": 32}, {"WARPS": 2}, {"WARPS": 8}, {"STAGES": 3}]),
+    "depthwise": (
+        depthwise_kernel,
+        [
+            {}, {"ROWS": 8}, {"ROWS": 2}, {"COLUMNS": 8}, {"COLUMNS": 32}, {"CHANNELS": (32, 16)}, {"ROWS": 8, "CHANNELS": (32, 16)},
+            {"WARPS": 2}, {"WARPS": 8},
+        ],
+    ),
+}  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", action="append", choices=list(CHOICES))
+    parser.add_argument("--samples", type=int, default=16)
+    options = parser.parse_args()
+    if jax.default_backend() != "gpu":
+        raise SystemExit("error: JAX sees no GPU here: the kernels of the other platforms have no such choices")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.samples} samples, median of {ROUNDS} times {RUNS} runs")
+    for kernel in options.kernel or CHOICES:
+        search(kernel, subject(kernel, "triton", options.samples), print)
+
+
+def subject(kernel, backend, samples, tokens=1024, text=300, width=1152, hidden=5760):
+    """(function, arrays) of a kernel. tokens: a square number. width: a multiple of 72 and of 32."""
+    normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+    if kernel == "cross":
+        q, k, v = (normal(i, samples, n, width // 72, 72) for i, n in enumerate((tokens, text, text)))
+        mask = jnp.ones((samples, text))
+        return lambda q: cross_attention.attention(q, k, v, mask, backend=backend), q
+    if kernel == "linear":
+        norms = [jnp.ones(width)] * 2
+        return lambda x: linear_attention.attention(x, *norms, heads=width // 32, eps=1e-5, backend=backend), normal(0, samples, tokens, 3 * width)
+    side = round(tokens**0.5)
+    w, bias = normal(1, 3, 3, hidden), jnp.zeros(hidden)
+    return lambda x: depthwise.smooth(x, w, bias, True, backend), normal(0, samples, side, side, hidden)
+
+
+def search(kernel, subject, say, runs=RUNS, rounds=ROUNDS):
+    """Says a line for each choice and direction. Returns {choice: {direction: (seconds, difference)}}."""
+    module, choices = CHOICES[kernel]
+    function, x = subject
+    derived = {
+        "value": function,
+        "tangent": lambda x: jax.jvp(function, (x,), (x,)),
+        "gradient": lambda x: jax.vjp(function, x)[1](function(x)),
+    }
+    found, first = {}, {}
+    for choice in choices:
+        label = ", ".join(f"{name} {value}" for name, value in choice.items()) or "in use"
+        with _chosen(module, choice):
+            for direction, f in derived.items():
+                try:
+                    seconds, result = _timed(jax.jit(f), x, runs, rounds)
+                except Exception as error:  # whatever a compiler raises
+                    say(f"{kernel:10} {direction:9} {label}: {bench.sentence(error)}")
+                    continue
+                base, expected = first.setdefault(direction, (seconds, result))
+                difference = max(map(bench.relative, jax.tree.leaves(result), jax.tree.leaves(expected)))
+                found.setdefault(label, {})[direction] = seconds, difference
+                say(f"{kernel:10} {direction:9} {1e6 * seconds:8.0f} us {seconds / base:6.2f} x   difference {difference:.1e}   {label}")
+    return found
+
+
+@contextlib.contextmanager
+def _chosen(module, choice):
+    """With some constants of a kernel's module, or of `kernels/backend.py`, changed."""
+    jax.clear_caches()  # kernels are traced once for each shape
+    with contextlib.ExitStack() as stack:
+        for name, value in choice.items():
+            stack.enter_context(mock.patch.object(module if hasattr(module, name) else backend, name, value))
+        yield
+    jax.clear_caches()
+
+
+def _timed(function, x, runs, rounds):
+    result = jax.block_until_ready(function(x))
+    seconds = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        for _ in range(runs):
+            out = function(x)
+        jax.block_until_ready(out)
+        seconds.append((time.perf_counter() - begin) / runs)
+    return statistics.median(seconds), jax.tree.map(lambda a: jax.device_get(a.astype(jnp.float32)), result)
+
+
+if __name__ == "__main__":
+    main()
