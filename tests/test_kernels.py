@@ -505,8 +505,10 @@ def test_pipeline_chooses_the_depthwise_kernel(monkeypatch, tmp_path):
     pipe = pipeline.load(tmp_path, dtype="float32")
     assert kinds(pipe) == ("triton", "triton") and kinds(pipeline.over_devices(pipe, devices)) == ("plain", "plain")
     assert pipeline.over_devices(pipe, devices).model == TINY  # nor attention
+    assert pipe.in_turn
     for platform in ("cuda", ""):
-        assert kinds(pipeline.load(tmp_path, dtype="float32", platform=platform)) == ("plain", "plain")
+        elsewhere = pipeline.load(tmp_path, dtype="float32", platform=platform)
+        assert kinds(elsewhere) == ("plain", "plain") and not elsewhere.in_turn
     with pytest.raises(ValueError, match="depthwise 'tpu'"):
         dataclasses.replace(TINY, depthwise="tpu")
     with pytest.raises(ValueError, match="depthwise 'tpu'"):

@@ -1,5 +1,7 @@
 """What a pipeline is made of, without PyTorch: times of img2img, sizes, tiles, the sub-pixel convolution."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,3 +186,13 @@ def test_autoencoder_sides():
     model = dc_ae.DCAE_F32C32
     with pytest.raises(ValueError, match="multiples of 32"):
         jax.eval_shape(model.encode, jax.eval_shape(model.init, jax.random.key(0)), jnp.zeros((1, 40, 32, 3)))
+
+
+@pytest.mark.parametrize("output", ["pixels", "latent"])
+def test_three_programs_draw_the_same(finished, output):
+    """As on an NVIDIA GPU. Fails when one of them is given another's parameters, and when latents are decoded that were asked for."""
+    pipe = pipeline.load(finished, dtype="float32")
+    in_turn = dataclasses.replace(pipe, in_turn=True, programs={})
+    one, three = (pipeline.generate(p, ["a red circle", "two blue squares"], steps=2, output=output, seed=3) for p in (pipe, in_turn))
+    assert one.shape == three.shape and one.dtype == three.dtype
+    assert np.abs(one.astype(float) - three.astype(float)).max() <= (1 if output == "pixels" else 1e-4)
