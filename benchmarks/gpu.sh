@@ -13,7 +13,7 @@
 # Parts of it have run on an H100 and an H200: benchmarks/RESULTS.md has what was measured and what is open. One part at a time: compilers
 # search for the fastest of several programs on the GPU, and beside each other they take many times as long. On an H200 one 0.6B picture with
 # both peers took 160 s, 40 to 60 of them compiling ours, and one pair of training_600m 90 to 140 s, most of them compiling. With 15 minutes, what is
-# asked most: depthwise_tests tiles latency_06b_now training_600m_now throughput_06b_now latency_16b_now latency_06b
+# asked most: depthwise_tests latency_06b_now training_600m_now throughput_06b_now latency_16b_now main_shapes_64 tiles latency_06b
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-gpu_results}

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kernel_cases import cross_case, directions, half_hidden, linear, linear_case, modes, published, worst
+from kernel_cases import cross_case, directions, half_hidden, linear, linear_case, modes, normals, published, worst
 from sprint_jax.kernels import cross_attention, linear_attention
+from sprint_jax.models import depthwise
 
 
 def mesh_of(devices, *sizes):
@@ -33,10 +34,13 @@ def on_mesh():
         cases[name] = (f, *linear_case(0, batch, 20, 2, 32, True), np.ones((batch, 1)))
     f = lambda q, k, v, mask: cross_attention.attention(q, k, v, mask, backend="interpret")
     cases["cross"] = (f, *cross_case(0, 8, 20, 11, 2, 16), half_hidden(8, 11))
+    shapes = (8, 6, 16, 32), (3, 3, 32), (32,)
+    f = lambda x, w, bias, mask: depthwise.smooth(x, w, bias, True, "interpret")
+    cases["depthwise"] = (f, normals(0, *shapes), normals(1, *shapes), normals(2, (8, 6, 16, 16))[0], np.ones((8, 1)))
     found = {}
     for name, (f, primals, tangents, g, mask) in cases.items():
         fits = g.shape[0] % mesh.size == 0
-        place = lambda a: jax.device_put(a, split if a.ndim > 1 and fits else whole)
+        place = lambda a: jax.device_put(a, split if len(a) == len(g) and fits else whole)
         expected = directions(lambda *p: f(*p, mask), primals, tangents, g, scan=False)
 
         def run(primals, tangents, g, mask):

@@ -410,7 +410,7 @@ def test_sharded_operands_stay_where_they_are():
     activation is gathered. Fails when `launch` does not map over devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     found = run_script("mesh", XLA_FLAGS=flags)
-    assert set(found) == {"linear", "cross", "linear 3 samples"}
+    assert set(found) == {"linear", "cross", "linear 3 samples", "depthwise"}
     for name, measured in found.items():
         assert measured["error"] < 1e-5, name
         if "samples" not in name:
