@@ -4,8 +4,8 @@
     python -m benchmarks.launches --program=picture|sketch|pair [--size=0.6b] [--attention=plain|pallas] [--longest=20]
 
 A picture is one step at 1024 px, batch 1, prompt tokens to pixels; a sketch has a ControlNet of 7 blocks and its encoder besides; a
-pair is the published training step on 16 samples (`--remat=cheap`). All in bfloat16, with kernels for depthwise convolutions where the
-pipeline has them. The compiler searches for nothing here: on a GPU it also chooses between its own products and a library's by
+pair is the published training step on 16 samples (`--remat=cheap`). All in bfloat16; with `--attention=pallas` by kernels, those of depthwise
+convolutions too. The compiler searches for nothing here: on a GPU it also chooses between its own products and a library's by
 timing them, so counts differ a little, and nothing is said of time.
 """
 
@@ -63,9 +63,9 @@ def _pictures(options, device):
     mesh = sharding.mesh(1, 1, gpus.devices(device, 1, 1))
     shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype, sharding=sharding.replicated(mesh))
     placed = lambda tree: jax.tree.map(lambda a: shape(*a.shape, dtype=a.dtype), tree)
-    by = {"attention": "triton" if options.attention == "pallas" else "plain", "depthwise": "triton"}
+    by = dict.fromkeys(("attention", "depthwise"), "triton" if options.attention == "pallas" else "plain")
     size = SANA_600M if options.size == "0.6b" else SANA_1600M
-    model = dataclasses.replace(subjects.inference(size, "bfloat16"), **by)
+    model = dataclasses.replace(subjects.inference(size, "bfloat16", "plain"), **by)
     autoencoder = dataclasses.replace(DCAE_F32C32, **by)
 
     def parameters(network):

@@ -27,7 +27,7 @@ _DTYPE = flags.DEFINE_enum(
     "dtype", None, ["bfloat16", "float32"], "Of weights and arithmetic; default: bfloat16, on a CPU float32.", allow_override=True
 )
 _ATTENTION = flags.DEFINE_enum(
-    "attention", None, ["plain", "pallas"], "Compiled by XLA, or kernels where the device has them; default: kernels on an NVIDIA GPU.", allow_override=True
+    "attention", None, ["plain", "pallas"], "Attention and depthwise convolutions compiled by XLA, or kernels where the device has them; default: kernels on an NVIDIA GPU.", allow_override=True
 )
 _TILE = flags.DEFINE_bool("tile", False, "Decode in overlapping tiles of 1024 px: less memory for large pictures.", allow_override=True)
 _INSTRUCTION = flags.DEFINE_string(

@@ -50,7 +50,8 @@ def latent_shape(c: config_lib.Config) -> tuple[int, int, int]:
 
 
 def attention(c: config_lib.Config) -> tuple[str, str | None]:
-    """What computes attention on this process's devices, and a sentence where that is not what was asked for."""
+    """What computes attention on this process's devices, and a sentence where that is not what was asked for. Where it is "plain", so is
+    the convolution."""
     m = c.model
     return backend.resolve(m.attention, jax.default_backend(), m.width // m.heads, m.width // m.cross_heads, m.dtype)
 

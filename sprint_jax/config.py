@@ -78,7 +78,8 @@ class Codec:
 class Model:
     """Network shared by teacher and student: see `sprint_jax.models.linear_dit.LinearDiT`.
 
-    attention: "plain", or "pallas" for kernels where the device has them (`sprint_jax.kernels.backend.resolve`).
+    attention: "plain", or "pallas" for kernels where the device has them (`sprint_jax.kernels.backend.resolve`), on an NVIDIA GPU those of
+      the Mix-FFN's convolution too.
     """
 
     width: int

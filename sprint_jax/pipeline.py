@@ -87,8 +87,8 @@ def load(
     Args:
       dtype: "bfloat16" or "float32", of the parameters and of the computation. Latents, times and
         normalisations are float32 in both.
-      attention: "plain", or "pallas" for kernels where the device has them; `say` is told where it has not. None takes them on an
-        NVIDIA GPU. What a run directory was trained with does not matter.
+      attention: "plain" for no kernels at all, or "pallas" for those of attention and of depthwise convolutions where the device has
+        them; `say` is told where it has none of attention. None takes them on an NVIDIA GPU. What a run directory was trained with does not matter.
       controlnet: folder with a diffusers ControlNet to steer the model by. A run directory trained with one has its own,
         and so has a folder with a controlnet/.
       instruction: text file with the instruction before each prompt, "" for none; None takes the one
@@ -122,7 +122,7 @@ def load(
         of_heads = of_heads if of_heads != "tpu" else "plain"
         pipe = dataclasses.replace(pipe, in_turn=platform is None and backend.launches_cost(here))
     pipe = dataclasses.replace(pipe, pixels=_pixels(pipe, attention=of_heads))
-    return _by(pipe, depthwise=backend.depthwise(here)) if platform is None else pipe
+    return _by(pipe, depthwise="plain" if wanted == "plain" or platform is not None else backend.depthwise(here))
 
 
 def _by(pipe, **changes):

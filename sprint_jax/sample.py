@@ -25,7 +25,7 @@ _CONTROL_SCALE = flags.DEFINE_float("control_scale", 1.0, "With --control: how s
 _STRENGTH = flags.DEFINE_float("strength", 0.6, "With --image: how much may change, more than 0 and at most 1.")
 _CONTROLNET = flags.DEFINE_string("controlnet", None, "Folder of a diffusers ControlNet to steer the model by.")
 _ATTENTION = flags.DEFINE_enum(
-    "attention", None, ["plain", "pallas"], "Compiled by XLA, or kernels where the device has them; default: kernels on an NVIDIA GPU."
+    "attention", None, ["plain", "pallas"], "Attention and depthwise convolutions compiled by XLA, or kernels where the device has them; default: kernels on an NVIDIA GPU."
 )
 flags.adopt_module_key_flags(model_flags)  # --help shows them here
 

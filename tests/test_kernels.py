@@ -368,7 +368,7 @@ DEVICES = {
 @pytest.mark.parametrize("name", list(DEVICES))
 @pytest.mark.parametrize("kind", ["linear", 72, slow(32), slow(112)])
 def test_kernels_lower_for(name, kind):
-    """Without the device: the compiler's last step is not part of this. Fails when heads are not filled up to a power
+    """Without the device: the compiler's last step is not part of this. Fails when the pieces of a head are not powers
     of two (Triton), or blocks do not end on 128 lanes (TPU)."""
     platform, target, device = DEVICES[name]
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(**device))
@@ -449,6 +449,21 @@ def test_resolve():
         resolve("triton", "gpu", 32, None, "bfloat16")
 
 
+@pytest.mark.parametrize(("capability", "chosen"), [("9.0", "triton"), ("8.0", "triton"), ("7.5", "plain"), ("gfx942", "plain"), ("10.0", "triton")])
+def test_kernels_by_card(monkeypatch, capability, chosen):
+    """AMD's GPUs and NVIDIA's before Ampere have none, and say so where they were asked for. Fails when "10.0" is compared as text."""
+
+    class Card:
+        compute_capability = capability
+
+    monkeypatch.setattr(jax, "devices", lambda: [Card()])
+    found, sentence = backend.resolve("pallas", "gpu", 32, 72, "bfloat16")
+    assert (found, backend.depthwise("gpu"), backend.fastest("gpu") == "pallas", backend.launches_cost("gpu")) == (
+        (chosen, chosen, chosen == "triton", chosen == "triton")
+    )  # fmt: skip
+    assert (sentence is None) == (chosen == "triton") and (sentence is None or "capability 8.0" in sentence)
+
+
 def test_config_chooses(monkeypatch):
     """Fails when build leaves the config's wish in the model, or a folder's weights are refused for it."""
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
@@ -500,9 +515,18 @@ def test_pipeline_chooses_the_depthwise_kernel(monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "_load", lambda path, **options: made)
     kinds = lambda pipe: (pipe.model.depthwise, pipe.pixels.model.depthwise)
     assert kinds(pipeline.load(tmp_path, dtype="float32")) == (backend.depthwise(jax.default_backend()),) * 2
+    # What a run was trained with is no matter either.
+    trained = dataclasses.replace(made, model=dataclasses.replace(TINY, attention="interpret", depthwise="interpret"))
+    with monkeypatch.context() as context:
+        context.setattr(pipeline, "_load", lambda path, **options: trained)
+        for platform in (None, "cpu", "cuda", ""):
+            found = pipeline.load(tmp_path, dtype="float32", attention="plain", platform=platform)
+            assert kinds(found) == ("plain", "plain") and found.model.attention == "plain"
+        assert kinds(pipeline.load(tmp_path, dtype="float32", platform="cpu")) == ("plain", "plain")
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     pipe = pipeline.load(tmp_path, dtype="float32")
+    assert kinds(pipeline.load(tmp_path, dtype="float32", attention="plain")) == ("plain", "plain")  # no kernel at all
     assert kinds(pipe) == ("triton", "triton") and kinds(pipeline.over_devices(pipe, devices)) == ("plain", "plain")
     assert pipeline.over_devices(pipe, devices).model == TINY  # nor attention
     assert pipe.in_turn

@@ -119,12 +119,15 @@ def _launching(program, repeats):
     """A line on each call: how much of its time the host needs to start it."""
     milliseconds = lambda seconds: f"{1e3 * seconds:.3g} ms"
     lines = []
-    for name, call in program.calls.items():
-        found = timing.launching(call, repeats)
-        lines.append(
-            f"{name or 'one run'}: started after {milliseconds(found.started)} of {milliseconds(found.alone)}, "
-            f"{repeats} in a row {milliseconds(found.in_a_row)} each"
-        )
+    try:
+        for name, call in program.calls.items():
+            found = timing.launching(call, repeats)
+            lines.append(
+                f"{name or 'one run'}: started after {milliseconds(found.started)} of {milliseconds(found.alone)}, "
+                f"{repeats} in a row {milliseconds(found.in_a_row)} each"
+            )
+    except Exception as error:  # the program's: the times are there already
+        lines.append(sentence(error))
     return "; ".join(lines)
 
 
@@ -169,7 +172,8 @@ def measure(case: Case, bench: Bench) -> list[rows.Row]:
         ran = result is not None and subject.shortest == 0 and len(subject.program.calls) == 1
         times = timing.alternate(built, bench.repeats, subject.shortest, warm=not ran)
         if bench.operations:
-            bench.say(f"{case.name}: {_launching(subject.program, bench.repeats)}")
+            if not bench.on_cpu:
+                bench.say(f"{case.name}: {_launching(subject.program, bench.repeats)}")
             bench.say(f"{case.name}: {_operations(subject.program, bench.operations)}")
     except Exception as error:
         return [dataclasses.replace(row, error=sentence(error))]

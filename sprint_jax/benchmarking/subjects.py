@@ -53,14 +53,23 @@ def _leaf(key, name, shape, dtype):
     return (noise * (0.1 if len(shape) < 2 else fan_in**-0.5)).astype(dtype)
 
 
-def inference(model: LinearDiT, dtype) -> LinearDiT:
-    """The description as a pipeline runs it."""
-    return smoothed(dataclasses.replace(model, logvar_head=False, remat="none", dtype=dtype))
+def inference(model: LinearDiT, dtype, attention=None) -> LinearDiT:
+    """The description as a pipeline runs it. attention: see `_by_kernels`."""
+    model = dataclasses.replace(model, logvar_head=False, remat="none", dtype=dtype)
+    return _by_kernels(model, attention, model.width // model.heads, model.width // model.cross_heads, dtype)
 
 
-def smoothed(model):
-    """A transformer or autoencoder with its depthwise convolutions as a pipeline runs them."""
-    return dataclasses.replace(model, depthwise=backends.depthwise(jax.default_backend()))
+def _by_kernels(model, attention, linear, cross, dtype):
+    """A transformer or autoencoder with the kernels that `pipeline.load` takes unless told, attention None, or with attention by a backend;
+    "plain" is without any kernel. linear, cross: channels of a head of each attention, or None."""
+    here = jax.default_backend()
+    attention = attention or backends.resolve(backends.fastest(here), here, linear, cross, dtype)[0]
+    return dataclasses.replace(model, attention=attention, depthwise="plain" if attention == "plain" else backends.depthwise(here))
+
+
+def _described(model):
+    """What parameters depend on."""
+    return dataclasses.replace(model, attention="plain", depthwise="plain")
 
 
 def _normal(seed, shape, dtype=jnp.float32):
@@ -75,7 +84,7 @@ def _transformer(bench, model, unrolled=None):
         params = drawn(model, model.dtype)
         return model.unstack(params) if unrolled else params
 
-    return bench.kept("transformer", (dataclasses.replace(model, attention="plain"), unrolled), make)
+    return bench.kept("transformer", (_described(model), unrolled), make)
 
 
 def _text(model, dtype):
@@ -92,10 +101,9 @@ def transformer(
 ):  # fmt: skip
     """One call of the transformer on cells x cells latents.
 
-    attention: backend of its kernels instead of plain JAX, unrolled: see `_transformer`; with either it has no peer, its row
-    is to be read beside the one without.
+    attention: see `_by_kernels`, unrolled: see `_transformer`; with either it has no peer, its row is to be read beside the one without.
     """
-    model = dataclasses.replace(inference(size, dtype), attention=attention or "plain")
+    model = inference(size, dtype, attention)
     params = _transformer(bench, model, unrolled)
     x, text = _normal(1, (batch, cells, cells, model.in_channels)), _normal(2, (batch, tokens, model.text_dim), dtype)
     mask, t, w = jnp.ones((batch, tokens)), jnp.full((batch,), 0.7), jnp.full((batch,), 4.5)
@@ -120,8 +128,8 @@ def _peers(label, build, compile_peer):
 
 def decoder(bench, model: DCAE, cells, *, dtype, batch=1, compile_peer=False):
     """Decoding cells x cells latents to float pictures."""
-    model = smoothed(model)
-    params = bench.kept("decoder", (model, dtype, "decoder"), lambda: drawn(model, dtype, part="decoder"))
+    model = _by_kernels(model, None, model.head_dim, None, dtype)
+    params = bench.kept("decoder", (_described(model), dtype, "decoder"), lambda: drawn(model, dtype, part="decoder"))
     z = _normal(1, (batch, cells, cells, model.latent_channels), dtype)
     program, seconds = bench_lib.compiled(model.decode, params, z)
 
@@ -143,20 +151,15 @@ def picture(
     The peer encodes instruction and prompt each time and pads to the published length, as the published pipeline does.
     control_depth: blocks of a ControlNet, whose sketch is encoded in the program as well; there is no peer for it, and the
     floor leaves the encoder out.
-    attention: backend of its kernels, of transformer and autoencoder, or "plain". in_turn: whether it is three programs. None: both as
-    `pipeline.load` has them. With either it has no peer, as in `transformer`.
+    attention: of transformer and autoencoder, see `_by_kernels`. in_turn: whether it is three programs. None: both as `pipeline.load` has
+    them. With either it has no peer, as in `transformer`.
     """
-    here = jax.default_backend()
-    heads = size.width // size.heads, size.width // size.cross_heads
-    usual, _ = backends.resolve(backends.fastest(here), here, *heads, dtype)
-    by = lambda network: dataclasses.replace(network, attention=attention or usual)
     others = attention is not None or in_turn is not None
-    in_turn = backends.launches_cost(here) if in_turn is None else in_turn
-    model, autoencoder = by(inference(size, dtype)), by(smoothed(autoencoder))
+    in_turn = backends.launches_cost(jax.default_backend()) if in_turn is None else in_turn
+    model, autoencoder = inference(size, dtype, attention), _by_kernels(autoencoder, attention, autoencoder.head_dim, None, dtype)
     transformer_params = _transformer(bench, model)
     part = None if control_depth else "decoder"
-    described = dataclasses.replace(autoencoder, attention="plain")  # parameters do not depend on it
-    decoder_params = bench.kept("decoder", (described, dtype, part), lambda: drawn(autoencoder, dtype, part=part))
+    decoder_params = bench.kept("decoder", (_described(autoencoder), dtype, part), lambda: drawn(autoencoder, dtype, part=part))
     floor = floors.picture(text, model, autoencoder, cells, tokens, steps, prefix=prefix, batch=batch, itemsize=_itemsize(dtype))
     if control_depth:
         control = ControlNet(net=dataclasses.replace(model, guidance_embed=False), depth=control_depth)

@@ -51,7 +51,7 @@ def gpu() -> list[Case]:
                 one = functools.partial(subjects.transformer, compile_peer=compile_peer)
                 cases.append(case(f"transformer_{name}{_at(side, batch)}", one, size, side // 32, batch=batch, **bf16))
         for batch in (1, 10):
-            for change, options in (("looped", {"unrolled": False}), ("kernels", {"attention": "triton"})):
+            for change, options in (("looped", {"unrolled": False}), ("plain", {"attention": "plain"})):
                 label = f"transformer_{name}_{change}{_at(1024, batch)}"
                 cases.append(case(label, subjects.transformer, size, 32, batch=batch, **options, **bf16))
     for side in (1024, 512):

@@ -1,4 +1,4 @@
-"""Where the attention kernels run: what a name means on which device, and the one way to start a kernel.
+"""Where the kernels run, of attention and of depthwise convolutions: what a name means on which device, and the one way to start one.
 
     "plain"      no kernel: the JAX code that stands beside each one, for XLA to compile
     "interpret"  the kernel's body run as JAX operations: slow, anywhere, for tests
@@ -37,18 +37,33 @@ _COMPILED = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}
 
 def depthwise(platform) -> str:
     """The fastest backend of depthwise convolutions. platform: as `jax.default_backend()` names it."""
-    found = _COMPILED.get(platform, "plain")
+    found = _compiled(platform)
     return found if found in DEPTHWISE else "plain"
+
+
+def _compiled(platform):
+    """The backend that compiles kernels for a platform, or None."""
+    found = _COMPILED.get(platform)
+    return None if found == "triton" and not _ampere() else found
+
+
+def _ampere():
+    """Whether this process' GPU, where it has one, is NVIDIA's and new enough for XLA's Triton. AMD's call themselves "gpu" as well."""
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is None:
+        return True  # programs for one that is not here
+    major = str(capability).split(".")[0]
+    return major.isdigit() and int(major) >= 8
 
 
 def fastest(platform) -> str:
     """The one of `WANTED` that makes pictures fastest on a platform, as `jax.default_backend()` names it."""
-    return "pallas" if _COMPILED.get(platform) == "triton" else "plain"
+    return "pallas" if _compiled(platform) == "triton" else "plain"
 
 
 def launches_cost(platform) -> bool:
     """Whether a picture waits for the host to prepare what it starts on the device."""
-    return _COMPILED.get(platform) == "triton"
+    return _compiled(platform) == "triton"
 
 
 def resolve(wanted, platform, linear, cross, dtype):
@@ -67,17 +82,20 @@ def resolve(wanted, platform, linear, cross, dtype):
     if wanted == "plain":
         return "plain", None
     missing, head_dims = None, [d for d in (linear, cross) if d is not None]
+    found = _compiled(platform)
     if platform not in _COMPILED:
         missing = f"there is no compiled kernel for a {platform} (only for {' and '.join(sorted(set(_COMPILED) - {'cuda'}))})"
+    elif found is None:
+        missing = "kernels for a GPU are for NVIDIA's from compute capability 8.0 on, which this one has not"
     elif any(d % 8 or not 8 <= d <= LARGEST_HEAD for d in head_dims):
         missing = f"heads are {', '.join(map(str, sorted(set(head_dims))))} wide and kernels take multiples of 8 up to {LARGEST_HEAD}"
-    elif linear is not None and linear > LARGEST_LINEAR_HEAD[_COMPILED[platform]]:
-        missing = f"heads of linear attention are {linear} wide and kernels for a {platform} take up to {LARGEST_LINEAR_HEAD[_COMPILED[platform]]}"
+    elif linear is not None and linear > LARGEST_LINEAR_HEAD[found]:
+        missing = f"heads of linear attention are {linear} wide and kernels for a {platform} take up to {LARGEST_LINEAR_HEAD[found]}"
     elif dtype not in DTYPES:
         missing = f"the compute dtype is {dtype} and kernels take {' and '.join(DTYPES)}"
     if missing:
         return "plain", f"attention: plain JAX instead of Pallas kernels, for {missing}"
-    return _COMPILED[platform], None
+    return found, None
 
 
 def next_power_of_two(n):
