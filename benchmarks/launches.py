@@ -24,6 +24,7 @@ def main():
     parser.add_argument("--size", choices=("0.6b", "1.6b"), default="0.6b")
     parser.add_argument("--attention", choices=("plain", "pallas"), default="plain")
     parser.add_argument("--remat", choices=("none", "block", "cheap"), default="cheap")
+    parser.add_argument("--unroll", type=int, default=1, help="blocks per step of a pair's loops; the depth removes them")
     parser.add_argument("--device", choices=("h200", "h100", "a100"), default="h200")
     parser.add_argument("--longest", type=int, default=0, help="list so many launches that move most bytes")
     options = parser.parse_args()
@@ -100,6 +101,7 @@ def _pair(options, device):
 
     def change(tree):
         tree.sprint.batch, tree.model.remat, tree.model.attention = SAMPLES, options.remat, options.attention
+        tree.model.unroll = options.unroll
 
     preset = "sana_600m" if options.size == "0.6b" else "sana_1600m"
     what = f"of {preset}, {SAMPLES} samples, remat {options.remat}, attention {options.attention}"

@@ -78,14 +78,16 @@ def gpu() -> list[Case]:
             label = f"sprint_pair_{name.removeprefix('sana_')}_remat_{remat}"
             cases.append(case(label, published_pair, name, remat))
             cases.append(case(f"{label}_kernels", published_pair, name, remat, attention="pallas"))
+            cases.append(case(f"{label}_kernels_unrolled", published_pair, name, remat, attention="pallas", looped=False))
     return cases + [case("sprint_pair_embedded", embedded_pair)]
 
 
-def published_pair(bench, preset, remat, attention="plain"):
-    """16 samples, what the published trainer gives each device. attention: as in the config."""
+def published_pair(bench, preset, remat, attention="plain", looped=True):
+    """16 samples, what the published trainer gives each device. attention: as in the config. looped: whether blocks run in a loop."""
 
     def change(tree):
         tree.sprint.batch, tree.model.remat, tree.model.attention = 16, remat, attention
+        tree.model.unroll = tree.model.unroll if looped else tree.model.depth
 
     return training.pair(bench, training.card(preset, change))
 
