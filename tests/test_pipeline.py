@@ -194,5 +194,5 @@ def test_three_programs_draw_the_same(finished, output):
     pipe = pipeline.load(finished, dtype="float32")
     in_turn = dataclasses.replace(pipe, in_turn=True, programs={})
     one, three = (pipeline.generate(p, ["a red circle", "two blue squares"], steps=2, output=output, seed=3) for p in (pipe, in_turn))
-    assert one.shape == three.shape and one.dtype == three.dtype
+    assert one.shape == three.shape and one.dtype == three.dtype == (np.uint8 if output == "pixels" else np.float32)
     assert np.abs(one.astype(float) - three.astype(float)).max() <= (1 if output == "pixels" else 1e-4)
