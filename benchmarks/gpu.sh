@@ -51,15 +51,17 @@ part numeric_tests 540 "${tests[@]}" \
 bench() { # bench NAME SUITE CASES
   part "$1" 240 $python -m sprint_jax.benchmark --suite="$2" --only="$3" --out="$out/$1.json" --operations=20
 }
+ours() { # ours NAME SECONDS CASES: without the peers, which compile for minutes
+  part "$1" "$2" $python -m sprint_jax.benchmark --suite=gpu --only="$3" --out="$out/$1.json" --nopeers --operations=60
+}
 bench transformer_06b gpu 'transformer_0.6b*'
 bench transformer_16b gpu 'transformer_1.6b*'
 bench decoder gpu 'dcae_decode*'
-# Ours alone, some 60 s: 23.1 ms and 38.0 ms at 7dfbe64. Not yet run on a GPU: with fused multiply-adds in the depthwise kernels.
-part latency_06b_now 110 $python -m sprint_jax.benchmark --suite=gpu --nopeers --operations=60 --out="$out/latency_06b_now.json" --only=picture_0.6b_1step,sketch_0.6b_1step
-part latency_16b_now 110 $python -m sprint_jax.benchmark --suite=gpu --nopeers --operations=60 --out="$out/latency_16b_now.json" --only=picture_1.6b_1step
+# Some 60 s: 23.1 ms and 38.0 ms at 7dfbe64. Not yet run on a GPU: with fused multiply-adds in the depthwise kernels.
+ours latency_06b_now 110 picture_0.6b_1step,sketch_0.6b_1step
+ours latency_16b_now 110 picture_1.6b_1step
 # Not compiled after 60 s once.
-part throughput_06b_now 140 $python -m sprint_jax.benchmark --suite=gpu --nopeers --operations=60 --out="$out/throughput_06b_now.json" --only=picture_0.6b_1step_batch10
-# The longest, and with the peers, which compile for minutes.
+ours throughput_06b_now 140 picture_0.6b_1step_batch10
 bench latency_06b gpu 'picture_0.6b_?step,picture_0.6b_?step_512'
 # Plain attention, and one program instead of three: 27.8 and 26.5 ms on an H200 at 10fa4cb.
 bench latency_06b_ways gpu 'picture_0.6b_1step_plain,picture_0.6b_1step_at_once,sketch_0.6b_1step_at_once'
@@ -72,10 +74,9 @@ bench sketch gpu 'sketch_?.?b_1step'
 # Without the search among Triton's products: the pair compiles in 88 s, with it it had not after 220 s beside other jobs.
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false bench training_600m gpu 'sprint_pair_600m_remat_block,sprint_pair_600m_remat_cheap'
 # 0.898 s at 7dfbe64. Not yet run on a GPU: with fused multiply-adds in the depthwise kernels.
-XLA_FLAGS=--xla_gpu_enable_triton_gemm=false bench training_600m_now gpu 'sprint_pair_600m_remat_cheap_kernels'
+XLA_FLAGS=--xla_gpu_enable_triton_gemm=false ours training_600m_now 240 sprint_pair_600m_remat_cheap_kernels
 # Without loops over blocks, whose stacks cost a seventh of the time. Not yet run on a GPU; how long it compiles there is not known.
-XLA_FLAGS=--xla_gpu_enable_triton_gemm=false part training_600m_unrolled 480 $python -m sprint_jax.benchmark --suite=gpu --nopeers --operations=60 \
-  --out="$out/training_600m_unrolled.json" --only=sprint_pair_600m_remat_cheap_kernels_unrolled
+XLA_FLAGS=--xla_gpu_enable_triton_gemm=false ours training_600m_unrolled 480 sprint_pair_600m_remat_cheap_kernels_unrolled
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false bench training_1600m gpu 'sprint_pair_1600m_remat_block'
 bench training_embedded gpu 'sprint_pair_embedded'
 bench kernels_06b kernels '*_0.6b_*'

@@ -15,7 +15,7 @@ from unittest import mock
 
 from sprint_jax.planning import gpus, hardware, launches
 
-SIDE, CONTROL_DEPTH, SAMPLES = 32, 7, 16  # latent cells of 1024 px; as `benchmarking/suites.py`
+SIDE, CONTROL_DEPTH = 32, 7  # latent cells of 1024 px; as `benchmarking/suites.py`
 
 
 def main():
@@ -96,17 +96,13 @@ def _pair(options, device):
     import jax
 
     from sprint_jax import build, inputs, run
-    from sprint_jax.benchmarking import training
+    from sprint_jax.benchmarking import suites
     from sprint_jax.training import loop, sharding
 
-    def change(tree):
-        tree.sprint.batch, tree.model.remat, tree.model.attention = SAMPLES, options.remat, options.attention
-        tree.model.unroll = options.unroll
-
     preset = "sana_600m" if options.size == "0.6b" else "sana_1600m"
-    what = f"of {preset}, {SAMPLES} samples, remat {options.remat}, attention {options.attention}"
     with mock.patch.object(jax, "default_backend", lambda: "gpu"):  # what kernels are chosen by
-        c = training.card(preset, change)
+        c = suites.published_card(preset, options.remat, options.attention, options.unroll)
+        what = f"of {preset}, {c.sprint.batch} samples, remat {options.remat}, attention {options.attention}"
         stage = run.sprint_stage(c, inputs.Abstract(c), jax.eval_shape(build.distilled_teacher(c).init, jax.random.key(0)))
         placed = loop.Placed.on(stage, sharding.mesh(1, 1, gpus.devices(device, 1, 1)))
         batch = inputs.abstract_batch(c, c.sprint.batch)

@@ -9,19 +9,17 @@ To take another choice over, change the constant of that name in `sprint_jax/ker
 
 import argparse
 import contextlib
-import statistics
-import time
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.benchmarking import bench
+from sprint_jax.benchmarking import bench, timing
 from sprint_jax.kernels import backend, cross_attention, linear_attention
 from sprint_jax.kernels import depthwise as depthwise_kernel
 from sprint_jax.models import depthwise
 
-RUNS, ROUNDS = 20, 5
+ROUNDS, SHORTEST = 5, 0.02  # seconds of runs back to back
 # {kernel: (module, its constants by choice)}, the choice in use first. WARPS and STAGES are those of `kernels/backend.py`.
 CHOICES = {
     "cross": (
@@ -49,7 +47,7 @@ def main():
     options = parser.parse_args()
     if jax.default_backend() != "gpu":
         raise SystemExit("error: JAX sees no GPU here: the kernels of the other platforms have no such choices")
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.samples} samples, median of {ROUNDS} times {RUNS} runs")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.samples} samples, median of {ROUNDS} times {SHORTEST} s of runs")
     for kernel in options.kernel or CHOICES:
         search(kernel, subject(kernel, "triton", options.samples), print)
 
@@ -69,7 +67,7 @@ def subject(kernel, backend, samples, tokens=1024, text=300, width=1152, hidden=
     return run, (normal(0, samples, side, side, hidden), normal(1, 3, 3, hidden), jnp.zeros(hidden))
 
 
-def search(kernel, subject, say, runs=RUNS, rounds=ROUNDS):
+def search(kernel, subject, say, rounds=ROUNDS, shortest=SHORTEST):
     """Says a line for each choice and direction. Returns {choice: {direction: (seconds, difference)}}."""
     module, choices = CHOICES[kernel]
     function, arrays = subject
@@ -84,10 +82,13 @@ def search(kernel, subject, say, runs=RUNS, rounds=ROUNDS):
         with _chosen(module, choice):
             for direction, f in derived.items():
                 try:
-                    seconds, result = _timed(jax.jit(f), arrays, runs, rounds)
+                    program, _ = bench.compiled(f, *arrays)
+                    result = program(*arrays)
+                    times = timing.alternate({"": bench.program(program, *arrays)}, rounds, shortest)
                 except Exception as error:  # whatever a compiler raises
                     say(f"{kernel:10} {direction:9} {label}: {bench.sentence(error)}")
                     continue
+                seconds = timing.middle(times[""].total)
                 base, expected = first.setdefault(direction, (seconds, result))
                 difference = float(_difference(result, expected))
                 found.setdefault(label, {})[direction] = seconds, difference
@@ -112,18 +113,6 @@ def _difference(values, expected):
     norm = lambda a: jnp.linalg.norm(a.astype(jnp.float32).ravel())
     apart = lambda a, b: norm(a.astype(jnp.float32) - b.astype(jnp.float32)) / jnp.maximum(norm(b), 1e-30)
     return jnp.stack(jax.tree.leaves(jax.tree.map(apart, values, expected))).max()
-
-
-def _timed(function, arrays, runs, rounds):
-    result = jax.block_until_ready(function(*arrays))
-    seconds = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        for _ in range(runs):
-            out = function(*arrays)
-        jax.block_until_ready(out)
-        seconds.append((time.perf_counter() - begin) / runs)
-    return statistics.median(seconds), result
 
 
 if __name__ == "__main__":

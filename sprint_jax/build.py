@@ -60,7 +60,7 @@ def _model(c: config_lib.Config, **changes) -> LinearDiT:
     kernels = attention(c)[0]
     fields = dataclasses.asdict(c.model) | dict(
         in_channels=c.codec.channels, text_dim=c.text.dim, logvar_head=False, attention=kernels,
-        depthwise="plain" if kernels == "plain" else backend.depthwise(jax.default_backend()),
+        depthwise=backend.depthwise(jax.default_backend(), kernels),
     )  # fmt: skip
     return LinearDiT(**(fields | changes))
 

@@ -115,26 +115,27 @@ def load(
     chosen, sentence = backend.resolve(wanted, here, m.width // m.heads, m.width // m.cross_heads, dtype)
     if sentence and attention:
         say(sentence)
-    pipe, of_heads = _by(pipe, attention=chosen), "plain"
-    if isinstance(pipe.pixels, parts.AutoencoderPixels):
-        # A TPU's kernel would fill heads of 32 up to 128 lanes.
-        of_heads, _ = backend.resolve(wanted, here, pipe.pixels.model.head_dim, None, dtype)
-        of_heads = of_heads if of_heads != "tpu" else "plain"
-        pipe = dataclasses.replace(pipe, in_turn=platform is None and backend.launches_cost(here))
-    pipe = dataclasses.replace(pipe, pixels=_pixels(pipe, attention=of_heads))
-    return _by(pipe, depthwise="plain" if wanted == "plain" or platform is not None else backend.depthwise(here))
+    depthwise = backend.depthwise(here, wanted if platform is None else "plain")
+    pipe = _by(pipe, attention=chosen, depthwise=depthwise)
+    if not isinstance(pipe.pixels, parts.AutoencoderPixels):
+        return pipe
+    # A TPU's kernel would fill heads of 32 up to 128 lanes.
+    of_heads, _ = backend.resolve(wanted, here, pipe.pixels.model.head_dim, None, dtype)
+    of_heads = of_heads if of_heads != "tpu" else "plain"
+    in_turn = platform is None and backend.launches_cost(here)
+    return dataclasses.replace(pipe, pixels=_pixels(pipe.pixels, attention=of_heads), in_turn=in_turn)
 
 
 def _by(pipe, **changes):
     """The pipeline with attention or depthwise convolutions, of all its networks, by a backend."""
-    return dataclasses.replace(pipe, model=_computed(pipe.model, **changes), pixels=_pixels(pipe, **changes), programs={})
+    return dataclasses.replace(pipe, model=_computed(pipe.model, **changes), pixels=_pixels(pipe.pixels, **changes), programs={})
 
 
-def _pixels(pipe, **changes):
-    """Its pixels, of an autoencoder computed otherwise: attention or depthwise."""
-    if not isinstance(pipe.pixels, parts.AutoencoderPixels):
-        return pipe.pixels
-    return dataclasses.replace(pipe.pixels, model=dataclasses.replace(pipe.pixels.model, **changes))
+def _pixels(pixels, **changes):
+    """The pixels, of an autoencoder computed otherwise: attention or depthwise."""
+    if not isinstance(pixels, parts.AutoencoderPixels):
+        return pixels
+    return dataclasses.replace(pixels, model=dataclasses.replace(pixels.model, **changes))
 
 
 def _computed(model, **changes):

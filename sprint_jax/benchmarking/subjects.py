@@ -64,7 +64,7 @@ def _by_kernels(model, attention, linear, cross, dtype):
     "plain" is without any kernel. linear, cross: channels of a head of each attention, or None."""
     here = jax.default_backend()
     attention = attention or backends.resolve(backends.fastest(here), here, linear, cross, dtype)[0]
-    return dataclasses.replace(model, attention=attention, depthwise="plain" if attention == "plain" else backends.depthwise(here))
+    return dataclasses.replace(model, attention=attention, depthwise=backends.depthwise(here, attention))
 
 
 def _described(model):
@@ -201,14 +201,22 @@ def prompt_to_pixels(text: Gemma2, model: LinearDiT | Controlled, autoencoder: D
 
     params: {"text": {"model", "prefix"}, "transformer", "pixels"}.
     """
-    read, paint, decode = _stages(text, model, autoencoder, times)
+    return _joined(*_stages(text, model, autoencoder, times))
+
+
+def _joined(read, paint, decode):
+    """Three functions, or programs, as one function; see `prompt_to_pixels`."""
 
     def run(params, tokens, mask, draws, sketch):
         features, mask = read(params["text"], tokens, mask)
-        latents = paint(params["transformer"], params["pixels"], features, mask, draws, sketch)
-        return decode(params["pixels"], latents)
+        return decode(params["pixels"], paint(params["transformer"], _encoder(params, sketch), features, mask, draws, sketch))
 
     return run
+
+
+def _encoder(params, sketch):
+    """All that the second stage has of the autoencoder."""
+    return None if sketch is None else params["pixels"]
 
 
 def _stages(text, model, autoencoder, times):
@@ -232,18 +240,13 @@ def _stages(text, model, autoencoder, times):
 def _in_turn(stages, params, tokens, mask, draws, sketch):
     """(program, seconds) of the same as three programs, each started while the one before still runs."""
     read, paint, decode = stages
-    encoder = None if sketch is None else params["pixels"]  # all that the second program has of the autoencoder
+    encoder = _encoder(params, sketch)
     reader, a = bench_lib.compiled(read, params["text"], tokens, mask)
     features, mask_out = jax.eval_shape(read, params["text"], tokens, mask)
     latents = jax.eval_shape(paint, params["transformer"], encoder, features, mask_out, draws, sketch)
     painter, b = bench_lib.compiled(paint, params["transformer"], encoder, features, mask_out, draws, sketch)
     decoder, c = bench_lib.compiled(decode, params["pixels"], latents)
-
-    def run(params, tokens, mask, draws, sketch):
-        features, mask = reader(params["text"], tokens, mask)
-        return decoder(params["pixels"], painter(params["transformer"], encoder, features, mask, draws, sketch))
-
-    return run, a + b + c
+    return _joined(reader, painter, decoder), a + b + c
 
 
 # ---- Attention alone, forward and in the two derivatives that training takes.

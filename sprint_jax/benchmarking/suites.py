@@ -73,23 +73,27 @@ def gpu() -> list[Case]:
             cases.append(case(f"sketch_{name}_1step{change}", steered, *whole, **options, **bf16))
             if change:
                 cases.append(case(f"picture_{name}_1step{change}", subjects.picture, *whole, **options, **bf16))
-    for name in ("sana_600m", "sana_1600m"):
+    for name, (_, size) in zip(("sana_600m", "sana_1600m"), _SIZES, strict=True):
         for remat in ("none", "cheap", "block"):
             label = f"sprint_pair_{name.removeprefix('sana_')}_remat_{remat}"
             cases.append(case(label, published_pair, name, remat))
             cases.append(case(f"{label}_kernels", published_pair, name, remat, attention="pallas"))
-            cases.append(case(f"{label}_kernels_unrolled", published_pair, name, remat, attention="pallas", looped=False))
+            cases.append(case(f"{label}_kernels_unrolled", published_pair, name, remat, attention="pallas", unroll=size.depth))
     return cases + [case("sprint_pair_embedded", embedded_pair)]
 
 
-def published_pair(bench, preset, remat, attention="plain", looped=True):
-    """16 samples, what the published trainer gives each device. attention: as in the config. looped: whether blocks run in a loop."""
+def published_pair(bench, preset, remat, **options):
+    return training.pair(bench, published_card(preset, remat, **options))
+
+
+def published_card(preset, remat, attention="plain", unroll=1):
+    """The preset with 16 samples, what the published trainer gives each device. attention, unroll: as in the config; the depth removes loops."""
 
     def change(tree):
-        tree.sprint.batch, tree.model.remat, tree.model.attention = 16, remat, attention
-        tree.model.unroll = tree.model.unroll if looped else tree.model.depth
+        tree.sprint.batch = 16
+        tree.model.update(remat=remat, attention=attention, unroll=unroll)
 
-    return training.pair(bench, training.card(preset, change))
+    return training.card(preset, change)
 
 
 def _at(side, batch):

@@ -35,9 +35,10 @@ DEPTHWISE = ("plain", "interpret", "triton")
 _COMPILED = {"gpu": "triton", "cuda": "triton", "tpu": "tpu"}
 
 
-def depthwise(platform) -> str:
-    """The fastest backend of depthwise convolutions. platform: as `jax.default_backend()` names it."""
-    found = _compiled(platform)
+def depthwise(platform, attention="pallas") -> str:
+    """The backend of depthwise convolutions beside that of attention, "plain" for no kernels at all. platform: as `jax.default_backend()`
+    names it."""
+    found = None if attention == "plain" else _compiled(platform)
     return found if found in DEPTHWISE else "plain"
 
 

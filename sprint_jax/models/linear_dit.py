@@ -247,15 +247,14 @@ class LinearDiT:
     def _run_blocks(self, blocks, start, end, h, modulation, text, mask, residuals=None):
         """Blocks start .. end - 1, after each of which its own of residuals [end - start, B, H, W, D] is added."""
 
-        def body(h, block_and_residual):
+        def body(h, block_and_residual, text=text):
             block, residual = block_and_residual
             h = self.block(block, h, modulation, text, mask)
             return (h if residual is None else h + residual), None
 
         if isinstance(blocks, list):
             for i in range(start, end):
-                h = self.block(blocks[i], h, modulation, text[i], mask)
-                h = h if residuals is None else h + residuals[i - start]
+                h, _ = body(h, (blocks[i], None if residuals is None else residuals[i - start]), text[i])
             return h
         segment = jax.tree.map(lambda a: a[start:end], blocks)
         h, _ = jax.lax.scan(self.remembering(body), h, (segment, residuals), unroll=min(self.unroll, end - start))
