@@ -75,7 +75,7 @@ bench sketch gpu 'sketch_?.?b_1step'
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false bench training_600m gpu 'sprint_pair_600m_remat_block,sprint_pair_600m_remat_cheap'
 # 0.898 s at 7dfbe64. Not yet run on a GPU: with fused multiply-adds in the depthwise kernels.
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false ours training_600m_now 240 sprint_pair_600m_remat_cheap_kernels
-# Without loops over blocks, whose stacks cost a seventh of the time. Not yet run on a GPU; how long it compiles there is not known.
+# Without loops over blocks, whose stacks are a quarter of the bytes of all passes. Not yet run on a GPU; how long it compiles there is not known.
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false ours training_600m_unrolled 480 sprint_pair_600m_remat_cheap_kernels_unrolled
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false bench training_1600m gpu 'sprint_pair_1600m_remat_block'
 bench training_embedded gpu 'sprint_pair_embedded'

@@ -6,9 +6,10 @@ query, with s_j = q k_j / sqrt(d) + bias_j, p = softmax(s) and a dot for the tan
     out = sum_j p_j v_j        s'_j = (q' k_j + q k'_j) / sqrt(d)        out' = sum_j p_j (s'_j - sum_i p_i s'_i) v_j + p_j v'_j
 
 The forward pass keeps the row's largest score and one over its sum of exponentials, apart from each other: their log-sum-exp
-would lose digits where scores are large or masked. Nothing is divided inside a loop: on a GPU a division takes as long as an exponential. Tangent and gradient rebuild p from them. Keys are walked through
-twice where a mean over them comes off first (s' above, and the gradient's p (g v - sum p g v)): with so few keys that
-is cheaper than what is lost when the mean is taken off the rounded sum instead.
+would lose digits where scores are large or masked. Nothing is divided inside a loop: a GPU makes a division of several
+instructions. Tangent and gradient rebuild p from them. Keys are walked through twice where a mean over them comes off
+first (s' above, and the gradient's p (g v - sum p g v)): with so few keys that is cheaper than what is
+lost when the mean is taken off the rounded sum instead.
 
 Shape letters: B batch, N queries, L keys, h heads, d head width.
 """
