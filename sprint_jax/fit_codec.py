@@ -1,6 +1,6 @@
 """The recipe of the shipped pixel codecs: python -m sprint_jax.fit_codec --file=FILE.safetensors [--of=PICTURES]
 
-    --of=""             drawn `shapes` (shapes_codec)
+    --of=""             drawn `shapes` (shapes_codec; shapes_64_codec: --size=64 --block=16 --channels=48)
     --of=emoji/1.0.0    pictures of a folder, tars or TFDS set (emoji_codec: --size=64 --channels=64)
 """
 
