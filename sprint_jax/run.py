@@ -174,7 +174,7 @@ def _teacher(job):
     begun = inputs.teacher_weights(t.start, build.base_teacher(job.config)) if t.start else None
     for stage in teacher_stages(job.config, job.data, begun):
         final = loop.train(stage(params), job.config.run, job.mesh, job.workdir, job.records, job.say)
-        params = final.ema if final.ema is not None else final.params
+        params = state.averaged(final)
     return _keep(job, names.TEACHER, params)
 
 
@@ -230,7 +230,7 @@ def _control(job, teacher):
         return {"trunk": teacher, "control": weights.load(finished, _abstract(model))}
     stage = control_stage(job.config, job.data, teacher)
     final = loop.train(stage, job.config.run, job.mesh, job.workdir, job.records, job.say)
-    return {"trunk": teacher, "control": _keep(job, names.CONTROL, final.ema if final.ema is not None else final.params)}
+    return {"trunk": teacher, "control": _keep(job, names.CONTROL, state.averaged(final))}
 
 
 def control_stage(config, data, teacher):
@@ -256,7 +256,7 @@ def _sprint(job, teacher):
         return weights.load(finished, _abstract(build.student(job.config)))
     stage = sprint_stage(job.config, job.data, teacher)
     final = loop.train(stage, job.config.run, job.mesh, job.workdir, job.records, job.say)
-    return _keep(job, names.STUDENT, final.ema if final.ema is not None else final.params)
+    return _keep(job, names.STUDENT, state.averaged(final))
 
 
 def sprint_stage(config, data, teacher):

@@ -127,7 +127,7 @@ class Experiments:
     def _distil(self, c, folder, seed, advance, *, transfer):
         data = inputs.open_inputs(c, self._say)
         final = self._train_sprint(c, data, self.teacher, folder, advance, transfer=transfer)
-        params = jax.device_get(final.ema if final.ema is not None else final.params)
+        params = jax.device_get(state.averaged(final))
         weights.save(pathlib.Path(folder) / names.STUDENT, params)
         metrics = {"rejected": float(final.rejected[1])}
         model = build.student(c) if transfer else Untransferred(build.student(c))
@@ -162,7 +162,7 @@ class Experiments:
             batches=data.batches, data=data.identity,
         )  # fmt: skip
         final = self._train(stage, c, folder, compiled, advance, bar)
-        return jax.device_get(final.ema if final.ema is not None else final.params)
+        return jax.device_get(state.averaged(final))
 
     def _train_sprint(self, c, data, teacher, folder, advance, *, name="sprint", transfer=True, functions=slice(None)):
         start, made, compiled = self._shared((name, transfer, _structure(c)), lambda: _sprint_programs(c, transfer))

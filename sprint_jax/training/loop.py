@@ -22,6 +22,7 @@ from sprint_jax import workdir as names
 from sprint_jax.errors import UserError
 from sprint_jax.training import hosts, sharding
 from sprint_jax.training import records as records_lib
+from sprint_jax.training import state as state_lib
 from sprint_jax.training.checkpoints import Checkpoints
 
 
@@ -206,7 +207,7 @@ def _strip(stage, run, workdir, records, done, state):
     """
     if stage.strip is None or not run.strip_every or done % run.strip_every:
         return
-    params = hosts.to_host(state.params if state.ema is None else state.ema)
+    params = hosts.to_host(state_lib.averaged(state))
     if hosts.primary():
         strip = stage.strip(params)
         folder = pathlib.Path(workdir) / names.STRIPS

@@ -93,6 +93,11 @@ def update_ema(ema, params, decay, step):
     return jax.tree.map(lambda e, p: d * e + (1 - d) * p, ema, params)
 
 
+def averaged(state):
+    """Parameters that a stage ends with: their moving average, or as they are where none is kept."""
+    return state.params if state.ema is None else state.ema
+
+
 def value_and_grad(loss, params, batch, parts):
     """((value, aux), gradients) of `loss(params, batch) -> (value, aux)`, a mean over samples.
 
