@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every open GPU question, in parts of at most about four minutes each on one GPU:
+# Every open GPU question, in parts of minutes (nine at most) on one GPU:
 #
 #     bash benchmarks/gpu.sh [OUT [PART ...]]
 #

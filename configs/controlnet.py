@@ -13,7 +13,7 @@ Presets
               seven copied blocks and scribbles of HED, as published for the multi-step ControlNet; its rate, warm-up
               and batch are those of the released files. The paper's distilled one was never released: its phase is
               configs/sprint.py:sana_600m with the condition given to teacher and student. It needs a teacher with
-              QK-norm (configs/teacher.py) and data encoded with the condition:
+              QK-norm (configs/teacher.py), at most 16 devices or a larger control.batch, and data encoded with the condition:
 
     python -m sprint_jax.encode --source=PICTURES --encoder=SANA_SPRINT_FOLDER --encoded=data/sketched \\
         --condition=scribble --hed_weights=ControlNetHED.pth

@@ -10,7 +10,7 @@ Presets
               fine-tunes a SANA without QK-norm and with times in [0, 1000]: 5 000 updates of 1 024 samples at
               2e-5 (the paper's value at that batch), as plain flow matching. Give the model to begin from and
               the data: --config.teacher.start=SANA_FOLDER --config.data.encoded=data/sana. One update is about
-              3 forward passes of a sample, a quarter of a generator's: `sprint_jax.plan` has the hours.
+              3 forward passes of a sample, three tenths of a generator's: `sprint_jax.plan` has the hours.
 
 The work directory ends with teacher.safetensors: --config.teacher.pretrained=WORKDIR/teacher.safetensors
 """

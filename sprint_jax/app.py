@@ -146,7 +146,9 @@ def rehearsals(pipe, limits, ready_tokens=None):
 
 
 def _prompts(pipe, ready_tokens):
-    """One prompt for each padded length that there can be."""
+    """One prompt for each padded length that there can be; of an exported file, that it has programs for."""
+    from sprint_jax import exported
+
     found, words = {}, 1
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the longest are cut
@@ -158,6 +160,9 @@ def _prompts(pipe, ready_tokens):
                 break
             words = words + 1 + words // 8
     least = min(found)
+    if isinstance(pipe, exported.Exported):
+        there = {program.length for program in pipe.header.programs}
+        found = {length: prompt for length, prompt in found.items() if length in there}
     return [prompt for length, prompt in found.items() if length == least or ready_tokens is None or length <= ready_tokens]
 
 
@@ -204,6 +209,7 @@ def _listener(host, port):
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # a port that is bound and not listened at can be bound again
     except OSError as error:
         raise UserError(f"cannot listen at --host={host} --port={port} ({error.strerror or error}): choose others, or --port=0") from None
     return listener

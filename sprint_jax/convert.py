@@ -41,9 +41,13 @@ def main(argv):
         elif folder.is_ours(source):
             folder.write_diffusers(target, folder.read_ours(source, dtype=None, say=say))
         elif source.is_dir():
-            folder.write_diffusers(target, _student(source))
-            say("embedded models have a text encoder and a pixel codec that diffusers does not know: only")
-            say("transformer/ and scheduler/ were written; load them with SanaTransformer2DModel and SCMScheduler")
+            student, config = _student(source)
+            folder.write_diffusers(target, student)
+            if config.text.vocabulary == "gemma":
+                say(f"only transformer/ and scheduler/ were written: put them into a copy of {config.data.model or 'the published folder'}")
+            else:
+                say("embedded models have a text encoder and a pixel codec that diffusers does not know: only")
+                say("transformer/ and scheduler/ were written; load them with SanaTransformer2DModel and SCMScheduler")
             if (target / "controlnet").is_dir():
                 say("controlnet/ as well, for sprint_jax alone: diffusers' SanaControlNetModel has no QK-norm")
         else:
@@ -52,16 +56,16 @@ def main(argv):
 
 
 def _student(path):
-    """The student of a run as diffusers has it, without its log-variance head."""
+    """(the student of a run as diffusers has it, without its log-variance head; the run's config)."""
     from sprint_jax import pipeline
     from sprint_jax.models.controlnet import Controlled
 
-    model, params, _ = pipeline.read_student(path)
+    model, params, config = pipeline.read_student(path)
     if isinstance(model, Controlled):
         control = {"controlnet": params["control"]}
         checkpoint = _without_logvar(model.trunk, params["trunk"])
-        return dataclasses.replace(checkpoint, controlnet=model.control, params=checkpoint.params | control)
-    return _without_logvar(model, params)
+        return dataclasses.replace(checkpoint, controlnet=model.control, params=checkpoint.params | control), config
+    return _without_logvar(model, params), config
 
 
 def _without_logvar(model, params):

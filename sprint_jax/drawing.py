@@ -154,9 +154,9 @@ def image_times(times, strength):
     dropped = min(math.ceil(steps * (1 - strength) - 1e-6), steps - 1)
     kept = np.array(times[dropped:], np.float32)
     if strength < 1:
-        kept[0] = min(kept[0], IMAGE_T_MAX)
-        if len(kept) > 2 and kept[1] >= kept[0]:
+        while len(kept) > 2 and kept[1] >= IMAGE_T_MAX:
             kept = kept[1:]
+        kept[0] = min(kept[0], IMAGE_T_MAX)
     return kept
 
 

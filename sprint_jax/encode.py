@@ -428,8 +428,7 @@ def _write_part(out, chunk, settings, made):
     counts |= {"skipped": len(made.skipped), "cut": made.cut}
     skipped = [{"key": key, "reason": reason} for _, (key, reason) in sorted(made.skipped.items())[:_LISTED]]
     part = {"settings": settings.digest(), "counts": counts, "shards": shards, "skipped": skipped}
-    with files.whole(_part_path(out, chunk)) as partial:
-        partial.write_text(json.dumps(part, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write_text(_part_path(out, chunk), json.dumps(part, indent=1, ensure_ascii=False) + "\n")
     return part
 
 

@@ -241,7 +241,7 @@ def _opened(path):
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except UserError:
+    except (UserError, jax.errors.JaxRuntimeError):  # of the device, such as too little memory, not of the file
         raise
     # Bad offsets, lengths and texts fail in as many ways.
     except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError, NotImplementedError, RuntimeError, struct.error) as error:

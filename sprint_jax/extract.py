@@ -1,7 +1,8 @@
 """Weights out of a run's newest checkpoint, finished or not: python -m sprint_jax.extract --run_dir=DIR --stage=sprint
 
 Reads the parameters alone (their average where there is one), on one machine, whatever the run's devices were.
-With --to_file=DIR/student.safetensors a run that is not finished can be sampled from and converted.
+With --to_file=OTHER/student.safetensors a run that is not finished can be sampled from and converted: the run's config.json is
+written beside it, and --model=OTHER reads both. Not into the run's own folder, which would count as finished by such a file.
 """
 
 import json
@@ -10,7 +11,7 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli, run_flag
+from sprint_jax import cli, files, run_flag
 from sprint_jax.errors import UserError
 
 _STAGE = flags.DEFINE_enum("stage", "sprint", ["teacher", "finetune", "control", "sprint"], "Whose checkpoint to read.")
@@ -23,11 +24,29 @@ def main(argv):
         run_dir = pathlib.Path(run_flag.given())
         if not _FILE.value:
             raise UserError("--to_file is missing: name the file to write")
-        from sprint_jax import weights
+        from sprint_jax import weights, workdir
 
+        to_file = pathlib.Path(_FILE.value)
+        drawn = _STAGE.value == "sprint" and to_file.name == workdir.STUDENT
+        check_place(run_dir, to_file, drawn)
         step, params = extract(run_dir, _STAGE.value)
-        weights.save(_FILE.value, params)
-        print(f"wrote {_FILE.value}: {_STAGE.value} after {step} steps")
+        weights.save(to_file, params)
+        print(f"wrote {to_file}: {_STAGE.value} after {step} steps")
+        if drawn:
+            with files.whole(to_file.with_name(workdir.CONFIG)) as partial:
+                partial.write_bytes((run_dir / workdir.CONFIG).read_bytes())
+            print(f"and its {workdir.CONFIG}: python -m sprint_jax.sample --model={to_file.parent} draws with it")
+
+
+def check_place(run_dir, to_file, drawn):
+    """Raises UserError where a run would take the file for the end of one of its stages, or its config would replace another."""
+    from sprint_jax import workdir
+
+    if to_file.resolve().parent == run_dir.resolve() and to_file.name in (workdir.TEACHER, workdir.CONTROL, workdir.STUDENT):
+        raise UserError(f"--to_file={to_file}: by that file the run would count as trained to its end; name one in another folder")
+    ours, theirs = run_dir / workdir.CONFIG, to_file.with_name(workdir.CONFIG)
+    if drawn and theirs.exists() and ours.exists() and theirs.read_bytes() != ours.read_bytes():
+        raise UserError(f"--to_file={to_file}: {theirs} is another run's; name a file in a folder of its own")
 
 
 def extract(run_dir, stage):

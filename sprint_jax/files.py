@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and text in them."""
 
 import contextlib
 import os
@@ -15,3 +15,17 @@ def whole(path):
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Writes UTF-8 text, whole or not at all.
+
+    Halves of surrogate pairs, which UTF-8 has not (file names that are no UTF-8, cut captions), are written as \\udXXX: the same character in JSON.
+    """
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_lines(path):
+    """The lines of UTF-8 text. Newlines alone end one: JSON and prompts may hold others, U+2028 and its like, at which `splitlines` cuts."""
+    return pathlib.Path(path).read_text(encoding="utf-8").split("\n")

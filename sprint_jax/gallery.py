@@ -65,8 +65,7 @@ def write_metadata(out, prompts, per_prompt, with_grid):
     """metadata.jsonl, and perhaps grid.png, in each folder of a prompt."""
     for i, prompt in enumerate(prompts):
         folder = pathlib.Path(out) / PICTURES / f"{i:05d}"
-        with files.whole(folder / "metadata.jsonl") as partial:
-            partial.write_text(json.dumps(prompt.row, ensure_ascii=False) + "\n", encoding="utf-8")
+        files.write_text(folder / "metadata.jsonl", json.dumps(prompt.row, ensure_ascii=False) + "\n")
         if with_grid:
             images = [picture_files.read(folder / f"samples/{j:05d}.png") for j in range(per_prompt)]
             pictures.save(folder / "grid.png", pictures.grid(np.stack(images), columns=per_prompt, gap=2))
@@ -117,13 +116,13 @@ def _claim_settings(out, asked):
     elif any((out / PICTURES).iterdir()):
         raise UserError(f"{out / PICTURES} holds pictures and {PROTOCOL} is missing: choose another --out")
     else:
-        _write(out / PROTOCOL, json.dumps({"settings": asked, "made_by": []}, indent=2) + "\n")
+        files.write_text(out / PROTOCOL, json.dumps({"settings": asked, "made_by": []}, indent=2) + "\n")
 
 
 def _claim_files(out, units):
     rows = {}
     if (out / MANIFEST).exists():
-        for line in (out / MANIFEST).read_text(encoding="utf-8").splitlines():
+        for line in filter(None, files.read_lines(out / MANIFEST)):
             row = json.loads(line)
             rows[row["file"]] = row
     for unit in units:
@@ -133,7 +132,7 @@ def _claim_files(out, units):
                 f"{out} has {unit.file} of {rows[unit.file]['prompt']!r} with noise {rows[unit.file]['indices']}, now of "
                 f"{unit.prompt!r} with {row['indices']}: use the same prompts, or another --out"
             )
-    _write(out / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
+    files.write_text(out / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
 
 
 def missing(out, units):
@@ -176,7 +175,7 @@ def _record(out, maker):
         known = _read_json(out / PROTOCOL)
         if maker not in known["made_by"]:
             known["made_by"].append(maker)
-            _write(out / PROTOCOL, json.dumps(known, indent=2) + "\n")
+            files.write_text(out / PROTOCOL, json.dumps(known, indent=2) + "\n")
 
 
 def protocol(out) -> dict:
@@ -197,8 +196,3 @@ def _alone(out):
     with open(out / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _write(path, text):
-    with files.whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")

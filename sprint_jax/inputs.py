@@ -164,6 +164,8 @@ class EncodedData:
                     f"{c.data.encoded} was encoded by {manifest['model']}, the config has {identity}: encode again with "
                     "this config, or use the one it was made with"
                 )
+        if self.pixels is not None:
+            self._fitting(encoded.Encoded(c.data.encoded, "heldout"), c.evaluation.prompts)  # before training, not after it
 
     def _null(self):
         path = pathlib.Path(self._c.data.encoded) / encoded.NULL
@@ -195,14 +197,8 @@ class EncodedData:
     def heldout(self, count, reference) -> Heldout:
         """Examples of the held-out split at the config's size; pictures are decoded latents."""
         data = encoded.Encoded(self._c.data.encoded, "heldout")
-        size = build.latent_shape(self._c)[:2]
-        fitting = [i for i in range(len(data)) if data.buckets[data.bucket_of[i]] == size]
-        if len(fitting) < count:
-            raise UserError(
-                f"{self._c.data.encoded} holds out {len(fitting)} examples of {size[0]}x{size[1]} latents and "
-                f"config.evaluation.prompts is {count}: lower it, or encode with a larger --heldout"
-            )
-        rows = [data.read(i) for i in fitting[: max(count, min(reference, len(fitting)))]]
+        fitting = self._fitting(data, count)
+        rows = self._read(data, fitting, count, max(count, min(reference, len(fitting))))
         stacked = batches.stack(data.manifest, rows)
         images = self._decode(stacked["latent"])
         ready = jax.jit(self.prepare)(self.frozen, {k: v[:count] for k, v in stacked.items()})
@@ -212,6 +208,36 @@ class EncodedData:
             cond |= {"control": stacked["control"][:count], "control_scale": np.ones(count, np.float32)}
             edges = self._decode(stacked["control"][:count]).max(-1)
         return Heldout(captions, cond, images[:count], images, None, edges, edges)
+
+    def _fitting(self, data, count):
+        """Numbers of the examples of the config's size. Raises UserError where there are fewer than count."""
+        size = build.latent_shape(self._c)[:2]
+        fitting = [i for i in range(len(data)) if data.buckets[data.bucket_of[i]] == size]
+        if len(fitting) < count:
+            raise UserError(
+                f"{self._c.data.encoded} holds out {len(fitting)} examples of {size[0]}x{size[1]} latents and "
+                f"config.evaluation.prompts is {count}: lower it, or encode with a larger --heldout"
+            )
+        return fitting
+
+    def _read(self, data, numbers, least, wanted):
+        """The first records of these numbers that can be used. Raises UserError for fewer than least."""
+        rows, bad = [], []
+        for i in numbers:
+            if len(rows) == wanted:
+                break
+            try:
+                rows.append(data.read(i))
+            except encoded.BadRecord as error:
+                bad.append(f"{i} ({error})")
+        if bad:
+            self._say(f"{self._c.data.encoded}: {len(bad)} held-out examples cannot be used, first {bad[0]}")
+        if len(rows) < least:
+            raise UserError(
+                f"{self._c.data.encoded}: {len(rows)} held-out examples can be used and config.evaluation.prompts is {least}: "
+                "encode again, or with a larger --heldout"
+            )
+        return rows
 
     def freehand(self, count, reference):
         """None: of these pictures nobody knows the objects."""

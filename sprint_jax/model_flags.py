@@ -4,7 +4,7 @@ from absl import flags
 
 from sprint_jax.errors import UserError
 
-MODEL = flags.DEFINE_string("model", None, "Diffusers folder, converted folder, run directory, or exported file.")
+MODEL = flags.DEFINE_string("model", None, "Diffusers folder, converted folder, run directory, or (sprint_jax.sample alone) an exported file.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File of prompts: text, one a line (sprint_jax.evaluate reads others too).")
 STEPS = flags.DEFINE_integer("steps", 2, "Network calls per picture, 1 or more.")
 SEED = flags.DEFINE_integer("seed", 0, "Names the noise.")

@@ -10,13 +10,13 @@ _MOST_PIXELS = 100_000_000
 
 
 def grid(images, columns, gap=2):
-    """uint8 [N, S, S, 3] -> one picture, row by row, on a grey ground."""
-    count, size = images.shape[:2]
+    """uint8 [N, H, W, 3] -> one picture, row by row, on a grey ground."""
+    count, height, width, _ = images.shape
     rows = -(-count // columns)
-    sheet = np.full((rows * (size + gap) + gap, columns * (size + gap) + gap, 3), 96, np.uint8)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 96, np.uint8)
     for i, image in enumerate(images):
-        top, left = gap + i // columns * (size + gap), gap + i % columns * (size + gap)
-        sheet[top : top + size, left : left + size] = image
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
+        sheet[top : top + height, left : left + width] = image
     return sheet
 
 

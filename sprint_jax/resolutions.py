@@ -27,7 +27,8 @@ def fit(images, height, width):
     if (have_height, have_width) == (height, width):
         return images
     ratio = max(height / have_height, width / have_width)
-    size = int(have_height * ratio), int(have_width * ratio)
+    # Rounded down as published, but never below what is cut out of it: ratios are not exact.
+    size = max(height, int(have_height * ratio)), max(width, int(have_width * ratio))
     resize = jax.jit(lambda x: jax.image.resize(x, (count, *size, 3), "linear", antialias=False))
     resized = np.asarray(resize(images.astype(np.float32)))
     top, left = (size[0] - height) // 2, (size[1] - width) // 2

@@ -106,7 +106,7 @@ def _read_prompts():
     if _PROMPT.value:
         return _PROMPT.value
     try:
-        lines = pathlib.Path(model_flags.PROMPTS.value).read_text(encoding="utf-8").splitlines()
+        lines = files.read_lines(model_flags.PROMPTS.value)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --prompts={model_flags.PROMPTS.value} ({error}): give a UTF-8 text file") from None
     prompts = [line for line in lines if line.strip()]
@@ -127,8 +127,7 @@ def _output_directory():
 
 
 def _write_manifest(out, rows):
-    with files.whole(out / "manifest.jsonl") as partial:
-        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    files.write_text(out / "manifest.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def test_unknown_key_names_its_neighbour():
         ("sprint.weighting", "x"), ("sprint.logvar_gradient", "x"), ("sprint.reduction", "x"), ("sprint.max_time", 1.5),
         ("sprint.guidance", ()), ("sprint.head_blocks", (3, 1)), ("sprint.head_blocks", (99,)),
         ("sprint.batch", 1), ("sprint.accumulate", 3), ("sprint.accumulate", 8), ("teacher.accumulate", 0),
-        ("text.vocabulary", "x"), ("text.dim", 7), ("model.remat", "x"), ("mesh.fsdp", 0), ("data.workers", -1), ("evaluation.schedule", "x"), ("evaluation.prompts", 0),
+        ("text.vocabulary", "x"), ("text.dim", 7), ("model.remat", "x"), ("mesh.fsdp", 0), ("data.workers", -1), ("evaluation.schedule", "x"), ("evaluation.prompts", 1), ("evaluation.reference", 1), ("evaluation.batch", 0),
         ("evaluation.samples", 1000), ("evaluation.teacher_steps", 0), ("run.log_every", 3),
         ("control.depth", -1), ("control.depth", 7), ("control.condition", "x"), ("control.dropout", 1.0), ("control.freehand", -0.1), ("control.freehand", 1.1), ("control.batch", 0),
         ("control.optimizer.kind", "x"), ("run.checkpoint_every", 0), ("run.keep", 0), ("run.strip_every", 3), ("run.strip_every", -2),

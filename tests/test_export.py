@@ -147,6 +147,15 @@ def test_a_file_that_is_not_whole(file, tmp_path):
         exported.load(broken)
 
 
+def test_a_full_device_is_no_damaged_file(file, monkeypatch):
+    def full(array):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(jax, "device_put", full)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        exported.load(file)
+
+
 def test_other_formats_and_platforms(file, command, tmp_path):
     newer = altered(file, tmp_path / "newer.sprint", lambda header: header.update(format="sprint_jax exported 2"))
     with pytest.raises(UserError, match="has format 'sprint_jax exported 2', this version reads 'sprint_jax exported 1'"):

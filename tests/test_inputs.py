@@ -10,7 +10,7 @@ from PIL import Image
 
 from conftest import TINY
 from sprint_jax import build, config, encode, inputs, parts
-from sprint_jax.data import shapes, sources, text
+from sprint_jax.data import encoded, shapes, sources, text
 from sprint_jax.errors import UserError
 from test_config import card
 
@@ -99,8 +99,30 @@ def test_a_folder_that_does_not_fit(folder, changes, words):
 
 
 def test_more_held_out_than_there_are(folder):
+    """Said before training, for the evaluation comes after it."""
+    c = smoke(encoded=str(folder))
+    c = dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, prompts=90))
     with pytest.raises(UserError, match="config.evaluation.prompts is 90"):
-        inputs.open_inputs(smoke(encoded=str(folder)), print).heldout(90, 1)
+        inputs.open_inputs(c, print)
+
+
+def test_a_damaged_held_out_example_is_left_out_and_told(folder, monkeypatch):
+    """As one of training is. Fails when it ends the evaluation, which comes after the training."""
+    c, said = smoke(encoded=str(folder)), []
+    whole = inputs.open_inputs(c, print).heldout(5, 5)
+    read = encoded.Encoded.read
+
+    def damaged(self, i):
+        if self.manifest["counts"]["heldout"] == len(self) and i == 1:
+            raise encoded.BadRecord("is not finite")
+        return read(self, i)
+
+    monkeypatch.setattr(encoded.Encoded, "read", damaged)
+    data = inputs.open_inputs(c, said.append)
+    assert data.heldout(4, 4).captions == [whole.captions[i] for i in (0, 2, 3, 4)]
+    assert any("1 held-out examples cannot be used, first 1 (is not finite)" in line for line in said)
+    with pytest.raises(UserError, match="held-out examples can be used"):
+        data.heldout(len(encoded.Encoded(folder, "heldout")), 1)
 
 
 def test_the_main_job_on_an_encoded_folder(finished, folder, command, tmp_path):
@@ -138,6 +160,7 @@ def published_card(path, out, transformer):
         c, data=dataclasses.replace(c.data, encoded=str(out), model=str(path)),
         text=config.Text(vocabulary="gemma", length=300, dim=transformer.text_dim),
         codec=dataclasses.replace(c.codec, block=32, channels=transformer.in_channels, weights=""),
+        evaluation=dataclasses.replace(c.evaluation, prompts=2, samples=2),
     )  # fmt: skip
 
 
@@ -156,7 +179,7 @@ def test_token_ids_become_the_features(tmp_path_factory, tmp_path):
     for kind in ("features", "tokens"):
         kept = encode.Settings(
             source=source.identity(), encoder=encoders.identity, examples=12, text=kind, caption_field="prompt",
-            sizes=((32, 32),), heldout=0, shard_records=64, condition="none",
+            sizes=((32, 32),), heldout=4, shard_records=64, condition="none",
         )  # fmt: skip
         encode.encode(source, encoders, tmp_path / kind, kept, batch=4)
         data = inputs.open_inputs(published_card(path, tmp_path / kind, pipe.model), lambda line: None)

@@ -329,6 +329,8 @@ def test_prompt_files(tmp_path):
     assert [(p.id, p.text) for p in rows] == [("00000", "one"), ("b", "two")] and rows[0].row["tag"] == "x"
     assert [(p.id, p.text) for p in read("a.json", '{"k": {"prompt": "one", "category": "c"}}')] == [("k", "one")]
     assert [(p.id, p.text) for p in read("a.csv", QUESTIONS)] == [("lake", "a lake, at dusk"), ("fox", "a red fox")]
+    odd = "a\u2028b \x85 c"  # no new lines, though str.splitlines takes them for such
+    assert [p.text for p in read("o.txt", f"{odd}\ntwo")] == [p.text for p in read("o.jsonl", json.dumps({"prompt": odd}, ensure_ascii=False) + '\n{"prompt": "two"}')] == [odd, "two"]
     for name, text, words in (
         ("b.txt", "\n", "holds no prompt"),
         ("b.jsonl", '{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}\n', "1 ids occur twice, first a"),

@@ -30,6 +30,8 @@ def normals(*shape, seed=0):
         (4, 0.5, [0.7854, 0.3927, 0]),
         (4, 0.75, [1.1781, 0.7854, 0.3927, 0]),
         (4, 0.1, [0.3927, 0]),
+        (8, 0.9, [1.3, 1.1781, 0.9817, 0.7854, 0.589, 0.3927, 0.1963, 0]),
+        (20, 0.99, [1.3, *(np.pi / 40 * np.arange(16, -1, -1))]),  # several times above 1.3
     ],
 )
 def test_image_times(steps, strength, expected):
@@ -68,6 +70,20 @@ def test_fit_covers_and_cuts_the_middle():
     assert fitted.shape == (1, 20, 20, 3)
     np.testing.assert_allclose(fitted[0, :, 0, 0], 20.5 + 2 * np.arange(20), atol=0.51)
     assert resolutions.fit(ramp, 80, 40) is ramp
+
+
+def test_fit_is_never_short_of_a_pixel():
+    """832 times 480 / 832 is below 480 in floating point."""
+    for have, want in (((832, 1152), (480, 640)), ((704, 1408), (480, 960))):
+        picture = np.broadcast_to(np.arange(have[1], dtype=np.uint16)[:, None] // 8, (1, *have, 3)).astype(np.uint8)
+        assert resolutions.fit(picture, *want).shape == (1, *want, 3)
+
+
+def test_a_grid_of_pictures_wider_than_high():
+    images = np.arange(3 * 2 * 4 * 3, dtype=np.uint8).reshape(3, 2, 4, 3)
+    sheet = pictures.grid(images, columns=2, gap=1)
+    assert sheet.shape == (7, 11, 3)
+    np.testing.assert_array_equal(sheet[4:6, 1:5], images[2])
 
 
 def test_upsample_is_nearest_then_convolution():

@@ -6,7 +6,9 @@ import html.parser
 import io
 import json
 import math
+import os
 import re
+import signal
 import time
 import xml.etree.ElementTree
 
@@ -55,6 +57,8 @@ def test_buckets_against_an_oracle():
     np.testing.assert_allclose(found["share"] * len(t), [n for _, n in expected], atol=1e-5)
     assert expected[2][1] == 0 and found["error"][2] == 0
     times, means = rows_lib.by_time("sprint", [as_row(found)], "error")
+    assert rows_lib.by_time("gradients", [as_row(found)], "error")[0] == times  # students of the ablations
+    assert rows_lib.by_time("teacher", [as_row(found)], "error")[0] == pytest.approx([t * 2 / math.pi for t in times])
     assert math.isnan(means[2]) and times[2] == pytest.approx(2.5 * math.pi / 2 / buckets.COUNT)
     for mean, (wanted, count) in zip(means, expected, strict=True):
         assert math.isnan(mean) if count == 0 else mean == pytest.approx(wanted, rel=1e-5)
@@ -176,6 +180,45 @@ def test_rows_and_strips_outlive_a_kill(tmp_path, where):
     assert whole.written[1]["by_time/loss/1"] == 9.5 / 4
     names = [[p.name for p in sorted((tmp_path / d / "strips").iterdir())] for d in ("whole", "parted")]
     assert names[0] == names[1] == [f"teacher_{step:07d}.png" for step in (0, 4, 8, 12)]
+
+
+@pytest.mark.parametrize("where", ["last round", "last save"])
+def test_who_is_stopped_at_the_end_of_a_stage_starts_no_other(tmp_path, monkeypatch, where):
+    """The state is saved, and the same command goes on from it with what follows."""
+    run = config.Run(log_every=6, checkpoint_every=4, strip_every=4, keep=2, max_rejected=10, quick_compile=False)
+    mesh, left = sharding.mesh(1, 1, jax.devices()[:1]), [12, 8, 4, 0]
+    stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
+
+    def drawing(params):
+        if left.pop() == 12 and where == "last round":
+            stop()
+        return np.full((4, 4, 3), 7, np.uint8)
+
+    def waiting(self):
+        monkeypatch.undo()
+        stop()
+        self.wait()
+
+    if where == "last save":
+        monkeypatch.setattr(loop.Checkpoints, "wait", waiting)
+    with pytest.raises(loop.Interrupted, match="step 12 of 12"):
+        loop.train(counting_stage(drawing), run, mesh, tmp_path, Rows([]), print)
+    assert int(loop.train(counting_stage(drawing), run, mesh, tmp_path, Rows([]), print).step) == 12
+
+
+def test_a_network_that_fails_in_every_round_ends_the_run(tmp_path):
+    """Whichever of the counters it is, and however often the other network's updates are good."""
+    run = config.Run(log_every=2, checkpoint_every=4, strip_every=0, keep=2, max_rejected=3, quick_compile=False)
+
+    def failing(now, frozen, batch):
+        now = now.replace(step=now.step + 1, rejected=state.count_rejected(now.rejected, False, network=1))
+        return now, {"loss": now.step * 1.0, "by_time": {}, "rejected": now.rejected}
+
+    counting = counting_stage(None)
+    start = lambda frozen, begun: counting.start(frozen, begun).replace(rejected=jnp.zeros(3, jnp.int32))
+    stage = dataclasses.replace(counting, start=start, functions=(failing,))
+    with pytest.raises(UserError, match="3 updates in a row were not finite"):
+        loop.train(stage, run, sharding.mesh(1, 1, jax.devices()[:1]), tmp_path, Rows([]), print)
 
 
 # Strips

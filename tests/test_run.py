@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from conftest import TINY
+from sprint_jax import extract
+from sprint_jax.errors import UserError
 from sprint_jax.evaluation import checker
 
 
@@ -60,12 +62,25 @@ def test_again_skips_what_is_done(finished, command):
 
 def test_extract_reads_the_newest_checkpoint(finished, command, tmp_path):
     """Fails when parameters are taken instead of their average, and when a checkpoint is not needed whole."""
-    out = tmp_path / "student.safetensors"
+    (tmp_path / "now").mkdir()
+    out = tmp_path / "now" / "student.safetensors"
     result = command("sprint_jax.extract", f"--run_dir={finished}", f"--to_file={out}")
     assert result.returncode == 0 and "after 12 steps" in result.stdout, result.stderr[-2000:]
-    assert out.read_bytes() == (finished / "student.safetensors").read_bytes()
+    for name in ("student.safetensors", "config.json"):
+        assert (tmp_path / "now" / name).read_bytes() == (finished / name).read_bytes()
     refused = command("sprint_jax.extract", f"--run_dir={tmp_path}", f"--to_file={out}")
     assert refused.returncode == 2 and "no work directory" in refused.stderr
+
+
+@pytest.mark.parametrize("name, words", [("run/student.safetensors", "trained to its end"), ("other/student.safetensors", "another run's")])
+def test_extract_ends_no_run_and_replaces_no_config(monkeypatch, tmp_path, name, words):
+    """A run takes its own student.safetensors for the end of its training."""
+    for folder in ("run", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps({"of": folder}))
+    with pytest.raises(UserError, match=words):
+        extract.check_place(tmp_path / "run", tmp_path / name, drawn=True)
+    extract.check_place(tmp_path / "run", tmp_path / "student.safetensors", drawn=True)
 
 
 @pytest.mark.slow

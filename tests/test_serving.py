@@ -13,6 +13,7 @@ import socket
 import struct
 import threading
 import time
+import types
 import zlib
 
 import httpx
@@ -24,7 +25,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from sprint_jax import app as door
-from sprint_jax import drawing, pipeline
+from sprint_jax import drawing, exported, pipeline
 from sprint_jax.errors import UserError
 from sprint_jax.serving import api, page, requests, uploads
 from sprint_jax.serving import queue as queue_lib
@@ -689,6 +690,24 @@ def test_a_path_is_left_out_of_what_strangers_are_told(pipe, finished, monkeypat
 def test_examples_are_in_words_that_the_model_knows(pipe):
     pipe.text.prepare(door._examples(pipe))
     assert len(door._prompts(pipe, None)) == 1
+
+
+def test_a_file_is_rehearsed_at_its_own_lengths(monkeypatch):
+    """A file exported with --longest_prompt has programs for short prompts alone."""
+    text = types.SimpleNamespace(prepare=lambda prompts: [(15 if len(prompts[0]) < 30 else 63, None)])
+    short, long = door._prompts(types.SimpleNamespace(text=text), None)
+    assert len(short) < 30 <= len(long)
+    program = exported.Program(steps=1, length=15, batch_size=1, height=32, width=32)
+    monkeypatch.setattr(exported, "Exported", types.SimpleNamespace)
+    file = types.SimpleNamespace(text=text, header=types.SimpleNamespace(programs=(program,)))
+    assert door._prompts(file, None) == [short]
+
+
+def test_a_port_is_taken_from_the_start():
+    """While the model is read as well. Fails when the socket is bound and does not listen."""
+    with door._listener("127.0.0.1", 0) as taken:
+        with pytest.raises(UserError, match="cannot listen"):
+            door._listener("127.0.0.1", taken.getsockname()[1])
 
 
 def test_limits_of_sizes(pipe):

@@ -132,6 +132,15 @@ def test_noise_is_not_an_object():
     assert len(checker.read(image.astype(np.uint8)).objects) == 1
 
 
+def test_noise_of_many_colours_is_no_shape():
+    """Its median can be the background, which no pixel has gone towards."""
+    image = np.full((32, 32, 3), 128, np.uint8)
+    colours = np.array([[255, 128, 1], [1, 255, 128], [128, 1, 255]], np.uint8)
+    image[8:24, 8:24] = colours[np.add.outer(np.arange(16), np.arange(16)) % 3]
+    seen = checker.read(image).objects
+    assert len(seen) == 1 and seen[0].shape is None
+
+
 def test_text_features_are_frozen():
     """The shipped teacher knows these features; a change of the encoder needs a new teacher."""
     encoder = text.ShapesText()

@@ -181,6 +181,7 @@ def test_a_cut_tar_gives_what_it_holds(tmp_path, kept):
         ([("a.png", PNGS[0]), ("a.json", b'["prompt"]')], "missing caption"),
         ([("a.png", PNGS[0]), ("a.json", b'{"prompt": "a')], "corrupt record"),
         ([("a.png", PNGS[0]), ("a.txt", b"\xff\xfe\xfa")], "corrupt record"),
+        ([("a.png", PNGS[0]), ("a.json", rb'{"prompt": "a dog \ud83d"}')], "corrupt record"),  # half an emoji
         ([("a.json", b'{"prompt": "a"}')], "missing picture"),
         ([("a.npy", npy(np.zeros((2, 1, 1)))[:-3]), ("a.txt", b"a")], "corrupt record"),
         ([("a.npy", b"\x93NUMPY garbage"), ("a.txt", b"a")], "corrupt record"),
@@ -211,12 +212,14 @@ def test_a_folder_with_metadata(tmp_path):
         write(tmp_path / f"{3 - index}.png", PNGS[index])
     lines = [
         {"file_name": "3.png", "text": CAPTIONS[0]}, {"file_name": "./2.png", "caption": "no", "long": CAPTIONS[1]},
-        {"file_name": "0.png", "width": 9}, {"file_name": "absent.png", "text": "x"},
+        {"file_name": "0.png", "width": 9}, {"file_name": "absent.png", "text": "x"}, {"file_name": "half.png", "text": "a \ud83d"},
     ]  # fmt: skip
+    write(tmp_path / "half.png", PNGS[0])
     write(tmp_path / "metadata.jsonl", "\n\n".join(map(json.dumps, lines)))
     write(tmp_path / "1.txt", CAPTIONS[2])
     source = sources.open_source(tmp_path, caption_field="long")
-    assert reason(source, 0) == "missing caption" and reason(source, 4) == "missing picture" and len(source) == 5
+    assert reason(source, 0) == "missing caption" and reason(source, 4) == "missing picture" and len(source) == 6
+    assert reason(source, 5) == "corrupt record"
     assert [(source[i].key, source[i].caption) for i in (1, 2, 3)] == [
         ("1.png", CAPTIONS[2]), ("2.png", CAPTIONS[1]), ("3.png", CAPTIONS[0])
     ]  # fmt: skip

@@ -146,7 +146,7 @@ def test_generator_step_moves_the_student_alone():
     for part in ("heads", "heads_opt", "spectral"):
         assert same(getattr(after, part), getattr(before, part))
     assert not same(after.params, before.params) and not same(after.opt, before.opt)
-    assert int(after.step) == 1 and after.rejected.tolist() == [0, 0]
+    assert int(after.step) == 1 and after.rejected.tolist() == [0, 0, 0]
     total = metrics["scm"] + 0.5 * metrics["adv"]
     np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
     moved = [np.square(a - b).sum() for a, b in zip(*map(jax.tree.leaves, (after.params, before.params)))]
@@ -174,10 +174,20 @@ def test_sprint_steps_reject_a_nan():
         bad, metrics = step(now, frozen(), poisoned())
         for part in ("params", "opt", "ema", "heads", "heads_opt", "spectral"):
             assert same(getattr(bad, part), getattr(now, part)), part
-        assert bad.rejected.tolist() == [count, count]
+        assert bad.rejected.tolist() == [1, count - 1, count]
         now = bad
     good, _ = steps()[0](now, frozen(), batch())
-    assert good.rejected.tolist() == [0, 2]
+    assert good.rejected.tolist() == [0, 1, 2]
+
+
+def test_a_network_that_always_fails_is_not_hidden_by_the_other():
+    """In a row is counted for each: a finite update of the heads says nothing of the student."""
+    generator, discriminator = steps()
+    now = start()
+    for count in (1, 2, 3):
+        now, _ = generator(now, frozen(), poisoned())
+        now, metrics = discriminator(now, frozen(), batch())
+        assert now.rejected.tolist() == metrics["rejected"].tolist() == [count, 0, count]
 
 
 def test_student_starts_as_the_teacher():

@@ -51,7 +51,7 @@ ALLOWED = {
     "main": {"cli", "compile_cache", "config", "config_flag", "huge_pages", "quick_compile", "workdir_flag", "distributed", "run", "training"},
     "report": {"cli", "run_flag", "reporting"},
     "average": {"errors", "cli", "weights", "workdir", "conversion", "pipeline"},
-    "extract": {"errors", "cli", "run_flag", "weights", "workdir", "config", "build", "training"},
+    "extract": {"errors", "cli", "files", "run_flag", "weights", "workdir", "config", "build", "training"},
     "exported": {"errors", "weights", "data", "drawing"},
     "export": {"errors", "cli", "files", "weights", "data", "drawing", "exported", "parts", "pipeline", "revision"},
     "plan": {"errors", "cli", "files", "config", "config_flag", "planning", "build", "inputs", "run", "training"},

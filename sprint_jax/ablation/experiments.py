@@ -129,7 +129,7 @@ class Experiments:
         final = self._train_sprint(c, data, self.teacher, folder, advance, transfer=transfer)
         params = jax.device_get(state.averaged(final))
         weights.save(pathlib.Path(folder) / names.STUDENT, params)
-        metrics = {"rejected": float(final.rejected[1])}
+        metrics = {"rejected": float(final.rejected[-1])}
         model = build.student(c) if transfer else Untransferred(build.student(c))
         for steps in run_lib.STUDENT_STEPS:
             times = samplers.scm_times(steps, c.evaluation.schedule)

@@ -12,6 +12,10 @@ from sprint_jax.errors import UserError
 
 _SOURCE = "pipelines/sana/pipeline_sana_sprint.py"
 _ARGUMENT = "complex_human_instruction"
+_OTHERWISE = (
+    "use a folder converted once, which holds it (sprint_jax.convert --instruction=FILE), or name a text file ('' for none): "
+    "--instruction_file of sample, app, evaluate and export, --caption_instruction of encode"
+)
 
 
 def published(path: str | None = None) -> str:
@@ -30,19 +34,19 @@ def published(path: str | None = None) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             "published SANA-Sprint models expect an instruction before each prompt, and its wording is not part of "
-            "this project: pip install diffusers, or name a file with it (--instruction=FILE; '' for none)"
+            f"this project: pip install diffusers, or {_OTHERWISE}"
         )
     source = pathlib.Path(spec.submodule_search_locations[0]) / _SOURCE
     try:
         tree = ast.parse(source.read_text(encoding="utf-8"))
     except (OSError, SyntaxError):
-        raise UserError(f"the installed diffusers has no readable {_SOURCE}: name a file by --instruction=FILE") from None
+        raise UserError(f"the installed diffusers has no readable {_SOURCE}: {_OTHERWISE}") from None
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef) and function.name == "__call__":
             lines = _default(function)
             if lines is not None:
                 return "\n".join(lines)
-    raise UserError(f"the installed diffusers gives {_ARGUMENT} no default: name a file by --instruction=FILE")
+    raise UserError(f"the installed diffusers gives {_ARGUMENT} no default: {_OTHERWISE}")
 
 
 def _default(function):

@@ -101,8 +101,7 @@ def write_manifest(path, described, shards, skipped=(), skipped_count=None):
     counts["skipped"] = len(skipped) if skipped_count is None else skipped_count
     manifest = {"format": FORMAT, **described, "counts": counts, "shards": list(shards)}
     manifest["skipped"] = list(skipped)[:_SKIPPED_LISTED]
-    with files.whole(path) as partial:
-        partial.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write_text(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_manifest(folder):

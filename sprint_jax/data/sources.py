@@ -112,7 +112,7 @@ class _Tars:
         if ".json" in parts:
             caption = _first_text(_fields(parts[".json"]), (self._caption_field,))
             if caption:
-                return caption
+                return _text(caption.encode("utf-8", "surrogatepass"))
         return _text(parts.get(".txt", b""))
 
     def identity(self):
@@ -276,7 +276,7 @@ class _Folder:
         name, caption, beside = self._pictures[index]
         try:
             image = (self._root / name).read_bytes()
-            text = caption.encode() or ((self._root / beside).read_bytes() if beside else b"")
+            text = caption.encode("utf-8", "surrogatepass") or ((self._root / beside).read_bytes() if beside else b"")
         except FileNotFoundError:
             raise BadExample("missing picture") from None
         except OSError:
@@ -380,7 +380,7 @@ def _first_text(fields, names):
 
 
 def _text(data):
-    """The bytes of a caption -> text."""
+    """The bytes of a caption -> text. Half a surrogate pair, as JSON can hold, is no text."""
     try:
         caption = data.decode("utf-8-sig").strip()
     except UnicodeDecodeError:

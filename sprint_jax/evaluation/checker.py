@@ -59,7 +59,8 @@ def _read_object(image, ground, region, size):
     x, y = (left + right) / 2, (top + bottom) / 2
     half = ((bottom - top) + (right - left)) / 4
     towards = rgb - ground  # how far each pixel has gone from the background to the object's colour
-    alpha = np.clip((image - ground) @ towards / (towards @ towards), 0, 1) * region
+    # Of many colours the median can be the background's: then it is no colour that anything has gone towards.
+    alpha = np.clip((image - ground) @ towards / max(1e-9, towards @ towards), 0, 1) * region
     matches = {shape: _best_overlap(alpha, shape, x, y, half, size) for shape in shapes.SHAPES}
     shape = max(matches, key=matches.get)
     if matches[shape] < _MIN_MATCH:

@@ -2,6 +2,7 @@
 
 import json
 
+from sprint_jax import files
 from sprint_jax.errors import UserError
 
 
@@ -14,7 +15,7 @@ def read(path, flag, parse, *, kind, form) -> dict:
     Raises UserError naming the first line that is not one, or whose key has a line already.
     """
     try:
-        lines = open(path, encoding="utf-8").read().splitlines()
+        lines = files.read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --{flag}={path} ({error}): give a JSON lines file") from None
     found = {}

@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from sprint_jax import files
 from sprint_jax.errors import UserError
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -45,7 +46,7 @@ def _by_manifest(folder):
     if manifest is None:
         raise UserError(f"{folder} has no manifest.jsonl: say with --prompts=FILE what its pictures show")
     try:
-        rows = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in files.read_lines(manifest) if line.strip()]
         pairs = [(folder / row["file"], row["prompt"]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{manifest} is not a manifest ({error}): say with --prompts=FILE what the pictures show") from None

@@ -1,11 +1,13 @@
 """Prompts of a benchmark: text, JSON lines, MJHQ's JSON, GenEval's metadata, DPG-Bench's questions."""
 
+import collections
 import dataclasses
 import json
 import pathlib
 import re
 from typing import Any
 
+from sprint_jax import files
 from sprint_jax.data import shapes
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import dpg
@@ -35,17 +37,17 @@ def read(path) -> list[Prompt]:
         _check(prompts, path)
         return prompts
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = files.read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --prompts={path} ({error}): give a UTF-8 file") from None
     if path.suffix == ".json":
-        prompts = _table(text, path)
+        prompts = _table("\n".join(lines), path)
     elif path.suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        prompts = [_row(i, number, line, path) for i, (number, line) in enumerate(lines)]
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        prompts = [_row(i, number, line, path) for i, (number, line) in enumerate(numbered)]
     else:
-        lines = [line for line in text.splitlines() if line.strip()]
-        prompts = [Prompt(f"{i:05d}", line, {}) for i, line in enumerate(lines)]
+        told = [line for line in lines if line.strip()]
+        prompts = [Prompt(f"{i:05d}", line, {}) for i, line in enumerate(told)]
     _check(prompts, path)
     return prompts
 
@@ -62,8 +64,7 @@ def _unique(text):
     """JSON whose repeated keys are an error instead of being dropped."""
 
     def table(pairs):
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        twice = sorted(name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1)
         if twice:
             raise ValueError(f"{len(twice)} ids occur twice, first {twice[0]}")
         return dict(pairs)

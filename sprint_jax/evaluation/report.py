@@ -12,10 +12,8 @@ def write(out, report):
     report: {"suite": str, "scores": {name: number or {name: number}}, and sections {name: {field: value}}}.
     """
     out, suite = pathlib.Path(out), report["suite"]
-    with files.whole(out / f"report-{suite}.json") as partial:
-        partial.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    with files.whole(out / f"report-{suite}.md") as partial:
-        partial.write_text(readable(report), encoding="utf-8")
+    files.write_text(out / f"report-{suite}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    files.write_text(out / f"report-{suite}.md", readable(report))
     return out / f"report-{suite}.md"
 
 

@@ -174,7 +174,7 @@ def _over_steps(found):
 def _over_time(stage, found):
     """Plots against time t, a line for each part of the run."""
     made = []
-    label = "t, angle from data (0) to noise (π/2)" if stage == "sprint" else "t, flow time from data (0) to noise (1)"
+    label = "t, angle from data (0) to noise (π/2)" if rows.is_angle(stage) else "t, flow time from data (0) to noise (1)"
     timed = [row for row in found if any(key.startswith("by_time/") for key in row)]
     for name in (n for n in _BY_TIME if n in rows.timed(timed)):
         lines = []

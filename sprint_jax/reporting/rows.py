@@ -6,8 +6,8 @@ import pathlib
 
 FILE = "metrics.jsonl"
 _BY_TIME = "by_time/"
-# Where the times of a stage end: the angle of TrigFlow for the sprint, flow time for teachers.
-_TOP = {"sprint": math.pi / 2}
+# Where the times of a stage end: the angle of TrigFlow for students (of ablations also "gradients"), flow time for teachers.
+_TOP = dict.fromkeys(("sprint", "gradients"), math.pi / 2)
 
 
 def read(run_dir):
@@ -50,6 +50,11 @@ def by_time(stage, rows, name):
     width = _TOP.get(stage, 1.0) / max(1, len(shares))
     middles = [(i + 0.5) * width for i in range(len(shares))]
     return middles, [s / n if n else math.nan for s, n in zip(sums, shares, strict=True)]
+
+
+def is_angle(stage):
+    """Whether the times of a stage are angles."""
+    return stage in _TOP
 
 
 def _sum(rows, name):

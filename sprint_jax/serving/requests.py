@@ -157,11 +157,11 @@ def _object(body):
 
 
 def _pairs(pairs):
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise Refused(400, f"key {_short(twice)} is there twice: give it once")
+    fields = {}
+    for name, value in pairs:  # once over all of them: there may be millions
+        if name in fields:
+            raise Refused(400, f"key {_short(name)} is there twice: give it once")
+        fields[name] = value
     return fields
 
 

@@ -40,7 +40,7 @@ class Checkpoints:
 
     def __exit__(self, kind, *_):
         if kind is None:
-            self._wait()
+            self.wait()
         self._manager.close()
 
     def save(self, step, state, beside=None):
@@ -60,7 +60,8 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._cannot_write(error) from None
 
-    def _wait(self):
+    def wait(self):
+        """Until what was saved last is on disk. Raises UserError when it could not be written."""
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:

@@ -170,7 +170,10 @@ def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say, *, com
                     break
             watch.flush()
             progress.close()
-    if stopping and done < stage.steps:
+            checkpoints.wait()
+            # In the last round or during the last save as well: another stage would follow.
+            stopping = stopping or stop.agreed()
+    if stopping:
         raise Interrupted(f"{stage.name}: stopped at step {done} of {stage.steps}; the same command goes on from there")
     return state
 
@@ -258,12 +261,12 @@ class _Watch:
         step, metrics = self._waiting
         self._waiting = None
         metrics = jax.device_get(metrics)
-        in_a_row, in_all = metrics.pop("rejected")
+        *in_a_row, in_all = metrics.pop("rejected")
         self._window.add(metrics.pop("by_time", {}))
-        if in_a_row >= self._run.max_rejected:
+        if max(in_a_row) >= self._run.max_rejected:
             bad = sorted(k.split("/", 1)[1] for k, v in metrics.items() if "/" in k and not np.isfinite(v))
             raise UserError(
-                f"{self._name}: {in_a_row} updates in a row were not finite, at step {step} in "
+                f"{self._name}: {max(in_a_row)} updates in a row were not finite, at step {step} in "
                 f"{', '.join(bad) or 'the loss'}; all were dropped. Lower the learning rate, or look at the data"
             )
         self._bar.update(step - self._bar.n)

@@ -52,7 +52,7 @@ def init(params, nets: Nets, c: config_lib.Sprint, key) -> state_lib.SprintState
     return state_lib.SprintState(
         step=jnp.zeros((), jnp.int32), params=params, ema=state_lib.start_ema(params, c.ema),
         opt=nets.tx.init(params), heads=heads, heads_opt=nets.heads_tx.init(heads), spectral=spectral,
-        rejected=jnp.zeros((2,), jnp.int32),
+        rejected=jnp.zeros((3,), jnp.int32),
     )  # fmt: skip
 
 
@@ -277,7 +277,7 @@ def make_discriminator_step(nets: Nets, c: config_lib.Sprint, seed: int, *, cont
         heads = optax.apply_updates(state.heads, updates)
         new = state.replace(
             step=state.step + 1,
-            rejected=state_lib.count_rejected(state.rejected, finite),
+            rejected=state_lib.count_rejected(state.rejected, finite, network=1),
             **state_lib.select(
                 finite,
                 dict(heads=heads, heads_opt=heads_opt, spectral=spectral),

@@ -25,7 +25,10 @@ class TeacherState:
 
 @flax.struct.dataclass
 class SprintState:
-    """As TeacherState for the student, plus the discriminator heads; step counts both networks' updates."""
+    """As TeacherState for the student, plus the discriminator heads; step counts both networks' updates.
+
+    rejected: [in a row of the student, in a row of the heads, in all] int32 [3].
+    """
 
     step: jax.Array
     params: dict
@@ -130,10 +133,10 @@ def select(finite, new, old):
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
 
-def count_rejected(rejected, finite):
-    """[in a row, in all] after one more update."""
+def count_rejected(rejected, finite, network=0):
+    """[in a row, of each network; in all] after one more update of a network."""
     bad = jnp.logical_not(finite).astype(jnp.int32)
-    return jnp.stack([(rejected[0] + bad) * bad, rejected[1] + bad])
+    return rejected.at[network].set((rejected[network] + bad) * bad).at[-1].add(bad)
 
 
 def module_norms(grads, prefix="grad_norm"):
