@@ -6,6 +6,7 @@ defaults here: a key that is missing or unknown is an error that names it.
 
 import dataclasses
 import difflib
+import math
 
 import ml_collections
 
@@ -105,7 +106,7 @@ class Optimizer:
     lr: of AdamW or CAME. muon_lr: of Muon's matrices. reference_batch: both are multiplied by
     sqrt(batch / reference_batch), 0 leaves them (the published trainer has 256).
     warmup: updates of linear warm-up; decay_to: final share of the rates under a cosine (1 = constant).
-    b1, b2: of the moments; b3: of CAME's instability. clip: global norm of the gradient.
+    b1, b2: of the moments of AdamW and CAME (Muon's matrices keep optax's 0.95); b3: of CAME's instability. clip: global norm of the gradient.
     """
 
     kind: str
@@ -312,13 +313,26 @@ def _build(kind, tree, path):
 
 def _check(c: Config):
     s, t, m, k = c.sprint, c.teacher, c.model, c.control
+    counts = {
+        "data.size": c.data.size, "codec.block": c.codec.block, "model.patch_size": m.patch_size, "model.width": m.width, "model.depth": m.depth,
+        "model.heads": m.heads, "model.cross_heads": m.cross_heads, "model.unroll": m.unroll, "teacher.batch": t.batch, "teacher.accumulate": t.accumulate,
+        "control.batch": k.batch, "sprint.batch": s.batch, "sprint.accumulate": s.accumulate, "evaluation.batch": c.evaluation.batch,
+        "evaluation.teacher_steps": c.evaluation.teacher_steps, "run.keep": c.run.keep, "run.max_rejected": c.run.max_rejected,
+    }  # fmt: skip
+    for name, value in counts.items():  # first: rules divide by them
+        if value < 1:
+            raise UserError(f"config.{name} {value}: use 1 or more")
     cell = c.codec.block * m.patch_size
+    # One teacher becomes another by a fine-tune that adds QK-norm or changes times, never by itself.
+    other_base = (t.base_qk_norm, t.base_time_scale) != (m.qk_norm, m.time_scale)
+    optimizers = (("teacher.optimizer", t.optimizer), ("control.optimizer", k.optimizer), ("sprint.optimizer", s.optimizer), ("sprint.head_optimizer", s.head_optimizer))
     require = [
         (c.text.vocabulary in ("shapes", "words", "gemma"), f"config.text.vocabulary {c.text.vocabulary!r}: use shapes, words or gemma"),
         (c.text.vocabulary != "shapes" or (c.text.length, c.text.dim) == (text.LENGTH, text.DIM),
          f"config.text {c.text.length} x {c.text.dim}: vocabulary shapes has length {text.LENGTH} and dim {text.DIM}"),
         (c.text.vocabulary != "words" or c.text.dim == text.DIM, f"config.text.dim {c.text.dim}: vocabulary words has {text.DIM}"),
         (c.data.encoded or c.text.vocabulary == "shapes", f"config.data.encoded is empty: captions in {c.text.vocabulary} need a folder made by sprint_jax.encode"),
+        (c.data.seed >= 0 and c.data.eval_seed >= 0, "config.data.seed and eval_seed: use 0 or more"),
         (c.data.workers >= 0 and 0 <= c.data.max_bad <= 1, "config.data.workers: use 0 or more; config.data.max_bad: a share in [0, 1]"),
         (c.mesh.fsdp >= 1 and (c.mesh.data >= 1 or c.mesh.data == -1), f"config.mesh.data {c.mesh.data}, config.mesh.fsdp {c.mesh.fsdp}: use 1 or more, data=-1 for what is left"),
         (c.data.size % cell == 0, f"config.data.size {c.data.size}: use a multiple of {cell} (codec.block x patch_size)"),
@@ -330,8 +344,11 @@ def _check(c: Config):
         (m.dtype in ("float32", "bfloat16"), f"config.model.dtype {m.dtype!r}: use float32 or bfloat16"),
         (m.attention in backend.WANTED, f"config.model.attention {m.attention!r}: use {' or '.join(backend.WANTED)}"),
         (t.steps >= 0 and t.finetune_steps >= 0, "config.teacher.steps and finetune_steps: use 0 or more"),
-        (t.pretrained or t.steps > 0 or (t.start and t.finetune_steps > 0),
-         "config.teacher.pretrained is empty and nothing trains a teacher: give it, or teacher.steps, or teacher.start with finetune_steps"),
+        (t.pretrained or t.steps > 0 or (t.start and t.finetune_steps > 0 and other_base),
+         "config.teacher.pretrained is empty and nothing trains a teacher: give it, or teacher.steps, or teacher.start with finetune_steps and another base_qk_norm or base_time_scale than model's"),
+        (t.pretrained or not other_base or t.finetune_steps > 0,
+         f"config.teacher.base_qk_norm {t.base_qk_norm}, base_time_scale {t.base_time_scale} and config.model.qk_norm {m.qk_norm}, time_scale {m.time_scale}: use equal ones, or finetune_steps"),
+        (t.pretrained or m.qk_norm or not t.base_qk_norm, "config.teacher.base_qk_norm is True and config.model.qk_norm False: a fine-tune adds QK-norm and never takes it away"),
         (0 <= k.depth < m.depth, f"config.control.depth {k.depth}: use 0 (no ControlNet) to {m.depth - 1}, below model.depth"),
         (k.condition in conditions.KINDS, f"config.control.condition {k.condition!r}: use one of {', '.join(conditions.KINDS)}"),
         (not k.depth or c.data.encoded or k.condition != "hed", "config.control.condition hed needs encoded pictures: use edges or scribble, or name config.data.encoded"),
@@ -340,14 +357,17 @@ def _check(c: Config):
         (0 <= k.freehand <= 1, f"config.control.freehand {k.freehand}: use a probability in [0, 1]"),
         (not k.freehand or not c.data.encoded,
          f"config.control.freehand {k.freehand}: encoded pictures have no rough sketches, use 0 with config.data.encoded"),
-        (t.batch > 0 and s.batch > 0, "config.teacher.batch and config.sprint.batch: use 1 or more"),
-        *((x.accumulate >= 1 and x.batch % x.accumulate == 0, f"config.{n}.accumulate {x.accumulate}: use a divisor of {n}.batch {x.batch}")
+        *((x.batch % x.accumulate == 0, f"config.{n}.accumulate {x.accumulate}: use a divisor of {n}.batch {x.batch}")
           for n, x in (("teacher", t), ("sprint", s))),
-        (k.batch > 0 and k.batch % max(1, t.accumulate) == 0, f"config.control.batch {k.batch}: use 1 or more, a multiple of config.teacher.accumulate {t.accumulate}"),
+        (k.batch % t.accumulate == 0, f"config.control.batch {k.batch}: use a multiple of config.teacher.accumulate {t.accumulate}"),
         (s.accumulate == 1 or s.batch % (GROUP * s.accumulate) == 0,
          f"config.sprint.batch {s.batch}: with accumulate {s.accumulate} use a multiple of {GROUP * s.accumulate} (normalisation groups of {GROUP})"),
-        *((o.kind in ("adamw", "muon", "came"), f"config.{n}.kind {o.kind!r}: use adamw, muon or came")
-          for n, o in (("teacher.optimizer", t.optimizer), ("control.optimizer", k.optimizer), ("sprint.optimizer", s.optimizer), ("sprint.head_optimizer", s.head_optimizer))),
+        (s.accumulate > 1 or all(n % math.ceil(n / GROUP) == 0 for n in (s.batch, *((2 * s.batch,) if s.misaligned else ()))),
+         f"config.sprint.batch {s.batch}: the discriminator normalises in equal groups of at most {GROUP} samples, use a multiple of {GROUP}"),
+        *((o.kind in ("adamw", "muon", "came"), f"config.{n}.kind {o.kind!r}: use adamw, muon or came") for n, o in optimizers),
+        *((o.clip > 0, f"config.{n}.clip {o.clip}: use a norm above 0") for n, o in optimizers),
+        *((o.kind != "muon" or o.muon_lr > 0, f"config.{n}.muon_lr {o.muon_lr}: kind muon needs a rate above 0 for its matrices") for n, o in optimizers),
+        *((o.kind != "came" or (0 < o.b1 < 1 and 0 < o.b3 < 1), f"config.{n}.b1 {o.b1}, b3 {o.b3}: kind came needs values between 0 and 1") for n, o in optimizers),
         (s.steps >= 0 and s.steps % 2 == 0, f"config.sprint.steps {s.steps}: use an even number (generator and discriminator alternate), 0 for a teacher alone"),
         (s.uncond_mask in ("cond", "null"), f"config.sprint.uncond_mask {s.uncond_mask!r}: use cond or null"),
         (s.weighting in ("code", "paper"), f"config.sprint.weighting {s.weighting!r}: use code or paper"),
@@ -361,13 +381,10 @@ def _check(c: Config):
         (not s.misaligned or s.batch > 1, "config.sprint.misaligned needs config.sprint.batch of 2 or more"),
         (c.evaluation.schedule in ("code", "paper"), f"config.evaluation.schedule {c.evaluation.schedule!r}: use code or paper"),
         (c.evaluation.prompts >= 2 and c.evaluation.reference >= 2, "config.evaluation.prompts and reference: use 2 or more, one picture has no covariance"),
-        (c.evaluation.batch >= 1, f"config.evaluation.batch {c.evaluation.batch}: use 1 or more"),
         (c.evaluation.samples <= c.evaluation.prompts, f"config.evaluation.samples {c.evaluation.samples}: use at most evaluation.prompts {c.evaluation.prompts}"),
-        (c.evaluation.teacher_steps >= 1, f"config.evaluation.teacher_steps {c.evaluation.teacher_steps}: use 1 or more"),
         (c.run.log_every % 2 == 0 and c.run.log_every > 0, f"config.run.log_every {c.run.log_every}: use an even number"),
         (c.run.checkpoint_every > 0 and c.run.checkpoint_every % 2 == 0, f"config.run.checkpoint_every {c.run.checkpoint_every}: use an even number"),
         (c.run.strip_every >= 0 and c.run.strip_every % 2 == 0, f"config.run.strip_every {c.run.strip_every}: use an even number, 0 for none"),
-        (c.run.keep >= 1, f"config.run.keep {c.run.keep}: use 1 or more"),
     ]  # fmt: skip
     for holds, message in require:
         if not holds:

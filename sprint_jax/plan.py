@@ -42,6 +42,8 @@ def main(argv):
         from sprint_jax import config
 
         parsed = config.parse(config_flag.CONFIG.value)
+        if _TABLE.value and not pathlib.Path(_TABLE.value).parent.is_dir():
+            raise UserError(f"--table={_TABLE.value}: there is no folder {pathlib.Path(_TABLE.value).parent}, make it first")
         say = lambda message: print(message, flush=True)
         if parsed.model.attention != "plain":
             say("attention is planned in plain JAX, without the kernels of config.model.attention: they are chosen where they run")
@@ -192,10 +194,11 @@ def _fits(config, device, first):
     changes = []
     if config.model.remat != "block":
         changes.append("--config.model.remat=block")
-    section = config.sprint if step["name"] in ("generator", "discriminator") else config.teacher
-    name = "sprint" if section is config.sprint else "teacher"
+    name = "sprint" if step["name"] in ("generator", "discriminator") else "teacher"
+    section = config.sprint if name == "sprint" else config.teacher
     if step["temporary"] > 0.5 * peak:
-        changes.append(f"--config.{name}.accumulate={2 * section.accumulate}, or a smaller --config.{name}.batch")
+        batch = "control" if step["name"] == "control" else name  # which accumulates as the teacher does
+        changes.append(f"--config.{name}.accumulate={2 * section.accumulate}, or a smaller --config.{batch}.batch")
     if step["held"] > 0.4 * device.memory:
         changes.append(f"a larger --config.mesh.fsdp (now {config.mesh.fsdp})")
     advice = "; ".join(changes) or "more devices"

@@ -76,7 +76,7 @@ def run(config: config_lib.Config, workdir, say=_say):
         hosts.barrier("done")
     say(f"done: pictures, metrics and summary.json are in {workdir}; look at {workdir / names.REPORT}")
     if student is None:
-        say(f"next: distil it with --config.teacher.pretrained={workdir / names.TEACHER}")
+        say(f"next: distil it with --config.teacher.pretrained={config.teacher.pretrained or workdir / names.TEACHER}")
     else:
         prompt = "a red circle left of a blue square" if config.text.vocabulary == "shapes" else "a red apple"
         say(f'next: python -m sprint_jax.sample --model={workdir} --prompt="{prompt}" --steps=2 --out=pictures')
@@ -120,7 +120,7 @@ def write_config(config, workdir):
     """Records the resolved config; a directory made with another one is refused."""
     path = workdir / names.CONFIG
     tree = json.loads(json.dumps(config_lib.to_dict(config)))
-    if path.exists():
+    if path.exists() and _begun(workdir):
         try:
             old = json.loads(path.read_text())
         except json.JSONDecodeError:
@@ -132,18 +132,23 @@ def write_config(config, workdir):
                 f"{workdir} was made with {name}={was}, now {now}: use the same config, or another --workdir"
             )
         return
-    if any(child.name != ".lock" for child in workdir.iterdir()):
+    if not path.exists() and any(child.name != ".lock" for child in workdir.iterdir()):
         raise UserError(f"{workdir} is not empty and not a run of this project: choose another --workdir")
     with files.whole(path) as partial:
         partial.write_text(json.dumps(tree, indent=2) + "\n")
 
 
+def _begun(workdir):
+    """Whether anything but its config and empty records is there: until then another config may take the directory."""
+    return any(child.name not in (".lock", names.CONFIG, "events") for child in workdir.iterdir())
+
+
 def _differences(old, new):
-    """[(dotted name, old, new)] of all leaves that differ."""
+    """[(dotted name, old, new)] of all leaves that differ, but for the mesh: a run may go on with other devices."""
     a, b = weights.flatten(old), weights.flatten(new)
-    names = sorted(a.keys() | b.keys())
+    known = sorted(name for name in a.keys() | b.keys() if not name.startswith("mesh."))
     return [
-        (f"config.{n}", a.get(n, "nothing"), b.get(n, "nothing")) for n in names if a.get(n) != b.get(n)
+        (f"config.{n}", a.get(n, "nothing"), b.get(n, "nothing")) for n in known if a.get(n) != b.get(n)
     ]
 
 

@@ -1,16 +1,19 @@
 """The configuration: every field is read, unknown and missing keys are named, cards parse."""
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import runpy
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from conftest import ROOT
 from sprint_jax import build, config
 from sprint_jax.errors import UserError
+from sprint_jax.models import ladd_heads
 from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
 from sprint_jax.training import came, state
 
@@ -109,7 +112,9 @@ def test_unknown_key_names_its_neighbour():
         ("text.vocabulary", "x"), ("text.dim", 7), ("model.remat", "x"), ("mesh.fsdp", 0), ("data.workers", -1), ("evaluation.schedule", "x"), ("evaluation.prompts", 1), ("evaluation.reference", 1), ("evaluation.batch", 0),
         ("evaluation.samples", 1000), ("evaluation.teacher_steps", 0), ("run.log_every", 3),
         ("control.depth", -1), ("control.depth", 7), ("control.condition", "x"), ("control.dropout", 1.0), ("control.freehand", -0.1), ("control.freehand", 1.1), ("control.batch", 0),
-        ("control.optimizer.kind", "x"), ("run.checkpoint_every", 0), ("run.keep", 0), ("run.strip_every", 3), ("run.strip_every", -2),
+        ("control.optimizer.kind", "x"), ("sprint.optimizer.clip", 0.0), ("sprint.optimizer.muon_lr", 0.0), ("teacher.optimizer.clip", -1.0),
+        ("sprint.batch", 10), ("sprint.batch", 36), ("sprint.accumulate", 0), ("model.heads", 0), ("model.cross_heads", 0), ("model.patch_size", 0), ("codec.block", 0),
+        ("data.seed", -1), ("data.eval_seed", -1), ("run.max_rejected", 0), ("run.checkpoint_every", 0), ("run.keep", 0), ("run.strip_every", 3), ("run.strip_every", -2),
     ],
 )  # fmt: skip
 def test_values_out_of_range_are_named(path, value):
@@ -119,6 +124,43 @@ def test_values_out_of_range_are_named(path, value):
     section[name] = value
     with pytest.raises(UserError, match=f"config.*{name}"):
         config.parse(tree)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"sprint.optimizer.kind": "came"}, "sprint.optimizer.b1 0.0, b3 0.0"),
+        ({"teacher.pretrained": "", "teacher.base_time_scale": 1000.0}, "base_time_scale 1000.0 .* use equal ones, or finetune_steps"),
+        ({"teacher.pretrained": "", "model.time_scale": 1000.0}, "use equal ones, or finetune_steps"),
+        ({"teacher.pretrained": "", "teacher.base_qk_norm": False}, "base_qk_norm False"),
+        ({"teacher.pretrained": "", "model.qk_norm": False, "teacher.finetune_steps": 4}, "never takes it away"),
+        ({"teacher.pretrained": "", "teacher.steps": 0, "teacher.start": "x", "teacher.finetune_steps": 4}, "nothing trains a teacher"),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_go_together_are_named(changes, words):
+    tree = card("shapes")[0]
+    for path, value in changes.items():
+        *sections, name = path.split(".")
+        functools.reduce(lambda node, part: node[part], sections, tree)[name] = value
+    with pytest.raises(UserError, match=words):
+        config.parse(tree)
+
+
+def test_sizes_of_batches_that_normalise_in_equal_groups():
+    """Said before training of all batches that the heads would refuse, alone or with as many misaligned ones, and of no other."""
+
+    def normalises(batch):
+        try:
+            return jax.eval_shape(ladd_heads.batch_norm_local, jnp.zeros((batch, 1, 1)), jnp.ones(1), jnp.zeros(1))
+        except ValueError:
+            return None
+
+    for batch in range(2, 65):
+        tree = card("shapes")[0]
+        tree.sprint.batch = batch
+        holds = normalises(batch) and normalises(2 * batch)
+        with contextlib.nullcontext() if holds else pytest.raises(UserError, match=f"sprint.batch {batch}"):
+            config.parse(tree)
 
 
 def test_a_controlnet_that_nothing_trains_or_shows_is_named():

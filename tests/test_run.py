@@ -1,5 +1,6 @@
 """The main job end to end at `smoke` size: what it leaves, and that interruptions leave no trace."""
 
+import dataclasses
 import json
 import signal
 import time
@@ -9,9 +10,10 @@ import pytest
 from PIL import Image
 
 from conftest import TINY
-from sprint_jax import extract
+from sprint_jax import config, extract, run
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import checker
+from test_config import card
 
 
 def rows(workdir):
@@ -81,6 +83,23 @@ def test_extract_ends_no_run_and_replaces_no_config(monkeypatch, tmp_path, name,
     with pytest.raises(UserError, match=words):
         extract.check_place(tmp_path / "run", tmp_path / name, drawn=True)
     extract.check_place(tmp_path / "run", tmp_path / "student.safetensors", drawn=True)
+
+
+def test_a_directory_belongs_to_a_config_once_something_was_begun_in_it(tmp_path):
+    """A mistyped value does not claim it, and other devices may go on with it."""
+    c = config.parse(card("smoke")[0])
+    of = lambda seed, fsdp=1: dataclasses.replace(c, seed=seed, mesh=dataclasses.replace(c.mesh, fsdp=fsdp))
+    run.write_config(of(1), tmp_path)
+    (tmp_path / "events").mkdir()
+    run.write_config(of(2), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 2
+    (tmp_path / "checkpoints").mkdir()
+    run.write_config(of(2, fsdp=4), tmp_path)
+    with pytest.raises(UserError, match="was made with config.seed=2, now 3"):
+        run.write_config(of(3), tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="not empty and not a run"):
+        run.write_config(of(3), tmp_path)
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def _directed(t, metric, first, second):
 
 def _scale(metric, numbers):
     """Norms are compared by their logarithm: a factor is what the paper speaks of."""
-    return [math.log10(n) for n in numbers] if metric in ("grad_norm", "tangent_norm") else numbers
+    return [math.log10(n) if n > 0 else -math.inf for n in numbers] if metric in ("grad_norm", "tangent_norm") else numbers
 
 
 def _section(t, rows, folder):

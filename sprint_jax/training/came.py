@@ -10,6 +10,7 @@ the gradient of one tensor, means over its rows and columns and all moments star
     S = EMA_b3((u - m)^2 + eps2)         matrices only, rebuilt in the same way
     p <- p - lr (m / sqrt(S) + weight_decay p)      without / sqrt(S) where there is no matrix
 
+The published networks join two projections of the text, keys and values, in one matrix; here they are two, each with means and a clipping of its own.
 There is no bias correction. eps1 guards the second moment and eps2 the instability S, as in the paper.
 
 A leaf of a stack of layers is one tensor per layer, as in the published networks: every mean and the clipping
