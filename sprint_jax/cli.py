@@ -17,7 +17,7 @@ def fail(message):
 
 def _show_warning(message, category, filename, lineno, file=None, line=None):
     """Our own warnings as one line for people; anybody else's as Python shows them."""
-    if category is UserWarning and "sprint_jax" in filename:
+    if issubclass(category, UserWarning) and "sprint_jax" in filename:
         print(f"warning: {message}", file=sys.stderr)
     else:
         print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
@@ -39,6 +39,10 @@ def user_errors():
             yield
     except UserError as error:
         fail(error)
+    except Exception as error:  # of whatever library was writing
+        if "No space left on device" not in str(error):
+            raise
+        fail(f"{' '.join(str(error).split())}: free some space, then give the same command")
 
 
 def parse_flags(argv):

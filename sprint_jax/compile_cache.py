@@ -8,6 +8,7 @@ An entry's key holds the program, the compiler's version and flags, and the devi
 instruction sets, so machines that share a home directory do not run each other's code by mistake.
 """
 
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -31,7 +32,6 @@ def start():
             place.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=place):
                 pass
-            _sweep(place)
         except OSError as error:
             print(
                 f"warning: compiled programs are not kept, cannot write in {place} ({error.strerror}): name another "
@@ -42,14 +42,18 @@ def start():
         # With a bound entries are read and written under a file lock, for which JAX needs this package.
         if importlib.util.find_spec("filelock"):
             _default("jax_compilation_cache_max_size", MAX_BYTES)
+        if jax.config.jax_compilation_cache_max_size != -1:  # without a bound JAX keeps no times of use
+            _sweep(place)
     _default("jax_persistent_cache_min_compile_time_secs", 0.0)
     _default("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def default_place() -> pathlib.Path:
     """Where programs are kept unless JAX_COMPILATION_CACHE_DIR says otherwise."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return pathlib.Path(root) / "sprint_jax" / "xla"
+    home = os.path.expanduser("~")
+    if home == "~":  # no HOME, and a user without an entry: containers have such
+        home = os.path.join(tempfile.gettempdir(), f"home-{os.getuid()}")
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")) / "sprint_jax" / "xla"
 
 
 def _default(name, value):
@@ -64,5 +68,6 @@ def _sweep(place):
     """Removes entries without a time of use: a process was killed while it wrote one, and JAX would never replace it."""
     for entry in place.glob("*-cache"):
         used = entry.with_name(entry.name.removesuffix("-cache") + "-atime")
-        if not used.exists() and time.time() - entry.stat().st_mtime > _ORPHAN_SECONDS:
-            entry.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process sweeps as well
+            if not used.exists() and time.time() - entry.stat().st_mtime > _ORPHAN_SECONDS:
+                entry.unlink()

@@ -111,14 +111,17 @@ def _make(targets, total):
     import tqdm
 
     from sprint_jax import pictures
-    from sprint_jax.evaluation import picture_files
+    from sprint_jax.data import sources
 
     if not targets:
         return
     detect = _detector() if _KIND.value != "edges" else None
     with tqdm.tqdm(total=total, initial=total - len(targets), unit="picture", desc=_KIND.value, delay=5) as bar:
         for target, path in targets.items():
-            image = picture_files.read(path)
+            try:
+                image = sources.load_picture(path.read_bytes())  # the pixels that sprint_jax.encode --condition sees
+            except (OSError, sources.BadExample) as error:
+                raise UserError(f"cannot read the picture {path} ({error}): repair or remove it; what is done is kept") from None
             lines = detect(image) if detect else conditions.gradient_edges(image[None])[0]
             if _KIND.value == "scribble":
                 lines = conditions.scribble(lines, thickness=_THICKNESS.value, sigma=conditions.PUBLISHED_SIGMA)

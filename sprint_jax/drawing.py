@@ -82,6 +82,8 @@ def generate(
         raise UserError(f"images_per_prompt {images_per_prompt}: use 1 or more")
     prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     height, width, size = height or pipe.height, width or pipe.width, batch_size or pipe.batch_size
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise UserError(f"guidance_scale {guidance_scale}: use a finite number")
     shape = latent_shape(pipe, height, width)
     times = _times(pipe, steps, timesteps, schedule)
     if image is not None:

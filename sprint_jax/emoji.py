@@ -50,9 +50,11 @@ def _make(root, font):
         _check_same(made, settings | {"font_sha256": font.digest})
         print(f"{made} is there already, nothing to do")
     else:
+        (root / "preview.png").unlink(missing_ok=True)
         _build(root, font, settings)
-        _preview(root / "preview.png", font, **settings)
         print(f"made {made}: {_COUNT.value} captioned pictures of {_SIDE.value} px from {len(font.names)} emoji")
+    if not (root / "preview.png").exists():  # of a killed command as well
+        _preview(root / "preview.png", font, **settings)
         print(f"look at {root / 'preview.png'}")
     print(f"next: python -m sprint_jax.encode --source={made}")
 

@@ -232,7 +232,10 @@ def _of_config(path) -> Encoders:
     file, _, preset = path.partition(":")
     if not pathlib.Path(file).is_file():
         raise UserError(f"no config file --encoder={path}: use --encoder=configs/sprint.py:PRESET")
-    c = config.parse(runpy.run_path(file)["get_config"](*filter(None, [preset])))
+    get_config = runpy.run_path(file).get("get_config")
+    if get_config is None:
+        raise UserError(f"--encoder={path}: {file} has no get_config, it is no config file; use configs/sprint.py:PRESET")
+    c = config.parse(get_config(*filter(None, [preset])))
     pixels, text, name = inputs.embedded(c)
     return Encoders(pixels, text, {"pixels": {}, "text": {}}, name, c.data.size)
 
@@ -559,6 +562,8 @@ class _Work:
 
     def _prepare(self, made, index):
         """Whether the text encoder takes the caption; if so, what it makes of it is in made.rows."""
+        from sprint_jax.data import prompts
+
         key = made.keys[index]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -567,10 +572,12 @@ class _Work:
             except UserError as error:
                 self._skip(made, index, key, str(error))
                 return False
-        if caught:
+        # Of all threads: those that read pictures ahead have warnings of their own.
+        cut = [warning.message for warning in caught if issubclass(warning.category, prompts.CutWarning)]
+        if cut:
             made.cut += 1
             if made.cut <= _SHOWN:
-                warnings.warn(f"{key}: {caught[0].message}", stacklevel=1)
+                warnings.warn(f"{key}: {cut[0]}", stacklevel=1)
         return True
 
     def _encode(self, made, group):

@@ -120,8 +120,12 @@ def _check_flags():
         raise UserError(f"--images_per_prompt={_per_prompt()}: DPG-Bench has four, a 2 x 2 grid")
     if suite in ("geneval", "dpg") and not given(model_flags.PROMPTS) and not (suite == "geneval" and given(_FOLDER)):
         raise UserError(f"--prompts is missing: give {'evaluation_metadata.jsonl' if suite == 'geneval' else 'dpg_bench.csv'}")
-    if suite == "geneval" and _FORMAT.value != "png":
-        raise UserError("--file_format=jpeg: GenEval's pictures are PNG")
+    if suite in ("geneval", "dpg") and _FORMAT.value != "png":
+        raise UserError(f"--file_format=jpeg: pictures of --suite={suite} are PNG")
+    if given(_FIRST) and given(_FOLDER) and not given(model_flags.PROMPTS):
+        raise UserError("--first is a number of prompts: with --folder give --prompts as well")
+    if given(_SAVE_REFERENCE) and not pathlib.Path(_SAVE_REFERENCE.value).parent.is_dir():
+        raise UserError(f"--save_reference={_SAVE_REFERENCE.value}: there is no folder {pathlib.Path(_SAVE_REFERENCE.value).parent}, make it first")
 
 
 def _save_weights():

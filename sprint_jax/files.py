@@ -29,3 +29,15 @@ def write_text(path, text):
 def read_lines(path):
     """The lines of UTF-8 text. Newlines alone end one: JSON and prompts may hold others, U+2028 and its like, at which `splitlines` cuts."""
     return pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+
+
+def below(root):
+    """Paths of all files below a folder, through links as well; a folder that links lead to again is passed over."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (path for name in names if (path := pathlib.Path(folder, name)).is_file())

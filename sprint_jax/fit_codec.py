@@ -4,6 +4,7 @@
     --of=emoji/1.0.0    pictures of a folder, tars or TFDS set (emoji_codec: --size=64 --channels=64)
 """
 
+import pathlib
 import sys
 
 import numpy as np
@@ -26,14 +27,29 @@ def main(argv):
         cli.no_arguments(argv)
         if not _FILE.value:
             raise UserError("--file is missing: name the .safetensors file to write")
+        _check_flags()
         images = _pictures()
         fitted = pixels.fit_pca(images, _BLOCK.value, _CHANNELS.value)
+        if not (fitted["spread"] > 0).all():
+            raise UserError(f"--channels={_CHANNELS.value}: these pictures vary in {int((fitted['spread'] > 0).sum())} components alone, keep fewer")
         weights.save(_FILE.value, fitted)
         latents = pixels.PatchPCA(block=_BLOCK.value, scale=1.0, **fitted).encode(images)
         scale = 1 / np.sqrt(np.square(latents).mean())
         codec = pixels.PatchPCA(block=_BLOCK.value, scale=scale, **fitted)
         error = np.abs(np.asarray(codec.decode(codec.encode(images[:256]))).astype(int) - images[:256]).mean()
         print(f"wrote {_FILE.value}; config.codec.scale for unit root mean square: {scale:.3f}; mean error {error:.2f} of 255")
+
+
+def _check_flags():
+    for flag in (_SIZE, _BLOCK, _CHANNELS, _PICTURES):
+        if flag.value < 1:
+            raise UserError(f"--{flag.name}={flag.value}: use 1 or more")
+    if _SIZE.value % _BLOCK.value:
+        raise UserError(f"--block={_BLOCK.value}: use a divisor of --size={_SIZE.value}")
+    if _CHANNELS.value > 3 * _BLOCK.value**2:
+        raise UserError(f"--channels={_CHANNELS.value}: a patch has {3 * _BLOCK.value**2} values")
+    if not pathlib.Path(_FILE.value).parent.is_dir():
+        raise UserError(f"--file={_FILE.value}: there is no folder {pathlib.Path(_FILE.value).parent}, make it first")
 
 
 def _pictures():
@@ -43,7 +59,10 @@ def _pictures():
         return np.stack([shapes.example(0, i, size=size).image for i in range(_PICTURES.value)])
     source = sources.open_source(_OF.value)
     count = min(_PICTURES.value, len(source))
-    return np.stack([sources.fit(sources.load_picture(source[i].image), size, size) for i in range(count)])
+    try:
+        return np.stack([sources.fit(sources.load_picture(source[i].image), size, size) for i in range(count)])
+    except sources.BadExample as error:
+        raise UserError(f"--of={_OF.value} holds an example that cannot be used ({error}): remove it, sprint_jax.encode names such") from None
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Picture files: reading one to start from, and PNGs and grids, written whole or not at all."""
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from sprint_jax import files
 from sprint_jax.errors import UserError
 
 _MOST_PIXELS = 100_000_000
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 
 def grid(images, columns, gap=2):
@@ -27,13 +28,32 @@ def save(path, image, zoom=1, file_format="PNG"):
         Image.fromarray(image).save(partial, format=file_format)
 
 
-def load(path, height, width):
-    """A picture file as uint8 [height, width, 3]: first frame, turned as EXIF says, resized by Lanczos."""
+def load(path, height, width, ground=WHITE):
+    """A picture file as uint8 [height, width, 3]: scaled by Lanczos to cover that, its middle cut out. ground: as in `opaque`.
+
+    Raises UserError for what is no whole picture, or has more than 100 million pixels.
+    """
     try:
         with Image.open(path) as image:
             if image.width * image.height > _MOST_PIXELS:
                 raise UserError(f"{path} has {image.width} x {image.height} pixels: use at most {_MOST_PIXELS}")
-            image = ImageOps.exif_transpose(image).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            # `fit` cuts before it scales, so a picture of one row is never blown up to cover.
+            return np.asarray(ImageOps.fit(opaque(image, ground), (width, height), Image.Resampling.LANCZOS))
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise dozens of kinds for damaged bytes
         raise UserError(f"cannot read the picture {path} ({error}): give a PNG or JPEG file") from None
-    return np.asarray(image)
+
+
+def opaque(image, ground=WHITE):
+    """PIL's picture as an RGB one: first frame, turned as EXIF says.
+
+    ground: (r, g, b) behind what is transparent. Of 16 bits of grey, which PIL would clip, the upper eight.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, (*ground, 255)), layer).convert("RGB")

@@ -61,6 +61,8 @@ def load(path, expected):
         found = safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from None
+    except (AttributeError, KeyError, TypeError) as error:  # a dtype that NumPy does not know
+        raise UserError(f"{path} holds a dtype that is not read here ({error}): use float32, float16 or bfloat16") from None
     wanted = flatten(expected)
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or extra:

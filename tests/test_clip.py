@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from sprint_jax.errors import UserError
@@ -43,6 +44,9 @@ def folder(request, tmp_path_factory):
     )  # fmt: skip
     model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
     fabricate.randomise(model, 0, 0.3).save_pretrained(path)
+    file = path / "model.safetensors"  # the published file holds buffers of integers besides
+    buffers = {"text_model.embeddings.position_ids": np.arange(12)[None], "vision_model.embeddings.position_ids": np.arange(17)[None]}
+    safetensors.numpy.save_file(safetensors.numpy.load_file(file) | buffers, file, metadata={"format": "pt"})
     words().save_pretrained(path)
     return path
 

@@ -115,6 +115,22 @@ def test_sample_keeps_its_programs(finished, tmp_path):
 
 
 
+def test_without_a_bound_entries_stay(start, tmp_path):
+    """Without one JAX writes no times of use, which are what tells a whole entry from a part of one."""
+    variables = {"JAX_COMPILATION_CACHE_MAX_SIZE": "-1"}
+    first, _, _ = start(**variables)
+    for entry in (tmp_path / "home/.cache/sprint_jax/xla").iterdir():
+        os.utime(entry, (time.time() - 1000,) * 2)
+    assert start(**variables)[0] == [first[1], 0]
+
+
+def test_no_home_at_all(monkeypatch):
+    """As in containers under a user id without an entry: a folder named ~ must not appear."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert compile_cache.default_place().is_absolute()
+
+
 def test_the_default_place(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

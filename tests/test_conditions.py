@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from sprint_jax.data import conditions, shapes
+from sprint_jax.data import conditions, shapes, sources
 from sprint_jax.evaluation import edges
 from test_bad_input import refused
 
@@ -282,6 +282,22 @@ def folder(tmp_path):
     Image.fromarray(shapes.example(0, 0, size=32).image).save(tmp_path / "in/a.png")
     Image.fromarray(shapes.example(0, 1, size=64).image).save(tmp_path / "in/more/b.bmp")
     return tmp_path / "in"
+
+
+def test_command_sees_the_pixels_that_training_sees(command, tmp_path):
+    """Turned as EXIF says, 16 bits of grey not clipped: as `sprint_jax.encode --condition` takes them."""
+    (tmp_path / "in").mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(shapes.example(0, 0, size=64).image[:32]).save(tmp_path / "in/turned.jpg", exif=turned)
+    Image.fromarray(np.kron([[1, 0], [0, 1]], np.full((16, 16), 40_000)).astype(np.uint16)).save(tmp_path / "in/deep.png")
+    result = command("sprint_jax.condition", f"--images={tmp_path / 'in'}", f"--out={tmp_path / 'out'}", "--kind=edges")
+    assert result.returncode == 0, result.stderr[-2000:]
+    for name in ("turned.jpg", "deep.png"):
+        image = sources.load_picture((tmp_path / "in" / name).read_bytes())
+        expected = conditions.as_picture(conditions.gradient_edges(image[None]))[0]
+        assert expected.any()
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / name.replace("jpg", "png"))), expected)
 
 
 def test_command_makes_edges_and_keeps_them(command, folder, tmp_path):

@@ -1,6 +1,7 @@
 """Folders in and out: bit-equal round trips, what diffusers makes of our exports, and what is refused."""
 
 import dataclasses
+import errno
 import json
 import pathlib
 import shutil
@@ -283,6 +284,46 @@ def test_an_export_appears_whole_or_not_at_all(source, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not empty"):
         folder.write_ours(tmp_path / "taken", checkpoint)
     assert (tmp_path / "taken" / "file").read_text() == "precious"
+
+
+def test_empty_folders_that_are_links_mounts_or_here(tmp_path, monkeypatch):
+    """A conversion of hours is not lost over the name of its folder."""
+    target, link, mount, here = (tmp_path / name for name in ("target", "link", "mount", "here"))
+    for empty in (target, mount, here):
+        empty.mkdir()
+    link.symlink_to(target)
+    monkeypatch.chdir(here)
+    rmdir = pathlib.Path.rmdir
+
+    def busy(self):
+        if self == mount:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rmdir(self)
+
+    monkeypatch.setattr(pathlib.Path, "rmdir", busy)
+    for path, place in ((link, target), (mount, mount), (".", here)):
+        with folder.whole(path) as partial:
+            (partial / "part").mkdir()
+            (partial / "part" / "file").write_text("whole")
+        assert (place / "part" / "file").read_text() == "whole"
+    assert link.is_symlink() and not list(tmp_path.glob("*.partial"))
+
+
+def test_the_widest_of_two_half_precisions():
+    """NumPy has no common dtype of bfloat16 and float16; float32 holds both."""
+    import ml_dtypes
+
+    half, brain, double = (np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float64))
+    assert rules._widest({half, brain}) == np.float32 and rules._widest({half, brain, double}) == double
+    assert rules._widest({brain}) == brain and rules._widest({half, np.dtype(np.float32)}) == np.float32
+
+
+def test_weights_of_integers_are_refused(source, tmp_path):
+    broken = copy(source, tmp_path)
+    for file in (broken / "transformer").glob("*.safetensors"):
+        rewrite(file, lambda t: t.update({n: np.ones_like(a, np.int8) for n, a in t.items() if n == "proj_out.weight"}))
+    with pytest.raises(UserError, match="proj_out.weight as I8: weights must be F64, F32, F16 or BF16"):
+        folder.read_diffusers(broken, dtype=None, instruction="")
 
 
 def test_requests_that_cannot_be_met(source):

@@ -54,6 +54,14 @@ def test_a_missing_font_names_the_package_and_the_flag(tmp_path):
         emoji.Glyphs(tmp_path / "garbage.ttf")
 
 
+def test_what_a_font_draws_for_characters_it_lacks_is_no_emoji():
+    """An outline font with a few dozen of them has a box for all others."""
+    matplotlib = pytest.importorskip("matplotlib")
+    few = emoji.Glyphs(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf")
+    drawn = {few.picture(name).tobytes() for name in few.names}
+    assert 2 <= len(few.names) < 200 and len(drawn) == len(few.names)
+
+
 @pytest.fixture(scope="module")
 def font():
     try:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import types
+import warnings
 
 import jax
 import numpy as np
@@ -16,7 +18,7 @@ from PIL import Image
 
 from conftest import ROOT
 from sprint_jax import encode, parts
-from sprint_jax.data import encoded, pixels, shapes, sources, text
+from sprint_jax.data import encoded, pixels, prompts, shapes, sources, text
 from sprint_jax.errors import UserError
 
 CODEC, TEXT = pixels.SpaceToDepth(4, 1.28), text.ShapesText()
@@ -419,6 +421,23 @@ def test_the_null_prompt_of_gemma(published, pipe):
     found = encode._null_prompt(encode.Encoders(pipe.pixels, pipe.text, pipe.params, "tiny", 32))
     assert found["text"].shape == (300, 48) and found["mask"].tolist() == [1] + [0] * 299
     assert np.abs(found["text"] - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("category, cut", [(prompts.CutWarning, 1), (UserWarning, 0)])
+def test_only_warnings_of_cut_captions_are_counted(category, cut):
+    """Threads that read pictures ahead warn as well, whenever they come to it: counts would differ from run to run."""
+
+    def prepare(captions):
+        warnings.warn("corrupt EXIF data" if not cut else "cut off", category, stacklevel=1)
+        return ["row"]
+
+    work = encode._Work.__new__(encode._Work)
+    work._encoders = types.SimpleNamespace(text=types.SimpleNamespace(prepare=prepare))
+    made = encode._Made(keys={0: "a.png"}, captions={0: "a red fox"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert work._prepare(made, 0)
+    assert made.cut == cut and made.rows == {0: "row"}
 
 
 def test_tokens(published, pipe, photographs, tmp_path):

@@ -237,6 +237,9 @@ def test_prompts_without_pictures_are_counted(folder, command, tmp_path):
         (["--suite=imagereward", "--out=x", "--folder=y"], ["--hook", "module:function"]),
         (["--suite=shapes", "--out=x", "--folder=y", "--detections=z"], ["--detections", "geneval"]),
         (["--suite=dpg", "--out=x", "--answers=z"], ["--prompts", "dpg_bench.csv"]),
+        (["--suite=dpg", "--out=x", "--model=m", "--prompts=p.csv", "--file_format=jpeg"], ["--file_format=jpeg", "dpg"]),
+        (["--suite=shapes", "--out=x", "--folder=y", "--first=3"], ["--first", "--prompts"]),
+        (["--suite=fid", "--out=x", "--folder=y", "--weights=z", "--save_reference=/nowhere/a.npz"], ["--save_reference", "/nowhere"]),
         (["--suite=shapes", "--out=x", "--folder=/nowhere", "--shard=2/2"], ["--shard=2/2", "0/4"]),
     ],
 )  # fmt: skip

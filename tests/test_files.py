@@ -14,3 +14,16 @@ def test_json_lines_come_back(tmp_path, text):
     files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ({"text": text}, {"text": "b"})))
     assert [json.loads(line)["text"] for line in files.read_lines(path) if line] == [text, "b"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_below_a_folder_are_found_through_links_once(tmp_path):
+    """Fails when links are passed over, and when one that leads back is followed for ever."""
+    (tmp_path / "root/a").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("root/one", "root/a/two", "elsewhere/three"):
+        (tmp_path / name).touch()
+    (tmp_path / "root/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/a/back").symlink_to(tmp_path / "root")
+    (tmp_path / "root/gone").symlink_to(tmp_path / "nowhere")
+    found = sorted(p.relative_to(tmp_path / "root").as_posix() for p in files.below(tmp_path / "root"))
+    assert found == ["a/two", "link/three", "one"]

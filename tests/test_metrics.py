@@ -105,6 +105,7 @@ def test_statistics_come_back_from_a_file(tmp_path):
         (dict(mu=np.zeros(3)), "mu and sigma"),
         (dict(mu=np.zeros(3), sigma=np.eye(4)), "belong together"),
         (dict(mu=np.zeros(3), sigma=np.full((3, 3), np.nan)), "not finite"),
+        (dict(mu=np.zeros(3), sigma=np.eye(3), count=np.arange(2)), "number of pictures"),
     ],
 )
 def test_bad_statistics_are_named(tmp_path, arrays, words):
@@ -116,6 +117,9 @@ def test_bad_statistics_are_named(tmp_path, arrays, words):
 def test_bad_comparisons_are_named(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         fid.load(tmp_path / "absent.npz")
+    np.save(tmp_path / "array.npy", np.eye(3))
+    with pytest.raises(UserError, match="cannot read"):
+        fid.load(tmp_path / "array.npy")
     (tmp_path / "text.npz").write_text("no archive")
     with pytest.raises(UserError, match="cannot read"):
         fid.load(tmp_path / "text.npz")
@@ -246,6 +250,15 @@ def test_geneval_gaps_are_named(tmp_path):
     for metadata in ({"tag": "size", "include": [{"class": "dog", "count": 1}]}, {"tag": "colors", "include": []}):
         with pytest.raises(UserError, match="prompt 7 is not GenEval metadata"):
             geneval.check_metadata(metadata, "prompt 7")
+    dog = {"class": "dog", "count": 1}
+    for extra, words in (
+        ({"exclude": [{"class": "dog"}]}, "exclude 0 needs class and count"), ({"include": ["dog"]}, "include 0 needs class"),
+        ({"include": [dog | {"count": "2"}]}, "include 0 needs class and count"),
+        ({"include": [dog, dog | {"position": ["left of"]}]}, "include 1 has position"),
+    ):
+        with pytest.raises(UserError, match=words):
+            geneval.check_metadata({"tag": "counting", "include": [dog]} | extra, "prompt 7")
+    geneval.check_metadata({"tag": "counting", "include": [dog, dog | {"position": ["left of", 0]}], "exclude": [dog]}, "prompt 7")
     with pytest.raises(UserError, match="earlier index"):
         geneval.check_metadata(asked("position", {"class": "dog", "count": 1, "position": ["left of", 0]}), "prompt 7")
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from sprint_jax import drawing, pictures, pipeline, resolutions
 from sprint_jax.data import prompts as prompts_lib
@@ -77,6 +78,24 @@ def test_fit_is_never_short_of_a_pixel():
     for have, want in (((832, 1152), (480, 640)), ((704, 1408), (480, 960))):
         picture = np.broadcast_to(np.arange(have[1], dtype=np.uint16)[:, None] // 8, (1, *have, 3)).astype(np.uint8)
         assert resolutions.fit(picture, *want).shape == (1, *want, 3)
+
+
+def test_pictures_of_people(tmp_path):
+    """Transparency on the ground, the upper eight of sixteen bits, the middle of another shape, damage in a sentence."""
+    clear = np.zeros((8, 8, 4), np.uint8)
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    assert (pictures.load(tmp_path / "clear.png", 8, 8) == 255).all()
+    assert (pictures.load(tmp_path / "clear.png", 8, 8, pictures.BLACK) == 0).all()
+    Image.fromarray(np.full((8, 8), 0x4000, np.uint16)).save(tmp_path / "deep.png")
+    assert (pictures.load(tmp_path / "deep.png", 8, 8) == 0x40).all()
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 200
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert (pictures.load(tmp_path / "wide.png", 8, 8) == 200).all()
+    data = (tmp_path / "wide.png").read_bytes()
+    (tmp_path / "bad.png").write_bytes(data.replace(b"IDAT", b"ID\xff\xff"))
+    with pytest.raises(UserError, match="bad.png"):
+        pictures.load(tmp_path / "bad.png", 8, 8)
 
 
 def test_a_grid_of_pictures_wider_than_high():
@@ -173,11 +192,11 @@ def test_a_prompt_that_merges_with_the_instruction_is_refused():
     assert prompts_lib.GemmaPrompts(tokenizer, "ab c").tokens(["x"])[0].tolist() == [ord("c"), ord("x")]
     with pytest.raises(UserError, match="merge"):
         prompts_lib.GemmaPrompts(tokenizer, "ab c").tokens(["~"])
+    with pytest.raises(UserError, match="prompt 1 holds half of a surrogate pair"):
+        prompts_lib.GemmaPrompts(tokenizer, "ab c").tokens(["x", "half \ud83d"])
 
 
 def test_pictures_to_start_from(tmp_path):
-    from PIL import Image
-
     path = tmp_path / "turned.png"
     image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
     exif = Image.Exif()

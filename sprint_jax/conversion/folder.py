@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
@@ -240,6 +241,8 @@ def read_native(file) -> Checkpoint:
         text_dim = found["y_embedder.y_proj.fc1.weight"].shape[1]
     except KeyError as error:
         raise UserError(f"{file} has no {error.args[0]}: it does not hold a SANA transformer under its native names") from None
+    except (ValueError, IndexError):
+        raise UserError(f"{file} holds native names with other shapes: it is no SANA transformer") from None
     if width not in _CROSS_HEADS:
         raise UserError(f"{file} is {width} wide; native files carry no head counts, and only those of {list(_CROSS_HEADS)} are known")
     model = LinearDiT(
@@ -256,7 +259,7 @@ def read_native(file) -> Checkpoint:
 @contextlib.contextmanager
 def whole(path, flag="--to"):
     """A folder to fill, which takes its name only when it is complete; on an error nothing is left. flag: what named it."""
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).resolve()  # of a link its target; of "." a name
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is not empty: choose another {flag}")
     partial = path.with_name(path.name + ".partial")
@@ -267,10 +270,21 @@ def whole(path, flag="--to"):
         raise UserError(f"cannot write in {path.parent} ({error.strerror}): choose another {flag}") from None
     try:
         yield partial
-        if path.exists():
-            path.rmdir()
-        os.rename(partial, path)
+        _take_name(partial, path)
     except OSError as error:
         raise UserError(f"writing {path} failed ({error.strerror or error}): free some space and try again") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_name(partial, path):
+    """Gives a complete folder its name. Into an empty one that cannot be replaced, such as a mount point, its contents move."""
+    try:
+        if path.exists():
+            path.rmdir()
+        os.rename(partial, path)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM) or not path.is_dir():
+            raise
+        for child in sorted(partial.iterdir()):
+            shutil.move(child, path / child.name)

@@ -82,8 +82,10 @@ def load(rows, found, abstract, dtype, what, place=lambda path, array: array):
     names = _match(rows, found, what)
     shapes = {path: leaf.shape for path, leaf in weights.flatten(abstract).items()}
     _check_cover(rows, shapes)
+    for name in names.values():
+        tensors.check_dtype(found[name], name)
     if dtype is None:
-        dtype = np.result_type(*{found[name].dtype for name in names.values()})
+        dtype = _widest({found[name].dtype for name in names.values()})
     flat, by_target = {}, {}
     for row in rows:
         by_target.setdefault(row.ours, []).append(row)
@@ -95,6 +97,14 @@ def load(rows, found, abstract, dtype, what, place=lambda path, array: array):
             tensors.read(found[names[row]], names[row], array[row.place], arrange)
         flat[path] = place(path, array)
     return weights.unflatten(flat)
+
+
+def _widest(dtypes):
+    """The dtype that holds all of them; float32 where bfloat16 and float16 meet, of which NumPy knows none."""
+    try:
+        return np.result_type(*dtypes)
+    except TypeError:
+        return np.result_type(np.float32, *(d for d in dtypes if d.itemsize > 2))
 
 
 def from_arrays(rows, found, abstract, what):

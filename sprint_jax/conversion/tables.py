@@ -1,6 +1,7 @@
 """Which tensor of a published checkpoint fills which of our parameters: one function per model and dialect."""
 
 from sprint_jax.conversion.rules import Row
+from sprint_jax.errors import UserError
 from sprint_jax.models.controlnet import ControlNet
 from sprint_jax.models.dc_ae import DCAE, EFFICIENT_VIT
 from sprint_jax.models.gemma2 import Gemma2
@@ -23,7 +24,7 @@ def transformer(m: LinearDiT) -> list[Row]:
     D, hidden = m.width, int(m.mlp_ratio * m.width)
     channels = m.in_channels * m.patch_size**2
     if m.patch_size != 1:
-        raise ValueError("diffusers' layout of patches larger than 1 is not supported")
+        raise UserError(f"a model with patch_size {m.patch_size}: the layout of diffusers has no patches larger than 1")
     time = "time_embed.timestep_embedder" if m.guidance_embed else "time_embed.emb.timestep_embedder"
     rows = [
         *_inputs(m, time),

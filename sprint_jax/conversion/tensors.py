@@ -28,10 +28,10 @@ METADATA = {"format": "pt"}  # PyTorch's loaders insist on it
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies. offset: in bytes from the start of the file."""
+    """Where one tensor lies. offset: in bytes from the start of the file. dtype: or the file's word for one that is no weight's."""
 
     file: pathlib.Path
-    dtype: np.dtype
+    dtype: np.dtype | str
     shape: tuple[int, ...]
     offset: int
 
@@ -60,11 +60,10 @@ def scan(path) -> dict[str, Tensor]:
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape = entry["dtype"], tuple(map(int, entry["shape"]))
             start, stop = entry["data_offsets"]
-            if dtype not in _DTYPES:
-                raise UserError(f"{path} holds {name} as {dtype}: weights must be F64, F32, F16 or BF16")
-            if start != end or stop - start != math.prod(shape) * _DTYPES[dtype].itemsize:
+            known = _DTYPES.get(dtype, dtype)
+            if start != end or stop < start or (dtype in _DTYPES and stop - start != math.prod(shape) * known.itemsize):
                 raise damaged(f"the place of {name} is wrong")
-            tensors[name] = Tensor(path, _DTYPES[dtype], shape, 8 + length + start)
+            tensors[name] = Tensor(path, known, shape, 8 + length + start)
             end = stop
     except (AttributeError, KeyError, TypeError, ValueError):
         raise damaged("its header is malformed") from None
@@ -122,6 +121,7 @@ def read(tensor: Tensor, name, out, arrange):
     that are large and need none. Raises UserError for a value that is not finite, in the file or in out's
     dtype.
     """
+    check_dtype(tensor, name)
     count = math.prod(tensor.shape)
     with open(tensor.file, "rb", buffering=0) as file:
         file.seek(tensor.offset)
@@ -134,6 +134,12 @@ def read(tensor: Tensor, name, out, arrange):
         for start in range(0, count, _PIECE):
             stop = min(start + _PIECE, count)
             flat[start:stop] = _checked(_take(file, tensor, stop - start), name, tensor)
+
+
+def check_dtype(tensor: Tensor, name):
+    """Raises UserError for a tensor of integers, of 8-bit floats and the like: a buffer may be there, a weight may not be one."""
+    if isinstance(tensor.dtype, str):
+        raise UserError(f"{tensor.file} holds {name} as {tensor.dtype}: weights must be F64, F32, F16 or BF16")
 
 
 def _take(file, tensor, count):

@@ -49,6 +49,7 @@ COLOURS = {
 }
 PATTERNS = ("striped", "dotted", "checked")
 
+_NO_CHARACTER = 0x10FFFF
 _BITMAP = 109  # the one size that the font's bitmaps have
 # The emoji blocks beyond the basic plane (in that, "black" and "white" mean filled and outlined), without what came
 # after Unicode 14, which is what Python 3.11 has names for: data must not depend on the Python version.
@@ -105,6 +106,8 @@ class Glyphs:
                 f"{path} has no bitmaps of {_BITMAP} px ({error}): give --font=NotoColorEmoji.ttf of the Debian "
                 "package fonts-noto-color-emoji"
             ) from None
+        # What the font draws for a character that there is none of, often a box, is no glyph.
+        self._lacking = self._font.getmask(chr(_NO_CHARACTER))
         self._points = {name: point for point, name in candidates() if self._has(point)}
         self.names = tuple(self._points)
         if len(self.names) < 2:
@@ -116,7 +119,10 @@ class Glyphs:
 
     def _has(self, point):
         left, top, right, bottom = self._font.getbbox(chr(point))
-        return right > left and bottom > top
+        return right > left and bottom > top and not self._is_lacking(self._font.getmask(chr(point)))
+
+    def _is_lacking(self, mask):
+        return mask.size == self._lacking.size and bytes(mask) == bytes(self._lacking)
 
     def picture(self, name):
         """uint8 [h, w, 4] RGBA, cut to what is drawn. Rendered once; do not write to it."""

@@ -19,6 +19,10 @@ BOS = 2
 _BUCKETS = (15, 31, 63, 127, WINDOW - 1, WINDOW)
 
 
+class CutWarning(UserWarning):
+    """A prompt was longer than what the model reads."""
+
+
 class GemmaPrompts:
     """Tokens of prompts under one instruction.
 
@@ -70,6 +74,8 @@ class GemmaPrompts:
 
     def _one(self, index, prompt):
         text = prompt.lower().strip()
+        if any(0xD800 <= ord(character) < 0xE000 for character in text):
+            raise UserError(f"prompt {index} holds half of a surrogate pair, which is no character: give it in UTF-8")
         ids = self._ids(self.instruction + text)
         start = len(self.prefix)
         if ids[:start] != self.prefix.tolist():
@@ -79,7 +85,7 @@ class GemmaPrompts:
             lost = self._tokenizer.decode(rest[room:])
             shown = lost if len(lost) <= 80 else lost[:77] + "..."
             warnings.warn(
-                f"prompt {index} has {len(rest)} tokens and the model reads {room}: cut off {shown!r}", stacklevel=3
+                f"prompt {index} has {len(rest)} tokens and the model reads {room}: cut off {shown!r}", CutWarning, stacklevel=3
             )
         return np.array(rest[:room], np.int32)
 

@@ -16,8 +16,9 @@ import posixpath
 import tarfile
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from sprint_jax import files, pictures
 from sprint_jax.errors import UserError
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -289,13 +290,8 @@ class _Folder:
 
 def _walk(root):
     """{name relative to root, with "/": bytes} of all files below it that are not hidden."""
-    found = {}
-    for folder, _, names in os.walk(root):
-        for name in names:
-            path = pathlib.Path(folder, name)
-            if not name.startswith(".") and path.is_file():
-                found[path.relative_to(root).as_posix()] = path.stat().st_size
-    return found
+    below = (path for path in files.below(root) if not path.name.startswith("."))
+    return {path.relative_to(root).as_posix(): path.stat().st_size for path in below}
 
 
 def _suffix(name):
@@ -402,13 +398,7 @@ def load_picture(image_bytes):
         with Image.open(io.BytesIO(image_bytes)) as image:
             if image.width * image.height > _MOST_PIXELS:
                 raise ValueError("a decompression bomb")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return np.array(image.convert("RGB"))
+            return np.array(pictures.opaque(image))
     except Exception:  # decoders of hostile bytes raise far more than OSError
         raise BadExample("undecodable image") from None
 

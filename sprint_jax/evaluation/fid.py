@@ -115,7 +115,7 @@ def load(path) -> tuple[Gaussian, dict]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             fields = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:  # the last but one: an array alone (npy)
         raise UserError(f"cannot read statistics from {path} ({error}): give an npz file with mu and sigma") from None
     if not {"mu", "sigma"} <= fields.keys():
         raise UserError(f"{path} holds {sorted(fields)}: an npz file of statistics has mu and sigma")
@@ -124,5 +124,8 @@ def load(path) -> tuple[Gaussian, dict]:
         raise UserError(f"{path} has mu {mean.shape} and sigma {covariance.shape}: [D] and [D, D] belong together")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{path} holds values that are not finite: compute the statistics again")
-    count = int(fields.pop("count", 0))
+    count = fields.pop("count", np.array(0))
+    if count.shape or not np.issubdtype(count.dtype, np.number):
+        raise UserError(f"{path} has count {count}: it is the number of pictures")
+    count = int(count)
     return Gaussian(mean, covariance, count), {name: str(value) for name, value in fields.items() if value.ndim == 0}

@@ -37,15 +37,18 @@ def check_metadata(metadata, where):
     """Raises UserError where the metadata of a prompt are not of the official form. where: names them."""
     if not isinstance(metadata, dict) or metadata.get("tag") not in TASKS or not metadata.get("include"):
         raise UserError(f"{where} is not GenEval metadata: it needs prompt, tag (one of {', '.join(TASKS)}) and include")
+    for kind in ("include", "exclude"):
+        for number, wanted in enumerate(metadata.get(kind, [])):
+            if not isinstance(wanted, dict) or "class" not in wanted or type(wanted.get("count")) is not int:
+                raise UserError(f"{where}: {kind} {number} needs class and count, a number")
     for number, wanted in enumerate(metadata["include"]):
-        if not {"class", "count"} <= wanted.keys():
-            raise UserError(f"{where}: include {number} needs class and count")
         if wanted.get("color", COLOURS[0]) not in COLOURS:
             raise UserError(f"{where}: include {number} asks for color {wanted['color']!r}: use one of {', '.join(COLOURS)}")
         if "position" in wanted:
-            relation, target = wanted["position"]
-            if relation not in RELATIONS or not 0 <= target < number:
-                raise UserError(f"{where}: include {number} has position {wanted['position']}: a relation and an earlier index")
+            match wanted["position"]:
+                case [relation, int(target)] if relation in RELATIONS and 0 <= target < number:
+                    continue
+            raise UserError(f"{where}: include {number} has position {wanted['position']}: a relation and an earlier index")
 
 
 def kept(objects, task):

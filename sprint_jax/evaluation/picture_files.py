@@ -19,7 +19,7 @@ def found(folder) -> list[pathlib.Path]:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"no directory {folder}: give a folder of pictures")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in _ENDINGS)
+    paths = sorted(p for p in files.below(folder) if p.suffix.lower() in _ENDINGS)
     if not paths:
         raise UserError(f"{folder} holds no pictures ({', '.join(_ENDINGS)})")
     return paths

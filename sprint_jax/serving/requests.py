@@ -13,6 +13,7 @@ import unicodedata
 
 import numpy as np
 
+from sprint_jax import pictures
 from sprint_jax.serving import uploads
 from sprint_jax.serving.refused import Refused
 
@@ -137,8 +138,8 @@ def parse(body: bytes, limits: Limits) -> Request:
         raise Refused(400, "image is given and this model cannot start from a picture: leave it out")
     if "control" in fields and not limits.control:
         raise Refused(400, "control is given and this model has no ControlNet: leave it out, or send it as image")
-    image = _picture(fields, "image", height, width, uploads.WHITE)
-    control = _picture(fields, "control", height, width, uploads.BLACK)
+    image = _picture(fields, "image", height, width, pictures.WHITE)
+    control = _picture(fields, "control", height, width, pictures.BLACK)
     return Request(height=height, width=width, image=image, control=control, **wanted)
 
 

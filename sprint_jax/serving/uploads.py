@@ -10,15 +10,15 @@ import io
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sprint_jax import pictures
 from sprint_jax.serving.refused import Refused
 
 MOST_BYTES = 8 * 2**20
 MOST_PIXELS = 2**24  # 64 MB as RGBA
-WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 _FORMATS = ("PNG", "JPEG", "WEBP")  # every further decoder of PIL would be one more to trust
 
 
-def picture(data: bytes, height: int, width: int, ground=WHITE):
+def picture(data: bytes, height: int, width: int, ground=pictures.WHITE):
     """An uploaded picture, scaled to cover height x width and cut to its middle: uint8 [height, width, 3].
 
     data: the file. ground: (r, g, b) behind what is transparent. Raises Refused with 400 for what is no whole picture,
@@ -32,9 +32,8 @@ def picture(data: bytes, height: int, width: int, ground=WHITE):
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise Refused(413, f"the picture has {image.width} x {image.height} pixels: send at most {MOST_PIXELS}")
-            turned = ImageOps.exif_transpose(image)
             # `fit` cuts before it scales, so a picture of one row is never blown up to cover.
-            return np.asarray(ImageOps.fit(_opaque(turned, ground), (width, height), Image.Resampling.LANCZOS))
+            return np.asarray(ImageOps.fit(pictures.opaque(image, ground), (width, height), Image.Resampling.LANCZOS))
     except Refused:
         raise
     except Image.DecompressionBombError:
@@ -43,13 +42,3 @@ def picture(data: bytes, height: int, width: int, ground=WHITE):
         raise Refused(415, "the picture is not a PNG, JPEG or WebP file: convert it to one") from None
     except Exception:  # decoders raise dozens of kinds for damaged bytes, and none may reach the server's log as its own fault
         raise Refused(400, "the picture is damaged and cannot be read: save it again as PNG") from None
-
-
-def _opaque(image, ground):
-    """PIL's picture as RGB. Grey of 16 bits keeps its upper eight; PIL would clip it."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, (*ground, 255)), layer).convert("RGB")
