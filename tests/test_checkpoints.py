@@ -122,6 +122,24 @@ def test_changed_bits_that_the_format_does_not_see(folder, monkeypatch):
     assert "w changed on disk" in said[0]
 
 
+def test_who_could_not_read_takes_no_part_in_the_rest(folder, monkeypatch):
+    """Another process failed: nothing that all do together may follow, for it would wait or be mistaken for another step's."""
+    from sprint_jax.training import checkpoints as module
+
+    def together(*_):
+        raise AssertionError("done by all processes, after one of them had failed")
+
+    answers = iter([True, False])  # of the newest, then of the one before
+    real = module.fingerprints
+    monkeypatch.setattr(module.hosts, "any_true", lambda mine: mine or next(answers))
+    monkeypatch.setattr(module, "fingerprints", lambda state: real(state) if next(answers, None) is None else together())
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.restore", together)
+    said = []
+    state, step = restore(folder, said)
+    assert step == 4 and "another process cannot read it" in said[0]
+    assert_equal(state, tree(4))
+
+
 def test_all_damaged(folder):
     said = []
     flip(folder / "4"), flip(folder / "8")
@@ -166,7 +184,7 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 state = lambda step: {"w": jnp.arange(2**18, dtype=jnp.float32) * 1.7 + step}
 with cli.user_errors(), Checkpoints(sys.argv[1], keep=2) as checkpoints:
     checkpoints.save(4, state(4))
-    checkpoints._wait()
+    checkpoints.wait()
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, resource.RLIM_INFINITY))
     checkpoints.save(8, state(8))
     if sys.argv[2] == "next":  # the error comes with the next save, not at the end

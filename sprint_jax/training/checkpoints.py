@@ -109,19 +109,11 @@ class Checkpoints:
 
     def _read(self, step, abstract):
         """(state, None), or (None, what is wrong with it); the same on every process."""
-        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore())
-        damage, state = None, None
+        damage = state = None
         try:
-            restored = self._manager.restore(step, args=arguments)
-            # Through one compiled copy: restored buffers are not always donatable, these are.
-            placed = jax.tree.map(lambda a: a.sharding, abstract)
-            copy = jax.jit(lambda tree: jax.tree.map(lambda a: a.copy(), tree), out_shardings=placed)
-            state = copy(restored["state"])
-            self._check_data(step, restored["meta"]["data"])
-            saved, now = restored["meta"]["fingerprints"], fingerprints(state)
-            changed = [name for name in saved if now.get(name) != saved[name]]
-            damage = f"{changed[0]} changed on disk" if changed else None
-        except (UserError, MemoryError):
+            state, meta = self._restore_alone(step, abstract)
+            saved, data = meta["fingerprints"], meta["data"]
+        except MemoryError:
             raise
         except PermissionError as error:
             raise UserError(f"cannot read checkpoint {self._directory}/{step} ({error.strerror}): make it readable") from None
@@ -129,8 +121,22 @@ class Checkpoints:
             if "RESOURCE_EXHAUSTED" in str(error):  # the device is too small, the file is not to blame
                 raise
             damage = _line(error)
-        failed = hosts.any_true(damage is not None)
-        return (None, damage or "another process cannot read it") if failed else (state, None)
+        # Before anything that processes do together: one that could not read takes no part in it.
+        if hosts.any_true(damage is not None):
+            return None, damage or "another process cannot read it"
+        self._check_data(step, data)
+        # Through one compiled copy: restored buffers are not always donatable, these are.
+        placed = jax.tree.map(lambda a: a.sharding, abstract)
+        state = jax.jit(lambda tree: jax.tree.map(lambda a: a.copy(), tree), out_shardings=placed)(state)
+        now = fingerprints(state)
+        changed = [name for name in saved if now.get(name) != saved[name]]
+        return (None, f"{changed[0]} changed on disk") if changed else (state, None)
+
+    def _restore_alone(self, step, abstract):
+        """(state, what stands beside it) as this process reads them: by the handlers, for the manager waits for all processes."""
+        folder = self._directory / str(step)
+        state = ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(abstract))
+        return state, ocp.JsonCheckpointHandler().restore(folder / "meta", args=ocp.args.JsonRestore())
 
     def _free(self, name):
         """A path of that name, numbered where it is taken: a step can be damaged more than once."""
