@@ -6,6 +6,9 @@ Answers come as JSON lines, one picture a line; a prompt has four, the crops of 
 
 The keys of answers are the proposition ids of the official dpg_bench.csv, whose columns item_id, text,
 proposition_id and dependency are read here. The official answerer is mPLUG-large; its "yes" is 1, all else 0.
+
+The official script leaves the first row of its table out (the first proposition of one prompt), whose header is gone by then,
+and prompts whose picture it cannot score; here every row counts, and a prompt without answers is an error.
 """
 
 import csv
