@@ -24,12 +24,11 @@ WATCH = """() => {
   let lifted = null;
   document.getElementById('sprint-canvas').addEventListener('pointerup', () => { lifted = performance.now(); }, true);
   new MutationObserver(() => {
-    const busy = document.getElementById('sprint-frame').classList.contains('busy');
-    if (lifted === null || busy) return;
+    if (lifted === null) return;
     const from = lifted;
     lifted = null;
     requestAnimationFrame(() => requestAnimationFrame(() => window.times.push(performance.now() - from)));
-  }).observe(document.getElementById('sprint-frame'), { attributes: true, attributeFilter: ['class'] });
+  }).observe(document.getElementById('sprint-frame'), { attributes: true, attributeFilter: ['data-shown'] });
 }"""
 
 

@@ -230,14 +230,64 @@ def _load(path):
 
 
 def server_config(application):
-    """uvicorn's configuration. A connection that brings no request within `_HEAD_SECONDS` is closed, which uvicorn leaves to proxies."""
+    """uvicorn's configuration, with two limits that it leaves to proxies.
+
+    A connection that brings no request within `_HEAD_SECONDS` of its beginning or of the last answer is closed, and one whose
+    answer is not being taken, for `api.SEND_SECONDS`, is cut.
+    """
     import uvicorn
     from uvicorn.protocols.http import h11_impl
 
+    from sprint_jax.serving import api
+
     class Impatient(h11_impl.H11Protocol):
+        _wanting = _sending = None
+
         def connection_made(self, transport):
             super().connection_made(transport)
-            self.loop.call_later(_HEAD_SECONDS, lambda: self.cycle is None and transport.close())
+            transport.set_write_buffer_limits(high=0)  # tells of every byte that is not taken
+            self._want()
+
+        def on_response_complete(self):
+            super().on_response_complete()
+            self._want()
+
+        def _want(self):
+            if self._wanting:
+                self._wanting.cancel()
+            self._wanting = self.loop.call_later(_HEAD_SECONDS, self._close_without_request)
+
+        def _close_without_request(self):
+            if self.cycle is None or self.cycle.response_complete:
+                self.transport.close()
+
+        def pause_writing(self):
+            super().pause_writing()
+            if not self._sending:
+                self._watch_sending()
+
+        def _watch_sending(self):
+            left = self.transport.get_write_buffer_size()
+            self._sending = self.loop.call_later(api.SEND_SECONDS, self._cut_unless_taken, left)
+
+        def _cut_unless_taken(self, before):
+            if self.transport.get_write_buffer_size() >= before:
+                self.transport.abort()
+            else:  # slowly, but it is taken
+                self._watch_sending()
+
+        def resume_writing(self):
+            super().resume_writing()
+            self._sent()
+
+        def _sent(self):
+            if self._sending:
+                self._sending.cancel()
+                self._sending = None
+
+        def connection_lost(self, exc):
+            self._sent()
+            super().connection_lost(exc)
 
     return uvicorn.Config(
         application, http=Impatient, ws="none", log_level="warning", access_log=False, server_header=False, limit_concurrency=1000,
@@ -274,7 +324,8 @@ def _serve(pipe, limits, listener):
         server.should_exit = True
 
     queue = queue_lib.Queue(draw, _QUEUE.value, prepare, prepared)
-    application = page.mount(api.make(queue, limits, password), limits, pathlib.Path(_MODEL.value).name, _examples(pipe))
+    local = host in ("127.0.0.1", "::1")
+    application = page.mount(api.make(queue, limits, password, local=local), limits, pathlib.Path(_MODEL.value).name, _examples(pipe))
 
     class Server(uvicorn.Server):
         async def startup(self, sockets=None):
@@ -282,7 +333,7 @@ def _serve(pipe, limits, listener):
             queue.start()  # "ready" is said of an address that answers
 
     server = Server(server_config(application))
-    if not password and host not in ("127.0.0.1", "::1"):
+    if not password and not local:
         print(f"warning: {address} is open to other machines without a password: set --password", file=sys.stderr)
     print(f"{address} (compiling; the page says when it is ready)", flush=True)
     # uvicorn ends well on these two and then raises them again, for which an exit status of its own is no use here.

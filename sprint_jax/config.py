@@ -332,7 +332,7 @@ def _check(c: Config):
          f"config.text {c.text.length} x {c.text.dim}: vocabulary shapes has length {text.LENGTH} and dim {text.DIM}"),
         (c.text.vocabulary != "words" or c.text.dim == text.DIM, f"config.text.dim {c.text.dim}: vocabulary words has {text.DIM}"),
         (c.data.encoded or c.text.vocabulary == "shapes", f"config.data.encoded is empty: captions in {c.text.vocabulary} need a folder made by sprint_jax.encode"),
-        (c.data.seed >= 0 and c.data.eval_seed >= 0, "config.data.seed and eval_seed: use 0 or more"),
+        (c.data.seed >= 0 and 0 <= c.data.eval_seed < 2**30, "config.data.seed: use 0 or more, config.data.eval_seed: 0 to 2^30 - 1"),
         (c.data.workers >= 0 and 0 <= c.data.max_bad <= 1, "config.data.workers: use 0 or more; config.data.max_bad: a share in [0, 1]"),
         (c.mesh.fsdp >= 1 and (c.mesh.data >= 1 or c.mesh.data == -1), f"config.mesh.data {c.mesh.data}, config.mesh.fsdp {c.mesh.fsdp}: use 1 or more, data=-1 for what is left"),
         (c.data.size % cell == 0, f"config.data.size {c.data.size}: use a multiple of {cell} (codec.block x patch_size)"),

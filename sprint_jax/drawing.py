@@ -84,6 +84,8 @@ def generate(
     height, width, size = height or pipe.height, width or pipe.width, batch_size or pipe.batch_size
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UserError(f"guidance_scale {guidance_scale}: use a finite number")
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed {seed}: use 0 to {2**31 - 1}")
     shape = latent_shape(pipe, height, width)
     times = _times(pipe, steps, timesteps, schedule)
     if image is not None:
@@ -126,9 +128,9 @@ def latent_shape(pipe, height, width):
     """(h, w, c) of a picture's latents. Raises UserError for sides that do not fit."""
     factor = pipe.pixels.factor
     for name, side in (("height", height), ("width", width)):
-        if side <= 0 or side % factor:
-            nearest = max(factor, round(side / factor) * factor)
-            raise UserError(f"{name} {side} is not a multiple of {factor}: use {nearest}")
+        if side <= 0 or side % pipe.cell:
+            nearest = max(pipe.cell, round(side / pipe.cell) * pipe.cell)
+            raise UserError(f"{name} {side} is not a multiple of {pipe.cell}: use {nearest}")
     return height // factor, width // factor, pipe.pixels.channels
 
 
@@ -202,5 +204,5 @@ def _encode(pipe, name, image, count, height, width):
 
 
 def rounded(scale, dtype):
-    """The guidance scale as the published pipeline rounds it when it runs in bfloat16."""
+    """The guidance scale as the published pipeline rounds it when it runs in bfloat16 (which rounds a tenth of it, as it enters, once more)."""
     return float(np.asarray(scale, jnp.dtype(dtype)))

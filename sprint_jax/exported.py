@@ -130,6 +130,7 @@ class Exported:
     params: dict[str, jax.Array]
     programs: dict = dataclasses.field(default_factory=dict, repr=False)
 
+    cell = property(lambda self: self.header.factor)
     height = property(lambda self: self.header.height)
     width = property(lambda self: self.header.width)
     guidance_scale = property(lambda self: self.header.guidance_scale)

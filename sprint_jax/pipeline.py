@@ -56,6 +56,11 @@ class Pipeline:
     programs: dict = dataclasses.field(default_factory=dict, repr=False)
 
     @property
+    def cell(self) -> int:
+        """Pixels that sides are multiples of: those of a patch of latents."""
+        return self.pixels.factor * (self.model.trunk if self.control else self.model).patch_size
+
+    @property
     def control(self) -> bool:
         """Whether `generate` takes a condition."""
         return isinstance(self.model, Controlled)

@@ -69,6 +69,8 @@ def _generate(prompts):
     for flag_, side in ((flag.HEIGHT, height), (flag.WIDTH, width)):
         if side < 1:
             raise UserError(f"--{flag_.name}={side}: use 1 or more")
+    if _BINNING.value and (pipe.height, pipe.width) != (1024, 1024):
+        raise UserError(f"--resolution_binning is of models for 1024 x 1024, this one is for {pipe.height} x {pipe.width}: leave it out")
     made_at = resolutions.nearest(height, width) if _BINNING.value else (height, width)
     drawing.latent_shape(pipe, *made_at)  # refuses a bad size before the picture is read
     grounds = ((_IMAGE, pictures.WHITE), (_CONTROL, pictures.BLACK))

@@ -74,6 +74,17 @@ def test_linear_attention(batch, tokens, heads, head, norm):
     assert worst(found, in_float64(functools.partial(exact_linear, heads), *case)) < 1e-5
 
 
+@pytest.mark.parametrize("norm", [True, False])
+def test_linear_attention_of_one_token(norm):
+    """What it attends to is itself: values and their tangents come back, queries and keys have no gradient. Latents of 1 x 1, and corners of tiles."""
+    (q, k, v, *weights), (dq, dk, dv, *dweights), g = linear_case(0, 2, 1, 2, 32, norm)
+    f = linear(linear_attention.attention, 2, backend=HERE)
+    value, moved = jax.jvp(f, (q, k, v, *weights), (dq, dk, dv, *dweights))
+    gradients = jax.vjp(f, q, k, v, *weights)[1](g)
+    for found, expected in ((value, v), (moved, dv), (gradients[2], g), *((a, 0 * a) for i, a in enumerate(gradients) if i != 2)):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize(("tokens", "head"), [(128, 32), (45, 32), slow(2200, 16)])
 def test_linear_attention_of_heads(tokens, head):
     """With q, k and v of a head beside each other: as they lie in memory, filled up, and in so many parts that the sums are made between

@@ -293,3 +293,55 @@ def test_a_closed_tab_gives_up_its_place_and_a_password_is_asked_for(chromium, g
         browser.wait_for_picture(tabs[0], 0)
         tabs[0].context.close()
         assert len(gate.seen) == 1
+
+
+def slowly(request):
+    time.sleep(0.3)
+    return paint(request)
+
+
+def test_a_slow_model_shows_pictures_on_the_way(chromium):
+    """A picture that takes longer than the pen's next move is waited for, or nothing would be shown before the end. And an end is told."""
+    with served(slowly, with_page=True) as (address, _):
+        page = browser.opened(chromium, address)
+        browser.tab(page, "Sketch")
+        page.wait_for_selector("#sprint-canvas")
+        browser.stroke(page, (0.1, 0.1), (0.9, 0.1), (0.9, 0.9), pause=100)
+        assert browser.shown(page) >= 3
+        page.wait_for_function(IDLE)
+    page.wait_for_selector("#sprint-ready:text('The server does not answer')", timeout=20_000)
+    page.context.close()
+
+
+def test_one_pen_at_a_time_on_paper_of_the_pictures_shape(chromium):
+    """A second finger and the right button draw nothing; another size reshapes the paper and keeps what is drawn on it."""
+    with served(with_page=True) as (address, _):
+        page = browser.opened(chromium, address)
+        browser.tab(page, "Sketch")
+        page.wait_for_selector("#sprint-canvas")
+        blank, first, second, shape = page.evaluate("""() => {
+          const canvas = document.getElementById('sprint-canvas'), box = canvas.getBoundingClientRect();
+          canvas.setPointerCapture = () => {};
+          const at = (kind, x, more) => canvas.dispatchEvent(
+            new PointerEvent(kind, { clientX: box.left + x, clientY: box.top + x, pointerId: 1, ...more }));
+          const blank = canvas.toDataURL();
+          at('pointerdown', 40, { button: 2 }); at('pointermove', 90, {}); at('pointerup', 90, {});
+          const right = canvas.toDataURL();
+          at('pointerdown', 40, {}); at('pointermove', 60, {});
+          const first = canvas.toDataURL();
+          at('pointerdown', 150, { pointerId: 2 }); at('pointermove', 190, { pointerId: 2 }); at('pointerup', 190, { pointerId: 2 });
+          const second = canvas.toDataURL();
+          at('pointerup', 60, {});
+          return [blank === right, first !== blank, second === first, canvas.width / canvas.height];
+        }""")
+        assert blank and first and second and shape == 1
+        browser.wait_for_picture(page, 0)
+        before = browser.shown(page)
+        page.get_by_label("Height × width").click()
+        page.get_by_role("option", name="32 × 48").click()
+        browser.wait_for_picture(page, before)
+        page.wait_for_function(IDLE)
+        sheet = page.evaluate("document.getElementById('sprint-canvas').toDataURL('image/png')")
+        drawing = np.asarray(Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2]))).convert("L"))
+        assert (drawing < 128).any() and picture(page).shape == (32, 48, 3)
+        page.context.close()

@@ -25,7 +25,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from sprint_jax import app as door
-from sprint_jax import drawing, exported, pipeline
+from sprint_jax import drawing, exported, pictures, pipeline
 from sprint_jax.errors import UserError
 from sprint_jax.serving import api, page, requests, uploads
 from sprint_jax.serving import queue as queue_lib
@@ -149,6 +149,19 @@ def test_a_fault_belongs_to_who_asked_and_the_worker_lives_on():
     assert queue.submit(1).result(5).result == 1
 
 
+def test_who_is_told_that_it_is_ready_may_fail():
+    """Such as a closed stdout: those who ask are served all the same."""
+
+    def told(error):
+        raise BrokenPipeError("nobody reads")
+
+    queue = queue_lib.Queue(lambda item: 2 * item, 4, prepared=told)
+    queue.start()
+    wait_until(lambda: queue.ready)
+    assert queue.submit(21, "").result(10).result == 42
+    queue.close()
+
+
 def test_nothing_is_served_before_it_is_prepared():
     ready, failures = threading.Event(), []
 
@@ -258,6 +271,13 @@ def test_what_is_refused_is_named(sent, words):
         assert word in told.sentence
 
 
+def test_millions_of_values_are_refused_before_they_are_parsed():
+    """Parsing them would hold every other client up. A prompt may hold as many commas as it has characters."""
+    for sent in (b'{"prompt": [' + b"[]," * 300_000 + b"1]}", b"{" + b'"a":1,' * 300_000 + b'"b":1}'):
+        assert "more than 200000 values" in refusal(requests.parse, sent, LIMITS).sentence
+    assert requests.parse(body(prompt="," * 500), LIMITS).prompt == "," * 500
+
+
 def test_what_the_model_cannot_do_is_refused():
     import dataclasses
 
@@ -340,7 +360,7 @@ def test_orientation_alpha_depth_and_animation():
 
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     assert (uploads.picture(file(clear), 8, 8) == 255).all()
-    assert (uploads.picture(file(clear), 8, 8, uploads.BLACK) == 0).all()
+    assert (uploads.picture(file(clear), 8, 8, pictures.BLACK) == 0).all()
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([255, 0, 0, 0, 0, 255])
     assert (uploads.picture(file(palette, transparency=1), 8, 8) == 255).all()
@@ -444,6 +464,17 @@ def test_the_password_and_other_sites():
         drawn(ask(address, headers=good | {"origin": address}))
 
 
+def test_other_names_are_refused_where_only_this_machine_may_ask():
+    """A name that another site made to lead here; with a password, or on a network, any name is right."""
+    queue = line(paint, 8)
+    for options, named in ((dict(local=True), 403), (dict(local=True, password="secret"), 200), ({}, 200)):
+        with TestClient(api.make(queue, LIMITS, **options)) as client:
+            login = {"authorization": "Basic " + base64.b64encode(b"x:secret").decode()}
+            for host, status in (("evil.example:7860", named), ("localhost:7860", 200), ("127.0.0.1", 200), ("[::1]:7860", 200)):
+                assert client.get("/health", headers={"host": host} | login).status_code == status, (options, host)
+    queue.close()
+
+
 def test_nothing_of_the_server_is_read_or_written_through_the_page(tmp_path):
     """Gradio brings uploads, files, proxies and queues; the guard lets none of them through."""
     secret = tmp_path / "secret.txt"
@@ -538,6 +569,45 @@ def test_a_connection_without_a_request_is_closed(monkeypatch):
         for raw in (silent, slow):
             assert raw.recv(100) == b""
         drawn(ask(address))
+
+
+def test_a_connection_without_another_request_is_closed(monkeypatch):
+    """Bytes after an answer that are no request hold it no longer than bytes before the first one."""
+    monkeypatch.setattr(door, "_HEAD_SECONDS", 0.5)
+    with served() as (address, _):
+        host, port = address.removeprefix("http://").split(":")
+        for request in (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"):
+            with socket.create_connection((host, int(port)), 10) as raw:
+                raw.sendall(request)
+                assert b"HTTP/1.1" in raw.recv(100_000)
+                raw.sendall(b"P")
+                begin, more = time.perf_counter(), b"more"
+                while more:
+                    more = raw.recv(100_000)
+                assert time.perf_counter() - begin < 4
+        drawn(ask(address))
+
+
+def test_an_answer_that_is_not_taken_is_thrown_away(monkeypatch):
+    """Where the system's own buffers end, the server's would be held for ever. One that is taken slowly is sent whole."""
+    monkeypatch.setattr(api, "SEND_SECONDS", 0.5)
+    noise = np.random.default_rng(0).integers(0, 256, (2048, 2048, 3), np.uint8)
+    whole = len(api.png(noise))
+    with served(lambda request: noise) as (address, _):
+        for wait, part in ((2.0, 2**24), (0.002, 2**16)):
+            raw = connection(address, body())
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+            taken, more = 0, b"more"
+            with contextlib.suppress(ConnectionResetError):
+                while more:
+                    time.sleep(wait)
+                    more = raw.recv(part)
+                    taken += len(more)
+                    wait = min(wait, 0.05)
+                    if taken > whole:
+                        break
+            assert taken > whole if part < 2**20 else taken < whole
+            raw.close()
 
 
 def test_strokes_of_one_session_replace_each_other(gate):

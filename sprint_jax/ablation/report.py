@@ -5,6 +5,7 @@ Everything is made from recorded rows, so a report can be rendered again at any 
 
 import math
 import pathlib
+import urllib.parse
 
 from sprint_jax import files
 from sprint_jax.ablation import grid, plots, verdict
@@ -100,7 +101,7 @@ def _section(t, rows, folder):
         for base, _, steps in columns
     ]  # fmt: skip
     plots.save(folder / f"{t.name}.png", plots.dots(groups))
-    lines += [f"![{t.title}]({folder.name}/{t.name}.png)", ""]
+    lines += [f"![{t.title}]({urllib.parse.quote(folder.name)}/{t.name}.png)", ""]
     return lines, [(t, *found) for found in verdicts]
 
 
@@ -159,7 +160,8 @@ def _overview(verdicts):
 
 
 def _head(rows, suite, scale):
-    commits = ", ".join(sorted({row["commit"][:7] for row in rows})) or "none"
+    # A tree that was changed since its commit has a + behind it.
+    commits = ", ".join(sorted({row["commit"][:7] + "+" * row["commit"].endswith("+") for row in rows})) or "none"
     devices = ", ".join(sorted({row["device"] for row in rows})) or "none"
     minutes = sum(row["seconds"] for row in rows) / 60
     return [
@@ -180,7 +182,8 @@ def _head(rows, suite, scale):
         "seeds; a seed changes parameters, training noise, the order of the data and the noise of the pictures. The paper's "
         "ablations are in 2 steps, from pi/2 over 1.0; here the middle time is the card's 1.3.", "",
         "Verdicts: Welch's t-test. *agrees* and *disagrees*: the difference, in the paper's direction or against it, is above "
-        "the 95 % point of Student's t; *not resolved*: it is not. The last column is the number of seeds of each row with which "
-        "the test would find the difference seen here in 80 % of all tries. With so many claims, one in twenty of those with "
+        "the 95 % point of Student's t; *not resolved*: it is not. Where a table says *equals*, *agrees* is a difference within one standard deviation of seeds. "
+        "The last column is about the number of seeds of each row with which the test would find the difference seen here in 80 % of all tries, "
+        "one or two too few where it is below five. With so many claims, one in twenty of those with "
         "nothing behind them is resolved by chance in each direction.", "",
     ]  # fmt: skip

@@ -68,7 +68,7 @@ def seeds_to_resolve(one, other) -> int | None:
         return None
     if variance == 0:
         return 2
-    # The normal approximation is a lower bound; from there the noncentral t is exact.
+    # The normal approximation is a lower bound; from there the noncentral t, of equal variances; Welch's test needs one or two more of few seeds.
     begin = (scipy.stats.norm.ppf(CONFIDENCE) + scipy.stats.norm.ppf(POWER)) ** 2 * variance / difference**2
     for seeds in range(max(2, math.floor(begin)), MOST_SEEDS + 1):
         if power(difference, variance, seeds) >= POWER:

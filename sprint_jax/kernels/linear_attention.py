@@ -41,9 +41,10 @@ def rms_norm(x, weight, eps):
 def by_heads(q, k, v):
     """ReLU linear attention, float32 inside. q, k, v [B, N, h, d] -> [B, N, h, d] in v's dtype."""
     q, k, v32 = (a.astype(jnp.float32) for a in (jax.nn.relu(q), jax.nn.relu(k), v))
-    state = jnp.einsum("bnhe,bnhd->bhed", k, v32)
-    numerator = jnp.einsum("bnhe,bhed->bnhd", q, state)
-    denominator = jnp.einsum("bnhe,bhe->bnh", q, k.sum(1))
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # by default TF32 on a GPU, bfloat16 on a TPU
+    state = product("bnhe,bnhd->bhed", k, v32)
+    numerator = product("bnhe,bhed->bnhd", q, state)
+    denominator = product("bnhe,bhe->bnh", q, k.sum(1))
     return (numerator / (denominator[..., None] + EPS)).astype(v.dtype)
 
 
@@ -172,13 +173,17 @@ class _Tiling:
 
     def tiled(self, x):
         """[B, N, D] -> [B, rows, G C]: heads, tokens and channels filled up with zeros."""
-        batch, tokens, width = x.shape
-        missing = self.head - width // self.heads
+        x, more = self._filled(x), self.rows - self.tokens
+        return jnp.pad(x, ((0, 0), (0, more), (0, 0))) if more else x
+
+    def _filled(self, x):
+        """[..., D] -> [..., G C]: heads and channels filled up with zeros."""
+        missing = self.head - self.width // self.heads
         if missing:
-            x = x.reshape(batch, tokens, self.heads, -1)
-            x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing))).reshape(batch, tokens, -1)
-        more = (self.rows - tokens if tokens > 1 else 0, self.groups * self.channels - x.shape[-1])
-        return jnp.pad(x, ((0, 0), (0, more[0]), (0, more[1]))) if any(more) else x
+            x = x.reshape(*x.shape[:-1], self.heads, -1)
+            x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),)).reshape(*x.shape[:-2], -1)
+        more = self.groups * self.channels - x.shape[-1]
+        return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, more),)) if more else x
 
     def untiled(self, x):
         """The inverse of `tiled`."""
@@ -189,7 +194,7 @@ class _Tiling:
 
     def row(self, weight):
         """Weights [D] of a norm -> [1, G C]."""
-        return weight[None] if self.whole else self.tiled(weight[None, None])[0]
+        return (weight if self.whole else self._filled(weight))[None]
 
 
 # ---------------------------------------------------------------------------------------------- blocks of arrays

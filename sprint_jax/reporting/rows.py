@@ -46,7 +46,7 @@ def by_time(stage, rows, name):
     Rows hold sums and shares over equally many samples (`training/buckets.py`). A bucket that was empty in all of
     them is NaN.
     """
-    sums, shares = _sum(rows, name), _sum(rows, "share")
+    sums, shares = _sums(rows, name)
     width = _TOP.get(stage, 1.0) / max(1, len(shares))
     middles = [(i + 0.5) * width for i in range(len(shares))]
     return middles, [s / n if n else math.nan for s, n in zip(sums, shares, strict=True)]
@@ -57,10 +57,13 @@ def is_angle(stage):
     return stage in _TOP
 
 
-def _sum(rows, name):
+def _sums(rows, name):
+    """(sums of name, shares) of each bucket over the rows; one that is not finite, of a dropped update, is left out of its bucket."""
     rows = [row for row in rows if f"{_BY_TIME}{name}/0" in row]
     count = sum(key.startswith(f"{_BY_TIME}{name}/") for key in rows[0]) if rows else 0
-    return [sum(row[f"{_BY_TIME}{name}/{i}"] for row in rows) for i in range(count)]
+    pairs = [[(row[f"{_BY_TIME}{name}/{i}"], row[f"{_BY_TIME}share/{i}"]) for row in rows] for i in range(count)]
+    finite = [[(value, share) for value, share in bucket if math.isfinite(value)] for bucket in pairs]
+    return [[sum(pair[k] for pair in bucket) for bucket in finite] for k in (0, 1)]
 
 
 def parts(rows, count):

@@ -24,7 +24,7 @@ from sprint_jax.serving.refused import Refused
 
 SESSION = "x-session"
 _READ_SECONDS = 10.0  # for a whole body
-_SEND_SECONDS = 30.0  # for a client that does not take its answer
+SEND_SECONDS = 30.0  # for a client that does not take its answer
 _READERS = 64
 _DECODERS = 2  # pictures decoded at a time: each may need 200 MB
 _MOST_SESSION = 64
@@ -41,11 +41,11 @@ _HEADERS = [
 ]
 
 
-def make(queue: queue_lib.Queue, limits: requests_lib.Limits, password: str | None = None):
+def make(queue: queue_lib.Queue, limits: requests_lib.Limits, password: str | None = None, *, local: bool = False):
     """The FastAPI application without the page (`page.mount` adds it).
 
     queue: its items are `requests.Request`, its results uint8 [H, W, 3]. password: asked for by HTTP Basic, with any
-    user name; None for none.
+    user name; None for none. local: whether only this machine may ask; without a password names other than its own are then refused.
     """
     import fastapi
 
@@ -56,7 +56,7 @@ def make(queue: queue_lib.Queue, limits: requests_lib.Limits, password: str | No
     app.add_route("/schema", answer(lambda: requests_lib.schema(limits)), methods=["GET"])
     app.add_route("/openapi.json", answer(lambda: openapi(limits, password)), methods=["GET"])
     app.add_route("/health", answer(lambda: health(queue)), methods=["GET"])
-    app.add_middleware(Guard, password=password)
+    app.add_middleware(Guard, password=password, local=local and not password)
     return app
 
 
@@ -215,15 +215,17 @@ def _refusal(refusal):
 # files, proxies, queues, editors), none of which this page uses.
 _PAGE = ("/", "/theme.css", "/favicon.ico")
 _PAGE_FOLDERS = ("/assets/", "/static/")
+_LOCAL = ("localhost", "127.0.0.1", "[::1]")
 _API = {"/generate": ("POST",), "/schema": ("GET",), "/health": ("GET",), "/openapi.json": ("GET",)}
 
 
 class Guard:
-    """ASGI middleware before everything: the password, other sites' pages, the list of paths, a limit on sending."""
+    """ASGI middleware before everything: the password, other names and other sites' pages, the list of paths."""
 
-    def __init__(self, app, password: str | None):
+    def __init__(self, app, password: str | None, local: bool):
         self._app = app
         self._password = password
+        self._local = local
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
@@ -243,6 +245,9 @@ class Guard:
         """A Refused, or None where the request may pass."""
         if self._password and not _knows(self._password, headers.get("authorization", "")):
             return Refused(401, "the password is missing or wrong")
+        if self._local and _host(headers.get("host", "")) not in _LOCAL:
+            # Another site's page whose name was made to lead here. Without a password the name is all that tells it from this server's.
+            return Refused(403, "this server is asked by another name than localhost: use that, or set --password")
         origin = headers.get("origin")
         if origin and method != "GET" and origin.partition("://")[2] != headers.get("host"):
             return Refused(403, "another site's page asks: use this server's own page, or a program")
@@ -250,6 +255,11 @@ class Guard:
         if not allowed:
             return Refused(404, "there is nothing here: the API has POST /generate, GET /schema, GET /openapi.json and GET /health")
         return None if method in allowed else Refused(405, f"{path} takes {' or '.join(allowed)} only")
+
+
+def _host(header):
+    """The name in a Host header, without the port."""
+    return header.rpartition(":")[0] if header.rpartition(":")[2].isdecimal() else header
 
 
 def _methods(path):
@@ -270,12 +280,11 @@ def _knows(password, authorization):
 
 
 def _watched(send):
-    """The server's `send` with our headers, and a limit on how long a client may take to take its answer."""
+    """The server's `send` with our headers."""
 
     async def watched(message):
         if message["type"] == "http.response.start":
             message = message | {"headers": [*message.get("headers", []), *_HEADERS]}
-        async with asyncio.timeout(_SEND_SECONDS):
-            await send(message)
+        await send(message)
 
     return watched

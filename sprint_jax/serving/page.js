@@ -8,7 +8,7 @@ window.sprint = (() => {
   const wanted = { prompt: "", steps: 2, seed: 0, height: offer.height, width: offer.width };
   const strengths = { picture: offer.strength, sketch: offer.control ? 1 : offer.strength };
   const parts = {};  // elements, by what they are
-  let mode = "text", asked = 0, strokes = 0, flight = null, upload = null, canvas = null;
+  let mode = "text", asked = 0, strokes = 0, flight = null, again = false, upload = null, canvas = null;
 
   const element = (tag, attributes = {}, ...children) => {
     const made = document.createElement(tag);
@@ -34,18 +34,22 @@ window.sprint = (() => {
 
   // The newest request wins: the one before it is given up, here and, as its connection closes, in the server's line.
   async function draw() {
-    const number = ++asked;
+    const number = ++asked, mine = new AbortController();
     flight?.abort();
-    flight = new AbortController();
+    flight = mine;
+    again = false;
     const begin = performance.now();
     busy(true);
     try {
       const request = body(), stroke = mode === "sketch" ? strokes : 0;
       const response = await fetch("generate", {
-        method: "POST", signal: flight.signal, body: JSON.stringify(request),
+        method: "POST", signal: mine.signal, body: JSON.stringify(request),
         headers: { "Content-Type": "application/json", "X-Session": session },
       });
-      if (!response.ok) throw new Error((await response.json()).error);
+      if (!response.ok) {
+        const told = await response.json().catch(() => null);  // a proxy's own page is no JSON
+        throw new Error(told?.error || `The server answers ${response.status} ${response.statusText}`);
+      }
       const url = URL.createObjectURL(await response.blob());
       const image = new Image();
       image.src = url;
@@ -56,10 +60,17 @@ window.sprint = (() => {
       show(keep({ url, request, stroke, small: image.naturalWidth < 256, stages: stages(timing), begin }));
     } catch (error) {
       if (number !== asked) return;
+      again = false;
       say(error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message);
     }
-    if (number === asked) busy(false);
+    if (number !== asked) return;
+    flight = null;
+    busy(false);
+    if (again) draw();
   }
+
+  // What is drawn on the way may take longer than the pen's next move: giving it up each time would show nothing before the end.
+  const drawOnTheWay = () => { if (flight) again = true; else draw(); };
 
   const stages = (header) => [...(header || "").matchAll(/(\w+);dur=([\d.]+)/g)].map(([, name, ms]) => [name, Number(ms)]);
 
@@ -115,19 +126,22 @@ window.sprint = (() => {
       const line = document.getElementById("sprint-ready");
       if (health.ready) {
         line.textContent = "Ready";
-        return;
-      }
-      line.replaceChildren(
+        next = 5000;
+      } else line.replaceChildren(
         element("progress", { max: Math.max(health.programs, 1), value: health.compiled }),
         `The model is being compiled: ${health.compiled} of ${health.programs} programs`);
-    } catch { next = 2000; }
+    } catch {
+      next = 2000;
+      const line = document.getElementById("sprint-ready");
+      if (line) line.textContent = "The server does not answer";
+    }
     setTimeout(watch, next);
   }
 
   // ---- a picture to start from -----------------------------------------------------------------------------------
 
   function dropZone(root) {
-    const input = element("input", { type: "file", accept: offer.formats.join(","), id: "sprint-file", onchange: () => take(input.files[0]) });
+    const input = element("input", { type: "file", accept: offer.formats.join(","), id: "sprint-file", onchange: () => input.files.length && take(input.files[0]) });
     const hint = element("div", {}, "Drop a picture here, or click to choose one (PNG, JPEG, WebP)");
     const zone = element("label", { class: "sprint-drop" }, hint, input);
     const over = (is) => (event) => { event.preventDefault(); zone.classList.toggle("over", is); };
@@ -138,7 +152,7 @@ window.sprint = (() => {
 
     // What the file really is, the server finds out.
     function take(file) {
-      if (!file) return;
+      if (!file) return say("That is no file: drop a PNG, JPEG or WebP picture.");
       if (file.size > offer.mostBytes) return say(`The picture has ${file.size} bytes: use at most ${offer.mostBytes}.`);
       const reader = new FileReader();
       reader.onload = () => {
@@ -146,6 +160,7 @@ window.sprint = (() => {
         zone.replaceChildren(element("img", { src: upload, alt: file.name, onerror: (event) => event.target.replaceWith(file.name) }), input);
         draw();
       };
+      reader.onerror = () => say(`${file.name} cannot be read: choose a PNG, JPEG or WebP picture.`);
       reader.readAsDataURL(file);
     }
   }
@@ -156,11 +171,14 @@ window.sprint = (() => {
 
   function sketch(root) {
     const ground = offer.control ? "#000000" : "#ffffff";
-    const scale = Math.min(Math.max(256, offer.height, offer.width), 1024) / Math.max(offer.height, offer.width);
-    const paper = element("canvas", { id: "sprint-canvas", width: Math.round(offer.width * scale), height: Math.round(offer.height * scale) });
+    const sides = (height, width) => {
+      const scale = Math.min(Math.max(256, height, width), 1024) / Math.max(height, width);
+      return { width: Math.round(width * scale), height: Math.round(height * scale) };
+    };
+    const paper = element("canvas", { id: "sprint-canvas", ...sides(wanted.height, wanted.width) });
     const pen = paper.getContext("2d", { willReadFrequently: true });
     const past = [];
-    let colour = offer.control ? "#ffffff" : COLOURS[0], width = 0.06, point = null, timer = null, since = 0;
+    let colour = offer.control ? "#ffffff" : COLOURS[0], width = 0.06, point = null, pointer = null, timer = null, since = 0;
     const fill = (value) => { pen.fillStyle = value; pen.fillRect(0, 0, paper.width, paper.height); };
     const remember = () => {
       strokes++;
@@ -170,11 +188,25 @@ window.sprint = (() => {
     fill(ground);
 
     const send = () => { clearTimeout(timer); since = 0; draw(); };
+    const sendOnTheWay = () => { since = 0; drawOnTheWay(); };
     function changed() {
       const now = performance.now();
       since ||= now;
       clearTimeout(timer);
-      timer = setTimeout(send, Math.max(0, Math.min(DEBOUNCE, LONGEST - (now - since))));
+      timer = setTimeout(sendOnTheWay, Math.max(0, Math.min(DEBOUNCE, LONGEST - (now - since))));
+    }
+    // The paper has the shape of the picture, or the server would cut off what is outside; the drawing goes to its middle.
+    function reshape(height, width) {
+      const to = sides(height, width);
+      if (to.width === paper.width && to.height === paper.height) return;
+      const before = element("canvas", { width: paper.width, height: paper.height });
+      before.getContext("2d").drawImage(paper, 0, 0);
+      Object.assign(paper, to);
+      fill(ground);
+      const scale = Math.min(paper.width / before.width, paper.height / before.height);
+      const [w, h] = [before.width * scale, before.height * scale];
+      pen.drawImage(before, (paper.width - w) / 2, (paper.height - h) / 2, w, h);
+      if (past.length) past.splice(0, past.length, pen.getImageData(0, 0, paper.width, paper.height));
     }
 
     const place = (event) => {
@@ -190,17 +222,20 @@ window.sprint = (() => {
       point = to;
       changed();
     }
+    // One pen at a time: the first finger, or the left button.
     paper.addEventListener("pointerdown", (event) => {
+      if (point || event.button !== 0) return;
+      pointer = event.pointerId;
       paper.setPointerCapture(event.pointerId);
       remember();
       point = place(event);
       line(point);
     });
     paper.addEventListener("pointermove", (event) => {
-      if (point) for (const one of event.getCoalescedEvents?.() || [event]) line(place(one));
+      if (point && event.pointerId === pointer) for (const one of event.getCoalescedEvents?.() || [event]) line(place(one));
     });
     for (const end of ["pointerup", "pointercancel"]) {
-      paper.addEventListener(end, () => { if (point) { point = null; send(); } });
+      paper.addEventListener(end, (event) => { if (point && event.pointerId === pointer) { point = null; send(); } });
     }
 
     const choose = (group, chosen) => group.forEach((one) => one.classList.toggle("chosen", one === chosen));
@@ -218,7 +253,7 @@ window.sprint = (() => {
       tool("Clear", () => { past.length = 0; fill(ground); }),
     ];
     root.replaceChildren(element("div", { class: "sprint-tools" }, ...colours, ...widths, ...tools), paper);
-    canvas = { picture: () => paper.toDataURL("image/png"), changed, drawn: () => past.length > 0 };
+    canvas = { picture: () => paper.toDataURL("image/png"), changed, reshape, drawn: () => past.length > 0 };
   }
 
   // ---- controls --------------------------------------------------------------------------------------------------
@@ -226,7 +261,8 @@ window.sprint = (() => {
   function settings(prompt, picture, drawing, steps, guidance, seed, size, schedule) {
     const [height, width] = size.split(" × ").map(Number);
     const before = JSON.stringify([wanted, strengths]);
-    Object.assign(wanted, { prompt, steps, guidance_scale: guidance, seed, height, width, schedule });
+    Object.assign(wanted, { prompt, steps, guidance_scale: guidance, seed: seed ?? 0, height, width, schedule });
+    canvas?.reshape(height, width);
     Object.assign(strengths, { picture, sketch: drawing });
     if (mode === "sketch" && canvas?.drawn() && before !== JSON.stringify([wanted, strengths])) canvas.changed();
   }

@@ -7,8 +7,10 @@ waiting (`future.cancel()`, or a newer request of the same session) frees the pl
 import collections.abc
 import concurrent.futures
 import dataclasses
+import sys
 import threading
 import time
+import traceback
 from typing import Any
 
 from sprint_jax.serving.refused import Refused
@@ -123,7 +125,10 @@ class Queue:
             self._prepared(error)
             return
         self.ready = True
-        self._prepared(None)
+        try:
+            self._prepared(None)
+        except Exception:  # such as nobody reading what it prints: those who ask are served all the same
+            traceback.print_exc(file=sys.stderr)
         while (job := self._next()) is not None:
             self._serve(job)
             del job  # or the last picture would stay in memory until the next comes
