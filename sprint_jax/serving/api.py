@@ -245,7 +245,7 @@ class Guard:
         """A Refused, or None where the request may pass."""
         if self._password and not _knows(self._password, headers.get("authorization", "")):
             return Refused(401, "the password is missing or wrong")
-        if self._local and _host(headers.get("host", "")) not in _LOCAL:
+        if self._local and _host(headers.get("host", "").lower()) not in _LOCAL:
             # Another site's page whose name was made to lead here. Without a password the name is all that tells it from this server's.
             return Refused(403, "this server is asked by another name than localhost: use that, or set --password")
         origin = headers.get("origin")
