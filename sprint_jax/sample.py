@@ -66,15 +66,15 @@ def _generate(prompts):
     say = lambda message: print(message, file=sys.stderr, flush=True)
     pipe = _exported(say) if pathlib.Path(flag.MODEL.value).is_file() else _loaded(say)
     height, width = flag.HEIGHT.value or pipe.height, flag.WIDTH.value or pipe.width
-    for flag_, side in ((flag.HEIGHT, height), (flag.WIDTH, width)):
+    for name, side in (("height", height), ("width", width)):
         if side < 1:
-            raise UserError(f"--{flag_.name}={side}: use 1 or more")
+            raise UserError(f"--{name}={side}: use 1 or more")
     if _BINNING.value and (pipe.height, pipe.width) != (1024, 1024):
         raise UserError(f"--resolution_binning is of models for 1024 x 1024, this one is for {pipe.height} x {pipe.width}: leave it out")
     made_at = resolutions.nearest(height, width) if _BINNING.value else (height, width)
     drawing.latent_shape(pipe, *made_at)  # refuses a bad size before the picture is read
-    grounds = ((_IMAGE, pictures.WHITE), (_CONTROL, pictures.BLACK))
-    image, control = (pictures.load(f.value, *made_at, ground) if f.value else None for f, ground in grounds)
+    given = ((_IMAGE.value, pictures.WHITE), (_CONTROL.value, pictures.BLACK))
+    image, control = (pictures.load(path, *made_at, ground) if path else None for path, ground in given)
     with tqdm.tqdm(total=len(prompts) * flag.PER_PROMPT.value, unit="picture", desc="sample", delay=5) as bar:
         images = drawing.generate(
             pipe, prompts, steps=flag.STEPS.value, guidance_scale=flag.GUIDANCE.value, seed=flag.SEED.value,

@@ -49,6 +49,14 @@ def as_row(by_time):
     return {"stage": "sprint", "step": 2} | {f"by_time/{k}/{i}": float(v) for k, row in by_time.items() for i, v in enumerate(row)}
 
 
+def test_a_dropped_update_leaves_no_gap():
+    """Its sums are not finite; the other rows of the same part of a run still say what the bucket holds."""
+    row = lambda value: {"by_time/error/0": value, "by_time/share/0": 0.5, "by_time/error/1": 3.0, "by_time/share/1": 0.5}
+    _, means = rows_lib.by_time("teacher", [row(1.0), row(math.nan), row(2.0)], "error")
+    assert means == pytest.approx([3.0, 6.0])
+    assert math.isnan(rows_lib.by_time("teacher", [row(math.inf)], "error")[1][0])
+
+
 def test_buckets_against_an_oracle():
     """Fails when the bucket's edge moves, when the last instant is lost, and when an empty bucket reads as zero."""
     t, value = sampled()

@@ -115,7 +115,7 @@ def load(path) -> tuple[Gaussian, dict]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             fields = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:  # the last but one: an array alone (npy)
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:  # an npy file is an array alone
         raise UserError(f"cannot read statistics from {path} ({error}): give an npz file with mu and sigma") from None
     if not {"mu", "sigma"} <= fields.keys():
         raise UserError(f"{path} holds {sorted(fields)}: an npz file of statistics has mu and sigma")
