@@ -28,6 +28,9 @@ def start():
         return
     if not jax.config.jax_compilation_cache_dir:
         place = default_place()
+        if place is None:
+            print("warning: compiled programs are not kept, for this user has no home: name a place by JAX_COMPILATION_CACHE_DIR", file=sys.stderr)
+            return
         try:
             place.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=place):
@@ -48,12 +51,10 @@ def start():
     _default("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def default_place() -> pathlib.Path:
-    """Where programs are kept unless JAX_COMPILATION_CACHE_DIR says otherwise."""
-    home = os.path.expanduser("~")
-    if home == "~":  # no HOME, and a user without an entry: containers have such
-        home = os.path.join(tempfile.gettempdir(), f"home-{os.getuid()}")
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")) / "sprint_jax" / "xla"
+def default_place() -> pathlib.Path | None:
+    """Where programs are kept unless JAX_COMPILATION_CACHE_DIR says otherwise. None for a user without a home, as containers have them."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return pathlib.Path(root) / "sprint_jax" / "xla" if os.path.isabs(root) else None
 
 
 def _default(name, value):

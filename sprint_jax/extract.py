@@ -30,6 +30,7 @@ def main(argv):
         drawn = _STAGE.value == "sprint" and to_file.name == workdir.STUDENT
         check_place(run_dir, to_file, drawn)
         step, params = extract(run_dir, _STAGE.value)
+        to_file.parent.mkdir(parents=True, exist_ok=True)
         weights.save(to_file, params)
         print(f"wrote {to_file}: {_STAGE.value} after {step} steps")
         if drawn:

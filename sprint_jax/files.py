@@ -32,12 +32,15 @@ def read_lines(path):
 
 
 def below(root):
-    """Paths of all files below a folder, through links as well; a folder that links lead to again is passed over."""
-    seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (path for name in names if (path := pathlib.Path(folder, name)).is_file())
+    """Paths of all files below a folder, through links to folders as well; each folder once, by its own name where it has one below root."""
+    seen, waiting = set(), [root]
+    while waiting:
+        for folder, folders, names in os.walk(waiting.pop(0)):
+            real = os.path.realpath(folder)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            waiting += (link for name in folders if os.path.islink(link := os.path.join(folder, name)))  # after all that is no link
+            yield from (path for name in names if (path := pathlib.Path(folder, name)).is_file())

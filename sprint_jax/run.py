@@ -117,25 +117,32 @@ def claim(workdir):
 
 
 def write_config(config, workdir):
-    """Records the resolved config; a directory made with another one is refused."""
+    """Records the resolved config; a directory in which another one has begun something is refused."""
     path = workdir / names.CONFIG
     tree = json.loads(json.dumps(config_lib.to_dict(config)))
-    if path.exists() and _begun(workdir):
-        try:
-            old = json.loads(path.read_text())
-        except json.JSONDecodeError:
-            raise UserError(f"{path} is not a config of this project: choose another --workdir") from None
-        differing = _differences(old, tree)
+    if path.exists():
+        old = _recorded(path)
+        differing = _differences(old, tree) if _begun(workdir) else []
         if differing:
             name, was, now = differing[0]
             raise UserError(
                 f"{workdir} was made with {name}={was}, now {now}: use the same config, or another --workdir"
             )
-        return
-    if not path.exists() and any(child.name != ".lock" for child in workdir.iterdir()):
+        if old == tree:
+            return
+    elif any(child.name != ".lock" for child in workdir.iterdir()):
         raise UserError(f"{workdir} is not empty and not a run of this project: choose another --workdir")
     with files.whole(path) as partial:
         partial.write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def _recorded(path):
+    """A config.json of ours, as a dict. Raises UserError for any other."""
+    with contextlib.suppress(json.JSONDecodeError):
+        old = json.loads(path.read_text())
+        if isinstance(old, dict) and {"data", "model", "teacher", "sprint"} <= old.keys():
+            return old
+    raise UserError(f"{path} is not a config of this project: choose another --workdir")
 
 
 def _begun(workdir):

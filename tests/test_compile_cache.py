@@ -125,10 +125,10 @@ def test_without_a_bound_entries_stay(start, tmp_path):
 
 
 def test_no_home_at_all(monkeypatch):
-    """As in containers under a user id without an entry: a folder named ~ must not appear."""
+    """As in containers under a user id without an entry: a folder named ~ must not appear, nor one that others can write to."""
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    assert compile_cache.default_place().is_absolute()
+    assert compile_cache.default_place() is None
 
 
 def test_the_default_place(monkeypatch, tmp_path):

@@ -24,6 +24,7 @@ def test_files_below_a_folder_are_found_through_links_once(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "root/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "root/a/back").symlink_to(tmp_path / "root")
+    (tmp_path / "root/0_early").symlink_to(tmp_path / "root/a")  # the folder's own name counts, whatever comes first
     (tmp_path / "root/gone").symlink_to(tmp_path / "nowhere")
     found = sorted(p.relative_to(tmp_path / "root").as_posix() for p in files.below(tmp_path / "root"))
     assert found == ["a/two", "link/three", "one"]

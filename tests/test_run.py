@@ -64,7 +64,6 @@ def test_again_skips_what_is_done(finished, command):
 
 def test_extract_reads_the_newest_checkpoint(finished, command, tmp_path):
     """Fails when parameters are taken instead of their average, and when a checkpoint is not needed whole."""
-    (tmp_path / "now").mkdir()
     out = tmp_path / "now" / "student.safetensors"
     result = command("sprint_jax.extract", f"--run_dir={finished}", f"--to_file={out}")
     assert result.returncode == 0 and "after 12 steps" in result.stdout, result.stderr[-2000:]
@@ -97,9 +96,16 @@ def test_a_directory_belongs_to_a_config_once_something_was_begun_in_it(tmp_path
     run.write_config(of(2, fsdp=4), tmp_path)
     with pytest.raises(UserError, match="was made with config.seed=2, now 3"):
         run.write_config(of(3), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["mesh"]["fsdp"] == 4
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="not empty and not a run"):
         run.write_config(of(3), tmp_path)
+    (tmp_path / "theirs").mkdir()
+    for foreign in ('{"model_type": "gemma2"}', "[1]", "{"):
+        (tmp_path / "theirs/config.json").write_text(foreign)
+        with pytest.raises(UserError, match="not a config of this project"):
+            run.write_config(of(3), tmp_path / "theirs")
+        assert (tmp_path / "theirs/config.json").read_text() == foreign
 
 
 @pytest.mark.slow

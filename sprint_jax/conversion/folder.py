@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import json
 import os
@@ -278,13 +277,16 @@ def whole(path, flag="--to"):
 
 
 def _take_name(partial, path):
-    """Gives a complete folder its name. Into an empty one that cannot be replaced, such as a mount point, its contents move."""
-    try:
-        if path.exists():
-            path.rmdir()
+    """Gives a complete folder its name. Into an empty one that must stay itself, a mount point or where the caller is, its contents move."""
+    if path.exists() and not path.is_mount() and path != pathlib.Path.cwd():
+        path.rmdir()
+    if not path.exists():
         os.rename(partial, path)
-    except OSError as error:
-        if error.errno not in (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM) or not path.is_dir():
-            raise
+        return
+    try:
         for child in sorted(partial.iterdir()):
             shutil.move(child, path / child.name)
+    except OSError:
+        for child in path.iterdir():
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+        raise

@@ -199,14 +199,18 @@ window.sprint = (() => {
     function reshape(height, width) {
       const to = sides(height, width);
       if (to.width === paper.width && to.height === paper.height) return;
-      const before = element("canvas", { width: paper.width, height: paper.height });
-      before.getContext("2d").drawImage(paper, 0, 0);
+      const drawings = [...past, pen.getImageData(0, 0, paper.width, paper.height)];
       Object.assign(paper, to);
-      fill(ground);
-      const scale = Math.min(paper.width / before.width, paper.height / before.height);
-      const [w, h] = [before.width * scale, before.height * scale];
-      pen.drawImage(before, (paper.width - w) / 2, (paper.height - h) / 2, w, h);
-      if (past.length) past.splice(0, past.length, pen.getImageData(0, 0, paper.width, paper.height));
+      const moved = drawings.map((drawing) => {
+        const before = element("canvas", { width: drawing.width, height: drawing.height });
+        before.getContext("2d").putImageData(drawing, 0, 0);
+        const scale = Math.min(paper.width / before.width, paper.height / before.height);
+        const [w, h] = [before.width * scale, before.height * scale];
+        fill(ground);
+        pen.drawImage(before, (paper.width - w) / 2, (paper.height - h) / 2, w, h);
+        return pen.getImageData(0, 0, paper.width, paper.height);
+      });
+      past.splice(0, past.length, ...moved.slice(0, -1));  // the last is what the paper shows now
     }
 
     const place = (event) => {

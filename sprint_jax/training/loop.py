@@ -171,8 +171,9 @@ def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say, *, com
             watch.flush()
             progress.close()
             checkpoints.wait()
-            # In the last round or during the last save as well: another stage would follow.
-            stopping = stopping or stop.agreed()
+            # In the last round or during the last save as well: another stage would follow. Twice, for of several processes
+            # the first answer is what they had asked for before the save.
+            stopping = stopping or stop.agreed() or stop.agreed()
     if stopping:
         raise Interrupted(f"{stage.name}: stopped at step {done} of {stage.steps}; the same command goes on from there")
     return state
