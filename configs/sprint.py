@@ -111,7 +111,7 @@ def _shapes_64(config):
     config.codec.update(block=16, scale=1.049, weights="package:shapes_64_codec", channels=48)
     config.model.update(width=192, depth=8, heads=6, cross_heads=3, mlp_ratio=2.5, unroll=8)
     config.teacher.update(pretrained="", steps=3600)
-    config.sprint.update(head_blocks=(1, 3, 5, 7))
+    config.sprint.update(steps=3600, head_blocks=(1, 3, 5, 7))
 
 
 def _emoji(config):
