@@ -1,6 +1,7 @@
 """What the commands share: bad input ends in one line on stderr and a non-zero exit, never a traceback."""
 
 import contextlib
+import pathlib
 import sys
 import warnings
 
@@ -27,6 +28,12 @@ def no_arguments(argv):
     """Refuses what is left on the command line after flags: a forgotten --, or a space instead of =."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: flags look like --name=value")
+
+
+def folder_of(flag):
+    """Refuses a flag that names a file in a folder that is not there: said before the work, not after it. None is no file."""
+    if flag.value and not (folder := pathlib.Path(flag.value).parent).is_dir():
+        raise UserError(f"--{flag.name}={flag.value}: there is no folder {folder}, make it first")
 
 
 @contextlib.contextmanager

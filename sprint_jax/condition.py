@@ -100,8 +100,7 @@ def _claim(out):
             if other:
                 raise UserError(f"{out} was made with {'; '.join(other)}: give another --out, or remove it")
             return
-        with files.whole(path) as partial:
-            partial.write_text(json.dumps(settings, indent=2) + "\n")
+        files.write_text(path, json.dumps(settings, indent=2) + "\n")
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"cannot use --out={out} ({error}): choose another") from None
 

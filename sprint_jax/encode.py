@@ -388,8 +388,7 @@ def _claim(out, settings, host):
             if foreign := [p.name for p in out.iterdir() if not p.name.startswith(SETTINGS)]:
                 raise UserError(f"--encoded={out} holds {foreign[0]} and no encoded data set: choose another folder")
             own = out / f"{SETTINGS}.host{host}"
-            with files.whole(own) as partial:
-                partial.write_text(json.dumps(settings.plain(), indent=1) + "\n", encoding="utf-8")
+            files.write_text(own, json.dumps(settings.plain(), indent=1) + "\n")
             os.replace(own, path)
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

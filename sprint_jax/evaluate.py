@@ -124,8 +124,7 @@ def _check_flags():
         raise UserError(f"--file_format=jpeg: pictures of --suite={suite} are PNG")
     if given(_FIRST) and given(_FOLDER) and not given(model_flags.PROMPTS):
         raise UserError("--first is a number of prompts: with --folder give --prompts as well")
-    if given(_SAVE_REFERENCE) and not pathlib.Path(_SAVE_REFERENCE.value).parent.is_dir():
-        raise UserError(f"--save_reference={_SAVE_REFERENCE.value}: there is no folder {pathlib.Path(_SAVE_REFERENCE.value).parent}, make it first")
+    cli.folder_of(_SAVE_REFERENCE)
 
 
 def _save_weights():

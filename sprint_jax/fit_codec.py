@@ -4,7 +4,6 @@
     --of=emoji/1.0.0    pictures of a folder, tars or TFDS set (emoji_codec: --size=64 --channels=64)
 """
 
-import pathlib
 import sys
 
 import numpy as np
@@ -48,8 +47,7 @@ def _check_flags():
         raise UserError(f"--block={_BLOCK.value}: use a divisor of --size={_SIZE.value}")
     if _CHANNELS.value > 3 * _BLOCK.value**2:
         raise UserError(f"--channels={_CHANNELS.value}: a patch has {3 * _BLOCK.value**2} values")
-    if not pathlib.Path(_FILE.value).parent.is_dir():
-        raise UserError(f"--file={_FILE.value}: there is no folder {pathlib.Path(_FILE.value).parent}, make it first")
+    cli.folder_of(_FILE)
 
 
 def _pictures():

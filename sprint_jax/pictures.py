@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 from sprint_jax import files
 from sprint_jax.errors import UserError
 
-_MOST_PIXELS = 100_000_000
+MOST_PIXELS = 100_000_000
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 
@@ -29,20 +29,25 @@ def save(path, image, zoom=1, file_format="PNG"):
 
 
 def load(path, height, width, ground=WHITE):
-    """A picture file as uint8 [height, width, 3]: scaled by Lanczos to cover that, its middle cut out. ground: as in `opaque`.
+    """A picture file as `covering` gives it.
 
     Raises UserError for what is no whole picture, or has more than 100 million pixels.
     """
     try:
         with Image.open(path) as image:
-            if image.width * image.height > _MOST_PIXELS:
-                raise UserError(f"{path} has {image.width} x {image.height} pixels: use at most {_MOST_PIXELS}")
-            # `fit` cuts before it scales, so a picture of one row is never blown up to cover.
-            return np.asarray(ImageOps.fit(opaque(image, ground), (width, height), Image.Resampling.LANCZOS))
+            if image.width * image.height > MOST_PIXELS:
+                raise UserError(f"{path} has {image.width} x {image.height} pixels: use at most {MOST_PIXELS}")
+            return covering(image, height, width, ground)
     except UserError:
         raise
     except Exception as error:  # decoders raise dozens of kinds for damaged bytes
         raise UserError(f"cannot read the picture {path} ({error}): give a PNG or JPEG file") from None
+
+
+def covering(image, height, width, ground):
+    """PIL's picture as uint8 [height, width, 3]: scaled by Lanczos to cover that, its middle cut out. ground: as in `opaque`."""
+    # `fit` cuts before it scales, so a picture of one row is never blown up to cover.
+    return np.asarray(ImageOps.fit(opaque(image, ground), (width, height), Image.Resampling.LANCZOS))
 
 
 def opaque(image, ground=WHITE):

@@ -42,8 +42,7 @@ def main(argv):
         from sprint_jax import config
 
         parsed = config.parse(config_flag.CONFIG.value)
-        if _TABLE.value and not pathlib.Path(_TABLE.value).parent.is_dir():
-            raise UserError(f"--table={_TABLE.value}: there is no folder {pathlib.Path(_TABLE.value).parent}, make it first")
+        cli.folder_of(_TABLE)
         say = lambda message: print(message, flush=True)
         if parsed.model.attention != "plain":
             say("attention is planned in plain JAX, without the kernels of config.model.attention: they are chosen where they run")
@@ -211,8 +210,7 @@ def _gib(size):
 
 def _append(path, report):
     before = path.read_text() if path.is_file() else ""
-    with files.whole(path) as partial:
-        partial.write_text(before + report + "\n")
+    files.write_text(path, before + report + "\n")
     print(f"added to {path}")
 
 

@@ -132,8 +132,7 @@ def write_config(config, workdir):
             return
     elif any(child.name != ".lock" for child in workdir.iterdir()):
         raise UserError(f"{workdir} is not empty and not a run of this project: choose another --workdir")
-    with files.whole(path) as partial:
-        partial.write_text(json.dumps(tree, indent=2) + "\n")
+    files.write_text(path, json.dumps(tree, indent=2) + "\n")
 
 
 def _recorded(path):
@@ -301,8 +300,7 @@ def _evaluate(job, teacher, student, begin):
     summary = _summary(results, begin)
     if hosts.primary():
         _save_sheets(config, job.workdir, sheets, job.records)
-        with files.whole(done) as partial:
-            partial.write_text(json.dumps(summary, indent=2) + "\n")
+        files.write_text(done, json.dumps(summary, indent=2) + "\n")
         if results:
             job.say(_table(summary))
     return summary

@@ -32,8 +32,7 @@ def write(path, rows, suite: grid.Suite, scale: grid.Scale):
         part, found = _section(t, rows, folder)
         lines += part
         verdicts += found
-    with files.whole(path) as partial:
-        partial.write_text("\n".join([*_head(rows, suite, scale), *_overview(verdicts), *lines]).rstrip() + "\n", encoding="utf-8")
+    files.write_text(path, "\n".join([*_head(rows, suite, scale), *_overview(verdicts), *lines]).rstrip() + "\n")
 
 
 def values(rows, run: str, metric: str) -> list[float]:

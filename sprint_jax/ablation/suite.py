@@ -71,8 +71,7 @@ def _mend(path, rows):
     """Leaves the whole lines alone in a file whose last one was cut off."""
     whole = "".join(json.dumps(row) + "\n" for row in rows)
     if path.exists() and path.read_text() != whole:
-        with files.whole(path) as partial:
-            partial.write_text(whole)
+        files.write_text(path, whole)
 
 
 def finished(rows, scale: grid.Scale) -> set:

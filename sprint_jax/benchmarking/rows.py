@@ -69,8 +69,7 @@ def _parts(times):
 
 def write(path, rows):
     """Writes all rows; the file appears whole or stays as it was."""
-    with files.whole(path) as partial:
-        partial.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    files.write_text(path, json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
 
 
 _COLUMNS = ("name", "ours", "spread", "peer", "its time", "ratio", "floor", "x floor", "difference")

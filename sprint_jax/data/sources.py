@@ -22,7 +22,6 @@ from sprint_jax import files, pictures
 from sprint_jax.errors import UserError
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-_MOST_PIXELS = 100_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,7 +395,7 @@ def load_picture(image_bytes):
     """
     try:
         with Image.open(io.BytesIO(image_bytes)) as image:
-            if image.width * image.height > _MOST_PIXELS:
+            if image.width * image.height > pictures.MOST_PIXELS:
                 raise ValueError("a decompression bomb")
             return np.array(pictures.opaque(image))
     except Exception:  # decoders of hostile bytes raise far more than OSError

@@ -40,8 +40,7 @@ def write(run_dir):
     path = run_dir / workdir.REPORT
     page = render(run_dir)
     try:
-        with files.whole(path) as partial:
-            partial.write_text(page, encoding="utf-8")
+        files.write_text(path, page)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): make the directory writable") from None
     return path

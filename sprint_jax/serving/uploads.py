@@ -7,8 +7,7 @@ become the upper eight; the camera's orientation (EXIF) is obeyed and all other 
 
 import io
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from sprint_jax import pictures
 from sprint_jax.serving.refused import Refused
@@ -32,8 +31,7 @@ def picture(data: bytes, height: int, width: int, ground=pictures.WHITE):
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise Refused(413, f"the picture has {image.width} x {image.height} pixels: send at most {MOST_PIXELS}")
-            # `fit` cuts before it scales, so a picture of one row is never blown up to cover.
-            return np.asarray(ImageOps.fit(pictures.opaque(image, ground), (width, height), Image.Resampling.LANCZOS))
+            return pictures.covering(image, height, width, ground)
     except Refused:
         raise
     except Image.DecompressionBombError:

@@ -37,8 +37,7 @@ class Records:
                 continue
             if row["stage"] != stage or row["step"] <= step:
                 kept.append(line + "\n")
-        with files.whole(self._path) as partial:
-            partial.write_text("".join(kept))
+        files.write_text(self._path, "".join(kept))
 
     def write(self, stage, step, scalars):
         if self._writer is None:
