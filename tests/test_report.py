@@ -190,9 +190,10 @@ def test_rows_and_strips_outlive_a_kill(tmp_path, where):
     assert names[0] == names[1] == [f"teacher_{step:07d}.png" for step in (0, 4, 8, 12)]
 
 
-@pytest.mark.parametrize("where", ["last round", "last save"])
+@pytest.mark.parametrize("where", ["last round", "last save", "last save, agreed a round late"])
 def test_who_is_stopped_at_the_end_of_a_stage_starts_no_other(tmp_path, monkeypatch, where):
-    """The state is saved, and the same command goes on from it with what follows."""
+    """The state is saved, and the same command goes on from it with what follows. Several processes agree on what they had asked for a
+    round ago: fails when the answer after the last save is asked for once."""
     run = config.Run(log_every=6, checkpoint_every=4, strip_every=4, keep=2, max_rejected=10, quick_compile=False)
     mesh, left = sharding.mesh(1, 1, jax.devices()[:1]), [12, 8, 4, 0]
     stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
@@ -202,13 +203,21 @@ def test_who_is_stopped_at_the_end_of_a_stage_starts_no_other(tmp_path, monkeypa
             stop()
         return np.full((4, 4, 3), 7, np.uint8)
 
+    wait = loop.Checkpoints.wait
+
     def waiting(self):
-        monkeypatch.undo()
+        monkeypatch.setattr(loop.Checkpoints, "wait", wait)
         stop()
         self.wait()
 
-    if where == "last save":
+    def late(self):
+        before, self._asked = self._asked, self._requested
+        return bool(before)
+
+    if where.startswith("last save"):
         monkeypatch.setattr(loop.Checkpoints, "wait", waiting)
+    if where.endswith("late"):
+        monkeypatch.setattr(loop._Stop, "agreed", late)
     with pytest.raises(loop.Interrupted, match="step 12 of 12"):
         loop.train(counting_stage(drawing), run, mesh, tmp_path, Rows([]), print)
     assert int(loop.train(counting_stage(drawing), run, mesh, tmp_path, Rows([]), print).step) == 12
