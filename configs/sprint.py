@@ -58,7 +58,7 @@ def _shapes():
     config.model = dict(
         width=128, depth=7, heads=4, cross_heads=4, mlp_ratio=2.0, patch_size=1,
         qk_norm=True, time_scale=1.0, guidance_embed=True, guidance_scale_factor=0.1,
-        remat="none", unroll=7, dtype="float32", attention="plain",
+        remat="none", unroll=7, dtype="float32", residual_dtype="float32", attention="plain",
     )  # fmt: skip
     config.mesh = dict(data=-1, fsdp=1)
     config.teacher = dict(
@@ -146,7 +146,7 @@ def sana(preset):
         size = dict(width=2240, depth=20, heads=70, cross_heads=20)
     config.model = dict(
         **size, mlp_ratio=2.5, patch_size=1, qk_norm=True, time_scale=1.0, guidance_embed=True,
-        guidance_scale_factor=0.1, remat="block", unroll=1, dtype="bfloat16", attention="plain",
+        guidance_scale_factor=0.1, remat="block", unroll=1, dtype="bfloat16", residual_dtype="float32", attention="plain",
     )  # fmt: skip
     config.mesh = dict(data=-1, fsdp=8)
     config.teacher = dict(

@@ -68,7 +68,7 @@ def _alike(config):
     return {
         "teacher.pretrained": config.teacher.pretrained, "control.pretrained": config.control.pretrained,
         "control.depth": config.control.depth, "text": config.text, "codec": config.codec,
-        "model": dataclasses.replace(config.model, remat="", unroll=0, dtype="", attention=""),
+        "model": dataclasses.replace(config.model, remat="", unroll=0, dtype="", residual_dtype="", attention=""),
     }  # fmt: skip
 
 

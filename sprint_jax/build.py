@@ -120,7 +120,7 @@ def published_controlnet(path, model: ControlNet):
 
 def _same(path, what, found, model):
     """Raises UserError where two networks differ in more than how they are computed."""
-    free = {name: getattr(model, name) for name in ("remat", "unroll", "dtype", "attention", "depthwise", "guidance_scale_factor")}
+    free = {name: getattr(model, name) for name in ("remat", "unroll", "dtype", "residual_dtype", "attention", "depthwise", "guidance_scale_factor")}
     if model.time_scale != found.time_scale:
         free["time_scale"] = model.time_scale  # dense times are told in [0, 1]; the folder may scale them elsewhere
     differing = [f.name for f in dataclasses.fields(model) if getattr(dataclasses.replace(found, **free), f.name) != getattr(model, f.name)]

@@ -96,6 +96,7 @@ class Model:
     remat: str
     unroll: int
     dtype: str
+    residual_dtype: str
     attention: str
 
 
@@ -342,6 +343,7 @@ def _check(c: Config):
         (m.width % m.cross_heads == 0, f"config.model.width {m.width}: use a multiple of cross_heads {m.cross_heads}"),
         (m.remat in REMAT, f"config.model.remat {m.remat!r}: use one of {', '.join(REMAT)}"),
         (m.dtype in ("float32", "bfloat16"), f"config.model.dtype {m.dtype!r}: use float32 or bfloat16"),
+        (m.residual_dtype in ("float32", m.dtype), f"config.model.residual_dtype {m.residual_dtype!r}: use float32, or model.dtype, which is {m.dtype}"),
         (m.attention in backend.WANTED, f"config.model.attention {m.attention!r}: use {' or '.join(backend.WANTED)}"),
         (t.steps >= 0 and t.finetune_steps >= 0, "config.teacher.steps and finetune_steps: use 0 or more"),
         (t.pretrained or t.steps > 0 or (t.start and t.finetune_steps > 0 and other_base),

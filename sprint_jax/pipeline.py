@@ -144,7 +144,7 @@ def _pixels(pixels, **changes):
 
 
 def _computed(model, **changes):
-    """The model, computed otherwise: dtype, attention or depthwise."""
+    """The model, computed otherwise: dtypes, attention or depthwise."""
     if not isinstance(model, Controlled):
         return dataclasses.replace(model, **changes)
     net = dataclasses.replace(model.control.net, **changes)
@@ -167,7 +167,7 @@ def _with_controlnet(pipe, path, unrolled):
     dtype = jnp.dtype(pipe.dtype)
     params = jax.device_put(jax.tree.map(lambda a: a.astype(dtype), params))
     params = control.unstack(params) if unrolled else params
-    model = _computed(Controlled(trunk=pipe.model, control=control), dtype=pipe.dtype)
+    model = _computed(Controlled(trunk=pipe.model, control=control), dtype=pipe.dtype, residual_dtype=pipe.dtype)
     both = {"trunk": pipe.params["transformer"], "control": params}
     return dataclasses.replace(pipe, model=model, params=pipe.params | {"transformer": both}, programs={})
 
@@ -251,7 +251,7 @@ def read_student(path):
 
 def _run(path, dtype, *, platform, **options):
     model, params, config = read_student(path)
-    model = _computed(model, dtype=dtype)
+    model = _computed(model, dtype=dtype, residual_dtype=dtype)
     params = jax.device_put(jax.tree.map(lambda a: a.astype(jnp.dtype(dtype)), params))
     e = config.evaluation
     if config.text.vocabulary == "gemma":

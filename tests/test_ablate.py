@@ -252,7 +252,7 @@ def test_without_transfer_the_network_is_taken_for_a_trigflow_one():
     model = LinearDiT(
         in_channels=2, text_dim=4, width=16, depth=1, heads=2, cross_heads=2, mlp_ratio=2.0, patch_size=1, qk_norm=True,
         time_scale=1.0, guidance_embed=False, guidance_scale_factor=0.1, logvar_head=False, remat="none", unroll=1, dtype="float32",
-        attention="plain",
+        residual_dtype="float32", attention="plain",
     )  # fmt: skip
     rng = np.random.RandomState(0)
     params = jax.tree.map(lambda a: np.float32(0.3 * rng.randn(*a.shape)), jax.eval_shape(model.init, jax.random.key(0)))

@@ -22,7 +22,7 @@ from sprint_jax.training import sharding, sprint_step
 TRUNK = LinearDiT(
     in_channels=4, width=24, depth=4, heads=3, cross_heads=2, mlp_ratio=1.5, text_dim=10, patch_size=1, qk_norm=True,
     time_scale=1.0, guidance_embed=True, guidance_scale_factor=0.1, logvar_head=False, remat="none", unroll=1,
-    dtype="float32", attention="plain",
+    dtype="float32", residual_dtype="float32", attention="plain",
 )  # fmt: skip
 NET = dataclasses.replace(TRUNK, guidance_embed=False)
 MODEL = Controlled(trunk=TRUNK, control=ControlNet(net=NET, depth=2))

@@ -140,7 +140,7 @@ def test_published_configs():
     for absent in ("guidance_embeds_scale", "timestep_scale"):
         sprint.pop(absent)
     described = configs.transformer(sprint, "bfloat16")
-    assert described == dataclasses.replace(SANA_600M, logvar_head=False, remat="none")
+    assert described == dataclasses.replace(SANA_600M, logvar_head=False, remat="none", residual_dtype="bfloat16")
     assert configs.autoencoder(configs.autoencoder_json(DCAE_F32C32)) == DCAE_F32C32
     assert configs.text_encoder(configs.text_encoder_json(GEMMA2_2B)) == GEMMA2_2B
     newer = configs.text_encoder_json(GEMMA2_2B)

@@ -233,7 +233,7 @@ def test_bfloat16_is_as_good_as_plain():
 TINY = LinearDiT(
     in_channels=3, width=64, depth=2, heads=2, cross_heads=4, mlp_ratio=1.0, text_dim=6, patch_size=1,
     qk_norm=True, time_scale=1.0, guidance_embed=False, guidance_scale_factor=0.1, logvar_head=False,
-    remat="block", unroll=1, dtype="float32", attention="plain",
+    remat="block", unroll=1, dtype="float32", residual_dtype="float32", attention="plain",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M, LinearDiT, patch
 MODEL = LinearDiT(
     in_channels=3, width=16, depth=2, heads=4, cross_heads=2, mlp_ratio=2.5, text_dim=7, patch_size=2,
     qk_norm=True, time_scale=1.0, guidance_embed=True, guidance_scale_factor=0.1, logvar_head=True,
-    remat="none", unroll=1, dtype="float32", attention="plain",
+    remat="none", unroll=1, dtype="float32", residual_dtype="float32", attention="plain",
 )  # fmt: skip
 QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
 BATCH, HEIGHT, WIDE, LENGTH = 3, 4, 6, 5
@@ -243,10 +243,33 @@ def test_loop_variants_change_nothing(remat):
 
 def test_bfloat16_is_close():
     """Fails when the velocity keeps the compute dtype."""
-    out = run(variant(dtype="bfloat16"))(randomised(), *inputs())
+    out = run(variant(dtype="bfloat16", residual_dtype="bfloat16"))(randomised(), *inputs())
     exact = run()(randomised(), *inputs())
     assert out.velocity.dtype == out.logvar.dtype == jnp.float32
     assert 1e-4 < error(out.velocity, exact.velocity) < 0.1
+
+
+def test_a_float32_residual_stream_rounds_less():
+    """A bfloat16 network of 24 blocks against the float32 one. Fails when tokens, or what a block adds to them, are rounded on the way."""
+    x, t, text, mask, guidance = inputs()
+    deep = jax.tree.map(lambda a: 0.3 * np.tile(a, (12,) + (1,) * (a.ndim - 1)), randomised()["blocks"])
+    distance = lambda a, b: np.linalg.norm(np.float64(a) - np.float64(b)) / np.linalg.norm(np.float64(b))
+
+    def results(**dtypes):
+        model = variant(depth=24, **dtypes)
+
+        def outputs(x, t):
+            out = model.apply(randomised() | {"blocks": deep}, x, t, text, mask, guidance, features=(1,))
+            return out.velocity, out.features[0]
+
+        return jax.jit(lambda: jax.jvp(outputs, (x, t), (normals(*x.shape, seed=5), np.ones_like(t))), compiler_options=QUICK)()
+
+    (exact, _), (exact_tangent, _) = results(dtype="float32")
+    (wide, features), (wide_tangent, _) = results(dtype="bfloat16", residual_dtype="float32")
+    (narrow, _), (narrow_tangent, _) = results(dtype="bfloat16", residual_dtype="bfloat16")
+    assert distance(wide, exact) < 0.5 * distance(narrow, exact)
+    assert distance(wide_tangent, exact_tangent) < 0.8 * distance(narrow_tangent, exact_tangent)
+    assert features.dtype == jnp.float32 and np.mean(features == features.astype(jnp.bfloat16)) < 0.1
 
 
 def test_padded_text_has_no_influence():

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import re
 
 import jax
@@ -13,6 +14,7 @@ from test_kernels import TINY
 
 from sprint_jax.kernels import products
 from sprint_jax.models import layers
+from sprint_jax.models.controlnet import Controlled, ControlNet
 
 
 def draws(*shapes):
@@ -111,10 +113,11 @@ def test_tangents_are_those_of_the_plain_product(kind):
             np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
 
 
-def around_a_stopped_tangent(model):
-    """A loss of the parameters like sCM's: (params) -> scalar."""
+def around_a_stopped_tangent(model, apply=None):
+    """A loss of the parameters like sCM's: (params) -> scalar. apply: instead of the model's own."""
+    apply = apply or model.apply
     x, text = draws((2, 8, 8, model.in_channels), (2, 5, model.text_dim))
-    v = lambda params: lambda x: model.apply(params, x, jnp.full((2,), 0.5), text=text, mask=jnp.ones((2, 5))).velocity
+    v = lambda params: lambda x: apply(params, x, jnp.full((2,), 0.5), text=text, mask=jnp.ones((2, 5))).velocity
 
     def loss(params):
         value, J = jax.jvp(v(params), (x,), (jnp.cos(x),))
@@ -133,11 +136,16 @@ def _dots(jaxpr):
                 yield from _dots(inner)
 
 
-def test_a_network_in_bfloat16_mixes_no_operands():
+@pytest.mark.parametrize("residual", ["float32", "bfloat16"])
+def test_a_network_in_bfloat16_mixes_no_operands(residual):
     """No product of forward, tangent or backward pass has one operand of each dtype: a GPU would take it in float32. Fails when
     Dense, or the scores of cross-attention, leave the transposes to JAX."""
-    model = dataclasses.replace(TINY, dtype="bfloat16")
-    jaxpr = jax.make_jaxpr(jax.grad(around_a_stopped_tangent(model)))(model.init(jax.random.key(0)))
+    trunk = dataclasses.replace(TINY, dtype="bfloat16", residual_dtype=residual)
+    control = ControlNet(net=dataclasses.replace(trunk, guidance_embed=False, logvar_head=False), depth=1)
+    model = Controlled(trunk=trunk, control=control)
+    sketch = draws((2, 8, 8, trunk.in_channels), (1,))[0]
+    steered = functools.partial(model.apply, control=sketch, control_scale=jnp.ones((2,)))
+    jaxpr = jax.make_jaxpr(jax.grad(around_a_stopped_tangent(trunk, steered)))(model.init(jax.random.key(0)))
     found = set(_dots(jaxpr.jaxpr))
     # float32 alone: linear attention, as published.
     assert found == {("bfloat16", "bfloat16"), ("float32", "float32")}, found

@@ -55,7 +55,7 @@ def _leaf(key, name, shape, dtype):
 
 def inference(model: LinearDiT, dtype, attention=None) -> LinearDiT:
     """The description as a pipeline runs it. attention: see `_by_kernels`."""
-    model = dataclasses.replace(model, logvar_head=False, remat="none", dtype=dtype)
+    model = dataclasses.replace(model, logvar_head=False, remat="none", dtype=dtype, residual_dtype=dtype)
     return _by_kernels(model, attention, model.width // model.heads, model.width // model.cross_heads, dtype)
 
 

@@ -90,7 +90,7 @@ def _check_class(config, expected, what):
 
 
 def transformer(config: dict, dtype: str) -> LinearDiT:
-    """`transformer/config.json` of diffusers. dtype: compute dtype."""
+    """`transformer/config.json` of diffusers. dtype: of products and of the residual stream, as there."""
     what = "transformer"
     _check_class(config, "SanaTransformer2DModel", what)
     c = _fields(config, _TRANSFORMER, _TRANSFORMER_FIXED, what)
@@ -110,7 +110,7 @@ def transformer(config: dict, dtype: str) -> LinearDiT:
         cross_heads=c["num_cross_attention_heads"], mlp_ratio=c["mlp_ratio"], text_dim=c["caption_channels"],
         patch_size=1, qk_norm=_QK_NORM[c["qk_norm"]], time_scale=float(c["timestep_scale"]),
         guidance_embed=c["guidance_embeds"], guidance_scale_factor=c["guidance_embeds_scale"], logvar_head=False,
-        remat="none", unroll=1, dtype=dtype, attention="plain",
+        remat="none", unroll=1, dtype=dtype, residual_dtype=dtype, attention="plain",
     )  # fmt: skip
 
 

@@ -249,7 +249,7 @@ def read_native(file) -> Checkpoint:
         heads=width // 32, cross_heads=_CROSS_HEADS[width], mlp_ratio=hidden / width, text_dim=text_dim, patch_size=1,
         qk_norm="blocks.0.attn.q_norm.weight" in found, time_scale=1.0,
         guidance_embed="cfg_embedder.mlp.0.weight" in found, guidance_scale_factor=0.1, logvar_head=False,
-        remat="none", unroll=1, dtype="float32", attention="plain",
+        remat="none", unroll=1, dtype="float32", residual_dtype="float32", attention="plain",
     )  # fmt: skip
     params = rules.load(tables.native_transformer(model), found, _abstract(model), None, "transformer")
     return Checkpoint(model, None, None, {"transformer": params}, None, "")

@@ -60,8 +60,8 @@ class ControlNet:
             raise ValueError(f"control has shape {control.shape} and x {x.shape}: they must be equal")
         h, _, modulation, text, _ = net.inputs(params["inputs"], x, t, text, None)
         embed = placement.gathered(params["inputs"]["patch_embed"], dtype)
-        hint = _dense(embed, patchify(control, net.patch_size).astype(dtype))
-        h = h + _dense(placement.gathered(params["zero_in"], dtype), placement.split_over_devices(hint))
+        hint = _dense(embed, patchify(control, net.patch_size), dtype)
+        h = h + _dense(placement.gathered(params["zero_in"], dtype), placement.split_over_devices(hint), dtype)
         scale = scale[:, None, None, None].astype(h.dtype)
 
         text = net.text(params, text)
@@ -69,7 +69,7 @@ class ControlNet:
         def body(h, block_and_zero, text=text):
             block, zero = block_and_zero
             h = net.block(block, h, modulation, text, mask)
-            return h, scale * _dense(placement.gathered(zero, dtype), h)
+            return h, scale * _dense(placement.gathered(zero, dtype), h, dtype)
 
         stack = (params["blocks"], params["zero_out"])
         if isinstance(params["blocks"], list):
@@ -88,8 +88,8 @@ class ControlNet:
         return params | {"blocks": blocks, "text": text, "zero_out": zero_out}
 
 
-def _dense(params, x):
-    return layers.Dense(params["kernel"].shape[-1], dtype=x.dtype).apply({"params": params}, x)
+def _dense(params, x, dtype):
+    return layers.Dense(params["kernel"].shape[-1], dtype=dtype).apply({"params": params}, x)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ class Output:
 
     velocity: [B, H, W, in_channels] float32, or None when only features were asked for.
     logvar: [B] float32, or None when the model has no log-variance head.
-    features: tuple of [B, N, D], the outputs of the blocks asked for, in that order.
+    features: tuple of [B, N, D] in residual_dtype, the outputs of the blocks asked for, in that order.
     """
 
     velocity: jax.Array | None
@@ -136,7 +136,9 @@ class LinearDiT:
     remat: what the backward pass recomputes: "none", "block" (each block, from its input) or "cheap"
       (norms and activations; results of products, attentions and, by kernels, of the gated convolution are kept).
     unroll: blocks per scan step; depth removes the loop, which XLA's CPU backend likes.
-    dtype: compute dtype, "float32" or "bfloat16"; parameters are always float32.
+    dtype: of the operands and results of products, "float32" or "bfloat16"; parameters are always float32.
+    residual_dtype: of the residual stream and of the tables that modulate it: dtype, as in diffusers, or "float32", as the published
+      trainer's autocast has it around products in bfloat16.
     attention: what computes both attentions, one of `kernels.backend.BACKENDS`; parameters are the same for all.
     depthwise: what computes the Mix-FFN's convolution: "plain", or a backend of `kernels/depthwise.py`.
     """
@@ -157,6 +159,7 @@ class LinearDiT:
     remat: str
     unroll: int
     dtype: str
+    residual_dtype: str
     attention: str
     depthwise: str = "plain"
 
@@ -166,6 +169,8 @@ class LinearDiT:
                 raise ValueError(f"width {self.width} is not divisible by {name} {getattr(self, name)}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype!r}: use 'float32' or 'bfloat16'")
+        if self.residual_dtype not in ("float32", self.dtype):
+            raise ValueError(f"residual_dtype {self.residual_dtype!r}: use 'float32', or dtype, which is {self.dtype!r}")
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r}: use one of {', '.join(REMAT)}")
         if self.depthwise not in backend.DEPTHWISE:
@@ -272,9 +277,10 @@ class LinearDiT:
         return placement.split_over_devices(_Block(self).apply({"params": params}, h, modulation, text, mask))
 
     def inputs(self, params, x, t, text, guidance):
-        """(tokens [B, H, W, D], conditioning, modulation, text, logvar): everything before the blocks."""
+        """(tokens [B, H, W, D] in residual_dtype, conditioning, modulation, text, logvar): everything before the blocks."""
         params = placement.gathered(params, self.compute_dtype)
-        *arrays, logvar = _Inputs(self).apply({"params": params}, x, t, text, guidance)
+        tokens, *arrays, logvar = _Inputs(self).apply({"params": params}, x, t, text, guidance)
+        arrays = (tokens.astype(self.residual_dtype), *arrays)
         return (*(placement.split_over_devices(a) for a in arrays), logvar)
 
     def remembering(self, body):
@@ -289,7 +295,7 @@ class LinearDiT:
 _PUBLISHED = dict(
     in_channels=32, text_dim=2304, mlp_ratio=2.5, patch_size=1, qk_norm=True, time_scale=1.0,
     guidance_embed=True, guidance_scale_factor=0.1, logvar_head=True, remat="block", unroll=1,
-    dtype="bfloat16", attention="plain",
+    dtype="bfloat16", residual_dtype="float32", attention="plain",
 )  # fmt: skip
 SANA_600M = LinearDiT(width=1152, depth=28, heads=36, cross_heads=16, **_PUBLISHED)
 SANA_1600M = LinearDiT(width=2240, depth=20, heads=70, cross_heads=20, **_PUBLISHED)
