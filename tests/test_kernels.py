@@ -205,6 +205,28 @@ def test_tangent_that_is_not_stopped(which):
     np.testing.assert_allclose(stopped, jax.grad(beside)(1.0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("weight", ["float32", "bfloat16"])
+def test_a_norm_rounds_as_its_weight_says(weight):
+    """Fails when a float32 weight is rounded, as training has none, and when one in bfloat16 is not multiplied in bfloat16, as in diffusers."""
+    x, w = (jnp.asarray(a, d) for a, d in zip(normals(3, (4, 96), (96,)), ("bfloat16", weight), strict=True))
+    exact = np.asarray(x, np.float64)
+    unit = exact / np.sqrt(np.square(exact).mean(-1, keepdims=True) + EPS)
+    unit = np.asarray(unit.astype(weight), np.float64)
+    expected = (unit * np.asarray(w, np.float64)).astype("bfloat16")
+    found = np.asarray(jax.jit(linear_attention.rms_norm, static_argnums=2)(x, w, EPS))
+    assert np.mean(found != expected) < 0.01
+
+
+def test_kernels_round_norms_as_plain():
+    """Linear attention with weights in either dtype, almost all results the same bfloat16. Fails when a kernel rounds x / rms otherwise."""
+    for weight in ("float32", "bfloat16"):
+        arrays, _, _ = linear_case(7, 1, 64, 2, 32, True, jnp.bfloat16)
+        arrays = (*arrays[:3], *(jnp.asarray(a, weight) for a in arrays[3:]))
+        plain = linear(linear_attention.plain, 2)(*arrays)
+        found = linear(linear_attention.attention, 2, backend=HERE)(*arrays)
+        assert np.mean(found != plain) < 0.05
+
+
 @pytest.mark.slow
 def test_bfloat16_is_as_good_as_plain():
     """Over several draws each output's distance to float64 is at most 3 % more than plain's.

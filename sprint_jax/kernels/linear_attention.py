@@ -32,10 +32,13 @@ EPS = 1e-15  # of the denominator, diffusers; the official repository uses 1e-8
 
 
 def rms_norm(x, weight, eps):
-    """RMSNorm over the last axis. [..., D], weight [D] -> [..., D], computed in float32."""
+    """RMSNorm over the last axis. [..., D], weight [D] -> [..., D] in x's dtype, computed in float32.
+
+    x / rms has the weight's dtype: a weight in float32, as in training, leaves one rounding; one in bfloat16 three, as in diffusers.
+    """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + eps)
-    return x32.astype(x.dtype) * weight.astype(x.dtype)
+    return (x32.astype(weight.dtype) * weight).astype(x.dtype)
 
 
 def by_heads(q, k, v):
@@ -280,8 +283,8 @@ def _sum_of(r, key):
     return jax.lax.fori_loop(1, r[key].shape[0], lambda i, sums: sums + r[key][i], r[key][0])
 
 
-def _weight(dtype, r, key):
-    return rounded(r[key][...].astype(jnp.float32), dtype)
+def _weight(r, key):
+    return r[key][...].astype(jnp.float32)
 
 
 def _inverse_rms(t, r, x, rows):
@@ -294,12 +297,12 @@ def _load(r, key, rows):
 
 
 def _features(t, dtype, r, x, rows):
-    """(relu(x'), x', x / rms) of the tokens `rows` of q or k, float32, the last two as `dtype` rounds them."""
+    """(relu(x'), x', x / rms) of the tokens `rows` of q or k, float32, rounded as `rms_norm` has them."""
     value = _load(r, x, rows).astype(jnp.float32)
     if t.eps is None:
         return jnp.maximum(value, 0), value, value
-    unit = rounded(value * _inverse_rms(t, r, x, rows), dtype)
-    value = rounded(unit * _weight(dtype, r, f"weight_{x}"), dtype)
+    unit = rounded(value * _inverse_rms(t, r, x, rows), r[f"weight_{x}"].dtype)
+    value = rounded(unit * _weight(r, f"weight_{x}"), dtype)
     return jnp.maximum(value, 0), value, unit
 
 
@@ -311,9 +314,9 @@ def _moved_features(t, dtype, r, x, rows):
         inverse = _inverse_rms(t, r, x, rows)
         moved_inverse = -(inverse**3) * r[f"along_{x}"][rows, :] / t.width
         moved = moved * inverse + _load(r, x, rows).astype(jnp.float32) * moved_inverse
-        moved = moved * _weight(dtype, r, f"weight_{x}")
+        moved = moved * _weight(r, f"weight_{x}")
         if f"dweight_{x}" in r:
-            moved = moved + unit * _weight(dtype, r, f"dweight_{x}")
+            moved = moved + unit * _weight(r, f"dweight_{x}")
     return out, rounded(jnp.where(value > 0, moved, 0.0), dtype)
 
 
@@ -385,7 +388,7 @@ def _store_norm_gradient(t, dtype, r, x, rows, gradient, value, unit):
     if t.eps is None:
         r[f"g{x}"][rows, :] = gradient.astype(dtype)
         return jnp.zeros((1, t.channels), jnp.float32)
-    of_unit = rounded(gradient * _weight(dtype, r, f"weight_{x}"), dtype)
+    of_unit = rounded(gradient * _weight(r, f"weight_{x}"), dtype)
     r[f"g{x}"][rows, :] = of_unit.astype(dtype)
     r[f"along_{x}"][rows, :] = (of_unit * _load(r, x, rows).astype(jnp.float32)).sum(1, keepdims=True)
     return _column_sum(gradient * unit)
