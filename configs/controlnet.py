@@ -10,8 +10,9 @@ Presets
               pictures stay on the grid, so a drawing is snapped to the nearest clean composition.
   smoke       the same cut down to seconds.
   sana_600m, sana_1600m
-              seven copied blocks and scribbles of HED, as published for the multi-step ControlNet; its rate, warm-up
-              and batch are those of the released files. The paper's distilled one was never released: its phase is
+              seven copied blocks and scribbles of HED, as published for the multi-step ControlNet; its rate and warm-up
+              are those of the released files, whose batch of 16 is that of one GPU: the rate is 1e-4 times sqrt(control.batch / 256),
+              by the released trainer's rule, 2.5e-5 at the 16 that stand here. The paper's distilled one was never released: its phase is
               configs/sprint.py:sana_600m with the condition given to teacher and student. It needs a teacher with
               QK-norm (configs/teacher.py), at most 16 devices or a larger control.batch, and data encoded with the condition:
 
@@ -40,7 +41,6 @@ def get_config(preset="shapes"):
     if preset.startswith("sana_"):
         # Steps: the released files train until stopped; 20 000 updates are this project's choice.
         config.control.update(depth=7, condition="scribble", steps=20000)
-        config.teacher.time_shift = 4.0 if preset == "sana_600m" else 3.0
         return config
     if preset == "smoke":
         config.control.update(depth=1, steps=8, batch=8, freehand=0.5)

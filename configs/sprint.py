@@ -152,13 +152,13 @@ def sana(preset):
     config.teacher = dict(
         pretrained="models/teacher", start="",
         steps=0, batch=1024, accumulate=1, ema=0.0, caption_dropout=0.1, border_start=False,
-        time_mean=0.0, time_std=1.0, time_shift=3.0,
+        time_mean=0.0, time_std=1.0, time_shift=4.0 if preset == "sana_600m" else 3.0,
         base_qk_norm=True, base_time_scale=1.0, finetune_steps=0, finetune_lr=2e-5,
         optimizer=came(lr=2e-5, reference_batch=0, warmup=2000),
     )  # fmt: skip
     config.control = dict(  # see configs/controlnet.py
         depth=0, condition="hed", pretrained="", steps=0, batch=16, dropout=0.0, freehand=0.0,
-        optimizer=came(lr=1e-4, reference_batch=0, warmup=30),
+        optimizer=came(lr=1e-4, reference_batch=256, warmup=30),
     )  # fmt: skip
     config.sprint = dict(
         steps=20000, batch=512, accumulate=1, ema=0.0,

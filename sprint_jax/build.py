@@ -1,6 +1,7 @@
 """Networks and the embedded text encoder and pixel codec of a configuration: the one place that builds them."""
 
 import dataclasses
+import math
 import pathlib
 
 import jax
@@ -106,6 +107,13 @@ def published_transformer(path, model: LinearDiT):
     """
     found, params = folder.read_transformer(path)
     _same(path, "transformer", found, model)
+    # 1 says nothing: it is also what folders have that do not name a scale, of teachers for [0, 1] and of SANA for [0, 1000].
+    if found.time_scale != 1.0 and not math.isclose(1000 * found.time_scale, model.time_scale):
+        raise UserError(
+            f"{path} holds a transformer with timestep_scale={found.time_scale}, which of flow times in [0, 1] is a time_scale of "
+            f"{1000 * found.time_scale:g}, the config asks for {model.time_scale:g}: change config.model.time_scale or "
+            "config.teacher.base_time_scale, or give another folder"
+        )
     return params
 
 

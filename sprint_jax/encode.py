@@ -43,7 +43,10 @@ _INSTRUCTION = flags.DEFINE_string(
     "Text file with the instruction before each caption; '' for none; default: the model's.",
 )  # fmt: skip
 _DTYPE = flags.DEFINE_enum(
-    "encode_dtype", None, ["bfloat16", "float32"], "Of the encoders; default: bfloat16, on a CPU float32."
+    "encode_dtype", None, ["bfloat16", "float32"], "Of the text encoder; default: bfloat16, on a CPU float32."
+)
+_PIXELS_DTYPE = flags.DEFINE_enum(
+    "pixels_dtype", "float32", ["bfloat16", "float32"], "Of the autoencoder; the published trainer's is float32."
 )
 _SIZES = flags.DEFINE_string(
     "sizes", None,
@@ -247,7 +250,9 @@ def _of_folder(path) -> Encoders:
     dtype = _DTYPE.value or pipeline.default_dtype()
     say = lambda message: print(message, file=sys.stderr, flush=True)
     # Stacks on every platform, for the identity's sake.
-    pipe = pipeline.load(path, dtype=dtype, instruction=_INSTRUCTION.value, platform="", say=say)
+    pipe = pipeline.load(
+        path, dtype=dtype, pixels_dtype=_PIXELS_DTYPE.value, instruction=_INSTRUCTION.value, platform="", say=say
+    )
     if not isinstance(pipe.pixels, parts.AutoencoderPixels):
         raise UserError(
             f"--encoder={path} is a run directory: give its config file, a diffusers folder, or one made by "
@@ -262,6 +267,8 @@ def identity(pipe, path):
 
     pipe: from `pipeline.load`. path: the folder it was loaded from.
     """
+    import jax
+
     from sprint_jax import weights
 
     digest = hashlib.sha256()
@@ -273,7 +280,9 @@ def identity(pipe, path):
             digest.update(file.name.encode() + file.read_bytes())
     digest.update(pipe.text.prompts.prefix.tobytes())
     names = f"{type(pipe.pixels.model).__name__} and {type(pipe.text.model).__name__}"
-    return f"{names}, {pipe.dtype}, {digest.hexdigest()[:16]}"
+    of_pixels = jax.tree.leaves(pipe.params["pixels"])[0].dtype.name
+    dtypes = pipe.dtype if of_pixels == pipe.dtype else f"{of_pixels} and {pipe.dtype}"
+    return f"{names}, {dtypes}, {digest.hexdigest()[:16]}"
 
 
 def _text_size(text, kind):

@@ -84,7 +84,7 @@ class Pipeline:
 
 
 def load(
-    path, *, dtype="bfloat16", attention=None, controlnet=None, instruction=None, tile=False, platform=None,
+    path, *, dtype="bfloat16", pixels_dtype=None, attention=None, controlnet=None, instruction=None, tile=False, platform=None,
     say=lambda message: None,
 ) -> Pipeline:  # fmt: skip
     """A pipeline from a diffusers folder, a folder converted by `sprint_jax.convert`, or a run directory.
@@ -92,6 +92,7 @@ def load(
     Args:
       dtype: "bfloat16" or "float32", of the parameters and of the computation. Latents, times and
         normalisations are float32 in both.
+      pixels_dtype: the same for the autoencoder of a published model; None is dtype.
       attention: "plain" for no kernels at all, or "pallas" for those of attention and of depthwise convolutions where the device has
         them; `say` is told where it has none of attention. None takes them on an NVIDIA GPU. What a run directory was trained with does not matter.
       controlnet: folder with a diffusers ControlNet to steer the model by. A run directory trained with one has its own,
@@ -106,11 +107,12 @@ def load(
     Raises UserError for anything that is not a whole model of one of the three kinds.
     """
     path = pathlib.Path(path)
-    if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    for name, value in (("dtype", dtype), ("pixels_dtype", pixels_dtype or dtype)):
+        if value not in DTYPES:
+            raise UserError(f"{name} {value!r}: use one of {', '.join(DTYPES)}")
     if attention is not None and attention not in backend.WANTED:
         raise UserError(f"attention {attention!r}: use one of {', '.join(backend.WANTED)}")
-    pipe = _load(path, dtype=dtype, instruction=instruction, tile=tile, platform=platform, say=say)
+    pipe = _load(path, dtype=dtype, pixels_dtype=pixels_dtype or dtype, instruction=instruction, tile=tile, platform=platform, say=say)
     if controlnet is not None:
         say(f"reading {controlnet}")
         pipe = _with_controlnet(pipe, controlnet, "controlnet" in parts.block_by_block(platform))
@@ -125,7 +127,7 @@ def load(
     if not isinstance(pipe.pixels, parts.AutoencoderPixels):
         return pipe
     # A TPU's kernel would fill heads of 32 up to 128 lanes.
-    of_heads, _ = backend.resolve(wanted, here, pipe.pixels.model.head_dim, None, dtype)
+    of_heads, _ = backend.resolve(wanted, here, pipe.pixels.model.head_dim, None, pixels_dtype or dtype)
     of_heads = of_heads if of_heads != "tpu" else "plain"
     in_turn = platform is None and backend.launches_cost(here)
     return dataclasses.replace(pipe, pixels=_pixels(pipe.pixels, attention=of_heads), in_turn=in_turn)
@@ -172,21 +174,21 @@ def _with_controlnet(pipe, path, unrolled):
     return dataclasses.replace(pipe, model=model, params=pipe.params | {"transformer": both}, programs={})
 
 
-def _load(path, *, dtype, instruction, tile, platform, say):
+def _load(path, *, dtype, pixels_dtype, instruction, tile, platform, say):
     if not path.is_dir():
         raise UserError(f"no directory {path}: give a diffusers folder, a converted model, the --workdir of a run, or an exported file")
     unrolled = parts.block_by_block(platform)
-    place = functools.partial(_place, unrolled)
+    options = dict(dtype=dtype, pixels_dtype=pixels_dtype, place=functools.partial(_place, unrolled), say=say)
     if folder.is_diffusers(path):
         wording = instruction_lib.published(instruction)
-        checkpoint = folder.read_diffusers(path, dtype=dtype, instruction=wording, place=place, say=say)
+        checkpoint = folder.read_diffusers(path, instruction=wording, **options)
         return _published(checkpoint, dtype, tile, unrolled)
     if folder.is_ours(path):
-        checkpoint = folder.read_ours(path, dtype=dtype, place=place, say=say)
+        checkpoint = folder.read_ours(path, **options)
         if instruction is not None:
             checkpoint = dataclasses.replace(checkpoint, instruction=instruction_lib.published(instruction))
         return _published(checkpoint, dtype, tile, unrolled)
-    return _run(path, dtype, instruction=instruction, tile=tile, platform=platform, say=say)
+    return _run(path, dtype, pixels_dtype=pixels_dtype, instruction=instruction, tile=tile, platform=platform, say=say)
 
 
 def _published(checkpoint, dtype, tile, unrolled):

@@ -1,4 +1,4 @@
-"""Aspect-ratio bins of the published models: the sizes of about one megapixel that they were trained at."""
+"""Aspect-ratio bins of the published models: diffusers' sizes of about one megapixel for them (the trainer has a finer table of 40)."""
 
 import jax
 import numpy as np

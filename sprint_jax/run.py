@@ -175,7 +175,10 @@ def _teacher(job):
     """Parameters of the teacher: loaded, found finished, or trained (and fine-tuned) here."""
     t, model = job.config.teacher, build.teacher(job.config)
     if t.pretrained:
-        job.say(f"teacher: weights from {build.asset(t.pretrained)}")
+        path = build.asset(t.pretrained)
+        job.say(f"teacher: weights from {path}")
+        if path.is_dir() and model.time_scale == 1.0:
+            job.say("teacher: told times in [0, 1]; a SANA made for [0, 1000] would draw noise, fine-tune it by configs/teacher.py first")
         return inputs.teacher_weights(t.pretrained, model)
     finished = job.workdir / names.TEACHER
     if _done(finished):

@@ -17,7 +17,7 @@ from sprint_jax.errors import UserError
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be repeated.")
 _BINNING = flags.DEFINE_bool(
-    "resolution_binning", False, "Make the nearest size the published models were trained at, then resize."
+    "resolution_binning", False, "Make the nearest of diffusers' sizes for the published models, then resize."
 )
 _IMAGE = flags.DEFINE_string("image", None, "Picture to start from.")
 _CONTROL = flags.DEFINE_string("control", None, "Sketch for a model with a ControlNet: a picture, white lines on black.")

@@ -469,6 +469,12 @@ def test_identity_is_of_what_is_in_it(published, pipe, tmp_path):
     bent = {**tree, leaf: _bend(tree[leaf])}
     other = dataclasses.replace(pipe, params=pipe.params | {"text": pipe.params["text"] | {"model": bent}})
     assert encode.identity(other, published / "model") != name
+    for path in (published / "model", tmp_path / "ours"):  # pictures as in float32 beside text in bfloat16
+        mixed = pipeline.load(path, dtype="bfloat16", pixels_dtype="float32", instruction=published / "instruction.txt")
+        assert {a.dtype.name for a in jax.tree.leaves(mixed.params["pixels"])} == {"float32"}
+        assert {a.dtype.name for a in jax.tree.leaves(mixed.params["text"]["model"])} == {"bfloat16"}
+        assert (mixed.model.dtype, mixed.model.residual_dtype) == ("bfloat16", "bfloat16")
+        assert encode.identity(mixed, path).startswith("DCAE and Gemma2, float32 and bfloat16, ")
     bare = pipeline.load(tmp_path / "ours", dtype="float32", instruction="")
     assert encode.identity(bare, tmp_path / "ours") != name
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -205,3 +206,11 @@ def test_a_published_transformer_as_teacher(tmp_path_factory):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(UserError, match=f"depth={model.depth}, the config asks for 9"):
         inputs.teacher_weights(str(path), dataclasses.replace(model, depth=9))
+    # A scale of a thousandth is that of times in [0, 1] told in thousandths.
+    told = tmp_path_factory.mktemp("told") / "transformer"
+    shutil.copytree(path / "transformer", told)
+    described = json.loads((told / "config.json").read_text())
+    (told / "config.json").write_text(json.dumps(described | {"timestep_scale": 0.001}))
+    inputs.teacher_weights(str(told), dataclasses.replace(model, time_scale=1.0))
+    with pytest.raises(UserError, match="timestep_scale=0.001, .* a time_scale of 1, the config asks for 1000: change"):
+        inputs.teacher_weights(str(told), dataclasses.replace(model, time_scale=1000.0))

@@ -79,10 +79,10 @@ def _dtype(dtype):
     return None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
 
 
-def read_diffusers(path, *, dtype, instruction: str, place=_keep, say=lambda message: None) -> Checkpoint:
+def read_diffusers(path, *, dtype, instruction: str, pixels_dtype=None, place=_keep, say=lambda message: None) -> Checkpoint:
     """A SANA-Sprint pipeline folder.
 
-    dtype: "float32" or "bfloat16" for every part, or None to keep what the files hold.
+    dtype: "float32" or "bfloat16" for every part, or None to keep what the files hold. pixels_dtype: of the autoencoder, None for dtype.
     place: (part, path, NumPy array) -> leaf, called for each array as soon as it is read.
     Raises UserError for a folder that lacks a part, has one of another kind, or damaged files.
     """
@@ -112,7 +112,7 @@ def read_diffusers(path, *, dtype, instruction: str, place=_keep, say=lambda mes
         say(f"reading {folder}")
         found = tensors.find(path / folder, stem)
         rows = getattr(tables, part)(models[part])
-        params[part] = _load(part, rows, found, models[part], dtype, place)
+        params[part] = _load(part, rows, found, models[part], _dtype_of(part, dtype, pixels_dtype), place)
     return Checkpoint(**models, params=params, tokenizer=path / "tokenizer", instruction=instruction)
 
 
@@ -133,6 +133,10 @@ def read_controlnet(path) -> tuple[ControlNet, Any]:
     path = path / inner if (path / inner).is_dir() else path
     model = configs.controlnet(configs.read_json(path / "config.json"), "float32")
     return model, _load("controlnet", tables.controlnet(model), tensors.find(path, stem), model, "float32", _keep)
+
+
+def _dtype_of(part, dtype, pixels_dtype):
+    return pixels_dtype if part == "autoencoder" and pixels_dtype else dtype
 
 
 def _load(part, rows, found, model, dtype, place):
@@ -179,20 +183,20 @@ _INDEX_JSON = {
 }  # fmt: skip
 
 
-def read_ours(path, *, dtype, place=_keep, say=lambda message: None) -> Checkpoint:
-    """A folder made by `write_ours`. dtype, place: as in `read_diffusers`."""
-    path = pathlib.Path(path)
+def read_ours(path, *, dtype, pixels_dtype=None, place=_keep, say=lambda message: None) -> Checkpoint:
+    """A folder made by `write_ours`. dtype, pixels_dtype, place: as in `read_diffusers`."""
+    path, compute = pathlib.Path(path), dtype or "float32"
     described = configs.read_json(path / MODEL)
     if described.get("format") != _FORMAT:
         raise UserError(f"{path / MODEL} has format {described.get('format')!r}, this version reads {_FORMAT!r}: convert again")
     try:
         models = {
-            "transformer": LinearDiT(**described["transformer"] | {"dtype": dtype or "float32", "attention": "plain"}),
+            "transformer": LinearDiT(**described["transformer"] | {"dtype": compute, "residual_dtype": compute, "attention": "plain"}),
             "autoencoder": _autoencoder(described["autoencoder"]),
             "text_encoder": Gemma2(**described["text_encoder"]),
         }
         if "controlnet" in described:
-            models["controlnet"] = configs.controlnet(described["controlnet"], dtype or "float32")
+            models["controlnet"] = configs.controlnet(described["controlnet"], compute)
         instruction = described["instruction"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path / MODEL} does not describe a model ({error}): convert again") from None
@@ -200,7 +204,7 @@ def read_ours(path, *, dtype, place=_keep, say=lambda message: None) -> Checkpoi
     for part, model in models.items():
         say(f"reading {part}")
         rows = [rules.Row(name, leaf.shape, name) for name, leaf in weights.flatten(_abstract(model)).items()]
-        params[part] = _load(part, rows, tensors.scan(path / f"{part}.safetensors"), model, dtype, place)
+        params[part] = _load(part, rows, tensors.scan(path / f"{part}.safetensors"), model, _dtype_of(part, dtype, pixels_dtype), place)
     return Checkpoint(**models, params=params, tokenizer=path / "tokenizer", instruction=instruction)
 
 
@@ -218,9 +222,10 @@ def write_ours(path, checkpoint: Checkpoint):
         described = {part: dataclasses.asdict(getattr(checkpoint, part)) for part in PARTS[:3]}
         if checkpoint.controlnet is not None:
             described["controlnet"] = configs.controlnet_json(checkpoint.controlnet)
+        del described["transformer"]["residual_dtype"]  # says how to compute, not what, like the next ones: the reader chooses
         for part in ("transformer", "autoencoder"):
             for field in ("attention", "depthwise"):
-                del described[part][field]  # says how to compute, not what: the reader chooses
+                del described[part][field]
         described |= {"format": _FORMAT, "instruction": checkpoint.instruction}
         (partial / MODEL).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for part in checkpoint.parts():

@@ -18,7 +18,8 @@ def dense(x, kernel, rounded=False):
     """x [..., n] times kernel [n, m], multiplied in x's dtype and summed in float32 -> [..., m] float32.
 
     rounded: in x's dtype instead, for a product to which nothing is added: where a library multiplies, that spares a pass over it.
-    A kernel with more digits than x keeps them in its gradient, which is summed in float32 over samples and devices.
+    A kernel with more digits than x keeps them in its gradient, which is summed in float32 over samples and devices. Training steps
+    hand over kernels in x's dtype (`placement.gathered`), so theirs is rounded once after that sum, as under PyTorch's autocast.
     """
     if x.dtype == jnp.float32:
         return jnp.matmul(x, kernel.astype(x.dtype))

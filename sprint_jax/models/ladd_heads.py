@@ -65,7 +65,7 @@ def _init_head(key, width):
         }
         kernel = params[name]["kernel"]
         vectors = {"u": _unit(jax.random.normal(k_u, shape[1:])), "v": jnp.zeros(shape[:1])}
-        # As PyTorch does, so that the first generator steps see a true sigma.
+        # So that the first generator steps see a true sigma. The published heads' spectral_norm begins from random u and v, without these.
         spectral[name] = jax.lax.fori_loop(0, 15, lambda _, v: power_iteration(kernel, v), vectors)
     for name in ("norm_in", "norm_mid"):
         params[name] = {"scale": jnp.ones((width,)), "bias": jnp.zeros((width,))}
