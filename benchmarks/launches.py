@@ -24,6 +24,7 @@ def main():
     parser.add_argument("--size", choices=("0.6b", "1.6b"), default="0.6b")
     parser.add_argument("--attention", choices=("plain", "pallas"), default="plain")
     parser.add_argument("--remat", choices=("none", "block", "cheap"), default="cheap")
+    parser.add_argument("--residual", choices=("float32", "bfloat16"), default="float32", help="of a pair's residual streams, see model.residual_dtype")
     parser.add_argument("--unroll", type=int, default=1, help="blocks per step of a pair's loops; the depth removes them")
     parser.add_argument("--device", choices=("h200", "h100", "a100"), default="h200")
     parser.add_argument("--longest", type=int, default=0, help="list so many launches that move most bytes")
@@ -101,8 +102,8 @@ def _pair(options, device):
 
     preset = "sana_600m" if options.size == "0.6b" else "sana_1600m"
     with mock.patch.object(jax, "default_backend", lambda: "gpu"):  # what kernels are chosen by
-        c = suites.published_card(preset, options.remat, options.attention, options.unroll)
-        what = f"of {preset}, {c.sprint.batch} samples, remat {options.remat}, attention {options.attention}"
+        c = suites.published_card(preset, options.remat, options.attention, options.unroll, options.residual)
+        what = f"of {preset}, {c.sprint.batch} samples, remat {options.remat}, attention {options.attention}, residual {options.residual}"
         stage = run.sprint_stage(c, inputs.Abstract(c), jax.eval_shape(build.distilled_teacher(c).init, jax.random.key(0)))
         placed = loop.Placed.on(stage, sharding.mesh(1, 1, gpus.devices(device, 1, 1)))
         batch = inputs.abstract_batch(c, c.sprint.batch)

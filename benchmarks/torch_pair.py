@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations
 
 from sprint_jax import build
 from sprint_jax.benchmarking import bench as bench_lib
-from sprint_jax.benchmarking import timing
+from sprint_jax.benchmarking import machine, timing
 from sprint_jax.conversion import tables
 from sprint_jax.diffusion import trigflow
 from sprint_jax.models.ladd_heads import GROUP, KERNEL
@@ -380,6 +380,20 @@ def to_torch(drawn, on=torch.device("cpu")):
     return jax.tree.map(lambda a: peers.nchw(a, on) if a.ndim == 4 else peers.tensor(a, on), drawn)
 
 
+def _seconds(pair, choice, batch, wait):
+    """What a generator step takes in this way; infinity where memory is too small for it."""
+    pair.set(choice)
+    try:
+        for _ in range(2):
+            begin = time.perf_counter()
+            wait(pair.generator_step(batch))
+            took = time.perf_counter() - begin
+    except torch.OutOfMemoryError:
+        machine.collect()
+        return math.inf
+    return took
+
+
 def program(bench, c, frozen, state, batch):
     """Both steps on `batch`, in the fastest of CHOICES. Raises NoPeer for a config that is written only in JAX."""
     s = c.sprint
@@ -390,14 +404,9 @@ def program(bench, c, frozen, state, batch):
     ours = batch_of_ours(batch, on)
     pair = of_ours(c, frozen, state, CHOICES[0], on)
     wait = (lambda result: None) if on.type == "cpu" else (lambda result: torch.cuda.synchronize())
-    seconds = []
-    for choice in CHOICES:
-        pair.set(choice)
-        for _ in range(2):
-            begin = time.perf_counter()
-            wait(pair.generator_step(ours))
-            took = time.perf_counter() - begin
-        seconds.append(took)
+    seconds = [_seconds(pair, choice, ours, wait) for choice in CHOICES]
+    if min(seconds) == math.inf:
+        raise torch.OutOfMemoryError("none of the ways to take a generator step fits this device's memory")
     chosen = CHOICES[int(np.argmin(seconds))]
     pair.set(chosen)
 

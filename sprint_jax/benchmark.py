@@ -76,6 +76,8 @@ def _cases():
     if _ONLY.value is None:
         return cases
     names = [case.name for case in cases]
+    if not _ONLY.value:
+        raise UserError(f"--only= names no case: leave it out for all of --suite={_SUITE.value}, or use some of {', '.join(names)}")
     for pattern in _ONLY.value:
         if not fnmatch.filter(names, pattern):
             raise UserError(f"--only={pattern} names no case of --suite={_SUITE.value}: use some of {', '.join(names)}")

@@ -241,6 +241,9 @@ def _opened(path):
     """The archive; whatever is wrong with its bytes is one line."""
     try:
         with zipfile.ZipFile(path) as archive:
+            packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+            if packed:
+                raise zipfile.BadZipFile(f"{packed[0]} is compressed")
             yield archive
     except (UserError, jax.errors.JaxRuntimeError):  # of the device, such as too little memory, not of the file
         raise

@@ -283,6 +283,8 @@ def over_devices(pipe, devices):
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
     pipe = _by(pipe, attention="plain", depthwise="plain")  # left to itself the compiler would gather a kernel's operands
+    if isinstance(pipe.pixels, parts.AutoencoderPixels):
+        pipe = dataclasses.replace(pipe, pixels=dataclasses.replace(pipe.pixels, spread=True))
     return dataclasses.replace(pipe, params=jax.device_put(pipe.params, whole), rows=rows)
 
 

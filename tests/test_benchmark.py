@@ -60,7 +60,7 @@ def test_text_floor():
     assert behind < floors.gemma(GEMMA2_2B, 512, itemsize=2).flop - floors.gemma(GEMMA2_2B, 200, itemsize=2).flop
 
 
-@pytest.mark.parametrize("model,generator,discriminator", [(SANA_600M, 11.9, 4.51), (SANA_1600M, 33.5, 15.6)])
+@pytest.mark.parametrize("model,generator,discriminator", [(SANA_600M, 11.9, 4.48), (SANA_1600M, 33.5, 15.44)])
 def test_training_floor(model, generator, discriminator):
     """TFLOP a sample, the tangent sharing its value with the pass that is differentiated."""
     made = lambda step: step(model, 1024, 300, HEADS, batch=16, itemsize=2).flop / 16e12
@@ -217,6 +217,34 @@ def test_failures_are_rows_and_the_rest_goes_on():
     assert gone.error == "RuntimeError: out of memory" and gone.ours_s is None
 
 
+def test_a_peer_that_fails_late_leaves_ours():
+    """A peer that runs once and then no more, and one whose second step fails. Fails when what a peer raises between the measurements ends them,
+    and when a peer is built before ours has run."""
+    order = []
+
+    def ours():
+        order.append("ours")
+        return np.array([1.0])
+
+    def later(count):
+        order.append("peer")
+        calls = iter(range(count))
+        return timing.Program({"": timing.Call(lambda: next(calls), lambda r: None)}, lambda: np.array([1.0]))
+
+    def never():
+        raise RuntimeError("no memory for a step")
+
+    steps = {"generator": timing.Call(lambda: None, lambda r: None), "discriminator": timing.Call(never, lambda r: None)}
+    subject = bench_lib.Subject(
+        timing.Program({"": timing.Call(lambda: None, lambda r: None)}, ours), 0.5, "float32", None,
+        (("two steps", lambda: timing.Program(steps)), ("tires", lambda: later(1))),
+    )  # fmt: skip
+    second, tired = bench_lib.measure(bench_lib.Case("c", lambda bench: subject), bench())
+    assert order == ["ours", "peer"]
+    assert second.error == "RuntimeError: no memory for a step" and tired.error.startswith("StopIteration")
+    assert None not in (second.ours_s, tired.ours_s) and second.peer_s is tired.peer_s is None
+
+
 def test_operations_are_summed_by_name():
     """Two streams overlap: what runs at once is busy once, and what lies between is waiting. Fails when busy is the sum, or a wait begins where the last stream to start ended."""
     events = [("b", 3.0, 4.0), ("a", 0.0, 2.0), ("b", 1.0, 2.5), ("a", 6.0, 7.0)]
@@ -266,6 +294,7 @@ def test_bad_flags_are_one_line(command, tmp_path):
     flags = {
         "--suite=cpu": ["--only=dcae*,nothing_like_it"],
         "--suite": ["--out=x.json"],
+        "--only=": ["--suite=cpu", "--only="],
         "--repeats=0": ["--suite=cpu", "--repeats=0"],
         f"--out={tmp_path}/missing/x.json": ["--suite=cpu", f"--out={tmp_path}/missing/x.json"],
         "--out=x.txt": ["--suite=cpu", "--out=x.txt"],

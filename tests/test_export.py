@@ -138,6 +138,11 @@ def test_a_file_that_is_not_whole(file, tmp_path):
         broken.write_bytes(flipped(places[name] + 100))
         with pytest.raises(UserError, match="not a whole file"):
             exported.load(broken)
+    entry = data.index(b"PK\x01\x02")  # the first of the directory, whose tenth byte says how its member is compressed
+    for method in (8, 12, 14):
+        broken.write_bytes(data[: entry + 10] + bytes([method]) + data[entry + 11 :])
+        with pytest.raises(UserError, match="not a whole file"):
+            exported.load(broken)
     broken.write_bytes(flipped(places["programs/2_16_2_32_32.bin"] + 100))
     with pytest.raises(UserError, match="not a whole file"):
         drawing.generate(exported.load(broken), ["a circle"], steps=2)

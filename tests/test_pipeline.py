@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sprint_jax import drawing, pictures, pipeline, resolutions
+from sprint_jax import drawing, parts, pictures, pipeline, resolutions
 from sprint_jax.data import prompts as prompts_lib
 from sprint_jax.diffusion import samplers
 from sprint_jax.errors import UserError
@@ -146,6 +146,41 @@ def test_space_to_channels_and_back():
     folded = dc_ae.space_to_channels(x)
     np.testing.assert_array_equal(dc_ae.channels_to_space(folded), x)
     np.testing.assert_array_equal(folded[0, 1, 2].reshape(3, 2, 2)[:, 1, 0], x[0, 3, 4])
+
+
+def test_a_batch_in_parts():
+    """Equal parts of at most so many samples, in their order; what fits goes through whole. Fails when the parts are put together wrongly."""
+    seen, x = [], jnp.arange(12.0).reshape(6, 2)
+
+    def double(part):
+        seen.append(len(part))
+        return 2 * part
+
+    for most, size in ((6, 6), (5, 3), (3, 3), (1, 1), (100, 6)):
+        np.testing.assert_array_equal(dc_ae.in_parts(double, x, most), 2 * x)
+        assert seen.pop() == size
+    # At 1024 px the last stage has 2^20 x 128 elements a picture, at 4096 px one picture is too many.
+    assert [dc_ae.pictures_at_once(dc_ae.DCAE_F32C32, side**2) for side in (512, 1024, 4096)] == [63, 15, 1]
+
+
+def test_a_large_batch_is_decoded_and_encoded_in_parts(monkeypatch):
+    """The same pictures and latents. Fails when a batch beyond the limit goes through whole, or the arrays of a batch spread over devices are cut."""
+    stage = dc_ae.Stage(8, 1, dc_ae.RESIDUAL, ())
+    model = dc_ae.DCAE(in_channels=3, latent_channels=4, head_dim=8, encoder=(stage,) * 2, decoder=(stage,) * 2, scaling_factor=0.5)
+    params, z = model.init(jax.random.key(0)), normals(4, 4, 4, 4)
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+
+    def both(**changes):
+        pixels = parts.AutoencoderPixels(model, tile=False, **changes)
+        text = str(jax.make_jaxpr(pixels.decode)(params, z)) + str(jax.make_jaxpr(pixels.encode)(params, images))
+        return np.int32(pixels.decode(params, z)), pixels.encode(params, images), text.count("scan[")
+
+    *whole, none = both()
+    monkeypatch.setattr(dc_ae, "MOST_ELEMENTS", 2 * 64 * 8 + 1)  # two pictures of 8 x 8
+    *cut, two = both()
+    assert (none, two, both(spread=True)[2]) == (0, 2, 0)
+    assert np.abs(whole[0] - cut[0]).max() <= 1
+    np.testing.assert_allclose(whole[1], cut[1], rtol=1e-5, atol=1e-5)
 
 
 def test_tiles_of_a_local_function_are_seamless():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import gc
 import importlib
 import time
 from collections.abc import Callable
@@ -69,7 +68,7 @@ class Bench:
             return make()
         if self._kept.get(kind, (None, None))[0] != key:
             self._kept.pop(kind, None)
-            gc.collect()
+            machine.collect()
             self._kept[kind] = key, make()
         return self._kept[kind][1]
 
@@ -154,29 +153,46 @@ def measure(case: Case, bench: Bench) -> list[rows.Row]:
             row, dtype=subject.dtype, compile_s=subject.compile_s, note=subject.note, **work
         )  # fmt: skip
         built, result = {"ours": subject.program}, None
+        peers = subject.peers if bench.with_peers else ()
+        if peers and subject.program.result:
+            result = subject.program.result()  # before a peer takes memory that it does not give back
         waiting = []  # (row, label of a program that runs, or None)
-        for label, build in subject.peers if bench.with_peers else ():
+        for label, build in peers:
             one = dataclasses.replace(row, peer=label)
             try:
-                built[label] = build()
-                one = dataclasses.replace(one, note=_joined(row.note, built[label].note))
-                if subject.program.result and built[label].result:
-                    result = subject.program.result() if result is None else result
-                    one = dataclasses.replace(one, difference=relative(result, built[label].result()))
+                peer = build()
+                one = dataclasses.replace(one, note=_joined(row.note, peer.note))
+                if result is not None and peer.result:
+                    one = dataclasses.replace(one, difference=relative(result, peer.result()))
+                for call in peer.calls.values() if len(peer.calls) > 1 else ():
+                    call.wait(call.start())  # what fails in a step fails here
+                built[label] = peer
                 waiting.append((one, label))
             except NoPeer as reason:
                 waiting.append((dataclasses.replace(row, note=_joined(row.note, str(reason))), None))
             except Exception as error:  # whatever a library raises: the rest goes on
-                built.pop(label, None)
                 waiting.append((dataclasses.replace(one, error=sentence(error)), None))
+                peer = None
+                machine.collect()
         ran = result is not None and subject.shortest == 0 and len(subject.program.calls) == 1
-        times = timing.alternate(built, bench.repeats, subject.shortest, warm=not ran)
+        try:
+            times = timing.alternate(built, bench.repeats, subject.shortest, warm=not ran)
+        except Exception as error:
+            if len(built) == 1:
+                raise
+            # One of them failed, perhaps for the others' memory: ours alone is worth a row.
+            waiting = [(one if label is None else dataclasses.replace(one, error=sentence(error)), None) for one, label in waiting]
+            built = peer = None
+            machine.collect()
+            times = timing.alternate({"ours": subject.program}, bench.repeats, subject.shortest)
         if bench.operations:
             if not bench.on_cpu:
                 bench.say(f"{case.name}: {_launching(subject.program, bench.repeats)}")
             bench.say(f"{case.name}: {_operations(subject.program, bench.operations)}")
     except Exception as error:
         return [dataclasses.replace(row, error=sentence(error))]
+    finally:
+        machine.collect()
     finished = [rows.filled(one, times["ours"], times.get(label)) for one, label in waiting or [(row, None)]]
     # Two peers missing for one reason are one row.
     return [one for i, one in enumerate(finished) if one not in finished[:i]]

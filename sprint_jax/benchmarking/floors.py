@@ -139,21 +139,23 @@ def generator_step(m: LinearDiT, N, L, head_blocks, *, batch, itemsize) -> Work:
     """Teacher twice, student and its tangent, back through the student, the student again there and back, the
     teacher's features and the heads there and back to their inputs. Nothing is computed twice.
 
-    Bytes: parameters, their gradients and two moments, read and written once in float32.
+    Bytes: parameters, their gradients and two moments, read and written once in float32, as AdamW has them.
     """
     F = transformer(m, N, L, batch=batch, itemsize=itemsize).flop
     features = transformer(m, N, L, batch=batch, itemsize=itemsize, blocks=max(head_blocks) + 1).flop
     H = heads(m, N, len(head_blocks), batch=batch).flop
-    return Work((2 + 2 + 2 + 3) * F + 2 * features + 2 * H, 24.0 * parameters(m))
+    return Work((2 + 2 + 2 + 3) * F + 2 * features + 2 * H, 32.0 * parameters(m))
 
 
 def discriminator_step(m: LinearDiT, N, L, head_blocks, *, batch, itemsize, misaligned=True) -> Work:
-    """The student once; the teacher's features of fake, real and misaligned; the heads there and back on each."""
+    """The student once; the teacher's features of fake, real and misaligned; the heads there and back on each, not to the
+    features, which are the frozen teacher's."""
     F = transformer(m, N, L, batch=batch, itemsize=itemsize).flop
     features = transformer(m, N, L, batch=batch, itemsize=itemsize, blocks=max(head_blocks) + 1).flop
     H, sides = heads(m, N, len(head_blocks), batch=batch).flop, 3 if misaligned else 2
-    trained = 24.0 * len(head_blocks) * (1 + KERNEL) * m.width**2
-    return Work(F + sides * features + 3 * sides * H, trained)
+    to_features = 2 * batch * len(head_blocks) * N * m.width**2
+    trained = 32.0 * len(head_blocks) * (1 + KERNEL) * m.width**2
+    return Work(F + sides * features + sides * (3 * H - to_features), trained)
 
 
 def linear_attention(N, D, head, *, batch=1, itemsize) -> Work:

@@ -1,7 +1,9 @@
 """Where a measurement is made: device, threads, commit, and what the device reaches on large products and copies."""
 
+import gc
 import os
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +37,20 @@ def _processor() -> str:
     return names[0] if names else "cpu"
 
 
+def collect():
+    """Gives memory of what is not used any more back to the device, PyTorch's too, whose cache nobody else can take from."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def rates(dtype: str) -> floors.Rates:
     """Known rates of an H200 in bfloat16; elsewhere the best of a few large products and copies made now.
 
     As many threads as this process may use; float32 products on a GPU in the precision that the models use.
     """
-    if dtype == "bfloat16" and "H200" in jax.devices()[0].device_kind:
+    if dtype == "bfloat16" and "H200" in jax.devices()[0].device_kind.split():  # a GH200 has others
         return floors.H200_BFLOAT16
     on_cpu = jax.default_backend() == "cpu"
     n, numbers = (2048, 2**26) if on_cpu else (8192, 2**30)

@@ -78,6 +78,7 @@ def gpu() -> list[Case]:
             label = f"sprint_pair_{name.removeprefix('sana_')}_remat_{remat}"
             cases.append(case(label, published_pair, name, remat))
             cases.append(case(f"{label}_kernels", published_pair, name, remat, attention="pallas"))
+            cases.append(case(f"{label}_kernels_bf16_residual", published_pair, name, remat, attention="pallas", residual="bfloat16"))
             cases.append(case(f"{label}_kernels_unrolled", published_pair, name, remat, attention="pallas", unroll=size.depth))
     return cases + [case("sprint_pair_embedded", embedded_pair)]
 
@@ -86,12 +87,13 @@ def published_pair(bench, preset, remat, **options):
     return training.pair(bench, published_card(preset, remat, **options))
 
 
-def published_card(preset, remat, attention="plain", unroll=1):
-    """The preset with 16 samples, what the published trainer gives each device. attention, unroll: as in the config; the depth removes loops."""
+def published_card(preset, remat, attention="plain", unroll=1, residual="float32"):
+    """The preset with 16 samples, what the published trainer gives each device. attention, unroll, residual (dtype): as in the config; an
+    unroll of the depth removes loops."""
 
     def change(tree):
         tree.sprint.batch = 16
-        tree.model.update(remat=remat, attention=attention, unroll=unroll)
+        tree.model.update(remat=remat, attention=attention, unroll=unroll, residual_dtype=residual)
 
     return training.card(preset, change)
 

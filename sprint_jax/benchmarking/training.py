@@ -61,8 +61,11 @@ def start(c: config.Config):
     return stage, stage.frozen, state, random_like(inputs.abstract_batch(c, c.sprint.batch), jax.random.key(2))
 
 
-def pair(bench, c: config.Config, *, compile_peer=False) -> bench_lib.Subject:
-    """One generator step and one discriminator step; the result compared is the loss of each at the first state."""
+def pair(bench, c: config.Config) -> bench_lib.Subject:
+    """One generator step and one discriminator step; the result compared is the loss of each at the first state.
+
+    The peer is PyTorch without torch.compile.
+    """
     stage, frozen, state, batch = start(c)
     placed = loop.Placed.on(stage, sharding.mesh(1, 1, jax.devices()[:1]))
     names = "generator", "discriminator"

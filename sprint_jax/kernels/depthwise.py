@@ -26,7 +26,7 @@ def tile(shape, dtype, gated):
     batch, height, width, channels = shape
     out = channels // 2 if gated else channels
     size = next((n for n in CHANNELS if out % n == 0), None)
-    # Triton's offsets have 32 bits.
+    # Offsets in 32 bits; larger arrays have not been tried. `models/dc_ae.py` cuts batches before they get there.
     small = backends.local_batch(batch) * height * width * channels < 2**31
     fits = small and height >= ROWS and width >= COLUMNS and jnp.dtype(dtype).name in backends.DTYPES
     return size if fits else None

@@ -263,6 +263,27 @@ class DCAE:
         return _Decoder(self).apply({"params": params["decoder"]}, z)
 
 
+# Elements of one array up to which libraries of convolutions and kernels count in 32 bits; beyond, they are slower or refuse.
+MOST_ELEMENTS = 2**31
+
+
+def pictures_at_once(m: DCAE, pixels: int) -> int:
+    """Pictures of so many pixels whose largest array inside encoder or decoder stays below `MOST_ELEMENTS`; at least 1."""
+    wide = {RESIDUAL: 1, EFFICIENT_VIT: 8}  # of a stage's channels, the second inside its gated convolution
+    largest = max(pixels // 4**i * wide[s.block] * s.channels for stages in (m.encoder, m.decoder) for i, s in enumerate(stages))
+    return max(1, (MOST_ELEMENTS - 1) // largest)
+
+
+def in_parts(function: Callable, x, most: int):
+    """function(x) of independent samples [B, ...], in equal parts of at most `most` samples, one after the other."""
+    B = x.shape[0]
+    parts = next(n for n in range(1, B + 1) if B % n == 0 and B // n <= most) if B > most else 1
+    if parts == 1:
+        return function(x)
+    out = jax.lax.map(function, x.reshape(parts, -1, *x.shape[1:]))
+    return out.reshape(B, *out.shape[2:])
+
+
 def tiled(function: Callable, x, *, tile: int, stride: int, scale: float):
     """Applies `function` (encode or decode) to overlapping tiles and blends them linearly.
 
