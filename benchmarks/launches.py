@@ -3,7 +3,7 @@
     pip install "jax[cuda12]"                                 at jax's version; no GPU and no driver are needed
     python -m benchmarks.launches --program=picture|sketch|pair [--size=0.6b] [--attention=plain|pallas] [--longest=20]
 
-A picture is one step at 1024 px, batch 1, prompt tokens to pixels; a sketch has a ControlNet of 7 blocks and its encoder besides; a
+A picture is one step at 1024 px, `--batch` of them (1), prompt tokens to pixels; a sketch has a ControlNet of 7 blocks and its encoder besides; a
 pair is the published training step on 16 samples (`--remat=cheap`). All in bfloat16; with `--attention=pallas` by kernels, those of depthwise
 convolutions too. The compiler searches for nothing here: on a GPU it also chooses between its own products and a library's by
 timing them, so counts differ a little, and nothing is said of time.
@@ -24,6 +24,7 @@ def main():
     parser.add_argument("--size", choices=("0.6b", "1.6b"), default="0.6b")
     parser.add_argument("--attention", choices=("plain", "pallas"), default="plain")
     parser.add_argument("--remat", choices=("none", "block", "cheap"), default="cheap")
+    parser.add_argument("--batch", type=int, default=1, help="pictures or sketches at a time")
     parser.add_argument("--residual", choices=("float32", "bfloat16"), default="float32", help="of a pair's residual streams, see model.residual_dtype")
     parser.add_argument("--unroll", type=int, default=1, help="blocks per step of a pair's loops; the depth removes them")
     parser.add_argument("--device", choices=("h200", "h100", "a100"), default="h200")
@@ -82,15 +83,16 @@ def _pictures(options, device):
     if options.program == "sketch":
         control = ControlNet(net=dataclasses.replace(model, guidance_embed=False), depth=CONTROL_DEPTH)
         transformer = {"trunk": transformer, "control": in_a_row(control)}
-        model, sketch = Controlled(trunk=model, control=control), shape(1, SIDE * 32, SIDE * 32, 3, dtype=jnp.uint8)
+        model, sketch = Controlled(trunk=model, control=control), shape(options.batch, SIDE * 32, SIDE * 32, 3, dtype=jnp.uint8)
     instruction = shape(subjects.PREFIX_TOKENS, dtype=jnp.int32)
     prefix = placed(jax.eval_shape(text.prefix, parameters(text), instruction))
     params = {"text": {"model": in_a_row(text), "prefix": prefix}, "transformer": transformer, "pixels": pixels}
-    tokens, mask = (shape(1, subjects.PROMPT_TOKENS, dtype=d) for d in (jnp.int32, jnp.float32))
-    draws = shape(1, 1, SIDE, SIDE, size.in_channels, dtype=jnp.float32)
+    tokens, mask = (shape(options.batch, subjects.PROMPT_TOKENS, dtype=d) for d in (jnp.int32, jnp.float32))
+    draws = shape(1, options.batch, SIDE, SIDE, size.in_channels, dtype=jnp.float32)
     run = jax.jit(subjects.prompt_to_pixels(text, model, autoencoder, samplers.scm_times(1)))
     with jax.set_mesh(mesh):
-        yield f"{options.program}_{options.size}_1step, attention {options.attention}", run.lower(params, tokens, mask, draws, sketch).compile()
+        what = f"{options.program}_{options.size}_1step, batch {options.batch}, attention {options.attention}"
+        yield what, run.lower(params, tokens, mask, draws, sketch).compile()
 
 
 def _pair(options, device):
