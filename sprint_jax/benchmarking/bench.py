@@ -141,6 +141,35 @@ def _operations(program, most):
         return sentence(error)
 
 
+def _prepared(row, build, result):
+    """(its row, the peer's program or None) of a peer that has run. result: ours, to compare with, or None.
+
+    What fails, fails here, not while the others are timed; when this has returned, nothing holds a failed peer's memory.
+    """
+    try:
+        peer = build()
+        row = dataclasses.replace(row, note=_joined(row.note, peer.note))
+        if result is not None and peer.result:
+            row = dataclasses.replace(row, difference=relative(result, peer.result()))
+        for call in peer.calls.values() if len(peer.calls) > 1 else ():
+            call.wait(call.start())
+    except NoPeer as reason:
+        return dataclasses.replace(row, peer=None, note=_joined(row.note, str(reason))), None
+    except Exception as error:  # whatever a library raises: the rest goes on
+        return dataclasses.replace(row, error=sentence(error)), None
+    return row, peer
+
+
+def _in_turns(programs, repeats, shortest, warm):
+    """(times, None), or (None, why not) where one of several programs fails after all."""
+    try:
+        return timing.alternate(programs, repeats, shortest, warm=warm), None
+    except Exception as error:
+        if len(programs) == 1:
+            raise
+        return None, sentence(error)
+
+
 def measure(case: Case, bench: Bench) -> list[rows.Row]:
     """The rows of a case: one for each peer, or one alone. Never raises what the case or a peer raises."""
     row = rows.empty(case.name, bench.where)
@@ -152,36 +181,21 @@ def measure(case: Case, bench: Bench) -> list[rows.Row]:
         row = dataclasses.replace(
             row, dtype=subject.dtype, compile_s=subject.compile_s, note=subject.note, **work
         )  # fmt: skip
-        built, result = {"ours": subject.program}, None
         peers = subject.peers if bench.with_peers else ()
-        if peers and subject.program.result:
-            result = subject.program.result()  # before a peer takes memory that it does not give back
-        waiting = []  # (row, label of a program that runs, or None)
+        # Ours runs first, before a peer takes memory.
+        result = subject.program.result() if peers and subject.program.result else None
+        built, waiting = {"ours": subject.program}, []  # waiting: (row, label of a program that runs, or None)
         for label, build in peers:
-            one = dataclasses.replace(row, peer=label)
-            try:
-                peer = build()
-                one = dataclasses.replace(one, note=_joined(row.note, peer.note))
-                if result is not None and peer.result:
-                    one = dataclasses.replace(one, difference=relative(result, peer.result()))
-                for call in peer.calls.values() if len(peer.calls) > 1 else ():
-                    call.wait(call.start())  # what fails in a step fails here
+            one, peer = _prepared(dataclasses.replace(row, peer=label), build, result)
+            waiting.append((one, label if peer else None))
+            if peer:
                 built[label] = peer
-                waiting.append((one, label))
-            except NoPeer as reason:
-                waiting.append((dataclasses.replace(row, note=_joined(row.note, str(reason))), None))
-            except Exception as error:  # whatever a library raises: the rest goes on
-                waiting.append((dataclasses.replace(one, error=sentence(error)), None))
-                peer = None
+            else:
                 machine.collect()
         ran = result is not None and subject.shortest == 0 and len(subject.program.calls) == 1
-        try:
-            times = timing.alternate(built, bench.repeats, subject.shortest, warm=not ran)
-        except Exception as error:
-            if len(built) == 1:
-                raise
-            # One of them failed, perhaps for the others' memory: ours alone is worth a row.
-            waiting = [(one if label is None else dataclasses.replace(one, error=sentence(error)), None) for one, label in waiting]
+        times, error = _in_turns(built, bench.repeats, subject.shortest, warm=not ran)
+        if times is None:  # perhaps one had too little memory beside the others: ours alone is worth a row
+            waiting = [(one if label is None else dataclasses.replace(one, error=error), None) for one, label in waiting]
             built = peer = None
             machine.collect()
             times = timing.alternate({"ours": subject.program}, bench.repeats, subject.shortest)
