@@ -125,6 +125,28 @@ def _check_flags():
     if given(_FIRST) and given(_FOLDER) and not given(model_flags.PROMPTS):
         raise UserError("--first is a number of prompts: with --folder give --prompts as well")
     cli.folder_of(_SAVE_REFERENCE)
+    if _SHARD.value is None:
+        _check_inputs()
+
+
+def _check_inputs():
+    """Raises UserError where what scores, or what it reads, is not there: pictures may take hours to make first."""
+    from sprint_jax.evaluation import dpg, extractors, fid, geneval, picture_files
+
+    if _HOOK.value:
+        extractors.hook(_HOOK.value)
+    if _WEIGHTS.value and _SUITE.value == "clip" and not pathlib.Path(_WEIGHTS.value).is_dir():
+        raise UserError(f"no folder --weights={_WEIGHTS.value}: give that of a CLIP model (openai/clip-vit-large-patch14)")
+    if _WEIGHTS.value and _SUITE.value == "fid" and not pathlib.Path(_WEIGHTS.value).is_file():
+        raise UserError(f"no file --weights={_WEIGHTS.value}: download {extractors.INCEPTION_FILE} (of pytorch-fid) and give its path")
+    if _REFERENCE.value and pathlib.Path(_REFERENCE.value).is_dir():
+        picture_files.found(_REFERENCE.value)
+    elif _REFERENCE.value:
+        fid.load(_REFERENCE.value)
+    if _DETECTIONS.value:
+        geneval.read_detections(_DETECTIONS.value)
+    if _ANSWERS.value:
+        dpg.read_answers(_ANSWERS.value)
 
 
 def _save_weights():
@@ -201,11 +223,15 @@ def _made(prompts, shard):
         units = gallery.grids(prompts)
     else:
         units = gallery.plain(prompts, per_prompt, {"png": "png", "jpeg": "jpg"}[_FORMAT.value])
-    gallery.claim(out, _settings(), units)
+    settings = _settings()
+    gallery.check(out, settings, units)  # before a model is read; the folder is claimed with the first pictures
+    claim = functools.partial(gallery.claim, out, settings, units)
     mine = units if shard is None else units[shard[0] :: shard[1]]
     wanted = gallery.missing(out, mine)
     if wanted:
-        _make(out, wanted, sum(len(unit.indices) for unit in mine))
+        _make(out, wanted, sum(len(unit.indices) for unit in mine), claim)
+    else:
+        claim()
     if suite == "geneval" and shard is None:
         gallery.write_metadata(out, prompts, per_prompt, _GRID.value)
     folder, known = out / gallery.PICTURES, gallery.protocol(out)
@@ -236,7 +262,7 @@ def _settings():
     }  # fmt: skip
 
 
-def _make(out, units, total):
+def _make(out, units, total, claim):
     import tqdm
 
     from sprint_jax import compile_cache, gallery, pipeline
@@ -252,7 +278,9 @@ def _make(out, units, total):
     }  # fmt: skip
     left = sum(len(unit.indices) for unit in units)
     with tqdm.tqdm(total=total, initial=total - left, unit="picture", desc="generate", delay=5) as bar:
-        gallery.make(out, units, pipe, options, batch=f.BATCH.value or pipe.batch_size, file_format=_FORMAT.value, bar=bar)
+        gallery.make(
+            out, units, pipe, options, batch=f.BATCH.value or pipe.batch_size, file_format=_FORMAT.value, bar=bar, claim=claim,
+        )  # fmt: skip
 
 
 def _score_pictures(paths, texts, made):

@@ -4,7 +4,8 @@
     OUT/manifest.jsonl     file, prompt and noise of every picture that belongs here
     OUT/pictures/          the pictures
 
-A folder keeps to its settings: other ones are refused by name. What is there is kept.
+A folder keeps to its settings: other ones are refused by name. What is there is kept. It is nobody's until the first
+pictures are there, so that a command that ends before them locks nothing.
 """
 
 import contextlib
@@ -90,22 +91,40 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
+def check(out, settings, units):
+    """Raises UserError where `claim` would, and claims nothing. Makes the folder, which is so known to be writable."""
+    out, asked = pathlib.Path(out), json.loads(json.dumps(settings))
+    with _writing(out):
+        _check_settings(out, asked)
+        _rows(out, units)
+
+
 def claim(out, settings, units):
     """Makes the folder belong to these settings. Raises UserError naming the first setting or prompt that differs.
 
     settings: plain values that decide about pixels. Several processes may claim one folder at once.
     """
     out, asked = pathlib.Path(out), json.loads(json.dumps(settings))
+    with _writing(out):
+        _check_settings(out, asked)
+        if not (out / PROTOCOL).exists():
+            files.write_text(out / PROTOCOL, json.dumps({"settings": asked, "made_by": []}, indent=2) + "\n")
+        rows = _rows(out, units).values()
+        files.write_text(out / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+@contextlib.contextmanager
+def _writing(out):
+    """One process at a time in the folder, which is made. Raises UserError where it cannot be written."""
     try:
         (out / PICTURES).mkdir(parents=True, exist_ok=True)
         with _alone(out):
-            _claim_settings(out, asked)
-            _claim_files(out, units)
+            yield
     except OSError as error:
         raise UserError(f"cannot write in --out={out} ({error.strerror}): choose another") from None
 
 
-def _claim_settings(out, asked):
+def _check_settings(out, asked):
     if (out / PROTOCOL).exists():
         known = _read_json(out / PROTOCOL)["settings"]
         for name in sorted(known.keys() | asked.keys()):
@@ -115,11 +134,10 @@ def _claim_settings(out, asked):
                 )
     elif any((out / PICTURES).iterdir()):
         raise UserError(f"{out / PICTURES} holds pictures and {PROTOCOL} is missing: choose another --out")
-    else:
-        files.write_text(out / PROTOCOL, json.dumps({"settings": asked, "made_by": []}, indent=2) + "\n")
 
 
-def _claim_files(out, units):
+def _rows(out, units):
+    """{file: row} of the manifest, with those of the units."""
     rows = {}
     if (out / MANIFEST).exists():
         for line in filter(None, files.read_lines(out / MANIFEST)):
@@ -132,7 +150,7 @@ def _claim_files(out, units):
                 f"{out} has {unit.file} of {rows[unit.file]['prompt']!r} with noise {rows[unit.file]['indices']}, now of "
                 f"{unit.prompt!r} with {row['indices']}: use the same prompts, or another --out"
             )
-    files.write_text(out / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.values()))
+    return rows
 
 
 def missing(out, units):
@@ -140,21 +158,22 @@ def missing(out, units):
     return [unit for unit in units if not (pathlib.Path(out) / PICTURES / unit.file).exists()]
 
 
-def make(out, units, pipe, options, *, batch, file_format, bar):
+def make(out, units, pipe, options, *, batch, file_format, bar, claim):
     """Makes and writes the pictures of units; records in protocol.json with what. bar: of tqdm, in pictures.
 
     options: keywords of `pipeline.generate`. batch: pictures a program run, rounded up to a multiple of the devices.
+    claim: called when the first pictures are made, before they are written; `claim` of this folder.
     """
     out, devices = pathlib.Path(out), jax.local_devices()
     batch = -(-batch // len(devices)) * len(devices)
     if len(devices) > 1:
         pipe = pipeline.over_devices(pipe, devices)
     scale = pipe.guidance_scale if options.get("guidance_scale") is None else options["guidance_scale"]
-    _record(out, {
+    maker = {
         "commit": revision.commit(), "jax": jax.__version__, "devices": f"{len(devices)} x {devices[0].device_kind}",
         "batch": batch, "guidance_scale": scale, "schedule": options.get("schedule") or pipe.schedule,
         "height": options.get("height") or pipe.height, "width": options.get("width") or pipe.width, "dtype": pipe.dtype,
-    })  # fmt: skip
+    }  # fmt: skip
     size = max(1, _WINDOW * batch // len(units[0].indices))
     for start in range(0, len(units), size):
         part, begun = units[start : start + size], bar.n
@@ -163,6 +182,9 @@ def make(out, units, pipe, options, *, batch, file_format, bar):
             pipe, prompts, indices=[i for unit in part for i in unit.indices], batch_size=batch,
             say=lambda done: bar.update(begun + done - bar.n), **options,
         )  # fmt: skip
+        if start == 0:
+            claim()
+            _record(out, maker)
         for unit in part:
             own, images = images[: len(unit.indices)], images[len(unit.indices) :]
             path = out / PICTURES / unit.file

@@ -86,6 +86,38 @@ def test_other_prompts_are_refused_by_name(tmp_path):
         gallery.claim(tmp_path, {"steps": 2, "guidance_scale": 3}, units)
 
 
+def test_a_command_that_makes_nothing_locks_nothing(finished, command, tmp_path):
+    """The corrected command may have the folder that the wrong one was to fill."""
+    flags = [f"--model={finished}", "--suite=shapes", f"--out={tmp_path / 'out'}", "--first=1"]
+    for wrong in (["--guidance_scale=nan"], ["--timesteps=3,0", "--steps=1"], ["--height=31"]):
+        refused(command(DOOR, *flags, *wrong), wrong[0].strip("-").partition("=")[0])
+        assert not (tmp_path / "out/protocol.json").exists()
+    result = command(DOOR, *flags, "--steps=1")
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_folder_is_claimed_with_its_first_pictures(finished, tmp_path):
+    """Of two commands the first to have pictures has the folder; the other writes none into it."""
+    from sprint_jax import pipeline
+
+    class Bar:
+        n = 0
+
+        def update(self, count):
+            self.n += count
+
+    pipe, units = pipeline.load(finished, dtype="float32"), [gallery.Unit("0.png", "a red circle", (0,))]
+    options = dict(batch=1, file_format="png")
+    for steps in (1, 2):
+        gallery.check(tmp_path, {"steps": steps}, units)
+    claim = lambda steps: lambda: gallery.claim(tmp_path, {"steps": steps}, units)
+    gallery.make(tmp_path, units, pipe, {"steps": 2}, **options, bar=Bar(), claim=claim(2))
+    first = (tmp_path / "pictures/0.png").read_bytes()
+    with pytest.raises(UserError, match="steps=2, now 1"):
+        gallery.make(tmp_path, units, pipe, {"steps": 1}, **options, bar=Bar(), claim=claim(1))
+    assert (tmp_path / "pictures/0.png").read_bytes() == first
+
+
 def test_shares_on_two_devices_make_the_same_pictures(made, command, tmp_path):
     """Every picture from its own noise, whoever makes it; bits may differ where a device has fewer of a batch."""
     out, flags = made
@@ -245,6 +277,22 @@ def test_prompts_without_pictures_are_counted(folder, command, tmp_path):
 )  # fmt: skip
 def test_the_door_refuses(command, flags, words):
     refused(command(DOOR, *flags), *words)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--suite=fid", "--weights=/nowhere.pth", "--reference=/"], ["--weights=/nowhere.pth", "pt_inception"]),
+        (["--suite=fid", HOOK, "--reference=/nowhere.npz"], ["/nowhere.npz"]),
+        (["--suite=imagereward", "--hook=nowhere:f"], ["cannot import nowhere"]),
+        (["--suite=clip", "--weights=/nowhere"], ["--weights=/nowhere", "clip-vit-large-patch14"]),
+        (["--suite=geneval", "--detections=/nowhere.jsonl"], ["--detections=/nowhere.jsonl"]),
+        (["--suite=dpg", "--answers=/nowhere.jsonl"], ["--answers=/nowhere.jsonl"]),
+    ],
+)
+def test_what_scoring_reads_is_looked_for_first(command, tmp_path, flags, words):
+    """Before prompts and model, neither of which is there, and so before any picture."""
+    refused(command(DOOR, "--model=/nowhere", "--prompts=/nowhere.txt", f"--out={tmp_path / 'out'}", *flags), *words)
 
 
 def test_missing_and_wrong_weights_are_named(folder, command, tmp_path):
