@@ -51,8 +51,10 @@ def main(argv):
             if target in targets:
                 raise UserError(f"{targets[target]} and {path} would both become {target}: rename one")
             targets[target] = path
+        wanted = {target: path for target, path in targets.items() if not target.exists()}
+        detect = _detector() if wanted and _KIND.value != "edges" else None  # before the folder is claimed: wrong weights lock none
         _claim(out)
-        _make({target: path for target, path in targets.items() if not target.exists()}, len(targets))
+        _make(wanted, len(targets), detect)
         print(f"{len(targets)} pictures of kind {_KIND.value} in {out}")
 
 
@@ -105,8 +107,8 @@ def _claim(out):
         raise UserError(f"cannot use --out={out} ({error}): choose another") from None
 
 
-def _make(targets, total):
-    """Makes {target: source}, of `total` in all."""
+def _make(targets, total, detect):
+    """Makes {target: source}, of `total` in all. detect: of `_detector`, None for edges."""
     import tqdm
 
     from sprint_jax import pictures
@@ -114,7 +116,6 @@ def _make(targets, total):
 
     if not targets:
         return
-    detect = _detector() if _KIND.value != "edges" else None
     with tqdm.tqdm(total=total, initial=total - len(targets), unit="picture", desc=_KIND.value, delay=5) as bar:
         for target, path in targets.items():
             try:

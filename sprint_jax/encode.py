@@ -142,6 +142,8 @@ def main(argv):
         for name, flag in (("shard_records", _SHARD_RECORDS), ("hosts", _HOSTS), ("encode_batch", _BATCH)):
             if flag.value < 1:
                 raise UserError(f"--{name}={flag.value}: use 1 or more")
+        if pathlib.Path(_ENCODED.value).resolve().is_relative_to(pathlib.Path(_SOURCE.value).resolve()):
+            raise UserError(f"--encoded={_ENCODED.value} lies in --source={_SOURCE.value}, whose files are read: choose another")
         if not 0 <= _HOST.value < _HOSTS.value:
             raise UserError(f"--host={_HOST.value} of --hosts={_HOSTS.value}: use 0 to {_HOSTS.value - 1}")
         _check_condition()

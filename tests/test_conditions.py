@@ -330,7 +330,7 @@ def test_command_makes_edges_and_keeps_them(command, folder, tmp_path):
 )
 def test_command_refuses(command, folder, tmp_path, flags, words):
     refused(command("sprint_jax.condition", f"--images={folder}", f"--out={tmp_path / 'out'}", *flags), *words)
-    assert not list(tmp_path.glob("out/**/*.png"))
+    assert not list(tmp_path.glob("out/**/*.png")) and not (tmp_path / "out/condition.json").exists()  # which would refuse the right command
 
 
 def test_command_refuses_its_own_output(command, folder):

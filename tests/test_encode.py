@@ -512,6 +512,13 @@ def test_the_command_refuses(command, pictures, tmp_path, flags, words):
     assert all(word in line for word in words), line
 
 
+def test_the_command_refuses_its_own_output(command, pictures):
+    result = command("sprint_jax.encode", f"--source={pictures}", "--encoder=x", f"--encoded={pictures / 'out'}", "--heldout=1")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    assert f"--encoded={pictures / 'out'} lies in --source={pictures}" in line and not (pictures / "out").exists()
+
+
 @pytest.mark.parametrize(
     "text, expected",
     [
