@@ -27,8 +27,11 @@ def write_text(path, text):
 
 
 def read_lines(path):
-    """The lines of UTF-8 text. Newlines alone end one: JSON and prompts may hold others, U+2028 and its like, at which `splitlines` cuts."""
-    return pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+    """The lines of UTF-8 text, without the byte-order mark that some editors put first.
+
+    Newlines alone end one: JSON and prompts may hold others, U+2028 and its like, at which `splitlines` cuts.
+    """
+    return pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
 
 
 def below(root):

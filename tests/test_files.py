@@ -16,6 +16,11 @@ def test_json_lines_come_back(tmp_path, text):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfa red circle\na square")
+    assert files.read_lines(tmp_path / "prompts.txt") == ["a red circle", "a square"]
+
+
 def test_files_below_a_folder_are_found_through_links_once(tmp_path):
     """Fails when links are passed over, and when one that leads back is followed for ever."""
     (tmp_path / "root/a").mkdir(parents=True)

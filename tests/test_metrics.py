@@ -342,6 +342,10 @@ def test_prompt_files(tmp_path):
     assert [(p.id, p.text) for p in rows] == [("00000", "one"), ("b", "two")] and rows[0].row["tag"] == "x"
     assert [(p.id, p.text) for p in read("a.json", '{"k": {"prompt": "one", "category": "c"}}')] == [("k", "one")]
     assert [(p.id, p.text) for p in read("a.csv", QUESTIONS)] == [("lake", "a lake, at dusk"), ("fox", "a red fox")]
+    mark = "\ufeff"  # as Windows' editors begin UTF-8
+    for name, text in (("m.txt", "one"), ("m.jsonl", '{"prompt": "one"}'), ("m.json", '{"k": {"prompt": "one"}}')):
+        assert [p.text for p in read(name, mark + text)] == ["one"]
+    assert [p.id for p in read("m.csv", mark + QUESTIONS)] == ["lake", "fox"]
     odd = "a\u2028b \x85 c"  # no new lines, though str.splitlines takes them for such
     assert [p.text for p in read("o.txt", f"{odd}\ntwo")] == [p.text for p in read("o.jsonl", json.dumps({"prompt": odd}, ensure_ascii=False) + '\n{"prompt": "two"}')] == [odd, "two"]
     for name, text, words in (

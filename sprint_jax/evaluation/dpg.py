@@ -36,7 +36,7 @@ class Item:
 def read_questions(path) -> list[Item]:
     """The prompts of dpg_bench.csv. Raises UserError naming the line that is wrong."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read the questions in {path} ({error}): give dpg_bench.csv") from None
