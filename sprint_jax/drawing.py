@@ -47,8 +47,7 @@ def generate(
     """Pictures of prompts in few steps.
 
     Args:
-      pipe: from `pipeline.load` or `exported.load`. prompts: list of str. A published model takes an empty
-        one; the embedded one not.
+      pipe: from `pipeline.load` or `exported.load`. prompts: list of str, none of them empty.
       steps: network calls per picture, 1 or more.
       guidance_scale: embedded scale; None takes the model's own (4.5 for published models).
       height, width: pixels, multiples of the autoencoder's factor (32); None takes the model's own.
@@ -76,12 +75,16 @@ def generate(
         raise UserError("prompts must be a list of texts: put brackets around the one")
     if not prompts:
         raise UserError("no prompts: give at least one")
+    for i, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise UserError(f"prompt {i} is empty: say what to draw, for example 'a red circle'")
     if output not in ("pixels", "latent"):
         raise UserError(f"output {output!r}: use 'pixels' or 'latent'")
     if images_per_prompt < 1:
         raise UserError(f"images_per_prompt {images_per_prompt}: use 1 or more")
     prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    height, width, size = height or pipe.height, width or pipe.width, batch_size or pipe.batch_size
+    height, width = pipe.height if height is None else height, pipe.width if width is None else width
+    size = batch_size or pipe.batch_size
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UserError(f"guidance_scale {guidance_scale}: use a finite number")
     if not 0 <= seed < 2**31:

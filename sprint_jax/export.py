@@ -1,6 +1,6 @@
 """Prompt to pixels as one file: python -m sprint_jax.export --model=DIR --out=FILE [--steps=1,2,4]
 
-DIR is what sprint_jax.sample takes. The file holds the traced and lowered programs, the weights and the tokenizer
+DIR is a folder that sprint_jax.sample takes; an exported file cannot be exported again. The file holds the traced and lowered programs, the weights and the tokenizer
 (`sprint_jax/exported.py` has the format), and `python -m sprint_jax.sample --model=FILE` draws from it without the
 networks' code: exported for a CPU and drawn on it, the same pictures as from DIR, bit by bit, at equal steps, batch size
 and seed. It may also be exported for platforms that are not here; compiling is left to them.
@@ -17,7 +17,7 @@ from sprint_jax.errors import UserError
 
 # Named as in sprint_jax.sample, for the same things; one process runs one of the two commands.
 _MODEL = flags.DEFINE_string(
-    "model", None, "Diffusers folder, converted folder, run directory, or file of sprint_jax.export.", allow_override=True
+    "model", None, "Diffusers folder, converted folder, or run directory.", allow_override=True
 )
 _OUT = flags.DEFINE_string("out", None, "File to make.", allow_override=True)
 _STEPS = flags.DEFINE_list("steps", ["1", "2", "4"], "Network calls per picture, a program for each.", allow_override=True)
@@ -45,6 +45,8 @@ def main(argv):
         cli.no_arguments(argv)
         if not _MODEL.value or not _OUT.value:
             raise UserError(f"--{'out' if _MODEL.value else 'model'} is missing: name the model's folder and the file to make")
+        if not pathlib.Path(_MODEL.value).is_dir():
+            raise UserError(f"--model={_MODEL.value} is no folder: give a diffusers folder, a converted one or a run directory; an exported file cannot be exported again")
         steps = _numbers("steps", _STEPS.value)
         batch_sizes = _numbers("batch_sizes", _BATCHES.value) if _BATCHES.value is not None else None
         if _LONGEST.value is not None and _LONGEST.value < 1:
@@ -106,7 +108,8 @@ def export(
 
     from sprint_jax import drawing, exported, revision, weights
 
-    height, width, batch_sizes = height or pipe.height, width or pipe.width, batch_sizes or [pipe.batch_size]
+    height, width = pipe.height if height is None else height, pipe.width if width is None else width
+    batch_sizes = batch_sizes or [pipe.batch_size]
     shape, schedule = drawing.latent_shape(pipe, height, width), schedule or pipe.schedule
     lengths = pipe.text.shapes(longest)
     programs = [

@@ -168,11 +168,10 @@ def make(out, units, pipe, options, *, batch, file_format, bar, claim):
     batch = -(-batch // len(devices)) * len(devices)
     if len(devices) > 1:
         pipe = pipeline.over_devices(pipe, devices)
-    scale = pipe.guidance_scale if options.get("guidance_scale") is None else options["guidance_scale"]
+    asked = lambda name: getattr(pipe, name) if options.get(name) is None else options[name]
     maker = {
         "commit": revision.commit(), "jax": jax.__version__, "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "batch": batch, "guidance_scale": scale, "schedule": options.get("schedule") or pipe.schedule,
-        "height": options.get("height") or pipe.height, "width": options.get("width") or pipe.width, "dtype": pipe.dtype,
+        "batch": batch, **{name: asked(name) for name in ("guidance_scale", "schedule", "height", "width")}, "dtype": pipe.dtype,
     }  # fmt: skip
     size = max(1, _WINDOW * batch // len(units[0].indices))
     for start in range(0, len(units), size):

@@ -65,7 +65,7 @@ def _generate(prompts):
     flag = model_flags
     say = lambda message: print(message, file=sys.stderr, flush=True)
     pipe = _exported(say) if pathlib.Path(flag.MODEL.value).is_file() else _loaded(say)
-    height, width = flag.HEIGHT.value or pipe.height, flag.WIDTH.value or pipe.width
+    height, width = (own if asked is None else asked for asked, own in ((flag.HEIGHT.value, pipe.height), (flag.WIDTH.value, pipe.width)))
     for name, side in (("height", height), ("width", width)):
         if side < 1:
             raise UserError(f"--{name}={side}: use 1 or more")

@@ -49,6 +49,7 @@ def test_main_refuses(command, flags, words):
         ([], ["--prompt"]),
         (["--prompts=/nowhere.txt"], ["/nowhere.txt"]),
         (["--prompt=a circle", "--seed=-1"], ["--seed"]),
+        (["--prompt=a circle", "--height=0"], ["--height=0"]),
         (["--prompt=a circle", "--steps=3", "--schedule=paper"], ["paper", "3"]),
     ],
 )

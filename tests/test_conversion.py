@@ -327,6 +327,7 @@ def test_requests_that_cannot_be_met(source):
     image = np.zeros((64, 64, 3), np.uint8)
     for options, words in (
         (dict(height=100, width=64), "height 100 is not a multiple of 32: use 96"),
+        (dict(height=0, width=64), "height 0 is not a multiple of 32: use 32"),
         (dict(steps=2, timesteps=[1.57, 0.0], **small), "2 timesteps for 2 steps"),
         (dict(steps=1, timesteps=[1.0, 0.5], **small), "must fall"),
         (dict(steps=0, **small), "steps 0"),
@@ -341,6 +342,8 @@ def test_requests_that_cannot_be_met(source):
         assert words in str(caught.value), str(caught.value)
     with pytest.raises(UserError, match="list of texts"):
         pipeline.generate(pipe, "gulls")
+    with pytest.raises(UserError, match="prompt 1 is empty"):  # as the embedded model says, and sprint_jax.app
+        pipeline.generate(pipe, ["gulls", " \t"], **small)
 
 
 def test_long_prompts_are_cut_with_a_warning(source):

@@ -214,6 +214,8 @@ def test_export_for_platforms_that_are_not_here(finished, command, tmp_path):
     (["--model={finished}", "--out={tmp}/x", "--steps=two"], ["--steps=two"]),
     (["--model={finished}", "--out={tmp}/x", "--platforms=cpu,gpu"], ["cpu,gpu", "cuda"]),
     (["--model={finished}", "--out={tmp}/x", "--height=33"], ["height 33"]),
+    (["--model={finished}", "--out={tmp}/x", "--width=0"], ["width 0"]),
+    (["--model={finished}/config.json", "--out={tmp}/x"], ["--model=", "config.json is no folder", "exported file cannot be exported again"]),
 ])  # fmt: skip
 def test_export_refuses(finished, command, tmp_path, flags, words):
     result = command("sprint_jax.export", *(flag.format(finished=finished, tmp=tmp_path) for flag in flags))
