@@ -236,6 +236,14 @@ def test_the_report_renders_from_recorded_rows(tmp_path):
     assert (path.parent / "ablations" / "table3.png").exists()
 
 
+@pytest.mark.parametrize("asked, name", zip(grid.SUITES, ("ablations", "followups"), strict=True))
+def test_the_reports_in_docs_say_of_their_tables_what_the_suites_say(asked, name):
+    """And of seeds no more than they have: no title promises them."""
+    text = (ROOT / f"docs/{name}.md").read_text()
+    for t in asked.tables:
+        assert f"## {t.title}\n\n{t.note}\n" in text and f"| {t.title} |" in text and "seeds" not in t.title
+
+
 def test_a_plot_shows_a_value_where_its_axis_says():
     low, high, ticks = plots.axis([1.0, 1000.0], True)
     assert low < 0 < 3 < high and ticks == [0.0, 1.0, 2.0, 3.0] or ticks == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0]

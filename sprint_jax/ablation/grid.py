@@ -222,8 +222,9 @@ FOLLOW_UPS = (
         "published code divide it by its norm, and then the gradient does not see how long it was.",
     ),
     Table(
-        "disc_std", "Appendix: the spread of the discriminator's times, with more seeds",
-        "(mean, standard deviation) of the renoising; the paper gives FID alone.",
+        "disc_std", "Appendix: the spread of the discriminator's times",
+        "(mean, standard deviation) of the renoising; the paper gives FID alone. The runs are those of the paper's suite, seed by seed: "
+        "this table says more than that one only with a larger --seeds.",
         (Row("(-0.6, 1.0)", "base", fid=9.48), Row("(-0.6, 2.0)", "disc_wide", fid=10.36)),
         (("(-0.6, 1.0)", "(-0.6, 2.0)"),),
     ),
