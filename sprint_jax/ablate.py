@@ -37,6 +37,7 @@ def main(argv):
         where = pathlib.Path(_REPORT.value) if _REPORT.value else workdir / f"{'ablations' if asked.name == 'paper' else asked.name}.md"
         if where.suffix != ".md":
             raise UserError(f"--report={where}: name a .md file")
+        cli.no_folder(_REPORT.name, where)
         if _REPORT_ONLY.value:
             from sprint_jax.ablation import report
 

@@ -30,8 +30,15 @@ def no_arguments(argv):
         raise UserError(f"unexpected argument {argv[1]!r}: flags look like --name=value")
 
 
+def no_folder(name, path):
+    """Refuses a file to be written, told by --name, where a folder is: said before the work, not after it. None is no file."""
+    if path and pathlib.Path(path).is_dir():
+        raise UserError(f"--{name}={path} is a folder: name a file")
+
+
 def folder_of(flag):
-    """Refuses a flag that names a file in a folder that is not there: said before the work, not after it. None is no file."""
+    """Refuses a flag that names a folder, or a file in a folder that is not there. None is no file."""
+    no_folder(flag.name, flag.value)
     if flag.value and not (folder := pathlib.Path(flag.value).parent).is_dir():
         raise UserError(f"--{flag.name}={flag.value}: there is no folder {folder}, make it first")
 

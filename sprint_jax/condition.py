@@ -81,6 +81,7 @@ def _save_weights():
 
     if not _WEIGHTS.value:
         raise UserError("--weights is missing: give the .pth file that --save_weights is made of")
+    cli.folder_of(_SAVE_WEIGHTS)
     hed_weights.save(_WEIGHTS.value, _SAVE_WEIGHTS.value, hed.PUBLISHED)
     print(f"the weights are in {_SAVE_WEIGHTS.value}: give it as --weights")
 

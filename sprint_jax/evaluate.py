@@ -154,6 +154,7 @@ def _save_weights():
 
     if not _WEIGHTS.value:
         raise UserError("--weights is missing: give the .pth file that --save_weights is made of")
+    cli.folder_of(_SAVE_WEIGHTS)
     extractors.save_inception(_WEIGHTS.value, _SAVE_WEIGHTS.value, unpublished=_UNPUBLISHED.value)
     print(f"the weights are in {_SAVE_WEIGHTS.value}: give it as --weights")
 

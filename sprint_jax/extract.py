@@ -24,13 +24,14 @@ def main(argv):
         run_dir = pathlib.Path(run_flag.given())
         if not _FILE.value:
             raise UserError("--to_file is missing: name the file to write")
+        cli.no_folder(_FILE.name, _FILE.value)
         from sprint_jax import weights, workdir
 
         to_file = pathlib.Path(_FILE.value)
         drawn = _STAGE.value == "sprint" and to_file.name == workdir.STUDENT
         check_place(run_dir, to_file, drawn)
         step, params = extract(run_dir, _STAGE.value)
-        to_file.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(to_file)
         weights.save(to_file, params)
         print(f"wrote {to_file}: {_STAGE.value} after {step} steps")
         if drawn:
@@ -50,8 +51,15 @@ def check_place(run_dir, to_file, drawn):
         raise UserError(f"--to_file={to_file}: {theirs} is another run's; name a file in a folder of its own")
 
 
+def _make_folder(to_file):
+    try:
+        to_file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to_file={to_file}: cannot make its folder ({error.strerror}): choose another") from None
+
+
 def extract(run_dir, stage):
-    """(step, parameters as NumPy) of the newest whole checkpoint of a stage."""
+    """(step, parameters as NumPy) of the newest whole checkpoint of a stage. Raises UserError where the run has none."""
     import jax
 
     from sprint_jax import build, config, workdir
@@ -62,6 +70,9 @@ def extract(run_dir, stage):
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{run_dir} is no work directory of a run ({error}): give the --workdir of one") from None
     made = {"teacher": build.base_teacher, "finetune": build.teacher, "control": build.controlnet, "sprint": build.student}
+    there = [name for name in made if (run_dir / "checkpoints" / name).is_dir()]
+    if stage not in there:
+        raise UserError(f"{run_dir} has no checkpoint of --stage={stage}: it has {', '.join(there) or 'none of any stage yet'}")
     model = made[stage](c)
     averaged = bool(c.sprint.ema if stage == "sprint" else c.teacher.ema)
     abstract = jax.eval_shape(model.init, jax.random.key(0))

@@ -43,6 +43,8 @@ def main(argv):
 
         parsed = config.parse(config_flag.CONFIG.value)
         cli.folder_of(_TABLE)
+        if _TABLE.value:
+            _table(pathlib.Path(_TABLE.value))  # refused before minutes of compiling
         say = lambda message: print(message, flush=True)
         if parsed.model.attention != "plain":
             say("attention is planned in plain JAX, without the kernels of config.model.attention: they are chosen where they run")
@@ -208,9 +210,16 @@ def _gib(size):
     return f"{size / 2**30:.2f} GiB"
 
 
+def _table(path):
+    """The text of --table so far. Raises UserError where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --table={path} ({error}): give a UTF-8 text file, or another name") from None
+
+
 def _append(path, report):
-    before = path.read_text() if path.is_file() else ""
-    files.write_text(path, before + report + "\n")
+    files.write_text(path, _table(path) + report + "\n")
     print(f"added to {path}")
 
 

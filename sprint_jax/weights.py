@@ -1,5 +1,6 @@
 """Parameter trees as safetensors files: flat names joined by dots, written whole or not at all."""
 
+import errno
 import json
 import pathlib
 
@@ -42,11 +43,16 @@ def feed(digest, params):
 
 
 def save(path, params, *, dtype="float32"):
-    """Writes a tree to `path`; a reader never sees a partial file."""
+    """Writes a tree to `path`; a reader never sees a partial file. Raises UserError where no file can be made."""
     # Contiguous, because safetensors writes the memory of an array, whatever its strides say.
     flat = {k: np.ascontiguousarray(jax.device_get(v), dtype) for k, v in flatten(params).items()}
-    with files.whole(path) as partial:
-        partial.write_bytes(safetensors.numpy.save(flat))  # not save_file: its files are private to their owner
+    try:
+        with files.whole(path) as partial:
+            partial.write_bytes(safetensors.numpy.save(flat))  # not save_file: its files are private to their owner
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # which `cli.user_errors` tells with a remedy of its own
+            raise
+        raise UserError(f"cannot write {path} ({error.strerror}): name a file in a folder that can be written") from None
 
 
 def load(path, expected):

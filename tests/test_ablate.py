@@ -324,9 +324,10 @@ def test_a_run_takes_the_updates_of_the_main_job():
 @pytest.mark.parametrize(
     "flags, words",
     [(("--only=table9",), ("table9", "table3")), (("--seeds=0",), ("--seeds=0",)), (("--report_only", "--workdir=nowhere"), ("results.jsonl", "--report_only")),
-     (("--report=out.txt",), ("out.txt", ".md"))],
+     (("--report=out.txt",), ("out.txt", ".md")), (("--report={}.md",), ("--report=", ".md is a folder"))],
 )  # fmt: skip
-def test_bad_input_is_one_line(command, flags, words):
-    result = command("sprint_jax.ablate", *flags)
+def test_bad_input_is_one_line(command, tmp_path, flags, words):
+    (tmp_path / "a.md").mkdir()
+    result = command("sprint_jax.ablate", *(flag.format(tmp_path / "a") for flag in flags))
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert all(word in result.stderr for word in words), result.stderr

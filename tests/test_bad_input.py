@@ -59,6 +59,24 @@ def test_sample_refuses(finished, command, tmp_path, flags, words):
     assert not list(tmp_path.glob("out/*.png")) and not (tmp_path / "out/manifest.jsonl").exists()
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--to_file={tmp}"], ["--to_file=", "is a folder"]),
+        (["--to_file=/proc/q.safetensors"], ["/proc/q.safetensors"]),
+        (["--to_file=/proc/none/q.safetensors"], ["/proc/none/q.safetensors"]),
+        (["--to_file={tmp}/a.safetensors", "--stage=control"], ["--stage=control", "teacher, finetune, sprint"]),
+    ],
+)
+def test_extract_refuses(finished, command, tmp_path, flags, words):
+    refused(command("sprint_jax.extract", f"--run_dir={finished}", *(flag.format(tmp=tmp_path) for flag in flags)), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_fit_codec_refuses_a_folder(command, tmp_path):
+    refused(command("sprint_jax.fit_codec", f"--file={tmp_path}"), f"--file={tmp_path} is a folder")
+
+
 def smoke():
     from ml_collections import config_flags  # noqa: F401 (the card is plain Python)
 

@@ -272,6 +272,7 @@ def test_prompts_without_pictures_are_counted(folder, command, tmp_path):
         (["--suite=dpg", "--out=x", "--model=m", "--prompts=p.csv", "--file_format=jpeg"], ["--file_format=jpeg", "dpg"]),
         (["--suite=shapes", "--out=x", "--folder=y", "--first=3"], ["--first", "--prompts"]),
         (["--suite=fid", "--out=x", "--folder=y", "--weights=z", "--save_reference=/nowhere/a.npz"], ["--save_reference", "/nowhere"]),
+        (["--suite=fid", "--out=x", "--folder=y", HOOK, "--save_reference=/tmp"], ["--save_reference=/tmp is a folder"]),
         (["--suite=shapes", "--out=x", "--folder=/nowhere", "--shard=2/2"], ["--shard=2/2", "0/4"]),
     ],
 )  # fmt: skip

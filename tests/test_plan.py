@@ -75,9 +75,18 @@ def test_a_batch_that_the_mesh_does_not_divide():
         ([*TINY, "--topology=h200:8"], "2 positive numbers"),
         ([*TINY, "--topology=h200:1x3"], "batch of 8 does not divide by the 3 devices"),
         (["--topology=h200:1x2"], "--config is missing"),
+        ([*TINY, "--topology=h200:1x2", "--table=/tmp"], "--table=/tmp is a folder"),
     ],
 )
 def test_the_command_refuses(command, flags, words):
     result = command("sprint_jax.plan", *flags)
+    assert "compiling" not in result.stdout
     assert result.returncode == 2 and words in result.stderr.strip().splitlines()[-1], result.stderr[-2000:]
     assert "Traceback" not in result.stderr
+
+
+def test_a_table_that_cannot_be_added_to_is_told_before_compiling(command, tmp_path):
+    (tmp_path / "plan.md").write_bytes(b"Zur\xfcck\n")  # Latin-1
+    result = command("sprint_jax.plan", *TINY, "--topology=h200:1x2", f"--table={tmp_path / 'plan.md'}")
+    assert result.returncode == 2 and "compiling" not in result.stdout and "Traceback" not in result.stderr
+    assert "cannot read --table=" in result.stderr.strip().splitlines()[-1] and (tmp_path / "plan.md").read_bytes() == b"Zur\xfcck\n"
