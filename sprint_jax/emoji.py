@@ -34,11 +34,15 @@ def main(argv):
             raise UserError(f"--count={_COUNT.value}: make at least one picture")
         if _DATA_SEED.value < 0:
             raise UserError(f"--data_seed={_DATA_SEED.value}: give 0 or more")
+        root = pathlib.Path(_TO_DIR.value)
+        nearest = next(path for path in (root, *root.parents) if path.exists())
+        if not nearest.is_dir():
+            raise UserError(f"--to_dir={root}: {nearest} is a file, name a folder")
         from sprint_jax.data import emoji
 
         if not emoji.SIZES[0] <= _SIDE.value <= emoji.SIZES[1]:
             raise UserError(f"--side={_SIDE.value}: give {emoji.SIZES[0]} to {emoji.SIZES[1]} pixels")
-        _make(pathlib.Path(_TO_DIR.value), emoji.Glyphs(_FONT.value or emoji.FONT))
+        _make(root, emoji.Glyphs(_FONT.value or emoji.FONT))
 
 
 def _make(root, font):

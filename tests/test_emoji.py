@@ -251,6 +251,8 @@ def test_the_command(font, tmp_path, command):
     [
         ([], ["--to_dir"]),
         (["--to_dir={}", "--count=0"], ["--count=0"]),
+        ([f"--to_dir={__file__}"], [f"--to_dir={__file__}", "is a file"]),
+        ([f"--to_dir={__file__}/sub"], [f"--to_dir={__file__}/sub", "is a file"]),
         (["--to_dir={}", "--side=32"], ["--side=32", "64 to 128"]),
         (["--to_dir={}", "--font=absent.ttf"], ["absent.ttf", "fonts-noto-color-emoji", "--font"]),
     ],
