@@ -1,6 +1,7 @@
 """What the commands share: bad input ends in one line on stderr and a non-zero exit, never a traceback."""
 
 import contextlib
+import os
 import pathlib
 import sys
 import warnings
@@ -53,10 +54,30 @@ def user_errors():
             yield
     except UserError as error:
         fail(error)
-    except Exception as error:  # of whatever library was writing
-        if "No space left on device" not in str(error):
+    except Exception as error:  # of whatever library was at work
+        if (said := _of_the_machine(error)) is None:
             raise
-        fail(f"{' '.join(str(error).split())}: free some space, then give the same command")
+        fail(said)
+
+
+def _of_the_machine(error):
+    """What to say of an error that is the machine's: no space, no memory, no such devices. None for any other."""
+    line, platforms = " ".join(str(error).split()), os.environ.get("JAX_PLATFORMS")
+    if "No space left on device" in line:
+        return f"{line}: free some space, then give the same command"
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line:
+        return f"out of memory ({line[:200]}): use --batch_size=1, a smaller size, or --tile; in training a smaller batch, or accumulate"
+    if platforms and _raised_in(error).endswith("xla_bridge.py"):  # where JAX starts its devices; some of its errors have no text
+        return f"JAX_PLATFORMS={platforms}: JAX cannot start these devices here ({line[:200] or 'no plug-in for them'}): name others, such as cpu, or install theirs"
+    return None
+
+
+def _raised_in(error):
+    """The file in which an exception was raised."""
+    place = error.__traceback__
+    while place.tb_next:
+        place = place.tb_next
+    return place.tb_frame.f_code.co_filename
 
 
 def parse_flags(argv):

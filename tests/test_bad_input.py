@@ -7,7 +7,7 @@ import pytest
 
 from conftest import ROOT, TINY
 from sprint_jax import config as config_lib
-from sprint_jax import pipeline, run
+from sprint_jax import cli, pipeline, run
 from sprint_jax.errors import UserError
 
 
@@ -57,6 +57,27 @@ def test_sample_refuses(finished, command, tmp_path, flags, words):
     result = command("sprint_jax.sample", f"--model={finished}", f"--out={tmp_path / 'out'}", *flags)
     refused(result, *words)
     assert not list(tmp_path.glob("out/*.png")) and not (tmp_path / "out/manifest.jsonl").exists()
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "nonsense"])
+def test_devices_that_are_not_here_are_told_by_their_variable(finished, command, tmp_path, platforms):
+    for module, flags in (
+        ("sprint_jax.sample", [f"--model={finished}", "--prompt=a circle", f"--out={tmp_path}"]), ("sprint_jax.main", [*TINY, f"--workdir={tmp_path / 'run'}"]),
+    ):  # fmt: skip
+        refused(command(module, *flags, environment={"JAX_PLATFORMS": platforms}), f"JAX_PLATFORMS={platforms}", "cpu")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 69017779152 bytes."), MemoryError("Unable to allocate 1 TiB")])
+def test_no_memory_is_one_line_with_a_remedy(capsys, error):
+    with pytest.raises(SystemExit), cli.user_errors():
+        raise error
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and all(word in line for word in ("error: out of memory", str(error), "--batch_size=1", "--tile"))
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="^a mistake$"), cli.user_errors():
+        raise RuntimeError("a mistake")
 
 
 @pytest.mark.parametrize(
