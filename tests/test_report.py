@@ -22,7 +22,7 @@ from sprint_jax import config, inputs, strips
 from sprint_jax.errors import UserError
 from sprint_jax.reporting import page, plots
 from sprint_jax.reporting import rows as rows_lib
-from sprint_jax.training import buckets, loop, sharding, state
+from sprint_jax.training import buckets, loop, records, sharding, state
 from test_config import card
 
 # By time
@@ -385,6 +385,19 @@ def test_unfinished_runs_and_runs_without_a_student(finished, command, tmp_path)
     assert "not finished" in found.words and "teacher 6 of 12 steps" in found.words and "a<b>" in found.words
     (folder / "metrics.jsonl").unlink()
     assert "No row of metrics is written yet." in Page(page.render(folder)).words
+
+
+def test_a_damaged_row_is_left_out_as_one_that_was_cut_off(tmp_path):
+    """By the page, and by the run that goes on."""
+    rows = [{"stage": "teacher", "step": step, "loss": 0.5} for step in (2, 4, 6)]
+    lines = [json.dumps(row).encode() for row in rows]
+    damaged = b"\n".join([lines[0], lines[1].replace(b"loss", b"lo\xffs"), lines[2], lines[0][:9]])
+    (tmp_path / "metrics.jsonl").write_bytes(damaged)
+    assert rows_lib.read(tmp_path) == {"teacher": [rows[0], rows[2]]}
+    writer = records.Records(tmp_path)
+    writer.rewind("teacher", 4)
+    writer.close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == lines[0] + b"\n"
 
 
 def test_large_pictures_are_linked(finished, tmp_path, monkeypatch):

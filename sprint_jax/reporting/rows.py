@@ -11,13 +11,13 @@ _TOP = dict.fromkeys(("sprint", "gradients"), math.pi / 2)
 
 
 def read(run_dir):
-    """{stage: [row, ...]} in the order of training. A last line that was cut off is left out; {} without any row."""
+    """{stage: [row, ...]} in the order of training. A line that was cut off or damaged is left out; {} without any row."""
     path = pathlib.Path(run_dir) / FILE
     stages = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, or no UTF-8
             continue
         stages.setdefault(row["stage"], []).append(row)
     return stages

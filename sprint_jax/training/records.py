@@ -26,17 +26,17 @@ class Records:
         self._writer = _metric_writer(pathlib.Path(workdir) / "events")
 
     def rewind(self, stage, step):
-        """Drops rows of `stage` after `step`, and a last line that was cut off."""
+        """Drops rows of `stage` after `step`, and a line that was cut off or damaged."""
         if self._writer is None or not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines():
+        for line in self._path.read_bytes().splitlines():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:  # no JSON, or no UTF-8
                 continue
             if row["stage"] != stage or row["step"] <= step:
-                kept.append(line + "\n")
+                kept.append(line.decode() + "\n")
         files.write_text(self._path, "".join(kept))
 
     def write(self, stage, step, scalars):
