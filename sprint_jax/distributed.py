@@ -39,7 +39,8 @@ class Place:
 def place(coordinator, processes, process, environ) -> Place | None:
     """Where this process stands: from flags, SLURM, a GKE JobSet or GKE's TPU variables; None if alone.
 
-    coordinator, processes, process: flags, each None when not given; all or none.
+    coordinator, processes, process: flags, each None when not given; all or none. Raises UserError for flags or variables
+    that say half, naming what is missing or is no number.
     """
     given = [coordinator is not None, processes is not None, process is not None]
     if all(given):
@@ -59,13 +60,27 @@ def _checked(place):
     return place
 
 
+def _told(environ, name):
+    """What a launcher said in a variable. Raises UserError where it said the rest and not this."""
+    if not environ.get(name):
+        raise UserError(f"{name} is not set, where other variables of its launcher are: set it, or give --coordinator, --processes and --process")
+    return environ[name]
+
+
+def _number(environ, name):
+    value = _told(environ, name)
+    if not value.isdecimal():
+        raise UserError(f"{name}={value} is no whole number: mend or unset it, or give --coordinator, --processes and --process")
+    return int(value)
+
+
 def _slurm(environ):
-    if int(environ.get("SLURM_NTASKS", "1")) < 2 or "SLURM_PROCID" not in environ:
+    if "SLURM_NTASKS" not in environ or _number(environ, "SLURM_NTASKS") < 2 or "SLURM_PROCID" not in environ:
         return None
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_JOB_NODELIST"]
+    nodes = environ.get("SLURM_STEP_NODELIST") or _told(environ, "SLURM_JOB_NODELIST")
     # Jobs that share a node get ports of their own.
-    port = _PORT + 2 * (int(environ.get("SLURM_JOB_ID", "0")) % 10000)
-    return Place(f"{first_node(nodes)}:{port}", int(environ["SLURM_NTASKS"]), int(environ["SLURM_PROCID"]))
+    port = _PORT + 2 * (_number(environ, "SLURM_JOB_ID") % 10000 if "SLURM_JOB_ID" in environ else 0)
+    return Place(f"{first_node(nodes)}:{port}", _number(environ, "SLURM_NTASKS"), _number(environ, "SLURM_PROCID"))
 
 
 def first_node(nodes):
@@ -78,14 +93,14 @@ def _jobset(environ):
     """Indexed jobs of a JobSet: the manifest in launch/ sets PROCESSES and COORDINATOR."""
     if "JOB_COMPLETION_INDEX" not in environ or "COORDINATOR" not in environ:
         return None
-    return Place(environ["COORDINATOR"], int(environ["PROCESSES"]), int(environ["JOB_COMPLETION_INDEX"]))
+    return Place(environ["COORDINATOR"], _number(environ, "PROCESSES"), _number(environ, "JOB_COMPLETION_INDEX"))
 
 
 def _tpu(environ):
     hosts = environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
     if len(hosts) < 2 or "TPU_WORKER_ID" not in environ:
         return None
-    return Place(f"{hosts[0]}:{_PORT}", len(hosts), int(environ["TPU_WORKER_ID"]))
+    return Place(f"{hosts[0]}:{_PORT}", len(hosts), _number(environ, "TPU_WORKER_ID"))
 
 
 @contextlib.contextmanager

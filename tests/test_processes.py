@@ -209,6 +209,21 @@ def test_place_from_the_environment(environ, expected):
     assert distributed.place(None, None, None, environ) == expected
 
 
+@pytest.mark.parametrize(
+    "environ, words",
+    [
+        ({"JOB_COMPLETION_INDEX": "0", "COORDINATOR": "h:1"}, "PROCESSES is not set"),
+        ({"JOB_COMPLETION_INDEX": "zero", "COORDINATOR": "h:1", "PROCESSES": "2"}, "JOB_COMPLETION_INDEX=zero is no whole number"),
+        ({"SLURM_NTASKS": "x"}, "SLURM_NTASKS=x is no whole number"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "SLURM_JOB_NODELIST is not set"),
+        ({"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": ""}, "TPU_WORKER_ID is not set"),
+    ],
+)
+def test_an_environment_that_says_half_is_told_by_name(environ, words):
+    with pytest.raises(UserError, match=f"^{words}.*--coordinator"):
+        distributed.place(None, None, None, environ)
+
+
 def test_flags_come_before_the_environment():
     environ = {"TPU_WORKER_HOSTNAMES": "t0,t1,t2", "TPU_WORKER_ID": "1"}
     assert distributed.place("h:1", 2, 0, environ) == Place("h:1", 2, 0)
