@@ -87,6 +87,22 @@ def parse_flags(argv):
     except UserError as error:
         fail(error)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        if said := _unknown_key(error, argv):
+            fail(said)
         # A config file that raises comes with its whole traceback in the message; its last line says it.
         lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
         fail(lines[-1] if "Traceback" in str(error) else " ".join(lines))
+
+
+def _unknown_key(error, argv):
+    """What to say where a flag --config.KEY names a key that the config has not; None for any other error."""
+    while isinstance(error, AttributeError) and error.args and isinstance(error.args[0], KeyError):
+        error = error.args[0]
+    if not isinstance(error, KeyError):
+        return None
+    name, *hint = str(error.args[0]).splitlines()  # as ml_collections has it; str(error) would be that in quotes
+    keys = [word.lstrip("-").partition("=")[0] for word in argv[1:]]
+    for key in keys:
+        if key.startswith("config.") and name.strip("'") in key.split("."):
+            return f"unknown config key {key}: {' '.join(hint) or 'see the config file for those that it has'}"
+    return None

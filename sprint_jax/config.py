@@ -370,6 +370,9 @@ def _check(c: Config):
         *((o.clip > 0, f"config.{n}.clip {o.clip}: use a norm above 0") for n, o in optimizers),
         *((o.kind != "muon" or o.muon_lr > 0, f"config.{n}.muon_lr {o.muon_lr}: kind muon needs a rate above 0 for its matrices") for n, o in optimizers),
         *((o.kind != "came" or (0 < o.b1 < 1 and 0 < o.b3 < 1), f"config.{n}.b1 {o.b1}, b3 {o.b3}: kind came needs values between 0 and 1") for n, o in optimizers),
+        *((0 <= rate < math.inf, f"config.{n} {rate}: use a finite rate of 0 or more") for n, rate in (
+            *((f"{n}.{name}", getattr(o, name)) for n, o in optimizers for name in ("lr", "muon_lr", "weight_decay")), ("teacher.finetune_lr", t.finetune_lr))),
+        *((0 <= x.ema < 1, f"config.{n}.ema {x.ema}: use a decay from 0 (none) to below 1") for n, x in (("teacher", t), ("sprint", s))),
         (s.steps >= 0 and s.steps % 2 == 0, f"config.sprint.steps {s.steps}: use an even number (generator and discriminator alternate), 0 for a teacher alone"),
         (s.uncond_mask in ("cond", "null"), f"config.sprint.uncond_mask {s.uncond_mask!r}: use cond or null"),
         (s.weighting in ("code", "paper"), f"config.sprint.weighting {s.weighting!r}: use code or paper"),
@@ -378,6 +381,9 @@ def _check(c: Config):
         (s.scm_weight > 0 or s.adv_weight > 0, "config.sprint.scm_weight and adv_weight are both 0: nothing to train"),
         (0 <= s.max_time <= 1, f"config.sprint.max_time {s.max_time}: use a probability in [0, 1]"),
         (len(s.guidance) > 0, "config.sprint.guidance is empty: give at least one scale"),
+        *((math.isfinite(scale), f"config.{n} {scale}: use a finite scale") for n, scale in (
+            *(("sprint.guidance", scale) for scale in s.guidance), ("evaluation.teacher_guidance", c.evaluation.teacher_guidance),
+            ("evaluation.student_guidance", c.evaluation.student_guidance))),
         (len(s.head_blocks) > 0 and list(s.head_blocks) == sorted(set(s.head_blocks)) and 0 <= s.head_blocks[0] and s.head_blocks[-1] < m.depth,
          f"config.sprint.head_blocks {s.head_blocks}: use increasing block numbers within 0..{m.depth - 1}"),
         (not s.misaligned or s.batch > 1, "config.sprint.misaligned needs config.sprint.batch of 2 or more"),

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import functools
+import math
 import runpy
 
 import jax
@@ -114,6 +115,9 @@ def test_unknown_key_names_its_neighbour():
         ("control.depth", -1), ("control.depth", 7), ("control.condition", "x"), ("control.dropout", 1.0), ("control.freehand", -0.1), ("control.freehand", 1.1), ("control.batch", 0),
         ("control.optimizer.kind", "x"), ("sprint.optimizer.clip", 0.0), ("sprint.optimizer.muon_lr", 0.0), ("teacher.optimizer.clip", -1.0),
         ("sprint.batch", 10), ("sprint.batch", 36), ("sprint.accumulate", 0), ("model.heads", 0), ("model.cross_heads", 0), ("model.patch_size", 0), ("codec.block", 0),
+        ("sprint.ema", 1.0), ("sprint.ema", -0.1), ("teacher.ema", 1.5), ("teacher.ema", math.nan), ("sprint.optimizer.lr", -1e-3), ("sprint.head_optimizer.lr", math.nan),
+        ("teacher.optimizer.muon_lr", math.inf), ("control.optimizer.weight_decay", -1.0), ("teacher.finetune_lr", math.inf),
+        ("sprint.guidance", (1.5, math.nan)), ("evaluation.teacher_guidance", math.nan), ("evaluation.student_guidance", math.inf),
         ("data.seed", -1), ("data.eval_seed", -1), ("run.max_rejected", 0), ("run.checkpoint_every", 0), ("run.keep", 0), ("run.strip_every", 3), ("run.strip_every", -2),
     ],
 )  # fmt: skip
