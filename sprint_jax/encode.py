@@ -69,7 +69,9 @@ _HELDOUT = flags.DEFINE_integer(
 _SHARD_RECORDS = flags.DEFINE_integer("shard_records", 1024, "Examples of the source in a chunk.")
 _HOSTS = flags.DEFINE_integer("hosts", 1, "How many of these commands share the work.")
 _HOST = flags.DEFINE_integer("host", 0, "Which of them this is, from 0.")
-_MAX_BAD = flags.DEFINE_float("max_bad_share", 0.05, "Stop when more than this share of the examples cannot be used.")
+_MAX_BAD = flags.DEFINE_float(
+    "max_bad_share", 0.05, "Stop when more than this share of the examples, 0 to 1, cannot be used; three never stop it."
+)
 _BATCH = flags.DEFINE_integer("encode_batch", 16, "Pictures, and captions, encoded at a time.")
 
 SETTINGS = "settings.json"
@@ -144,6 +146,8 @@ def main(argv):
                 raise UserError(f"--{name}={flag.value}: use 1 or more")
         if pathlib.Path(_ENCODED.value).resolve().is_relative_to(pathlib.Path(_SOURCE.value).resolve()):
             raise UserError(f"--encoded={_ENCODED.value} lies in --source={_SOURCE.value}, whose files are read: choose another")
+        if not 0 <= _MAX_BAD.value <= 1:
+            raise UserError(f"--max_bad_share={_MAX_BAD.value}: use a share from 0 to 1")
         if not 0 <= _HOST.value < _HOSTS.value:
             raise UserError(f"--host={_HOST.value} of --hosts={_HOSTS.value}: use 0 to {_HOSTS.value - 1}")
         _check_condition()
@@ -333,7 +337,7 @@ def encode(
       batch: pictures, or captions, of a program run.
       max_bad: share of this host's examples that may be unusable; three are always forgiven.
       say: called with a line on what has been done.
-    Raises UserError for a folder of other settings and past max_bad.
+    Raises UserError for a folder of other settings, past max_bad, and where no example is left to train on.
     """
     import tqdm
 
@@ -377,6 +381,12 @@ def encode(
     shards = [shard for part in parts for shard in part["shards"]]
     skipped = [entry for part in parts for entry in part["skipped"]]
     counts = {name: sum(part["counts"][name] for part in parts) for name in parts[0]["counts"]}
+    if not counts["train"]:
+        bad = f"; {skipped[0]['key']}: {skipped[0]['reason']}" if skipped else ""
+        raise UserError(
+            f"none of {settings.examples} examples is left to train on, {counts['skipped']} cannot be used and {counts['heldout']} are "
+            f"held out{bad}. Repair the source, or hold out fewer, and use another --encoded"
+        )
     # Several hosts may get here at once, with the same bytes: each writes under a name of its own.
     own = lambda name: out / f"{name}.host{host}"
     weights.save(own(encoded.NULL), _null_prompt(encoders))
@@ -501,7 +511,7 @@ class _Work:
         for index, (example, ready) in zip(indices, self._ahead(indices), strict=True):
             self._step()
             if isinstance(ready, Exception):
-                self._skip(made, index, f"example {index}" if example is None else example.key, str(ready))
+                self._skip(made, index, self._source.key(index), str(ready))
                 continue
             made.keys[index], made.captions[index] = example.key, example.caption
             if not self._prepare(made, index):

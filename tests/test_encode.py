@@ -103,7 +103,7 @@ def test_the_manifest(pictures, whole):
     manifest = encoded.read_manifest(whole)
     counts = manifest["counts"]
     assert counts["train"] + counts["heldout"] == 41 and counts["skipped"] == 3 and 2 <= counts["heldout"] <= 16
-    assert [entry["key"] for entry in manifest["skipped"]] == ["example 5", "017.png", "031.png"]
+    assert [entry["key"] for entry in manifest["skipped"]] == ["005.png", "017.png", "031.png"]
     reasons = [entry["reason"] for entry in manifest["skipped"]]
     assert reasons[:2] == ["missing caption", "undecodable image"] and "zebra" in reasons[2]
     expected = dict(text="features", text_dim=TEXT.dim, text_length=16, channels=48, factor=4, model="tiny")
@@ -330,6 +330,17 @@ def test_latents_of_a_source_are_taken_as_they_are(tmp_path):
     }
 
 
+def test_a_set_without_an_example_to_train_on_is_no_success(tmp_path):
+    """Three bad ones are forgiven, and there are no others."""
+    (tmp_path / "in").mkdir()
+    for name in "abc":
+        (tmp_path / f"in/{name}.png").write_bytes(b"no picture")
+        (tmp_path / f"in/{name}.txt").write_text("a red circle")
+    with pytest.raises(UserError, match="none of 3 examples is left to train on, 3 cannot be used .*a.png: undecodable image"):
+        make(tmp_path / "in", tmp_path / "out", heldout=0)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
 def test_features_that_are_not_finite_are_skipped(pictures, tmp_path):
     class Text(parts.EmbeddedText):
         def features(self, params, arrays):
@@ -500,6 +511,8 @@ def _bend(tree):
         (["--encoder=x", "--encoded=y", "--shard_records=0"], ["--shard_records=0"]),
         (["--encoder=x", "--encoded=y", "--hosts=2", "--host=2"], ["--host=2", "0 to 1"]),
         (["--encoder=x", "--encoded=y"], ["--heldout=256", "44"]),
+        (["--encoder=x", "--encoded=y", "--max_bad_share=nan"], ["--max_bad_share=nan", "0 to 1"]),
+        (["--encoder=x", "--encoded=y", "--max_bad_share=-0.1"], ["--max_bad_share=-0.1"]),
         (["--encoder=/nowhere", "--encoded=y", "--heldout=1"], ["/nowhere"]),
         (["--encoder=x", "--encoded=y", "--text=words"], ["--text"]),
     ],

@@ -115,6 +115,7 @@ def test_the_same_examples_whatever_holds_them(tmp_path, made_tfds):
         assert len(source) == 4
         examples = [source[i] for i in range(4)]
         assert [e.caption for e in examples] == list(CAPTIONS)
+        assert [e.key for e in examples] == [source.key(i) for i in range(4)]
         assert len({e.key for e in examples}) == 4 and all(e.latent is None for e in examples)
         for index, example in enumerate(examples):
             np.testing.assert_array_equal(sources.load_picture(example.image), picture(index))
@@ -219,6 +220,7 @@ def test_a_folder_with_metadata(tmp_path):
     write(tmp_path / "1.txt", CAPTIONS[2])
     source = sources.open_source(tmp_path, caption_field="long")
     assert reason(source, 0) == "missing caption" and reason(source, 4) == "missing picture" and len(source) == 6
+    assert [source.key(i) for i in range(6)] == ["0.png", "1.png", "2.png", "3.png", "absent.png", "half.png"]
     assert reason(source, 5) == "corrupt record"
     assert [(source[i].key, source[i].caption) for i in (1, 2, 3)] == [
         ("1.png", CAPTIONS[2]), ("2.png", CAPTIONS[1]), ("3.png", CAPTIONS[0])

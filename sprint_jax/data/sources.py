@@ -48,6 +48,7 @@ def open_source(path, caption_field="prompt"):
     """The captioned pictures in a folder, as an object with
 
         len(source)         how many there are, usable or not
+        source.key(i)       the name of example i, usable or not: nothing is read
         source[i]           an `Example`; raises BadExample where it cannot be used, IndexError beyond the end
         source.identity()   a hash of the names and sizes of the files, not of what is in them
 
@@ -93,9 +94,13 @@ class _Tars:
     def __len__(self):
         return len(self._samples)
 
+    def key(self, index):
+        number, sample, _ = self._samples[index]
+        return f"{self._shards[number]}:{sample}"
+
     def __getitem__(self, index):
         _check_index(index, self)
-        number, sample, spans = self._samples[index]
+        number, _, spans = self._samples[index]
         shard = self._shards[number]
         try:
             with open(self._root / shard, "rb") as file:
@@ -106,7 +111,7 @@ class _Tars:
         latent = _latent(parts[".npy"]) if ".npy" in parts else None
         if image is None and latent is None:
             raise BadExample("missing picture")
-        return Example(f"{shard}:{sample}", image, latent, self._caption(parts))
+        return Example(self.key(index), image, latent, self._caption(parts))
 
     def _caption(self, parts):
         if ".json" in parts:
@@ -229,6 +234,9 @@ class _Tfds:
     def __len__(self):
         return self._length
 
+    def key(self, index):
+        return f"{self._name}:{index:09d}"
+
     def __getitem__(self, index):
         _check_index(index, self)
         try:
@@ -236,7 +244,7 @@ class _Tfds:
             image, caption = record["image"], record[self._caption_name]
         except Exception:  # readers of records and of protocol buffers have errors of their own
             raise BadExample("corrupt record") from None
-        return Example(f"{self._name}:{index:09d}", image, None, _text(caption))
+        return Example(self.key(index), image, None, _text(caption))
 
     def identity(self):
         return _digest("tfds", self._files)
@@ -270,6 +278,9 @@ class _Folder:
 
     def __len__(self):
         return len(self._pictures)
+
+    def key(self, index):
+        return self._pictures[index][0]
 
     def __getitem__(self, index):
         _check_index(index, self)
