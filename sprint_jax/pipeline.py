@@ -234,12 +234,15 @@ def read_config(path) -> config_lib.Config:
             f"{path} has no {workdir.CONFIG}, {folder.MODEL} or {folder.INDEX}: give the --workdir of a run, a converted "
             "model or a diffusers folder"
         )
+    try:
+        tree = json.loads((path / workdir.CONFIG).read_text())
+    except ValueError as error:
+        raise UserError(f"{path / workdir.CONFIG} is not JSON ({error}): restore it from the run") from None
+    if isinstance(tree, dict) and {"_class_name", "architectures"} & tree.keys():  # diffusers' and transformers'
+        raise UserError(f"{path} holds one part of a published model: give the folder above it, {path.resolve().parent}")
     if not (path / workdir.STUDENT).is_file():
         raise UserError(f"{path} has no {workdir.STUDENT} yet: let its run finish (same sprint_jax.main command)")
-    try:
-        return config_lib.parse(json.loads((path / workdir.CONFIG).read_text()))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path / workdir.CONFIG} is not JSON ({error}): restore it from the run") from None
+    return config_lib.parse(tree)
 
 
 def read_student(path):

@@ -116,6 +116,10 @@ def test_loading_something_else(finished, tmp_path):
     shutil.copy(finished / "config.json", tmp_path)
     with pytest.raises(UserError, match="has no student.safetensors yet"):
         pipeline.load(tmp_path)
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer/config.json").write_text(json.dumps({"_class_name": "SanaTransformer2DModel", "num_layers": 28}))
+    with pytest.raises(UserError, match=f"one part of a published model: give the folder above it, {tmp_path}$"):
+        pipeline.load(tmp_path / "transformer")
     (tmp_path / "student.safetensors").write_bytes((finished / "student.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match="not a readable safetensors"):
         pipeline.load(tmp_path)
