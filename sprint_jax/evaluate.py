@@ -74,11 +74,11 @@ def main(argv):
         else:
             from sprint_jax.evaluation import picture_files
 
-            made = {"folder": _FOLDER.value}
+            made = {"folder": str(_folder())}
             if _SUITE.value == "fid":
-                paths, texts = picture_files.found(_FOLDER.value), None
+                paths, texts = picture_files.found(_folder()), None
             else:
-                paths, texts = picture_files.with_prompts(_FOLDER.value, prompts)
+                paths, texts = picture_files.with_prompts(_folder(), prompts)
         _score_pictures(paths, texts, made)
 
 
@@ -484,18 +484,22 @@ def _score_records(prompts=None, made=None):
             "position_margin": geneval.POSITION_MARGIN,
         }  # fmt: skip
         details = {"pictures": found["counts"], "wrong": found["wrong"]}
-        _report({"overall": found["overall"], "tasks": found["tasks"]}, protocol, made or {"folder": _FOLDER.value}, details)
+        _report({"overall": found["overall"], "tasks": found["tasks"]}, protocol, made or {"folder": _FOLDER.value and str(_folder())}, details)
         return
     if not _ANSWERS.value:
         print(f"2 x 2 grids are in {_folder()}; next: ask about their pictures and give --answers=FILE.jsonl")
         return
     found = dpg.score(dpg.read_answers(_ANSWERS.value), [prompt.row for prompt in prompts])
     protocol = {"prompts": len(prompts), "pictures": len(prompts) * dpg.PICTURES, "answers": _ANSWERS.value}
-    _report({"dpg": found["score"]}, protocol, made or {"folder": _FOLDER.value}, {"items": found["items"]})
+    _report({"dpg": found["score"]}, protocol, made or {"folder": _FOLDER.value and str(_folder())}, {"items": found["items"]})
 
 
 def _folder():
-    return _FOLDER.value or pathlib.Path(model_flags.OUT.value) / "pictures"
+    """Where the pictures are: in --folder, of an --out of this command in its own folder of them; without, in that of --out."""
+    from sprint_jax import gallery
+
+    given = pathlib.Path(_FOLDER.value or model_flags.OUT.value)
+    return given if _FOLDER.value and not (given / gallery.PROTOCOL).is_file() else given / gallery.PICTURES
 
 
 def _geneval_pictures(prompts):
@@ -506,7 +510,7 @@ def _geneval_pictures(prompts):
 
     if prompts is not None:
         return [(f"{i:05d}/samples/{j:05d}.png", p.row) for i, p in enumerate(prompts) for j in range(_per_prompt())]
-    folder, found = pathlib.Path(_FOLDER.value), []
+    folder, found = _folder(), []
     for path in sorted(folder.glob("*/metadata.jsonl")):
         try:
             metadata = json.loads(path.read_text(encoding="utf-8"))

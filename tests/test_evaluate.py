@@ -137,6 +137,16 @@ def test_shares_on_two_devices_make_the_same_pictures(made, command, tmp_path):
     assert "2 x" in json.loads((tmp_path / "protocol.json").read_text())["made_by"][0]["devices"]
 
 
+def test_pictures_of_an_earlier_command_are_scored_by_its_out(made, command, tmp_path):
+    """OUT and OUT/pictures name the same pictures; their prompts are in OUT/manifest.jsonl."""
+    out, _ = made
+    for folder in (out, out / "pictures"):
+        result = command(DOOR, "--suite=shapes", f"--folder={folder}", f"--out={tmp_path}")
+        assert result.returncode == 0, result.stderr[-3000:]
+        found = report(tmp_path, "shapes")
+        assert found["scores"] == report(out, "shapes")["scores"] and found["pictures"] == {"folder": str(out / "pictures")}
+
+
 def test_distance_on_features_of_a_hook(made, command, tmp_path):
     """fid's whole way with the untrained features: reference to npz, then distances, not called FID."""
     out, _ = made
@@ -187,7 +197,8 @@ def test_geneval_from_model_to_score(finished, command, tmp_path):
             one = {"class": name, "box": [0, 0, 9, 9], "confidence": 0.8, "color": "red"}
             rows.append({"file": f"{i:05d}/samples/{j:05d}.png", "objects": [one]})
     detections.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for which in ([*flags, f"--detections={detections}"], ["--suite=geneval", f"--folder={out / 'pictures'}", f"--detections={detections}", f"--out={out}"]):
+    alone = ["--suite=geneval", f"--detections={detections}", f"--out={out}"]
+    for which in ([*flags, f"--detections={detections}"], [*alone, f"--folder={out / 'pictures'}"], [*alone, f"--folder={out}"]):
         result = command(DOOR, *which)
         assert result.returncode == 0, result.stderr[-3000:]
         assert report(out, "geneval")["scores"] == {"overall": 0.625, "tasks": {"single_object": 0.75, "colors": 0.5}}
