@@ -22,6 +22,7 @@ _ONLY = flags.DEFINE_list("only", [], "Tables and figures to make, by name, inst
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each configuration.")
 _REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Render the report from the results that are there; run nothing.")
 _REPORT = flags.DEFINE_string("report", None, "Markdown file to write, with plots in a folder beside it; default: WORKDIR/ablations.md.")
+flags.adopt_module_key_flags(workdir_flag)  # --help shows it here
 _CARDS = pathlib.Path(__file__).parent.parent / "configs" / "sprint.py"
 
 

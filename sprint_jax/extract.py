@@ -16,6 +16,7 @@ from sprint_jax.errors import UserError
 
 _STAGE = flags.DEFINE_enum("stage", "sprint", ["teacher", "finetune", "control", "sprint"], "Whose checkpoint to read.")
 _FILE = flags.DEFINE_string("to_file", None, "Safetensors file to write.")
+flags.adopt_module_key_flags(run_flag)  # --help shows it here
 
 
 def main(argv):

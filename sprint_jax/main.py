@@ -15,6 +15,8 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 
 _PROCESSES = flags.DEFINE_integer("processes", None, "Processes of this run; default: told by SLURM, JobSet or TPU variables, or one.")
 _PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.")
 _STARTUP = flags.DEFINE_float("startup_seconds", 300.0, "How long to wait for all processes.")
+flags.adopt_module_key_flags(config_flag)  # --help shows them here
+flags.adopt_module_key_flags(workdir_flag)
 
 
 def main(argv):

@@ -23,6 +23,7 @@ from sprint_jax.planning import gpus, hardware
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Device and its numbers, for example v5e:16x16 or h200:8x8.")
 _TABLE = flags.DEFINE_string("table", None, "File to add the table to, as markdown.")
+flags.adopt_module_key_flags(config_flag)  # --help shows it here
 
 
 def main(argv):

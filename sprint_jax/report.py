@@ -5,10 +5,12 @@ Writes DIR/report.html, as every run does at its end.
 
 import sys
 
-from absl import app
+from absl import app, flags
 
 from sprint_jax import cli, run_flag
 from sprint_jax.reporting import page
+
+flags.adopt_module_key_flags(run_flag)  # --help shows it here
 
 
 def main(argv):
