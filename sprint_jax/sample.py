@@ -39,6 +39,9 @@ def main(argv):
             raise UserError(f"--seed={model_flags.SEED.value}: use 0 to {2**31 - 1}")
         if model_flags.PER_PROMPT.value < 1 or (model_flags.BATCH.value is not None and model_flags.BATCH.value < 1):
             raise UserError("--images_per_prompt and --batch_size: use 1 or more")
+        for flag, other in ((_STRENGTH, _IMAGE), (_CONTROL_SCALE, _CONTROL)):
+            if flag.present and not other.value:
+                raise UserError(f"--{flag.name} belongs to --{other.name}: give a picture there, or leave it out")
         prompts = _read_prompts()
         out = _output_directory()
         begin = time.perf_counter()

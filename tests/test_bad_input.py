@@ -52,6 +52,8 @@ def test_main_refuses(command, flags, words):
         (["--prompts=/nowhere.txt"], ["/nowhere.txt"]),
         (["--prompt=a circle", "--seed=-1"], ["--seed"]),
         (["--prompt=a circle", "--height=0"], ["--height=0"]),
+        (["--prompt=a circle", "--strength=0.5"], ["--strength belongs to --image"]),
+        (["--prompt=a circle", "--control_scale=1"], ["--control_scale belongs to --control"]),
         (["--prompt=a circle", "--steps=3", "--schedule=paper"], ["paper", "3"]),
     ],
 )
@@ -94,6 +96,15 @@ def test_other_errors_keep_their_traceback():
 def test_extract_refuses(finished, command, tmp_path, flags, words):
     refused(command("sprint_jax.extract", f"--run_dir={finished}", *(flag.format(tmp=tmp_path) for flag in flags)), *words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "module, flags",
+    [("report", "run_dir"), ("extract", "run_dir stage"), ("ablate", "workdir suite"), ("plan", "config topology"), ("main", "config workdir processes")],
+)
+def test_help_shows_the_flags_that_a_command_needs(command, module, flags):
+    shown = command(f"sprint_jax.{module}", "--help").stdout
+    assert [flag for flag in flags.split() if f"\n  --{flag}:" not in shown] == []
 
 
 def test_fit_codec_refuses_a_folder(command, tmp_path):
