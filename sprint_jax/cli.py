@@ -68,7 +68,8 @@ def _of_the_machine(error):
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line:
         return f"out of memory ({line[:200]}): use --batch_size=1, a smaller size, or --tile; in training a smaller batch, or accumulate"
     if platforms and _raised_in(error).endswith("xla_bridge.py"):  # where JAX starts its devices; some of its errors have no text
-        return f"JAX_PLATFORMS={platforms}: JAX cannot start these devices here ({line[:200] or 'no plug-in for them'}): name others, such as cpu, or install theirs"
+        reason = line[:200] or "no plug-in for them"
+        return f"JAX_PLATFORMS={platforms}: JAX cannot start these devices here ({reason}): name others, such as cpu, or install theirs"
     return None
 
 

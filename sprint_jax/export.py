@@ -1,7 +1,7 @@
 """Prompt to pixels as one file: python -m sprint_jax.export --model=DIR --out=FILE [--steps=1,2,4]
 
-DIR is a folder that sprint_jax.sample takes; an exported file cannot be exported again. The file holds the traced and lowered programs, the weights and the tokenizer
-(`sprint_jax/exported.py` has the format), and `python -m sprint_jax.sample --model=FILE` draws from it without the
+DIR is a folder that sprint_jax.sample takes; an exported file cannot be exported again. The file holds the traced and lowered
+programs, the weights and the tokenizer (`sprint_jax/exported.py` has the format), and `python -m sprint_jax.sample --model=FILE` draws from it without the
 networks' code: exported for a CPU and drawn on it, the same pictures as from DIR, bit by bit, at equal steps, batch size
 and seed. It may also be exported for platforms that are not here; compiling is left to them.
 """
@@ -46,7 +46,10 @@ def main(argv):
         if not _MODEL.value or not _OUT.value:
             raise UserError(f"--{'out' if _MODEL.value else 'model'} is missing: name the model's folder and the file to make")
         if not pathlib.Path(_MODEL.value).is_dir():
-            raise UserError(f"--model={_MODEL.value} is no folder: give a diffusers folder, a converted one or a run directory; an exported file cannot be exported again")
+            raise UserError(
+                f"--model={_MODEL.value} is no folder: give a diffusers folder, a converted one or a run directory; an exported file "
+                "cannot be exported again"
+            )
         steps = _numbers("steps", _STEPS.value)
         batch_sizes = _numbers("batch_sizes", _BATCHES.value) if _BATCHES.value is not None else None
         if _LONGEST.value is not None and _LONGEST.value < 1:
