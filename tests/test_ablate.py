@@ -9,7 +9,7 @@ import runpy
 import jax
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from conftest import ROOT
 from sprint_jax import build, config, inputs, weights
@@ -242,6 +242,16 @@ def test_the_reports_in_docs_say_of_their_tables_what_the_suites_say(asked, name
     text = (ROOT / f"docs/{name}.md").read_text()
     for t in asked.tables:
         assert f"## {t.title}\n\n{t.note}\n" in text and f"| {t.title} |" in text and "seeds" not in t.title
+
+
+def test_plots_have_letters_for_all_that_they_say():
+    """Of every title and label of both suites. Fails when a box stands for a letter that the font has not."""
+    font = ImageFont.load_default(22)
+    said = set("".join([*report.NAMES.values(), *(row.label for table in grid.TABLES + grid.FOLLOW_UPS for row in table.rows)]))
+    box = bytes(font.getmask("\uffff"))
+    assert "é" in said
+    for letter in plots.plain("".join(sorted(said))):
+        assert bytes(font.getmask(letter)) != box or letter == " ", letter
 
 
 def test_a_plot_shows_a_value_where_its_axis_says():

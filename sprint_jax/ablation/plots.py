@@ -1,6 +1,7 @@
 """Plots with Pillow: values over seeds as dots, their mean and standard error as a bar, a row each."""
 
 import math
+import unicodedata
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -70,8 +71,13 @@ def _panel(title, rows, logarithmic):
     return image
 
 
+def plain(text):
+    """The text in the letters that Pillow's own font has: without accents."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+
+
 def _text(draw, font, at, text, anchor, colour):
-    draw.text([_SCALE * x for x in at], text, fill=colour, font=font, anchor=anchor)
+    draw.text([_SCALE * x for x in at], plain(text), fill=colour, font=font, anchor=anchor)
 
 
 def _line(draw, start, end, colour, width):

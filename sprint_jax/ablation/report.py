@@ -10,7 +10,7 @@ import urllib.parse
 from sprint_jax import files
 from sprint_jax.ablation import grid, plots, verdict
 
-_NAMES = {
+NAMES = {
     "score": "whole caption right", "frechet": "Fréchet", "grad_norm": "gradient norm", "tangent_norm": "tangent norm",
 }  # fmt: skip
 _LOGARITHMIC = ("grad_norm", "tangent_norm", "frechet")
@@ -138,7 +138,7 @@ def _number(value):
 
 
 def _title(metric, steps):
-    return _NAMES[metric] + (f", {steps} step{'s' if steps != '1' else ''}" if steps else "")
+    return NAMES[metric] + (f", {steps} step{'s' if steps != '1' else ''}" if steps else "")
 
 
 def _metric_title(metric):
