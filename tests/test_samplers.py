@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sprint_jax import generation
 from sprint_jax.diffusion import samplers, trigflow
 from sprint_jax.errors import UserError
 
@@ -195,3 +196,11 @@ def test_both_euler_samplers_agree_on_one_network():
     other = jax.jit(lambda: samplers.trigflow_euler(F, noise, samplers.trig_times(2000)))()
     assert error(other, one) < 5e-3
     assert error(noise, one) > 0.1  # the ODE does move
+
+
+def test_noises_of_seeds_pictures_and_steps_have_nothing_in_common():
+    """Fails when a key is a sum, so that seed 1 picture 0 is seed 0 picture 1, and when a draw repeats for the next step."""
+    draw = jax.jit(lambda seed: generation.noises(seed, jnp.arange(4), (16, 16, 64), 3))
+    drawn = np.concatenate([np.asarray(draw(seed), np.float64).reshape(12, -1) for seed in range(4)])
+    assert np.abs(drawn.mean(1)).max() < 0.05 and np.abs(drawn.var(1) - 1).max() < 0.05
+    assert np.abs(np.corrcoef(drawn) - np.eye(48)).max() < 0.1
