@@ -1,9 +1,12 @@
 """Shared fixtures: one tiny run of the main job, made once per session, and a way to call the commands."""
 
+import contextlib
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import textwrap
 
 import filelock
 import pytest
@@ -26,6 +29,17 @@ OLD_STYLE = ("--config.teacher.base_qk_norm=False", "--config.teacher.base_time_
 TINY = (SMOKE, *OLD_STYLE)
 
 
+def free_port():
+    """Free, with the one behind it: below the ports that clients are given, and apart from those of the suite's other processes."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+    for i in range(750):
+        port = 20000 + 1500 * worker + 2 * ((os.getpid() + i) % 750)
+        with socket.socket() as one, socket.socket() as two, contextlib.suppress(OSError):
+            one.bind(("", port)), two.bind(("", port + 1))
+            return port
+    raise AssertionError("no free port")
+
+
 @pytest.fixture(scope="session")
 def common(tmp_path_factory):
     """A folder of the whole session, also where several processes share its tests."""
@@ -37,7 +51,9 @@ def common(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def command(common):
-    """run(module, *flags) -> CompletedProcess; a compilation cache is shared by all calls of a session."""
+    """run(module, *flags) -> CompletedProcess; a compilation cache is shared by all calls of a session.
+
+    before: Python that the process runs ahead of the module."""
     cache = common / "jax_cache"
     shared = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -46,8 +62,10 @@ def command(common):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
-    def run(module, *flags, background=False, environment={}):
-        words = [sys.executable, "-m", module, *map(str, flags)]
+    def run(module, *flags, background=False, environment={}, before=""):
+        after = f"import runpy\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+        what = ("-c", f"{textwrap.dedent(before)}\n{after}") if before else ("-m", module)
+        words = [sys.executable, *what, *map(str, flags)]
         options = dict(cwd=ROOT, env=shared | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         if background:
             return subprocess.Popen(words, **options)

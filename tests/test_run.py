@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import signal
+import struct
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto import event_pb2
 
 from conftest import TINY
 from sprint_jax import config, extract, run
@@ -44,7 +46,27 @@ def test_leaves_everything(finished):
     assert summary["frechet"]["real"] < 0.5 * summary["frechet"]["teacher_20"]
     assert set(summary["tasks"]["real"]) <= set(checker.TASKS)
     assert summary["seconds"] > 0 and summary["peak_memory_bytes"] > 1e8 and summary["jax"]
-    assert any((finished / "events").iterdir())
+
+
+def scalars(folder):
+    """{(tag, step): value} of TensorBoard's files: records of a length, its checksum, an event and its checksum."""
+    found = {}
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            event, data = event_pb2.Event.FromString(data[12 : 12 + length]), data[16 + length :]
+            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value if v.WhichOneof("value") == "simple_value"}
+    return found
+
+
+def test_tensorboard_shows_what_the_rows_say(finished):
+    """But for the sums by time. Fails when a scalar is written under another name or step."""
+    expected = {}
+    for row in rows(finished):
+        shown = {k: v for k, v in row.items() if k not in ("stage", "step") and not k.startswith("by_time/")}
+        expected |= {(f"{row['stage']}/{k}", row["step"]): np.float32(v) for k, v in shown.items()}
+    assert scalars(finished / "events") == expected
 
 
 def test_rows_have_every_step_once(finished):
@@ -108,20 +130,39 @@ def test_a_directory_belongs_to_a_config_once_something_was_begun_in_it(tmp_path
         assert (tmp_path / "theirs/config.json").read_text() == foreign
 
 
+KILLED = """
+    import os, pathlib, time
+    from sprint_jax.training import loop
+
+    launched = loop._Watch.launched
+
+    def killing(watch, step, metrics):
+        launched(watch, step, metrics)
+        if (watch._name, step) == ({stage!r}, {step}):
+            watch.flush()  # a row that the checkpoint knows nothing of
+            while not pathlib.Path({checkpoint!r}).is_dir():
+                time.sleep(0.05)
+            os.kill(os.getpid(), 9)
+
+    loop._Watch.launched = killing
+"""
+
+
 @pytest.mark.slow
-def test_kill_at_any_moment_then_resume_is_bit_equal(finished, command, tmp_path):
-    """Fails when the training key ignores the step, when EMA is not restored, or when rows are not rewound.
+def test_killed_between_checkpoints_then_resumed_is_bit_equal(finished, command, tmp_path):
+    """Fails when the training key ignores the step, when EMA or the optimiser's state is not restored, or when rows are not rewound.
 
     Pictures on the way are the same too.
     """
-    flags = (*TINY, f"--workdir={tmp_path / 'run'}")
-    for stage, step in (("teacher", 6), ("sprint", 2), ("sprint", 6)):
-        process = command("sprint_jax.main", *flags, background=True)
-        wait_for(tmp_path / "run", stage, step, process)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    flags, said = (*TINY, f"--workdir={tmp_path / 'run'}"), ""
+    for stage, step, saved in (("teacher", 6, 4), ("sprint", 10, 8)):
+        checkpoint = str(tmp_path / "run/checkpoints" / stage / str(saved))
+        killed = command("sprint_jax.main", *flags, before=KILLED.format(stage=stage, step=step, checkpoint=checkpoint))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+        assert said in killed.stdout and rows(tmp_path / "run")[-1]["step"] == step
+        said = f"{stage}: resumed from checkpoint at step {saved} of 12"
     result = command("sprint_jax.main", *flags)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0 and said in result.stdout, result.stderr[-3000:]
     for name in ("teacher.safetensors", "student.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
     assert rows(tmp_path / "run") == rows(finished)
