@@ -8,7 +8,6 @@ import contextlib
 import io
 import os
 import pathlib
-import socket
 import threading
 import time
 
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import free_port
 from test_serving import gate, paint, served, wait_until  # noqa: F401 (gate is a fixture)
 
 pytestmark = [
@@ -34,8 +34,7 @@ IDLE = "!document.getElementById('sprint-frame').classList.contains('busy')"
 @pytest.fixture(scope="module")
 def address(command, finished):
     """Of the real command with an untrained model."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     process = command("sprint_jax.app", f"--model={finished}", f"--port={port}", background=True)
     address = f"http://127.0.0.1:{port}"
     end = time.monotonic() + 120

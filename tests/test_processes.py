@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from conftest import ROOT, SMOKE, TINY
+from conftest import ROOT, SMOKE, TINY, free_port
 from sprint_jax import distributed
 from sprint_jax.distributed import Place
 from sprint_jax.errors import UserError
@@ -37,16 +37,6 @@ ROUNDING = ("disc_grad_norm/conv_in/bias", "disc_grad_norm/conv_mid/bias")
 
 
 # Who takes part
-
-
-def free_port():
-    for port in range(33000, 60000, 2):
-        with socket.socket() as one, socket.socket() as two:
-            try:
-                one.bind(("", port)), two.bind(("", port + 1))
-                return port
-            except OSError:
-                continue
 
 
 def met(*places, seconds=5.0):
@@ -294,6 +284,15 @@ def number(launcher, process):
     raise AssertionError("no such process")
 
 
+def wait_whole(checkpoint, launched):
+    for _ in range(600):
+        if checkpoint.is_dir():
+            return
+        assert launched.poll() is None
+        time.sleep(0.05)
+    raise AssertionError(f"no {checkpoint}")
+
+
 def kill_process_1(launched):
     """SIGKILL: the others end soon, not well, and name it."""
     begin = time.monotonic()
@@ -358,6 +357,7 @@ def test_killed_and_resumed_is_bit_equal(two, job, tmp_path):
     workdir = tmp_path / "run"
     launched = job(workdir, 2, *ALONE)
     wait_for(workdir, "teacher", 6, launched)
+    wait_whole(workdir / "checkpoints/teacher/4", launched)
     kill_process_1(launched)
     out, err = end(job(workdir, 2, *ALONE))
     assert "teacher: resumed from checkpoint at step" in out
@@ -370,6 +370,7 @@ def test_interrupted_and_killed_runs_end_bit_equal(two_whole, job, tmp_path):
     workdir = tmp_path / "run"
     launched = job(workdir, 2)
     wait_for(workdir, "teacher", 6, launched)
+    wait_whole(workdir / "checkpoints/teacher/4", launched)
     kill_process_1(launched)
 
     launched = job(workdir, 2)

@@ -24,6 +24,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from conftest import free_port
 from sprint_jax import app as door
 from sprint_jax import drawing, exported, pictures, pipeline
 from sprint_jax.errors import UserError
@@ -701,7 +702,7 @@ def client():
     queue.close()
 
 
-@hypothesis.settings(max_examples=200, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(bodies())
 def test_fuzz_from_the_schema(client, case):
     """Whatever is sent: a picture, or a 4xx with a sentence; what the schema allows, with pictures that are some: a picture."""
@@ -788,8 +789,7 @@ def test_limits_of_sizes(pipe):
 
 def test_the_door_starts_serves_and_ends(command, finished):
     """From the command line: progress, ready, a picture, SIGTERM with status 0; a second one on its port is refused."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = free_port()
     address = f"http://127.0.0.1:{port}"
     process = command("sprint_jax.app", f"--model={finished}", f"--port={port}", "--max_steps=1", background=True)
     try:
