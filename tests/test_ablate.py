@@ -256,7 +256,7 @@ def test_plots_have_letters_for_all_that_they_say():
 
 def test_a_plot_shows_a_value_where_its_axis_says():
     low, high, ticks = plots.axis([1.0, 1000.0], True)
-    assert low < 0 < 3 < high and ticks == [0.0, 1.0, 2.0, 3.0] or ticks == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
+    assert low < 0 < 3 < high and (ticks == [0.0, 1.0, 2.0, 3.0] or ticks == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0])
     image = np.asarray(plots.dots([("t", False, [("a", [0.0, 0.0]), ("b", [1.0, 1.0])])])).astype(int)
     blue = (image[..., 2] - image[..., 0] > 40)
     rows = np.flatnonzero(blue.any(1))

@@ -301,7 +301,7 @@ def test_every_new_parameter_has_a_sharding_rule(small):
     mesh = jax.sharding.AbstractMesh((1, 2), ("data", "fsdp"))
     teacher = jax.eval_shape(build.teacher(c).init, jax.random.key(0))
     control = jax.eval_shape(build.distilled_teacher(c).init, jax.random.key(0))
-    data = inputs.Abstract(c)
+    data, checked = inputs.Abstract(c), set()
     for stage in (run.control_stage(c, data, teacher), run.sprint_stage(c, data, control)):
         frozen = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), stage.frozen)
         state = jax.eval_shape(stage.start, frozen, {})
@@ -309,6 +309,8 @@ def test_every_new_parameter_has_a_sharding_rule(small):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             if leaf.ndim >= 2 and leaf.size > 1 and "zero_" in name and "/row/" not in name and "res_row" not in name:
                 assert sharding._spec(name, leaf, mesh) != jax.sharding.PartitionSpec(), name
+                checked.add(stage.name)
+    assert checked == {"control", "sprint"}
 
 
 def test_generate_follows_and_refuses(small):

@@ -258,7 +258,7 @@ def test_doubled_names_and_pickles_are_refused(source, tmp_path):
     index = broken / "text_encoder" / "model.safetensors.index.json"
     if index.exists():
         edit(index, weight_map=json.loads(index.read_text())["weight_map"] | {"model.norm.weight": file.name})
-    with pytest.raises(UserError, match="given twice: norm.weight and model.norm.weight|norm.weight"):
+    with pytest.raises(UserError, match="given twice: norm.weight and model.norm.weight"):
         folder.read_diffusers(broken, dtype=None, instruction="")
     for old in (broken / "vae").glob("*.safetensors*"):
         old.unlink()

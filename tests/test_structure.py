@@ -144,13 +144,17 @@ def test_readme_paths_exist():
 
 def test_readme_modules_presets_and_functions_exist():
     text = readme()
-    for module in set(re.findall(r"python -m ((?:sprint_jax|benchmarks)\.\w+)", text)):
+    modules = set(re.findall(r"python -m ((?:sprint_jax|benchmarks)\.\w+)", text))
+    presets = re.findall(r"configs/sprint\.py:(\w+)", text)
+    functions = re.findall(r"`((?!configs/)\w+(?:/\w+)*\.py):(\w+)`", text)
+    assert modules and presets and functions
+    for module in modules:
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
     namespace = {}
     exec((ROOT / "configs/sprint.py").read_text(), namespace)
-    for preset in set(re.findall(r"configs/sprint\.py:(\w+)", text)):
+    for preset in presets:
         assert preset in namespace["PRESETS"]
-    for file, function in re.findall(r"`((?!configs/)\w+(?:/\w+)*\.py):(\w+)`", text):
+    for file, function in functions:
         source = (PACKAGE / file).read_text()
         assert re.search(rf"^(?:def|class) {function}\b", source, re.M), f"{file}:{function}"
 
