@@ -154,6 +154,16 @@ def test_another_shape_is_refused_and_nothing_renamed(folder, other):
     assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["4", "8"]
 
 
+def test_other_data_are_refused_and_nothing_renamed(tmp_path):
+    """Fails when what a checkpoint was made from is not compared."""
+    with Checkpoints(tmp_path, keep=2, data="drawn shapes") as checkpoints:
+        checkpoints.save(4, tree(4))
+    with Checkpoints(tmp_path, keep=2, data="a folder") as checkpoints:
+        with pytest.raises(UserError, match="4 was made from drawn shapes, the config now reads a folder: use the same data"):
+            checkpoints.restore_newest(abstract(tree(0)))
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["4"]
+
+
 def test_restored_buffers_can_be_given_away(folder):
     state, _ = restore(folder)
     jax.block_until_ready(jax.jit(lambda t: jax.tree.map(lambda a: a * 2, t), donate_argnums=0)(state))

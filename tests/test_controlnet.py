@@ -292,6 +292,21 @@ def test_student_starts_as_teacher_and_both_are_told_the_condition(small, batch)
     assert np.abs(other[0] - F).max() > 1e-2 and np.abs(other[1] - velocity).max() > 1e-2
 
 
+def test_who_always_goes_without_the_sketch_teaches_the_controlnet_nothing(small, batch):
+    """The share is that of the config: at 1 its gradient is zero, at 0 it is not. Fails when the stage's steps are not told it."""
+    data, rows = batch
+    small = dataclasses.replace(small, sprint=dataclasses.replace(small.sprint, scm_weight=0.0))
+    teacher = moved(jax.jit(build.distilled_teacher(small).init)(jax.random.key(0)))
+    of = lambda share: run.sprint_stage(dataclasses.replace(small, control=dataclasses.replace(small.control, dropout=share)), data, teacher)
+    start = jax.jit(of(0.0).start)(of(0.0).frozen, {})
+    metrics_of = jax.jit(lambda share, *args: of(share).functions[0](*args)[1])  # one program for every share
+    for share, taught in ((0.0, True), (1.0, False)):
+        metrics = metrics_of(share, start, of(0.0).frozen, rows)
+        norms = [float(v) for name, v in metrics.items() if name.startswith("grad_norm/control")]
+        assert norms and all((norm > 0) == taught for norm in norms)
+        assert metrics["grad_norm/trunk/blocks"] > 0
+
+
 def test_every_new_parameter_has_a_sharding_rule(small):
     """Cut over fsdp in the state of both phases, CAME's factored moments included; nothing is left to the default."""
     came = dataclasses.replace(small.control.optimizer, kind="came", b3=0.9999)

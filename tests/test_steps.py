@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -11,10 +12,10 @@ from flax import traverse_util
 
 from conftest import ROOT
 from sprint_jax import build, config
-from sprint_jax.diffusion import scm, trigflow
+from sprint_jax.diffusion import flow, scm, trigflow
 from sprint_jax.training import came, sprint_step, state, teacher_step
 
-BATCH, SIDE = 4, 4
+BATCH, SIDE = 2 * 8, 4  # two parts of one normalisation group each
 QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
 
 
@@ -34,6 +35,9 @@ def card():
     return config.parse(tree)
 
 
+TIMES = np.tile(np.float32([0.1, 0.6, 1.1, 1.5]), BATCH // 4)
+
+
 def normals(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
@@ -44,7 +48,8 @@ def error(value, expected):
 
 
 def batch():
-    text, mask = build.text_encoder(card()).encode(["a red circle", "a blue square", "a circle", ""])
+    prompts = ["a red circle", "a blue square above a green triangle", "a circle", ""]
+    text, mask = build.text_encoder(card()).encode(prompts * (BATCH // 4))
     return {"latent": normals(BATCH, *build.latent_shape(card())), "text": text, "mask": mask}
 
 
@@ -138,6 +143,44 @@ def test_teacher_rejects_a_nan():
     assert not same(good.params, now.params)
 
 
+@functools.cache
+def teacher_descent(parts):
+    """(state, metrics) after an update by the gradient itself, of a batch in so many parts."""
+    c = dataclasses.replace(card().teacher, accumulate=parts, caption_dropout=0.5, time_mean=0.3, time_std=0.7, time_shift=3.0)
+    tx = optax.sgd(1.0)
+    return jit(teacher_step.make_step(nets().teacher, tx, c, 5))(teacher_step.init(teacher(), tx, c), frozen(), batch())
+
+
+def test_teacher_step_is_the_loss_of_its_draws():
+    """By the same keys: shifted times, and the null text under the caption's own mask where that was dropped. Fails without either,
+    and when the null text comes with another mask."""
+    (_, metrics), b = teacher_descent(1), batch()
+    k_time, k_noise, k_drop = jax.random.split(jax.random.fold_in(jax.random.key(5), 0), 3)
+    odds = 3 * np.exp(0.3 + 0.7 * np.asarray(jax.random.normal(k_time, (BATCH,))))
+    t, z = odds / (1 + odds), jax.random.normal(k_noise, b["latent"].shape)
+    dropped = np.asarray(jax.random.bernoulli(k_drop, 0.5, (BATCH, 1, 1)))
+    text = np.where(dropped, frozen()["null_text"], b["text"])
+    assert 4 < dropped.sum() < BATCH - 4
+
+    v = lambda x, t: nets().teacher.apply(teacher(), x, t, text, b["mask"]).velocity
+    expected = jit(lambda: flow.loss(v, b["latent"], z, t).mean())()
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+
+
+def test_a_start_in_which_padding_shows():
+    """Three leaves of the usual start are changed, each as it says. Fails when another row of the table is raised."""
+    model, key = nets().teacher, jax.random.key(3)
+    flat = lambda params: {"/".join(path): np.asarray(a) for path, a in traverse_util.flatten_dict(params).items()}
+    starts = jit(lambda: (model.init(key), *(teacher_step.start(model, key, borders=b) for b in (True, False))))
+    usual, raised, same_start = map(flat, starts())
+    bias, table, patches = "blocks/ff/conv_inverted/bias", "blocks/scale_shift_table", "inputs/patch_embed/kernel"
+    assert {name for name in usual if not np.array_equal(usual[name], raised[name])} == {bias, table, patches}
+    assert all(np.array_equal(usual[name], same_start[name]) for name in usual)
+    assert not usual[bias].any() and 1.8 < raised[bias].std() < 2.2 and abs(raised[bias].mean()) < 0.5
+    np.testing.assert_allclose(raised[table] - usual[table], np.broadcast_to([[0], [0], [0], [0], [0], [1]], usual[table].shape), atol=1e-6)
+    np.testing.assert_allclose(raised[patches], 0.3 * usual[patches], rtol=1e-6)
+
+
 def test_generator_step_moves_the_student_alone():
     """Fails when the adversarial loss enters without its weight."""
     generator, _ = steps()
@@ -167,6 +210,30 @@ def test_discriminator_step_moves_the_heads_alone():
     assert 0 < again["disc"] < metrics["disc"] - 1e-4  # the same draws, after the update
 
 
+def test_the_students_average_counts_rounds():
+    """By hand over a generator's, a discriminator's and a generator's step: a share of 1/10, then of 2/11. Fails when it counts both."""
+    generator, discriminator = steps()
+    first, _ = generator(start(), frozen(), batch())
+    between, _ = discriminator(first, frozen(), batch())
+    second, _ = generator(between, frozen(), batch())
+    mixed = lambda share, ema, params: jax.tree.map(lambda e, p: share * e + (1 - share) * p, ema, params)
+    far = lambda a, b: float(optax.tree.norm(jax.tree.map(jnp.subtract, a, b)))
+    once = mixed(1 / 10, start().params, first.params)
+    assert far(first.ema, once) < 1e-4 * far(start().params, first.params) and same(between.ema, first.ema)
+    assert far(second.ema, mixed(2 / 11, once, second.params)) < 1e-3 * far(once, second.params)
+
+
+def test_margins_are_of_the_students_pictures_alone():
+    """With misaligned pairs beside them or without. Fails when the mean is over both kinds of fakes."""
+    _, with_pairs = steps()[1](start(), frozen(), batch())
+    alone = sprint_step.make_discriminator_step(nets(), dataclasses.replace(card().sprint, misaligned=False), 0)
+    _, without = jit(alone)(start(), frozen(), batch())
+    assert abs(with_pairs["disc"] - without["disc"]) > 1e-4
+    for side in ("real", "fake"):
+        np.testing.assert_allclose(with_pairs[f"head_1/{side}"], without[f"head_1/{side}"], rtol=1e-4, atol=1e-6)
+    assert abs(with_pairs["head_1/real"] - with_pairs["head_1/fake"]) > 1e-3
+
+
 def test_sprint_steps_reject_a_nan():
     """Fails when spectral keeps its new value in make_discriminator_step."""
     now = start()
@@ -193,7 +260,7 @@ def test_a_network_that_always_fails_is_not_hidden_by_the_other():
 def test_student_starts_as_the_teacher():
     """For every guidance scale. Fails when student_params lets its fresh values win."""
     b, u = batch(), normals(BATCH, *build.latent_shape(card()), seed=5)
-    t = np.float32([0.1, 0.6, 1.1, 1.5])
+    t = TIMES
     v = lambda x, t: nets().teacher.apply(teacher(), x, t, b["text"], b["mask"]).velocity
     expected = jit(trigflow.from_flow(v))(u, t)
     student = jit(lambda w: sprint_step.student_F(nets(), start().params, told(b), w)(u, t))
@@ -203,13 +270,36 @@ def test_student_starts_as_the_teacher():
         assert (np.asarray(logvar) == 0).all()
 
 
+def test_the_student_is_told_each_samples_guidance():
+    """F is the network's own velocity at that sample's scale. Fails when student_F hands on no scale, or one for all samples."""
+    b, w, u = batch(), np.tile(np.float32([1.0, 2.0, 4.5, 7.0]), BATCH // 4), normals(BATCH, *build.latent_shape(card()), seed=5)
+    t = TIMES
+    embed = start().params["inputs"]["guidance_embed"]
+    told_more = jax.tree.map(lambda a: a + 0.3 * normals(*a.shape, seed=a.size), embed)  # it ends in zeros
+    params = start().params | {"inputs": start().params["inputs"] | {"guidance_embed": told_more}}
+    F = jit(lambda w: sprint_step.student_F(nets(), params, told(b), w)(u, t)[0])
+
+    @jit
+    def alike(one):
+        s = trigflow.to_flow_time(t)
+        x = trigflow.to_flow_state(u, t)
+        v = nets().student.apply(params, x, s, guidance=np.full(BATCH, 1, np.float32) * one, **told(b)).velocity
+        return trigflow.from_flow_velocity(v, x, s)
+
+    each = np.asarray(F(w))
+    for i, one in enumerate(w[:4]):
+        assert error(each[i::4], alike(one)[i::4]) < 1e-5
+    for one, other in zip(each, np.asarray(F(w[::-1]))):
+        assert error(one, other) > 1e-2
+
+
 @pytest.mark.parametrize("uncond_mask", ["cond", "null"])
 def test_teacher_velocity_is_two_calls(uncond_mask):
     """Fails when the null half takes the text, when the masks of the two halves are swapped, and when the
     answer is not scaled by sigma_d."""
-    b, w = batch(), np.float32([0.0, 1.0, 2.0, 4.5])
+    b, w = batch(), np.tile(np.float32([0.0, 1.0, 2.0, 4.5]), BATCH // 4)
     xt = 0.5 * normals(*b["latent"].shape, seed=3)
-    t = np.float32([0.1, 0.6, 1.1, 1.5])
+    t = TIMES
     value = jit(sprint_step.teacher_velocity(nets(), frozen(), told(b), w, uncond_mask))(xt, t)
 
     def F(text, mask):
@@ -220,7 +310,7 @@ def test_teacher_velocity_is_two_calls(uncond_mask):
     uncond, cond = F(np.repeat(frozen()["null_text"], BATCH, 0), null_mask), F(b["text"], b["mask"])
     w = w[:, None, None, None]
     assert error(value, 0.5 * ((1 - w) * uncond + w * cond)) < 1e-5
-    assert error(uncond[:3], cond[:3]) > 1e-3
+    assert all(error(uncond[i], cond[i]) > 1e-3 for i in range(3))
 
 
 def test_adversarial_gradient_alone():
@@ -253,7 +343,7 @@ def test_qk_norm_is_added_and_nothing_else():
             assert (np.asarray(done["blocks"][attention].pop(name)["weight"]) == 1).all()
     assert same(done, params)
     done = teacher_step.add_qk_norm(params, model, jax.random.key(0))
-    b, t = batch(), np.float32([0.1, 0.4, 0.7, 0.9])
+    b, t = batch(), TIMES / 1.6
     run = lambda m, p: jit(lambda p: m.apply(p, b["latent"], t, b["text"], b["mask"]).velocity)(p)
     # Without the norms in the forward pass the completed tree is the old network.
     plain = run(bare, params)
@@ -271,7 +361,7 @@ def test_frozen_teacher_gets_no_gradient():
     """
     b, w = batch(), np.full(BATCH, 2.0, np.float32)
     x0, z = (0.5 * normals(*b["latent"].shape, seed=i) for i in (1, 2))
-    t = np.float32([0.1, 0.6, 1.1, 1.5])
+    t = TIMES
 
     def loss(teacher_params):
         F = sprint_step.student_F(nets(), start().params, told(b), w)
@@ -289,7 +379,7 @@ def test_logvar_trains_its_head_alone_where_asked():
     Fails when _head_alone stops nothing, or the head too.
     """
     b, w = batch(), np.full(BATCH, 2.0, np.float32)
-    u, t = normals(*b["latent"].shape, seed=1), np.float32([0.1, 0.6, 1.1, 1.5])
+    u, t = normals(*b["latent"].shape, seed=1), TIMES
     params = jax.tree.map(np.copy, start().params)
     params["inputs"]["logvar"]["kernel"] += normals(*params["inputs"]["logvar"]["kernel"].shape, seed=2)  # starts at zero
 
@@ -311,8 +401,8 @@ def test_logvar_starts_where_asked():
     """At every time and scale, and nothing else moves. Fails when the start does not reach the head's bias."""
     b, key = batch(), jax.random.key(1)
     zero, moved = (sprint_step.student_params(teacher(), nets(), key, logvar_start=start) for start in (0.0, -6.0))
-    F = sprint_step.student_F(nets(), moved, told(b), np.float32([1.0, 1.5, 2.0, 4.5]))
-    u, t = normals(*b["latent"].shape, seed=1), np.float32([0.1, 0.6, 1.1, 1.5])
+    F = sprint_step.student_F(nets(), moved, told(b), np.tile(np.float32([1.0, 1.5, 2.0, 4.5]), BATCH // 4))
+    u, t = normals(*b["latent"].shape, seed=1), TIMES
     np.testing.assert_array_equal(jit(F)(u, t)[1], np.full(BATCH, -6.0, np.float32))
     zero["inputs"].pop("logvar"), moved["inputs"].pop("logvar")
     assert same(zero, moved)
@@ -325,32 +415,22 @@ def test_generator_step_obeys_logvar_gradient():
     logvar = before.params["inputs"]["logvar"] | {"kernel": normals(*kernel.shape, seed=2)}
     before = before.replace(params=before.params | {"inputs": before.params["inputs"] | {"logvar": logvar}})
     c = dataclasses.replace(card().sprint, adv_weight=0.0)
-    norms = {}
-    for who in ("network", "head"):
-        make = sprint_step.make_generator_step(nets(), dataclasses.replace(c, logvar_gradient=who), 0)
-        norms[who] = jit(make)(before, frozen(), batch())[1]
+    steps = {who: sprint_step.make_generator_step(nets(), dataclasses.replace(c, logvar_gradient=who), 0) for who in ("network", "head")}
+    # In one program: what they share is compiled once.
+    norms = jit(lambda *args: {who: step(*args)[1] for who, step in steps.items()})(before, frozen(), batch())
     assert norms["head"]["loss"] == norms["network"]["loss"]
     assert norms["head"]["grad_norm/inputs/logvar"] == pytest.approx(float(norms["network"]["grad_norm/inputs/logvar"]), rel=1e-4)
     with_both, alone = (float(norms[who]["grad_norm/inputs/time_embed"]) for who in ("network", "head"))
     assert abs(with_both - alone) > 0.01 * with_both
 
 
-WHOLE = 2 * 8  # two parts of one normalisation group each
-
-
-def large_batch():
-    prompts = ["a red circle", "a blue square", "two green triangles", "a white circle above a red square"]
-    text, mask = build.text_encoder(card()).encode(prompts * (WHOLE // 4))
-    return {"latent": normals(WHOLE, *build.latent_shape(card())), "text": text, "mask": mask}
-
-
-@pytest.mark.parametrize("make", [sprint_step.make_generator_step, sprint_step.make_discriminator_step])
-def test_accumulation_changes_nothing(make):
+@pytest.mark.parametrize("which, make", enumerate([sprint_step.make_generator_step, sprint_step.make_discriminator_step]))
+def test_accumulation_changes_nothing(which, make):
     """Two parts equal the whole. Fails when parts sum instead of averaging, or when a part draws for itself."""
     results = []
-    for parts in (1, 2):
-        c = dataclasses.replace(card().sprint, accumulate=parts, misaligned=True)
-        after, metrics = jit(make(nets(), c, 0))(start(), frozen(), large_batch())
+    in_two = jit(make(nets(), dataclasses.replace(card().sprint, accumulate=2), 0))
+    for step in (steps()[which], in_two):
+        after, metrics = step(start(), frozen(), batch())
         results.append((jax.device_get(after), metrics["loss"] if "loss" in metrics else metrics["disc"]))
     (one, loss), (two, other) = results
     assert abs(loss - other) < 1e-5 * abs(loss)
@@ -363,14 +443,7 @@ def test_accumulation_changes_nothing(make):
 
 def test_accumulation_of_the_teacher():
     """Fails when parts sum instead of averaging."""
-    losses, params = [], []
-    tx = optax.sgd(1.0)
-    for parts in (1, 4):
-        c = dataclasses.replace(card().teacher, accumulate=parts)
-        step = jit(teacher_step.make_step(nets().teacher, tx, c, 0))
-        after, metrics = step(teacher_step.init(teacher(), tx, c), {"null_text": frozen()["null_text"]}, large_batch())
-        losses.append(metrics["loss"])
-        params.append(after.params)
-    assert abs(losses[0] - losses[1]) < 1e-5 * losses[0]
-    for a, b in zip(*map(jax.tree.leaves, params), strict=True):
+    (one, whole), (four, parted) = teacher_descent(1), teacher_descent(4)
+    assert abs(whole["loss"] - parted["loss"]) < 1e-5 * whole["loss"]
+    for a, b in zip(*map(jax.tree.leaves, (one.params, four.params)), strict=True):
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)
