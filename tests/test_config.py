@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from conftest import ROOT
-from sprint_jax import build, config
+from sprint_jax import build, config, inputs, run, weights
 from sprint_jax.errors import UserError
 from sprint_jax.models import ladd_heads
 from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
@@ -28,6 +28,7 @@ def card(preset):
 SECTIONS = [c for c in vars(config).values() if dataclasses.is_dataclass(c)]
 
 
+@functools.cache
 def attributes_read():
     """Names of all attributes that the package reads outside config.py."""
     names = set()
@@ -40,7 +41,7 @@ def attributes_read():
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.__name__)
 def test_every_field_is_read(section):
-    """Model is unpacked whole into a constructor, which refuses what it does not take."""
+    """By its name. Model is unpacked whole into a constructor, which refuses what it does not take."""
     if section is not config.Model:
         unread = {f.name for f in dataclasses.fields(section)} - attributes_read()
         assert not unread
@@ -55,6 +56,60 @@ def test_the_unpacked_section_reaches_its_constructor():
 TEACHERS = runpy.run_path(str(ROOT / "configs/teacher.py"))
 CONTROLS = runpy.run_path(str(ROOT / "configs/controlnet.py"))
 CARDS = [card(preset)[0] for preset in card("shapes")[1]] + [f["get_config"](p) for f in (TEACHERS, CONTROLS) for p in f["PRESETS"]]
+
+
+def noting(value, seen, path=""):
+    """A copy of a config, each of whose fields puts its dotted name into `seen` when it is read."""
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    inner = {n: noting(v, seen, f"{path}{n}.") if dataclasses.is_dataclass(v) else v for n, v in fields.items()}
+
+    def read(self, name):
+        if name in fields:
+            seen.add(f"{path}{name}")
+        return object.__getattribute__(self, name)
+
+    return type(type(value).__name__, (type(value),), {"__getattribute__": read})(**inner)
+
+
+def replaced(value, **changes):
+    """`dataclasses.replace`, which reads nothing."""
+    held = {f.name: object.__getattribute__(value, f.name) for f in dataclasses.fields(value)}
+    return type(value)(**(held | changes))
+
+
+# Not read by what is driven below: of a run, a folder or files. Of these the names alone are known to be read.
+ELSEWHERE = {
+    "data.encoded", "data.model", "data.workers", "data.max_bad", "mesh.data", "mesh.fsdp",
+    "teacher.pretrained", "teacher.start", "control.pretrained",
+    "evaluation.prompts", "evaluation.batch", "evaluation.reference", "evaluation.samples",
+    *(f"run.{f.name}" for f in dataclasses.fields(config.Run)),
+}  # fmt: skip
+
+
+def test_every_field_of_every_section_is_read(monkeypatch):
+    """By stages, their steps and their data. Fails when a network is trained by another's batch, rate or clipping: the names are the same."""
+    monkeypatch.setattr(dataclasses, "replace", replaced)
+    tree, seen = CONTROLS["get_config"]("smoke"), set()
+    tree.teacher.update(base_qk_norm=False, base_time_scale=1000.0, finetune_steps=4)
+    for kind in ("muon", "came", "adamw"):  # each has fields of its own
+        for optimizer in (tree.teacher.optimizer, tree.control.optimizer, tree.sprint.optimizer, tree.sprint.head_optimizer):
+            optimizer.update(kind=kind, muon_lr=0.01, b1=0.9, b3=0.99)
+        c = noting(config.parse(tree), seen)
+        base, teacher, distilled = (
+            jax.eval_shape(model.init, jax.random.key(0)) for model in (build.base_teacher(c), build.teacher(c), build.distilled_teacher(c))
+        )
+        data = inputs.Abstract(c)
+        first, second = run.teacher_stages(c, data, None)
+        stages = first(None), second(base), run.control_stage(c, data, teacher), run.sprint_stage(c, data, distilled)
+    for stage in stages:
+        state = jax.eval_shape(stage.start, stage.frozen, stage.begun)
+        for step in stage.functions:
+            jax.eval_shape(step, state, stage.frozen, inputs.abstract_batch(c, stage.batch))
+    drawn = inputs.Shapes(c)
+    drawn.heldout(2, 2)
+    with drawn.batches(2, 0, 1, 0, 1) as batches:
+        next(batches)
+    assert weights.flatten(config.to_dict(config.parse(tree))).keys() - seen == ELSEWHERE
 
 
 @pytest.mark.parametrize("tree", CARDS)
