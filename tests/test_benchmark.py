@@ -363,12 +363,14 @@ def test_a_sketch_is_encoded_and_its_copies_are_counted(one_thread):
     """A ControlNet of one of two blocks: measured without a peer, with half a transformer more in the floor."""
     text = dataclasses.replace(GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40)
     short = dict(dtype="float32", prefix=5, tokens=7)
-    plain = subjects.picture(bench(), text, TINY, TINY_AE, 3, 1, **short).work
-    case = bench_lib.Case("c", lambda b: subjects.picture(b, text, TINY, TINY_AE, 3, 1, control_depth=1, **short))
+    with mock.patch.object(bench_lib, "compiled", return_value=(None, 0.0)):  # its work is said without
+        plain = subjects.picture(bench(), text, TINY, TINY_AE, 3, 1, **short).work
+    built = []
+    case = bench_lib.Case("c", lambda b: built.append(subjects.picture(b, text, TINY, TINY_AE, 3, 1, control_depth=1, **short)) or built[-1])
     (row,) = bench_lib.measure(case, bench())
     assert row.error is None and row.peer is None and row.ours_s > 0
     copies = floors.transformer(dataclasses.replace(TINY, guidance_embed=False), 9, 8, itemsize=4, blocks=1)
-    assert case.build(bench()).work.flop == pytest.approx(plain.flop + copies.flop)
+    assert built[-1].work.flop == pytest.approx(plain.flop + copies.flop)
 
 
 def test_a_picture_by_kernels():
@@ -384,11 +386,10 @@ def test_a_picture_by_kernels():
     assert np.abs(plain.program.result().astype(int) - kernels.program.result().astype(int)).max() <= 1
 
 
-@pytest.mark.parametrize("control_depth", [0, 1])
-def test_three_programs_make_the_same_picture(control_depth):
-    """Fails when one of them is given another's parameters."""
+def test_three_programs_make_the_same_picture():
+    """With a ControlNet, whose sketch the autoencoder reads. Fails when one of them is given another's parameters."""
     text = dataclasses.replace(GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40)
-    short = dict(dtype="float32", prefix=5, tokens=7, control_depth=control_depth)
+    short = dict(dtype="float32", prefix=5, tokens=7, control_depth=1)
     build = functools.partial(subjects.picture, bench(), text, TINY, TINY_AE, 3, 2, **short)
     one, three = build(), build(in_turn=True)
     assert not three.peers and np.abs(one.program.result().astype(int) - three.program.result().astype(int)).max() <= 1
@@ -402,7 +403,10 @@ def test_every_tile_gives_the_same(kernel):
     from benchmarks import tiles
 
     module, every = tiles.CHOICES[kernel]
-    choices = [choice for choice in every if not {"WARPS", "STAGES"} & set(choice)][:4]  # an interpreter has neither
+    choices = [choice for choice in every if not {"WARPS", "STAGES"} & set(choice)][:3]  # an interpreter has neither
+    if kernel == "depthwise":
+        choices = [{}, {"ROWS": 8, "CHANNELS": (32, 16)}]
+        assert all(choice in every for choice in choices)
     small = tiles.subject(kernel, "interpret", 1, tokens=324, text=150, width=288, hidden=128)
     with mock.patch.object(backend, "launch", wraps=backend.launch) as launch, mock.patch.dict(tiles.CHOICES, {kernel: (module, choices)}):
         found = tiles.search(kernel, small, lambda line: None, rounds=1, shortest=0)

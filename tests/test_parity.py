@@ -90,10 +90,10 @@ def test_transformer(variant, tmp_path):
     assert relative(ours, from_torch(expected)) < 1e-5
 
 
-@pytest.mark.slow
-def test_transformer_at_published_size(tmp_path):
-    """One forward of the 0.6B transformer on 8x12 latents."""
-    theirs = fabricate.transformer("0.6b")
+@pytest.mark.parametrize("layers", [pytest.param(4, marks=pytest.mark.slow), pytest.param(28, marks=pytest.mark.long)])
+def test_transformer_at_published_size(tmp_path, layers):
+    """One forward of the 0.6B transformer, or of its first blocks, on 8x12 latents."""
+    theirs = fabricate.transformer("0.6b", num_layers=layers)
     model, params = converted(theirs, "transformer", describe_transformer, tmp_path)
     x, text = normals(1, 8, 12, 32), normals(1, 20, 2304, seed=1)
     mask = (np.arange(20) < 13).astype(np.float32)[None]
