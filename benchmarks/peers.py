@@ -121,7 +121,8 @@ def inferring(function):
     return run
 
 
-def _seconds(start, wait):
+def seconds(start, wait):
+    """What one call takes, its result included."""
     begin = time.perf_counter()
     wait(start())
     return time.perf_counter() - begin
@@ -134,7 +135,7 @@ def in_faster_format(module, start, wait):
     for memory_format in formats:
         module.to(memory_format=memory_format)
         wait(start())
-        times.append(_seconds(start, wait))
+        times.append(seconds(start, wait))
     faster = int(np.argmin(times))
     module.to(memory_format=formats[faster])
     return f"{('contiguous', 'channels last')[faster]} weights in PyTorch"

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import time
 
 import jax
 import numpy as np
@@ -385,9 +384,7 @@ def _seconds(pair, choice, batch, wait):
     pair.set(choice)
     try:
         for _ in range(2):
-            begin = time.perf_counter()
-            wait(pair.generator_step(batch))
-            took = time.perf_counter() - begin
+            took = peers.seconds(lambda: pair.generator_step(batch), wait)
     except torch.OutOfMemoryError:
         machine.collect()
         return math.inf

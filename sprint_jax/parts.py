@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sprint_jax.data import prompts as prompts_lib
 from sprint_jax.data import text as text_lib
-from sprint_jax.models.dc_ae import DCAE, in_parts, pictures_at_once, tiled
+from sprint_jax.models.dc_ae import DCAE, tiled
 from sprint_jax.models.gemma2 import Gemma2
 
 # Latent cells of a tile and between tiles, where a picture is decoded in tiles (diffusers: 16 and 14, with
@@ -138,7 +138,7 @@ class AutoencoderPixels:
         """
         z = latents.astype(jax.tree.leaves(params)[0].dtype)
         z = z / jnp.asarray(self.model.scaling_factor, z.dtype)
-        decode = lambda z: self._in_parts(functools.partial(self.model.decode, params), z, self.factor)
+        decode = functools.partial(self.model.decode if self.spread else self.model.decode_in_parts, params)
         if self.tile and max(z.shape[1:3]) > TILE:
             images = tiled(decode, z, tile=TILE, stride=TILE_STRIDE, scale=self.factor)
         else:
@@ -154,10 +154,4 @@ class AutoencoderPixels:
 
     @functools.cached_property
     def _encode(self):
-        return jax.jit(lambda params, x: self._in_parts(functools.partial(self.model.encode, params), x, 1))
-
-    def _in_parts(self, function, x, factor):
-        """function(x), x [B, h, w, C] of `factor` pixels a cell."""
-        if self.spread:
-            return function(x)
-        return in_parts(function, x, pictures_at_once(self.model, x.shape[1] * x.shape[2] * factor**2))
+        return jax.jit(self.model.encode if self.spread else self.model.encode_in_parts)

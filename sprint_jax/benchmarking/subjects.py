@@ -19,7 +19,7 @@ from sprint_jax.kernels import backend as backends
 from sprint_jax.kernels import cross_attention as cross
 from sprint_jax.kernels import linear_attention as linear
 from sprint_jax.models.controlnet import Controlled, ControlNet
-from sprint_jax.models.dc_ae import DCAE, in_parts, pictures_at_once
+from sprint_jax.models.dc_ae import DCAE
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
 
@@ -131,8 +131,7 @@ def decoder(bench, model: DCAE, cells, *, dtype, batch=1, compile_peer=False):
     model = _by_kernels(model, None, model.head_dim, None, dtype)
     params = bench.kept("decoder", (_described(model), dtype, "decoder"), lambda: drawn(model, dtype, part="decoder"))
     z = _normal(1, (batch, cells, cells, model.latent_channels), dtype)
-    most = pictures_at_once(model, (cells * model.factor) ** 2)  # as `parts.AutoencoderPixels`
-    program, seconds = bench_lib.compiled(lambda params, z: in_parts(functools.partial(model.decode, params), z, most), params, z)
+    program, seconds = bench_lib.compiled(model.decode_in_parts, params, z)
 
     def peer(compiled):
         return bench.peers("peers").decoder(bench, model, params, z, compiled=compiled)

@@ -8,6 +8,7 @@ Shape letters: B batch, H and W pixels, h and w latent cells, C channels.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import einops
@@ -261,6 +262,14 @@ class DCAE:
     def decode(self, params, z):
         """Latents [B, h, w, latent_channels] as `encode` returns them -> pictures about [-1, 1]."""
         return _Decoder(self).apply({"params": params["decoder"]}, z)
+
+    def encode_in_parts(self, params, x):
+        """`encode`; a batch whose arrays would be too large for libraries goes through in parts (`pictures_at_once`)."""
+        return in_parts(functools.partial(self.encode, params), x, pictures_at_once(self, x.shape[1] * x.shape[2]))
+
+    def decode_in_parts(self, params, z):
+        """`decode`, as `encode_in_parts`."""
+        return in_parts(functools.partial(self.decode, params), z, pictures_at_once(self, z.shape[1] * z.shape[2] * self.factor**2))
 
 
 # Elements of one array up to which libraries of convolutions and kernels count in 32 bits; beyond, they are slower or refuse.
