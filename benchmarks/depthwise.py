@@ -35,7 +35,9 @@ def main():
         "nine shifts": depthwise._shifts,
         "grouped conv": depthwise._grouped_conv,
     }
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {SHAPE} float32, median of {REPEATS}")
+    print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {SHAPE} float32, median of {REPEATS}"
+    )
     print(f"{'':14}{'forward':>18}{'tangent in x':>18}{'both gradients':>18}")
     base = None
     for name, conv in ways.items():

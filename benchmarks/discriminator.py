@@ -34,16 +34,26 @@ def main():
     parser.add_argument("--kind", help="of the heads' optimiser: adamw or muon")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--muon_lr", type=float)
-    parser.add_argument("--head_blocks", type=lambda text: tuple(map(int, text.split(","))), help="0,2,4,6")
-    parser.add_argument("--no_misaligned", action="store_true", help="the student's pictures as the only fakes (paper)")
+    parser.add_argument(
+        "--head_blocks", type=lambda text: tuple(map(int, text.split(","))), help="0,2,4,6"
+    )
+    parser.add_argument(
+        "--no_misaligned",
+        action="store_true",
+        help="the student's pictures as the only fakes (paper)",
+    )
     options = parser.parse_args()
     c = _config(options)
     nets, data = build.nets(c), inputs.open_inputs(c, print)
     frozen = {"teacher": inputs.teacher_weights(c.teacher.pretrained, nets.teacher)} | data.frozen
     student = pipeline.read_student(options.run)[1]
-    state = sprint_step.init(jax.tree.map(jnp.asarray, student), nets, c.sprint, jax.random.key(c.seed))
+    state = sprint_step.init(
+        jax.tree.map(jnp.asarray, student), nets, c.sprint, jax.random.key(c.seed)
+    )
     discriminator = sprint_step.make_discriminator_step(nets, c.sprint, c.seed)
-    step = jax.jit(lambda state, frozen, batch: discriminator(state, frozen, data.prepare(frozen, batch))[0])
+    step = jax.jit(
+        lambda state, frozen, batch: discriminator(state, frozen, data.prepare(frozen, batch))[0]
+    )
     with data.batches(c.sprint.batch, 0, options.updates, 0, 1) as batches:
         for _ in tqdm.trange(options.updates, desc="heads", mininterval=1.0):
             state = step(state, frozen, next(batches))
@@ -51,7 +61,13 @@ def main():
     x0 = trigflow.SIGMA_D * np.asarray(data.pixels.encode({}, heldout.images))
     logits = jax.jit(functools.partial(_logits, nets, c))
     found = [
-        logits(frozen, state, i, x0[i : i + BATCH], jax.tree.map(lambda a, i=i: a[i : i + BATCH], heldout.cond))
+        logits(
+            frozen,
+            state,
+            i,
+            x0[i : i + BATCH],
+            jax.tree.map(lambda a, i=i: a[i : i + BATCH], heldout.cond),
+        )
         for i in range(0, options.count, BATCH)
     ]
     real, fake, shifted = (np.concatenate(side, axis=1) for side in zip(*found, strict=True))
@@ -69,9 +85,13 @@ def _config(options):
     """The run's config with the options in place of its own."""
     c = pipeline.read_config(options.run)
     if c.control.depth or not c.teacher.pretrained:
-        raise UserError(f"{options.run} is no text-to-image run from a given teacher (config.teacher.pretrained): give such a run")
+        raise UserError(
+            f"{options.run} is no text-to-image run from a given teacher (config.teacher.pretrained): give such a run"
+        )
     tree = config.to_dict(c)
-    tree["sprint"]["head_optimizer"] |= {k: v for k in ("kind", "lr", "muon_lr") if (v := getattr(options, k)) is not None}
+    tree["sprint"]["head_optimizer"] |= {
+        k: v for k in ("kind", "lr", "muon_lr") if (v := getattr(options, k)) is not None
+    }
     if options.head_blocks:
         tree["sprint"]["head_blocks"] = options.head_blocks
     tree["sprint"]["misaligned"] &= not options.no_misaligned
@@ -84,7 +104,9 @@ def _logits(nets, c, frozen, state, index, x0, cond):
     All of a prompt are renoised alike, at every level.
     """
     n = len(x0)
-    k_start, k_renoise = jax.random.split(jax.random.fold_in(jax.random.key(c.data.eval_seed), index))
+    k_start, k_renoise = jax.random.split(
+        jax.random.fold_in(jax.random.key(c.data.eval_seed), index)
+    )
     noise = lambda key: trigflow.SIGMA_D * jax.random.normal(key, x0.shape)
     start = {"t": jnp.full((n,), trigflow.T_MAX), "z": noise(k_start)}
     batch = {"x0": x0, "cond": cond, "w": jnp.full((n,), c.evaluation.student_guidance)}
@@ -92,10 +114,14 @@ def _logits(nets, c, frozen, state, index, x0, cond):
 
     def judge(x, level):
         s = jnp.full((n,), jnp.arctan(level))
-        every = sprint_step.discriminate(nets, frozen, state.heads, state.spectral, c.sprint, cond, ladd.renoise(x, z, s), s)
+        every = sprint_step.discriminate(
+            nets, frozen, state.heads, state.spectral, c.sprint, cond, ladd.renoise(x, z, s), s
+        )
         return jnp.stack(every).mean((0, 2))
 
-    return [jnp.stack([judge(x, level) for level in NOISE]) for x in (x0, fake, ladd.misaligned(x0))]
+    return [
+        jnp.stack([judge(x, level) for level in NOISE]) for x in (x0, fake, ladd.misaligned(x0))
+    ]
 
 
 if __name__ == "__main__":

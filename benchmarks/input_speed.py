@@ -44,9 +44,14 @@ def make(folder, kind, count, shard=250):
         records = [record() for _ in range(min(shard, count - start))]
         shards.append(encoded.write_shard(folder / f"train-{number:05d}{encoded.SUFFIX}", records))
     described = dict(
-        model="random", source="random", text=kind, text_dim=WIDTH if kind == "features" else 0, text_length=LENGTH,
-        channels=SHAPE[-1], factor=32,
-    )  # fmt: skip
+        model="random",
+        source="random",
+        text=kind,
+        text_dim=WIDTH if kind == "features" else 0,
+        text_length=LENGTH,
+        channels=SHAPE[-1],
+        factor=32,
+    )
     encoded.write_manifest(folder / encoded.MANIFEST, described, shards)
 
 
@@ -55,9 +60,14 @@ def measure(folder, batch):
     batch = min(batch, len(data))
     read = batches.Make(data, 0, batch)
     steps = read.plan.steps_per_epoch
-    size = sum(shard["bytes"] for shard in data.manifest["shards"] if shard["split"] == "train") / len(data)
+    size = sum(
+        shard["bytes"] for shard in data.manifest["shards"] if shard["split"] == "train"
+    ) / len(data)
     kind = data.manifest["text"]
-    print(f"{len(data)} examples of {size / 1e3:.0f} kB, text as {kind}, batches of {batch}", flush=True)
+    print(
+        f"{len(data)} examples of {size / 1e3:.0f} kB, text as {kind}, batches of {batch}",
+        flush=True,
+    )
     needed = H200_FLOPS / EXAMPLE_FLOPS
     for name in ("first pass", "second pass"):
         begin, used = time.perf_counter(), time.process_time()
@@ -74,7 +84,10 @@ def measure(folder, batch):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--encoded", help="folder of an encoded data set; default: a temporary one of random records")
+    parser.add_argument(
+        "--encoded",
+        help="folder of an encoded data set; default: a temporary one of random records",
+    )
     parser.add_argument("--text", choices=sorted(encoded.KINDS), default="features")
     parser.add_argument("--records", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32)

@@ -22,7 +22,9 @@ from absl import app, flags
 
 _KILLS = flags.DEFINE_integer("kills", 20, "How often to kill.")
 _SEED = flags.DEFINE_integer("seed", 0, "Names the moments.")
-_OUT = flags.DEFINE_string("out", None, "Keep both work directories there; default: a directory that is removed.")
+_OUT = flags.DEFINE_string(
+    "out", None, "Keep both work directories there; default: a directory that is removed."
+)
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _STAGES = {"teacher": 200, "sprint": 200}
@@ -32,7 +34,7 @@ _JOB = (
     "--config.evaluation.teacher_steps=2",
     f"--config.run.checkpoint_every={_EVERY}",
     *(f"--config.{stage}.steps={steps}" for stage, steps in _STAGES.items()),
-)  # fmt: skip
+)
 
 
 class _Running:
@@ -40,13 +42,17 @@ class _Running:
 
     def __init__(self, workdir, cache):
         environment = os.environ | {
-            "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }  # fmt: skip
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
         words = [sys.executable, "-u", "-m", "sprint_jax.main", *_JOB, f"--workdir={workdir}"]
         self.log = workdir.with_suffix(".log")
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(words, cwd=_ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                words, cwd=_ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
 
     def finish(self):
         if self.process.wait():
@@ -90,7 +96,11 @@ def _differences(one, other):
     files = ("teacher.safetensors", "student.safetensors", "metrics.jsonl")
     found = [name for name in files if (one / name).read_bytes() != (other / name).read_bytes()]
     scores = [json.loads((d / "summary.json").read_text()) for d in (one, other)]
-    return found + [f"summary.json {part}" for part in ("scores", "frechet") if scores[0][part] != scores[1][part]]
+    return found + [
+        f"summary.json {part}"
+        for part in ("scores", "frechet")
+        if scores[0][part] != scores[1][part]
+    ]
 
 
 def _measure(out):
@@ -112,9 +122,14 @@ def _measure(out):
         stage, step = _reached(killed)
         before = stage, step, _on_disk(killed, stage)
     differing = _differences(whole, killed)
-    print(f"\n{_KILLS.value} kills, {lost_in_all} steps done twice, {time.perf_counter() - begin:.0f} s")
+    print(
+        f"\n{_KILLS.value} kills, {lost_in_all} steps done twice, {time.perf_counter() - begin:.0f} s"
+    )
     faults += [f"{name} differs from the undisturbed run's" for name in differing]
-    print("\n".join(faults) or "teacher, student, metrics and scores are bit-equal to the undisturbed run's")
+    print(
+        "\n".join(faults)
+        or "teacher, student, metrics and scores are bit-equal to the undisturbed run's"
+    )
     return not faults
 
 

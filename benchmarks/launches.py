@@ -25,13 +25,27 @@ def main():
     parser.add_argument("--attention", choices=("plain", "pallas"), default="plain")
     parser.add_argument("--remat", choices=("none", "block", "cheap"), default="cheap")
     parser.add_argument("--batch", type=int, default=1, help="pictures or sketches at a time")
-    parser.add_argument("--residual", choices=("float32", "bfloat16"), default="float32", help="of a pair's residual streams, see model.residual_dtype")
-    parser.add_argument("--unroll", type=int, default=1, help="blocks per step of a pair's loops; the depth removes them")
+    parser.add_argument(
+        "--residual",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of a pair's residual streams, see model.residual_dtype",
+    )
+    parser.add_argument(
+        "--unroll",
+        type=int,
+        default=1,
+        help="blocks per step of a pair's loops; the depth removes them",
+    )
     parser.add_argument("--device", choices=("h200", "h100", "a100"), default="h200")
-    parser.add_argument("--longest", type=int, default=0, help="list so many launches that move most bytes")
+    parser.add_argument(
+        "--longest", type=int, default=0, help="list so many launches that move most bytes"
+    )
     options = parser.parse_args()
     if not gpus.compiler():
-        raise SystemExit("error: no compiler for NVIDIA GPUs here: pip install 'jax[cuda12]' at jax's version")
+        raise SystemExit(
+            "error: no compiler for NVIDIA GPUs here: pip install 'jax[cuda12]' at jax's version"
+        )
     gpus.prepare()
     device = next(d for d in hardware.DEVICES if d.name == options.device)
     programs = _pair(options, device) if options.program == "pair" else _pictures(options, device)
@@ -44,11 +58,17 @@ def _report(name, compiled, device, longest):
     kinds = launches.totals(found)
     count, size = (sum(column) for column in zip(*kinds.values(), strict=True))
     memory = compiled.memory_analysis().temp_size_in_bytes
-    print(f"{name}: {count} launches, {size / 1e9:.1f} GB read and written, {memory / 2**30:.2f} GiB of temporaries")
+    print(
+        f"{name}: {count} launches, {size / 1e9:.1f} GB read and written, {memory / 2**30:.2f} GiB of temporaries"
+    )
     for kind, (count, size) in kinds.items():
-        print(f"  {kind:18} {count:6d}   {size / 1e9:7.2f} GB   {1e3 * size / device.bandwidth:6.2f} ms at the memory's speed")
+        print(
+            f"  {kind:18} {count:6d}   {size / 1e9:7.2f} GB   {1e3 * size / device.bandwidth:6.2f} ms at the memory's speed"
+        )
     for launch in sorted(found, key=lambda launch: -launch.bytes * launch.times)[:longest]:
-        print(f"  {launch.bytes * launch.times / 1e6:9.1f} MB in {launch.times:3d} x {launch.kind:18} {launch.shape:28} {launch.source[-80:]}")
+        print(
+            f"  {launch.bytes * launch.times / 1e6:9.1f} MB in {launch.times:3d} x {launch.kind:18} {launch.shape:28} {launch.source[-80:]}"
+        )
 
 
 def _pictures(options, device):
@@ -64,9 +84,13 @@ def _pictures(options, device):
     from sprint_jax.training import sharding
 
     mesh = sharding.mesh(1, 1, gpus.devices(device, 1, 1))
-    shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(s, dtype, sharding=sharding.replicated(mesh))
+    shape = lambda *s, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
+        s, dtype, sharding=sharding.replicated(mesh)
+    )
     placed = lambda tree: jax.tree.map(lambda a: shape(*a.shape, dtype=a.dtype), tree)
-    by = dict.fromkeys(("attention", "depthwise"), "triton" if options.attention == "pallas" else "plain")
+    by = dict.fromkeys(
+        ("attention", "depthwise"), "triton" if options.attention == "pallas" else "plain"
+    )
     size = SANA_600M if options.size == "0.6b" else SANA_1600M
     model = dataclasses.replace(subjects.inference(size, "bfloat16", "plain"), **by)
     autoencoder = dataclasses.replace(DCAE_F32C32, **by)
@@ -81,13 +105,24 @@ def _pictures(options, device):
 
     transformer, pixels, sketch = in_a_row(model), parameters(autoencoder), None
     if options.program == "sketch":
-        control = ControlNet(net=dataclasses.replace(model, guidance_embed=False), depth=CONTROL_DEPTH)
+        control = ControlNet(
+            net=dataclasses.replace(model, guidance_embed=False), depth=CONTROL_DEPTH
+        )
         transformer = {"trunk": transformer, "control": in_a_row(control)}
-        model, sketch = Controlled(trunk=model, control=control), shape(options.batch, SIDE * 32, SIDE * 32, 3, dtype=jnp.uint8)
+        model, sketch = (
+            Controlled(trunk=model, control=control),
+            shape(options.batch, SIDE * 32, SIDE * 32, 3, dtype=jnp.uint8),
+        )
     instruction = shape(subjects.PREFIX_TOKENS, dtype=jnp.int32)
     prefix = placed(jax.eval_shape(text.prefix, parameters(text), instruction))
-    params = {"text": {"model": in_a_row(text), "prefix": prefix}, "transformer": transformer, "pixels": pixels}
-    tokens, mask = (shape(options.batch, subjects.PROMPT_TOKENS, dtype=d) for d in (jnp.int32, jnp.float32))
+    params = {
+        "text": {"model": in_a_row(text), "prefix": prefix},
+        "transformer": transformer,
+        "pixels": pixels,
+    }
+    tokens, mask = (
+        shape(options.batch, subjects.PROMPT_TOKENS, dtype=d) for d in (jnp.int32, jnp.float32)
+    )
     draws = shape(1, options.batch, SIDE, SIDE, size.in_channels, dtype=jnp.float32)
     run = jax.jit(subjects.prompt_to_pixels(text, model, autoencoder, samplers.scm_times(1)))
     with jax.set_mesh(mesh):
@@ -104,9 +139,15 @@ def _pair(options, device):
 
     preset = "sana_600m" if options.size == "0.6b" else "sana_1600m"
     with mock.patch.object(jax, "default_backend", lambda: "gpu"):  # what kernels are chosen by
-        c = suites.published_card(preset, options.remat, options.attention, options.unroll, options.residual)
+        c = suites.published_card(
+            preset, options.remat, options.attention, options.unroll, options.residual
+        )
         what = f"of {preset}, {c.sprint.batch} samples, remat {options.remat}, attention {options.attention}, residual {options.residual}"
-        stage = run.sprint_stage(c, inputs.Abstract(c), jax.eval_shape(build.distilled_teacher(c).init, jax.random.key(0)))
+        stage = run.sprint_stage(
+            c,
+            inputs.Abstract(c),
+            jax.eval_shape(build.distilled_teacher(c).init, jax.random.key(0)),
+        )
         placed = loop.Placed.on(stage, sharding.mesh(1, 1, gpus.devices(device, 1, 1)))
         batch = inputs.abstract_batch(c, c.sprint.batch)
         for name, function in zip(("generator", "discriminator"), stage.functions, strict=True):

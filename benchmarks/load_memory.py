@@ -1,6 +1,6 @@
 """Peak memory of loading a model and of one picture, against the size of its weights.
 
-    python -m benchmarks.load_memory --model=DIR [--dtype=bfloat16] [--side=512]
+python -m benchmarks.load_memory --model=DIR [--dtype=bfloat16] [--side=512]
 """
 
 import resource
@@ -28,8 +28,11 @@ def main(argv):
     pipe = pipeline.load(_MODEL.value, dtype=_DTYPE.value)
     weights = sum(a.nbytes for a in jax.tree.leaves(pipe.params)) / 2**30
     loaded = peak() - before
-    print(f"weights {weights:.2f} GiB, peak while loading {loaded:.2f} GiB above the libraries' {before:.2f}: "
-          f"{loaded / weights:.2f} x the weights", flush=True)  # fmt: skip
+    print(
+        f"weights {weights:.2f} GiB, peak while loading {loaded:.2f} GiB above the libraries' {before:.2f}: "
+        f"{loaded / weights:.2f} x the weights",
+        flush=True,
+    )
     pipeline.generate(pipe, ["a lake in autumn"], steps=1, height=_SIDE.value, width=_SIDE.value)
     print(f"peak after one picture of {_SIDE.value} px: {peak():.2f} GiB in all")
 

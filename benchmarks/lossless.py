@@ -44,15 +44,22 @@ def main():
     for name, (kind, times) in roads.items():
         sampler = generation.teacher_sampler(model, data.pixels, shape, times, sampler=kind)
         made[name] = generation.run(
-            sampler, {"transformer": params, "pixels": {}}, null, prompts.cond,
+            sampler,
+            {"transformer": params, "pixels": {}},
+            null,
+            prompts.cond,
             guidance=c.evaluation.teacher_guidance,
-            seed=c.data.eval_seed, batch=64, say=lambda n, name=name: print(f"{name}: {n} of {options.count}", flush=True),
-        )  # fmt: skip
+            seed=c.data.eval_seed,
+            batch=64,
+            say=lambda n, name=name: print(f"{name}: {n} of {options.count}", flush=True),
+        )
     noise = jax.random.normal(jax.random.key(0), (options.count, *shape))
     made["noise"] = np.asarray(data.pixels.decode({}, noise))
     moments = {k: frechet.moments(frechet.features(v)) for k, v in made.items()}
     to_noise = min(frechet.distance(moments[name], moments["noise"]) for name in roads)
-    print(f"{options.steps} steps, {options.count} pictures; Fréchet distance to noise {to_noise:.4f}")
+    print(
+        f"{options.steps} steps, {options.count} pictures; Fréchet distance to noise {to_noise:.4f}"
+    )
     for name in ("flow_matched", "flow_even"):
         between = frechet.distance(moments[name], moments["trigflow"])
         pixels = np.abs(made[name].astype(int) - made["trigflow"]).mean()

@@ -37,9 +37,14 @@ def main():
     configs = [pipeline.read_config(path) for path in options.runs]
     c = configs[0]
     for path, other in zip(options.runs, configs, strict=True):
-        alike = other.teacher.pretrained == c.teacher.pretrained != "" and dataclasses.replace(other.model, unroll=c.model.unroll) == c.model
+        alike = (
+            other.teacher.pretrained == c.teacher.pretrained != ""
+            and dataclasses.replace(other.model, unroll=c.model.unroll) == c.model
+        )
         if other.control.depth or not alike:
-            sys.exit(f"{path} is no text-to-image run from a given teacher (config.teacher.pretrained) and with the model of {options.runs[0]}: give such runs")
+            sys.exit(
+                f"{path} is no text-to-image run from a given teacher (config.teacher.pretrained) and with the model of {options.runs[0]}: give such runs"
+            )
     nets, data, n = build.nets(c), inputs.open_inputs(c, print), options.count
     frozen = {"teacher": inputs.teacher_weights(c.teacher.pretrained, nets.teacher)} | data.frozen
     heldout = data.heldout(n, 64)
@@ -54,21 +59,32 @@ def main():
     for t, xt in zip(ANGLES, states, strict=True):
         ends.append(solve(xt, t))
         print(f"ODE from t = {t:.3f} solved", file=sys.stderr, flush=True)
-    spread, right = jnp.var(x0), lambda x: evaluator(np.asarray(data.pixels.decode({}, x / SIGMA_D)))["score"]
+    spread, right = (
+        jnp.var(x0),
+        lambda x: evaluator(np.asarray(data.pixels.decode({}, x / SIGMA_D)))["score"],
+    )
 
     def report(name, f):
         made = [f(xt, jnp.full((n,), t)) for t, xt in zip(ANGLES, states, strict=True)]
-        _line(f"{name}: distance", [jnp.mean(jnp.square(x - end)) / spread for x, end in zip(made, ends, strict=True)], ".4f")
+        _line(
+            f"{name}: distance",
+            [jnp.mean(jnp.square(x - end)) / spread for x, end in zip(made, ends, strict=True)],
+            ".4f",
+        )
         _line("variance", [jnp.var(x) / spread for x in made], ".3f")
         _line("right", [right(x) for x in made], ".1%")
 
     _line("t", ANGLES, ".3f")
     _line("ODE's end: right", [right(x) for x in ends], ".1%")
-    report("teacher, 1 step", jax.jit(lambda xt, t: trigflow.denoise(velocity(xt, t) / SIGMA_D, xt, t)))
+    report(
+        "teacher, 1 step", jax.jit(lambda xt, t: trigflow.denoise(velocity(xt, t) / SIGMA_D, xt, t))
+    )
 
     @jax.jit
     def denoise(params, xt, t):
-        return trigflow.denoise(sprint_step.student_F(nets, params, cond, w)(xt / SIGMA_D, t)[0], xt, t)
+        return trigflow.denoise(
+            sprint_step.student_F(nets, params, cond, w)(xt / SIGMA_D, t)[0], xt, t
+        )
 
     for path in options.runs:
         params = pipeline.read_student(path)[1]

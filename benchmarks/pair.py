@@ -47,7 +47,9 @@ def main():
         middle = statistics.median(seconds[1:])
         total += middle
         memory = step.memory_analysis().temp_size_in_bytes / 2**20
-        print(f"{name:14} {1e3 * middle:9.1f} ms   temporaries {memory:7.0f} MiB   compiled in {compile_seconds:.0f} s")
+        print(
+            f"{name:14} {1e3 * middle:9.1f} ms   temporaries {memory:7.0f} MiB   compiled in {compile_seconds:.0f} s"
+        )
     print(f"{'pair':14} {1e3 * total:9.1f} ms   {c.sprint.batch / total:.1f} pictures/s")
     used = jax.devices()[0].memory_stats()
     if used:

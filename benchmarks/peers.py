@@ -59,7 +59,9 @@ def filled(module, table, params, device, prefix=""):
     if "text" in params:
         params = params | {"blocks": layers.text_apart(params["blocks"], params["text"])}
     table = [row for row in table if row.theirs.startswith(prefix)]
-    state = {row.theirs: tensor(row.to_theirs(np.asarray(_place(params, row))), device) for row in table}
+    state = {
+        row.theirs: tensor(row.to_theirs(np.asarray(_place(params, row))), device) for row in table
+    }
     missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
     absent = [name for name in missing if name.startswith(prefix)]
     if absent or unexpected:
@@ -80,13 +82,21 @@ def _place(params, row):
 def sana(model, **changes):
     """diffusers' transformer of our description, without weights."""
     fields = dict(
-        in_channels=model.in_channels, out_channels=model.in_channels, num_attention_heads=model.heads,
-        attention_head_dim=model.width // model.heads, num_layers=model.depth,
-        num_cross_attention_heads=model.cross_heads, cross_attention_head_dim=model.width // model.cross_heads,
-        cross_attention_dim=model.width, caption_channels=model.text_dim, mlp_ratio=model.mlp_ratio,
-        guidance_embeds=model.guidance_embed, guidance_embeds_scale=model.guidance_scale_factor,
-        qk_norm="rms_norm_across_heads" if model.qk_norm else None, interpolation_scale=None,
-    )  # fmt: skip
+        in_channels=model.in_channels,
+        out_channels=model.in_channels,
+        num_attention_heads=model.heads,
+        attention_head_dim=model.width // model.heads,
+        num_layers=model.depth,
+        num_cross_attention_heads=model.cross_heads,
+        cross_attention_head_dim=model.width // model.cross_heads,
+        cross_attention_dim=model.width,
+        caption_channels=model.text_dim,
+        mlp_ratio=model.mlp_ratio,
+        guidance_embeds=model.guidance_embed,
+        guidance_embeds_scale=model.guidance_scale_factor,
+        qk_norm="rms_norm_across_heads" if model.qk_norm else None,
+        interpolation_scale=None,
+    )
     with torch.device("meta"):
         return diffusers.SanaTransformer2DModel(**fields | changes)
 
@@ -96,16 +106,23 @@ def autoencoder(model):
     lists = {}
     for part, stages in (("encoder", model.encoder), ("decoder", model.decoder)):
         lists |= {
-            f"{part}_block_types": [s.block for s in stages], f"{part}_block_out_channels": [s.channels for s in stages],
+            f"{part}_block_types": [s.block for s in stages],
+            f"{part}_block_out_channels": [s.channels for s in stages],
             f"{part}_layers_per_block": [s.layers for s in stages],
             f"{part}_qkv_multiscales": [list(s.scales) for s in stages],
-        }  # fmt: skip
+        }
     with torch.device("meta"):
         return diffusers.AutoencoderDC(
-            in_channels=model.in_channels, latent_channels=model.latent_channels, attention_head_dim=model.head_dim,
-            upsample_block_type="interpolate", downsample_block_type="Conv", decoder_norm_types="rms_norm",
-            decoder_act_fns="silu", scaling_factor=model.scaling_factor, **lists,
-        )  # fmt: skip
+            in_channels=model.in_channels,
+            latent_channels=model.latent_channels,
+            attention_head_dim=model.head_dim,
+            upsample_block_type="interpolate",
+            downsample_block_type="Conv",
+            decoder_norm_types="rms_norm",
+            decoder_act_fns="silu",
+            scaling_factor=model.scaling_factor,
+            **lists,
+        )
 
 
 def _wait(on):
@@ -154,7 +171,9 @@ def transformer(bench, model, params, arrays, *, compiled):
     t, mask = tensor(arrays["t"], on), tensor(arrays["mask"], on).to(dtype)
     options = {"encoder_attention_mask": mask, "return_dict": False}
     if arrays["guidance"] is not None:
-        options["guidance"] = (tensor(arrays["guidance"], on) * model.guidance_scale_factor).to(dtype)
+        options["guidance"] = (tensor(arrays["guidance"], on) * model.guidance_scale_factor).to(
+            dtype
+        )
     run = torch.compile(module) if compiled else module
     start = inferring(lambda: run(x, text, t, **options)[0])
     note = None if compiled else in_faster_format(module, start, _wait(on))
@@ -162,7 +181,9 @@ def transformer(bench, model, params, arrays, *, compiled):
 
 
 def _decoder(bench, model, params, on):
-    make = lambda: filled(autoencoder(model), tables.autoencoder(model), params, on, prefix="decoder.")
+    make = lambda: filled(
+        autoencoder(model), tables.autoencoder(model), params, on, prefix="decoder."
+    )
     key = model, np.dtype(jax.tree.leaves(params)[0].dtype).name
     return bench.kept("their decoder", key, make)
 
@@ -182,12 +203,24 @@ def gemma(model, params, on):
     """transformers' Gemma-2 with our parameters, and eager attention: the only one with its soft cap on any device."""
     dtype = DTYPES[np.dtype(jax.tree.leaves(params)[0].dtype).name]
     config = transformers.Gemma2Config(
-        vocab_size=model.vocab, hidden_size=model.width, intermediate_size=model.hidden, num_hidden_layers=model.depth,
-        num_attention_heads=model.heads, num_key_value_heads=model.kv_heads, head_dim=model.head_dim,
-        query_pre_attn_scalar=int(model.query_scalar), sliding_window=model.window, attn_logit_softcapping=model.softcap,
-        rms_norm_eps=model.eps, rope_theta=model.theta, attn_implementation="eager", max_position_embeddings=8192,
-        pad_token_id=0, eos_token_id=1, bos_token_id=2,
-    )  # fmt: skip
+        vocab_size=model.vocab,
+        hidden_size=model.width,
+        intermediate_size=model.hidden,
+        num_hidden_layers=model.depth,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        query_pre_attn_scalar=int(model.query_scalar),
+        sliding_window=model.window,
+        attn_logit_softcapping=model.softcap,
+        rms_norm_eps=model.eps,
+        rope_theta=model.theta,
+        attn_implementation="eager",
+        max_position_embeddings=8192,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
     with torch.device(on):  # not on meta: its rotary table is no weight
         module = transformers.Gemma2Model(config).to(dtype)
     return filled(module, tables.text_encoder(model), params, on)
@@ -207,8 +240,18 @@ def _by_layer(module, layers):
 
 
 def picture(
-    bench, text, transformer, autoencoder, instruction, prompts, draws, times, *, published_tokens, compiled
-):  # fmt: skip
+    bench,
+    text,
+    transformer,
+    autoencoder,
+    instruction,
+    prompts,
+    draws,
+    times,
+    *,
+    published_tokens,
+    compiled,
+):
     """Prompts to pixels as `SanaSprintPipeline` goes, without its checks and progress bars.
 
     text, transformer, autoencoder: (our description, our parameters). instruction: tokens [P]. prompts: tokens [B, T],
@@ -248,9 +291,13 @@ def picture(
             norm = torch.sqrt(time**2 + (1 - time) ** 2)
             inputs = x / sigma * norm
             velocity = run_network(
-                inputs.to(dtype), features, time.expand(batch).to(dtype), guidance=guidance,
-                encoder_attention_mask=features_mask, return_dict=False,
-            )[0].float()  # fmt: skip
+                inputs.to(dtype),
+                features,
+                time.expand(batch).to(dtype),
+                guidance=guidance,
+                encoder_attention_mask=features_mask,
+                return_dict=False,
+            )[0].float()
             F = ((1 - 2 * time) * inputs + (1 - 2 * time + 2 * time**2) * velocity) / norm
             clean = torch.cos(s) * x - torch.sin(s) * sigma * F
             if i + 1 < len(noises):
@@ -260,5 +307,12 @@ def picture(
 
     start = inferring(start)
     # The compiled copies were made of modules whose format had been chosen by then.
-    note = None if compiled else "; ".join(f"{name}: {in_faster_format(one, start, _wait(on))}" for name, one in (("transformer", network), ("decoder", vae.decoder)))
+    note = (
+        None
+        if compiled
+        else "; ".join(
+            f"{name}: {in_faster_format(one, start, _wait(on))}"
+            for name, one in (("transformer", network), ("decoder", vae.decoder))
+        )
+    )
     return timing.Program({"": timing.Call(start, _wait(on))}, lambda: numpy_nhwc(start()), note)

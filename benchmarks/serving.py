@@ -29,7 +29,7 @@ CASES = [
     for prompt in ("a red circle", "a blue square above a white circle")
     for seed in range(4)
     for steps in (1, 2, 4)
-]  # fmt: skip
+]
 
 
 @contextlib.contextmanager
@@ -37,7 +37,9 @@ def server(model, *flags):
     """A started `sprint_jax.app`, ready. Yields (its port, its process)."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "-m", "sprint_jax.app", f"--model={model}", f"--port={port}", *flags])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sprint_jax.app", f"--model={model}", f"--port={port}", *flags]
+    )
     try:
         while True:
             if process.poll() is not None:
@@ -54,14 +56,24 @@ def server(model, *flags):
 
 def memory(process):
     """Resident MB of a process (Linux)."""
-    return int(re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]) / 1024
+    return (
+        int(
+            re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]
+        )
+        / 1024
+    )
 
 
 async def ask(port, case, vanish=False):
     """(status, body, headers) of one request on a connection of its own; None where it was given up."""
     content = json.dumps(case).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    lines = [f"Host: localhost:{port}", "Content-Type: application/json", f"Content-Length: {len(content)}", "Connection: close"]
+    lines = [
+        f"Host: localhost:{port}",
+        "Content-Type: application/json",
+        f"Content-Length: {len(content)}",
+        "Connection: close",
+    ]
     head = "\r\n".join(["POST /generate HTTP/1.1", *lines, "", ""])
     try:
         writer.write(head.encode() + content)
@@ -78,7 +90,11 @@ async def ask(port, case, vanish=False):
 async def client(port, right, end, counts, seconds):
     """Asks until `end`. counts: outcomes. seconds: {"answered", "refused"} -> times."""
     while time.perf_counter() < end:
-        number, vanish, begin = random.randrange(len(CASES)), random.random() < 0.02, time.perf_counter()
+        number, vanish, begin = (
+            random.randrange(len(CASES)),
+            random.random() < 0.02,
+            time.perf_counter(),
+        )
         try:
             reply = await ask(port, CASES[number], vanish)
         except (OSError, TimeoutError, IndexError) as error:
@@ -89,12 +105,16 @@ async def client(port, right, end, counts, seconds):
             continue
         status, body, head = reply
         if status == 200:
-            counts["right" if body == right[number] else "swapped" if body in right else "broken"] += 1
+            counts[
+                "right" if body == right[number] else "swapped" if body in right else "broken"
+            ] += 1
             seconds["answered"].append(time.perf_counter() - begin)
         elif status in (429, 503):
             counts[f"refused ({status})"] += 1
             seconds["refused"].append(time.perf_counter() - begin)
-            await asyncio.sleep(int(re.search(rb"retry-after: (\d+)", head)[1]) * random.uniform(0.8, 1.2))
+            await asyncio.sleep(
+                int(re.search(rb"retry-after: (\d+)", head)[1]) * random.uniform(0.8, 1.2)
+            )
         else:
             counts[f"other ({status})"] += 1
 
@@ -127,16 +147,22 @@ def main():
         counts, seconds, said = asyncio.run(measure(port, process, options))
         alive = process.poll() is None
     state = "lives" if alive else "is gone"
-    print(f"{options.clients} clients, {options.seconds:g} s, places in the line {options.queue}; the server {state}")
+    print(
+        f"{options.clients} clients, {options.seconds:g} s, places in the line {options.queue}; the server {state}"
+    )
     for name, count in sorted(counts.items()):
         print(f"{name:>20} {count}")
     for name, times in seconds.items():
         if times:
             p50, p95, p99 = 1000 * np.percentile(times, (50, 95, 99))
-            print(f"{name:>20} p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms, most {1000 * max(times):.0f} ms")
+            print(
+                f"{name:>20} p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms, most {1000 * max(times):.0f} ms"
+            )
     tenth = max(1, len(said) // 10)
     first, last = np.mean(said[:tenth]), np.mean(said[-tenth:])
-    print(f"memory of the server: {first:.0f} MB in the first tenth, {last:.0f} MB in the last, at most {max(said):.0f} MB")
+    print(
+        f"memory of the server: {first:.0f} MB in the first tenth, {last:.0f} MB in the last, at most {max(said):.0f} MB"
+    )
 
 
 if __name__ == "__main__":

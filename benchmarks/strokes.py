@@ -57,7 +57,9 @@ def main():
             page.wait_for_function("count => window.times.length > count", arg=number)
         times = page.evaluate("window.times")
     p50, p95 = np.percentile(times, (50, 95))
-    print(f"{len(times)} strokes at {options.steps} steps: p50 {p50:.0f} ms, p95 {p95:.0f} ms, most {max(times):.0f} ms")
+    print(
+        f"{len(times)} strokes at {options.steps} steps: p50 {p50:.0f} ms, p95 {p95:.0f} ms, most {max(times):.0f} ms"
+    )
 
 
 def screenshot(browser, page, path):
@@ -73,11 +75,18 @@ def screenshot(browser, page, path):
     colours = page.locator("#sprint-sketch .sprint-colour")
     steered = colours.count() == 2  # white lines on black, for a ControlNet
     if not steered:
-        page.click("#sprint-fill")  # with black: the embedded model's pictures are on black unless told
-    turn = [(0.32 + 0.12 * np.cos(a), 0.6 + 0.12 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 25)]
+        page.click(
+            "#sprint-fill"
+        )  # with black: the embedded model's pictures are on black unless told
+    turn = [
+        (0.32 + 0.12 * np.cos(a), 0.6 + 0.12 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 25)
+    ]
     square = [(0.7, 0.48), (0.94, 0.48), (0.94, 0.72), (0.7, 0.72), (0.7, 0.48)]
     # colour, then the outline and a stroke that fills it
-    for colour, strokes in ((1, [turn, [(0.28, 0.6), (0.36, 0.6)]]), (3, [square, [(0.78, 0.6), (0.86, 0.6)]])):
+    for colour, strokes in (
+        (1, [turn, [(0.28, 0.6), (0.36, 0.6)]]),
+        (3, [square, [(0.78, 0.6), (0.86, 0.6)]]),
+    ):
         colours.nth(0 if steered else colour).click()
         page.locator("#sprint-sketch .sprint-tool", has_text="Fine" if steered else "Brush").click()
         strokes = strokes[:1] if steered else strokes  # outlines alone

@@ -25,19 +25,44 @@ CHOICES = {
     "cross": (
         cross_attention,
         [
-            {}, {"QUERIES": 128, "WARPS": 8}, {"QUERIES": 128}, {"KEYS": 32}, {"KEYS": 128}, {"STAGES": 3}, {"STAGES": 1}, {"WARPS": 8},
+            {},
+            {"QUERIES": 128, "WARPS": 8},
+            {"QUERIES": 128},
+            {"KEYS": 32},
+            {"KEYS": 128},
+            {"STAGES": 3},
+            {"STAGES": 1},
+            {"WARPS": 8},
             {"QUERIES": 128, "KEYS": 32, "WARPS": 8},
         ],
     ),
-    "linear": (linear_attention, [{}, {"CHANNELS": 64}, {"TOKENS": 128}, {"TOKENS": 32}, {"WARPS": 2}, {"WARPS": 8}, {"STAGES": 3}]),
+    "linear": (
+        linear_attention,
+        [
+            {},
+            {"CHANNELS": 64},
+            {"TOKENS": 128},
+            {"TOKENS": 32},
+            {"WARPS": 2},
+            {"WARPS": 8},
+            {"STAGES": 3},
+        ],
+    ),
     "depthwise": (
         depthwise_kernel,
         [
-            {}, {"ROWS": 8}, {"ROWS": 2}, {"COLUMNS": 8}, {"COLUMNS": 32}, {"CHANNELS": (32, 16)}, {"ROWS": 8, "CHANNELS": (32, 16)},
-            {"WARPS": 2}, {"WARPS": 8},
+            {},
+            {"ROWS": 8},
+            {"ROWS": 2},
+            {"COLUMNS": 8},
+            {"COLUMNS": 32},
+            {"CHANNELS": (32, 16)},
+            {"ROWS": 8, "CHANNELS": (32, 16)},
+            {"WARPS": 2},
+            {"WARPS": 8},
         ],
     ),
-}  # fmt: skip
+}
 
 
 def main():
@@ -46,8 +71,12 @@ def main():
     parser.add_argument("--samples", type=int, default=16)
     options = parser.parse_args()
     if jax.default_backend() != "gpu":
-        raise SystemExit("error: JAX sees no GPU here: the kernels of the other platforms have no such choices")
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.samples} samples, median of {ROUNDS} times {SHORTEST} s of runs")
+        raise SystemExit(
+            "error: JAX sees no GPU here: the kernels of the other platforms have no such choices"
+        )
+    print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.samples} samples, median of {ROUNDS} times {SHORTEST} s of runs"
+    )
     for kernel in options.kernel or CHOICES:
         search(kernel, subject(kernel, "triton", options.samples), print)
 
@@ -56,11 +85,15 @@ def subject(kernel, backend, samples, tokens=1024, text=300, width=1152, hidden=
     """(function, its arrays) of a kernel; the first array moves, all have gradients. tokens: a square number. width: a multiple of 72 and of 32."""
     normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
     if kernel == "cross":
-        q, k, v = (normal(i, samples, n, width // 72, 72) for i, n in enumerate((tokens, text, text)))
+        q, k, v = (
+            normal(i, samples, n, width // 72, 72) for i, n in enumerate((tokens, text, text))
+        )
         mask = jnp.ones((samples, text))
         return lambda q, k, v: cross_attention.attention(q, k, v, mask, backend=backend), (q, k, v)
     if kernel == "linear":
-        run = lambda qkv, *norms: linear_attention.attention(qkv, *norms, heads=width // 32, eps=1e-5, backend=backend)
+        run = lambda qkv, *norms: linear_attention.attention(
+            qkv, *norms, heads=width // 32, eps=1e-5, backend=backend
+        )
         return run, (normal(0, samples, tokens, 3 * width), jnp.ones(width), jnp.ones(width))
     side = round(tokens**0.5)
     run = lambda x, w, bias: depthwise.smooth(x, w, bias, True, backend)
@@ -84,7 +117,9 @@ def search(kernel, subject, say, rounds=ROUNDS, shortest=SHORTEST):
                 try:
                     program, _ = bench.compiled(f, *arrays)
                     result = program(*arrays)
-                    times = timing.alternate({"": bench.program(program, *arrays)}, rounds, shortest)
+                    times = timing.alternate(
+                        {"": bench.program(program, *arrays)}, rounds, shortest
+                    )
                 except Exception as error:  # whatever a compiler raises
                     say(f"{kernel:10} {direction:9} {label}: {bench.sentence(error)}")
                     continue
@@ -92,7 +127,9 @@ def search(kernel, subject, say, rounds=ROUNDS, shortest=SHORTEST):
                 base, expected = first.setdefault(direction, (seconds, result))
                 difference = float(_difference(result, expected))
                 found.setdefault(label, {})[direction] = seconds, difference
-                say(f"{kernel:10} {direction:9} {1e6 * seconds:8.0f} us {seconds / base:6.2f} x   difference {difference:.1e}   {label}")
+                say(
+                    f"{kernel:10} {direction:9} {1e6 * seconds:8.0f} us {seconds / base:6.2f} x   difference {difference:.1e}   {label}"
+                )
     return found
 
 
@@ -102,7 +139,9 @@ def _chosen(module, choice):
     jax.clear_caches()  # kernels are traced once for each shape
     with contextlib.ExitStack() as stack:
         for name, value in choice.items():
-            stack.enter_context(mock.patch.object(module if hasattr(module, name) else backend, name, value))
+            stack.enter_context(
+                mock.patch.object(module if hasattr(module, name) else backend, name, value)
+            )
         yield
     jax.clear_caches()
 
@@ -111,7 +150,9 @@ def _chosen(module, choice):
 def _difference(values, expected):
     """The largest of all arrays' distances, by the size of what was expected."""
     norm = lambda a: jnp.linalg.norm(a.astype(jnp.float32).ravel())
-    apart = lambda a, b: norm(a.astype(jnp.float32) - b.astype(jnp.float32)) / jnp.maximum(norm(b), 1e-30)
+    apart = lambda a, b: (
+        norm(a.astype(jnp.float32) - b.astype(jnp.float32)) / jnp.maximum(norm(b), 1e-30)
+    )
     return jnp.stack(jax.tree.leaves(jax.tree.map(apart, values, expected))).max()
 
 

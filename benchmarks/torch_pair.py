@@ -42,7 +42,9 @@ class Choice:
     fused_attention: bool
 
     def __str__(self):
-        passes = "value and tangent in one pass" if self.one_pass else "tangent in a pass of its own"
+        passes = (
+            "value and tangent in one pass" if self.one_pass else "tangent in a pass of its own"
+        )
         return f"{passes}, {'fused' if self.fused_attention else 'explicit'} attention elsewhere"
 
 
@@ -55,13 +57,19 @@ class CrossAttention:
     fused = False
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        q, k, v = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+        q, k, v = (
+            attn.to_q(hidden_states),
+            attn.to_k(encoder_hidden_states),
+            attn.to_v(encoder_hidden_states),
+        )
         if attn.norm_q is not None:
             q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (a.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for a in (q, k, v))
         bias = None if attention_mask is None else attention_mask[:, None]
         if self.fused:
-            out = nn_f.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+            out = nn_f.scaled_dot_product_attention(
+                q, k, v, attn_mask=None if bias is None else bias.to(q.dtype)
+            )
         else:
             scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
             out = (scores if bias is None else scores + bias).softmax(-1) @ v
@@ -83,7 +91,9 @@ class Network(nn.Module):
         batch, channels, height, width = x.shape
         bias = ((1 - mask) * -10000.0)[:, None].to(x.dtype)
         h = m.patch_embed(x)
-        options = {} if guidance is None else {"guidance": guidance * m.config.guidance_embeds_scale}
+        options = (
+            {} if guidance is None else {"guidance": guidance * m.config.guidance_embeds_scale}
+        )
         if guidance is None:
             options["batch_size"] = batch
         modulation, conditioning = m.time_embed(t, hidden_dtype=h.dtype, **options)
@@ -106,7 +116,9 @@ class Head(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.conv_in = nn.Conv1d(width, width, 1)
-        self.conv_mid = nn.Conv1d(width, width, KERNEL, padding=KERNEL // 2, padding_mode="circular")
+        self.conv_mid = nn.Conv1d(
+            width, width, KERNEL, padding=KERNEL // 2, padding_mode="circular"
+        )
         self.conv_out = nn.Conv1d(width, 1, 1)
         for name in ("norm_in", "norm_mid"):
             self.register_parameter(f"{name}_scale", nn.Parameter(torch.ones(width, 1)))
@@ -119,7 +131,9 @@ class Head(nn.Module):
 
     def forward(self, x):
         x = x.float().transpose(1, 2)
-        x = nn_f.leaky_relu(batch_norm_local(self.conv_in(x), self.norm_in_scale, self.norm_in_bias), 0.2)
+        x = nn_f.leaky_relu(
+            batch_norm_local(self.conv_in(x), self.norm_in_scale, self.norm_in_bias), 0.2
+        )
         y = batch_norm_local(self.conv_mid(x), self.norm_mid_scale, self.norm_mid_bias)
         return self.conv_out((x + nn_f.leaky_relu(y, 0.2)) / math.sqrt(2))[:, 0]
 
@@ -128,7 +142,11 @@ def batch_norm_local(x, scale, bias):
     """Over groups of GROUP samples and all tokens. x [B, D, N]. PyTorch's own batch norm: groups become channels."""
     batch, width, tokens = x.shape
     groups = math.ceil(batch / GROUP)
-    g = x.view(groups, batch // groups, width, tokens).transpose(0, 1).reshape(batch // groups, groups * width, tokens)
+    g = (
+        x.view(groups, batch // groups, width, tokens)
+        .transpose(0, 1)
+        .reshape(batch // groups, groups * width, tokens)
+    )
     g = nn_f.batch_norm(g, None, None, training=True, eps=1e-5)
     g = g.view(batch // groups, groups, width, tokens).transpose(0, 1).reshape(batch, width, tokens)
     return g * scale + bias
@@ -158,12 +176,21 @@ class Pair:
     def __init__(self, c, teacher, student, heads, null_text, choice, autocast=False):
         self.c, self.teacher, self.student, self.heads = c.sprint, teacher, student, heads
         self.null_text, self.step = null_text, 0
-        self.autocast = (lambda: torch.autocast(null_text.device.type, torch.bfloat16)) if autocast else contextlib.nullcontext
+        self.autocast = (
+            (lambda: torch.autocast(null_text.device.type, torch.bfloat16))
+            if autocast
+            else contextlib.nullcontext
+        )
         self.set(choice)
         self.trained = [p for p in student.parameters() if p.requires_grad]
         adamw = lambda params, o: torch.optim.AdamW(
-            list(params), lr=o.lr, betas=(o.b1, o.b2), eps=1e-8, weight_decay=o.weight_decay, fused=True
-        )  # fmt: skip
+            list(params),
+            lr=o.lr,
+            betas=(o.b1, o.b2),
+            eps=1e-8,
+            weight_decay=o.weight_decay,
+            fused=True,
+        )
         self.optimizer = adamw(self.trained, c.sprint.optimizer)
         self.heads_optimizer = adamw(heads.parameters(), c.sprint.head_optimizer)
         self.ema = [p.detach().clone() for p in self.trained] if c.sprint.ema else None
@@ -191,20 +218,27 @@ class Pair:
     def draw_generator(self, x0):
         c = self.c
         return {
-            "w": self._guidance(len(x0), x0), "t": self._time(len(x0), x0, c.p_mean, c.p_std),
-            "z": SIGMA_D * torch.randn_like(x0), "start": self._start(x0), "renoise": self._renoising(x0),
-        }  # fmt: skip
+            "w": self._guidance(len(x0), x0),
+            "t": self._time(len(x0), x0, c.p_mean, c.p_std),
+            "z": SIGMA_D * torch.randn_like(x0),
+            "start": self._start(x0),
+            "renoise": self._renoising(x0),
+        }
 
     def draw_discriminator(self, x0):
         names = "fake", "real", "shift"
-        return {"w": self._guidance(len(x0), x0), "start": self._start(x0)} | {n: self._renoising(x0) for n in names}
+        return {"w": self._guidance(len(x0), x0), "start": self._start(x0)} | {
+            n: self._renoising(x0) for n in names
+        }
 
     def _velocity(self, xt, t, batch, w):
         """dx_t/dt of the guided teacher, both halves in one call."""
         two = lambda a: torch.cat([a, a])
         text = torch.cat([self.null_text.expand_as(batch["text"]), batch["text"]])
         with torch.no_grad():
-            F, _ = trigflow_network(self.teacher, two(xt / SIGMA_D), two(t), text, two(batch["mask"]))
+            F, _ = trigflow_network(
+                self.teacher, two(xt / SIGMA_D), two(t), text, two(batch["mask"])
+            )
             uncond, cond = F.chunk(2)
             return SIGMA_D * (uncond + _as4(w) * (cond - uncond))
 
@@ -213,7 +247,9 @@ class Pair:
         xt = interpolate(x0, drawn["z"], t)
         v = self._velocity(xt, t, batch, drawn["w"])
         cos, sin = torch.cos(_as4(t)), torch.sin(_as4(t))
-        call = lambda u, t: trigflow_network(self.student, u, t, batch["text"], batch["mask"], drawn["w"])
+        call = lambda u, t: trigflow_network(
+            self.student, u, t, batch["text"], batch["mask"], drawn["w"]
+        )
         primals = xt / SIGMA_D, t
         tangents = cos * sin * v / SIGMA_D, (cos * sin).flatten()
         self.student.attention.fused = False
@@ -235,7 +271,9 @@ class Pair:
     def _generate(self, batch, start, w):
         xt = interpolate(batch["x0"], start["z"], start["t"])
         self.student.attention.fused = self.choice.fused_attention
-        F, _ = trigflow_network(self.student, xt / SIGMA_D, start["t"], batch["text"], batch["mask"], w)
+        F, _ = trigflow_network(
+            self.student, xt / SIGMA_D, start["t"], batch["text"], batch["mask"], w
+        )
         return torch.cos(_as4(start["t"])) * xt - torch.sin(_as4(start["t"])) * SIGMA_D * F
 
     def _features(self, x0, drawn, batch):
@@ -243,7 +281,9 @@ class Pair:
         u = interpolate(x0, drawn["z"], s) / SIGMA_D
         t_fm = torch.sin(s) / (torch.cos(s) + torch.sin(s))
         x = u * _as4(torch.sqrt(t_fm**2 + (1 - t_fm) ** 2))
-        return self.teacher(x, t_fm, batch["text"], batch["mask"], features=self.c.head_blocks, velocity=False)[2]
+        return self.teacher(
+            x, t_fm, batch["text"], batch["mask"], features=self.c.head_blocks, velocity=False
+        )[2]
 
     def _discriminate(self, features):
         return [head(f) for head, f in zip(self.heads, features, strict=True)]
@@ -269,7 +309,10 @@ class Pair:
                 reals = self._features(batch["x0"], drawn["real"], batch)
             fake, real = self._discriminate(fakes), self._discriminate(reals)
         over_heads = lambda logits, f: torch.stack([f(one.float()).mean() for one in logits]).mean()
-        return 0.5 * (over_heads(real, lambda d: nn_f.relu(1 - d)) + over_heads(fake, lambda d: nn_f.relu(1 + d)))
+        return 0.5 * (
+            over_heads(real, lambda d: nn_f.relu(1 - d))
+            + over_heads(fake, lambda d: nn_f.relu(1 + d))
+        )
 
     def _update(self, loss, parameters, optimizer, clip):
         optimizer.zero_grad(set_to_none=True)
@@ -290,7 +333,9 @@ class Pair:
 
     def discriminator_step(self, batch):
         loss = self.discriminator_loss(batch, self.draw_discriminator(batch["x0"]))
-        self._update(loss, list(self.heads.parameters()), self.heads_optimizer, self.c.head_optimizer.clip)
+        self._update(
+            loss, list(self.heads.parameters()), self.heads_optimizer, self.c.head_optimizer.clip
+        )
         return loss.detach()
 
 
@@ -308,7 +353,9 @@ def _network(model, params, on, trained):
             logvar.weight.copy_(torch.from_numpy(head["kernel"].T.copy()))
             logvar.bias.copy_(torch.from_numpy(head["bias"].copy()))
         logvar.to(on)
-    sana = peers.filled(peers.sana(plain), tables.transformer(plain), params | {"inputs": inputs}, on)
+    sana = peers.filled(
+        peers.sana(plain), tables.transformer(plain), params | {"inputs": inputs}, on
+    )
     return Network(sana, logvar).requires_grad_(trained)
 
 
@@ -323,14 +370,20 @@ def _head(width, params, spectral):
             layer.weight.copy_(torch.from_numpy(kernel.copy()))
             layer.bias.copy_(torch.from_numpy(params[name]["bias"].copy()))
         for name in ("norm_in", "norm_mid"):
-            getattr(head, f"{name}_scale").copy_(torch.from_numpy(params[name]["scale"].copy())[:, None])
-            getattr(head, f"{name}_bias").copy_(torch.from_numpy(params[name]["bias"].copy())[:, None])
+            getattr(head, f"{name}_scale").copy_(
+                torch.from_numpy(params[name]["scale"].copy())[:, None]
+            )
+            getattr(head, f"{name}_bias").copy_(
+                torch.from_numpy(params[name]["bias"].copy())[:, None]
+            )
         head.normed()
         for name, vectors in spectral.items():
             layer = getattr(head, name)
             found = layer.parametrizations.weight[0]
             found._u.copy_(torch.from_numpy(vectors["u"].copy()))
-            v = vectors["v"].reshape(layer.kernel_size[0], width).T.reshape(-1)  # theirs counts taps fastest
+            v = (
+                vectors["v"].reshape(layer.kernel_size[0], width).T.reshape(-1)
+            )  # theirs counts taps fastest
             found._v.copy_(torch.from_numpy(v.copy()))
     return head
 
@@ -338,39 +391,62 @@ def _head(width, params, spectral):
 def of_ours(c, frozen, state, choice, on=torch.device("cpu")):
     """A Pair with the weights of a `SprintState`."""
     one = lambda tree, i: jax.tree.map(lambda a: np.asarray(a)[i], tree)
-    heads = [_head(c.model.width, one(state.heads, i), one(state.spectral, i)) for i in range(len(c.sprint.head_blocks))]
+    heads = [
+        _head(c.model.width, one(state.heads, i), one(state.spectral, i))
+        for i in range(len(c.sprint.head_blocks))
+    ]
     return Pair(
-        c, _network(build.teacher(c), frozen["teacher"], on, False), _network(build.student(c), state.params, on, True),
-        nn.ModuleList(heads).to(on), peers.tensor(frozen["null_text"], on), choice, autocast=c.model.dtype == "bfloat16",
-    )  # fmt: skip
+        c,
+        _network(build.teacher(c), frozen["teacher"], on, False),
+        _network(build.student(c), state.params, on, True),
+        nn.ModuleList(heads).to(on),
+        peers.tensor(frozen["null_text"], on),
+        choice,
+        autocast=c.model.dtype == "bfloat16",
+    )
 
 
 def batch_of_ours(batch, on=torch.device("cpu")):
     """{"x0" [B, C, H, W] at scale sigma_d, "text", "mask"} of a batch as our steps take it."""
     return {
-        "x0": SIGMA_D * peers.nchw(batch["latent"], on), "text": peers.tensor(batch["text"], on),
+        "x0": SIGMA_D * peers.nchw(batch["latent"], on),
+        "text": peers.tensor(batch["text"], on),
         "mask": peers.tensor(batch["mask"], on),
-    }  # fmt: skip
+    }
 
 
 def draws_of_ours(c, step, x0, name):
     """What the step of this number draws in JAX for x0 NHWC. name: "generator" or "discriminator"."""
     s, n = c.sprint, x0.shape[0]
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(c.seed + 1), step), 7)  # the seed of run.sprint_stage
+    keys = jax.random.split(
+        jax.random.fold_in(jax.random.key(c.seed + 1), step), 7
+    )  # the seed of run.sprint_stage
     noise = lambda key: SIGMA_D * jax.random.normal(key, x0.shape)
     choice = lambda key: jax.random.choice(key, np.asarray(s.guidance, np.float32), (n,))
 
     def renoising(key):
         k_time, k_noise = jax.random.split(key)
-        return {"t": trigflow.sample_time(k_time, n, mean=s.disc_mean, std=s.disc_std), "z": noise(k_noise)}
+        return {
+            "t": trigflow.sample_time(k_time, n, mean=s.disc_mean, std=s.disc_std),
+            "z": noise(k_noise),
+        }
 
     t = trigflow.sample_time(keys[4], n, mean=s.p_mean, std=s.p_std)
-    drawn = {"w": choice(keys[0]), "start": {"t": trigflow.with_max_time(keys[5], t, s.max_time), "z": noise(keys[6])}}
+    drawn = {
+        "w": choice(keys[0]),
+        "start": {"t": trigflow.with_max_time(keys[5], t, s.max_time), "z": noise(keys[6])},
+    }
     if name == "generator":
-        drawn |= {"t": trigflow.sample_time(keys[1], n, mean=s.p_mean, std=s.p_std), "z": noise(keys[2])}
+        drawn |= {
+            "t": trigflow.sample_time(keys[1], n, mean=s.p_mean, std=s.p_std),
+            "z": noise(keys[2]),
+        }
         drawn["renoise"] = renoising(keys[3])
     else:
-        drawn |= {side: renoising(key) for side, key in zip(("fake", "real", "shift"), keys[1:4], strict=True)}
+        drawn |= {
+            side: renoising(key)
+            for side, key in zip(("fake", "real", "shift"), keys[1:4], strict=True)
+        }
     return drawn
 
 
@@ -394,7 +470,14 @@ def _seconds(pair, choice, batch, wait):
 def program(bench, c, frozen, state, batch):
     """Both steps on `batch`, in the fastest of CHOICES. Raises NoPeer for a config that is written only in JAX."""
     s = c.sprint
-    published = dict(weighting="code", logvar_gradient="network", reduction="code", uncond_mask="cond", misaligned=True, accumulate=1)
+    published = dict(
+        weighting="code",
+        logvar_gradient="network",
+        reduction="code",
+        uncond_mask="cond",
+        misaligned=True,
+        accumulate=1,
+    )
     if any(getattr(s, name) != value for name, value in published.items()):
         raise bench_lib.NoPeer("no peer: benchmarks/torch_pair.py has the published losses alone")
     on = peers.device(bench)
@@ -403,15 +486,25 @@ def program(bench, c, frozen, state, batch):
     wait = (lambda result: None) if on.type == "cpu" else (lambda result: torch.cuda.synchronize())
     seconds = [_seconds(pair, choice, ours, wait) for choice in CHOICES]
     if min(seconds) == math.inf:
-        raise torch.OutOfMemoryError("none of the ways to take a generator step fits this device's memory")
+        raise torch.OutOfMemoryError(
+            "none of the ways to take a generator step fits this device's memory"
+        )
     chosen = CHOICES[int(np.argmin(seconds))]
     pair.set(chosen)
 
     def losses():
         fresh = of_ours(c, frozen, state, chosen, on)
         x0 = np.asarray(batch["latent"])
-        drawn = [to_torch(draws_of_ours(c, int(state.step), x0, name), on) for name in ("generator", "discriminator")]
-        return np.array([fresh.generator_loss(ours, drawn[0]).item(), fresh.discriminator_loss(ours, drawn[1]).item()])
+        drawn = [
+            to_torch(draws_of_ours(c, int(state.step), x0, name), on)
+            for name in ("generator", "discriminator")
+        ]
+        return np.array(
+            [
+                fresh.generator_loss(ours, drawn[0]).item(),
+                fresh.discriminator_loss(ours, drawn[1]).item(),
+            ]
+        )
 
     calls = {
         "generator": timing.Call(lambda: pair.generator_step(ours), wait),

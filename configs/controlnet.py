@@ -48,6 +48,11 @@ def get_config(preset="shapes"):
     config.control.update(depth=3, steps=600, freehand=0.5)
     # sCM weighed against LADD as by a log-variance that has arrived: errors are below 1 / D for latents of D = 4 x 4 x 32.
     config.sprint.update(
-        steps=1600, batch=16, weighting="paper", logvar_start=-math.log(512), adv_weight=25.0, head_blocks=(1, 3, 5)
+        steps=1600,
+        batch=16,
+        weighting="paper",
+        logvar_start=-math.log(512),
+        adv_weight=25.0,
+        head_blocks=(1, 3, 5),
     )
     return config

@@ -56,36 +56,100 @@ def _shapes():
     config.text = dict(vocabulary="shapes", length=16, dim=224)
     config.codec = dict(block=8, scale=1.237, weights="package:shapes_codec", channels=32)
     config.model = dict(
-        width=128, depth=7, heads=4, cross_heads=4, mlp_ratio=2.0, patch_size=1,
-        qk_norm=True, time_scale=1.0, guidance_embed=True, guidance_scale_factor=0.1,
-        remat="none", unroll=7, dtype="float32", residual_dtype="float32", attention="plain",
-    )  # fmt: skip
+        width=128,
+        depth=7,
+        heads=4,
+        cross_heads=4,
+        mlp_ratio=2.0,
+        patch_size=1,
+        qk_norm=True,
+        time_scale=1.0,
+        guidance_embed=True,
+        guidance_scale_factor=0.1,
+        remat="none",
+        unroll=7,
+        dtype="float32",
+        residual_dtype="float32",
+        attention="plain",
+    )
     config.mesh = dict(data=-1, fsdp=1)
     config.teacher = dict(
-        pretrained="package:shapes_teacher", start="",
-        steps=10000, batch=64, accumulate=1, ema=0.998, caption_dropout=0.1, border_start=True,
-        time_mean=0.0, time_std=1.0, time_shift=3.0,
-        base_qk_norm=True, base_time_scale=1.0, finetune_steps=0, finetune_lr=3e-4,
-        optimizer=_muon(lr=2e-3, muon_lr=0.02, warmup=100, decay_to=0.02, b1=0.9, weight_decay=0.01, clip=1.0),
-    )  # fmt: skip
+        pretrained="package:shapes_teacher",
+        start="",
+        steps=10000,
+        batch=64,
+        accumulate=1,
+        ema=0.998,
+        caption_dropout=0.1,
+        border_start=True,
+        time_mean=0.0,
+        time_std=1.0,
+        time_shift=3.0,
+        base_qk_norm=True,
+        base_time_scale=1.0,
+        finetune_steps=0,
+        finetune_lr=3e-4,
+        optimizer=_muon(
+            lr=2e-3, muon_lr=0.02, warmup=100, decay_to=0.02, b1=0.9, weight_decay=0.01, clip=1.0
+        ),
+    )
     config.control = dict(
-        depth=0, condition="edges", pretrained="", steps=0, batch=64, dropout=0.1, freehand=0.0,
-        optimizer=_muon(lr=2e-3, muon_lr=0.02, warmup=50, decay_to=0.05, b1=0.9, weight_decay=0.01, clip=1.0),
-    )  # fmt: skip
+        depth=0,
+        condition="edges",
+        pretrained="",
+        steps=0,
+        batch=64,
+        dropout=0.1,
+        freehand=0.0,
+        optimizer=_muon(
+            lr=2e-3, muon_lr=0.02, warmup=50, decay_to=0.05, b1=0.9, weight_decay=0.01, clip=1.0
+        ),
+    )
     config.sprint = dict(
-        steps=2400, batch=32, accumulate=1, ema=0.99,
-        guidance=(1.25, 1.5, 2.0), uncond_mask="cond",
-        p_mean=-0.4, p_std=1.4, tangent_warmup=300, tangent_normalize=True, weighting="code", logvar_gradient="head",
-        logvar_start=0.0, scm_weight=1.0, adv_weight=5.0, max_time=0.7,
-        disc_mean=-0.6, disc_std=1.0, reduction="code", misaligned=True, head_blocks=(0, 2, 4, 6),
-        optimizer=_muon(lr=2e-4, muon_lr=0.005, warmup=20, decay_to=0.1, b1=0.0, weight_decay=0.0, clip=0.5),
+        steps=2400,
+        batch=32,
+        accumulate=1,
+        ema=0.99,
+        guidance=(1.25, 1.5, 2.0),
+        uncond_mask="cond",
+        p_mean=-0.4,
+        p_std=1.4,
+        tangent_warmup=300,
+        tangent_normalize=True,
+        weighting="code",
+        logvar_gradient="head",
+        logvar_start=0.0,
+        scm_weight=1.0,
+        adv_weight=5.0,
+        max_time=0.7,
+        disc_mean=-0.6,
+        disc_std=1.0,
+        reduction="code",
+        misaligned=True,
+        head_blocks=(0, 2, 4, 6),
+        optimizer=_muon(
+            lr=2e-4, muon_lr=0.005, warmup=20, decay_to=0.1, b1=0.0, weight_decay=0.0, clip=0.5
+        ),
         head_optimizer=_adamw(lr=5e-4, warmup=0, decay_to=1.0, b1=0.0, weight_decay=0.0, clip=0.5),
-    )  # fmt: skip
+    )
     config.evaluation = dict(
-        prompts=256, batch=64, teacher_steps=20, teacher_guidance=1.5, student_guidance=1.5,
-        schedule="code", reference=1024, samples=48,
-    )  # fmt: skip
-    config.run = dict(log_every=20, checkpoint_every=200, strip_every=200, keep=2, max_rejected=10, quick_compile=False)
+        prompts=256,
+        batch=64,
+        teacher_steps=20,
+        teacher_guidance=1.5,
+        student_guidance=1.5,
+        schedule="code",
+        reference=1024,
+        samples=48,
+    )
+    config.run = dict(
+        log_every=20,
+        checkpoint_every=200,
+        strip_every=200,
+        keep=2,
+        max_rejected=10,
+        quick_compile=False,
+    )
     return config
 
 
@@ -123,9 +187,16 @@ def _emoji(config):
     config.teacher.update(pretrained="", steps=4000, batch=32)
     # logvar_gradient and max_time are those that its results in benchmarks/RESULTS.md were made with.
     config.sprint.update(
-        steps=1600, batch=16, guidance=(1.5, 2.0, 2.5), head_blocks=(1, 3, 5, 7), logvar_gradient="network", max_time=0.5
+        steps=1600,
+        batch=16,
+        guidance=(1.5, 2.0, 2.5),
+        head_blocks=(1, 3, 5, 7),
+        logvar_gradient="network",
+        max_time=0.5,
     )
-    config.evaluation.update(prompts=64, batch=32, teacher_guidance=2.0, student_guidance=2.0, reference=256)
+    config.evaluation.update(
+        prompts=64, batch=32, teacher_guidance=2.0, student_guidance=2.0, reference=256
+    )
     config.run.update(checkpoint_every=200)
 
 
@@ -138,48 +209,116 @@ def sana(preset):
     """
     config = ml_collections.ConfigDict()
     config.seed = 42
-    config.data = dict(encoded="data/sana", model="", size=1024, seed=42, eval_seed=0, workers=8, max_bad=0.01)
+    config.data = dict(
+        encoded="data/sana", model="", size=1024, seed=42, eval_seed=0, workers=8, max_bad=0.01
+    )
     config.text = dict(vocabulary="gemma", length=300, dim=2304)
     config.codec = dict(block=32, scale=0.41407, weights="", channels=32)
     size = dict(width=1152, depth=28, heads=36, cross_heads=16)
     if preset == "sana_1600m":
         size = dict(width=2240, depth=20, heads=70, cross_heads=20)
     config.model = dict(
-        **size, mlp_ratio=2.5, patch_size=1, qk_norm=True, time_scale=1.0, guidance_embed=True,
-        guidance_scale_factor=0.1, remat="block", unroll=1, dtype="bfloat16", residual_dtype="float32", attention="plain",
-    )  # fmt: skip
+        **size,
+        mlp_ratio=2.5,
+        patch_size=1,
+        qk_norm=True,
+        time_scale=1.0,
+        guidance_embed=True,
+        guidance_scale_factor=0.1,
+        remat="block",
+        unroll=1,
+        dtype="bfloat16",
+        residual_dtype="float32",
+        attention="plain",
+    )
     config.mesh = dict(data=-1, fsdp=8)
     config.teacher = dict(
-        pretrained="models/teacher", start="",
-        steps=0, batch=1024, accumulate=1, ema=0.0, caption_dropout=0.1, border_start=False,
-        time_mean=0.0, time_std=1.0, time_shift=4.0 if preset == "sana_600m" else 3.0,
-        base_qk_norm=True, base_time_scale=1.0, finetune_steps=0, finetune_lr=2e-5,
+        pretrained="models/teacher",
+        start="",
+        steps=0,
+        batch=1024,
+        accumulate=1,
+        ema=0.0,
+        caption_dropout=0.1,
+        border_start=False,
+        time_mean=0.0,
+        time_std=1.0,
+        time_shift=4.0 if preset == "sana_600m" else 3.0,
+        base_qk_norm=True,
+        base_time_scale=1.0,
+        finetune_steps=0,
+        finetune_lr=2e-5,
         optimizer=came(lr=2e-5, reference_batch=0, warmup=2000),
-    )  # fmt: skip
+    )
     config.control = dict(  # see configs/controlnet.py
-        depth=0, condition="hed", pretrained="", steps=0, batch=16, dropout=0.0, freehand=0.0,
+        depth=0,
+        condition="hed",
+        pretrained="",
+        steps=0,
+        batch=16,
+        dropout=0.0,
+        freehand=0.0,
         optimizer=came(lr=1e-4, reference_batch=256, warmup=30),
-    )  # fmt: skip
+    )
     config.sprint = dict(
-        steps=20000, batch=512, accumulate=1, ema=0.0,
-        guidance=(4.0, 4.5, 5.0), uncond_mask="cond",
-        p_mean=0.2, p_std=1.6, tangent_warmup=4000, tangent_normalize=True, weighting="code", logvar_gradient="network",
-        logvar_start=0.0, scm_weight=1.0, adv_weight=0.5, max_time=0.5,
-        disc_mean=-0.6, disc_std=1.0, reduction="code", misaligned=True, head_blocks=(2, 8, 14, 19),
+        steps=20000,
+        batch=512,
+        accumulate=1,
+        ema=0.0,
+        guidance=(4.0, 4.5, 5.0),
+        uncond_mask="cond",
+        p_mean=0.2,
+        p_std=1.6,
+        tangent_warmup=4000,
+        tangent_normalize=True,
+        weighting="code",
+        logvar_gradient="network",
+        logvar_start=0.0,
+        scm_weight=1.0,
+        adv_weight=0.5,
+        max_time=0.5,
+        disc_mean=-0.6,
+        disc_std=1.0,
+        reduction="code",
+        misaligned=True,
+        head_blocks=(2, 8, 14, 19),
         optimizer=came(lr=2e-6, reference_batch=256, warmup=156),
         head_optimizer=came(lr=2e-6, reference_batch=256, warmup=0),
-    )  # fmt: skip
+    )
     config.evaluation = dict(
-        prompts=64, batch=4, teacher_steps=20, teacher_guidance=4.5, student_guidance=4.5,
-        schedule="code", reference=64, samples=64,
-    )  # fmt: skip
+        prompts=64,
+        batch=4,
+        teacher_steps=20,
+        teacher_guidance=4.5,
+        student_guidance=4.5,
+        schedule="code",
+        reference=64,
+        samples=64,
+    )
     # No strips: process 0 would hold the whole student on one device beside its share of the training state.
-    config.run = dict(log_every=20, checkpoint_every=500, strip_every=0, keep=3, max_rejected=100, quick_compile=False)
+    config.run = dict(
+        log_every=20,
+        checkpoint_every=500,
+        strip_every=0,
+        keep=3,
+        max_rejected=100,
+        quick_compile=False,
+    )
     return config
 
 
 def came(**values):
     """CAME as published. AdamW instead: --config.sprint.optimizer.kind=adamw --config.sprint.optimizer.b2=0.95"""
-    return dict(
-        kind="came", muon_lr=0.0, decay_to=1.0, b1=0.9, b2=0.999, b3=0.9999, weight_decay=0.0, clip=0.1
-    ) | values  # fmt: skip
+    return (
+        dict(
+            kind="came",
+            muon_lr=0.0,
+            decay_to=1.0,
+            b1=0.9,
+            b2=0.999,
+            b3=0.9999,
+            weight_decay=0.0,
+            clip=0.1,
+        )
+        | values
+    )

@@ -16,12 +16,30 @@ from sprint_jax import cli, huge_pages, workdir_flag
 from sprint_jax.ablation import grid, suite
 from sprint_jax.errors import UserError
 
-_SUITE = flags.DEFINE_enum("suite", "paper", [s.name for s in grid.SUITES], "Which ablations.", allow_override=True)
-_SCALE = flags.DEFINE_enum("scale", "tiny", [s.name for s in grid.SCALES], "How large: tiny on one CPU core, small on one GPU.")
-_ONLY = flags.DEFINE_list("only", [], "Tables and figures to make, by name, instead of all of the suite.", allow_override=True)
+_SUITE = flags.DEFINE_enum(
+    "suite", "paper", [s.name for s in grid.SUITES], "Which ablations.", allow_override=True
+)
+_SCALE = flags.DEFINE_enum(
+    "scale",
+    "tiny",
+    [s.name for s in grid.SCALES],
+    "How large: tiny on one CPU core, small on one GPU.",
+)
+_ONLY = flags.DEFINE_list(
+    "only",
+    [],
+    "Tables and figures to make, by name, instead of all of the suite.",
+    allow_override=True,
+)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each configuration.")
-_REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Render the report from the results that are there; run nothing.")
-_REPORT = flags.DEFINE_string("report", None, "Markdown file to write, with plots in a folder beside it; default: WORKDIR/ablations.md.")
+_REPORT_ONLY = flags.DEFINE_bool(
+    "report_only", False, "Render the report from the results that are there; run nothing."
+)
+_REPORT = flags.DEFINE_string(
+    "report",
+    None,
+    "Markdown file to write, with plots in a folder beside it; default: WORKDIR/ablations.md.",
+)
 flags.adopt_module_key_flags(workdir_flag)  # --help shows it here
 _CARDS = pathlib.Path(__file__).parent.parent / "configs" / "sprint.py"
 
@@ -35,7 +53,11 @@ def main(argv):
             raise UserError(f"--seeds={_SEEDS.value}: use 1 or more")
         scale = next(s for s in grid.SCALES if s.name == _SCALE.value)
         workdir = pathlib.Path(workdir_flag.WORKDIR.value or f"runs/ablate_{scale.name}")
-        where = pathlib.Path(_REPORT.value) if _REPORT.value else workdir / f"{'ablations' if asked.name == 'paper' else asked.name}.md"
+        where = (
+            pathlib.Path(_REPORT.value)
+            if _REPORT.value
+            else workdir / f"{'ablations' if asked.name == 'paper' else asked.name}.md"
+        )
         if where.suffix != ".md":
             raise UserError(f"--report={where}: name a .md file")
         cli.no_folder(_REPORT.name, where)
@@ -44,7 +66,9 @@ def main(argv):
 
             rows = suite.read(workdir)
             if not rows:
-                raise UserError(f"{workdir / suite.RESULTS} has no results: run without --report_only first")
+                raise UserError(
+                    f"{workdir / suite.RESULTS} has no results: run without --report_only first"
+                )
             suite.finished(rows, scale)
             report.write(where, rows, asked, scale)
             print(f"report: {where}")
@@ -86,12 +110,22 @@ def _run(asked, scale, workdir, where):
             f"ablations: {len(runs)} configurations x {seeds} seeds in {workdir}; "
             f"the whole suite `paper` at scale {scale.name} with 3 seeds takes, in minutes: {scale.minutes}"
         )
-        about = {"commit": revision.commit(), "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        about = {
+            "commit": revision.commit(),
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+        }
         try:
             suite.go(
-                runs, seeds, scale, workdir, work, about=about, say=say,
+                runs,
+                seeds,
+                scale,
+                workdir,
+                work,
+                about=about,
+                say=say,
                 after=lambda rows: report.write(where, rows, asked, scale),
-            )  # fmt: skip
+            )
         except (Interrupted, KeyboardInterrupt):
             say("ablations: stopped; the same command goes on from there")
             return

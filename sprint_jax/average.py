@@ -15,7 +15,9 @@ from absl import app, flags
 from sprint_jax import cli
 from sprint_jax.errors import UserError
 
-_RUNS = flags.DEFINE_list("runs", None, "The --workdir of two or more finished runs, with commas between.")
+_RUNS = flags.DEFINE_list(
+    "runs", None, "The --workdir of two or more finished runs, with commas between."
+)
 _AVERAGED = flags.DEFINE_string("averaged", None, "Folder to make, for the averaged student.")
 
 
@@ -24,7 +26,9 @@ def main(argv):
         cli.no_arguments(argv)
         runs = [pathlib.Path(run) for run in _RUNS.value or ()]
         if len(runs) < 2:
-            raise UserError(f"--runs={','.join(map(str, runs))}: name two or more runs, with commas between")
+            raise UserError(
+                f"--runs={','.join(map(str, runs))}: name two or more runs, with commas between"
+            )
         if not _AVERAGED.value:
             raise UserError("--averaged is missing: name the folder to make")
         from sprint_jax import weights, workdir
@@ -34,7 +38,9 @@ def main(argv):
         with folder.whole(_AVERAGED.value, "--averaged") as made:
             weights.save(made / workdir.STUDENT, params)
             shutil.copyfile(runs[0] / workdir.CONFIG, made / workdir.CONFIG)
-        print(f"wrote {_AVERAGED.value}: the mean of {len(runs)} students. It is a --model for sprint_jax.sample, evaluate and app")
+        print(
+            f"wrote {_AVERAGED.value}: the mean of {len(runs)} students. It is a --model for sprint_jax.sample, evaluate and app"
+        )
 
 
 def average(runs):
@@ -52,24 +58,39 @@ def average(runs):
     for run in runs:
         _, params, config = pipeline.read_student(run)
         if not config.teacher.pretrained:
-            raise UserError(f"{run} trained a teacher of its own: give runs that were given one (config.teacher.pretrained)")
+            raise UserError(
+                f"{run} trained a teacher of its own: give runs that were given one (config.teacher.pretrained)"
+            )
         if config.control.depth and not config.control.pretrained:
-            raise UserError(f"{run} trained a ControlNet of its own: give runs that were given one (config.control.pretrained)")
+            raise UserError(
+                f"{run} trained a ControlNet of its own: give runs that were given one (config.control.pretrained)"
+            )
         first = first or _alike(config)
         for name, found in _alike(config).items():
             if found != first[name]:
-                raise UserError(f"config.{name} is {found} in {run}, {first[name]} in {runs[0]}: give runs with one network and one teacher")
-        total = jax.tree.map(np.float64, params) if total is None else jax.tree.map(np.add, total, params)
+                raise UserError(
+                    f"config.{name} is {found} in {run}, {first[name]} in {runs[0]}: give runs with one network and one teacher"
+                )
+        total = (
+            jax.tree.map(np.float64, params)
+            if total is None
+            else jax.tree.map(np.add, total, params)
+        )
     return jax.tree.map(lambda a: a / len(runs), total)
 
 
 def _alike(config):
     """{key: value} of what must not differ: nothing that says only how the network is computed."""
     return {
-        "teacher.pretrained": config.teacher.pretrained, "control.pretrained": config.control.pretrained,
-        "control.depth": config.control.depth, "text": config.text, "codec": config.codec,
-        "model": dataclasses.replace(config.model, remat="", unroll=0, dtype="", residual_dtype="", attention=""),
-    }  # fmt: skip
+        "teacher.pretrained": config.teacher.pretrained,
+        "control.pretrained": config.control.pretrained,
+        "control.depth": config.control.depth,
+        "text": config.text,
+        "codec": config.codec,
+        "model": dataclasses.replace(
+            config.model, remat="", unroll=0, dtype="", residual_dtype="", attention=""
+        ),
+    }
 
 
 if __name__ == "__main__":

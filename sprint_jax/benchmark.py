@@ -21,12 +21,21 @@ from sprint_jax import cli
 from sprint_jax.errors import UserError
 
 # Two commands with a flag of one name meet only in a process that imports both.
-_SUITE = flags.DEFINE_enum("suite", None, ["cpu", "gpu", "kernels"], "What to measure.", allow_override=True)
+_SUITE = flags.DEFINE_enum(
+    "suite", None, ["cpu", "gpu", "kernels"], "What to measure.", allow_override=True
+)
 _OUT = flags.DEFINE_string("out", None, "JSON file for the rows.", allow_override=True)
-_ONLY = flags.DEFINE_list("only", None, "Names of the cases to run, * for anything; default: all of the suite.", allow_override=True)
+_ONLY = flags.DEFINE_list(
+    "only",
+    None,
+    "Names of the cases to run, * for anything; default: all of the suite.",
+    allow_override=True,
+)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Alternating runs of each program.")
 _PEERS = flags.DEFINE_bool("peers", True, "Time the peers too.")
-_OPERATIONS = flags.DEFINE_integer("operations", 0, "Longest operations of each program to list, by JAX's profiler.")
+_OPERATIONS = flags.DEFINE_integer(
+    "operations", 0, "Longest operations of each program to list, by JAX's profiler."
+)
 
 
 def main(argv):
@@ -58,7 +67,9 @@ def _file():
     if out.suffix != ".json" or out.is_dir():
         raise UserError(f"--out={out}: give a file that ends in .json")
     if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise UserError(f"cannot write --out={out}: {out.parent} is no folder that can be written in")
+        raise UserError(
+            f"cannot write --out={out}: {out.parent} is no folder that can be written in"
+        )
     return out
 
 
@@ -69,19 +80,31 @@ def _cases():
 
     backend = jax.default_backend()
     if _SUITE.value == "gpu" and backend == "cpu":
-        raise UserError("--suite=gpu: JAX sees no GPU here; install jax[cuda12], or use --suite=cpu")
+        raise UserError(
+            "--suite=gpu: JAX sees no GPU here; install jax[cuda12], or use --suite=cpu"
+        )
     if _SUITE.value == "cpu" and backend != "cpu":
         raise UserError(f"--suite=cpu runs on {backend} because JAX_PLATFORMS says so: unset it")
-    cases = suites.kernels(backend) if _SUITE.value == "kernels" else getattr(suites, _SUITE.value)()
+    cases = (
+        suites.kernels(backend) if _SUITE.value == "kernels" else getattr(suites, _SUITE.value)()
+    )
     if _ONLY.value is None:
         return cases
     names = [case.name for case in cases]
     if not _ONLY.value:
-        raise UserError(f"--only= names no case: leave it out for all of --suite={_SUITE.value}, or use some of {', '.join(names)}")
+        raise UserError(
+            f"--only= names no case: leave it out for all of --suite={_SUITE.value}, or use some of {', '.join(names)}"
+        )
     for pattern in _ONLY.value:
         if not fnmatch.filter(names, pattern):
-            raise UserError(f"--only={pattern} names no case of --suite={_SUITE.value}: use some of {', '.join(names)}")
-    return [case for case in cases if any(fnmatch.fnmatch(case.name, pattern) for pattern in _ONLY.value)]
+            raise UserError(
+                f"--only={pattern} names no case of --suite={_SUITE.value}: use some of {', '.join(names)}"
+            )
+    return [
+        case
+        for case in cases
+        if any(fnmatch.fnmatch(case.name, pattern) for pattern in _ONLY.value)
+    ]
 
 
 def _run(cases, out):
@@ -90,10 +113,16 @@ def _run(cases, out):
     from sprint_jax.benchmarking import bench as bench_lib
     from sprint_jax.benchmarking import rows as rows_lib
 
-    bench, rows = bench_lib.Bench(_REPEATS.value, _OPERATIONS.value, _PEERS.value, tqdm.tqdm.write), []
+    bench, rows = (
+        bench_lib.Bench(_REPEATS.value, _OPERATIONS.value, _PEERS.value, tqdm.tqdm.write),
+        [],
+    )
     where = bench.where
     threads = f", {where['threads']} threads" if where["threads"] else ""
-    print(f"{where['device']}{threads}, jax {where['jax']}, commit {where['commit']}, {_REPEATS.value} repeats", flush=True)
+    print(
+        f"{where['device']}{threads}, jax {where['jax']}, commit {where['commit']}, {_REPEATS.value} repeats",
+        flush=True,
+    )
     with tqdm.tqdm(cases, unit="case", desc="benchmark") as bar:
         for case in bar:
             bar.set_postfix_str(case.name)

@@ -34,13 +34,17 @@ def codec(c: config_lib.Config):
     inputs, channels = 3 * c.codec.block**2, c.codec.channels
     shapes = {"mean": (inputs,), "basis": (inputs, channels), "spread": (channels,)}
     expected = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
-    return pixels.PatchPCA(c.codec.block, c.codec.scale, **weights.load(asset(c.codec.weights), expected))
+    return pixels.PatchPCA(
+        c.codec.block, c.codec.scale, **weights.load(asset(c.codec.weights), expected)
+    )
 
 
 def asset(path: str) -> pathlib.Path:
     """A file by its path, or one shipped with the code by "package:NAME"."""
     if path.startswith(_PACKAGE):
-        return pathlib.Path(__file__).parent / "assets" / f"{path.removeprefix(_PACKAGE)}.safetensors"
+        return (
+            pathlib.Path(__file__).parent / "assets" / f"{path.removeprefix(_PACKAGE)}.safetensors"
+        )
     return pathlib.Path(path)
 
 
@@ -54,15 +58,20 @@ def attention(c: config_lib.Config) -> tuple[str, str | None]:
     """What computes attention on this process's devices, and a sentence where that is not what was asked for. Where it is "plain", so is
     the convolution."""
     m = c.model
-    return backend.resolve(m.attention, jax.default_backend(), m.width // m.heads, m.width // m.cross_heads, m.dtype)
+    return backend.resolve(
+        m.attention, jax.default_backend(), m.width // m.heads, m.width // m.cross_heads, m.dtype
+    )
 
 
 def _model(c: config_lib.Config, **changes) -> LinearDiT:
     kernels = attention(c)[0]
     fields = dataclasses.asdict(c.model) | dict(
-        in_channels=c.codec.channels, text_dim=c.text.dim, logvar_head=False, attention=kernels,
+        in_channels=c.codec.channels,
+        text_dim=c.text.dim,
+        logvar_head=False,
+        attention=kernels,
         depthwise=backend.depthwise(jax.default_backend(), kernels),
-    )  # fmt: skip
+    )
     return LinearDiT(**(fields | changes))
 
 
@@ -92,7 +101,10 @@ def _controlled(c, trunk):
 def base_teacher(c: config_lib.Config) -> LinearDiT:
     """The teacher as it is first trained, perhaps without QK-norm or dense time."""
     return _model(
-        c, guidance_embed=False, qk_norm=c.teacher.base_qk_norm, time_scale=c.teacher.base_time_scale
+        c,
+        guidance_embed=False,
+        qk_norm=c.teacher.base_qk_norm,
+        time_scale=c.teacher.base_time_scale,
     )
 
 
@@ -121,17 +133,36 @@ def published_controlnet(path, model: ControlNet):
     """Parameters of `model` from a folder with a diffusers ControlNet: as `published_transformer`."""
     found, params = folder.read_controlnet(path)
     if found.depth != model.depth:
-        raise UserError(f"{path} holds a ControlNet of {found.depth} blocks, the config asks for {model.depth}: change config.control.depth")
+        raise UserError(
+            f"{path} holds a ControlNet of {found.depth} blocks, the config asks for {model.depth}: change config.control.depth"
+        )
     _same(path, "ControlNet", found.net, dataclasses.replace(model.net, depth=found.net.depth))
     return params
 
 
 def _same(path, what, found, model):
     """Raises UserError where two networks differ in more than how they are computed."""
-    free = {name: getattr(model, name) for name in ("remat", "unroll", "dtype", "residual_dtype", "attention", "depthwise", "guidance_scale_factor")}
+    free = {
+        name: getattr(model, name)
+        for name in (
+            "remat",
+            "unroll",
+            "dtype",
+            "residual_dtype",
+            "attention",
+            "depthwise",
+            "guidance_scale_factor",
+        )
+    }
     if model.time_scale != found.time_scale:
-        free["time_scale"] = model.time_scale  # dense times are told in [0, 1]; the folder may scale them elsewhere
-    differing = [f.name for f in dataclasses.fields(model) if getattr(dataclasses.replace(found, **free), f.name) != getattr(model, f.name)]
+        free["time_scale"] = (
+            model.time_scale
+        )  # dense times are told in [0, 1]; the folder may scale them elsewhere
+    differing = [
+        f.name
+        for f in dataclasses.fields(model)
+        if getattr(dataclasses.replace(found, **free), f.name) != getattr(model, f.name)
+    ]
     if differing:
         name = differing[0]
         raise UserError(
@@ -146,8 +177,13 @@ def nets(c: config_lib.Config) -> sprint_step.Nets:
         teacher=distilled_teacher(c),
         student=student(c),
         heads=LADDHeads(width=c.model.width, count=len(s.head_blocks), dtype=c.model.dtype),
-        tx=state.optimizer(s.optimizer, s.steps // 2, s.batch, came_rules=(came.dit_factored, came.dit_stacked)),
+        tx=state.optimizer(
+            s.optimizer, s.steps // 2, s.batch, came_rules=(came.dit_factored, came.dit_stacked)
+        ),
         heads_tx=state.optimizer(
-            s.head_optimizer, s.steps // 2, s.batch, came_rules=(came.heads_factored, came.heads_stacked)
+            s.head_optimizer,
+            s.steps // 2,
+            s.batch,
+            came_rules=(came.heads_factored, came.heads_stacked),
         ),
     )

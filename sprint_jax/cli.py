@@ -22,7 +22,11 @@ def _show_warning(message, category, filename, lineno, file=None, line=None):
     if issubclass(category, UserWarning) and "sprint_jax" in filename:
         print(f"warning: {message}", file=sys.stderr)
     else:
-        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=sys.stderr)
+        print(
+            warnings.formatwarning(message, category, filename, lineno, line),
+            end="",
+            file=sys.stderr,
+        )
 
 
 def no_arguments(argv):
@@ -67,7 +71,9 @@ def _of_the_machine(error):
         return f"{line}: free some space, then give the same command"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line:
         return f"out of memory ({line[:200]}): use --batch_size=1, a smaller size, or --tile; in training a smaller batch, or accumulate"
-    if platforms and _raised_in(error).endswith("xla_bridge.py"):  # where JAX starts its devices; some of its errors have no text
+    if platforms and _raised_in(error).endswith(
+        "xla_bridge.py"
+    ):  # where JAX starts its devices; some of its errors have no text
         reason = line[:200] or "no plug-in for them"
         return f"JAX_PLATFORMS={platforms}: JAX cannot start these devices here ({reason}): name others, such as cpu, or install theirs"
     return None
@@ -101,7 +107,9 @@ def _unknown_key(error, argv):
         error = error.args[0]
     if not isinstance(error, KeyError):
         return None
-    name, *hint = str(error.args[0]).splitlines()  # as ml_collections has it; str(error) would be that in quotes
+    name, *hint = str(
+        error.args[0]
+    ).splitlines()  # as ml_collections has it; str(error) would be that in quotes
     keys = [word.lstrip("-").partition("=")[0] for word in argv[1:]]
     for key in keys:
         if key.startswith("config.") and name.strip("'") in key.split("."):

@@ -29,7 +29,10 @@ def start():
     if not jax.config.jax_compilation_cache_dir:
         place = default_place()
         if place is None:
-            print("warning: compiled programs are not kept, for this user has no home: name a place by JAX_COMPILATION_CACHE_DIR", file=sys.stderr)
+            print(
+                "warning: compiled programs are not kept, for this user has no home: name a place by JAX_COMPILATION_CACHE_DIR",
+                file=sys.stderr,
+            )
             return
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -38,14 +41,17 @@ def start():
         except OSError as error:
             print(
                 f"warning: compiled programs are not kept, cannot write in {place} ({error.strerror}): name another "
-                "place by JAX_COMPILATION_CACHE_DIR", file=sys.stderr,
-            )  # fmt: skip
+                "place by JAX_COMPILATION_CACHE_DIR",
+                file=sys.stderr,
+            )
             return
         jax.config.update("jax_compilation_cache_dir", str(place))
         # With a bound entries are read and written under a file lock, for which JAX needs this package.
         if importlib.util.find_spec("filelock"):
             _default("jax_compilation_cache_max_size", MAX_BYTES)
-        if jax.config.jax_compilation_cache_max_size != -1:  # without a bound JAX keeps no times of use
+        if (
+            jax.config.jax_compilation_cache_max_size != -1
+        ):  # without a bound JAX keeps no times of use
             _sweep(place)
     _default("jax_persistent_cache_min_compile_time_secs", 0.0)
     _default("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -21,12 +21,23 @@ from sprint_jax.errors import UserError
 
 _IMAGES = flags.DEFINE_string("images", None, "Folder of pictures.")
 _KIND = flags.DEFINE_enum("kind", None, conditions.KINDS, "What to make of them.")
-_THICKNESS = flags.DEFINE_integer("thickness", 1, "scribble: of strokes, 0 to 24 in published training; 0 thins, 1 to 3 leave them.")
-_RESOLUTION = flags.DEFINE_integer("detect_resolution", 512, "hed, scribble: short side that the detector sees, pixels.")
+_THICKNESS = flags.DEFINE_integer(
+    "thickness",
+    1,
+    "scribble: of strokes, 0 to 24 in published training; 0 thins, 1 to 3 leave them.",
+)
+_RESOLUTION = flags.DEFINE_integer(
+    "detect_resolution", 512, "hed, scribble: short side that the detector sees, pixels."
+)
 # Named as in sprint_jax.evaluate, for the same things; one process runs one of the two commands.
-_WEIGHTS = flags.DEFINE_string("weights", None, "hed, scribble: ControlNetHED.pth or .safetensors.", allow_override=True)
+_WEIGHTS = flags.DEFINE_string(
+    "weights", None, "hed, scribble: ControlNetHED.pth or .safetensors.", allow_override=True
+)
 _SAVE_WEIGHTS = flags.DEFINE_string(
-    "save_weights", None, "Write the weights of a .pth as safetensors here, and end.", allow_override=True
+    "save_weights",
+    None,
+    "Write the weights of a .pth as safetensors here, and end.",
+    allow_override=True,
 )
 _OUT = flags.DEFINE_string("out", None, "Folder to make, or to go on with.", allow_override=True)
 
@@ -44,29 +55,45 @@ def main(argv):
 
         source, out = pathlib.Path(_IMAGES.value), pathlib.Path(_OUT.value)
         if out.resolve().is_relative_to(source.resolve()):
-            raise UserError(f"--out={out} lies in --images={source}, whose pictures are read: choose another")
+            raise UserError(
+                f"--out={out} lies in --images={source}, whose pictures are read: choose another"
+            )
         targets = {}
         for path in picture_files.found(source):
             target = out / path.relative_to(source).with_suffix(".png")
             if target in targets:
-                raise UserError(f"{targets[target]} and {path} would both become {target}: rename one")
+                raise UserError(
+                    f"{targets[target]} and {path} would both become {target}: rename one"
+                )
             targets[target] = path
         wanted = {target: path for target, path in targets.items() if not target.exists()}
-        detect = _detector() if wanted and _KIND.value != "edges" else None  # before the folder is claimed: wrong weights lock none
+        detect = (
+            _detector() if wanted and _KIND.value != "edges" else None
+        )  # before the folder is claimed: wrong weights lock none
         _claim(out)
         _make(wanted, len(targets), detect)
         print(f"{len(targets)} pictures of kind {_KIND.value} in {out}")
 
 
 def _check_flags():
-    wanted = ((_IMAGES, "a folder of pictures"), (_KIND, ", ".join(conditions.KINDS)), (_OUT, "the folder to make"))
+    wanted = (
+        (_IMAGES, "a folder of pictures"),
+        (_KIND, ", ".join(conditions.KINDS)),
+        (_OUT, "the folder to make"),
+    )
     for flag, what in wanted:
         if not flag.value:
             raise UserError(f"--{flag.name} is missing: give {what}")
     edges = _KIND.value == "edges"
     if not edges and not _WEIGHTS.value:
-        raise UserError(f"--kind={_KIND.value} needs --weights=ControlNetHED.pth of the detector; --kind=edges needs none")
-    for flag, belongs in ((_WEIGHTS, not edges), (_RESOLUTION, not edges), (_THICKNESS, _KIND.value == "scribble")):
+        raise UserError(
+            f"--kind={_KIND.value} needs --weights=ControlNetHED.pth of the detector; --kind=edges needs none"
+        )
+    for flag, belongs in (
+        (_WEIGHTS, not edges),
+        (_RESOLUTION, not edges),
+        (_THICKNESS, _KIND.value == "scribble"),
+    ):
         if flag.present and not belongs:
             raise UserError(f"--{flag.name} does not belong to --kind={_KIND.value}: leave it out")
     if _THICKNESS.value < 0:
@@ -101,7 +128,9 @@ def _claim(out):
             differs = [name for name in have | settings if have.get(name) != settings.get(name)]
             other = [f"{name} {have.get(name)}, not {settings.get(name)}" for name in differs]
             if other:
-                raise UserError(f"{out} was made with {'; '.join(other)}: give another --out, or remove it")
+                raise UserError(
+                    f"{out} was made with {'; '.join(other)}: give another --out, or remove it"
+                )
             return
         files.write_text(path, json.dumps(settings, indent=2) + "\n")
     except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -117,15 +146,23 @@ def _make(targets, total, detect):
 
     if not targets:
         return
-    with tqdm.tqdm(total=total, initial=total - len(targets), unit="picture", desc=_KIND.value, delay=5) as bar:
+    with tqdm.tqdm(
+        total=total, initial=total - len(targets), unit="picture", desc=_KIND.value, delay=5
+    ) as bar:
         for target, path in targets.items():
             try:
-                image = sources.load_picture(path.read_bytes())  # the pixels that sprint_jax.encode --condition sees
+                image = sources.load_picture(
+                    path.read_bytes()
+                )  # the pixels that sprint_jax.encode --condition sees
             except (OSError, sources.BadExample) as error:
-                raise UserError(f"cannot read the picture {path} ({error}): repair or remove it; what is done is kept") from None
+                raise UserError(
+                    f"cannot read the picture {path} ({error}): repair or remove it; what is done is kept"
+                ) from None
             lines = detect(image) if detect else conditions.gradient_edges(image[None])[0]
             if _KIND.value == "scribble":
-                lines = conditions.scribble(lines, thickness=_THICKNESS.value, sigma=conditions.PUBLISHED_SIGMA)
+                lines = conditions.scribble(
+                    lines, thickness=_THICKNESS.value, sigma=conditions.PUBLISHED_SIGMA
+                )
             target.parent.mkdir(parents=True, exist_ok=True)
             pictures.save(target, conditions.as_picture(lines))
             bar.update()

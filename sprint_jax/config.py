@@ -315,85 +315,267 @@ def _build(kind, tree, path):
 def _check(c: Config):
     s, t, m, k = c.sprint, c.teacher, c.model, c.control
     counts = {
-        "data.size": c.data.size, "codec.block": c.codec.block, "model.patch_size": m.patch_size, "model.width": m.width, "model.depth": m.depth,
-        "model.heads": m.heads, "model.cross_heads": m.cross_heads, "model.unroll": m.unroll, "teacher.batch": t.batch, "teacher.accumulate": t.accumulate,
-        "control.batch": k.batch, "sprint.batch": s.batch, "sprint.accumulate": s.accumulate, "evaluation.batch": c.evaluation.batch,
-        "evaluation.teacher_steps": c.evaluation.teacher_steps, "run.keep": c.run.keep, "run.max_rejected": c.run.max_rejected,
-    }  # fmt: skip
+        "data.size": c.data.size,
+        "codec.block": c.codec.block,
+        "model.patch_size": m.patch_size,
+        "model.width": m.width,
+        "model.depth": m.depth,
+        "model.heads": m.heads,
+        "model.cross_heads": m.cross_heads,
+        "model.unroll": m.unroll,
+        "teacher.batch": t.batch,
+        "teacher.accumulate": t.accumulate,
+        "control.batch": k.batch,
+        "sprint.batch": s.batch,
+        "sprint.accumulate": s.accumulate,
+        "evaluation.batch": c.evaluation.batch,
+        "evaluation.teacher_steps": c.evaluation.teacher_steps,
+        "run.keep": c.run.keep,
+        "run.max_rejected": c.run.max_rejected,
+    }
     for name, value in counts.items():  # first: rules divide by them
         if value < 1:
             raise UserError(f"config.{name} {value}: use 1 or more")
     cell = c.codec.block * m.patch_size
     # One teacher becomes another by a fine-tune that adds QK-norm or changes times, never by itself.
     other_base = (t.base_qk_norm, t.base_time_scale) != (m.qk_norm, m.time_scale)
-    optimizers = (("teacher.optimizer", t.optimizer), ("control.optimizer", k.optimizer), ("sprint.optimizer", s.optimizer), ("sprint.head_optimizer", s.head_optimizer))
+    optimizers = (
+        ("teacher.optimizer", t.optimizer),
+        ("control.optimizer", k.optimizer),
+        ("sprint.optimizer", s.optimizer),
+        ("sprint.head_optimizer", s.head_optimizer),
+    )
     require = [
-        (c.text.vocabulary in ("shapes", "words", "gemma"), f"config.text.vocabulary {c.text.vocabulary!r}: use shapes, words or gemma"),
-        (c.text.vocabulary != "shapes" or (c.text.length, c.text.dim) == (text.LENGTH, text.DIM),
-         f"config.text {c.text.length} x {c.text.dim}: vocabulary shapes has length {text.LENGTH} and dim {text.DIM}"),
-        (c.text.vocabulary != "words" or c.text.dim == text.DIM, f"config.text.dim {c.text.dim}: vocabulary words has {text.DIM}"),
-        (c.data.encoded or c.text.vocabulary == "shapes", f"config.data.encoded is empty: captions in {c.text.vocabulary} need a folder made by sprint_jax.encode"),
-        (c.data.seed >= 0 and 0 <= c.data.eval_seed < 2**30, "config.data.seed: use 0 or more, config.data.eval_seed: 0 to 2^30 - 1"),
-        (c.data.workers >= 0 and 0 <= c.data.max_bad <= 1, "config.data.workers: use 0 or more; config.data.max_bad: a share in [0, 1]"),
-        (c.mesh.fsdp >= 1 and (c.mesh.data >= 1 or c.mesh.data == -1), f"config.mesh.data {c.mesh.data}, config.mesh.fsdp {c.mesh.fsdp}: use 1 or more, data=-1 for what is left"),
-        (c.data.size % cell == 0, f"config.data.size {c.data.size}: use a multiple of {cell} (codec.block x patch_size)"),
-        (c.codec.weights or c.text.vocabulary == "gemma" or c.codec.channels == 3 * c.codec.block**2,
-         f"config.codec.channels {c.codec.channels}: without codec.weights it is 3 x block^2 = {3 * c.codec.block**2}"),
-        (m.width % m.heads == 0, f"config.model.width {m.width}: use a multiple of heads {m.heads}"),
-        (m.width % m.cross_heads == 0, f"config.model.width {m.width}: use a multiple of cross_heads {m.cross_heads}"),
+        (
+            c.text.vocabulary in ("shapes", "words", "gemma"),
+            f"config.text.vocabulary {c.text.vocabulary!r}: use shapes, words or gemma",
+        ),
+        (
+            c.text.vocabulary != "shapes" or (c.text.length, c.text.dim) == (text.LENGTH, text.DIM),
+            f"config.text {c.text.length} x {c.text.dim}: vocabulary shapes has length {text.LENGTH} and dim {text.DIM}",
+        ),
+        (
+            c.text.vocabulary != "words" or c.text.dim == text.DIM,
+            f"config.text.dim {c.text.dim}: vocabulary words has {text.DIM}",
+        ),
+        (
+            c.data.encoded or c.text.vocabulary == "shapes",
+            f"config.data.encoded is empty: captions in {c.text.vocabulary} need a folder made by sprint_jax.encode",
+        ),
+        (
+            c.data.seed >= 0 and 0 <= c.data.eval_seed < 2**30,
+            "config.data.seed: use 0 or more, config.data.eval_seed: 0 to 2^30 - 1",
+        ),
+        (
+            c.data.workers >= 0 and 0 <= c.data.max_bad <= 1,
+            "config.data.workers: use 0 or more; config.data.max_bad: a share in [0, 1]",
+        ),
+        (
+            c.mesh.fsdp >= 1 and (c.mesh.data >= 1 or c.mesh.data == -1),
+            f"config.mesh.data {c.mesh.data}, config.mesh.fsdp {c.mesh.fsdp}: use 1 or more, data=-1 for what is left",
+        ),
+        (
+            c.data.size % cell == 0,
+            f"config.data.size {c.data.size}: use a multiple of {cell} (codec.block x patch_size)",
+        ),
+        (
+            c.codec.weights
+            or c.text.vocabulary == "gemma"
+            or c.codec.channels == 3 * c.codec.block**2,
+            f"config.codec.channels {c.codec.channels}: without codec.weights it is 3 x block^2 = {3 * c.codec.block**2}",
+        ),
+        (
+            m.width % m.heads == 0,
+            f"config.model.width {m.width}: use a multiple of heads {m.heads}",
+        ),
+        (
+            m.width % m.cross_heads == 0,
+            f"config.model.width {m.width}: use a multiple of cross_heads {m.cross_heads}",
+        ),
         (m.remat in REMAT, f"config.model.remat {m.remat!r}: use one of {', '.join(REMAT)}"),
-        (m.dtype in ("float32", "bfloat16"), f"config.model.dtype {m.dtype!r}: use float32 or bfloat16"),
-        (m.residual_dtype in ("float32", m.dtype), f"config.model.residual_dtype {m.residual_dtype!r}: use float32, or model.dtype, which is {m.dtype}"),
-        (m.attention in backend.WANTED, f"config.model.attention {m.attention!r}: use {' or '.join(backend.WANTED)}"),
-        (t.steps >= 0 and t.finetune_steps >= 0, "config.teacher.steps and finetune_steps: use 0 or more"),
-        (t.pretrained or t.steps > 0 or (t.start and t.finetune_steps > 0 and other_base),
-         "config.teacher.pretrained is empty and nothing trains a teacher: give it, or teacher.steps, or teacher.start with finetune_steps and another base_qk_norm or base_time_scale than model's"),
-        (t.pretrained or not other_base or t.finetune_steps > 0,
-         f"config.teacher.base_qk_norm {t.base_qk_norm}, base_time_scale {t.base_time_scale} and config.model.qk_norm {m.qk_norm}, time_scale {m.time_scale}: use equal ones, or finetune_steps"),
-        (t.pretrained or m.qk_norm or not t.base_qk_norm, "config.teacher.base_qk_norm is True and config.model.qk_norm False: a fine-tune adds QK-norm and never takes it away"),
-        (0 <= k.depth < m.depth, f"config.control.depth {k.depth}: use 0 (no ControlNet) to {m.depth - 1}, below model.depth"),
-        (k.condition in conditions.KINDS, f"config.control.condition {k.condition!r}: use one of {', '.join(conditions.KINDS)}"),
-        (not k.depth or c.data.encoded or k.condition != "hed", "config.control.condition hed needs encoded pictures: use edges or scribble, or name config.data.encoded"),
-        (not k.depth or k.pretrained or k.steps > 0, "config.control.pretrained is empty and config.control.steps is 0: nothing trains the ControlNet"),
+        (
+            m.dtype in ("float32", "bfloat16"),
+            f"config.model.dtype {m.dtype!r}: use float32 or bfloat16",
+        ),
+        (
+            m.residual_dtype in ("float32", m.dtype),
+            f"config.model.residual_dtype {m.residual_dtype!r}: use float32, or model.dtype, which is {m.dtype}",
+        ),
+        (
+            m.attention in backend.WANTED,
+            f"config.model.attention {m.attention!r}: use {' or '.join(backend.WANTED)}",
+        ),
+        (
+            t.steps >= 0 and t.finetune_steps >= 0,
+            "config.teacher.steps and finetune_steps: use 0 or more",
+        ),
+        (
+            t.pretrained or t.steps > 0 or (t.start and t.finetune_steps > 0 and other_base),
+            "config.teacher.pretrained is empty and nothing trains a teacher: give it, or teacher.steps, or teacher.start with finetune_steps and another base_qk_norm or base_time_scale than model's",
+        ),
+        (
+            t.pretrained or not other_base or t.finetune_steps > 0,
+            f"config.teacher.base_qk_norm {t.base_qk_norm}, base_time_scale {t.base_time_scale} and config.model.qk_norm {m.qk_norm}, time_scale {m.time_scale}: use equal ones, or finetune_steps",
+        ),
+        (
+            t.pretrained or m.qk_norm or not t.base_qk_norm,
+            "config.teacher.base_qk_norm is True and config.model.qk_norm False: a fine-tune adds QK-norm and never takes it away",
+        ),
+        (
+            0 <= k.depth < m.depth,
+            f"config.control.depth {k.depth}: use 0 (no ControlNet) to {m.depth - 1}, below model.depth",
+        ),
+        (
+            k.condition in conditions.KINDS,
+            f"config.control.condition {k.condition!r}: use one of {', '.join(conditions.KINDS)}",
+        ),
+        (
+            not k.depth or c.data.encoded or k.condition != "hed",
+            "config.control.condition hed needs encoded pictures: use edges or scribble, or name config.data.encoded",
+        ),
+        (
+            not k.depth or k.pretrained or k.steps > 0,
+            "config.control.pretrained is empty and config.control.steps is 0: nothing trains the ControlNet",
+        ),
         (0 <= k.dropout < 1, f"config.control.dropout {k.dropout}: use a share from 0 to below 1"),
-        (0 <= k.freehand <= 1, f"config.control.freehand {k.freehand}: use a probability in [0, 1]"),
-        (not k.freehand or not c.data.encoded,
-         f"config.control.freehand {k.freehand}: encoded pictures have no rough sketches, use 0 with config.data.encoded"),
-        *((x.batch % x.accumulate == 0, f"config.{n}.accumulate {x.accumulate}: use a divisor of {n}.batch {x.batch}")
-          for n, x in (("teacher", t), ("sprint", s))),
-        (k.batch % t.accumulate == 0, f"config.control.batch {k.batch}: use a multiple of config.teacher.accumulate {t.accumulate}"),
-        (s.accumulate == 1 or s.batch % (GROUP * s.accumulate) == 0,
-         f"config.sprint.batch {s.batch}: with accumulate {s.accumulate} use a multiple of {GROUP * s.accumulate} (normalisation groups of {GROUP})"),
-        (s.accumulate > 1 or all(n % math.ceil(n / GROUP) == 0 for n in (s.batch, *((2 * s.batch,) if s.misaligned else ()))),
-         f"config.sprint.batch {s.batch}: the discriminator normalises in equal groups of at most {GROUP} samples, use a multiple of {GROUP}"),
-        *((o.kind in ("adamw", "muon", "came"), f"config.{n}.kind {o.kind!r}: use adamw, muon or came") for n, o in optimizers),
+        (
+            0 <= k.freehand <= 1,
+            f"config.control.freehand {k.freehand}: use a probability in [0, 1]",
+        ),
+        (
+            not k.freehand or not c.data.encoded,
+            f"config.control.freehand {k.freehand}: encoded pictures have no rough sketches, use 0 with config.data.encoded",
+        ),
+        *(
+            (
+                x.batch % x.accumulate == 0,
+                f"config.{n}.accumulate {x.accumulate}: use a divisor of {n}.batch {x.batch}",
+            )
+            for n, x in (("teacher", t), ("sprint", s))
+        ),
+        (
+            k.batch % t.accumulate == 0,
+            f"config.control.batch {k.batch}: use a multiple of config.teacher.accumulate {t.accumulate}",
+        ),
+        (
+            s.accumulate == 1 or s.batch % (GROUP * s.accumulate) == 0,
+            f"config.sprint.batch {s.batch}: with accumulate {s.accumulate} use a multiple of {GROUP * s.accumulate} (normalisation groups of {GROUP})",
+        ),
+        (
+            s.accumulate > 1
+            or all(
+                n % math.ceil(n / GROUP) == 0
+                for n in (s.batch, *((2 * s.batch,) if s.misaligned else ()))
+            ),
+            f"config.sprint.batch {s.batch}: the discriminator normalises in equal groups of at most {GROUP} samples, use a multiple of {GROUP}",
+        ),
+        *(
+            (
+                o.kind in ("adamw", "muon", "came"),
+                f"config.{n}.kind {o.kind!r}: use adamw, muon or came",
+            )
+            for n, o in optimizers
+        ),
         *((o.clip > 0, f"config.{n}.clip {o.clip}: use a norm above 0") for n, o in optimizers),
-        *((o.kind != "muon" or o.muon_lr > 0, f"config.{n}.muon_lr {o.muon_lr}: kind muon needs a rate above 0 for its matrices") for n, o in optimizers),
-        *((o.kind != "came" or (0 < o.b1 < 1 and 0 < o.b3 < 1), f"config.{n}.b1 {o.b1}, b3 {o.b3}: kind came needs values between 0 and 1") for n, o in optimizers),
-        *((0 <= rate < math.inf, f"config.{n} {rate}: use a finite rate of 0 or more") for n, rate in (
-            *((f"{n}.{name}", getattr(o, name)) for n, o in optimizers for name in ("lr", "muon_lr", "weight_decay")), ("teacher.finetune_lr", t.finetune_lr))),
-        *((0 <= x.ema < 1, f"config.{n}.ema {x.ema}: use a decay from 0 (none) to below 1") for n, x in (("teacher", t), ("sprint", s))),
-        (s.steps >= 0 and s.steps % 2 == 0, f"config.sprint.steps {s.steps}: use an even number (generator and discriminator alternate), 0 for a teacher alone"),
-        (s.uncond_mask in ("cond", "null"), f"config.sprint.uncond_mask {s.uncond_mask!r}: use cond or null"),
-        (s.weighting in ("code", "paper"), f"config.sprint.weighting {s.weighting!r}: use code or paper"),
-        (s.logvar_gradient in ("network", "head"), f"config.sprint.logvar_gradient {s.logvar_gradient!r}: use network or head"),
-        (s.reduction in ("code", "paper"), f"config.sprint.reduction {s.reduction!r}: use code or paper"),
-        (s.scm_weight > 0 or s.adv_weight > 0, "config.sprint.scm_weight and adv_weight are both 0: nothing to train"),
+        *(
+            (
+                o.kind != "muon" or o.muon_lr > 0,
+                f"config.{n}.muon_lr {o.muon_lr}: kind muon needs a rate above 0 for its matrices",
+            )
+            for n, o in optimizers
+        ),
+        *(
+            (
+                o.kind != "came" or (0 < o.b1 < 1 and 0 < o.b3 < 1),
+                f"config.{n}.b1 {o.b1}, b3 {o.b3}: kind came needs values between 0 and 1",
+            )
+            for n, o in optimizers
+        ),
+        *(
+            (0 <= rate < math.inf, f"config.{n} {rate}: use a finite rate of 0 or more")
+            for n, rate in (
+                *(
+                    (f"{n}.{name}", getattr(o, name))
+                    for n, o in optimizers
+                    for name in ("lr", "muon_lr", "weight_decay")
+                ),
+                ("teacher.finetune_lr", t.finetune_lr),
+            )
+        ),
+        *(
+            (0 <= x.ema < 1, f"config.{n}.ema {x.ema}: use a decay from 0 (none) to below 1")
+            for n, x in (("teacher", t), ("sprint", s))
+        ),
+        (
+            s.steps >= 0 and s.steps % 2 == 0,
+            f"config.sprint.steps {s.steps}: use an even number (generator and discriminator alternate), 0 for a teacher alone",
+        ),
+        (
+            s.uncond_mask in ("cond", "null"),
+            f"config.sprint.uncond_mask {s.uncond_mask!r}: use cond or null",
+        ),
+        (
+            s.weighting in ("code", "paper"),
+            f"config.sprint.weighting {s.weighting!r}: use code or paper",
+        ),
+        (
+            s.logvar_gradient in ("network", "head"),
+            f"config.sprint.logvar_gradient {s.logvar_gradient!r}: use network or head",
+        ),
+        (
+            s.reduction in ("code", "paper"),
+            f"config.sprint.reduction {s.reduction!r}: use code or paper",
+        ),
+        (
+            s.scm_weight > 0 or s.adv_weight > 0,
+            "config.sprint.scm_weight and adv_weight are both 0: nothing to train",
+        ),
         (0 <= s.max_time <= 1, f"config.sprint.max_time {s.max_time}: use a probability in [0, 1]"),
         (len(s.guidance) > 0, "config.sprint.guidance is empty: give at least one scale"),
-        *((math.isfinite(scale), f"config.{n} {scale}: use a finite scale") for n, scale in (
-            *(("sprint.guidance", scale) for scale in s.guidance), ("evaluation.teacher_guidance", c.evaluation.teacher_guidance),
-            ("evaluation.student_guidance", c.evaluation.student_guidance))),
-        (len(s.head_blocks) > 0 and list(s.head_blocks) == sorted(set(s.head_blocks)) and 0 <= s.head_blocks[0] and s.head_blocks[-1] < m.depth,
-         f"config.sprint.head_blocks {s.head_blocks}: use increasing block numbers within 0..{m.depth - 1}"),
-        (not s.misaligned or s.batch > 1, "config.sprint.misaligned needs config.sprint.batch of 2 or more"),
-        (c.evaluation.schedule in ("code", "paper"), f"config.evaluation.schedule {c.evaluation.schedule!r}: use code or paper"),
-        (c.evaluation.prompts >= 2 and c.evaluation.reference >= 2, "config.evaluation.prompts and reference: use 2 or more, one picture has no covariance"),
-        (c.evaluation.samples <= c.evaluation.prompts, f"config.evaluation.samples {c.evaluation.samples}: use at most evaluation.prompts {c.evaluation.prompts}"),
-        (c.run.log_every % 2 == 0 and c.run.log_every > 0, f"config.run.log_every {c.run.log_every}: use an even number"),
-        (c.run.checkpoint_every > 0 and c.run.checkpoint_every % 2 == 0, f"config.run.checkpoint_every {c.run.checkpoint_every}: use an even number"),
-        (c.run.strip_every >= 0 and c.run.strip_every % 2 == 0, f"config.run.strip_every {c.run.strip_every}: use an even number, 0 for none"),
-    ]  # fmt: skip
+        *(
+            (math.isfinite(scale), f"config.{n} {scale}: use a finite scale")
+            for n, scale in (
+                *(("sprint.guidance", scale) for scale in s.guidance),
+                ("evaluation.teacher_guidance", c.evaluation.teacher_guidance),
+                ("evaluation.student_guidance", c.evaluation.student_guidance),
+            )
+        ),
+        (
+            len(s.head_blocks) > 0
+            and list(s.head_blocks) == sorted(set(s.head_blocks))
+            and 0 <= s.head_blocks[0]
+            and s.head_blocks[-1] < m.depth,
+            f"config.sprint.head_blocks {s.head_blocks}: use increasing block numbers within 0..{m.depth - 1}",
+        ),
+        (
+            not s.misaligned or s.batch > 1,
+            "config.sprint.misaligned needs config.sprint.batch of 2 or more",
+        ),
+        (
+            c.evaluation.schedule in ("code", "paper"),
+            f"config.evaluation.schedule {c.evaluation.schedule!r}: use code or paper",
+        ),
+        (
+            c.evaluation.prompts >= 2 and c.evaluation.reference >= 2,
+            "config.evaluation.prompts and reference: use 2 or more, one picture has no covariance",
+        ),
+        (
+            c.evaluation.samples <= c.evaluation.prompts,
+            f"config.evaluation.samples {c.evaluation.samples}: use at most evaluation.prompts {c.evaluation.prompts}",
+        ),
+        (
+            c.run.log_every % 2 == 0 and c.run.log_every > 0,
+            f"config.run.log_every {c.run.log_every}: use an even number",
+        ),
+        (
+            c.run.checkpoint_every > 0 and c.run.checkpoint_every % 2 == 0,
+            f"config.run.checkpoint_every {c.run.checkpoint_every}: use an even number",
+        ),
+        (
+            c.run.strip_every >= 0 and c.run.strip_every % 2 == 0,
+            f"config.run.strip_every {c.run.strip_every}: use an even number, 0 for none",
+        ),
+    ]
     for holds, message in require:
         if not holds:
             raise UserError(message)

@@ -1,10 +1,10 @@
 """Checkpoints between diffusers' layout and ours: python -m sprint_jax.convert --from=DIR --to=DIR
 
-    from a diffusers SANA-Sprint folder      to our form (model.json and safetensors), instruction included
-    from our form                            to a diffusers folder, bit-equal tensors
-    from a run directory (--workdir)         to diffusers' transformer/ and scheduler/
-    from a .safetensors file of the official to diffusers' transformer/ and scheduler/
-         repository's names
+from a diffusers SANA-Sprint folder      to our form (model.json and safetensors), instruction included
+from our form                            to a diffusers folder, bit-equal tensors
+from a run directory (--workdir)         to diffusers' transformer/ and scheduler/
+from a .safetensors file of the official to diffusers' transformer/ and scheduler/
+     repository's names
 """
 
 import dataclasses
@@ -19,7 +19,9 @@ from sprint_jax.errors import UserError
 _FROM = flags.DEFINE_string("from", None, "Folder or native .safetensors file to convert.")
 _TO = flags.DEFINE_string("to", None, "Folder to make; it must not exist or be empty.")
 _TEXT = flags.DEFINE_string(
-    "instruction", None, "Text file with the instruction before each prompt ('' for none); default: of diffusers."
+    "instruction",
+    None,
+    "Text file with the instruction before each prompt ('' for none); default: of diffusers.",
 )
 
 
@@ -37,19 +39,29 @@ def main(argv):
             folder.write_diffusers(target, folder.read_native(source))
         elif folder.is_diffusers(source):
             wording = instruction.published(_TEXT.value)
-            folder.write_ours(target, folder.read_diffusers(source, dtype=None, instruction=wording, say=say))
+            folder.write_ours(
+                target, folder.read_diffusers(source, dtype=None, instruction=wording, say=say)
+            )
         elif folder.is_ours(source):
             folder.write_diffusers(target, folder.read_ours(source, dtype=None, say=say))
         elif source.is_dir():
             student, config = _student(source)
             folder.write_diffusers(target, student)
             if config.text.vocabulary == "gemma":
-                say(f"only transformer/ and scheduler/ were written: put them into a copy of {config.data.model or 'the published folder'}")
+                say(
+                    f"only transformer/ and scheduler/ were written: put them into a copy of {config.data.model or 'the published folder'}"
+                )
             else:
-                say("embedded models have a text encoder and a pixel codec that diffusers does not know: only")
-                say("transformer/ and scheduler/ were written; load them with SanaTransformer2DModel and SCMScheduler")
+                say(
+                    "embedded models have a text encoder and a pixel codec that diffusers does not know: only"
+                )
+                say(
+                    "transformer/ and scheduler/ were written; load them with SanaTransformer2DModel and SCMScheduler"
+                )
             if (target / "controlnet").is_dir():
-                say("controlnet/ as well, for sprint_jax alone: diffusers' SanaControlNetModel has no QK-norm")
+                say(
+                    "controlnet/ as well, for sprint_jax alone: diffusers' SanaControlNetModel has no QK-norm"
+                )
         else:
             raise UserError(f"no folder or file {source}: give a checkpoint")
         say(f"wrote {target}")
@@ -64,7 +76,9 @@ def _student(path):
     if isinstance(model, Controlled):
         control = {"controlnet": params["control"]}
         checkpoint = _without_logvar(model.trunk, params["trunk"])
-        return dataclasses.replace(checkpoint, controlnet=model.control, params=checkpoint.params | control), config
+        return dataclasses.replace(
+            checkpoint, controlnet=model.control, params=checkpoint.params | control
+        ), config
     return _without_logvar(model, params), config
 
 
@@ -73,7 +87,9 @@ def _without_logvar(model, params):
 
     inputs = {name: leaf for name, leaf in params["inputs"].items() if name != "logvar"}
     model = dataclasses.replace(model, logvar_head=False)
-    return folder.Checkpoint(model, None, None, {"transformer": params | {"inputs": inputs}}, None, "")
+    return folder.Checkpoint(
+        model, None, None, {"transformer": params | {"inputs": inputs}}, None, ""
+    )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def place(coordinator, processes, process, environ) -> Place | None:
     if all(given):
         return _checked(Place(coordinator, processes, process))
     if any(given):
-        raise UserError("--coordinator, --processes and --process belong together: give all three, or none")
+        raise UserError(
+            "--coordinator, --processes and --process belong together: give all three, or none"
+        )
     found = _slurm(environ) or _jobset(environ) or _tpu(environ)
     return _checked(found) if found else None
 
@@ -54,33 +56,51 @@ def place(coordinator, processes, process, environ) -> Place | None:
 def _checked(place):
     host, _, port = place.coordinator.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65535:
-        raise UserError(f"--coordinator={place.coordinator}: use host:port, for example 10.0.0.1:{_PORT}")
+        raise UserError(
+            f"--coordinator={place.coordinator}: use host:port, for example 10.0.0.1:{_PORT}"
+        )
     if not 0 <= place.process < place.processes:
-        raise UserError(f"--process={place.process} with --processes={place.processes}: use 0 to {place.processes - 1}")
+        raise UserError(
+            f"--process={place.process} with --processes={place.processes}: use 0 to {place.processes - 1}"
+        )
     return place
 
 
 def _told(environ, name):
     """What a launcher said in a variable. Raises UserError where it said the rest and not this."""
     if not environ.get(name):
-        raise UserError(f"{name} is not set, where other variables of its launcher are: set it, or give --coordinator, --processes and --process")
+        raise UserError(
+            f"{name} is not set, where other variables of its launcher are: set it, or give --coordinator, --processes and --process"
+        )
     return environ[name]
 
 
 def _number(environ, name):
     value = _told(environ, name)
     if not value.isdecimal():
-        raise UserError(f"{name}={value} is no whole number: mend or unset it, or give --coordinator, --processes and --process")
+        raise UserError(
+            f"{name}={value} is no whole number: mend or unset it, or give --coordinator, --processes and --process"
+        )
     return int(value)
 
 
 def _slurm(environ):
-    if "SLURM_NTASKS" not in environ or _number(environ, "SLURM_NTASKS") < 2 or "SLURM_PROCID" not in environ:
+    if (
+        "SLURM_NTASKS" not in environ
+        or _number(environ, "SLURM_NTASKS") < 2
+        or "SLURM_PROCID" not in environ
+    ):
         return None
     nodes = environ.get("SLURM_STEP_NODELIST") or _told(environ, "SLURM_JOB_NODELIST")
     # Jobs that share a node get ports of their own.
-    port = _PORT + 2 * (_number(environ, "SLURM_JOB_ID") % 10000 if "SLURM_JOB_ID" in environ else 0)
-    return Place(f"{first_node(nodes)}:{port}", _number(environ, "SLURM_NTASKS"), _number(environ, "SLURM_PROCID"))
+    port = _PORT + 2 * (
+        _number(environ, "SLURM_JOB_ID") % 10000 if "SLURM_JOB_ID" in environ else 0
+    )
+    return Place(
+        f"{first_node(nodes)}:{port}",
+        _number(environ, "SLURM_NTASKS"),
+        _number(environ, "SLURM_PROCID"),
+    )
 
 
 def first_node(nodes):
@@ -93,7 +113,11 @@ def _jobset(environ):
     """Indexed jobs of a JobSet: the manifest in launch/ sets PROCESSES and COORDINATOR."""
     if "JOB_COMPLETION_INDEX" not in environ or "COORDINATOR" not in environ:
         return None
-    return Place(environ["COORDINATOR"], _number(environ, "PROCESSES"), _number(environ, "JOB_COMPLETION_INDEX"))
+    return Place(
+        environ["COORDINATOR"],
+        _number(environ, "PROCESSES"),
+        _number(environ, "JOB_COMPLETION_INDEX"),
+    )
 
 
 def _tpu(environ):
@@ -120,9 +144,12 @@ def started(place: Place | None, *, seconds, heartbeat=100):
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            place.coordinator, place.processes, place.process,
-            initialization_timeout=int(seconds) + 1, heartbeat_timeout_seconds=heartbeat,
-        )  # fmt: skip
+            place.coordinator,
+            place.processes,
+            place.process,
+            initialization_timeout=int(seconds) + 1,
+            heartbeat_timeout_seconds=heartbeat,
+        )
         yield
         watch.leave()
         jax.distributed.shutdown()
@@ -168,7 +195,9 @@ class _Watch:
         try:
             server = socket.create_server(("", address[1]), backlog=self._place.processes)
         except OSError as error:
-            raise UserError(f"cannot listen on port {address[1]} ({error.strerror}): give another --coordinator port") from None
+            raise UserError(
+                f"cannot listen on port {address[1]} ({error.strerror}): give another --coordinator port"
+            ) from None
         with server:
             while len(self._peers) < self._place.processes - 1:
                 server.settimeout(max(0.01, deadline - time.monotonic()))
@@ -194,10 +223,14 @@ class _Watch:
         process, name = hello["hello"], f"process {hello['hello']} on {hello['host']}"
         if hello["processes"] != self._place.processes:
             self._peers[process] = peer
-            self._refuse(f"{name} was started with --processes={hello['processes']}, process 0 with {self._place.processes}: use one number")
+            self._refuse(
+                f"{name} was started with --processes={hello['processes']}, process 0 with {self._place.processes}: use one number"
+            )
         if process in self._peers or process == 0:
             self._peers[-1 - len(self._peers)] = peer
-            self._refuse(f"two processes say that they are {process}: {self._names[process]} and {name}; give each its own --process")
+            self._refuse(
+                f"two processes say that they are {process}: {self._names[process]} and {name}; give each its own --process"
+            )
         self._peers[process], self._names[process] = peer, name
 
     def _missing(self, seconds):
@@ -230,13 +263,22 @@ class _Watch:
         _keep_alive(peer)
         place = self._place
         try:
-            _send(peer, {"hello": place.process, "host": socket.gethostname(), "processes": place.processes})
+            _send(
+                peer,
+                {
+                    "hello": place.process,
+                    "host": socket.gethostname(),
+                    "processes": place.processes,
+                },
+            )
             peer.settimeout(max(_HELLO, deadline - time.monotonic()) + _HELLO)
             answer = _receive(peer)
         except OSError:  # silent, or closed while this process still waited to be counted
             answer = None
         if not answer or "go" not in answer:
-            raise UserError((answer or {}).get("died", "process 0 ended during the start: see its log"))
+            raise UserError(
+                (answer or {}).get("died", "process 0 ended during the start: see its log")
+            )
         self._names = {int(process): name for process, name in answer["go"].items()}
         self._peers[0] = peer
 
@@ -245,7 +287,9 @@ class _Watch:
         for peer in self._peers.values():
             peer.settimeout(_HELLO)
         while not self._closing.is_set():
-            waiting = {peer: process for process, peer in self._peers.items() if process not in self._gone}
+            waiting = {
+                peer: process for process, peer in self._peers.items() if process not in self._gone
+            }
             if not waiting:
                 return
             for peer in select.select(list(waiting), [], [], 0.2)[0]:
@@ -282,7 +326,11 @@ class _Watch:
 
     def fail(self, error):
         """Tells the others why this process ends, so that none waits for it."""
-        reason = " ".join(str(error).split()) if isinstance(error, UserError) else f"{type(error).__name__}; see its log"
+        reason = (
+            " ".join(str(error).split())
+            if isinstance(error, UserError)
+            else f"{type(error).__name__}; see its log"
+        )
         if not isinstance(error, UserError):
             # A collective that lost its peer raises here too: first let the thread hear who that was.
             self._thread.join(_GRACE)

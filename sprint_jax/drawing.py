@@ -40,10 +40,28 @@ class Kind:
 
 
 def generate(
-    pipe, prompts, *, steps=2, guidance_scale=None, height=None, width=None, seed=0, timesteps=None,
-    latents=None, step_noise=None, image=None, strength=0.6, output="pixels", schedule=None,
-    images_per_prompt=1, batch_size=None, indices=None, control=None, control_scale=1.0, say=lambda done: None,
-):  # fmt: skip
+    pipe,
+    prompts,
+    *,
+    steps=2,
+    guidance_scale=None,
+    height=None,
+    width=None,
+    seed=0,
+    timesteps=None,
+    latents=None,
+    step_noise=None,
+    image=None,
+    strength=0.6,
+    output="pixels",
+    schedule=None,
+    images_per_prompt=1,
+    batch_size=None,
+    indices=None,
+    control=None,
+    control_scale=1.0,
+    say=lambda done: None,
+):
     """Pictures of prompts in few steps.
 
     Args:
@@ -83,7 +101,10 @@ def generate(
     if images_per_prompt < 1:
         raise UserError(f"images_per_prompt {images_per_prompt}: use 1 or more")
     prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    height, width = pipe.height if height is None else height, pipe.width if width is None else width
+    height, width = (
+        pipe.height if height is None else height,
+        pipe.width if width is None else width,
+    )
     size = batch_size or pipe.batch_size
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UserError(f"guidance_scale {guidance_scale}: use a finite number")
@@ -95,10 +116,25 @@ def generate(
         times = image_times(times, strength)
     draws = _draws(latents, step_noise, len(prompts), shape, len(times) - 1)
     start = None if image is None else _encode(pipe, "image", image, len(prompts), height, width)
-    steered = None if control is None else _condition(pipe, control, control_scale, len(prompts), height, width)
+    steered = (
+        None
+        if control is None
+        else _condition(pipe, control, control_scale, len(prompts), height, width)
+    )
     rows = pipe.text.prepare(prompts)  # every prompt is checked before the first picture is made
-    given = dict(output=output, steps=len(times) - 1, batch_size=size, shape=shape, draws=draws is not None, start=start is not None, control=steered is not None)
-    programs = {length: pipe.program(Kind(length=length, **given)) for length in sorted({length for length, _ in rows})}
+    given = dict(
+        output=output,
+        steps=len(times) - 1,
+        batch_size=size,
+        shape=shape,
+        draws=draws is not None,
+        start=start is not None,
+        control=steered is not None,
+    )
+    programs = {
+        length: pipe.program(Kind(length=length, **given))
+        for length in sorted({length for length, _ in rows})
+    }
     scale = rounded(pipe.guidance_scale if guidance_scale is None else guidance_scale, pipe.dtype)
     numbers = np.arange(len(prompts)) if indices is None else np.asarray(indices)
     if numbers.shape != (len(prompts),):
@@ -107,9 +143,17 @@ def generate(
     result, waiting = [None] * len(prompts), None
     for length, members, padded, arrays in prompts_lib.batches(rows, size):
         made = programs[length](
-            pipe.params, arrays, np.float32(scale), times, np.int32(seed), numbers[padded].astype(np.int32),
-            pick(draws, padded, 1), pick(start, padded, 0), pick(steered, padded, 0), np.float32(control_scale),
-        )  # fmt: skip
+            pipe.params,
+            arrays,
+            np.float32(scale),
+            times,
+            np.int32(seed),
+            numbers[padded].astype(np.int32),
+            pick(draws, padded, 1),
+            pick(start, padded, 0),
+            pick(steered, padded, 0),
+            np.float32(control_scale),
+        )
         # The device works on this batch while the one before it is copied.
         _keep(result, waiting, say)
         waiting = members, made
@@ -179,16 +223,22 @@ def _draws(latents, step_noise, count, shape, steps):
     draws = [np.asarray(a, np.float32) for a in (latents, *step_noise[: steps - 1])]
     for name, a in zip(["latents", *(f"step_noise[{i}]" for i in range(steps))], draws):
         if a.shape != (count, *shape):
-            raise UserError(f"{name} has shape {a.shape}: these prompts and this size need {(count, *shape)}")
+            raise UserError(
+                f"{name} has shape {a.shape}: these prompts and this size need {(count, *shape)}"
+            )
     return np.stack(draws)
 
 
 def _condition(pipe, control, scale, count, height, width):
     """Latents [B, h, w, c] of the condition, for a model that takes one."""
     if not pipe.control:
-        raise UserError("control is given and this model has no ControlNet: load a model with one, or leave it out")
+        raise UserError(
+            "control is given and this model has no ControlNet: load a model with one, or leave it out"
+        )
     if not math.isfinite(scale):
-        raise UserError(f"control_scale {scale}: use a finite number, 1 for what the model was trained with")
+        raise UserError(
+            f"control_scale {scale}: use a finite number, 1 for what the model was trained with"
+        )
     return _encode(pipe, "control", control, count, height, width)
 
 
@@ -196,7 +246,9 @@ def _encode(pipe, name, image, count, height, width):
     """Latents [B, h, w, c] at unit scale of one picture, or one for each prompt. name: of the argument, for errors."""
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3:
-        raise UserError(f"{name} is {image.dtype} {image.shape}: give uint8 [H, W, 3] or one for each prompt")
+        raise UserError(
+            f"{name} is {image.dtype} {image.shape}: give uint8 [H, W, 3] or one for each prompt"
+        )
     image = image if image.ndim == 4 else image[None]
     if len(image) not in (1, count) or image.shape[1:3] != (height, width):
         raise UserError(

@@ -19,8 +19,12 @@ from sprint_jax.errors import UserError
 _TO_DIR = flags.DEFINE_string("to_dir", None, "Folder to make the data set in.")
 _SIDE = flags.DEFINE_integer("side", 64, "Side of the emoji pictures in pixels, 64 to 128.")
 _COUNT = flags.DEFINE_integer("count", 20000, "Emoji pictures to make.")
-_DATA_SEED = flags.DEFINE_integer("data_seed", 0, "Names the emoji pictures; another number makes others.")
-_FONT = flags.DEFINE_string("font", None, "NotoColorEmoji.ttf; default: where Debian's fonts-noto-color-emoji puts it.")
+_DATA_SEED = flags.DEFINE_integer(
+    "data_seed", 0, "Names the emoji pictures; another number makes others."
+)
+_FONT = flags.DEFINE_string(
+    "font", None, "NotoColorEmoji.ttf; default: where Debian's fonts-noto-color-emoji puts it."
+)
 
 _PREVIEWED = 64
 
@@ -41,7 +45,9 @@ def main(argv):
         from sprint_jax.data import emoji
 
         if not emoji.SIZES[0] <= _SIDE.value <= emoji.SIZES[1]:
-            raise UserError(f"--side={_SIDE.value}: give {emoji.SIZES[0]} to {emoji.SIZES[1]} pixels")
+            raise UserError(
+                f"--side={_SIDE.value}: give {emoji.SIZES[0]} to {emoji.SIZES[1]} pixels"
+            )
         _make(root, emoji.Glyphs(_FONT.value or emoji.FONT))
 
 
@@ -56,7 +62,9 @@ def _make(root, font):
     else:
         (root / "preview.png").unlink(missing_ok=True)
         _build(root, font, settings)
-        print(f"made {made}: {_COUNT.value} captioned pictures of {_SIDE.value} px from {len(font.names)} emoji")
+        print(
+            f"made {made}: {_COUNT.value} captioned pictures of {_SIDE.value} px from {len(font.names)} emoji"
+        )
     if not (root / "preview.png").exists():  # of a killed command as well
         _preview(root / "preview.png", font, **settings)
         print(f"look at {root / 'preview.png'}")
@@ -69,9 +77,15 @@ def _check_same(made, settings):
         have = json.loads((made / "metadata.json").read_text())
     except (OSError, ValueError):
         raise UserError(f"{made} was not made by this command: give another --to_dir") from None
-    other = [f"{name} {have.get(name)}, not {value}" for name, value in settings.items() if have.get(name) != value]
+    other = [
+        f"{name} {have.get(name)}, not {value}"
+        for name, value in settings.items()
+        if have.get(name) != value
+    ]
     if other:
-        raise UserError(f"{made} was made with {'; '.join(other)}: give another --to_dir, or remove it")
+        raise UserError(
+            f"{made} was made with {'; '.join(other)}: give another --to_dir, or remove it"
+        )
 
 
 def _build(root, font, settings):
@@ -90,7 +104,9 @@ def _build(root, font, settings):
             builder = emoji.Emoji(font=font, each=bar, data_dir=root, **settings)
             builder.download_and_prepare(download_dir=unused)
     except OSError as error:
-        raise UserError(f"cannot write the data set to {root} ({error}): make room or give another --to_dir") from None
+        raise UserError(
+            f"cannot write the data set to {root} ({error}): make room or give another --to_dir"
+        ) from None
 
 
 def _preview(path, font, *, seed, size, count):

@@ -33,36 +33,56 @@ from sprint_jax import cli, compile_cache, files
 from sprint_jax.data import conditions, encoded
 from sprint_jax.errors import UserError
 
-_SOURCE = flags.DEFINE_string("source", None, "Folder of captioned pictures: WebDataset tars, TFDS, or plain files.")
-_ENCODER = flags.DEFINE_string("encoder", None, "Diffusers or converted folder, or config file with :preset.")
+_SOURCE = flags.DEFINE_string(
+    "source", None, "Folder of captioned pictures: WebDataset tars, TFDS, or plain files."
+)
+_ENCODER = flags.DEFINE_string(
+    "encoder", None, "Diffusers or converted folder, or config file with :preset."
+)
 _ENCODED = flags.DEFINE_string("encoded", None, "Folder to make, or to go on with.")
-_TEXT = flags.DEFINE_enum("text", "features", ["features", "tokens"], "Store text features, or tokens (far smaller).")
-_FIELD = flags.DEFINE_string("caption_field", "prompt", "Field that holds captions, where the source has fields.")
+_TEXT = flags.DEFINE_enum(
+    "text", "features", ["features", "tokens"], "Store text features, or tokens (far smaller)."
+)
+_FIELD = flags.DEFINE_string(
+    "caption_field", "prompt", "Field that holds captions, where the source has fields."
+)
 _INSTRUCTION = flags.DEFINE_string(
-    "caption_instruction", None,
+    "caption_instruction",
+    None,
     "Text file with the instruction before each caption; '' for none; default: the model's.",
-)  # fmt: skip
+)
 _DTYPE = flags.DEFINE_enum(
-    "encode_dtype", None, ["bfloat16", "float32"], "Of the text encoder; default: bfloat16, on a CPU float32."
+    "encode_dtype",
+    None,
+    ["bfloat16", "float32"],
+    "Of the text encoder; default: bfloat16, on a CPU float32.",
 )
 _PIXELS_DTYPE = flags.DEFINE_enum(
-    "pixels_dtype", "float32", ["bfloat16", "float32"], "Of the autoencoder; the published trainer's is float32."
+    "pixels_dtype",
+    "float32",
+    ["bfloat16", "float32"],
+    "Of the autoencoder; the published trainer's is float32.",
 )
 _SIZES = flags.DEFINE_string(
-    "sizes", None,
+    "sizes",
+    None,
     "HEIGHTxWIDTH,... to choose from by aspect ratio, or 'published' for the bins of the published models; "
     "default: the model's own square.",
-)  # fmt: skip
+)
 _CONDITION = flags.DEFINE_enum(
-    "condition", encoded.NO_CONDITION, (encoded.NO_CONDITION, *conditions.KINDS), "Lines to store for a ControlNet."
+    "condition",
+    encoded.NO_CONDITION,
+    (encoded.NO_CONDITION, *conditions.KINDS),
+    "Lines to store for a ControlNet.",
 )
 _HED = flags.DEFINE_string("hed_weights", None, "hed, scribble: ControlNetHED.pth or .safetensors.")
 # Named as in sprint_jax.condition, for the same thing; one process runs one of the two commands.
 _THICKNESS = flags.DEFINE_integer(
-    "thickness", None,
+    "thickness",
+    None,
     "scribble: of strokes, in pixels; default: drawn for each example from 0 to 24, as published.",
     allow_override=True,
-)  # fmt: skip
+)
 _HELDOUT = flags.DEFINE_integer(
     "heldout", 256, "About how many examples to hold out. A hash of its name decides about each."
 )
@@ -70,7 +90,9 @@ _SHARD_RECORDS = flags.DEFINE_integer("shard_records", 1024, "Examples of the so
 _HOSTS = flags.DEFINE_integer("hosts", 1, "How many of these commands share the work.")
 _HOST = flags.DEFINE_integer("host", 0, "Which of them this is, from 0.")
 _MAX_BAD = flags.DEFINE_float(
-    "max_bad_share", 0.05, "Stop when more than this share of the examples, 0 to 1, cannot be used; three never stop it."
+    "max_bad_share",
+    0.05,
+    "Stop when more than this share of the examples, 0 to 1, cannot be used; three never stop it.",
 )
 _BATCH = flags.DEFINE_integer("encode_batch", 16, "Pictures, and captions, encoded at a time.")
 
@@ -117,7 +139,11 @@ class Settings:
     def plain(self):
         """As JSON gives it back. Without a condition it is what it was before there were any: old folders go on."""
         fields = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {name: value for name, value in fields.items() if (name, value) != ("condition", encoded.NO_CONDITION)}
+        return {
+            name: value
+            for name, value in fields.items()
+            if (name, value) != ("condition", encoded.NO_CONDITION)
+        }
 
     def digest(self):
         return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()
@@ -127,11 +153,18 @@ class Settings:
         return -(-self.examples // self.shard_records)
 
     def indices(self, chunk):
-        return range(chunk * self.shard_records, min(self.examples, (chunk + 1) * self.shard_records))
+        return range(
+            chunk * self.shard_records, min(self.examples, (chunk + 1) * self.shard_records)
+        )
 
     def split(self, key):
         """The split of an example. Neither order nor hosts nor other examples matter, only how many there are."""
-        drawn = int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
+        drawn = (
+            int.from_bytes(
+                hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8], "big"
+            )
+            / 2**64
+        )
         return "heldout" if drawn < self.heldout / self.examples else "train"
 
 
@@ -141,17 +174,31 @@ def main(argv):
         for name, flag in (("source", _SOURCE), ("encoder", _ENCODER), ("encoded", _ENCODED)):
             if not flag.value:
                 raise UserError(f"--{name} is missing: give a folder")
-        for name, flag in (("shard_records", _SHARD_RECORDS), ("hosts", _HOSTS), ("encode_batch", _BATCH)):
+        for name, flag in (
+            ("shard_records", _SHARD_RECORDS),
+            ("hosts", _HOSTS),
+            ("encode_batch", _BATCH),
+        ):
             if flag.value < 1:
                 raise UserError(f"--{name}={flag.value}: use 1 or more")
-        if pathlib.Path(_ENCODED.value).resolve().is_relative_to(pathlib.Path(_SOURCE.value).resolve()):
-            raise UserError(f"--encoded={_ENCODED.value} lies in --source={_SOURCE.value}, whose files are read: choose another")
+        if (
+            pathlib.Path(_ENCODED.value)
+            .resolve()
+            .is_relative_to(pathlib.Path(_SOURCE.value).resolve())
+        ):
+            raise UserError(
+                f"--encoded={_ENCODED.value} lies in --source={_SOURCE.value}, whose files are read: choose another"
+            )
         if not 0 <= _MAX_BAD.value <= 1:
             raise UserError(f"--max_bad_share={_MAX_BAD.value}: use a share from 0 to 1")
         if not 0 <= _HOST.value < _HOSTS.value:
-            raise UserError(f"--host={_HOST.value} of --hosts={_HOSTS.value}: use 0 to {_HOSTS.value - 1}")
+            raise UserError(
+                f"--host={_HOST.value} of --hosts={_HOSTS.value}: use 0 to {_HOSTS.value - 1}"
+            )
         _check_condition()
-        from sprint_jax.data import sources  # libraries start here, after the flags are known to be right
+        from sprint_jax.data import (
+            sources,
+        )  # libraries start here, after the flags are known to be right
 
         compile_cache.start()
         source = sources.open_source(_SOURCE.value, _FIELD.value)
@@ -161,14 +208,29 @@ def main(argv):
             )
         condition, encoders = _condition(), _encoders(_ENCODER.value)
         settings = Settings(
-            source.identity(), encoders.identity, len(source), _TEXT.value, _FIELD.value, _sizes(encoders),
-            _HELDOUT.value, _SHARD_RECORDS.value, condition.identity if condition else encoded.NO_CONDITION,
-        )  # fmt: skip
+            source.identity(),
+            encoders.identity,
+            len(source),
+            _TEXT.value,
+            _FIELD.value,
+            _sizes(encoders),
+            _HELDOUT.value,
+            _SHARD_RECORDS.value,
+            condition.identity if condition else encoded.NO_CONDITION,
+        )
         say = lambda message: print(message, flush=True)
         encode(
-            source, encoders, _ENCODED.value, settings, condition=condition, batch=_BATCH.value, hosts=_HOSTS.value,
-            host=_HOST.value, max_bad=_MAX_BAD.value, say=say,
-        )  # fmt: skip
+            source,
+            encoders,
+            _ENCODED.value,
+            settings,
+            condition=condition,
+            batch=_BATCH.value,
+            hosts=_HOSTS.value,
+            host=_HOST.value,
+            max_bad=_MAX_BAD.value,
+            say=say,
+        )
 
 
 def _check_condition():
@@ -194,7 +256,9 @@ def _condition():
     given, thickness = _THICKNESS.value, None
     if _CONDITION.value == "scribble":
         thickness = conditions.PUBLISHED_THICKNESS if given is None else (given, given)
-    return lines.Lines(_CONDITION.value, lines.detector(_HED.value) if _HED.value else None, thickness)
+    return lines.Lines(
+        _CONDITION.value, lines.detector(_HED.value) if _HED.value else None, thickness
+    )
 
 
 def _sizes(encoders):
@@ -207,16 +271,22 @@ def _sizes(encoders):
         sizes = resolutions.BINS_1024
     else:
         try:
-            sizes = [tuple(int(side) for side in size.split("x")) for size in _SIZES.value.split(",")]
+            sizes = [
+                tuple(int(side) for side in size.split("x")) for size in _SIZES.value.split(",")
+            ]
         except ValueError:
             sizes = [()]
     factor = encoders.pixels.factor
     for size in sizes:
         if len(size) != 2:
-            raise UserError(f"--sizes={_SIZES.value}: give HEIGHTxWIDTH, several with commas, or 'published'")
+            raise UserError(
+                f"--sizes={_SIZES.value}: give HEIGHTxWIDTH, several with commas, or 'published'"
+            )
         if min(size) <= 0 or any(side % factor for side in size):
             name = f"{size[0]}x{size[1]}"
-            raise UserError(f"--sizes={_SIZES.value}: {name} is not in multiples of this model's {factor} pixels")
+            raise UserError(
+                f"--sizes={_SIZES.value}: {name} is not in multiples of this model's {factor} pixels"
+            )
     return tuple(sorted(set(sizes)))
 
 
@@ -243,7 +313,9 @@ def _of_config(path) -> Encoders:
         raise UserError(f"no config file --encoder={path}: use --encoder=configs/sprint.py:PRESET")
     get_config = runpy.run_path(file).get("get_config")
     if get_config is None:
-        raise UserError(f"--encoder={path}: {file} has no get_config, it is no config file; use configs/sprint.py:PRESET")
+        raise UserError(
+            f"--encoder={path}: {file} has no get_config, it is no config file; use configs/sprint.py:PRESET"
+        )
     c = config.parse(get_config(*filter(None, [preset])))
     pixels, text, name = inputs.embedded(c)
     return Encoders(pixels, text, {"pixels": {}, "text": {}}, name, c.data.size)
@@ -257,7 +329,12 @@ def _of_folder(path) -> Encoders:
     say = lambda message: print(message, file=sys.stderr, flush=True)
     # Stacks on every platform, for the identity's sake.
     pipe = pipeline.load(
-        path, dtype=dtype, pixels_dtype=_PIXELS_DTYPE.value, instruction=_INSTRUCTION.value, platform="", say=say
+        path,
+        dtype=dtype,
+        pixels_dtype=_PIXELS_DTYPE.value,
+        instruction=_INSTRUCTION.value,
+        platform="",
+        say=say,
     )
     if not isinstance(pipe.pixels, parts.AutoencoderPixels):
         raise UserError(
@@ -278,7 +355,10 @@ def identity(pipe, path):
     from sprint_jax import weights
 
     digest = hashlib.sha256()
-    for model, params in ((pipe.pixels.model, pipe.params["pixels"]), (pipe.text.model, pipe.params["text"]["model"])):
+    for model, params in (
+        (pipe.pixels.model, pipe.params["pixels"]),
+        (pipe.text.model, pipe.params["text"]["model"]),
+    ):
         digest.update(repr(model).encode())
         weights.feed(digest, params)
     for file in sorted((pathlib.Path(path) / "tokenizer").iterdir()):
@@ -327,8 +407,18 @@ def _null_prompt(encoders):
 
 
 def encode(
-    source, encoders, out, settings, *, condition=None, batch=16, hosts=1, host=0, max_bad=0.05, say=lambda message: None
-):  # fmt: skip
+    source,
+    encoders,
+    out,
+    settings,
+    *,
+    condition=None,
+    batch=16,
+    hosts=1,
+    host=0,
+    max_bad=0.05,
+    say=lambda message: None,
+):
     """Encodes the chunks host, host + hosts, … that are not done, and writes the manifest when all are.
 
     Args:
@@ -349,7 +439,11 @@ def encode(
     out = pathlib.Path(out)
     dim, length = _text_size(encoders.text, settings.text)
     _claim(out, settings, host)
-    done = {chunk: part for chunk in range(settings.chunks) if (part := _read_part(out, chunk, settings)) is not None}
+    done = {
+        chunk: part
+        for chunk in range(settings.chunks)
+        if (part := _read_part(out, chunk, settings)) is not None
+    }
     mine = range(host, settings.chunks, hosts)
     count = lambda chunks: sum(len(settings.indices(chunk)) for chunk in chunks)
     tally = _Tally(max_bad)
@@ -360,22 +454,38 @@ def encode(
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(os.cpu_count()))
         bar = stack.enter_context(
-            tqdm.tqdm(total=count(mine), initial=count(c for c in mine if c in done), unit="example", desc="encode")
+            tqdm.tqdm(
+                total=count(mine),
+                initial=count(c for c in mine if c in done),
+                unit="example",
+                desc="encode",
+            )
         )
-        work = _Work(source, encoders, settings, condition, batch, pool, tally, lambda: bar.update(1))
+        work = _Work(
+            source, encoders, settings, condition, batch, pool, tally, lambda: bar.update(1)
+        )
         for chunk in mine:
             if chunk not in done:
                 done[chunk] = _write_part(out, chunk, settings, work.run(chunk))
     # Those of other hosts may have come in the meantime.
-    parts = [done.get(chunk) or _read_part(out, chunk, settings) for chunk in range(settings.chunks)]
+    parts = [
+        done.get(chunk) or _read_part(out, chunk, settings) for chunk in range(settings.chunks)
+    ]
     missing = sum(part is None for part in parts)
     if missing:
-        say(f"host {host} of {hosts} is done; {missing} of {settings.chunks} chunks are still to come from others")
+        say(
+            f"host {host} of {hosts} is done; {missing} of {settings.chunks} chunks are still to come from others"
+        )
         return
     described = {
-        "model": encoders.identity, "source": settings.source, "text": settings.text, "text_dim": dim,
-        "text_length": length, "channels": encoders.pixels.channels, "factor": encoders.pixels.factor,
-    }  # fmt: skip
+        "model": encoders.identity,
+        "source": settings.source,
+        "text": settings.text,
+        "text_dim": dim,
+        "text_length": length,
+        "channels": encoders.pixels.channels,
+        "factor": encoders.pixels.factor,
+    }
     if condition:
         described["condition"] = condition.kind
     shards = [shard for part in parts for shard in part["shards"]]
@@ -407,14 +517,18 @@ def _claim(out, settings, host):
         if not path.exists():
             # Another host may be writing the same file under a name of its own.
             if foreign := [p.name for p in out.iterdir() if not p.name.startswith(SETTINGS)]:
-                raise UserError(f"--encoded={out} holds {foreign[0]} and no encoded data set: choose another folder")
+                raise UserError(
+                    f"--encoded={out} holds {foreign[0]} and no encoded data set: choose another folder"
+                )
             own = out / f"{SETTINGS}.host{host}"
             files.write_text(own, json.dumps(settings.plain(), indent=1) + "\n")
             os.replace(own, path)
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot use --encoded={out} ({error}): choose another folder") from None
-    have, wanted = ({"condition": encoded.NO_CONDITION} | fields for fields in (found, settings.plain()))
+    have, wanted = (
+        {"condition": encoded.NO_CONDITION} | fields for fields in (found, settings.plain())
+    )
     for name, value in wanted.items():
         if have.get(name) != value:
             raise UserError(
@@ -436,7 +550,9 @@ def _read_part(out, chunk, settings):
         return None
     if part["settings"] != settings.digest():
         # Two hosts of different settings began at the same moment.
-        raise UserError(f"{_part_path(out, chunk)} was made with other settings than {SETTINGS} says: begin again")
+        raise UserError(
+            f"{_part_path(out, chunk)} was made with other settings than {SETTINGS} says: begin again"
+        )
     return part if sizes == [shard["bytes"] for shard in part["shards"]] else None
 
 
@@ -447,9 +563,14 @@ def _write_part(out, chunk, settings, made):
         chosen = [record for key, record in made.records if settings.split(key) == split]
         if chosen:
             shards.append(encoded.write_shard(out / f"{split}-{chunk:05d}{encoded.SUFFIX}", chosen))
-    counts = {split: sum(s["records"] for s in shards if s["split"] == split) for split in encoded.SPLITS}
+    counts = {
+        split: sum(s["records"] for s in shards if s["split"] == split) for split in encoded.SPLITS
+    }
     counts |= {"skipped": len(made.skipped), "cut": made.cut}
-    skipped = [{"key": key, "reason": reason} for _, (key, reason) in sorted(made.skipped.items())[:_LISTED]]
+    skipped = [
+        {"key": key, "reason": reason}
+        for _, (key, reason) in sorted(made.skipped.items())[:_LISTED]
+    ]
     part = {"settings": settings.digest(), "counts": counts, "shards": shards, "skipped": skipped}
     files.write_text(_part_path(out, chunk), json.dumps(part, indent=1, ensure_ascii=False) + "\n")
     return part
@@ -500,7 +621,12 @@ class _Work:
     def __init__(self, source, encoders, settings, condition, batch, pool, tally, step):
         import jax
 
-        self._source, self._encoders, self._settings, self._condition = source, encoders, settings, condition
+        self._source, self._encoders, self._settings, self._condition = (
+            source,
+            encoders,
+            settings,
+            condition,
+        )
         self._batch, self._pool, self._tally, self._step = batch, pool, tally, step
         self._features = jax.jit(encoders.text.features)
 
@@ -527,7 +653,9 @@ class _Work:
             self._encode(made, group)
         name = "text" if self._settings.text == "features" else "tokens"
         for index, text in sorted(self._texts(made).items()):
-            caption = np.frombuffer(made.captions[index].encode("utf-8", "surrogateescape"), np.uint8)
+            caption = np.frombuffer(
+                made.captions[index].encode("utf-8", "surrogateescape"), np.uint8
+            )
             record = {"latent": made.latents[index], "caption": caption, name: text}
             if self._condition:
                 record["control"] = made.controls[index]
@@ -554,7 +682,9 @@ class _Work:
             if self._is_ready(example):
                 if len(example.latent) != channels:
                     have = len(example.latent)
-                    raise sources.BadExample(f"its latent has {have} channels, the encoder's have {channels}")
+                    raise sources.BadExample(
+                        f"its latent has {have} channels, the encoder's have {channels}"
+                    )
                 return example, _half(example.latent.transpose(1, 2, 0))
             if example.image is None:
                 raise sources.BadExample("it has a latent and no picture to make a condition of")
@@ -593,7 +723,11 @@ class _Work:
                 self._skip(made, index, key, str(error))
                 return False
         # Of all threads: those that read pictures ahead have warnings of their own.
-        cut = [warning.message for warning in caught if issubclass(warning.category, prompts.CutWarning)]
+        cut = [
+            warning.message
+            for warning in caught
+            if issubclass(warning.category, prompts.CutWarning)
+        ]
         if cut:
             made.cut += 1
             if made.cut <= _SHOWN:
@@ -604,11 +738,15 @@ class _Work:
         """Latents of waiting pictures of one size, and of their lines where a condition is asked for."""
         pictures, controls = np.stack(list(group.values())), {}
         if self._condition:
-            drawn = self._condition.pictures(pictures, [made.keys[index] for index in group], self._pool.map)
+            drawn = self._condition.pictures(
+                pictures, [made.keys[index] for index in group], self._pool.map
+            )
             controls = dict(zip(group, self._latents(drawn), strict=True))
         for index, latent in zip(group, self._latents(pictures), strict=True):
             # The condition first: `latents` says which examples are whole.
-            if index in controls and not self._keep(made.controls, made, index, controls[index], "condition"):
+            if index in controls and not self._keep(
+                made.controls, made, index, controls[index], "condition"
+            ):
                 continue
             self._keep(made.latents, made, index, latent, "latent")
 
@@ -616,7 +754,11 @@ class _Work:
         """uint8 [B, H, W, 3] -> float16 [B, h, w, c], filled up to a whole batch: one program serves all."""
         count = len(pictures)
         pictures = np.concatenate([pictures, np.repeat(pictures[-1:], self._batch - count, 0)])
-        return _half(np.asarray(self._encoders.pixels.encode(self._encoders.params["pixels"], pictures))[:count])
+        return _half(
+            np.asarray(self._encoders.pixels.encode(self._encoders.params["pixels"], pictures))[
+                :count
+            ]
+        )
 
     def _texts(self, made):
         """{index: float16 [L, D] or int32 [L], without padding} of the examples that have latents."""
@@ -625,7 +767,10 @@ class _Work:
         indices, texts = sorted(made.latents), {}
         rows = [made.rows[index] for index in indices]
         if self._settings.text == "tokens":
-            return {i: arrays["tokens"][arrays["mask"] > 0] for i, (_, arrays) in zip(indices, rows, strict=True)}
+            return {
+                i: arrays["tokens"][arrays["mask"] > 0]
+                for i, (_, arrays) in zip(indices, rows, strict=True)
+            }
         for _, chosen, _, arrays in prompts.batches(rows, self._batch):
             features, mask = map(np.asarray, self._features(self._encoders.params["text"], arrays))
             for row, place in enumerate(chosen):

@@ -20,23 +20,44 @@ _MODEL = flags.DEFINE_string(
     "model", None, "Diffusers folder, converted folder, or run directory.", allow_override=True
 )
 _OUT = flags.DEFINE_string("out", None, "File to make.", allow_override=True)
-_STEPS = flags.DEFINE_list("steps", ["1", "2", "4"], "Network calls per picture, a program for each.", allow_override=True)
-_HEIGHT = flags.DEFINE_integer("height", None, "Pixels, a multiple of 32; default: the model's.", allow_override=True)
-_WIDTH = flags.DEFINE_integer("width", None, "Pixels, a multiple of 32; default: the model's.", allow_override=True)
-_DTYPE = flags.DEFINE_enum(
-    "dtype", None, ["bfloat16", "float32"], "Of weights and arithmetic; default: bfloat16, for CPUs alone float32.",
-    allow_override=True,
-)  # fmt: skip
-_SCHEDULE = flags.DEFINE_enum(
-    "schedule", None, ["code", "paper"], "Time list that is used unless told; default: the model's.", allow_override=True
+_STEPS = flags.DEFINE_list(
+    "steps", ["1", "2", "4"], "Network calls per picture, a program for each.", allow_override=True
 )
-_TILE = flags.DEFINE_bool("tile", False, "Decode in overlapping tiles of 1024 px.", allow_override=True)
-_INSTRUCTION = flags.DEFINE_string(
-    "instruction_file", None, "Text before each prompt of a published model; '' for none; default: see README.",
+_HEIGHT = flags.DEFINE_integer(
+    "height", None, "Pixels, a multiple of 32; default: the model's.", allow_override=True
+)
+_WIDTH = flags.DEFINE_integer(
+    "width", None, "Pixels, a multiple of 32; default: the model's.", allow_override=True
+)
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["bfloat16", "float32"],
+    "Of weights and arithmetic; default: bfloat16, for CPUs alone float32.",
     allow_override=True,
-)  # fmt: skip
-_BATCHES = flags.DEFINE_list("batch_sizes", None, "Pictures made at a time, a program for each; default: the model's.")
-_LONGEST = flags.DEFINE_integer("longest_prompt", None, "Tokens of the longest prompt; default: all that the model reads.")
+)
+_SCHEDULE = flags.DEFINE_enum(
+    "schedule",
+    None,
+    ["code", "paper"],
+    "Time list that is used unless told; default: the model's.",
+    allow_override=True,
+)
+_TILE = flags.DEFINE_bool(
+    "tile", False, "Decode in overlapping tiles of 1024 px.", allow_override=True
+)
+_INSTRUCTION = flags.DEFINE_string(
+    "instruction_file",
+    None,
+    "Text before each prompt of a published model; '' for none; default: see README.",
+    allow_override=True,
+)
+_BATCHES = flags.DEFINE_list(
+    "batch_sizes", None, "Pictures made at a time, a program for each; default: the model's."
+)
+_LONGEST = flags.DEFINE_integer(
+    "longest_prompt", None, "Tokens of the longest prompt; default: all that the model reads."
+)
 _PLATFORMS = flags.DEFINE_list("platforms", None, "Of cpu, cuda, rocm, tpu; default: this one.")
 
 
@@ -44,14 +65,18 @@ def main(argv):
     with cli.user_errors():
         cli.no_arguments(argv)
         if not _MODEL.value or not _OUT.value:
-            raise UserError(f"--{'out' if _MODEL.value else 'model'} is missing: name the model's folder and the file to make")
+            raise UserError(
+                f"--{'out' if _MODEL.value else 'model'} is missing: name the model's folder and the file to make"
+            )
         if not pathlib.Path(_MODEL.value).is_dir():
             raise UserError(
                 f"--model={_MODEL.value} is no folder: give a diffusers folder, a converted one or a run directory; an exported file "
                 "cannot be exported again"
             )
         steps = _numbers("steps", _STEPS.value)
-        batch_sizes = _numbers("batch_sizes", _BATCHES.value) if _BATCHES.value is not None else None
+        batch_sizes = (
+            _numbers("batch_sizes", _BATCHES.value) if _BATCHES.value is not None else None
+        )
         if _LONGEST.value is not None and _LONGEST.value < 1:
             raise UserError(f"--longest_prompt={_LONGEST.value}: use 1 or more")
         out = pathlib.Path(_OUT.value)
@@ -65,19 +90,35 @@ def main(argv):
         platforms = tuple(_PLATFORMS.value or [jax_export.default_export_platform()])
         unknown = [name for name in platforms if name not in exported.PLATFORMS]
         if unknown:
-            raise UserError(f"--platforms={','.join(platforms)}: use some of {', '.join(exported.PLATFORMS)}")
+            raise UserError(
+                f"--platforms={','.join(platforms)}: use some of {', '.join(exported.PLATFORMS)}"
+            )
         alone = platforms == ("cpu",)
         say = lambda message: print(message, file=sys.stderr, flush=True)
         pipe = pipeline.load(
-            _MODEL.value, dtype=_DTYPE.value or ("float32" if alone else "bfloat16"), instruction=_INSTRUCTION.value,
-            tile=_TILE.value, platform=platforms[0] if len(platforms) == 1 else "", say=say,
-        )  # fmt: skip
+            _MODEL.value,
+            dtype=_DTYPE.value or ("float32" if alone else "bfloat16"),
+            instruction=_INSTRUCTION.value,
+            tile=_TILE.value,
+            platform=platforms[0] if len(platforms) == 1 else "",
+            say=say,
+        )
         bar = lambda programs: tqdm.tqdm(programs, unit="program", desc="export", delay=5)
         header = export(
-            pipe, out, steps=steps, batch_sizes=batch_sizes, height=_HEIGHT.value, width=_WIDTH.value,
-            platforms=platforms, schedule=_SCHEDULE.value, longest=_LONGEST.value, progress=bar,
-        )  # fmt: skip
-        print(f"wrote {out}: {len(header.programs)} programs for {', '.join(platforms)}, {out.stat().st_size / 1e6:.1f} MB")
+            pipe,
+            out,
+            steps=steps,
+            batch_sizes=batch_sizes,
+            height=_HEIGHT.value,
+            width=_WIDTH.value,
+            platforms=platforms,
+            schedule=_SCHEDULE.value,
+            longest=_LONGEST.value,
+            progress=bar,
+        )
+        print(
+            f"wrote {out}: {len(header.programs)} programs for {', '.join(platforms)}, {out.stat().st_size / 1e6:.1f} MB"
+        )
 
 
 def _numbers(name, texts):
@@ -92,9 +133,18 @@ def _numbers(name, texts):
 
 
 def export(
-    pipe, path, *, steps, batch_sizes=None, height=None, width=None, platforms=("cpu",), schedule=None, longest=None,
+    pipe,
+    path,
+    *,
+    steps,
+    batch_sizes=None,
+    height=None,
+    width=None,
+    platforms=("cpu",),
+    schedule=None,
+    longest=None,
     progress=iter,
-):  # fmt: skip
+):
     """Writes a loaded model to a file, a program for every number of steps, batch size and padded prompt length.
 
     Args:
@@ -111,23 +161,46 @@ def export(
 
     from sprint_jax import drawing, exported, revision, weights
 
-    height, width = pipe.height if height is None else height, pipe.width if width is None else width
+    height, width = (
+        pipe.height if height is None else height,
+        pipe.width if width is None else width,
+    )
     batch_sizes = batch_sizes or [pipe.batch_size]
     shape, schedule = drawing.latent_shape(pipe, height, width), schedule or pipe.schedule
     lengths = pipe.text.shapes(longest)
     programs = [
-        exported.Program(count, length, batch, height, width) for count in steps for length in lengths for batch in batch_sizes
+        exported.Program(count, length, batch, height, width)
+        for count in steps
+        for length in lengths
+        for batch in batch_sizes
     ]
     text, tokenizer = _text(pipe.text)
     header = exported.Header(
-        jax.__version__, revision.commit(), tuple(platforms), pipe.dtype, text, pipe.pixels.factor, pipe.pixels.channels,
-        height, width, pipe.guidance_scale, schedule, batch_sizes[0], tuple(programs),
-    )  # fmt: skip
+        jax.__version__,
+        revision.commit(),
+        tuple(platforms),
+        pipe.dtype,
+        text,
+        pipe.pixels.factor,
+        pipe.pixels.channels,
+        height,
+        width,
+        pipe.guidance_scale,
+        schedule,
+        batch_sizes[0],
+        tuple(programs),
+    )
     held = _Held.of(pipe.params)
-    lower = lambda program, held: _lowered(pipe, held, program, lengths[program.length], shape, platforms)
+    lower = lambda program, held: _lowered(
+        pipe, held, program, lengths[program.length], shape, platforms
+    )
     held = held.only(_read(lower(programs[0], held)))
     try:
-        with _without_places(), files.whole(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+        with (
+            _without_places(),
+            files.whole(path) as partial,
+            zipfile.ZipFile(partial, "w") as archive,
+        ):
             archive.writestr(_member(exported.HEADER), header.to_json())
             for program in progress(programs):
                 archive.writestr(_member(program.member), lower(program, held).serialize())
@@ -136,7 +209,9 @@ def export(
             with archive.open(_member(exported.WEIGHTS), "w", force_zip64=True) as member:
                 weights.write_stream(member, held.arrays)
     except OSError as error:
-        raise UserError(f"writing {path} failed ({error.strerror or error}): free some space, or choose another --out") from None
+        raise UserError(
+            f"writing {path} failed ({error.strerror or error}): free some space, or choose another --out"
+        ) from None
     return header
 
 
@@ -167,7 +242,10 @@ def _text(text):
     from sprint_jax.data import text as text_lib
 
     if isinstance(text, parts.GemmaText):
-        return {"kind": "gemma", "instruction": text.prompts.instruction}, text.prompts.tokenizer_json()
+        return {
+            "kind": "gemma",
+            "instruction": text.prompts.instruction,
+        }, text.prompts.tokenizer_json()
     if isinstance(text.encoder, text_lib.WordsText):
         return {"kind": "words", "length": text.encoder.length}, None
     return {"kind": "shapes"}, None
@@ -188,19 +266,30 @@ class _Held:
         import jax
 
         leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-        named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-        abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in named.items()}
+        named = {
+            jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves
+        }
+        abstract = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in named.items()
+        }
         return cls(dict(sorted(named.items())), tree, abstract)
 
     def only(self, names):
-        return _Held({name: array for name, array in self.arrays.items() if name in names}, self.tree, self.all)
+        return _Held(
+            {name: array for name, array in self.arrays.items() if name in names},
+            self.tree,
+            self.all,
+        )
 
     def unflatten(self, arrays):
         """Traced: the tree again. What was left out, because nothing reads it, is zero."""
         import jax
         import jax.numpy as jnp
 
-        leaves = [arrays[name] if name in arrays else jnp.zeros(a.shape, a.dtype) for name, a in self.all.items()]
+        leaves = [
+            arrays[name] if name in arrays else jnp.zeros(a.shape, a.dtype)
+            for name, a in self.all.items()
+        ]
         return jax.tree.unflatten(self.tree, leaves)
 
 
@@ -215,17 +304,31 @@ def _lowered(pipe, held, program, arrays, shape, platforms):
     def draw(weights, arrays, guidance, times, seed, indices):
         params = held.unflatten(weights)
         return pipeline.sample(
-            pipe.model, pipe.text, pipe.pixels, params, arrays, guidance, times, seed, indices, None, None,
-            output="pixels", shape=shape,
-        )  # fmt: skip
+            pipe.model,
+            pipe.text,
+            pipe.pixels,
+            params,
+            arrays,
+            guidance,
+            times,
+            seed,
+            indices,
+            None,
+            None,
+            output="pixels",
+            shape=shape,
+        )
 
     batch = program.batch_size
     abstract = lambda dtype, *dims: jax.ShapeDtypeStruct(dims, dtype)
     return jax_export.export(jax.jit(draw), platforms=platforms)(
         {name: held.all[name] for name in held.arrays},
         {name: abstract(a.dtype, batch, *a.shape) for name, a in arrays.items()},
-        abstract(jnp.float32), abstract(jnp.float32, program.steps + 1), abstract(jnp.int32), abstract(jnp.int32, batch),
-    )  # fmt: skip
+        abstract(jnp.float32),
+        abstract(jnp.float32, program.steps + 1),
+        abstract(jnp.int32),
+        abstract(jnp.int32, batch),
+    )
 
 
 def _read(lowered):

@@ -81,7 +81,10 @@ class Header:
     programs: tuple[Program, ...]
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return (
+            json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=2, ensure_ascii=False)
+            + "\n"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +145,9 @@ class Exported:
     def program(self, kind: drawing.Kind):
         """The program of this kind. Raises UserError that names what the file has, where it has none."""
         if kind.output != "pixels" or kind.draws:
-            raise UserError(f"{self.path} draws pixels from a seed: for latents or given noise sample from the model it was made of")
+            raise UserError(
+                f"{self.path} draws pixels from a seed: for latents or given noise sample from the model it was made of"
+            )
         if kind.start or kind.control:
             self.encode(None)
         height, width = (cells * self.header.factor for cells in kind.shape[:2])
@@ -152,10 +157,16 @@ class Exported:
         if wanted not in self.programs:
             self.programs[wanted] = _compiled(self.path, wanted)
         run = self.programs[wanted]
-        return lambda params, arrays, guidance, times, seed, indices, draws, start, control, control_scale: run(params, arrays, guidance, times, seed, indices)
+        return (
+            lambda params, arrays, guidance, times, seed, indices, draws, start, control, control_scale: (
+                run(params, arrays, guidance, times, seed, indices)
+            )
+        )
 
     def encode(self, images):
-        raise UserError(f"{self.path} has no program that starts from a picture: sample from the model it was made of")
+        raise UserError(
+            f"{self.path} has no program that starts from a picture: sample from the model it was made of"
+        )
 
 
 def _absent(path, wanted, programs):
@@ -167,7 +178,9 @@ def _absent(path, wanted, programs):
     listed = lambda name, some: ", ".join(map(str, sorted({getattr(p, name) for p in some})))
     with_steps = [p for p in with_size if p.steps == wanted.steps]
     if not with_steps:
-        return f"{path} has no program for --steps={wanted.steps}: it has {listed('steps', with_size)}"
+        return (
+            f"{path} has no program for --steps={wanted.steps}: it has {listed('steps', with_size)}"
+        )
     with_batch = [p for p in with_steps if p.batch_size == wanted.batch_size]
     if not with_batch:
         return f"{path} has no program for --batch_size={wanted.batch_size}: it has {listed('batch_size', with_steps)}"
@@ -202,7 +215,9 @@ def load(path, say=lambda message: None) -> Exported:
 def _header(path, fields):
     found = fields.pop("format")
     if found != FORMAT:
-        raise UserError(f"{path} has format {found!r}, this version reads {FORMAT!r}: export it again")
+        raise UserError(
+            f"{path} has format {found!r}, this version reads {FORMAT!r}: export it again"
+        )
     fields["programs"] = tuple(Program(**program) for program in fields["programs"])
     fields["platforms"] = tuple(fields["platforms"])
     return Header(**fields)
@@ -226,13 +241,24 @@ def _compiled(path, program):
         blob = bytearray(archive.read(program.member))
     try:
         found = jax_export.deserialize(blob)
-        version, newest = found.calling_convention_version, jax_export.maximum_supported_calling_convention_version
+        version, newest = (
+            found.calling_convention_version,
+            jax_export.maximum_supported_calling_convention_version,
+        )
         if not jax_export.minimum_supported_calling_convention_version <= version <= newest:
             raise ValueError(f"calling convention {version}, known up to {newest}")
-        arguments, _ = jax.tree.unflatten(found.in_tree, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in found.in_avals])
+        arguments, _ = jax.tree.unflatten(
+            found.in_tree, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in found.in_avals]
+        )
         lowered = jax.jit(found.call).lower(*arguments)
-    except (ValueError, NotImplementedError, RuntimeError) as error:  # of JAX or of its compiler, about their versions
-        raise UserError(f"{path} cannot be run by jax {jax.__version__} ({error}): export it again with this version") from None
+    except (
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:  # of JAX or of its compiler, about their versions
+        raise UserError(
+            f"{path} cannot be run by jax {jax.__version__} ({error}): export it again with this version"
+        ) from None
     return lowered.compile()
 
 
@@ -241,14 +267,34 @@ def _opened(path):
     """The archive; whatever is wrong with its bytes is one line."""
     try:
         with zipfile.ZipFile(path) as archive:
-            packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+            packed = [
+                info.filename
+                for info in archive.infolist()
+                if info.compress_type != zipfile.ZIP_STORED
+            ]
             if packed:
                 raise zipfile.BadZipFile(f"{packed[0]} is compressed")
             yield archive
-    except (UserError, jax.errors.JaxRuntimeError):  # of the device, such as too little memory, not of the file
+    except (
+        UserError,
+        jax.errors.JaxRuntimeError,
+    ):  # of the device, such as too little memory, not of the file
         raise
     # Bad offsets, lengths and texts fail in as many ways.
-    except (zipfile.BadZipFile, EOFError, KeyError, TypeError, ValueError, NotImplementedError, RuntimeError, struct.error) as error:
-        raise UserError(f"{path} is not a whole file of sprint_jax.export ({error}): copy it again, or export again") from None
+    except (
+        zipfile.BadZipFile,
+        EOFError,
+        KeyError,
+        TypeError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        struct.error,
+    ) as error:
+        raise UserError(
+            f"{path} is not a whole file of sprint_jax.export ({error}): copy it again, or export again"
+        ) from None
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror or error}): give an existing file of sprint_jax.export") from None
+        raise UserError(
+            f"cannot read {path} ({error.strerror or error}): give an existing file of sprint_jax.export"
+        ) from None

@@ -14,7 +14,9 @@ from absl import app, flags
 from sprint_jax import cli, files, run_flag
 from sprint_jax.errors import UserError
 
-_STAGE = flags.DEFINE_enum("stage", "sprint", ["teacher", "finetune", "control", "sprint"], "Whose checkpoint to read.")
+_STAGE = flags.DEFINE_enum(
+    "stage", "sprint", ["teacher", "finetune", "control", "sprint"], "Whose checkpoint to read."
+)
 _FILE = flags.DEFINE_string("to_file", None, "Safetensors file to write.")
 flags.adopt_module_key_flags(run_flag)  # --help shows it here
 
@@ -38,25 +40,37 @@ def main(argv):
         if drawn:
             with files.whole(to_file.with_name(workdir.CONFIG)) as partial:
                 partial.write_bytes((run_dir / workdir.CONFIG).read_bytes())
-            print(f"and its {workdir.CONFIG}: python -m sprint_jax.sample --model={to_file.parent} draws with it")
+            print(
+                f"and its {workdir.CONFIG}: python -m sprint_jax.sample --model={to_file.parent} draws with it"
+            )
 
 
 def check_place(run_dir, to_file, drawn):
     """Raises UserError where a run would take the file for the end of one of its stages, or its config would replace another."""
     from sprint_jax import workdir
 
-    if to_file.resolve().parent == run_dir.resolve() and to_file.name in (workdir.TEACHER, workdir.CONTROL, workdir.STUDENT):
-        raise UserError(f"--to_file={to_file}: by that file the run would count as trained to its end; name one in another folder")
+    if to_file.resolve().parent == run_dir.resolve() and to_file.name in (
+        workdir.TEACHER,
+        workdir.CONTROL,
+        workdir.STUDENT,
+    ):
+        raise UserError(
+            f"--to_file={to_file}: by that file the run would count as trained to its end; name one in another folder"
+        )
     ours, theirs = run_dir / workdir.CONFIG, to_file.with_name(workdir.CONFIG)
     if drawn and theirs.exists() and ours.exists() and theirs.read_bytes() != ours.read_bytes():
-        raise UserError(f"--to_file={to_file}: {theirs} is another run's; name a file in a folder of its own")
+        raise UserError(
+            f"--to_file={to_file}: {theirs} is another run's; name a file in a folder of its own"
+        )
 
 
 def _make_folder(to_file):
     try:
         to_file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--to_file={to_file}: cannot make its folder ({error.strerror}): choose another") from None
+        raise UserError(
+            f"--to_file={to_file}: cannot make its folder ({error.strerror}): choose another"
+        ) from None
 
 
 def extract(run_dir, stage):
@@ -69,15 +83,26 @@ def extract(run_dir, stage):
     try:
         c = config.parse(json.loads((run_dir / workdir.CONFIG).read_text()))
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{run_dir} is no work directory of a run ({error}): give the --workdir of one") from None
-    made = {"teacher": build.base_teacher, "finetune": build.teacher, "control": build.controlnet, "sprint": build.student}
+        raise UserError(
+            f"{run_dir} is no work directory of a run ({error}): give the --workdir of one"
+        ) from None
+    made = {
+        "teacher": build.base_teacher,
+        "finetune": build.teacher,
+        "control": build.controlnet,
+        "sprint": build.student,
+    }
     there = [name for name in made if (run_dir / "checkpoints" / name).is_dir()]
     if stage not in there:
-        raise UserError(f"{run_dir} has no checkpoint of --stage={stage}: it has {', '.join(there) or 'none of any stage yet'}")
+        raise UserError(
+            f"{run_dir} has no checkpoint of --stage={stage}: it has {', '.join(there) or 'none of any stage yet'}"
+        )
     model = made[stage](c)
     averaged = bool(c.sprint.ema if stage == "sprint" else c.teacher.ema)
     abstract = jax.eval_shape(model.init, jax.random.key(0))
-    return checkpoints.read_part(run_dir / "checkpoints" / stage, "ema" if averaged else "params", abstract)
+    return checkpoints.read_part(
+        run_dir / "checkpoints" / stage, "ema" if averaged else "params", abstract
+    )
 
 
 if __name__ == "__main__":

@@ -45,5 +45,7 @@ def below(root):
                 continue
             seen.add(real)
             folders.sort()
-            waiting += (link for name in folders if os.path.islink(link := os.path.join(folder, name)))  # after all that is no link
+            waiting += (
+                link for name in folders if os.path.islink(link := os.path.join(folder, name))
+            )  # after all that is no link
             yield from (path for name in names if (path := pathlib.Path(folder, name)).is_file())

@@ -1,7 +1,7 @@
 """The recipe of the shipped pixel codecs: python -m sprint_jax.fit_codec --file=FILE.safetensors [--of=PICTURES]
 
-    --of=""             drawn `shapes` (shapes_codec; shapes_64_codec: --size=64 --block=16 --channels=48)
-    --of=emoji/1.0.0    pictures of a folder, tars or TFDS set (emoji_codec: --size=64 --channels=64)
+--of=""             drawn `shapes` (shapes_codec; shapes_64_codec: --size=64 --block=16 --channels=48)
+--of=emoji/1.0.0    pictures of a folder, tars or TFDS set (emoji_codec: --size=64 --channels=64)
 """
 
 import sys
@@ -14,7 +14,9 @@ from sprint_jax.data import pixels, shapes, sources
 from sprint_jax.errors import UserError
 
 _FILE = flags.DEFINE_string("file", None, "File to write.")
-_OF = flags.DEFINE_string("of", "", "Pictures to fit it to, as sprint_jax.encode reads them; '' draws shapes.")
+_OF = flags.DEFINE_string(
+    "of", "", "Pictures to fit it to, as sprint_jax.encode reads them; '' draws shapes."
+)
 _SIZE = flags.DEFINE_integer("size", 32, "Side of the pictures in pixels.")
 _BLOCK = flags.DEFINE_integer("block", 8, "Side of a patch in pixels.")
 _CHANNELS = flags.DEFINE_integer("channels", 32, "Components kept.")
@@ -30,13 +32,19 @@ def main(argv):
         images = _pictures()
         fitted = pixels.fit_pca(images, _BLOCK.value, _CHANNELS.value)
         if not (fitted["spread"] > 0).all():
-            raise UserError(f"--channels={_CHANNELS.value}: these pictures vary in {int((fitted['spread'] > 0).sum())} components alone, keep fewer")
+            raise UserError(
+                f"--channels={_CHANNELS.value}: these pictures vary in {int((fitted['spread'] > 0).sum())} components alone, keep fewer"
+            )
         weights.save(_FILE.value, fitted)
         latents = pixels.PatchPCA(block=_BLOCK.value, scale=1.0, **fitted).encode(images)
         scale = 1 / np.sqrt(np.square(latents).mean())
         codec = pixels.PatchPCA(block=_BLOCK.value, scale=scale, **fitted)
-        error = np.abs(np.asarray(codec.decode(codec.encode(images[:256]))).astype(int) - images[:256]).mean()
-        print(f"wrote {_FILE.value}; config.codec.scale for unit root mean square: {scale:.3f}; mean error {error:.2f} of 255")
+        error = np.abs(
+            np.asarray(codec.decode(codec.encode(images[:256]))).astype(int) - images[:256]
+        ).mean()
+        print(
+            f"wrote {_FILE.value}; config.codec.scale for unit root mean square: {scale:.3f}; mean error {error:.2f} of 255"
+        )
 
 
 def _check_flags():
@@ -58,9 +66,13 @@ def _pictures():
     source = sources.open_source(_OF.value)
     count = min(_PICTURES.value, len(source))
     try:
-        return np.stack([sources.fit(sources.load_picture(source[i].image), size, size) for i in range(count)])
+        return np.stack(
+            [sources.fit(sources.load_picture(source[i].image), size, size) for i in range(count)]
+        )
     except sources.BadExample as error:
-        raise UserError(f"--of={_OF.value} holds an example that cannot be used ({error}): remove it, sprint_jax.encode names such") from None
+        raise UserError(
+            f"--of={_OF.value} holds an example that cannot be used ({error}): remove it, sprint_jax.encode names such"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -59,24 +59,34 @@ def geneval(prompts, per_prompt):
 def grids(prompts):
     """DPG-Bench's: ID.png with four pictures."""
     n = dpg.PICTURES
-    return [Unit(f"{p.id}.png", p.text, tuple(range(n * i, n * i + n))) for i, p in enumerate(prompts)]
+    return [
+        Unit(f"{p.id}.png", p.text, tuple(range(n * i, n * i + n))) for i, p in enumerate(prompts)
+    ]
 
 
 def write_metadata(out, prompts, per_prompt, with_grid):
     """metadata.jsonl, and perhaps grid.png, in each folder of a prompt."""
     for i, prompt in enumerate(prompts):
         folder = pathlib.Path(out) / PICTURES / f"{i:05d}"
-        files.write_text(folder / "metadata.jsonl", json.dumps(prompt.row, ensure_ascii=False) + "\n")
+        files.write_text(
+            folder / "metadata.jsonl", json.dumps(prompt.row, ensure_ascii=False) + "\n"
+        )
         if with_grid:
-            images = [picture_files.read(folder / f"samples/{j:05d}.png") for j in range(per_prompt)]
-            pictures.save(folder / "grid.png", pictures.grid(np.stack(images), columns=per_prompt, gap=2))
+            images = [
+                picture_files.read(folder / f"samples/{j:05d}.png") for j in range(per_prompt)
+            ]
+            pictures.save(
+                folder / "grid.png", pictures.grid(np.stack(images), columns=per_prompt, gap=2)
+            )
 
 
 def fingerprint(model) -> str:
     """Of a model's files: names, sizes and both ends of each, without reading gigabytes."""
     model = pathlib.Path(model)
     if not model.is_dir():
-        raise UserError(f"no directory {model}: give a diffusers folder, a converted model or the --workdir of a run")
+        raise UserError(
+            f"no directory {model}: give a diffusers folder, a converted model or the --workdir of a run"
+        )
     if (model / workdir.STUDENT).is_file():
         paths = [model / workdir.CONFIG, model / workdir.STUDENT]
     else:
@@ -87,7 +97,9 @@ def fingerprint(model) -> str:
         with open(path, "rb") as file:
             head = file.read(_ENDS)
             file.seek(max(0, size - _ENDS))
-            digest.update(repr((path.relative_to(model).as_posix(), size)).encode() + head + file.read())
+            digest.update(
+                repr((path.relative_to(model).as_posix(), size)).encode() + head + file.read()
+            )
     return digest.hexdigest()
 
 
@@ -108,9 +120,13 @@ def claim(out, settings, units):
     with _writing(out):
         _check_settings(out, asked)
         if not (out / PROTOCOL).exists():
-            files.write_text(out / PROTOCOL, json.dumps({"settings": asked, "made_by": []}, indent=2) + "\n")
+            files.write_text(
+                out / PROTOCOL, json.dumps({"settings": asked, "made_by": []}, indent=2) + "\n"
+            )
         rows = _rows(out, units).values()
-        files.write_text(out / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        files.write_text(
+            out / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        )
 
 
 @contextlib.contextmanager
@@ -133,7 +149,9 @@ def _check_settings(out, asked):
                     f"{out} was made with {name}={known.get(name)}, now {asked.get(name)}: use the same, or another --out"
                 )
     elif any((out / PICTURES).iterdir()):
-        raise UserError(f"{out / PICTURES} holds pictures and {PROTOCOL} is missing: choose another --out")
+        raise UserError(
+            f"{out / PICTURES} holds pictures and {PROTOCOL} is missing: choose another --out"
+        )
 
 
 def _rows(out, units):
@@ -170,17 +188,25 @@ def make(out, units, pipe, options, *, batch, file_format, bar, claim):
         pipe = pipeline.over_devices(pipe, devices)
     asked = lambda name: getattr(pipe, name) if options.get(name) is None else options[name]
     maker = {
-        "commit": revision.commit(), "jax": jax.__version__, "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "batch": batch, **{name: asked(name) for name in ("guidance_scale", "schedule", "height", "width")}, "dtype": pipe.dtype,
-    }  # fmt: skip
+        "commit": revision.commit(),
+        "jax": jax.__version__,
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "batch": batch,
+        **{name: asked(name) for name in ("guidance_scale", "schedule", "height", "width")},
+        "dtype": pipe.dtype,
+    }
     size = max(1, _WINDOW * batch // len(units[0].indices))
     for start in range(0, len(units), size):
         part, begun = units[start : start + size], bar.n
         prompts = [unit.prompt for unit in part for _ in unit.indices]
         images = pipeline.generate(
-            pipe, prompts, indices=[i for unit in part for i in unit.indices], batch_size=batch,
-            say=lambda done: bar.update(begun + done - bar.n), **options,
-        )  # fmt: skip
+            pipe,
+            prompts,
+            indices=[i for unit in part for i in unit.indices],
+            batch_size=batch,
+            say=lambda done: bar.update(begun + done - bar.n),
+            **options,
+        )
         if start == 0:
             claim()
             _record(out, maker)
@@ -188,7 +214,9 @@ def make(out, units, pipe, options, *, batch, file_format, bar, claim):
             own, images = images[: len(unit.indices)], images[len(unit.indices) :]
             path = out / PICTURES / unit.file
             path.parent.mkdir(parents=True, exist_ok=True)
-            pictures.save(path, own[0] if len(own) == 1 else dpg.grid(own), file_format=FORMATS[file_format])
+            pictures.save(
+                path, own[0] if len(own) == 1 else dpg.grid(own), file_format=FORMATS[file_format]
+            )
 
 
 def _record(out, maker):

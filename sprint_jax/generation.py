@@ -19,7 +19,9 @@ def noises(seed, indices, shape, count):
 
     def one(index):
         key = jax.random.fold_in(jax.random.key(seed), index)
-        return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(jnp.arange(count))
+        return jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape))(
+            jnp.arange(count)
+        )
 
     return jnp.swapaxes(jax.vmap(one)(indices), 0, 1)
 
@@ -55,7 +57,9 @@ def teacher_sampler(model, pixels, shape, times, sampler="trigflow"):
         twice = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), uncond, cond)
 
         def v(x, t):
-            both = model.apply(params["transformer"], jnp.concatenate([x, x]), jnp.concatenate([t, t]), **twice).velocity
+            both = model.apply(
+                params["transformer"], jnp.concatenate([x, x]), jnp.concatenate([t, t]), **twice
+            ).velocity
             uncond, cond = jnp.split(both, 2)
             return flow.guided(uncond, cond, w)
 

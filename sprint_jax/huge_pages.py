@@ -23,7 +23,9 @@ def restart():
         return
     try:
         # The command as Python itself was given it: -m, and any program it runs under, included.
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {_VARIABLE: _WISH})
+        os.execve(
+            sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {_VARIABLE: _WISH}
+        )
     except OSError:
         pass  # the command goes on, only slower
 
@@ -38,7 +40,11 @@ def of_use(environment, libc, mode) -> bool:
     """
     name, version = libc
     numbers = version.split(".")[:2]
-    recent = name == "glibc" and all(n.isdigit() for n in numbers) and tuple(map(int, numbers)) >= (2, 35)
+    recent = (
+        name == "glibc"
+        and all(n.isdigit() for n in numbers)
+        and tuple(map(int, numbers)) >= (2, 35)
+    )
     return recent and "[madvise]" in mode and _VARIABLE not in environment
 
 

@@ -49,7 +49,11 @@ def abstract_batch(c: config_lib.Config, batch: int) -> dict:
     """Shapes of a global batch as the steps take it, without any data."""
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     latent = f32(batch, *build.latent_shape(c))
-    rows = {"latent": latent, "text": f32(batch, c.text.length, c.text.dim), "mask": f32(batch, c.text.length)}
+    rows = {
+        "latent": latent,
+        "text": f32(batch, c.text.length, c.text.dim),
+        "mask": f32(batch, c.text.length),
+    }
     return rows | {"control": latent} if c.control.depth else rows
 
 
@@ -63,7 +67,10 @@ class Abstract:
 
     def __init__(self, c: config_lib.Config):
         f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-        self.frozen = {"null_text": f32(1, c.text.length, c.text.dim), "null_mask": f32(1, c.text.length)}
+        self.frozen = {
+            "null_text": f32(1, c.text.length, c.text.dim),
+            "null_mask": f32(1, c.text.length),
+        }
         self.batches, self.identity, self.pixels = None, "", None
 
     def prepare(self, frozen, batch):
@@ -85,10 +92,17 @@ class Shapes:
     def batches(self, batch, start, stop, process, processes):
         """Context and iterator of this process's rows of the batches start .. stop - 1."""
         make = lambda step: loader.make_batch(
-            step, seed=self._c.data.seed, batch=batch, size=self._c.data.size, codec=self._codec,
-            text_encoder=self._encoder, condition=_condition(self._c), freehand=self._c.control.freehand,
-            process=process, processes=processes,
-        )  # fmt: skip
+            step,
+            seed=self._c.data.seed,
+            batch=batch,
+            size=self._c.data.size,
+            codec=self._codec,
+            text_encoder=self._encoder,
+            condition=_condition(self._c),
+            freehand=self._c.control.freehand,
+            process=process,
+            processes=processes,
+        )
         return loader.Prefetch(make, start, stop)
 
     def prepare(self, frozen, batch):
@@ -99,12 +113,17 @@ class Shapes:
 
     def freehand(self, count, reference) -> Heldout | None:
         """As `heldout`, with objects anywhere and rough sketches of them; None where training has none."""
-        return self._heldout(count, reference, rough=True) if self._c.control.depth and self._c.control.freehand else None
+        return (
+            self._heldout(count, reference, rough=True)
+            if self._c.control.depth and self._c.control.freehand
+            else None
+        )
 
     def _heldout(self, count, reference, rough):
         d = self._c.data
         draw = lambda first, n: [
-            shapes.example(d.eval_seed, first + i, size=d.size, split="heldout", anywhere=rough) for i in range(n)
+            shapes.example(d.eval_seed, first + i, size=d.size, split="heldout", anywhere=rough)
+            for i in range(n)
         ]
         examples = draw(0, count)
         text, mask = self._encoder.encode([e.text for e in examples])
@@ -113,14 +132,22 @@ class Shapes:
         if self._c.control.depth:
             sketches = edges = _condition(self._c)(images)[..., 0]
             if rough:
-                drawn = [freehand.sketch(d.eval_seed, i, e.objects, size=d.size, split="heldout") for i, e in enumerate(examples)]
+                drawn = [
+                    freehand.sketch(d.eval_seed, i, e.objects, size=d.size, split="heldout")
+                    for i, e in enumerate(examples)
+                ]
                 sketches, edges = np.stack(drawn), conditions.gradient_edges(images)
             shown = self._codec.encode(conditions.as_picture(sketches))
             cond |= {"control": shown, "control_scale": np.ones(count, np.float32)}
         return Heldout(
-            [e.text for e in examples], cond, images, np.stack([e.image for e in draw(_REFERENCE_START, reference)]),
-            [e.caption for e in examples], sketches, edges,
-        )  # fmt: skip
+            [e.text for e in examples],
+            cond,
+            images,
+            np.stack([e.image for e in draw(_REFERENCE_START, reference)]),
+            [e.caption for e in examples],
+            sketches,
+            edges,
+        )
 
 
 def _condition(c):
@@ -143,9 +170,7 @@ class EncodedData:
         manifest = self._train.manifest
         _check_manifest(c, manifest)
         self._tokens = manifest["text"] == "tokens"
-        self.identity = (
-            f"{manifest['counts']['train']} examples of source {manifest['source']} encoded by {manifest['model']}"
-        )
+        self.identity = f"{manifest['counts']['train']} examples of source {manifest['source']} encoded by {manifest['model']}"
         if c.control.depth:
             self.identity += f", with {manifest['condition']}"
         self._text = self.pixels = self.pixels_params = None
@@ -153,7 +178,11 @@ class EncodedData:
         if c.data.model:
             # Stacks on every platform, which sharding knows.
             pipe = pipeline.load(c.data.model, dtype=pipeline.default_dtype(), platform="", say=say)
-            self._text, self.pixels, self.pixels_params = pipe.text, pipe.pixels, pipe.params["pixels"]
+            self._text, self.pixels, self.pixels_params = (
+                pipe.text,
+                pipe.pixels,
+                pipe.params["pixels"],
+            )
             if self._tokens:
                 self.frozen["text_encoder"] = pipe.params["text"]
         elif c.text.vocabulary != "gemma":
@@ -165,14 +194,21 @@ class EncodedData:
                     "this config, or use the one it was made with"
                 )
         if self.pixels is not None:
-            self._fitting(encoded.Encoded(c.data.encoded, "heldout"), c.evaluation.prompts)  # before training, not after it
+            self._fitting(
+                encoded.Encoded(c.data.encoded, "heldout"), c.evaluation.prompts
+            )  # before training, not after it
 
     def _null(self):
         path = pathlib.Path(self._c.data.encoded) / encoded.NULL
         if not path.is_file():
-            raise UserError(f"{path} is missing: run sprint_jax.encode on the folder again, it adds what lacks")
+            raise UserError(
+                f"{path} is missing: run sprint_jax.encode on the folder again, it adds what lacks"
+            )
         found = safetensors.numpy.load_file(path)
-        return {"null_text": found["text"].astype(np.float32)[None], "null_mask": found["mask"].astype(np.float32)[None]}
+        return {
+            "null_text": found["text"].astype(np.float32)[None],
+            "null_mask": found["mask"].astype(np.float32)[None],
+        }
 
     def batches(self, batch, start, stop, process, processes):
         """As `Shapes.batches`. With token ids instead of features, "tokens" stands for "text".
@@ -181,9 +217,18 @@ class EncodedData:
         """
         d = self._c.data
         return batches.iterate(
-            self._train, seed=d.seed, batch=batch, start=start, stop=stop, process_index=process,
-            process_count=processes, workers=d.workers, max_bad=d.max_bad, control=self._c.control.depth > 0, say=self._say,
-        )  # fmt: skip
+            self._train,
+            seed=d.seed,
+            batch=batch,
+            start=start,
+            stop=stop,
+            process_index=process,
+            process_count=processes,
+            workers=d.workers,
+            max_bad=d.max_bad,
+            control=self._c.control.depth > 0,
+            say=self._say,
+        )
 
     def prepare(self, frozen, batch):
         """Features of token ids, inside the compiled step; other batches as they are."""
@@ -205,7 +250,10 @@ class EncodedData:
         captions = [row["caption"].tobytes().decode("utf-8", "replace") for row in rows[:count]]
         cond, edges = {name: np.asarray(ready[name]) for name in ("text", "mask")}, None
         if self._c.control.depth:
-            cond |= {"control": stacked["control"][:count], "control_scale": np.ones(count, np.float32)}
+            cond |= {
+                "control": stacked["control"][:count],
+                "control_scale": np.ones(count, np.float32),
+            }
             edges = self._decode(stacked["control"][:count]).max(-1)
         return Heldout(captions, cond, images[:count], images, None, edges, edges)
 
@@ -231,7 +279,9 @@ class EncodedData:
             except encoded.BadRecord as error:
                 bad.append(f"{i} ({error})")
         if bad:
-            self._say(f"{self._c.data.encoded}: {len(bad)} held-out examples cannot be used, first {bad[0]}")
+            self._say(
+                f"{self._c.data.encoded}: {len(bad)} held-out examples cannot be used, first {bad[0]}"
+            )
         if len(rows) < least:
             raise UserError(
                 f"{self._c.data.encoded}: {len(rows)} held-out examples can be used and config.evaluation.prompts is {least}: "
@@ -247,7 +297,10 @@ class EncodedData:
         decode = jax.jit(self.pixels.decode)
         part = 1 if self._c.data.model else 32
         padded = np.concatenate([latents, np.repeat(latents[-1:], -len(latents) % part, 0)])
-        made = [np.asarray(decode(self.pixels_params, padded[i : i + part])) for i in range(0, len(padded), part)]
+        made = [
+            np.asarray(decode(self.pixels_params, padded[i : i + part]))
+            for i in range(0, len(padded), part)
+        ]
         return np.concatenate(made)[: len(latents)]
 
 
@@ -262,7 +315,9 @@ def _check_manifest(c, manifest):
             )
     _check_condition(c, manifest["condition"])
     if manifest["text"] == "tokens" and not c.data.model:
-        raise UserError(f"{c.data.encoded} holds token ids: name the folder with the text encoder in config.data.model")
+        raise UserError(
+            f"{c.data.encoded} holds token ids: name the folder with the text encoder in config.data.model"
+        )
 
 
 def _check_condition(c, held):
@@ -281,11 +336,19 @@ def embedded(c: config_lib.Config) -> tuple[Any, Any, str]:
     """(pixels, text, identity) of the embedded encoders of a config, as `sprint_jax.encode` wants them."""
     codec, encoder = build.codec(c), build.text_encoder(c)
     if encoder is None:
-        raise UserError("config.text.vocabulary is gemma: give --encoder the diffusers or converted folder that holds it")
-    digest = hashlib.sha256(repr((dataclasses.asdict(c.codec) | {"weights": ""}, dataclasses.asdict(c.text))).encode())
+        raise UserError(
+            "config.text.vocabulary is gemma: give --encoder the diffusers or converted folder that holds it"
+        )
+    digest = hashlib.sha256(
+        repr((dataclasses.asdict(c.codec) | {"weights": ""}, dataclasses.asdict(c.text))).encode()
+    )
     if c.codec.weights:
         digest.update(build.asset(c.codec.weights).read_bytes())
-    return parts.EmbeddedPixels(codec), parts.EmbeddedText(encoder), f"{c.text.vocabulary} words, {digest.hexdigest()[:16]}"
+    return (
+        parts.EmbeddedPixels(codec),
+        parts.EmbeddedText(encoder),
+        f"{c.text.vocabulary} words, {digest.hexdigest()[:16]}",
+    )
 
 
 def control_weights(where: str, model):

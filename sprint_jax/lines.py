@@ -32,7 +32,9 @@ def detector(path) -> Detector:
     params, apply = jax.device_put(params), jax.jit(hed.PUBLISHED.apply)
 
     def detect(image, resolution):
-        return conditions.levels(apply(params, conditions.detector_picture(image, resolution)[None])[0])
+        return conditions.levels(
+            apply(params, conditions.detector_picture(image, resolution)[None])[0]
+        )
 
     return Detector(digest.hexdigest()[:16], detect)
 
@@ -71,10 +73,14 @@ class Lines:
             drawn = each(self._strokes, soft, keys) if self.thickness else soft
         else:
             drawn = each(lambda image: conditions.gradient_edges(image[None])[0], images)
-        return conditions.as_picture(np.stack([conditions.resized(lines, height, width) for lines in drawn]))
+        return conditions.as_picture(
+            np.stack([conditions.resized(lines, height, width) for lines in drawn])
+        )
 
     def _strokes(self, soft, key):
-        return conditions.scribble(soft, thickness=thickness_of(key, self.thickness), sigma=conditions.PUBLISHED_SIGMA)
+        return conditions.scribble(
+            soft, thickness=thickness_of(key, self.thickness), sigma=conditions.PUBLISHED_SIGMA
+        )
 
 
 def thickness_of(key, among):

@@ -9,10 +9,24 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli, compile_cache, config_flag, distributed, huge_pages, quick_compile, workdir_flag
+from sprint_jax import (
+    cli,
+    compile_cache,
+    config_flag,
+    distributed,
+    huge_pages,
+    quick_compile,
+    workdir_flag,
+)
 
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0 (the next port is used too).")
-_PROCESSES = flags.DEFINE_integer("processes", None, "Processes of this run; default: told by SLURM, JobSet or TPU variables, or one.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0 (the next port is used too)."
+)
+_PROCESSES = flags.DEFINE_integer(
+    "processes",
+    None,
+    "Processes of this run; default: told by SLURM, JobSet or TPU variables, or one.",
+)
 _PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.")
 _STARTUP = flags.DEFINE_float("startup_seconds", 300.0, "How long to wait for all processes.")
 flags.adopt_module_key_flags(config_flag)  # --help shows them here

@@ -81,7 +81,9 @@ class GemmaText:
         if prefix is None:
             return states, mask
         first = jnp.broadcast_to(prefix.first, (len(tokens), 1, self.model.width))
-        return jnp.concatenate([first, states], 1), jnp.concatenate([jnp.ones_like(mask[:, :1]), mask], 1)
+        return jnp.concatenate([first, states], 1), jnp.concatenate(
+            [jnp.ones_like(mask[:, :1]), mask], 1
+        )
 
 
 def gemma_params(text: GemmaText, params):
@@ -138,7 +140,9 @@ class AutoencoderPixels:
         """
         z = latents.astype(jax.tree.leaves(params)[0].dtype)
         z = z / jnp.asarray(self.model.scaling_factor, z.dtype)
-        decode = functools.partial(self.model.decode if self.spread else self.model.decode_in_parts, params)
+        decode = functools.partial(
+            self.model.decode if self.spread else self.model.decode_in_parts, params
+        )
         if self.tile and max(z.shape[1:3]) > TILE:
             images = tiled(decode, z, tile=TILE, stride=TILE_STRIDE, scale=self.factor)
         else:

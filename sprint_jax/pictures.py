@@ -36,18 +36,24 @@ def load(path, height, width, ground=WHITE):
     try:
         with Image.open(path) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise UserError(f"{path} has {image.width} x {image.height} pixels: use at most {MOST_PIXELS}")
+                raise UserError(
+                    f"{path} has {image.width} x {image.height} pixels: use at most {MOST_PIXELS}"
+                )
             return covering(image, height, width, ground)
     except UserError:
         raise
     except Exception as error:  # decoders raise dozens of kinds for damaged bytes
-        raise UserError(f"cannot read the picture {path} ({error}): give a PNG or JPEG file") from None
+        raise UserError(
+            f"cannot read the picture {path} ({error}): give a PNG or JPEG file"
+        ) from None
 
 
 def covering(image, height, width, ground):
     """PIL's picture as uint8 [height, width, 3]: scaled by Lanczos to cover that, its middle cut out. ground: as in `opaque`."""
     # `fit` cuts before it scales, so a picture of one row is never blown up to cover.
-    return np.asarray(ImageOps.fit(opaque(image, ground), (width, height), Image.Resampling.LANCZOS))
+    return np.asarray(
+        ImageOps.fit(opaque(image, ground), (width, height), Image.Resampling.LANCZOS)
+    )
 
 
 def opaque(image, ground=WHITE):
@@ -57,8 +63,12 @@ def opaque(image, ground=WHITE):
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8))
+        image = Image.fromarray(
+            (np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8)
+        )
     if not image.has_transparency_data:
         return image.convert("RGB")
     layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, (*ground, 255)), layer).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, (*ground, 255)), layer).convert(
+        "RGB"
+    )

@@ -71,9 +71,14 @@ class Pipeline:
             networks = self.model, self.text, self.pixels
             if self.in_turn:
                 read, paint, decode = _stages(*networks, kind.output)
-                way = _joined(jax.jit(read), jax.jit(paint, static_argnames="shape"), jax.jit(decode))
+                way = _joined(
+                    jax.jit(read), jax.jit(paint, static_argnames="shape"), jax.jit(decode)
+                )
             else:
-                way = jax.jit(functools.partial(sample, *networks, output=kind.output), static_argnames="shape")
+                way = jax.jit(
+                    functools.partial(sample, *networks, output=kind.output),
+                    static_argnames="shape",
+                )
             self.programs[kind.output] = way
         run = functools.partial(self.programs[kind.output], shape=kind.shape)
         return run if self.rows is None else functools.partial(_spread, run, self.rows)
@@ -84,9 +89,17 @@ class Pipeline:
 
 
 def load(
-    path, *, dtype="bfloat16", pixels_dtype=None, attention=None, controlnet=None, instruction=None, tile=False, platform=None,
+    path,
+    *,
+    dtype="bfloat16",
+    pixels_dtype=None,
+    attention=None,
+    controlnet=None,
+    instruction=None,
+    tile=False,
+    platform=None,
     say=lambda message: None,
-) -> Pipeline:  # fmt: skip
+) -> Pipeline:
     """A pipeline from a diffusers folder, a folder converted by `sprint_jax.convert`, or a run directory.
 
     Args:
@@ -112,14 +125,24 @@ def load(
             raise UserError(f"{name} {value!r}: use one of {', '.join(DTYPES)}")
     if attention is not None and attention not in backend.WANTED:
         raise UserError(f"attention {attention!r}: use one of {', '.join(backend.WANTED)}")
-    pipe = _load(path, dtype=dtype, pixels_dtype=pixels_dtype or dtype, instruction=instruction, tile=tile, platform=platform, say=say)
+    pipe = _load(
+        path,
+        dtype=dtype,
+        pixels_dtype=pixels_dtype or dtype,
+        instruction=instruction,
+        tile=tile,
+        platform=platform,
+        say=say,
+    )
     if controlnet is not None:
         say(f"reading {controlnet}")
         pipe = _with_controlnet(pipe, controlnet, "controlnet" in parts.block_by_block(platform))
     here = jax.default_backend()
     wanted = attention or (backend.fastest(here) if platform is None else "plain")
     m = pipe.model.trunk if pipe.control else pipe.model
-    chosen, sentence = backend.resolve(wanted, here, m.width // m.heads, m.width // m.cross_heads, dtype)
+    chosen, sentence = backend.resolve(
+        wanted, here, m.width // m.heads, m.width // m.cross_heads, dtype
+    )
     if sentence and attention:
         say(sentence)
     depthwise = backend.depthwise(here, wanted if platform is None else "plain")
@@ -127,15 +150,24 @@ def load(
     if not isinstance(pipe.pixels, parts.AutoencoderPixels):
         return pipe
     # A TPU's kernel would fill heads of 32 up to 128 lanes.
-    of_heads, _ = backend.resolve(wanted, here, pipe.pixels.model.head_dim, None, pixels_dtype or dtype)
+    of_heads, _ = backend.resolve(
+        wanted, here, pipe.pixels.model.head_dim, None, pixels_dtype or dtype
+    )
     of_heads = of_heads if of_heads != "tpu" else "plain"
     in_turn = platform is None and backend.launches_cost(here)
-    return dataclasses.replace(pipe, pixels=_pixels(pipe.pixels, attention=of_heads), in_turn=in_turn)
+    return dataclasses.replace(
+        pipe, pixels=_pixels(pipe.pixels, attention=of_heads), in_turn=in_turn
+    )
 
 
 def _by(pipe, **changes):
     """The pipeline with attention or depthwise convolutions, of all its networks, by a backend."""
-    return dataclasses.replace(pipe, model=_computed(pipe.model, **changes), pixels=_pixels(pipe.pixels, **changes), programs={})
+    return dataclasses.replace(
+        pipe,
+        model=_computed(pipe.model, **changes),
+        pixels=_pixels(pipe.pixels, **changes),
+        programs={},
+    )
 
 
 def _pixels(pixels, **changes):
@@ -150,7 +182,10 @@ def _computed(model, **changes):
     if not isinstance(model, Controlled):
         return dataclasses.replace(model, **changes)
     net = dataclasses.replace(model.control.net, **changes)
-    return Controlled(trunk=dataclasses.replace(model.trunk, **changes), control=dataclasses.replace(model.control, net=net))
+    return Controlled(
+        trunk=dataclasses.replace(model.trunk, **changes),
+        control=dataclasses.replace(model.control, net=net),
+    )
 
 
 def _with_controlnet(pipe, path, unrolled):
@@ -165,20 +200,30 @@ def _with_controlnet(pipe, path, unrolled):
                 "these do not belong together"
             )
     if control.depth >= pipe.model.depth:
-        raise UserError(f"{path} holds a ControlNet of {control.depth} blocks, the model has {pipe.model.depth}: these do not belong together")
+        raise UserError(
+            f"{path} holds a ControlNet of {control.depth} blocks, the model has {pipe.model.depth}: these do not belong together"
+        )
     dtype = jnp.dtype(pipe.dtype)
     params = jax.device_put(jax.tree.map(lambda a: a.astype(dtype), params))
     params = control.unstack(params) if unrolled else params
-    model = _computed(Controlled(trunk=pipe.model, control=control), dtype=pipe.dtype, residual_dtype=pipe.dtype)
+    model = _computed(
+        Controlled(trunk=pipe.model, control=control), dtype=pipe.dtype, residual_dtype=pipe.dtype
+    )
     both = {"trunk": pipe.params["transformer"], "control": params}
-    return dataclasses.replace(pipe, model=model, params=pipe.params | {"transformer": both}, programs={})
+    return dataclasses.replace(
+        pipe, model=model, params=pipe.params | {"transformer": both}, programs={}
+    )
 
 
 def _load(path, *, dtype, pixels_dtype, instruction, tile, platform, say):
     if not path.is_dir():
-        raise UserError(f"no directory {path}: give a diffusers folder, a converted model, the --workdir of a run, or an exported file")
+        raise UserError(
+            f"no directory {path}: give a diffusers folder, a converted model, the --workdir of a run, or an exported file"
+        )
     unrolled = parts.block_by_block(platform)
-    options = dict(dtype=dtype, pixels_dtype=pixels_dtype, place=functools.partial(_place, unrolled), say=say)
+    options = dict(
+        dtype=dtype, pixels_dtype=pixels_dtype, place=functools.partial(_place, unrolled), say=say
+    )
     if folder.is_diffusers(path):
         wording = instruction_lib.published(instruction)
         checkpoint = folder.read_diffusers(path, instruction=wording, **options)
@@ -186,22 +231,42 @@ def _load(path, *, dtype, pixels_dtype, instruction, tile, platform, say):
     if folder.is_ours(path):
         checkpoint = folder.read_ours(path, **options)
         if instruction is not None:
-            checkpoint = dataclasses.replace(checkpoint, instruction=instruction_lib.published(instruction))
+            checkpoint = dataclasses.replace(
+                checkpoint, instruction=instruction_lib.published(instruction)
+            )
         return _published(checkpoint, dtype, tile, unrolled)
-    return _run(path, dtype, pixels_dtype=pixels_dtype, instruction=instruction, tile=tile, platform=platform, say=say)
+    return _run(
+        path,
+        dtype,
+        pixels_dtype=pixels_dtype,
+        instruction=instruction,
+        tile=tile,
+        platform=platform,
+        say=say,
+    )
 
 
 def _published(checkpoint, dtype, tile, unrolled):
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.tokenizer, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            checkpoint.tokenizer, local_files_only=True
+        )
     except Exception as error:  # the library raises many kinds for a damaged folder
-        raise UserError(f"cannot read the tokenizer in {checkpoint.tokenizer} ({error}): download it again") from None
-    text = parts.GemmaText(checkpoint.text_encoder, prompts_lib.GemmaPrompts(tokenizer, checkpoint.instruction))
+        raise UserError(
+            f"cannot read the tokenizer in {checkpoint.tokenizer} ({error}): download it again"
+        ) from None
+    text = parts.GemmaText(
+        checkpoint.text_encoder, prompts_lib.GemmaPrompts(tokenizer, checkpoint.instruction)
+    )
     pixels = parts.AutoencoderPixels(checkpoint.autoencoder, tile)
     trees = dict(checkpoint.params)
-    for part, model in (("transformer", checkpoint.transformer), ("text_encoder", checkpoint.text_encoder), ("controlnet", checkpoint.controlnet)):
+    for part, model in (
+        ("transformer", checkpoint.transformer),
+        ("text_encoder", checkpoint.text_encoder),
+        ("controlnet", checkpoint.controlnet),
+    ):
         if part in unrolled and model is not None:
             trees[part] = model.unstack(trees[part])
     params = {
@@ -237,11 +302,19 @@ def read_config(path) -> config_lib.Config:
     try:
         tree = json.loads((path / workdir.CONFIG).read_text())
     except ValueError as error:
-        raise UserError(f"{path / workdir.CONFIG} is not JSON ({error}): restore it from the run") from None
-    if isinstance(tree, dict) and {"_class_name", "architectures"} & tree.keys():  # diffusers' and transformers'
-        raise UserError(f"{path} holds one part of a published model: give the folder above it, {path.resolve().parent}")
+        raise UserError(
+            f"{path / workdir.CONFIG} is not JSON ({error}): restore it from the run"
+        ) from None
+    if (
+        isinstance(tree, dict) and {"_class_name", "architectures"} & tree.keys()
+    ):  # diffusers' and transformers'
+        raise UserError(
+            f"{path} holds one part of a published model: give the folder above it, {path.resolve().parent}"
+        )
     if not (path / workdir.STUDENT).is_file():
-        raise UserError(f"{path} has no {workdir.STUDENT} yet: let its run finish (same sprint_jax.main command)")
+        raise UserError(
+            f"{path} has no {workdir.STUDENT} yet: let its run finish (same sprint_jax.main command)"
+        )
     return config_lib.parse(tree)
 
 
@@ -261,20 +334,35 @@ def _run(path, dtype, *, platform, **options):
     e = config.evaluation
     if config.text.vocabulary == "gemma":
         if not config.data.model:
-            raise UserError(f"{path} was distilled from features alone: name a folder with its text encoder and autoencoder as data.model in {workdir.CONFIG}")
+            raise UserError(
+                f"{path} was distilled from features alone: name a folder with its text encoder and autoencoder as data.model in {workdir.CONFIG}"
+            )
         pipe = _load(pathlib.Path(config.data.model), dtype=dtype, platform=platform, **options)
         if "transformer" in parts.block_by_block(platform):
             params = model.unstack(params)
         return dataclasses.replace(
-            pipe, model=model, params=pipe.params | {"transformer": params}, height=config.data.size,
-            width=config.data.size, guidance_scale=e.student_guidance, schedule=e.schedule, programs={},
-        )  # fmt: skip
+            pipe,
+            model=model,
+            params=pipe.params | {"transformer": params},
+            height=config.data.size,
+            width=config.data.size,
+            guidance_scale=e.student_guidance,
+            schedule=e.schedule,
+            programs={},
+        )
     pixels = parts.EmbeddedPixels(build.codec(config))
     return Pipeline(
-        model, parts.EmbeddedText(build.text_encoder(config)), pixels,
-        {"transformer": params, "text": {}, "pixels": {}}, config.data.size, config.data.size,
-        e.student_guidance, e.schedule, 16, dtype,
-    )  # fmt: skip
+        model,
+        parts.EmbeddedText(build.text_encoder(config)),
+        pixels,
+        {"transformer": params, "text": {}, "pixels": {}},
+        config.data.size,
+        config.data.size,
+        e.student_guidance,
+        e.schedule,
+        16,
+        dtype,
+    )
 
 
 def over_devices(pipe, devices):
@@ -285,17 +373,23 @@ def over_devices(pipe, devices):
     mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
-    pipe = _by(pipe, attention="plain", depthwise="plain")  # left to itself the compiler would gather a kernel's operands
+    pipe = _by(
+        pipe, attention="plain", depthwise="plain"
+    )  # left to itself the compiler would gather a kernel's operands
     if isinstance(pipe.pixels, parts.AutoencoderPixels):
         pipe = dataclasses.replace(pipe, pixels=dataclasses.replace(pipe.pixels, spread=True))
     return dataclasses.replace(pipe, params=jax.device_put(pipe.params, whole), rows=rows)
 
 
-def _spread(run, rows, params, arrays, guidance, times, seed, indices, draws, start, control, control_scale):
+def _spread(
+    run, rows, params, arrays, guidance, times, seed, indices, draws, start, control, control_scale
+):
     """A program's run with its batch cut over devices."""
     devices = rows.mesh.size
     if len(indices) % devices:
-        raise UserError(f"batches of {len(indices)} pictures on {devices} devices: use a multiple of {devices}")
+        raise UserError(
+            f"batches of {len(indices)} pictures on {devices} devices: use a multiple of {devices}"
+        )
     arrays, indices, start, control = jax.device_put((arrays, indices, start, control), rows)
     return run(params, arrays, guidance, times, seed, indices, draws, start, control, control_scale)
 
@@ -306,9 +400,23 @@ def generate(pipe, prompts, **options):
 
 
 def sample(
-    model, text, pixels, params, arrays, guidance, times, seed, indices, draws, start, control=None, control_scale=None,
-    *, output, shape,
-):  # fmt: skip
+    model,
+    text,
+    pixels,
+    params,
+    arrays,
+    guidance,
+    times,
+    seed,
+    indices,
+    draws,
+    start,
+    control=None,
+    control_scale=None,
+    *,
+    output,
+    shape,
+):
     """Traced: text features, the few steps, pixels. model, text, pixels: of a `Pipeline`.
 
     Args:
@@ -318,7 +426,19 @@ def sample(
       control_scale: scalar, with control. output: "pixels" or "latent". shape: (h, w, c).
     """
     run = _joined(*_stages(model, text, pixels, output))
-    return run(params, arrays, guidance, times, seed, indices, draws, start, control, control_scale, shape=shape)
+    return run(
+        params,
+        arrays,
+        guidance,
+        times,
+        seed,
+        indices,
+        draws,
+        start,
+        control,
+        control_scale,
+        shape=shape,
+    )
 
 
 def _joined(read, paint, decode):
@@ -337,7 +457,21 @@ def _stages(model, text, pixels, output):
     def read(params, arrays):
         return text.features(params, arrays)
 
-    def paint(params, features, mask, guidance, times, seed, indices, draws, start, control, control_scale, *, shape):
+    def paint(
+        params,
+        features,
+        mask,
+        guidance,
+        times,
+        seed,
+        indices,
+        draws,
+        start,
+        control,
+        control_scale,
+        *,
+        shape,
+    ):
         if draws is None:
             draws = generation.noises(seed, indices, shape, times.shape[0] - 1)
         w = jnp.full(indices.shape, guidance) if model.guidance_embed else None

@@ -21,7 +21,9 @@ from sprint_jax import cli, config_flag, files
 from sprint_jax.errors import UserError
 from sprint_jax.planning import gpus, hardware
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Device and its numbers, for example v5e:16x16 or h200:8x8.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Device and its numbers, for example v5e:16x16 or h200:8x8."
+)
 _TABLE = flags.DEFINE_string("table", None, "File to add the table to, as markdown.")
 flags.adopt_module_key_flags(config_flag)  # --help shows it here
 
@@ -36,7 +38,9 @@ def main(argv):
         # Before JAX starts: neither kind of device is here.
         os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
         if _is_simulated(device):
-            simulated = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
+            simulated = (
+                f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
+            )
             os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {simulated}"
         elif not _is_tpu(device):
             gpus.prepare()
@@ -48,9 +52,13 @@ def main(argv):
             _table(pathlib.Path(_TABLE.value))  # refused before minutes of compiling
         say = lambda message: print(message, flush=True)
         if parsed.model.attention != "plain":
-            say("attention is planned in plain JAX, without the kernels of config.model.attention: they are chosen where they run")
+            say(
+                "attention is planned in plain JAX, without the kernels of config.model.attention: they are chosen where they run"
+            )
         if _is_simulated(device):
-            say("pip install 'jax[cuda12]' for memory and collectives of the GPUs' own compiler (no GPU needed); simulated CPU devices now")
+            say(
+                "pip install 'jax[cuda12]' for memory and collectives of the GPUs' own compiler (no GPU needed); simulated CPU devices now"
+            )
         steps = [_measure(*step, say) for step in _steps(parsed, _devices(device, shape), say)]
         name = f"{path}{':' + preset if preset else ''}"
         report = _report(parsed, name, device, shape, steps)
@@ -81,7 +89,9 @@ def _devices(device, shape):
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # the library raises many kinds
         line = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot describe {topology} ({line}): pip install libtpu, and use a topology that exists") from None
+        raise UserError(
+            f"cannot describe {topology} ({line}): pip install libtpu, and use a topology that exists"
+        ) from None
 
 
 def _steps(config, devices, say):
@@ -97,7 +107,10 @@ def _steps(config, devices, say):
     stages = []
     if not config.teacher.pretrained:
         begun = abstract(build.base_teacher(config)) if config.teacher.start else None
-        stages += [stage(abstract(build.base_teacher(config))) for stage in run.teacher_stages(config, data, begun)]
+        stages += [
+            stage(abstract(build.base_teacher(config)))
+            for stage in run.teacher_stages(config, data, begun)
+        ]
     if config.control.depth and not config.control.pretrained:
         stages.append(run.control_stage(config, data, abstract(build.teacher(config))))
     if config.sprint.steps:
@@ -107,7 +120,13 @@ def _steps(config, devices, say):
         placed = loop.Placed.on(stage, mesh, say)
         names = ("generator", "discriminator") if stage.name == "sprint" else (stage.name,)
         for name, function in zip(names, stage.functions, strict=True):
-            yield name, stage.steps // len(names), placed, function, inputs.abstract_batch(config, stage.batch)
+            yield (
+                name,
+                stage.steps // len(names),
+                placed,
+                function,
+                inputs.abstract_batch(config, stage.batch),
+            )
 
 
 def _measure(name, times, placed, function, batch, say):
@@ -125,22 +144,31 @@ def _measure(name, times, placed, function, batch, say):
     counted = flops.count(function, state, placed.frozen, batch)
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
-        "name": name, "times": times, "batch": batch["latent"].shape[0],
+        "name": name,
+        "times": times,
+        "batch": batch["latent"].shape[0],
         "parameters": sum(a.size for a in jax.tree.leaves(state.params)),
-        "state": sharding.per_device_bytes(state), "frozen": sharding.per_device_bytes(placed.frozen),
-        "held": held, "temporary": memory.temp_size_in_bytes, "flops": counted.multiplied,
+        "state": sharding.per_device_bytes(state),
+        "frozen": sharding.per_device_bytes(placed.frozen),
+        "held": held,
+        "temporary": memory.temp_size_in_bytes,
+        "flops": counted.multiplied,
         "collectives": collectives.totals(collectives.parse(compiled.as_text())),
-    }  # fmt: skip
+    }
 
 
 def _report(config, name, device, shape, steps):
     """Markdown."""
     mesh, count = config.mesh, math.prod(shape)
     data = count // mesh.fsdp if mesh.data == -1 else mesh.data
-    kind = "compiled ahead of time for it" if not _is_simulated(device) else (
-        "compiled for as many simulated CPU devices; a CPU computes bfloat16 in float32, so temporary memory and "
-        "collectives are upper bounds"
-    )  # fmt: skip
+    kind = (
+        "compiled ahead of time for it"
+        if not _is_simulated(device)
+        else (
+            "compiled for as many simulated CPU devices; a CPU computes bfloat16 in float32, so temporary memory and "
+            "collectives are upper bounds"
+        )
+    )
     lines = [
         f"### {name} on {_TOPOLOGY.value}",
         "",
@@ -163,7 +191,12 @@ def _report(config, name, device, shape, steps):
             f"{_gib(s['temporary'])} | {100 * peak / device.memory:.0f} % of {_gib(device.memory)} | "
             f"{s['flops'] / 1e12:.0f} | {1e3 * compute:.0f} ms | {1e3 * transfer:.0f} ms |"
         )
-    lines += ["", "Bytes that a device exchanges in a step: " + "; ".join(f"{s['name']} {_exchanged(s)}" for s in steps) + "."]
+    lines += [
+        "",
+        "Bytes that a device exchanges in a step: "
+        + "; ".join(f"{s['name']} {_exchanged(s)}" for s in steps)
+        + ".",
+    ]
     lines.append(
         f"Least time of the recipe, the larger of arithmetic at the data sheet's peak and collectives: {hours:.1f} hours; at 40 % "
         f"of that {hours / 0.4:.0f}."
@@ -186,7 +219,10 @@ def _seconds(step, device, shape, fsdp):
 
 
 def _exchanged(step):
-    return ", ".join(f"{kind} {_gib(size)}" for kind, size in sorted(step["collectives"].items())) or "nothing"
+    return (
+        ", ".join(f"{kind} {_gib(size)}" for kind, size in sorted(step["collectives"].items()))
+        or "nothing"
+    )
 
 
 def _fits(config, device, first):
@@ -199,8 +235,12 @@ def _fits(config, device, first):
     name = "sprint" if step["name"] in ("generator", "discriminator") else "teacher"
     section = config.sprint if name == "sprint" else config.teacher
     if step["temporary"] > 0.5 * peak:
-        batch = "control" if step["name"] == "control" else name  # which accumulates as the teacher does
-        changes.append(f"--config.{name}.accumulate={2 * section.accumulate}, or a smaller --config.{batch}.batch")
+        batch = (
+            "control" if step["name"] == "control" else name
+        )  # which accumulates as the teacher does
+        changes.append(
+            f"--config.{name}.accumulate={2 * section.accumulate}, or a smaller --config.{batch}.batch"
+        )
     if step["held"] > 0.4 * device.memory:
         changes.append(f"a larger --config.mesh.fsdp (now {config.mesh.fsdp})")
     advice = "; ".join(changes) or "more devices"
@@ -216,7 +256,9 @@ def _table(path):
     try:
         return path.read_text(encoding="utf-8") if path.exists() else ""
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --table={path} ({error}): give a UTF-8 text file, or another name") from None
+        raise UserError(
+            f"cannot read --table={path} ({error}): give a UTF-8 text file, or another name"
+        ) from None
 
 
 def _append(path, report):

@@ -12,6 +12,8 @@ def commit() -> str:
         found = git("rev-parse", "HEAD")
         if found.returncode:
             return "unknown"
-        return found.stdout.strip() + ("+" if git("status", "--porcelain", "--untracked-files=no").stdout else "")
+        return found.stdout.strip() + (
+            "+" if git("status", "--porcelain", "--untracked-files=no").stdout else ""
+        )
     except FileNotFoundError:
         return "unknown"

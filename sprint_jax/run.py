@@ -74,12 +74,22 @@ def run(config: config_lib.Config, workdir, say=_say):
         if primary:
             page.write(workdir)
         hosts.barrier("done")
-    say(f"done: pictures, metrics and summary.json are in {workdir}; look at {workdir / names.REPORT}")
+    say(
+        f"done: pictures, metrics and summary.json are in {workdir}; look at {workdir / names.REPORT}"
+    )
     if student is None:
-        say(f"next: distil it with --config.teacher.pretrained={config.teacher.pretrained or workdir / names.TEACHER}")
+        say(
+            f"next: distil it with --config.teacher.pretrained={config.teacher.pretrained or workdir / names.TEACHER}"
+        )
     else:
-        prompt = "a red circle left of a blue square" if config.text.vocabulary == "shapes" else "a red apple"
-        say(f'next: python -m sprint_jax.sample --model={workdir} --prompt="{prompt}" --steps=2 --out=pictures')
+        prompt = (
+            "a red circle left of a blue square"
+            if config.text.vocabulary == "shapes"
+            else "a red apple"
+        )
+        say(
+            f'next: python -m sprint_jax.sample --model={workdir} --prompt="{prompt}" --steps=2 --out=pictures'
+        )
     return summary
 
 
@@ -90,9 +100,10 @@ def _identity(config):
     for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
         source.update(path.read_bytes())
     return values | {
-        "the version of jax": jax.__version__, "the version of Python": sys.version.split()[0],
+        "the version of jax": jax.__version__,
+        "the version of Python": sys.version.split()[0],
         "the source code (a digest)": source.hexdigest()[:12],
-    }  # fmt: skip
+    }
 
 
 def _done(path) -> bool:
@@ -107,12 +118,16 @@ def claim(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"cannot write in {workdir} ({error.strerror}): choose another --workdir") from None
+        raise UserError(
+            f"cannot write in {workdir} ({error.strerror}): choose another --workdir"
+        ) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"another run is working in {workdir}: wait for it, or choose another --workdir") from None
+            raise UserError(
+                f"another run is working in {workdir}: wait for it, or choose another --workdir"
+            ) from None
         yield
 
 
@@ -131,7 +146,9 @@ def write_config(config, workdir):
         if old == tree:
             return
     elif any(child.name != ".lock" for child in workdir.iterdir()):
-        raise UserError(f"{workdir} is not empty and not a run of this project: choose another --workdir")
+        raise UserError(
+            f"{workdir} is not empty and not a run of this project: choose another --workdir"
+        )
     files.write_text(path, json.dumps(tree, indent=2) + "\n")
 
 
@@ -154,7 +171,9 @@ def _differences(old, new):
     a, b = weights.flatten(old), weights.flatten(new)
     known = sorted(name for name in a.keys() | b.keys() if not name.startswith("mesh."))
     return [
-        (f"config.{n}", a.get(n, "nothing"), b.get(n, "nothing")) for n in known if a.get(n) != b.get(n)
+        (f"config.{n}", a.get(n, "nothing"), b.get(n, "nothing"))
+        for n in known
+        if a.get(n) != b.get(n)
     ]
 
 
@@ -178,7 +197,9 @@ def _teacher(job):
         path = build.asset(t.pretrained)
         job.say(f"teacher: weights from {path}")
         if path.is_dir() and model.time_scale == 1.0:
-            job.say("teacher: told times in [0, 1]; a SANA made for [0, 1000] would draw noise, fine-tune it by configs/teacher.py first")
+            job.say(
+                "teacher: told times in [0, 1]; a SANA made for [0, 1000] would draw noise, fine-tune it by configs/teacher.py first"
+            )
         return inputs.teacher_weights(t.pretrained, model)
     finished = job.workdir / names.TEACHER
     if _done(finished):
@@ -187,7 +208,9 @@ def _teacher(job):
     params = None
     begun = inputs.teacher_weights(t.start, build.base_teacher(job.config)) if t.start else None
     for stage in teacher_stages(job.config, job.data, begun):
-        final = loop.train(stage(params), job.config.run, job.mesh, job.workdir, job.records, job.say)
+        final = loop.train(
+            stage(params), job.config.run, job.mesh, job.workdir, job.records, job.say
+        )
         params = state.averaged(final)
     return _keep(job, names.TEACHER, params)
 
@@ -202,14 +225,30 @@ def teacher_stages(config, data, begun):
 
     def first(_):
         if begun is None:
-            return _teacher_stage(config, data, "teacher", base, {}, lambda _: teacher_step.start(base, key, borders=t.border_start))
+            return _teacher_stage(
+                config,
+                data,
+                "teacher",
+                base,
+                {},
+                lambda _: teacher_step.start(base, key, borders=t.border_start),
+            )
         return _teacher_stage(config, data, "teacher", base, begun, lambda begun: begun)
 
     def second(params):
         before = begun if params is None else params
-        return _teacher_stage(config, data, "finetune", model, before, lambda p: teacher_step.add_qk_norm(p, model, key))
+        return _teacher_stage(
+            config,
+            data,
+            "finetune",
+            model,
+            before,
+            lambda p: teacher_step.add_qk_norm(p, model, key),
+        )
 
-    return ([first] if t.steps else []) + ([second] if build.needs_finetune(config) and t.finetune_steps else [])
+    return ([first] if t.steps else []) + (
+        [second] if build.needs_finetune(config) and t.finetune_steps else []
+    )
 
 
 def _teacher_stage(config, data, name, model, begun, start):
@@ -218,16 +257,26 @@ def _teacher_stage(config, data, name, model, begun, start):
     optimizer, steps = t.optimizer, t.steps
     if name == "finetune":
         slower = t.finetune_lr / t.optimizer.lr
-        optimizer = dataclasses.replace(t.optimizer, lr=t.finetune_lr, muon_lr=slower * t.optimizer.muon_lr)
+        optimizer = dataclasses.replace(
+            t.optimizer, lr=t.finetune_lr, muon_lr=slower * t.optimizer.muon_lr
+        )
         steps = t.finetune_steps
-    tx = state.optimizer(optimizer, steps, t.batch, came_rules=(came.dit_factored, came.dit_stacked))
+    tx = state.optimizer(
+        optimizer, steps, t.batch, came_rules=(came.dit_factored, came.dit_stacked)
+    )
     return loop.Stage(
-        name=name, steps=steps,
-        start=lambda frozen, begun: teacher_step.init(start(begun), tx, t), begun=begun,
+        name=name,
+        steps=steps,
+        start=lambda frozen, begun: teacher_step.init(start(begun), tx, t),
+        begun=begun,
         functions=(teacher_step.make_step(model, tx, t, config.seed),),
-        frozen=data.frozen, prepare=data.prepare, batch=t.batch, batches=data.batches,
-        data=data.identity, strip=strips.teacher(config, data, model),
-    )  # fmt: skip
+        frozen=data.frozen,
+        prepare=data.prepare,
+        batch=t.batch,
+        batches=data.batches,
+        data=data.identity,
+        strip=strips.teacher(config, data, model),
+    )
 
 
 def _control(job, teacher):
@@ -251,15 +300,23 @@ def control_stage(config, data, teacher):
     """Flow matching of a ControlNet alone, around the frozen teacher. teacher: its parameters, or their shapes."""
     k, model = config.control, build.distilled_teacher(config)
     t = dataclasses.replace(config.teacher, steps=k.steps, batch=k.batch, optimizer=k.optimizer)
-    tx = state.optimizer(k.optimizer, k.steps, k.batch, came_rules=(came.dit_factored, came.dit_stacked))
+    tx = state.optimizer(
+        k.optimizer, k.steps, k.batch, came_rules=(came.dit_factored, came.dit_stacked)
+    )
     draw = strips.teacher(config, data, model)
     return loop.Stage(
-        name="control", steps=k.steps, begun={},
+        name="control",
+        steps=k.steps,
+        begun={},
         start=lambda frozen, begun: teacher_step.init(model.control.start(frozen["trunk"]), tx, t),
         functions=(teacher_step.make_step(model, tx, t, config.seed + 2),),
-        frozen={"trunk": teacher} | data.frozen, prepare=data.prepare, batch=k.batch, batches=data.batches,
-        data=data.identity, strip=draw and (lambda control: draw({"trunk": teacher, "control": control})),
-    )  # fmt: skip
+        frozen={"trunk": teacher} | data.frozen,
+        prepare=data.prepare,
+        batch=k.batch,
+        batches=data.batches,
+        data=data.identity,
+        strip=draw and (lambda control: draw({"trunk": teacher, "control": control})),
+    )
 
 
 def _sprint(job, teacher):
@@ -279,14 +336,21 @@ def sprint_stage(config, data, teacher):
     key = jax.random.key(config.seed + 1)
 
     return loop.Stage(
-        name="sprint", steps=s.steps, start=lambda frozen, begun: sprint_step.start(frozen["teacher"], nets, s, key), begun={},
+        name="sprint",
+        steps=s.steps,
+        start=lambda frozen, begun: sprint_step.start(frozen["teacher"], nets, s, key),
+        begun={},
         functions=(
             sprint_step.make_generator_step(nets, s, config.seed + 1, control_dropout=dropout),
             sprint_step.make_discriminator_step(nets, s, config.seed + 1, control_dropout=dropout),
         ),
-        frozen={"teacher": teacher} | data.frozen, prepare=data.prepare, batch=s.batch, batches=data.batches,
-        data=data.identity, strip=strips.student(config, data),
-    )  # fmt: skip
+        frozen={"teacher": teacher} | data.frozen,
+        prepare=data.prepare,
+        batch=s.batch,
+        batches=data.batches,
+        data=data.identity,
+        strip=strips.student(config, data),
+    )
 
 
 def _evaluate(job, teacher, student, begin):
@@ -297,7 +361,9 @@ def _evaluate(job, teacher, student, begin):
         return json.loads(done.read_text())
     results, sheets = {}, {}
     if job.data.pixels is None:
-        job.say("evaluation: no pictures, for no autoencoder is at hand (config.data.model is empty)")
+        job.say(
+            "evaluation: no pictures, for no autoencoder is at hand (config.data.model is empty)"
+        )
     else:
         results, sheets = _pictures(job, teacher, student)
     summary = _summary(results, begin)
@@ -325,21 +391,41 @@ def _pictures(job, teacher, student):
     if rough is not None:
         sheets["freehand_sketches"], rough_evaluator = _white(rough.sketches), Evaluator(rough)
         by = {"teacher_freehand": f"teacher_{e.teacher_steps}", "student_1_freehand": "student_1"}
-        trials |= {name: (rough, rough_evaluator, chosen[how]) for name, how in by.items() if how in chosen}
-    job.say(f"evaluation: {e.prompts} held-out prompts, pictures by {len(chosen)} samplers (each compiles first)")
+        trials |= {
+            name: (rough, rough_evaluator, chosen[how]) for name, how in by.items() if how in chosen
+        }
+    job.say(
+        f"evaluation: {e.prompts} held-out prompts, pictures by {len(chosen)} samplers (each compiles first)"
+    )
     null = {"text": job.data.frozen["null_text"], "mask": job.data.frozen["null_mask"]}
-    with tqdm.tqdm(total=len(trials) * e.prompts, desc="evaluation", unit="picture", mininterval=1.0,
-                   disable=not hosts.primary()) as bar:  # fmt: skip
+    with tqdm.tqdm(
+        total=len(trials) * e.prompts,
+        desc="evaluation",
+        unit="picture",
+        mininterval=1.0,
+        disable=not hosts.primary(),
+    ) as bar:
         for name, (asked, judge, (sampler, params, guidance, told)) in trials.items():
             cond = asked.cond | {k: np.full(e.prompts, v, np.float32) for k, v in told.items()}
             starts = list(range(0, e.prompts, e.batch))
             share = -(-len(starts) // jax.process_count())
             # Equal shares, so that they can be gathered: the last ones are made twice and cut off again.
-            mine = [starts[min(jax.process_index() * share + i, len(starts) - 1)] for i in range(share)]
+            mine = [
+                starts[min(jax.process_index() * share + i, len(starts) - 1)] for i in range(share)
+            ]
             made = generation.run(
-                sampler, params, null, cond, guidance=guidance, seed=job.config.data.eval_seed,
-                batch=e.batch, starts=mine, say=lambda n, base=bar.n: bar.update(min(base + e.prompts, base + n * jax.process_count()) - bar.n),
-            )  # fmt: skip
+                sampler,
+                params,
+                null,
+                cond,
+                guidance=guidance,
+                seed=job.config.data.eval_seed,
+                batch=e.batch,
+                starts=mine,
+                say=lambda n, base=bar.n: bar.update(
+                    min(base + e.prompts, base + n * jax.process_count()) - bar.n
+                ),
+            )
             images = _in_order(made, mine, e)
             results[name], sheets[name] = judge(images), images
     return results, sheets
@@ -371,20 +457,31 @@ def _samplers(job, teacher, student):
     params = lambda transformer: {"transformer": transformer, "pixels": data.pixels_params}
     chosen = {}
     for steps in (e.teacher_steps, 1):
-        sampler = generation.teacher_sampler(build.distilled_teacher(config), data.pixels, shape, samplers.trig_times(steps))
+        sampler = generation.teacher_sampler(
+            build.distilled_teacher(config), data.pixels, shape, samplers.trig_times(steps)
+        )
         chosen[f"teacher_{steps}"] = (sampler, params(teacher), e.teacher_guidance, {})
     for steps in STUDENT_STEPS if student is not None else ():
         times = samplers.scm_times(steps, e.schedule)
         sampler = generation.student_sampler(build.student(config), data.pixels, shape, times)
         chosen[f"student_{steps}"] = (sampler, params(student), e.student_guidance, {})
         if config.control.depth and steps == 1:
-            chosen["student_1_free"] = (sampler, params(student), e.student_guidance, {"control_scale": 0.0})
+            chosen["student_1_free"] = (
+                sampler,
+                params(student),
+                e.student_guidance,
+                {"control_scale": 0.0},
+            )
     return chosen
 
 
 def _save_sheets(config, workdir, sheets, records):
     suffixes = {"real": "real", f"teacher_{config.evaluation.teacher_steps}": "teacher"}
-    suffixes |= {"control": "control", "freehand_sketches": "freehand_sketches", "student_1_freehand": "freehand"}
+    suffixes |= {
+        "control": "control",
+        "freehand_sketches": "freehand_sketches",
+        "student_1_freehand": "freehand",
+    }
     suffixes |= {f"student_{n}": str(n) for n in STUDENT_STEPS}
     zoom = max(1, 96 // config.data.size)
     made = {}
@@ -418,7 +515,11 @@ def _table(summary):
     heads = (*columns, "Frechet", *(["edges"] if agreement else []))
     lines = ["", f"{'':18}" + "".join(f"{t.replace('_', ' '):>20}" for t in heads)]
     for name, distance in summary["frechet"].items():
-        shares = [summary["scores"][name], *(summary["tasks"][name].get(t, np.nan) for t in tasks)] if tasks else []
+        shares = (
+            [summary["scores"][name], *(summary["tasks"][name].get(t, np.nan) for t in tasks)]
+            if tasks
+            else []
+        )
         row = f"{name:18}" + "".join(f"{100 * s:19.1f}%" for s in shares) + f"{distance:20.4f}"
         lines.append(row + (f"{100 * agreement[name]:19.1f}%" if agreement else ""))
     return "\n".join(lines) + "\n"

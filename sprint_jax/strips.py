@@ -45,12 +45,21 @@ def _strip(c, data, model, make_sampler, guidance):
     def draw(params):
         heldout, sampler = prepared()
         # A teacher that is trained before its ControlNet is not told the condition.
-        told = heldout.cond if isinstance(model, Controlled) else {name: heldout.cond[name] for name in ("text", "mask")}
+        told = (
+            heldout.cond
+            if isinstance(model, Controlled)
+            else {name: heldout.cond[name] for name in ("text", "mask")}
+        )
         null = {"text": data.frozen["null_text"], "mask": data.frozen["null_mask"]}
         images = generation.run(
-            sampler, {"transformer": params, "pixels": data.pixels_params}, null, told,
-            guidance=guidance, seed=c.data.eval_seed, batch=min(count, c.evaluation.batch),
-        )  # fmt: skip
+            sampler,
+            {"transformer": params, "pixels": data.pixels_params},
+            null,
+            told,
+            guidance=guidance,
+            seed=c.data.eval_seed,
+            batch=min(count, c.evaluation.batch),
+        )
         side = min(_LARGEST, c.data.size)
         zoom = max(1, 96 // side)
         sheet = pictures.grid(resolutions.fit(images, side, side), columns=count)

@@ -48,11 +48,15 @@ def save(path, params, *, dtype="float32"):
     flat = {k: np.ascontiguousarray(jax.device_get(v), dtype) for k, v in flatten(params).items()}
     try:
         with files.whole(path) as partial:
-            partial.write_bytes(safetensors.numpy.save(flat))  # not save_file: its files are private to their owner
+            partial.write_bytes(
+                safetensors.numpy.save(flat)
+            )  # not save_file: its files are private to their owner
     except OSError as error:
         if error.errno == errno.ENOSPC:  # which `cli.user_errors` tells with a remedy of its own
             raise
-        raise UserError(f"cannot write {path} ({error.strerror}): name a file in a folder that can be written") from None
+        raise UserError(
+            f"cannot write {path} ({error.strerror}): name a file in a folder that can be written"
+        ) from None
 
 
 def load(path, expected):
@@ -66,9 +70,13 @@ def load(path, expected):
     try:
         found = safetensors.numpy.load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from None
+        raise UserError(
+            f"{path} is not a readable safetensors file ({error}): copy it again"
+        ) from None
     except (AttributeError, KeyError, TypeError) as error:  # a dtype that NumPy does not know
-        raise UserError(f"{path} holds a dtype that is not read here ({error}): use float32, float16 or bfloat16") from None
+        raise UserError(
+            f"{path} holds a dtype that is not read here ({error}): use float32, float16 or bfloat16"
+        ) from None
     wanted = flatten(expected)
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or extra:
@@ -90,7 +98,11 @@ def write_stream(file, flat):
     header, end = {}, 0
     for name, array in flat.items():
         start, end = end, end + array.size * array.dtype.itemsize
-        header[name] = {"dtype": _NAMES[array.dtype.name], "shape": list(array.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": _NAMES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)

@@ -2,4 +2,6 @@
 
 from absl import flags
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; default: runs/ and a name that says which.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run; default: runs/ and a name that says which."
+)

@@ -4,9 +4,15 @@ import contextlib
 import shutil
 
 ARGUMENTS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 
 
 def chromium():
@@ -41,7 +47,10 @@ def shown(page):
 
 def wait_for_picture(page, before):
     """Until the page has shown more pictures than `before`."""
-    page.wait_for_function("before => Number(document.getElementById('sprint-frame').dataset.shown || 0) > before", arg=before)
+    page.wait_for_function(
+        "before => Number(document.getElementById('sprint-frame').dataset.shown || 0) > before",
+        arg=before,
+    )
 
 
 def tab(page, name):

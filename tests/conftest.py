@@ -25,7 +25,11 @@ os.environ.setdefault("XLA_FLAGS", QUICK)
 ROOT = pathlib.Path(__file__).parent.parent
 SMOKE = "--config=configs/sprint.py:smoke"
 # Of a teacher that is first trained as the original SANA was.
-OLD_STYLE = ("--config.teacher.base_qk_norm=False", "--config.teacher.base_time_scale=1000.0", "--config.teacher.finetune_steps=4")
+OLD_STYLE = (
+    "--config.teacher.base_qk_norm=False",
+    "--config.teacher.base_time_scale=1000.0",
+    "--config.teacher.finetune_steps=4",
+)
 TINY = (SMOKE, *OLD_STYLE)
 
 
@@ -66,7 +70,13 @@ def command(common):
         after = f"import runpy\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
         what = ("-c", f"{textwrap.dedent(before)}\n{after}") if before else ("-m", module)
         words = [sys.executable, *what, *map(str, flags)]
-        options = dict(cwd=ROOT, env=shared | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        options = dict(
+            cwd=ROOT,
+            env=shared | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         if background:
             return subprocess.Popen(words, **options)
         return subprocess.run(words, **options, timeout=600)
@@ -83,7 +93,9 @@ def finished(command, common):
 @pytest.fixture(scope="session")
 def sketched(command, common):
     """As `finished`, of a student with a ControlNet."""
-    return _run_once(command, common / "sketched", "--config=configs/controlnet.py:smoke", *OLD_STYLE)
+    return _run_once(
+        command, common / "sketched", "--config=configs/controlnet.py:smoke", *OLD_STYLE
+    )
 
 
 def _run_once(command, workdir, *flags):

@@ -40,9 +40,11 @@ def directions(f, primals, tangents, cotangent, scan=True):
     def run(primals, tangents, cotangent):
         scales = jnp.ones(len(primals), primals[0].dtype)
         return (
-            jax.jvp(f, primals, tangents), jax.vjp(f, *primals)[1](cotangent), jax.grad(scm)(scales) if scan else (),
+            jax.jvp(f, primals, tangents),
+            jax.vjp(f, *primals)[1](cotangent),
+            jax.grad(scm)(scales) if scan else (),
             jax.jvp(lambda x: f(x, *primals[1:]), primals[:1], tangents[:1])[1],
-        )  # fmt: skip
+        )
 
     return jax.device_get(jax.jit(run)(primals, tangents, cotangent))
 
@@ -52,12 +54,18 @@ def linear_case(seed, batch, tokens, heads, head, norm, dtype=np.float32):
     q, k, v, dq, dk, dv, g = normals(seed, *((batch, tokens, width),) * 7)
     weights = tuple(1 + 0.3 * w for w in normals(seed + 1, *((width,),) * 4)) if norm else ()
     cast = lambda arrays: tuple(jnp.asarray(a, dtype) for a in arrays)
-    return (*cast((q, k, v)), *weights[:2]), (*cast((dq, dk, dv)), *weights[2:]), jnp.asarray(g, dtype)
+    return (
+        (*cast((q, k, v)), *weights[:2]),
+        (*cast((dq, dk, dv)), *weights[2:]),
+        jnp.asarray(g, dtype),
+    )
 
 
 def linear(function, heads, **options):
     def f(q, k, v, norm_q=None, norm_k=None):
-        return function(jnp.concatenate((q, k, v), -1), norm_q, norm_k, heads=heads, eps=EPS, **options)
+        return function(
+            jnp.concatenate((q, k, v), -1), norm_q, norm_k, heads=heads, eps=EPS, **options
+        )
 
     return f
 

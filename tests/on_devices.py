@@ -41,7 +41,9 @@ def batch(c):
     rng = np.random.default_rng(0)
     shapes = inputs.abstract_batch(c, BATCH)
     made = {k: rng.standard_normal(a.shape).astype(np.float32) for k, a in shapes.items()}
-    return made | {"mask": (np.arange(c.text.length) < 5 + np.arange(BATCH)[:, None] % 8).astype(np.float32)}
+    return made | {
+        "mask": (np.arange(c.text.length) < 5 + np.arange(BATCH)[:, None] % 8).astype(np.float32)
+    }
 
 
 def relative(a, b):
@@ -51,7 +53,9 @@ def relative(a, b):
     makes as large as any other update.
     """
     worst = 0.0
-    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+    ):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if x.size and not re.search("conv_(in|mid)/bias", name):
             x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
@@ -78,14 +82,17 @@ def stepped(stage, mesh, one_batch, moved):
         results.append(jax.device_get((metrics, state)))
     bytes_ = [a.size * a.dtype.itemsize for a in jax.tree.leaves(placed.state)]
     measured = {
-        "share": sharding.per_device_bytes(placed.state) / sum(bytes_), "gathered": gathered / max(bytes_),
-    }  # fmt: skip
+        "share": sharding.per_device_bytes(placed.state) / sum(bytes_),
+        "gathered": gathered / max(bytes_),
+    }
     return results, measured
 
 
 def randomised(tree):
     rng = np.random.default_rng(1)
-    move = lambda a: a + (0.05 * rng.standard_normal(a.shape)).astype(a.dtype) if a.dtype == np.float32 else a
+    move = lambda a: (
+        a + (0.05 * rng.standard_normal(a.shape)).astype(a.dtype) if a.dtype == np.float32 else a
+    )
     return jax.tree.map(move, jax.tree.map(np.asarray, tree))
 
 
@@ -96,7 +103,11 @@ def main():
     one = sharding.mesh(1, 1, jax.devices()[:1])
     teacher = randomised(jax.jit(build.teacher(c).init)(jax.random.key(0)))
     stages = {
-        "teacher": run.teacher_stages(dataclasses.replace(c, teacher=dataclasses.replace(c.teacher, pretrained="")), data, None)[0](None),
+        "teacher": run.teacher_stages(
+            dataclasses.replace(c, teacher=dataclasses.replace(c.teacher, pretrained="")),
+            data,
+            None,
+        )[0](None),
         "sprint": run.sprint_stage(c, data, teacher),
     }
     found = {}

@@ -36,12 +36,16 @@ def test_weights_are_the_mean_and_the_folder_is_a_model(command, tmp_path):
     changed(runs[1], "model", unroll=2, dtype="bfloat16")
     changed(runs[2], "sprint", steps=14)
     made = tmp_path / "made"
-    result = command("sprint_jax.average", f"--runs={','.join(map(str, runs))}", f"--averaged={made}")
+    result = command(
+        "sprint_jax.average", f"--runs={','.join(map(str, runs))}", f"--averaged={made}"
+    )
     assert result.returncode == 0 and "mean of 3 students" in result.stdout, result.stderr[-2000:]
     each = [weights.flatten(pipeline.read_student(r)[1]) for r in runs]
     found = weights.flatten(pipeline.read_student(made)[1])
     for name, value in found.items():
-        np.testing.assert_allclose(value, np.mean([np.float64(e[name]) for e in each], axis=0), rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(
+            value, np.mean([np.float64(e[name]) for e in each], axis=0), rtol=1e-6, atol=1e-9
+        )
     assert pipeline.read_student(made)[2] == pipeline.read_student(runs[0])[2]
     before = sorted(p.name for p in made.iterdir())
     again = command("sprint_jax.average", f"--runs={runs[0]},{runs[1]}", f"--averaged={made}")
@@ -80,5 +84,11 @@ def test_refuses_a_controlnet_trained_in_the_run(tmp_path):
 def test_says_what_is_missing(command, tmp_path):
     one = command("sprint_jax.average", f"--runs={tmp_path}", f"--averaged={tmp_path / 'made'}")
     assert one.returncode == 2 and "two or more" in one.stderr
-    none = command("sprint_jax.average", f"--runs={tmp_path},{tmp_path}", f"--averaged={tmp_path / 'made'}")
-    assert none.returncode == 2 and "no config.json" in none.stderr and not (tmp_path / "made").exists()
+    none = command(
+        "sprint_jax.average", f"--runs={tmp_path},{tmp_path}", f"--averaged={tmp_path / 'made'}"
+    )
+    assert (
+        none.returncode == 2
+        and "no config.json" in none.stderr
+        and not (tmp_path / "made").exists()
+    )

@@ -27,8 +27,14 @@ def refused(result, *words):
         (["--config=configs/sprint.py:nonsense"], ["nonsense", "shapes"]),
         (["--config=configs/absent.py"], ["absent.py"]),
         ([], ["--config"]),
-        ([*TINY, "--config.sprint.stepz=4"], ['unknown config key config.sprint.stepz: Did you mean "steps" instead of "stepz"?']),
-        ([*TINY, "--config.sprint.nope=4"], ["unknown config key config.sprint.nope: see the config file"]),
+        (
+            [*TINY, "--config.sprint.stepz=4"],
+            ['unknown config key config.sprint.stepz: Did you mean "steps" instead of "stepz"?'],
+        ),
+        (
+            [*TINY, "--config.sprint.nope=4"],
+            ["unknown config key config.sprint.nope: see the config file"],
+        ),
         ([*TINY, "--config.nope.steps=4"], ["unknown config key config.nope.steps"]),
         ([*TINY, "--config.sprint.steps=many"], ["steps"]),
         ([*TINY, "--nonsense=1"], ["nonsense"]),
@@ -59,29 +65,51 @@ def test_main_refuses(command, flags, words):
     ],
 )
 def test_sample_refuses(finished, command, tmp_path, flags, words):
-    result = command("sprint_jax.sample", f"--model={finished}", f"--out={tmp_path / 'out'}", *flags)
+    result = command(
+        "sprint_jax.sample", f"--model={finished}", f"--out={tmp_path / 'out'}", *flags
+    )
     refused(result, *words)
     assert not list(tmp_path.glob("out/*.png")) and not (tmp_path / "out/manifest.jsonl").exists()
 
 
 _PLUGIN = importlib.util.find_spec("jax_cuda12_plugin")
-_CUDA = pytest.param("cuda", marks=pytest.mark.skipif(_PLUGIN is not None, reason="there is a plug-in for CUDA here, and JAX logs what that says"))
+_CUDA = pytest.param(
+    "cuda",
+    marks=pytest.mark.skipif(
+        _PLUGIN is not None, reason="there is a plug-in for CUDA here, and JAX logs what that says"
+    ),
+)
 
 
 @pytest.mark.parametrize("platforms", [_CUDA, "nonsense"])
-def test_devices_that_are_not_here_are_told_by_their_variable(finished, command, tmp_path, platforms):
+def test_devices_that_are_not_here_are_told_by_their_variable(
+    finished, command, tmp_path, platforms
+):
     for module, flags in (
-        ("sprint_jax.sample", [f"--model={finished}", "--prompt=a circle", f"--out={tmp_path}"]), ("sprint_jax.main", [*TINY, f"--workdir={tmp_path / 'run'}"]),
-    ):  # fmt: skip
-        refused(command(module, *flags, environment={"JAX_PLATFORMS": platforms}), f"JAX_PLATFORMS={platforms}", "cpu")
+        ("sprint_jax.sample", [f"--model={finished}", "--prompt=a circle", f"--out={tmp_path}"]),
+        ("sprint_jax.main", [*TINY, f"--workdir={tmp_path / 'run'}"]),
+    ):
+        refused(
+            command(module, *flags, environment={"JAX_PLATFORMS": platforms}),
+            f"JAX_PLATFORMS={platforms}",
+            "cpu",
+        )
 
 
-@pytest.mark.parametrize("error", [RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 69017779152 bytes."), MemoryError("Unable to allocate 1 TiB")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 69017779152 bytes."),
+        MemoryError("Unable to allocate 1 TiB"),
+    ],
+)
 def test_no_memory_is_one_line_with_a_remedy(capsys, error):
     with pytest.raises(SystemExit), cli.user_errors():
         raise error
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and all(word in line for word in ("error: out of memory", str(error), "--batch_size=1", "--tile"))
+    assert line.count("\n") == 1 and all(
+        word in line for word in ("error: out of memory", str(error), "--batch_size=1", "--tile")
+    )
 
 
 def test_other_errors_keep_their_traceback():
@@ -95,17 +123,33 @@ def test_other_errors_keep_their_traceback():
         (["--to_file={tmp}"], ["--to_file=", "is a folder"]),
         (["--to_file=/proc/q.safetensors"], ["/proc/q.safetensors"]),
         (["--to_file=/proc/none/q.safetensors"], ["/proc/none/q.safetensors"]),
-        (["--to_file={tmp}/a.safetensors", "--stage=control"], ["--stage=control", "teacher, finetune, sprint"]),
+        (
+            ["--to_file={tmp}/a.safetensors", "--stage=control"],
+            ["--stage=control", "teacher, finetune, sprint"],
+        ),
     ],
 )
 def test_extract_refuses(finished, command, tmp_path, flags, words):
-    refused(command("sprint_jax.extract", f"--run_dir={finished}", *(flag.format(tmp=tmp_path) for flag in flags)), *words)
+    refused(
+        command(
+            "sprint_jax.extract",
+            f"--run_dir={finished}",
+            *(flag.format(tmp=tmp_path) for flag in flags),
+        ),
+        *words,
+    )
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "module, flags",
-    [("report", "run_dir"), ("extract", "run_dir stage"), ("ablate", "workdir suite"), ("plan", "config topology"), ("main", "config workdir processes")],
+    [
+        ("report", "run_dir"),
+        ("extract", "run_dir stage"),
+        ("ablate", "workdir suite"),
+        ("plan", "config topology"),
+        ("main", "config workdir processes"),
+    ],
 )
 def test_help_shows_the_flags_that_a_command_needs(command, module, flags):
     shown = command(f"sprint_jax.{module}", "--help").stdout
@@ -133,10 +177,16 @@ def test_loading_something_else(finished, tmp_path):
     with pytest.raises(UserError, match="has no student.safetensors yet"):
         pipeline.load(tmp_path)
     (tmp_path / "transformer").mkdir()
-    (tmp_path / "transformer/config.json").write_text(json.dumps({"_class_name": "SanaTransformer2DModel", "num_layers": 28}))
-    with pytest.raises(UserError, match=f"one part of a published model: give the folder above it, {tmp_path}$"):
+    (tmp_path / "transformer/config.json").write_text(
+        json.dumps({"_class_name": "SanaTransformer2DModel", "num_layers": 28})
+    )
+    with pytest.raises(
+        UserError, match=f"one part of a published model: give the folder above it, {tmp_path}$"
+    ):
         pipeline.load(tmp_path / "transformer")
-    (tmp_path / "student.safetensors").write_bytes((finished / "student.safetensors").read_bytes()[:1000])
+    (tmp_path / "student.safetensors").write_bytes(
+        (finished / "student.safetensors").read_bytes()[:1000]
+    )
     with pytest.raises(UserError, match="not a readable safetensors"):
         pipeline.load(tmp_path)
 
@@ -178,7 +228,9 @@ def test_checkpoint_of_another_shape(tmp_path):
 
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for abstract in ({"w": (4,)}, {"w": (3,), "more": (2,)}):
-        target = {k: jax.ShapeDtypeStruct(s, jnp.float32, sharding=sharding) for k, s in abstract.items()}
+        target = {
+            k: jax.ShapeDtypeStruct(s, jnp.float32, sharding=sharding) for k, s in abstract.items()
+        }
         with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
             with pytest.raises(UserError, match="does not fit the config"):
                 checkpoints.restore_newest(target)

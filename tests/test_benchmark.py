@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from sprint_jax.benchmarking import bench as bench_lib
-from sprint_jax.benchmarking import floors, machine, operations, rows, subjects, suites, timing, training
+from sprint_jax.benchmarking import (
+    floors,
+    machine,
+    operations,
+    rows,
+    subjects,
+    suites,
+    timing,
+    training,
+)
 from sprint_jax.kernels import backend, cross_attention, linear_attention
 from sprint_jax.models import dc_ae, linear_dit
 from sprint_jax.models.gemma2 import GEMMA2_2B
@@ -31,7 +40,8 @@ def near(value):
 
 
 @pytest.mark.parametrize(
-    "model,gigaflop,weights,activations", [(SANA_600M, 1121, 1.18e9, 2.6e9), (SANA_1600M, 2967, 3.21e9, 3.7e9)]
+    "model,gigaflop,weights,activations",
+    [(SANA_600M, 1121, 1.18e9, 2.6e9), (SANA_1600M, 2967, 3.21e9, 3.7e9)],
 )
 def test_transformer_floor(model, gigaflop, weights, activations):
     work = floors.transformer(model, 1024, 300, itemsize=2)
@@ -50,17 +60,25 @@ def test_decoder_floor():
     assert decode().flop == near(8369e9 - 5 / 9 * ups)
     assert floors.parameters(dc_ae.DCAE_F32C32, "decoder") == near(159e6)
     # Everything happens per latent cell.
-    assert floors.decoder(dc_ae.DCAE_F32C32, 16, 16, itemsize=2).flop == pytest.approx(decode().flop / 4)
+    assert floors.decoder(dc_ae.DCAE_F32C32, 16, 16, itemsize=2).flop == pytest.approx(
+        decode().flop / 4
+    )
 
 
 def test_text_floor():
     assert floors.gemma(GEMMA2_2B, 300, itemsize=2).flop == near(1234e9)
     assert floors.gemma(GEMMA2_2B, 512, itemsize=2).flop == near(2129e9)
     behind = floors.gemma(GEMMA2_2B, 312, prefix=200, itemsize=2).flop
-    assert behind < floors.gemma(GEMMA2_2B, 512, itemsize=2).flop - floors.gemma(GEMMA2_2B, 200, itemsize=2).flop
+    assert (
+        behind
+        < floors.gemma(GEMMA2_2B, 512, itemsize=2).flop
+        - floors.gemma(GEMMA2_2B, 200, itemsize=2).flop
+    )
 
 
-@pytest.mark.parametrize("model,generator,discriminator", [(SANA_600M, 11.9, 4.48), (SANA_1600M, 33.5, 15.44)])
+@pytest.mark.parametrize(
+    "model,generator,discriminator", [(SANA_600M, 11.9, 4.48), (SANA_1600M, 33.5, 15.44)]
+)
 def test_training_floor(model, generator, discriminator):
     """TFLOP a sample, the tangent sharing its value with the pass that is differentiated."""
     made = lambda step: step(model, 1024, 300, HEADS, batch=16, itemsize=2).flop / 16e12
@@ -73,13 +91,28 @@ def test_floor_is_the_slower_of_arithmetic_and_memory():
     assert floors.seconds(floors.Work(200.0, 10.0), rates) == 2.0
     assert floors.seconds(floors.Work(200.0, 50.0), rates) == 5.0
     # The published one-step picture at 300 text tokens on an H200: 13.6 ms with plain up-convolutions.
-    stages = floors.transformer(SANA_600M, 1024, 300, itemsize=2), floors.gemma(GEMMA2_2B, 300, itemsize=2)
-    total = stages[0] + stages[1] + floors.decoder(dc_ae.DCAE_F32C32, 32, 32, itemsize=2, subpixel=False)
+    stages = (
+        floors.transformer(SANA_600M, 1024, 300, itemsize=2),
+        floors.gemma(GEMMA2_2B, 300, itemsize=2),
+    )
+    total = (
+        stages[0]
+        + stages[1]
+        + floors.decoder(dc_ae.DCAE_F32C32, 32, 32, itemsize=2, subpixel=False)
+    )
     assert total.flop / floors.H200_BFLOAT16.flop == pytest.approx(13.6e-3, rel=5e-3)
 
 
 TINY = dataclasses.replace(
-    SANA_600M, in_channels=8, width=32, depth=2, heads=4, cross_heads=2, text_dim=36, remat="none", dtype="float32"
+    SANA_600M,
+    in_channels=8,
+    width=32,
+    depth=2,
+    heads=4,
+    cross_heads=2,
+    text_dim=36,
+    remat="none",
+    dtype="float32",
 )
 _BLOCKS = [dc_ae.RESIDUAL] * 3 + [dc_ae.EFFICIENT_VIT] * 3
 _STAGES = tuple(
@@ -87,8 +120,13 @@ _STAGES = tuple(
     for c, block in zip((8, 16, 16, 16, 32, 32), _BLOCKS, strict=True)
 )
 TINY_AE = dc_ae.DCAE(
-    in_channels=3, latent_channels=8, head_dim=8, encoder=_STAGES, decoder=_STAGES, scaling_factor=0.4
-)  # fmt: skip
+    in_channels=3,
+    latent_channels=8,
+    head_dim=8,
+    encoder=_STAGES,
+    decoder=_STAGES,
+    scaling_factor=0.4,
+)
 
 
 def array(*shape):
@@ -99,8 +137,12 @@ def test_floors_count_what_the_programs_do():
     """The formulas against the traced operations of networks of other shapes."""
     params = jax.eval_shape(TINY.init, jax.random.key(0))
     run = lambda *args: TINY.apply(*args).velocity
-    counted = flops.count(run, params, array(3, 5, 5, 8), array(3), array(3, 7, 36), array(3, 7), array(3))
-    assert floors.transformer(TINY, 25, 7, batch=3, itemsize=4).flop == pytest.approx(counted.multiplied, rel=0.02)
+    counted = flops.count(
+        run, params, array(3, 5, 5, 8), array(3), array(3, 7, 36), array(3, 7), array(3)
+    )
+    assert floors.transformer(TINY, 25, 7, batch=3, itemsize=4).flop == pytest.approx(
+        counted.multiplied, rel=0.02
+    )
     params = jax.eval_shape(TINY_AE.init, jax.random.key(0))
     counted = flops.count(TINY_AE.decode, params, array(2, 8, 8, 8))
     # The sub-pixel convolutions make one row and one column more than they need.
@@ -115,7 +157,9 @@ def test_attention_floors_count_what_the_programs_do(derivative):
     tokens, weights = array(2, 64, 96), jnp.ones(32)
     plain = lambda qkv: linear_attention.plain(qkv, weights, weights, heads=4, eps=1e-5)
     counted = flops.count(derive(plain, 1), tokens, tokens).multiplied
-    assert floors.linear_attention(64, 32, 8, batch=2, itemsize=4).flop * times[2] == pytest.approx(counted, rel=0.15)
+    assert floors.linear_attention(64, 32, 8, batch=2, itemsize=4).flop * times[2] == pytest.approx(
+        counted, rel=0.15
+    )
     texts = [array(2, 64, 4, 8), array(2, 24, 4, 8), array(2, 24, 4, 8)]
     plain = lambda q, k, v: cross_attention.plain(q, k, v, jnp.ones((2, 24)))
     forward = floors.cross_attention(64, 24, 32, batch=2, itemsize=4).flop
@@ -154,7 +198,11 @@ def test_short_calls_are_repeated_back_to_back():
     clock, call, order = scripted({"a": [9.0, 0.5, *[0.25] * 8]})
     times = timing.alternate({"a": timing.Program({"": call("a")})}, 2, shortest=2.0, clock=clock)
     assert times["a"].total == [0.25, 0.25] and len(order) == 10
-    assert timing.burst(0.3, 1.0) == 4 and timing.burst(5.0, 1.0) == 1 and timing.burst(0.0, 1.0) == 200
+    assert (
+        timing.burst(0.3, 1.0) == 4
+        and timing.burst(5.0, 1.0) == 1
+        and timing.burst(0.0, 1.0) == 200
+    )
 
 
 def test_a_program_of_several_calls_is_their_sum():
@@ -172,7 +220,19 @@ def test_rows_hold_what_was_promised(tmp_path):
     alone = rows.filled(rows.empty("y", WHERE), ours, None)
     rows.write(tmp_path / "rows.json", [row, alone])
     first, second = json.loads((tmp_path / "rows.json").read_text())
-    promised = {"name", "device", "ours_s", "peer", "peer_s", "ratio", "floor_s", "spread", "jax", "commit", "error"}
+    promised = {
+        "name",
+        "device",
+        "ours_s",
+        "peer",
+        "peer_s",
+        "ratio",
+        "floor_s",
+        "spread",
+        "jax",
+        "commit",
+        "error",
+    }
     assert promised <= first.keys() == second.keys()
     assert first["ratio"] == 0.6 and first["floor_s"] == 1.5 and first["error"] is None
     assert second["peer"] is second["peer_s"] is second["ratio"] is second["floor_s"] is None
@@ -201,18 +261,34 @@ def test_failures_are_rows_and_the_rest_goes_on():
 
     def case(*peers):
         work = floors.Work(2e9, 0.0)
-        return bench_lib.Case("c", lambda bench: bench_lib.Subject(still([3.0, 4.0]), 0.5, "float32", work, peers))
+        return bench_lib.Case(
+            "c", lambda bench: bench_lib.Subject(still([3.0, 4.0]), 0.5, "float32", work, peers)
+        )
 
     def measured(*peers):
         return bench_lib.measure(case(*peers), bench())
 
     good = "good", lambda: still([3.0, 5.0])
     failed, whole = measured(("bad", broken), good)
-    assert failed.error == "RuntimeError: out of memory" and failed.ours_s is not None and failed.peer_s is None
-    assert whole.error is None and whole.ratio is not None and whole.floor_s == 2.0 and whole.compile_s == 0.5
+    assert (
+        failed.error == "RuntimeError: out of memory"
+        and failed.ours_s is not None
+        and failed.peer_s is None
+    )
+    assert (
+        whole.error is None
+        and whole.ratio is not None
+        and whole.floor_s == 2.0
+        and whole.compile_s == 0.5
+    )
     assert whole.difference == pytest.approx(1 / 34**0.5)
     (alone,) = measured(("one", absent), ("two", absent))
-    assert alone.peer is None and alone.note == "no peer: nothing here" and alone.error is None and alone.ours_s is not None
+    assert (
+        alone.peer is None
+        and alone.note == "no peer: nothing here"
+        and alone.error is None
+        and alone.ours_s is not None
+    )
     (gone,) = bench_lib.measure(bench_lib.Case("c", lambda bench: broken()), bench())
     assert gone.error == "RuntimeError: out of memory" and gone.ours_s is None
 
@@ -229,19 +305,29 @@ def test_a_peer_that_fails_late_leaves_ours():
     def later(count):
         order.append("peer")
         calls = iter(range(count))
-        return timing.Program({"": timing.Call(lambda: next(calls), lambda r: None)}, lambda: np.array([1.0]))
+        return timing.Program(
+            {"": timing.Call(lambda: next(calls), lambda r: None)}, lambda: np.array([1.0])
+        )
 
     def never():
         raise RuntimeError("no memory for a step")
 
-    steps = {"generator": timing.Call(lambda: None, lambda r: None), "discriminator": timing.Call(never, lambda r: None)}
+    steps = {
+        "generator": timing.Call(lambda: None, lambda r: None),
+        "discriminator": timing.Call(never, lambda r: None),
+    }
     subject = bench_lib.Subject(
-        timing.Program({"": timing.Call(lambda: None, lambda r: None)}, ours), 0.5, "float32", None,
+        timing.Program({"": timing.Call(lambda: None, lambda r: None)}, ours),
+        0.5,
+        "float32",
+        None,
         (("two steps", lambda: timing.Program(steps)), ("tires", lambda: later(1))),
-    )  # fmt: skip
+    )
     second, tired = bench_lib.measure(bench_lib.Case("c", lambda bench: subject), bench())
     assert order == ["ours", "peer"]
-    assert second.error == "RuntimeError: no memory for a step" and tired.error.startswith("StopIteration")
+    assert second.error == "RuntimeError: no memory for a step" and tired.error.startswith(
+        "StopIteration"
+    )
     assert None not in (second.ours_s, tired.ours_s) and second.peer_s is tired.peer_s is None
 
 
@@ -251,8 +337,13 @@ def test_operations_are_summed_by_name():
     found = operations.summary(events, runs=2)
     assert (found.busy, found.wall) == (4.5 / 2, 7.0 / 2)
     assert found.waits == (2.0, 0.5)
-    assert found.operations == (operations.Operation("a", 1.5, 1.0), operations.Operation("b", 1.25, 1.0))
-    assert "| a | 1.5e+03 | 66.7% | 1 |" in operations.table(found, 1) and "| b |" not in operations.table(found, 1)
+    assert found.operations == (
+        operations.Operation("a", 1.5, 1.0),
+        operations.Operation("b", 1.25, 1.0),
+    )
+    assert "| a | 1.5e+03 | 66.7% | 1 |" in operations.table(
+        found, 1
+    ) and "| b |" not in operations.table(found, 1)
     with pytest.raises(ValueError, match="no operation"):
         operations.summary([], 1)
 
@@ -262,10 +353,15 @@ def test_operations_of_a_program_are_told():
     a = jax.random.normal(jax.random.key(0), (600, 600))
     f, told = jax.jit(lambda a: (a @ a).sum()), []
     subject = lambda bench: bench_lib.Subject(bench_lib.program(f, a), None, "float32", None)
-    (row,) = bench_lib.measure(bench_lib.Case("product", subject), bench(operations=3, say=told.append))
+    (row,) = bench_lib.measure(
+        bench_lib.Case("product", subject), bench(operations=3, say=told.append)
+    )
     assert row.error is None and len(told) == 1 and told[0].startswith("product: device busy")
     found = operations.profile(lambda: jax.block_until_ready(f(a)), runs=4)
-    assert found.operations[0].count == pytest.approx(1, abs=0.3) and found.operations[0].seconds > 0.3 * found.busy
+    assert (
+        found.operations[0].count == pytest.approx(1, abs=0.3)
+        and found.operations[0].seconds > 0.3 * found.busy
+    )
     assert not [o for o in found.operations if "Execute" in o.name or "python" in o.name]
 
 
@@ -285,8 +381,16 @@ def test_peers_that_are_missing_are_a_sentence():
 def test_suites_have_the_names_that_others_look_for():
     names = {case.name for case in suites.cpu()}
     assert {"transformer_0.6b", "dcae_decode_512", "sprint_pair_embedded"} <= names
-    assert {"transformer_0.6b", "dcae_decode_512", "sprint_pair_embedded"} <= {case.name for case in suites.gpu()}
-    for suite in (suites.cpu(), suites.gpu(), suites.kernels("cpu"), suites.kernels("gpu"), suites.kernels("tpu")):
+    assert {"transformer_0.6b", "dcae_decode_512", "sprint_pair_embedded"} <= {
+        case.name for case in suites.gpu()
+    }
+    for suite in (
+        suites.cpu(),
+        suites.gpu(),
+        suites.kernels("cpu"),
+        suites.kernels("gpu"),
+        suites.kernels("tpu"),
+    ):
         assert len({case.name for case in suite}) == len(suite)
 
 
@@ -311,10 +415,20 @@ def test_bad_flags_are_one_line(command, tmp_path):
 @pytest.mark.slow
 def test_the_command_writes_its_rows(command, tmp_path):
     out = tmp_path / "rows.json"
-    result = command("sprint_jax.benchmark", "--suite=kernels", "--only=linear_attention_0.6b_1024_forward*", "--repeats=1", f"--out={out}")
+    result = command(
+        "sprint_jax.benchmark",
+        "--suite=kernels",
+        "--only=linear_attention_0.6b_1024_forward*",
+        "--repeats=1",
+        f"--out={out}",
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     (row,) = json.loads(out.read_text())
-    assert row["name"] == "linear_attention_0.6b_1024_forward_batch1" and row["ours_s"] > 0 and row["floor_s"] > 0
+    assert (
+        row["name"] == "linear_attention_0.6b_1024_forward_batch1"
+        and row["ours_s"] > 0
+        and row["floor_s"] > 0
+    )
     assert "| linear_attention_0.6b_1024_forward_batch1 |" in result.stdout
 
 
@@ -335,13 +449,18 @@ def difference(case):
 
 
 def test_peers_of_the_components(one_thread):
-    assert difference(lambda b: subjects.transformer(b, TINY, 4, dtype="float32", tokens=9, batch=2)) < 1e-5
+    assert (
+        difference(lambda b: subjects.transformer(b, TINY, 4, dtype="float32", tokens=9, batch=2))
+        < 1e-5
+    )
     assert difference(lambda b: subjects.decoder(b, TINY_AE, 3, dtype="float32", batch=2)) < 1e-5
 
 
 def test_peer_of_the_whole_picture(one_thread):
     """Text behind its cached prefix against the padded full pass, two steps, decoder; pixels may round either way."""
-    text = dataclasses.replace(GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40)
+    text = dataclasses.replace(
+        GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40
+    )
     short = dict(dtype="float32", batch=2, prefix=5, tokens=7, published_tokens=12)
     assert difference(lambda b: subjects.picture(b, text, TINY, TINY_AE, 3, 2, **short)) < 1e-3
 
@@ -352,7 +471,9 @@ def test_layers_are_compiled_in_a_copy(monkeypatch):
     peers = pytest.importorskip("benchmarks.peers")
     seen = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: seen.append(module))
-    whole = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ModuleList([torch.nn.Linear(3, 3) for _ in range(2)]))
+    whole = torch.nn.Sequential(
+        torch.nn.Linear(2, 3), torch.nn.ModuleList([torch.nn.Linear(3, 3) for _ in range(2)])
+    )
     copied = peers._by_layer(whole, whole[1])
     assert seen == list(copied[1]) and not set(seen) & set(whole.modules())
     for mine, theirs in zip(copied.parameters(), whole.parameters(), strict=True):
@@ -361,38 +482,68 @@ def test_layers_are_compiled_in_a_copy(monkeypatch):
 
 def test_a_sketch_is_encoded_and_its_copies_are_counted(one_thread):
     """A ControlNet of one of two blocks: measured without a peer, with half a transformer more in the floor."""
-    text = dataclasses.replace(GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40)
+    text = dataclasses.replace(
+        GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40
+    )
     short = dict(dtype="float32", prefix=5, tokens=7)
-    with mock.patch.object(bench_lib, "compiled", return_value=(None, 0.0)):  # its work is said without
+    with mock.patch.object(
+        bench_lib, "compiled", return_value=(None, 0.0)
+    ):  # its work is said without
         plain = subjects.picture(bench(), text, TINY, TINY_AE, 3, 1, **short).work
     built = []
-    case = bench_lib.Case("c", lambda b: built.append(subjects.picture(b, text, TINY, TINY_AE, 3, 1, control_depth=1, **short)) or built[-1])
+    case = bench_lib.Case(
+        "c",
+        lambda b: (
+            built.append(subjects.picture(b, text, TINY, TINY_AE, 3, 1, control_depth=1, **short))
+            or built[-1]
+        ),
+    )
     (row,) = bench_lib.measure(case, bench())
     assert row.error is None and row.peer is None and row.ours_s > 0
-    copies = floors.transformer(dataclasses.replace(TINY, guidance_embed=False), 9, 8, itemsize=4, blocks=1)
+    copies = floors.transformer(
+        dataclasses.replace(TINY, guidance_embed=False), 9, 8, itemsize=4, blocks=1
+    )
     assert built[-1].work.flop == pytest.approx(plain.flop + copies.flop)
 
 
 def test_a_picture_by_kernels():
     """Transformer and autoencoder both; it has no peer. Fails when one of them stays plain, and when heads of the autoencoder are mixed."""
-    text = dataclasses.replace(GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40)
-    build = functools.partial(subjects.picture, bench(), text, TINY, TINY_AE, 3, 1, dtype="float32", prefix=5, tokens=7)
+    text = dataclasses.replace(
+        GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40
+    )
+    build = functools.partial(
+        subjects.picture, bench(), text, TINY, TINY_AE, 3, 1, dtype="float32", prefix=5, tokens=7
+    )
     with mock.patch.object(backend, "launch", wraps=backend.launch) as launch:
         plain, kernels = build(), build(attention="interpret")
     names = {call.kwargs["name"] for call in launch.call_args_list}
-    assert names == {"cross_attention", "linear_attention_state", "linear_attention_out"} and not kernels.peers
-    widths = {call.args[3]["out"].array.shape[-1] for call in launch.call_args_list if call.kwargs["name"] == "linear_attention_out"}
+    assert (
+        names == {"cross_attention", "linear_attention_state", "linear_attention_out"}
+        and not kernels.peers
+    )
+    widths = {
+        call.args[3]["out"].array.shape[-1]
+        for call in launch.call_args_list
+        if call.kwargs["name"] == "linear_attention_out"
+    }
     assert len(widths) > 1  # the transformer's and the autoencoder's
-    assert np.abs(plain.program.result().astype(int) - kernels.program.result().astype(int)).max() <= 1
+    assert (
+        np.abs(plain.program.result().astype(int) - kernels.program.result().astype(int)).max() <= 1
+    )
 
 
 def test_three_programs_make_the_same_picture():
     """With a ControlNet, whose sketch the autoencoder reads. Fails when one of them is given another's parameters."""
-    text = dataclasses.replace(GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40)
+    text = dataclasses.replace(
+        GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40
+    )
     short = dict(dtype="float32", prefix=5, tokens=7, control_depth=1)
     build = functools.partial(subjects.picture, bench(), text, TINY, TINY_AE, 3, 2, **short)
     one, three = build(), build(in_turn=True)
-    assert not three.peers and np.abs(one.program.result().astype(int) - three.program.result().astype(int)).max() <= 1
+    assert (
+        not three.peers
+        and np.abs(one.program.result().astype(int) - three.program.result().astype(int)).max() <= 1
+    )
 
 
 @pytest.mark.slow
@@ -403,12 +554,17 @@ def test_every_tile_gives_the_same(kernel):
     from benchmarks import tiles
 
     module, every = tiles.CHOICES[kernel]
-    choices = [choice for choice in every if not {"WARPS", "STAGES"} & set(choice)][:3]  # an interpreter has neither
+    choices = [choice for choice in every if not {"WARPS", "STAGES"} & set(choice)][
+        :3
+    ]  # an interpreter has neither
     if kernel == "depthwise":
         choices = [{}, {"ROWS": 8, "CHANNELS": (32, 16)}]
         assert all(choice in every for choice in choices)
     small = tiles.subject(kernel, "interpret", 1, tokens=324, text=150, width=288, hidden=128)
-    with mock.patch.object(backend, "launch", wraps=backend.launch) as launch, mock.patch.dict(tiles.CHOICES, {kernel: (module, choices)}):
+    with (
+        mock.patch.object(backend, "launch", wraps=backend.launch) as launch,
+        mock.patch.dict(tiles.CHOICES, {kernel: (module, choices)}),
+    ):
         found = tiles.search(kernel, small, lambda line: None, rounds=1, shortest=0)
     assert len(found) == len(choices) and all(len(of) == 3 for of in found.values())
     assert max(difference for of in found.values() for _, difference in of.values()) < 2e-2
@@ -428,7 +584,9 @@ def test_the_torch_pair_is_the_same_computation():
     names = ("generator", "loss", "grad_norm"), ("discriminator", "disc", "disc_grad_norm")
     ours = []
     for step, (_, *wanted) in zip(stage.functions, names, strict=True):
-        some = jax.jit(lambda *args, step=step, wanted=wanted: [step(*args)[1][name] for name in wanted])
+        some = jax.jit(
+            lambda *args, step=step, wanted=wanted: [step(*args)[1][name] for name in wanted]
+        )
         ours += some(state, frozen, batch)
     theirs = torch_pair.batch_of_ours(batch)
     for choice in torch_pair.CHOICES:
@@ -438,7 +596,9 @@ def test_the_torch_pair_is_the_same_computation():
             ("generator", pair.generator_loss, pair.trained),
             ("discriminator", pair.discriminator_loss, list(pair.heads.parameters())),
         ):
-            drawn = torch_pair.to_torch(torch_pair.draws_of_ours(c, 0, np.asarray(batch["latent"]), name))
+            drawn = torch_pair.to_torch(
+                torch_pair.draws_of_ours(c, 0, np.asarray(batch["latent"]), name)
+            )
             value = loss(theirs, drawn)
             gradients = torch.autograd.grad(value, parameters)
             made += [value.item(), torch.sqrt(sum(g.square().sum() for g in gradients)).item()]

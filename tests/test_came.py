@@ -13,11 +13,12 @@ from sprint_jax.training import came
 RULES = dict(factored=came.dit_factored, stacked=came.dit_stacked)
 SHAPES = {
     "blocks": {
-        "attn": {"kernel": (3, 5, 7), "bias": (3, 7)}, "scale_shift_table": (3, 6, 4),
+        "attn": {"kernel": (3, 5, 7), "bias": (3, 7)},
+        "scale_shift_table": (3, 6, 4),
         "conv_depth_kernel": (3, 3, 3, 4),
     },
     "outputs": {"proj": {"kernel": (6, 4), "bias": (4,)}, "scale_shift_table": (2, 4)},
-}  # fmt: skip
+}
 # Large then small: the first gradients are clipped, those far below the moments are not.
 SCALES = (1.0, 100.0, 0.01, 10.0, 1e-4, 1.0)
 # Every constant shows in the result.
@@ -73,7 +74,9 @@ def assert_close(moved, expected, start, tolerance=1e-5):
     assert np.abs(moved - expected).max() <= tolerance * np.abs(expected).max()
 
 
-DEFAULTS = dict(b1=0.9, b2=0.999, b3=0.9999, eps1=1e-30, eps2=1e-16, clip_threshold=1.0, weight_decay=0.0)
+DEFAULTS = dict(
+    b1=0.9, b2=0.999, b3=0.9999, eps1=1e-30, eps2=1e-16, clip_threshold=1.0, weight_decay=0.0
+)
 
 
 @pytest.mark.parametrize("given", [{}, UNUSUAL], ids=["defaults", "unusual"])
@@ -92,7 +95,9 @@ def test_steps_follow_the_formulas(given):
         if names[0] == "blocks":
             layers = start, np.asarray(end), grads
         for i in range(len(layers[0])):
-            one = formulas(layers[0][i], [g[i] for g in layers[2]], matrix, rates, **(DEFAULTS | given))
+            one = formulas(
+                layers[0][i], [g[i] for g in layers[2]], matrix, rates, **(DEFAULTS | given)
+            )
             assert_close(layers[1][i], one, layers[0][i])
 
     jax.tree_util.tree_map_with_path(check, params, result, *gradients)
@@ -111,7 +116,9 @@ def test_steps_are_the_packages(weight_decay):
         for k, p in theirs.items():
             p.grad = torch.tensor(g[k])
         optimizer.step()
-    tx = came.came(0.1, weight_decay=weight_decay, factored=came.dit_factored, stacked=lambda path, leaf: 0)
+    tx = came.came(
+        0.1, weight_decay=weight_decay, factored=came.dit_factored, stacked=lambda path, leaf: 0
+    )
     ours = descend(tx, start, gradients)
     for k in shapes:
         assert_close(ours[k], theirs[k].detach().double().numpy(), start[k])
@@ -159,12 +166,19 @@ def test_state_is_found_by_path_saved_and_restored(tmp_path):
     tx = came.came(0.1, **RULES)
     start = jax.jit(tx.init)(params)
     paths, _ = jax.tree_util.tree_flatten_with_path(start)
-    shapes = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in paths}
+    shapes = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in paths
+    }
     assert shapes == {
-        "count": (), "mu/outputs/kernel": (6, 4), "mu/outputs/bias": (4,), "nu/outputs/bias": (4,),
-        "row/outputs/kernel": (6,), "res_row/outputs/kernel": (6,),
-        "col/outputs/kernel": (4,), "res_col/outputs/kernel": (4,),
-    }  # fmt: skip
+        "count": (),
+        "mu/outputs/kernel": (6, 4),
+        "mu/outputs/bias": (4,),
+        "nu/outputs/bias": (4,),
+        "row/outputs/kernel": (6,),
+        "res_row/outputs/kernel": (6,),
+        "col/outputs/kernel": (4,),
+        "res_col/outputs/kernel": (4,),
+    }
     step = jax.jit(tx.update, donate_argnums=1)
     _, state = step(jax.tree.map(np.ones_like, params), start)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -172,7 +186,10 @@ def test_state_is_found_by_path_saved_and_restored(tmp_path):
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, params))
     assert jax.tree.structure(restored) == jax.tree.structure(state) and int(restored.count) == 1
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True)
+    )
 
 
 def test_rules_of_the_networks():
@@ -182,19 +199,27 @@ def test_rules_of_the_networks():
     block, inputs = state.row["blocks"], state.row["inputs"]
     assert block["attn1"]["to_qkv"]["kernel"].shape == (28, 1152)
     assert state.col["blocks"]["attn1"]["to_qkv"]["kernel"].shape == (28, 3 * 1152)
-    assert block["scale_shift_table"].shape == (28, 6) and state.row["outputs"]["scale_shift_table"].shape == (2,)
-    assert inputs["patch_embed"]["kernel"].shape == (32,) and inputs["logvar"]["kernel"].shape == (1152,)
+    assert block["scale_shift_table"].shape == (28, 6) and state.row["outputs"][
+        "scale_shift_table"
+    ].shape == (2,)
+    assert inputs["patch_embed"]["kernel"].shape == (32,) and inputs["logvar"]["kernel"].shape == (
+        1152,
+    )
     assert state.nu["blocks"]["ff"]["conv_depth_kernel"].shape == (28, 3, 3, 5 * 1152)
     assert state.nu["blocks"]["attn2"]["norm_q"]["weight"].shape == (28, 1152)
     # Every leaf has exactly one second moment, and full ones are left to one-dimensional layers and to stencils.
     leaves = lambda tree: len(jax.tree.leaves(tree))
     assert leaves(state.row) + leaves(state.nu) == leaves(params) == leaves(state.mu)
     for path, leaf in jax.tree_util.tree_flatten_with_path(state.nu)[0]:
-        assert leaf.ndim == 1 + (path[0].key == "blocks") or path[-1].key == "conv_depth_kernel", path
+        assert leaf.ndim == 1 + (path[0].key == "blocks") or path[-1].key == "conv_depth_kernel", (
+            path
+        )
 
     heads = ladd_heads.LADDHeads(width=8, count=2, dtype="float32")
     params, _ = jax.eval_shape(heads.init, jax.random.key(0))
-    state = jax.eval_shape(came.came(1.0, factored=came.heads_factored, stacked=came.heads_stacked).init, params)
+    state = jax.eval_shape(
+        came.came(1.0, factored=came.heads_factored, stacked=came.heads_stacked).init, params
+    )
     assert not jax.tree.leaves(state.row) and leaves(state.nu) == leaves(params)
     assert all(came.heads_stacked((), a) == 1 and a.shape[0] == 2 for a in jax.tree.leaves(params))
 

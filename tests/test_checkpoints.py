@@ -100,7 +100,12 @@ def test_damage_is_loud_and_the_one_before_is_used(folder, damage):
             state, step = checkpoints.restore_newest(abstract(tree(0)))
             assert step == 4
             assert_equal(state, tree(4))
-            assert len(said) == 1 and "WARNING" in said[0] and f"{folder}/8 is damaged" in said[0] and kept in said[0]
+            assert (
+                len(said) == 1
+                and "WARNING" in said[0]
+                and f"{folder}/8 is damaged" in said[0]
+                and kept in said[0]
+            )
             assert (folder / kept).is_dir() and not (folder / "8").exists()
             checkpoints.save(8, tree(8))
         state, step = restore(folder)
@@ -113,7 +118,9 @@ def test_changed_bits_that_the_format_does_not_see(folder, monkeypatch):
     from sprint_jax.training import checkpoints as module
 
     real = module.fingerprints
-    monkeypatch.setattr(module, "fingerprints", lambda state: real(state | {"w": state["w"].at[3, 5].add(1e-6)}))
+    monkeypatch.setattr(
+        module, "fingerprints", lambda state: real(state | {"w": state["w"].at[3, 5].add(1e-6)})
+    )
     with Checkpoints(folder, keep=3) as checkpoints:
         checkpoints.save(12, tree(12))
     monkeypatch.undo()
@@ -132,7 +139,11 @@ def test_who_could_not_read_takes_no_part_in_the_rest(folder, monkeypatch):
     answers = iter([True, False])  # of the newest, then of the one before
     real = module.fingerprints
     monkeypatch.setattr(module.hosts, "any_true", lambda mine: mine or next(answers))
-    monkeypatch.setattr(module, "fingerprints", lambda state: real(state) if next(answers, None) is None else together())
+    monkeypatch.setattr(
+        module,
+        "fingerprints",
+        lambda state: real(state) if next(answers, None) is None else together(),
+    )
     monkeypatch.setattr("orbax.checkpoint.CheckpointManager.restore", together)
     said = []
     state, step = restore(folder, said)
@@ -159,14 +170,19 @@ def test_other_data_are_refused_and_nothing_renamed(tmp_path):
     with Checkpoints(tmp_path, keep=2, data="drawn shapes") as checkpoints:
         checkpoints.save(4, tree(4))
     with Checkpoints(tmp_path, keep=2, data="a folder") as checkpoints:
-        with pytest.raises(UserError, match="4 was made from drawn shapes, the config now reads a folder: use the same data"):
+        with pytest.raises(
+            UserError,
+            match="4 was made from drawn shapes, the config now reads a folder: use the same data",
+        ):
             checkpoints.restore_newest(abstract(tree(0)))
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["4"]
 
 
 def test_restored_buffers_can_be_given_away(folder):
     state, _ = restore(folder)
-    jax.block_until_ready(jax.jit(lambda t: jax.tree.map(lambda a: a * 2, t), donate_argnums=0)(state))
+    jax.block_until_ready(
+        jax.jit(lambda t: jax.tree.map(lambda a: a * 2, t), donate_argnums=0)(state)
+    )
     assert state["w"].is_deleted() and state["half"].is_deleted()
 
 
@@ -180,7 +196,9 @@ def test_fingerprints_tell_values_apart():
         for bit in (0, 7, 15):
             bits = np.array(state[name]).view(kind).copy()
             bits.flat[-1] ^= kind(1 << bit)
-            changed = jnp.asarray(bits.view(np.asarray(state[name]).dtype).reshape(state[name].shape))
+            changed = jnp.asarray(
+                bits.view(np.asarray(state[name]).dtype).reshape(state[name].shape)
+            )
             assert fingerprints({name: changed})[name] != plain[name]
 
 
@@ -209,7 +227,9 @@ def test_full_disk(tmp_path, moment):
     result = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert result.returncode == 2, result.stderr[-3000:]
     lines = result.stderr.strip().splitlines()
-    assert lines[-1].startswith(f"error: cannot write a checkpoint in {tmp_path / 'c'}"), result.stderr[-3000:]
+    assert lines[-1].startswith(f"error: cannot write a checkpoint in {tmp_path / 'c'}"), (
+        result.stderr[-3000:]
+    )
     assert "checkpoint of step 4 is whole" in lines[-1]
     state, step = restore(tmp_path / "c", like={"w": jnp.zeros(2**18)})
     assert step == 4
@@ -242,7 +262,9 @@ def on_meshes(folder, out, counts):
 
     first = loop.Placed.on(stage, sharding.mesh(1, 8))
     start = on_devices.randomised(jax.jit(stage.start)(stage.frozen, stage.begun).params)
-    state = loop.place(jax.jit(stage.start)(stage.frozen, stage.begun).replace(params=start), first.state)
+    state = loop.place(
+        jax.jit(stage.start)(stage.frozen, stage.begun).replace(params=start), first.state
+    )
     state, _ = go_on(first, state)
     with Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(1, state)
@@ -254,22 +276,36 @@ def on_meshes(folder, out, counts):
         placed = loop.Placed.on(stage, sharding.mesh(*shape, jax.devices()[:count]))
         with Checkpoints(folder, keep=1) as checkpoints:
             restored, step = checkpoints.restore_newest(placed.state)
-        equal = all(a.tobytes() == b.tobytes() for a, b in zip(jax.tree.leaves(jax.device_get(restored)), jax.tree.leaves(saved)))
+        equal = all(
+            a.tobytes() == b.tobytes()
+            for a, b in zip(jax.tree.leaves(jax.device_get(restored)), jax.tree.leaves(saved))
+        )
         places = jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, placed.state)
         same_numbers = fingerprints(restored) == numbers
         _, metrics = go_on(placed, restored)
         found[count] = {
-            "step": step, "equal": equal, "placed": all(jax.tree.leaves(places)), "fingerprints": same_numbers,
-            "metrics": {k: [float(np.max(metrics[k])), float(np.max(expected[k]))] for k in ("disc", "disc_grad_norm")},
-        }  # fmt: skip
+            "step": step,
+            "equal": equal,
+            "placed": all(jax.tree.leaves(places)),
+            "fingerprints": same_numbers,
+            "metrics": {
+                k: [float(np.max(metrics[k])), float(np.max(expected[k]))]
+                for k in ("disc", "disc_grad_norm")
+            },
+        }
     out.write_text(json.dumps(found))
 
 
 @pytest.mark.parametrize(
-    "counts", [pytest.param("2", marks=pytest.mark.slow), pytest.param("1 2 4", marks=pytest.mark.long)]
+    "counts",
+    [pytest.param("2", marks=pytest.mark.slow), pytest.param("1 2 4", marks=pytest.mark.long)],
 )
 def test_eight_devices_to_fewer(tmp_path, counts):
-    simulated([ROOT / "tests/test_checkpoints.py", tmp_path / "c"], tmp_path / "found.json", *counts.split())
+    simulated(
+        [ROOT / "tests/test_checkpoints.py", tmp_path / "c"],
+        tmp_path / "found.json",
+        *counts.split(),
+    )
     found = json.loads((tmp_path / "found.json").read_text())
     assert list(found) == counts.split()
     for seen in found.values():

@@ -35,18 +35,38 @@ def folder(request, tmp_path_factory):
     torch.manual_seed(0)
     end = END if request.param == "own end token" else 2
     text = dict(
-        vocab_size=62, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=3,
-        max_position_embeddings=12, eos_token_id=end, bos_token_id=START, pad_token_id=END, hidden_act="quick_gelu",
-    )  # fmt: skip
-    vision = dict(
-        hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=7,
+        vocab_size=62,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        max_position_embeddings=12,
+        eos_token_id=end,
+        bos_token_id=START,
+        pad_token_id=END,
         hidden_act="quick_gelu",
-    )  # fmt: skip
-    model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
+    )
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=7,
+        hidden_act="quick_gelu",
+    )
+    model = transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    )
     fabricate.randomise(model, 0, 0.3).save_pretrained(path)
     file = path / "model.safetensors"  # the published file holds buffers of integers besides
-    buffers = {"text_model.embeddings.position_ids": np.arange(12)[None], "vision_model.embeddings.position_ids": np.arange(17)[None]}
-    safetensors.numpy.save_file(safetensors.numpy.load_file(file) | buffers, file, metadata={"format": "pt"})
+    buffers = {
+        "text_model.embeddings.position_ids": np.arange(12)[None],
+        "vision_model.embeddings.position_ids": np.arange(17)[None],
+    }
+    safetensors.numpy.save_file(
+        safetensors.numpy.load_file(file) | buffers, file, metadata={"format": "pt"}
+    )
     words().save_pretrained(path)
     return path
 
@@ -83,7 +103,9 @@ def test_image_features_match_transformers(folder, peer):
     images = np.random.RandomState(0).randint(0, 256, (3, 28, 28, 3)).astype(np.uint8)
     x = (images / 255 - np.array(clip_lib.MEAN)) / np.array(clip_lib.DEVIATION)
     with torch.no_grad():
-        expected = pooled(peer.get_image_features(torch.tensor(x, dtype=torch.float32).permute(0, 3, 1, 2)))
+        expected = pooled(
+            peer.get_image_features(torch.tensor(x, dtype=torch.float32).permute(0, 3, 1, 2))
+        )
     assert relative(clip.images(list(images)), expected) < 1e-5
     assert clip.logit_scale == pytest.approx(peer.logit_scale.item())
 
@@ -94,21 +116,35 @@ def test_score_of_pairs_matches_transformers(folder, peer, command, tmp_path):
     images = np.random.RandomState(1).randint(0, 256, (3, 28, 28, 3)).astype(np.uint8)
     x = (images / 255 - np.array(clip_lib.MEAN)) / np.array(clip_lib.DEVIATION)
     with torch.no_grad():
-        out = peer(input_ids=torch.tensor(clip.tokens(TEXTS)).long(), pixel_values=torch.tensor(x, dtype=torch.float32).permute(0, 3, 1, 2))
+        out = peer(
+            input_ids=torch.tensor(clip.tokens(TEXTS)).long(),
+            pixel_values=torch.tensor(x, dtype=torch.float32).permute(0, 3, 1, 2),
+        )
     (tmp_path / "pictures").mkdir()
     for i, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"pictures/{i:05d}.png")
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
     result = command(
-        "sprint_jax.evaluate", "--suite=clip", f"--folder={tmp_path / 'pictures'}", f"--prompts={tmp_path / 'prompts.txt'}",
-        f"--weights={folder}", "--scoring_batch=2", f"--out={tmp_path}",
-    )  # fmt: skip
+        "sprint_jax.evaluate",
+        "--suite=clip",
+        f"--folder={tmp_path / 'pictures'}",
+        f"--prompts={tmp_path / 'prompts.txt'}",
+        f"--weights={folder}",
+        "--scoring_batch=2",
+        f"--out={tmp_path}",
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     found = json.loads((tmp_path / "report-clip.json").read_text())
     scaled, logits = peer.logit_scale.exp().item(), out.logits_per_image.diagonal().mean().item()
     assert found["scores"]["clip_score"] == pytest.approx(logits, rel=1e-4)
-    assert found["scores"]["clip_score_torchmetrics"] == pytest.approx(max(100 * logits / scaled, 0), rel=1e-4)
-    assert found["protocol"]["weights_sha256"] == digest == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert found["scores"]["clip_score_torchmetrics"] == pytest.approx(
+        max(100 * logits / scaled, 0), rel=1e-4
+    )
+    assert (
+        found["protocol"]["weights_sha256"]
+        == digest
+        == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    )
 
 
 def test_preprocessing_matches_transformers():
@@ -118,7 +154,9 @@ def test_preprocessing_matches_transformers():
     for shape in ((301, 517, 3), (640, 333, 3), (100, 100, 3)):
         small = rng.randint(0, 256, (shape[0] // 8, shape[1] // 8, 3)).astype(np.uint8)
         image = np.asarray(Image.fromarray(small).resize((shape[1], shape[0])))
-        expected = np.asarray(processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
+        expected = np.asarray(
+            processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0]
+        ).transpose(1, 2, 0)
         found = extractors.clip_resize(image, 224)
         assert found.shape == (224, 224, 3)
         np.testing.assert_array_equal(found, expected)

@@ -70,7 +70,13 @@ def test_variables_win(start, tmp_path):
     assert where == str(tmp_path / "mine") and list((tmp_path / "mine").iterdir())
     _, where, _ = start(XDG_CACHE_HOME=str(tmp_path / "xdg"))
     assert where == str(tmp_path / "xdg/sprint_jax/xla") and not (tmp_path / "home/.cache").exists()
-    assert start(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "slow"), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="100")[0][0] == 0
+    assert (
+        start(
+            JAX_COMPILATION_CACHE_DIR=str(tmp_path / "slow"),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="100",
+        )[0][0]
+        == 0
+    )
     assert not list((tmp_path / "slow").glob("*-cache"))
 
 
@@ -85,7 +91,10 @@ def test_a_place_that_cannot_be_written(start, tmp_path):
     (tmp_path / "file").write_text("")
     counts, where, said = start(XDG_CACHE_HOME=str(tmp_path / "file"))
     assert where == "None" and len(said.splitlines()) == 1
-    assert said.startswith("warning: compiled programs are not kept, cannot write in") and "JAX_COMPILATION_CACHE_DIR" in said
+    assert (
+        said.startswith("warning: compiled programs are not kept, cannot write in")
+        and "JAX_COMPILATION_CACHE_DIR" in said
+    )
 
 
 def test_two_processes_share_it(tmp_path):
@@ -94,25 +103,43 @@ def test_two_processes_share_it(tmp_path):
     for name in [n for n in environment if n.startswith("JAX_") and n != "JAX_PLATFORMS"]:
         del environment[name]
     words = [sys.executable, "-c", PROGRAM.format(factor=5)]
-    options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    options = dict(
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     running = [subprocess.Popen(words, **options) for _ in range(2)]
     for process in running:
         _, said = process.communicate()
         assert process.returncode == 0 and said == ""
     result = subprocess.run(words, **options)
-    assert int(result.stdout.split()[0]) >= 1 and result.stdout.split()[1] == "0" and result.stderr == ""
+    assert (
+        int(result.stdout.split()[0]) >= 1
+        and result.stdout.split()[1] == "0"
+        and result.stderr == ""
+    )
 
 
 def test_sample_keeps_its_programs(finished, tmp_path):
     """The command as people run it, and one program of it, not a handful of small ones beside it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    words = [sys.executable, "-m", "sprint_jax.sample", f"--model={finished}", "--prompt=a circle", "--steps=1"]
-    result = subprocess.run([*words, f"--out={tmp_path / 'out'}"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    words = [
+        sys.executable,
+        "-m",
+        "sprint_jax.sample",
+        f"--model={finished}",
+        "--prompt=a circle",
+        "--steps=1",
+    ]
+    result = subprocess.run(
+        [*words, f"--out={tmp_path / 'out'}"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     kept = [entry.name for entry in (tmp_path / "cache/sprint_jax/xla").glob("*-cache")]
     assert len(kept) == 1 and kept[0].startswith("jit_sample-"), kept
-
 
 
 def test_without_a_bound_entries_stay(start, tmp_path):

@@ -29,7 +29,10 @@ def test_a_flat_picture_has_no_edges(colour):
     assert not conditions.gradient_edges(flat(colour)).any()
 
 
-@pytest.mark.parametrize("low, high", [(shapes.BLACK, (50, 90, 225)), ((16, 16, 20), (16, 16, 80)), ((0, 0, 0), (50, 0, 0))])
+@pytest.mark.parametrize(
+    "low, high",
+    [(shapes.BLACK, (50, 90, 225)), ((16, 16, 20), (16, 16, 80)), ((0, 0, 0), (50, 0, 0))],
+)
 def test_a_half_plane_has_one_line_on_its_bright_side(low, high):
     """Four half turns, and whichever side is bright."""
     images = flat(low)
@@ -45,7 +48,11 @@ def test_a_half_plane_has_one_line_on_its_bright_side(low, high):
 def test_thresholds_are_steps_in_levels():
     """A step of STRONG draws its whole line, one level less none. A line that fades goes on while it is above WEAK, and
     does not begin below STRONG."""
-    step = lambda heights: np.stack([np.where(np.arange(16) < 8, 0, h) for h in heights])[None, ..., None].repeat(3, -1).astype(np.uint8)
+    step = lambda heights: (
+        np.stack([np.where(np.arange(16) < 8, 0, h) for h in heights])[None, ..., None]
+        .repeat(3, -1)
+        .astype(np.uint8)
+    )
     count = lambda images: int((conditions.gradient_edges(images) > 0).sum())
     assert (conditions.STRONG, conditions.WEAK) == (50, 25)
     assert count(step([50] * 16)) == 16
@@ -78,8 +85,12 @@ def test_edges_turn_and_move_with_the_picture():
     lines = conditions.gradient_edges(images)
     assert (lines > 0).any((1, 2)).all()
     for by in ((3, -2), (-4, 0), (1, 4)):
-        np.testing.assert_array_equal(conditions.gradient_edges(np.roll(images, by, (1, 2))), np.roll(lines, by, (1, 2)))
-    np.testing.assert_array_equal(conditions.gradient_edges(np.rot90(images, 1, (1, 2))), np.rot90(lines, 1, (1, 2)))
+        np.testing.assert_array_equal(
+            conditions.gradient_edges(np.roll(images, by, (1, 2))), np.roll(lines, by, (1, 2))
+        )
+    np.testing.assert_array_equal(
+        conditions.gradient_edges(np.rot90(images, 1, (1, 2))), np.rot90(lines, 1, (1, 2))
+    )
     np.testing.assert_array_equal(conditions.gradient_edges(images[:, :, ::-1]), lines[:, :, ::-1])
 
 
@@ -89,7 +100,9 @@ def test_pictures_of_a_batch_do_not_touch():
     np.testing.assert_array_equal(conditions.gradient_edges(images), one_by_one)
     weak, strong = flat((0, 0, 0)), flat((0, 0, 0))
     weak[:, :, 8:], strong[:, :, 8:] = 40, 200
-    found = conditions.gradient_edges(np.concatenate([weak, strong, weak]))  # a weak line never lives off a neighbour's
+    found = conditions.gradient_edges(
+        np.concatenate([weak, strong, weak])
+    )  # a weak line never lives off a neighbour's
     np.testing.assert_array_equal(found.any((1, 2)), [False, True, False])
 
 
@@ -97,7 +110,8 @@ def test_gradient_is_sobels():
     """Against scipy's, channel by channel, on noise, borders included."""
     image = np.random.RandomState(0).randint(0, 256, (1, 20, 24, 3)).astype(np.uint8)
     gradients = [
-        [ndimage.sobel(image[0, ..., c].astype(float), axis, mode="nearest") / 4 for axis in (0, 1)] for c in range(3)
+        [ndimage.sobel(image[0, ..., c].astype(float), axis, mode="nearest") / 4 for axis in (0, 1)]
+        for c in range(3)
     ]
     steepest = np.argmax([dy**2 + dx**2 for dy, dx in gradients], 0)
     square, dy, dx = conditions._steepest(image)
@@ -116,9 +130,13 @@ def test_every_object_is_outlined(background):
                 if name == background:
                     continue
                 placed = shapes.Object(name, shape, 0.5, 0.5, half)
-                lines = conditions.gradient_edges(shapes.render([placed], background, 32)[None])[0] > 0
+                lines = (
+                    conditions.gradient_edges(shapes.render([placed], background, 32)[None])[0] > 0
+                )
                 inside = shapes.coverage(shape, 16, 16, half * 32, 32) > 0.5
-                border = ndimage.binary_dilation(inside, np.ones((3, 3))) & ~ndimage.binary_erosion(inside, np.ones((3, 3)))
+                border = ndimage.binary_dilation(inside, np.ones((3, 3))) & ~ndimage.binary_erosion(
+                    inside, np.ones((3, 3))
+                )
                 assert not (lines & ~border).any(), (name, shape, half)
                 regions, count = ndimage.label(~lines)  # what a line of eight neighbours cuts apart
                 assert count >= 2 and regions[16, 16] not in (0, regions[0, 0]), (name, shape, half)
@@ -139,7 +157,9 @@ def ridge(size=64, column=30):
 def test_crests_of_a_ridge():
     """A band becomes the one line of its crest, where that is above RIDGE after smoothing; so does a row of a batch."""
     soft, size = ridge(), 64
-    heights = np.linspace(120, 250, size) * 5 / np.hypot(5, SIGMA)  # Gaussians: squares of widths add, areas stay
+    heights = (
+        np.linspace(120, 250, size) * 5 / np.hypot(5, SIGMA)
+    )  # Gaussians: squares of widths add, areas stay
     inner = slice(13, 51)  # rows that the border does not reach
     expected = np.zeros((size, size), np.uint8)
     expected[heights > conditions.RIDGE, 30] = 255
@@ -147,20 +167,30 @@ def test_crests_of_a_ridge():
     found = conditions.crests(np.stack([soft, soft.T]), sigma=SIGMA)
     np.testing.assert_array_equal(found[0][inner], expected[inner])
     np.testing.assert_array_equal(found[1], found[0].T)
-    assert (soft > conditions.RIDGE)[inner].sum() > 5 * (expected[inner] > 0).sum()  # there was a band to thin
+    assert (soft > conditions.RIDGE)[inner].sum() > 5 * (
+        expected[inner] > 0
+    ).sum()  # there was a band to thin
 
 
 def test_crests_are_maxima_along_any_of_four_lines():
     """Pixel by pixel, on noise, from the definition; beyond the border there is nothing to be lower than."""
     noise = ndimage.gaussian_filter(np.random.RandomState(0).randn(40, 48), 2)
     soft = np.rint(180 + 200 * noise).clip(0, 255).astype(np.uint8)
-    smooth = np.pad(ndimage.gaussian_filter(soft.astype(np.float32), 1.0, mode="mirror"), 1, constant_values=-np.inf)
+    smooth = np.pad(
+        ndimage.gaussian_filter(soft.astype(np.float32), 1.0, mode="mirror"),
+        1,
+        constant_values=-np.inf,
+    )
     kept = np.zeros((4, *soft.shape), bool)
     for y, x in np.ndindex(*soft.shape):
         near = smooth[y : y + 3, x : x + 3]
         lines = (near[1], near[:, 1], np.diagonal(near), np.diagonal(near[::-1]))
-        kept[:, y, x] = [near[1, 1] == line.max() and near[1, 1] > conditions.RIDGE for line in lines]
-    assert all((kept[i] & ~np.delete(kept, i, 0).any(0)).any() for i in range(4))  # each of the four is needed somewhere
+        kept[:, y, x] = [
+            near[1, 1] == line.max() and near[1, 1] > conditions.RIDGE for line in lines
+        ]
+    assert all(
+        (kept[i] & ~np.delete(kept, i, 0).any(0)).any() for i in range(4)
+    )  # each of the four is needed somewhere
     np.testing.assert_array_equal(conditions.crests(soft, sigma=1.0) > 0, kept.any(0))
 
 
@@ -173,14 +203,20 @@ def test_a_ring_becomes_a_ring_of_strokes():
     assert strokes[np.abs(radius - 30) < 5].all() and not strokes[np.abs(radius - 30) > 11].any()
 
 
-@pytest.mark.parametrize("thickness, width", [(0, 10), (1, 13), (2, 13), (3, 13), (4, 14), (5, 14), (24, 24)])
+@pytest.mark.parametrize(
+    "thickness, width", [(0, 10), (1, 13), (2, 13), (3, 13), (4, 14), (5, 14), (24, 24)]
+)
 def test_thickness(thickness, width):
     """One upright crest: 255 of the Gaussian of sigma 3 is above 4 up to six pixels away; then squares of 4 and thickness // 2."""
     strokes = conditions.scribble(ridge(), thickness=thickness, sigma=SIGMA)
     assert strokes.dtype == np.uint8 and set(np.unique(strokes)) == {0, 255}
     assert (strokes[40] > 0).sum() == width
-    assert (strokes[-1] > 0).sum() >= width - 2  # a stroke that leaves the picture is not cut short at its border
-    first = {0: 26, 1: 24, 2: 24, 3: 24, 4: 24, 5: 24, 24: 19}[thickness]  # even squares reach one farther up and left
+    assert (
+        strokes[-1] > 0
+    ).sum() >= width - 2  # a stroke that leaves the picture is not cut short at its border
+    first = {0: 26, 1: 24, 2: 24, 3: 24, 4: 24, 5: 24, 24: 19}[
+        thickness
+    ]  # even squares reach one farther up and left
     assert np.flatnonzero(strokes[40])[0] == first
 
 
@@ -202,7 +238,9 @@ def test_scribbles_move_and_batch():
     soft[20:84, 20:84] = ridge()
     moved = np.roll(soft, (3, -4), (0, 1))
     both = conditions.scribble(np.stack([soft, moved]), thickness=3, sigma=SIGMA)
-    np.testing.assert_array_equal(both[1][14:-14, 14:-14], np.roll(both[0], (3, -4), (0, 1))[14:-14, 14:-14])
+    np.testing.assert_array_equal(
+        both[1][14:-14, 14:-14], np.roll(both[0], (3, -4), (0, 1))[14:-14, 14:-14]
+    )
     np.testing.assert_array_equal(both[0], conditions.scribble(soft, thickness=3, sigma=SIGMA))
     with pytest.raises(ValueError, match="thickness -1"):
         conditions.scribble(soft, thickness=-1, sigma=SIGMA)
@@ -214,7 +252,10 @@ def test_scribbles_move_and_batch():
 @pytest.mark.parametrize(
     "height, width, resolution, size",
     [
-        (512, 512, 512, (512, 512)), (480, 640, 512, (512, 704)), (1024, 333, 512, (1600, 512)), (10, 400, 64, (64, 2560)),
+        (512, 512, 512, (512, 512)),
+        (480, 640, 512, (512, 704)),
+        (1024, 333, 512, (1600, 512)),
+        (10, 400, 64, (64, 2560)),
         (50, 50, 20, (64, 64)),
     ],
 )
@@ -233,7 +274,9 @@ def test_detector_picture():
 
 
 def test_levels_are_cut_off():
-    np.testing.assert_array_equal(conditions.levels(np.array([0, 0.5, 254.9 / 255, 1])), [0, 127, 254, 255])
+    np.testing.assert_array_equal(
+        conditions.levels(np.array([0, 0.5, 254.9 / 255, 1])), [0, 127, 254, 255]
+    )
 
 
 def test_as_picture():
@@ -267,7 +310,9 @@ def test_agreement_of_points():
 def test_agreement_of_nothing():
     """Two empty maps agree, an empty one and another do not; pictures of a batch do not mix."""
     empty, some = np.zeros((8, 8)), np.eye(8)
-    np.testing.assert_array_equal(edges.agreement(np.stack([empty, empty, some]), np.stack([empty, some, some])), [1, 0, 1])
+    np.testing.assert_array_equal(
+        edges.agreement(np.stack([empty, empty, some]), np.stack([empty, some, some])), [1, 0, 1]
+    )
     with pytest.raises(ValueError, match="shapes"):
         edges.agreement(np.zeros((1, 8, 8)), np.zeros((8, 8)))
 
@@ -289,15 +334,26 @@ def test_command_sees_the_pixels_that_training_sees(command, tmp_path):
     (tmp_path / "in").mkdir()
     turned = Image.Exif()
     turned[0x0112] = 6
-    Image.fromarray(shapes.example(0, 0, size=64).image[:32]).save(tmp_path / "in/turned.jpg", exif=turned)
-    Image.fromarray(np.kron([[1, 0], [0, 1]], np.full((16, 16), 40_000)).astype(np.uint16)).save(tmp_path / "in/deep.png")
-    result = command("sprint_jax.condition", f"--images={tmp_path / 'in'}", f"--out={tmp_path / 'out'}", "--kind=edges")
+    Image.fromarray(shapes.example(0, 0, size=64).image[:32]).save(
+        tmp_path / "in/turned.jpg", exif=turned
+    )
+    Image.fromarray(np.kron([[1, 0], [0, 1]], np.full((16, 16), 40_000)).astype(np.uint16)).save(
+        tmp_path / "in/deep.png"
+    )
+    result = command(
+        "sprint_jax.condition",
+        f"--images={tmp_path / 'in'}",
+        f"--out={tmp_path / 'out'}",
+        "--kind=edges",
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     for name in ("turned.jpg", "deep.png"):
         image = sources.load_picture((tmp_path / "in" / name).read_bytes())
         expected = conditions.as_picture(conditions.gradient_edges(image[None]))[0]
         assert expected.any()
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / name.replace("jpg", "png"))), expected)
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(tmp_path / "out" / name.replace("jpg", "png"))), expected
+        )
 
 
 def test_command_makes_edges_and_keeps_them(command, folder, tmp_path):
@@ -308,13 +364,21 @@ def test_command_makes_edges_and_keeps_them(command, folder, tmp_path):
     for name, size in (("a", 32), ("more/b", 64)):
         image = shapes.example(0, "a more/b".split().index(name), size=size).image
         expected = conditions.as_picture(conditions.gradient_edges(image[None]))[0]
-        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"out/{name}.png")), expected)
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(tmp_path / f"out/{name}.png")), expected
+        )
     assert json.loads((tmp_path / "out/condition.json").read_text()) == {"kind": "edges"}
     (tmp_path / "out/a.png").unlink()
     (tmp_path / "out/more/b.png").write_bytes(b"kept")
     assert command("sprint_jax.condition", *flags, "--kind=edges").returncode == 0
-    assert (tmp_path / "out/a.png").exists() and (tmp_path / "out/more/b.png").read_bytes() == b"kept"
-    refused(command("sprint_jax.condition", *flags, "--kind=hed", "--weights=w.pth"), "kind edges, not hed", "--out")
+    assert (tmp_path / "out/a.png").exists() and (
+        tmp_path / "out/more/b.png"
+    ).read_bytes() == b"kept"
+    refused(
+        command("sprint_jax.condition", *flags, "--kind=hed", "--weights=w.pth"),
+        "kind edges, not hed",
+        "--out",
+    )
 
 
 @pytest.mark.parametrize(
@@ -329,11 +393,27 @@ def test_command_makes_edges_and_keeps_them(command, folder, tmp_path):
     ],
 )
 def test_command_refuses(command, folder, tmp_path, flags, words):
-    refused(command("sprint_jax.condition", f"--images={folder}", f"--out={tmp_path / 'out'}", *flags), *words)
-    assert not list(tmp_path.glob("out/**/*.png")) and not (tmp_path / "out/condition.json").exists()  # which would refuse the right command
+    refused(
+        command("sprint_jax.condition", f"--images={folder}", f"--out={tmp_path / 'out'}", *flags),
+        *words,
+    )
+    assert (
+        not list(tmp_path.glob("out/**/*.png")) and not (tmp_path / "out/condition.json").exists()
+    )  # which would refuse the right command
 
 
 def test_command_refuses_its_own_output(command, folder):
-    refused(command("sprint_jax.condition", f"--images={folder}", f"--out={folder / 'out'}", "--kind=edges"), "--out", "--images")
+    refused(
+        command(
+            "sprint_jax.condition", f"--images={folder}", f"--out={folder / 'out'}", "--kind=edges"
+        ),
+        "--out",
+        "--images",
+    )
     (folder / "a.jpg").write_bytes((folder / "a.png").read_bytes())
-    refused(command("sprint_jax.condition", f"--images={folder}", f"--out={folder}2", "--kind=edges"), "a.png", "a.jpg", "rename")
+    refused(
+        command("sprint_jax.condition", f"--images={folder}", f"--out={folder}2", "--kind=edges"),
+        "a.png",
+        "a.jpg",
+        "rename",
+    )

@@ -55,13 +55,18 @@ def test_the_unpacked_section_reaches_its_constructor():
 
 TEACHERS = runpy.run_path(str(ROOT / "configs/teacher.py"))
 CONTROLS = runpy.run_path(str(ROOT / "configs/controlnet.py"))
-CARDS = [card(preset)[0] for preset in card("shapes")[1]] + [f["get_config"](p) for f in (TEACHERS, CONTROLS) for p in f["PRESETS"]]
+CARDS = [card(preset)[0] for preset in card("shapes")[1]] + [
+    f["get_config"](p) for f in (TEACHERS, CONTROLS) for p in f["PRESETS"]
+]
 
 
 def noting(value, seen, path=""):
     """A copy of a config, each of whose fields puts its dotted name into `seen` when it is read."""
     fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    inner = {n: noting(v, seen, f"{path}{n}.") if dataclasses.is_dataclass(v) else v for n, v in fields.items()}
+    inner = {
+        n: noting(v, seen, f"{path}{n}.") if dataclasses.is_dataclass(v) else v
+        for n, v in fields.items()
+    }
 
     def read(self, name):
         if name in fields:
@@ -79,11 +84,21 @@ def replaced(value, **changes):
 
 # Not read by what is driven below: of a run, a folder or files. Of these the names alone are known to be read.
 ELSEWHERE = {
-    "data.encoded", "data.model", "data.workers", "data.max_bad", "mesh.data", "mesh.fsdp",
-    "teacher.pretrained", "teacher.start", "control.pretrained",
-    "evaluation.prompts", "evaluation.batch", "evaluation.reference", "evaluation.samples",
+    "data.encoded",
+    "data.model",
+    "data.workers",
+    "data.max_bad",
+    "mesh.data",
+    "mesh.fsdp",
+    "teacher.pretrained",
+    "teacher.start",
+    "control.pretrained",
+    "evaluation.prompts",
+    "evaluation.batch",
+    "evaluation.reference",
+    "evaluation.samples",
     *(f"run.{f.name}" for f in dataclasses.fields(config.Run)),
-}  # fmt: skip
+}
 
 
 def test_every_field_of_every_section_is_read(monkeypatch):
@@ -92,15 +107,26 @@ def test_every_field_of_every_section_is_read(monkeypatch):
     tree, seen = CONTROLS["get_config"]("smoke"), set()
     tree.teacher.update(base_qk_norm=False, base_time_scale=1000.0, finetune_steps=4)
     for kind in ("muon", "came", "adamw"):  # each has fields of its own
-        for optimizer in (tree.teacher.optimizer, tree.control.optimizer, tree.sprint.optimizer, tree.sprint.head_optimizer):
+        for optimizer in (
+            tree.teacher.optimizer,
+            tree.control.optimizer,
+            tree.sprint.optimizer,
+            tree.sprint.head_optimizer,
+        ):
             optimizer.update(kind=kind, muon_lr=0.01, b1=0.9, b3=0.99)
         c = noting(config.parse(tree), seen)
         base, teacher, distilled = (
-            jax.eval_shape(model.init, jax.random.key(0)) for model in (build.base_teacher(c), build.teacher(c), build.distilled_teacher(c))
+            jax.eval_shape(model.init, jax.random.key(0))
+            for model in (build.base_teacher(c), build.teacher(c), build.distilled_teacher(c))
         )
         data = inputs.Abstract(c)
         first, second = run.teacher_stages(c, data, None)
-        stages = first(None), second(base), run.control_stage(c, data, teacher), run.sprint_stage(c, data, distilled)
+        stages = (
+            first(None),
+            second(base),
+            run.control_stage(c, data, teacher),
+            run.sprint_stage(c, data, distilled),
+        )
     for stage in stages:
         state = jax.eval_shape(stage.start, stage.frozen, stage.begun)
         for step in stage.functions:
@@ -126,16 +152,31 @@ def test_the_published_recipe(preset, size):
     s = c.sprint
     assert (s.steps, s.batch, s.tangent_warmup, s.guidance) == (20000, 512, 4000, (4.0, 4.5, 5.0))
     assert (s.p_mean, s.p_std, s.disc_mean, s.disc_std) == (0.2, 1.6, -0.6, 1.0)
-    assert (s.scm_weight, s.adv_weight, s.max_time, s.head_blocks) == (1.0, 0.5, 0.5, (2, 8, 14, 19))
+    assert (s.scm_weight, s.adv_weight, s.max_time, s.head_blocks) == (
+        1.0,
+        0.5,
+        0.5,
+        (2, 8, 14, 19),
+    )
     for o in (s.optimizer, s.head_optimizer):
-        assert (o.kind, o.lr, o.b1, o.b2, o.b3, o.clip, o.reference_batch) == ("came", 2e-6, 0.9, 0.999, 0.9999, 0.1, 256)
+        assert (o.kind, o.lr, o.b1, o.b2, o.b3, o.clip, o.reference_batch) == (
+            "came",
+            2e-6,
+            0.9,
+            0.999,
+            0.9999,
+            0.1,
+            256,
+        )
     t = config.parse(TEACHERS["get_config"](preset)).teacher
     assert (t.finetune_steps, t.batch, t.finetune_lr, t.base_qk_norm) == (5000, 1024, 2e-5, False)
 
 
 def test_the_square_root_rule():
     """One update of plain AdamW is the rate itself. Fails when the ratio is upside down or the root missing."""
-    o = dataclasses.replace(config.parse(card("shapes")[0]).sprint.head_optimizer, lr=1e-3, reference_batch=256)
+    o = dataclasses.replace(
+        config.parse(card("shapes")[0]).sprint.head_optimizer, lr=1e-3, reference_batch=256
+    )
     rules = (came.dit_factored, came.dit_stacked)
     tx = state.optimizer(o, 100, 1024, came_rules=rules)
     params = {"w": jnp.ones((3,))}
@@ -153,29 +194,86 @@ def test_shape_that_lacks_a_key():
 def test_unknown_key_names_its_neighbour():
     tree = card("shapes")[0].to_dict()
     tree["teacher"]["captoin_dropout"] = 0.1
-    with pytest.raises(UserError, match="captoin_dropout; did you mean config.teacher.caption_dropout"):
+    with pytest.raises(
+        UserError, match="captoin_dropout; did you mean config.teacher.caption_dropout"
+    ):
         config.parse(tree)
 
 
 @pytest.mark.parametrize(
     "path, value",
     [
-        ("data.size", 30), ("codec.weights", ""), ("model.heads", 3), ("model.cross_heads", 3), ("model.dtype", "float16"),
-        ("teacher.steps", -1), ("teacher.batch", 0), ("sprint.steps", 3), ("sprint.uncond_mask", "x"),
-        ("sprint.weighting", "x"), ("sprint.logvar_gradient", "x"), ("sprint.reduction", "x"), ("sprint.max_time", 1.5),
-        ("sprint.guidance", ()), ("sprint.head_blocks", (3, 1)), ("sprint.head_blocks", (99,)),
-        ("sprint.batch", 1), ("sprint.accumulate", 3), ("sprint.accumulate", 8), ("teacher.accumulate", 0),
-        ("text.vocabulary", "x"), ("text.dim", 7), ("model.remat", "x"), ("mesh.fsdp", 0), ("data.workers", -1), ("evaluation.schedule", "x"), ("evaluation.prompts", 1), ("evaluation.reference", 1), ("evaluation.batch", 0),
-        ("evaluation.samples", 1000), ("evaluation.teacher_steps", 0), ("run.log_every", 3),
-        ("control.depth", -1), ("control.depth", 7), ("control.condition", "x"), ("control.dropout", 1.0), ("control.freehand", -0.1), ("control.freehand", 1.1), ("control.batch", 0),
-        ("control.optimizer.kind", "x"), ("sprint.optimizer.clip", 0.0), ("sprint.optimizer.muon_lr", 0.0), ("teacher.optimizer.clip", -1.0),
-        ("sprint.batch", 10), ("sprint.batch", 36), ("sprint.accumulate", 0), ("model.heads", 0), ("model.cross_heads", 0), ("model.patch_size", 0), ("codec.block", 0),
-        ("sprint.ema", 1.0), ("sprint.ema", -0.1), ("teacher.ema", 1.5), ("teacher.ema", math.nan), ("sprint.optimizer.lr", -1e-3), ("sprint.head_optimizer.lr", math.nan),
-        ("teacher.optimizer.muon_lr", math.inf), ("control.optimizer.weight_decay", -1.0), ("teacher.finetune_lr", math.inf),
-        ("sprint.guidance", (1.5, math.nan)), ("evaluation.teacher_guidance", math.nan), ("evaluation.student_guidance", math.inf),
-        ("data.seed", -1), ("data.eval_seed", -1), ("run.max_rejected", 0), ("run.checkpoint_every", 0), ("run.keep", 0), ("run.strip_every", 3), ("run.strip_every", -2),
+        ("data.size", 30),
+        ("codec.weights", ""),
+        ("model.heads", 3),
+        ("model.cross_heads", 3),
+        ("model.dtype", "float16"),
+        ("teacher.steps", -1),
+        ("teacher.batch", 0),
+        ("sprint.steps", 3),
+        ("sprint.uncond_mask", "x"),
+        ("sprint.weighting", "x"),
+        ("sprint.logvar_gradient", "x"),
+        ("sprint.reduction", "x"),
+        ("sprint.max_time", 1.5),
+        ("sprint.guidance", ()),
+        ("sprint.head_blocks", (3, 1)),
+        ("sprint.head_blocks", (99,)),
+        ("sprint.batch", 1),
+        ("sprint.accumulate", 3),
+        ("sprint.accumulate", 8),
+        ("teacher.accumulate", 0),
+        ("text.vocabulary", "x"),
+        ("text.dim", 7),
+        ("model.remat", "x"),
+        ("mesh.fsdp", 0),
+        ("data.workers", -1),
+        ("evaluation.schedule", "x"),
+        ("evaluation.prompts", 1),
+        ("evaluation.reference", 1),
+        ("evaluation.batch", 0),
+        ("evaluation.samples", 1000),
+        ("evaluation.teacher_steps", 0),
+        ("run.log_every", 3),
+        ("control.depth", -1),
+        ("control.depth", 7),
+        ("control.condition", "x"),
+        ("control.dropout", 1.0),
+        ("control.freehand", -0.1),
+        ("control.freehand", 1.1),
+        ("control.batch", 0),
+        ("control.optimizer.kind", "x"),
+        ("sprint.optimizer.clip", 0.0),
+        ("sprint.optimizer.muon_lr", 0.0),
+        ("teacher.optimizer.clip", -1.0),
+        ("sprint.batch", 10),
+        ("sprint.batch", 36),
+        ("sprint.accumulate", 0),
+        ("model.heads", 0),
+        ("model.cross_heads", 0),
+        ("model.patch_size", 0),
+        ("codec.block", 0),
+        ("sprint.ema", 1.0),
+        ("sprint.ema", -0.1),
+        ("teacher.ema", 1.5),
+        ("teacher.ema", math.nan),
+        ("sprint.optimizer.lr", -1e-3),
+        ("sprint.head_optimizer.lr", math.nan),
+        ("teacher.optimizer.muon_lr", math.inf),
+        ("control.optimizer.weight_decay", -1.0),
+        ("teacher.finetune_lr", math.inf),
+        ("sprint.guidance", (1.5, math.nan)),
+        ("evaluation.teacher_guidance", math.nan),
+        ("evaluation.student_guidance", math.inf),
+        ("data.seed", -1),
+        ("data.eval_seed", -1),
+        ("run.max_rejected", 0),
+        ("run.checkpoint_every", 0),
+        ("run.keep", 0),
+        ("run.strip_every", 3),
+        ("run.strip_every", -2),
     ],
-)  # fmt: skip
+)
 def test_values_out_of_range_are_named(path, value):
     tree = card("shapes")[0].to_dict()
     *sections, name = path.split(".")
@@ -189,13 +287,30 @@ def test_values_out_of_range_are_named(path, value):
     "changes, words",
     [
         ({"sprint.optimizer.kind": "came"}, "sprint.optimizer.b1 0.0, b3 0.0"),
-        ({"teacher.pretrained": "", "teacher.base_time_scale": 1000.0}, "base_time_scale 1000.0 .* use equal ones, or finetune_steps"),
-        ({"teacher.pretrained": "", "model.time_scale": 1000.0}, "use equal ones, or finetune_steps"),
+        (
+            {"teacher.pretrained": "", "teacher.base_time_scale": 1000.0},
+            "base_time_scale 1000.0 .* use equal ones, or finetune_steps",
+        ),
+        (
+            {"teacher.pretrained": "", "model.time_scale": 1000.0},
+            "use equal ones, or finetune_steps",
+        ),
         ({"teacher.pretrained": "", "teacher.base_qk_norm": False}, "base_qk_norm False"),
-        ({"teacher.pretrained": "", "model.qk_norm": False, "teacher.finetune_steps": 4}, "never takes it away"),
-        ({"teacher.pretrained": "", "teacher.steps": 0, "teacher.start": "x", "teacher.finetune_steps": 4}, "nothing trains a teacher"),
+        (
+            {"teacher.pretrained": "", "model.qk_norm": False, "teacher.finetune_steps": 4},
+            "never takes it away",
+        ),
+        (
+            {
+                "teacher.pretrained": "",
+                "teacher.steps": 0,
+                "teacher.start": "x",
+                "teacher.finetune_steps": 4,
+            },
+            "nothing trains a teacher",
+        ),
     ],
-)  # fmt: skip
+)
 def test_values_that_do_not_go_together_are_named(changes, words):
     tree = card("shapes")[0]
     for path, value in changes.items():
@@ -210,7 +325,9 @@ def test_sizes_of_batches_that_normalise_in_equal_groups():
 
     def normalises(batch):
         try:
-            return jax.eval_shape(ladd_heads.batch_norm_local, jnp.zeros((batch, 1, 1)), jnp.ones(1), jnp.zeros(1))
+            return jax.eval_shape(
+                ladd_heads.batch_norm_local, jnp.zeros((batch, 1, 1)), jnp.ones(1), jnp.zeros(1)
+            )
         except ValueError:
             return None
 
@@ -218,14 +335,20 @@ def test_sizes_of_batches_that_normalise_in_equal_groups():
         tree = card("shapes")[0]
         tree.sprint.batch = batch
         holds = normalises(batch) and normalises(2 * batch)
-        with contextlib.nullcontext() if holds else pytest.raises(UserError, match=f"sprint.batch {batch}"):
+        with (
+            contextlib.nullcontext()
+            if holds
+            else pytest.raises(UserError, match=f"sprint.batch {batch}")
+        ):
             config.parse(tree)
 
 
 def test_a_controlnet_that_nothing_trains_or_shows_is_named():
     tree = card("shapes")[0].to_dict()
     tree["control"]["depth"] = 3
-    with pytest.raises(UserError, match="control.pretrained is empty and config.control.steps is 0"):
+    with pytest.raises(
+        UserError, match="control.pretrained is empty and config.control.steps is 0"
+    ):
         config.parse(tree)
     tree["control"] |= {"steps": 10, "condition": "hed"}
     with pytest.raises(UserError, match="condition hed needs encoded pictures"):
@@ -237,11 +360,16 @@ def test_encoded_pictures_have_no_rough_sketches():
     tree = card("emoji")[0].to_dict()
     config.parse(tree)
     tree["control"]["freehand"] = 0.5
-    with pytest.raises(UserError, match="config.control.freehand 0.5: encoded pictures have no rough sketches, use 0") as error:
+    with pytest.raises(
+        UserError,
+        match="config.control.freehand 0.5: encoded pictures have no rough sketches, use 0",
+    ) as error:
         config.parse(tree)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("preset, share", [("shapes", 0.5), ("smoke", 0.5), ("sana_600m", 0.0), ("sana_1600m", 0.0)])
+@pytest.mark.parametrize(
+    "preset, share", [("shapes", 0.5), ("smoke", 0.5), ("sana_600m", 0.0), ("sana_1600m", 0.0)]
+)
 def test_cards_of_the_controlnet_say_the_share(preset, share):
     assert config.parse(CONTROLS["get_config"](preset)).control.freehand == share

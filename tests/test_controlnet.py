@@ -20,10 +20,25 @@ from sprint_jax.models.linear_dit import LinearDiT
 from sprint_jax.training import sharding, sprint_step
 
 TRUNK = LinearDiT(
-    in_channels=4, width=24, depth=4, heads=3, cross_heads=2, mlp_ratio=1.5, text_dim=10, patch_size=1, qk_norm=True,
-    time_scale=1.0, guidance_embed=True, guidance_scale_factor=0.1, logvar_head=False, remat="none", unroll=1,
-    dtype="float32", residual_dtype="float32", attention="plain",
-)  # fmt: skip
+    in_channels=4,
+    width=24,
+    depth=4,
+    heads=3,
+    cross_heads=2,
+    mlp_ratio=1.5,
+    text_dim=10,
+    patch_size=1,
+    qk_norm=True,
+    time_scale=1.0,
+    guidance_embed=True,
+    guidance_scale_factor=0.1,
+    logvar_head=False,
+    remat="none",
+    unroll=1,
+    dtype="float32",
+    residual_dtype="float32",
+    attention="plain",
+)
 NET = dataclasses.replace(TRUNK, guidance_embed=False)
 MODEL = Controlled(trunk=TRUNK, control=ControlNet(net=NET, depth=2))
 
@@ -35,12 +50,16 @@ def normals(*shape, seed=0):
 def moved(params, seed=0):
     """Every parameter away from its initial value."""
     leaves, tree = jax.tree.flatten(params)
-    return tree.unflatten([a + 0.1 * normals(*a.shape, seed=seed + i) for i, a in enumerate(leaves)])
+    return tree.unflatten(
+        [a + 0.1 * normals(*a.shape, seed=seed + i) for i, a in enumerate(leaves)]
+    )
 
 
 def arguments(batch=3):
     mask = (np.arange(5) < np.array([5, 3, 1])[:batch, None]).astype(np.float32)
-    told = dict(text=normals(batch, 5, 10, seed=1), mask=mask, guidance=np.float32([4.5, 1.0, 2.0][:batch]))
+    told = dict(
+        text=normals(batch, 5, 10, seed=1), mask=mask, guidance=np.float32([4.5, 1.0, 2.0][:batch])
+    )
     return dict(x=normals(batch, 4, 6, 4), t=np.float32([0.9, 0.5, 0.1][:batch])) | told
 
 
@@ -62,11 +81,21 @@ def test_without_a_condition_or_at_scale_zero_it_is_the_trunk():
     alone = apply(TRUNK, params["trunk"], **arguments()).velocity
     np.testing.assert_array_equal(apply(MODEL, params, **arguments()).velocity, alone)
     control = normals(3, 4, 6, 4, seed=2)
-    zero = apply(MODEL, params, **arguments(), control=control, control_scale=np.zeros(3, np.float32)).velocity
+    zero = apply(
+        MODEL, params, **arguments(), control=control, control_scale=np.zeros(3, np.float32)
+    ).velocity
     np.testing.assert_allclose(zero, alone, atol=1e-6)
     # A scale is each sample's own.
-    some = apply(MODEL, params, **arguments(), control=control, control_scale=np.float32([0, 1, 0])).velocity
-    listed = apply(MODEL, MODEL.unstack(params), **arguments(), control=control, control_scale=np.float32([0, 1, 0])).velocity
+    some = apply(
+        MODEL, params, **arguments(), control=control, control_scale=np.float32([0, 1, 0])
+    ).velocity
+    listed = apply(
+        MODEL,
+        MODEL.unstack(params),
+        **arguments(),
+        control=control,
+        control_scale=np.float32([0, 1, 0]),
+    ).velocity
     np.testing.assert_allclose(listed, some, atol=1e-5)
     np.testing.assert_allclose(some[::2], alone[::2], atol=1e-6)
     assert np.abs(some[1] - alone[1]).max() > 1e-2
@@ -95,7 +124,9 @@ def apply_features(params, residuals):
 def test_without_residuals_all_blocks_are_one_loop():
     """And with two of them three: before, while and after they are added."""
     params = TRUNK.init(jax.random.key(0))
-    loops = lambda r: str(jax.make_jaxpr(lambda p: TRUNK.apply(p, **arguments(), residuals=r).velocity)(params)).count("= scan[")
+    loops = lambda r: str(
+        jax.make_jaxpr(lambda p: TRUNK.apply(p, **arguments(), residuals=r).velocity)(params)
+    ).count("= scan[")
     assert loops(None) == 1
     assert loops(np.zeros((2, 3, 4, 6, 24), np.float32)) == 3
 
@@ -119,33 +150,53 @@ def test_parity_with_diffusers(tmp_path):
     from sprint_jax.conversion import configs, folder, rules, tables, tensors
 
     theirs = fabricate.controlnet().eval()
-    model, params = converted(theirs, "controlnet", lambda c: configs.controlnet(c, "float32"), tmp_path / "controlnet")
+    model, params = converted(
+        theirs, "controlnet", lambda c: configs.controlnet(c, "float32"), tmp_path / "controlnet"
+    )
     assert model.net.time_scale == 1000.0 and not model.net.qk_norm and model.depth == 2
     x, control, text = normals(3, 4, 6, 8), normals(3, 4, 6, 8, seed=5), normals(3, 9, 48, seed=1)
     mask = (np.arange(9) < np.array([9, 4, 1])[:, None]).astype(np.float32)
     t = np.float32([0.9, 0.4, 0.03])
     scale = np.full(3, 0.7, np.float32)
-    ours = jax.jit(model.apply, compiler_options=SAME_BITS)(params, x, t, text, mask, control, scale)
+    ours = jax.jit(model.apply, compiler_options=SAME_BITS)(
+        params, x, t, text, mask, control, scale
+    )
     with torch.no_grad():
         expected = theirs(
-            to_torch(x), torch.tensor(text), torch.tensor(1000 * t), to_torch(control), 0.7,
+            to_torch(x),
+            torch.tensor(text),
+            torch.tensor(1000 * t),
+            to_torch(control),
+            0.7,
             encoder_attention_mask=torch.tensor(mask),
-        ).controlnet_block_samples  # fmt: skip
+        ).controlnet_block_samples
     for residual, other in zip(ours, expected, strict=True):
         assert relative(residual.reshape(3, 24, 32), other.numpy()) < 1e-5
 
     trunk = fabricate.transformer(guidance_embeds=False).eval()
-    description, trunk_params = converted(trunk, "transformer", lambda c: configs.transformer(c, "float32"), tmp_path / "transformer")
+    description, trunk_params = converted(
+        trunk, "transformer", lambda c: configs.transformer(c, "float32"), tmp_path / "transformer"
+    )
     description = dataclasses.replace(description, time_scale=1000.0)
     both = Controlled(trunk=description, control=model)
     made = apply(
-        both, {"trunk": trunk_params, "control": params}, x=x, t=t, text=text, mask=mask, control=control, control_scale=scale
-    ).velocity  # fmt: skip
+        both,
+        {"trunk": trunk_params, "control": params},
+        x=x,
+        t=t,
+        text=text,
+        mask=mask,
+        control=control,
+        control_scale=scale,
+    ).velocity
     with torch.no_grad():
         reference = trunk(
-            to_torch(x), torch.tensor(text), torch.tensor(1000 * t), encoder_attention_mask=torch.tensor(mask),
+            to_torch(x),
+            torch.tensor(text),
+            torch.tensor(1000 * t),
+            encoder_attention_mask=torch.tensor(mask),
             controlnet_block_samples=tuple(expected),
-        ).sample  # fmt: skip
+        ).sample
     assert relative(made, from_torch(reference)) < 1e-5
 
     # And back, as they were.
@@ -155,7 +206,9 @@ def test_parity_with_diffusers(tmp_path):
     for name, tensor in theirs.state_dict().items():
         np.testing.assert_array_equal(back[name], tensor.numpy())
     assert configs.controlnet(configs.controlnet_json(model), "float32") == model
-    dense = dataclasses.replace(model, net=dataclasses.replace(model.net, qk_norm=True, time_scale=1.0))
+    dense = dataclasses.replace(
+        model, net=dataclasses.replace(model.net, qk_norm=True, time_scale=1.0)
+    )
     assert configs.controlnet_json(dense)["_class_name"] == "SprintControlNetModel"
     assert configs.controlnet(configs.controlnet_json(dense), "float32") == dense
     assert folder.read_controlnet(tmp_path)[0] == model  # of a whole pipeline's folder
@@ -171,29 +224,59 @@ def test_multi_step_pipeline_of_diffusers(tmp_path):
     from sprint_jax.conversion import configs
 
     tok = fabricate.tokenizer()
-    control, trunk = fabricate.controlnet().eval(), fabricate.transformer(guidance_embeds=False).eval()
+    control, trunk = (
+        fabricate.controlnet().eval(),
+        fabricate.transformer(guidance_embeds=False).eval(),
+    )
     theirs = diffusers.SanaControlNetPipeline(
-        tokenizer=tok, text_encoder=fabricate.text_encoder(len(tok)), vae=fabricate.autoencoder(), transformer=trunk,
-        controlnet=control, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )  # fmt: skip
+        tokenizer=tok,
+        text_encoder=fabricate.text_encoder(len(tok)),
+        vae=fabricate.autoencoder(),
+        transformer=trunk,
+        controlnet=control,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
     theirs.set_progress_bar_config(disable=True)
     text, null = normals(2, 9, 48, seed=1), normals(2, 9, 48, seed=2)
     mask = (np.arange(9) < np.array([9, 4])[:, None]).astype(np.int64)
     noise, hint = normals(2, 3, 5, 8, seed=3), normals(2, 3, 5, 8, seed=4)
-    theirs.prepare_image = lambda **kwargs: to_torch(np.concatenate([hint, hint]))  # latents, past the autoencoder
-    theirs.vae.encode = lambda image: type("Encoded", (), {"latent": image / theirs.vae.config.scaling_factor})()
+    theirs.prepare_image = lambda **kwargs: to_torch(
+        np.concatenate([hint, hint])
+    )  # latents, past the autoencoder
+    theirs.vae.encode = lambda image: type(
+        "Encoded", (), {"latent": image / theirs.vae.config.scaling_factor}
+    )()
     expected = theirs(
-        negative_prompt=None, prompt_embeds=torch.tensor(text), prompt_attention_mask=torch.tensor(mask), negative_prompt_embeds=torch.tensor(null),
-        negative_prompt_attention_mask=torch.tensor(mask), control_image=torch.zeros(2, 3, 96, 160), height=96, width=160,
-        num_inference_steps=4, guidance_scale=4.5, controlnet_conditioning_scale=0.8, latents=to_torch(noise),
-        use_resolution_binning=False, output_type="latent",
-    ).images  # fmt: skip
+        negative_prompt=None,
+        prompt_embeds=torch.tensor(text),
+        prompt_attention_mask=torch.tensor(mask),
+        negative_prompt_embeds=torch.tensor(null),
+        negative_prompt_attention_mask=torch.tensor(mask),
+        control_image=torch.zeros(2, 3, 96, 160),
+        height=96,
+        width=160,
+        num_inference_steps=4,
+        guidance_scale=4.5,
+        controlnet_conditioning_scale=0.8,
+        latents=to_torch(noise),
+        use_resolution_binning=False,
+        output_type="latent",
+    ).images
 
-    net, control_params = converted(control, "controlnet", lambda c: configs.controlnet(c, "float32"), tmp_path / "controlnet")
-    description, trunk_params = converted(trunk, "transformer", lambda c: configs.transformer(c, "float32"), tmp_path / "transformer")
+    net, control_params = converted(
+        control, "controlnet", lambda c: configs.controlnet(c, "float32"), tmp_path / "controlnet"
+    )
+    description, trunk_params = converted(
+        trunk, "transformer", lambda c: configs.transformer(c, "float32"), tmp_path / "transformer"
+    )
     model = Controlled(trunk=dataclasses.replace(description, time_scale=1000.0), control=net)
     sigmas = theirs.scheduler.sigmas.numpy()
-    cond = {"text": text, "mask": mask.astype(np.float32), "control": hint, "control_scale": np.full(2, 0.8, np.float32)}
+    cond = {
+        "text": text,
+        "mask": mask.astype(np.float32),
+        "control": hint,
+        "control_scale": np.full(2, 0.8, np.float32),
+    }
     params = {"transformer": {"trunk": trunk_params, "control": control_params}, "pixels": {}}
     fixed = generation.noises
     try:
@@ -233,7 +316,9 @@ def test_batches_hold_the_edges_of_their_pictures(small, batch):
     data, rows = batch
     codec = build.codec(small)
     usual = [i for i in range(8) if not freehand.chosen(small.data.seed, i, small.control.freehand)]
-    pictures = np.stack([shapes.example(small.data.seed, i, size=small.data.size).image for i in usual])
+    pictures = np.stack(
+        [shapes.example(small.data.seed, i, size=small.data.size).image for i in usual]
+    )
     edges = conditions.as_picture(conditions.gradient_edges(pictures))
     np.testing.assert_allclose(rows["control"][usual], codec.encode(edges), atol=1e-6)
     heldout = data.heldout(4, 2)
@@ -248,8 +333,13 @@ def test_control_stage_trains_the_controlnet_alone(small, batch):
     stage = run.control_stage(small, data, teacher)
     assert jax.tree.structure(stage.frozen["trunk"]) == jax.tree.structure(teacher)
     state = stage.start(stage.frozen, {})
-    np.testing.assert_array_equal(state.params["blocks"]["ff"]["conv_point"]["kernel"], teacher["blocks"]["ff"]["conv_point"]["kernel"][:1])
-    new, metrics = jax.jit(stage.functions[0], compiler_options=SAME_BITS)(state, stage.frozen, rows)
+    np.testing.assert_array_equal(
+        state.params["blocks"]["ff"]["conv_point"]["kernel"],
+        teacher["blocks"]["ff"]["conv_point"]["kernel"][:1],
+    )
+    new, metrics = jax.jit(stage.functions[0], compiler_options=SAME_BITS)(
+        state, stage.frozen, rows
+    )
     # At the start only the outer zero projection has a gradient; the inner parts follow once it has moved.
     assert metrics["grad_norm/zero_out/kernel"] > 0 and metrics["grad_norm/zero_in/kernel"] == 0
     assert np.abs(new.params["zero_out"]["kernel"]).max() > 0
@@ -265,7 +355,10 @@ def test_a_dropped_condition_is_no_condition(small, batch):
     scale = np.asarray(batch_lib.conditions(many, key, 0.25)["control_scale"])
     assert set(scale) == {0.0, 1.0} and 0.7 < scale.mean() < 0.8
     assert batch_lib.conditions(many, key, 0.0)["control_scale"].min() == 1.0
-    assert batch_lib.conditions({k: rows[k] for k in ("text", "mask")}, key, 0.25).keys() == {"text", "mask"}
+    assert batch_lib.conditions({k: rows[k] for k in ("text", "mask")}, key, 0.25).keys() == {
+        "text",
+        "mask",
+    }
 
 
 def test_student_starts_as_teacher_and_both_are_told_the_condition(small, batch):
@@ -275,7 +368,12 @@ def test_student_starts_as_teacher_and_both_are_told_the_condition(small, batch)
     teacher = moved(nets.teacher.init(jax.random.key(0)))
     params = sprint_step.student_params(teacher, nets, jax.random.key(1), logvar_start=0.0)
     assert isinstance(nets.teacher, Controlled) and isinstance(nets.student, Controlled)
-    cond = {"text": rows["text"], "mask": rows["mask"], "control": rows["control"], "control_scale": np.ones(8, np.float32)}
+    cond = {
+        "text": rows["text"],
+        "mask": rows["mask"],
+        "control": rows["control"],
+        "control_scale": np.ones(8, np.float32),
+    }
     w, t = jnp.full(8, 1.5), jnp.linspace(0.2, 1.4, 8)
     x = normals(*rows["latent"].shape, seed=4)
     frozen = {"teacher": teacher} | data.frozen
@@ -283,7 +381,9 @@ def test_student_starts_as_teacher_and_both_are_told_the_condition(small, batch)
     @jax.jit
     def both(cond):
         F, _ = sprint_step.student_F(nets, params, cond, w)(x, t)
-        one = sprint_step.teacher_velocity(nets, frozen, cond, jnp.ones(8), "cond")(0.5 * x, t)  # unguided
+        one = sprint_step.teacher_velocity(nets, frozen, cond, jnp.ones(8), "cond")(
+            0.5 * x, t
+        )  # unguided
         return F, one / 0.5
 
     F, velocity = both(cond)
@@ -297,9 +397,15 @@ def test_who_always_goes_without_the_sketch_teaches_the_controlnet_nothing(small
     data, rows = batch
     small = dataclasses.replace(small, sprint=dataclasses.replace(small.sprint, scm_weight=0.0))
     teacher = moved(jax.jit(build.distilled_teacher(small).init)(jax.random.key(0)))
-    of = lambda share: run.sprint_stage(dataclasses.replace(small, control=dataclasses.replace(small.control, dropout=share)), data, teacher)
+    of = lambda share: run.sprint_stage(
+        dataclasses.replace(small, control=dataclasses.replace(small.control, dropout=share)),
+        data,
+        teacher,
+    )
     start = jax.jit(of(0.0).start)(of(0.0).frozen, {})
-    metrics_of = jax.jit(lambda share, *args: of(share).functions[0](*args)[1])  # one program for every share
+    metrics_of = jax.jit(
+        lambda share, *args: of(share).functions[0](*args)[1]
+    )  # one program for every share
     for share, taught in ((0.0, True), (1.0, False)):
         metrics = metrics_of(share, start, of(0.0).frozen, rows)
         norms = [float(v) for name, v in metrics.items() if name.startswith("grad_norm/control")]
@@ -311,7 +417,9 @@ def test_every_new_parameter_has_a_sharding_rule(small):
     """Cut over fsdp in the state of both phases, CAME's factored moments included; nothing is left to the default."""
     came = dataclasses.replace(small.control.optimizer, kind="came", b3=0.9999)
     c = dataclasses.replace(
-        small, control=dataclasses.replace(small.control, optimizer=came), sprint=dataclasses.replace(small.sprint, optimizer=came)
+        small,
+        control=dataclasses.replace(small.control, optimizer=came),
+        sprint=dataclasses.replace(small.sprint, optimizer=came),
     )
     mesh = jax.sharding.AbstractMesh((1, 2), ("data", "fsdp"))
     teacher = jax.eval_shape(build.teacher(c).init, jax.random.key(0))
@@ -322,7 +430,13 @@ def test_every_new_parameter_has_a_sharding_rule(small):
         state = jax.eval_shape(stage.start, frozen, {})
         for path, leaf in jax.tree_util.tree_leaves_with_path(state):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            if leaf.ndim >= 2 and leaf.size > 1 and "zero_" in name and "/row/" not in name and "res_row" not in name:
+            if (
+                leaf.ndim >= 2
+                and leaf.size > 1
+                and "zero_" in name
+                and "/row/" not in name
+                and "res_row" not in name
+            ):
                 assert sharding._spec(name, leaf, mesh) != jax.sharding.PartitionSpec(), name
                 checked.add(stage.name)
     assert checked == {"control", "sprint"}
@@ -334,9 +448,17 @@ def test_generate_follows_and_refuses(small):
 
     params = moved(build.student(small).init(jax.random.key(0)))
     pipe = pipeline.Pipeline(
-        build.student(small), parts.EmbeddedText(build.text_encoder(small)), parts.EmbeddedPixels(build.codec(small)),
-        {"transformer": params, "text": {}, "pixels": {}}, 32, 32, 1.5, "code", 1, "float32",
-    )  # fmt: skip
+        build.student(small),
+        parts.EmbeddedText(build.text_encoder(small)),
+        parts.EmbeddedPixels(build.codec(small)),
+        {"transformer": params, "text": {}, "pixels": {}},
+        32,
+        32,
+        1.5,
+        "code",
+        1,
+        "float32",
+    )
     assert pipe.control
     sketch = np.zeros((32, 32, 3), np.uint8)
     sketch[8:24, 10] = 255
@@ -348,14 +470,28 @@ def test_generate_follows_and_refuses(small):
         make(control=sketch, control_scale=float("nan"))
     with pytest.raises(UserError, match="control has shape"):
         make(control=sketch[:16])
-    plain = dataclasses.replace(pipe, model=pipe.model.trunk, params=pipe.params | {"transformer": params["trunk"]}, programs={})
+    plain = dataclasses.replace(
+        pipe,
+        model=pipe.model.trunk,
+        params=pipe.params | {"transformer": params["trunk"]},
+        programs={},
+    )
     with pytest.raises(UserError, match="has no ControlNet"):
         drawing.generate(plain, ["a red circle"], control=sketch)
     times = samplers.scm_times(1, "code")
-    sampler = generation.student_sampler(build.student(small), pipe.pixels, build.latent_shape(small), times)
+    sampler = generation.student_sampler(
+        build.student(small), pipe.pixels, build.latent_shape(small), times
+    )
     text, mask = build.text_encoder(small).encode(["a red circle"])
-    cond = {"text": text, "mask": mask, "control": np.asarray(pipe.encode(sketch[None])), "control_scale": np.ones(1, np.float32)}
-    again = sampler({"transformer": params, "pixels": {}}, {}, cond, np.float32(1.5), np.int32(3), np.arange(1))
+    cond = {
+        "text": text,
+        "mask": mask,
+        "control": np.asarray(pipe.encode(sketch[None])),
+        "control_scale": np.ones(1, np.float32),
+    }
+    again = sampler(
+        {"transformer": params, "pixels": {}}, {}, cond, np.float32(1.5), np.int32(3), np.arange(1)
+    )
     assert np.abs(np.asarray(again, int) - make(control=sketch)).max() <= 1
 
 
@@ -366,19 +502,49 @@ def test_generate_follows_and_refuses(small):
 def test_the_main_job_trains_distils_and_scores(sketched):
     """Every stage is there; real pictures agree with their sketches wholly, those of other prompts do not."""
     rows = [json.loads(line) for line in (sketched / "metrics.jsonl").read_text().splitlines()]
-    assert list(dict.fromkeys(row["stage"] for row in rows)) == ["teacher", "finetune", "control", "sprint"]
+    assert list(dict.fromkeys(row["stage"] for row in rows)) == [
+        "teacher",
+        "finetune",
+        "control",
+        "sprint",
+    ]
     summary = json.loads((sketched / "summary.json").read_text())
-    names = {"real", "mismatched", "teacher_20", "teacher_1", "student_1", "student_1_free", "student_2", "student_4"}
+    names = {
+        "real",
+        "mismatched",
+        "teacher_20",
+        "teacher_1",
+        "student_1",
+        "student_1_free",
+        "student_2",
+        "student_4",
+    }
     names |= {"teacher_freehand", "student_1_freehand"}
     assert summary["agreement"].keys() == names == summary["scores"].keys()
     assert summary["agreement"]["real"] == 1.0 and summary["agreement"]["mismatched"] < 0.5
-    with Image.open(sketched / "samples_control.png") as sheet, Image.open(sketched / "samples_real.png") as real:
+    with (
+        Image.open(sketched / "samples_control.png") as sheet,
+        Image.open(sketched / "samples_real.png") as real,
+    ):
         assert sheet.size == real.size
-        assert set(np.unique(np.asarray(sheet))) <= {0, 255, 96}  # lines, ground, and the grid's grey
-    with Image.open(sketched / "samples_freehand_sketches.png") as sheet, Image.open(sketched / "samples_freehand.png") as made:
-        assert sheet.size == made.size and len(np.unique(np.asarray(sheet))) > 3  # strokes are grey at their borders
+        assert set(np.unique(np.asarray(sheet))) <= {
+            0,
+            255,
+            96,
+        }  # lines, ground, and the grid's grey
+    with (
+        Image.open(sketched / "samples_freehand_sketches.png") as sheet,
+        Image.open(sketched / "samples_freehand.png") as made,
+    ):
+        assert (
+            sheet.size == made.size and len(np.unique(np.asarray(sheet))) > 3
+        )  # strokes are grey at their borders
     report = (sketched / "report.html").read_text()
-    assert "edges as asked" in report and "by the rough sketches" in report and "<td>student_1_freehand</td>" in report
+    assert (
+        "edges as asked" in report
+        and "by the rough sketches" in report
+        and "<td>student_1_freehand</td>" in report
+    )
 
 
 @pytest.mark.slow
@@ -389,12 +555,19 @@ def test_sample_takes_a_sketch(sketched, command, tmp_path):
     Image.fromarray(sketch).save(tmp_path / "sketch.png")
     made = []
     for name, flags in (("free", []), ("held", [f"--control={tmp_path / 'sketch.png'}"])):
-        flags += [f"--model={sketched}", "--prompt=a red square", "--steps=1", f"--out={tmp_path / name}"]
+        flags += [
+            f"--model={sketched}",
+            "--prompt=a red square",
+            "--steps=1",
+            f"--out={tmp_path / name}",
+        ]
         result = command("sprint_jax.sample", *flags)
         assert result.returncode == 0, result.stderr
         made.append(np.asarray(Image.open(tmp_path / name / "00000.png"), int))
     pipe = pipeline.load(sketched, dtype="float32")
-    again = pipeline.generate(pipe, ["a red square"], steps=1, control=pictures.load(tmp_path / "sketch.png", 32, 32))[0]
+    again = pipeline.generate(
+        pipe, ["a red square"], steps=1, control=pictures.load(tmp_path / "sketch.png", 32, 32)
+    )[0]
     assert np.abs(made[1] - again).max() <= 1
     np.testing.assert_array_equal(made[0], pipeline.generate(pipe, ["a red square"], steps=1)[0])
 
@@ -407,17 +580,34 @@ def test_a_run_becomes_folders_and_its_stages_are_extracted(sketched, command, t
     assert result.returncode == 0, result.stderr
     model, params = folder.read_controlnet(tmp_path / "out")
     found, whole, _ = pipeline.read_student(sketched)
-    assert dataclasses.replace(model.net, depth=2, remat="none", unroll=1) == dataclasses.replace(found.control.net, remat="none", unroll=1)
+    assert dataclasses.replace(model.net, depth=2, remat="none", unroll=1) == dataclasses.replace(
+        found.control.net, remat="none", unroll=1
+    )
     jax.tree.map(np.testing.assert_array_equal, params, whole["control"])
-    result = command("sprint_jax.extract", f"--run_dir={sketched}", "--stage=control", f"--to_file={tmp_path / 'c.safetensors'}")
+    result = command(
+        "sprint_jax.extract",
+        f"--run_dir={sketched}",
+        "--stage=control",
+        f"--to_file={tmp_path / 'c.safetensors'}",
+    )
     assert result.returncode == 0, result.stderr
     abstract = jax.eval_shape(found.control.init, jax.random.key(0))
     kept = weights.load(sketched / "controlnet.safetensors", abstract)
-    jax.tree.map(np.testing.assert_array_equal, weights.load(tmp_path / "c.safetensors", abstract), kept)
+    jax.tree.map(
+        np.testing.assert_array_equal, weights.load(tmp_path / "c.safetensors", abstract), kept
+    )
 
 
 def test_a_model_without_a_controlnet_refuses_sketches(finished, command, tmp_path):
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "sketch.png")
-    flags = [f"--model={finished}", "--prompt=a circle", f"--control={tmp_path / 'sketch.png'}", f"--out={tmp_path / 'out'}"]
+    flags = [
+        f"--model={finished}",
+        "--prompt=a circle",
+        f"--control={tmp_path / 'sketch.png'}",
+        f"--out={tmp_path / 'out'}",
+    ]
     result = command("sprint_jax.sample", *flags)
-    assert result.returncode != 0 and result.stderr.strip().splitlines()[-1].count("has no ControlNet") == 1
+    assert (
+        result.returncode != 0
+        and result.stderr.strip().splitlines()[-1].count("has no ControlNet") == 1
+    )

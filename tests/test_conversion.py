@@ -21,7 +21,11 @@ from sprint_jax.models.gemma2 import GEMMA2_2B  # noqa: E402
 from sprint_jax.models.linear_dit import SANA_600M  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:prompt")
-PARTS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+PARTS = {
+    "transformer": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +57,22 @@ def test_round_trip_is_bit_equal_and_diffusers_loads_it(source, command, tmp_pat
         first, again = raw(source / part, stem), raw(tmp_path / "back" / part, stem)
         assert first.keys() == again.keys()
         assert all(first[name] == again[name] for name in first)
-    assert json.loads((tmp_path / "ours" / "model.json").read_text())["instruction"] == "\n".join(fabricate.INSTRUCTION)
-    loaded = fabricate.diffusers.SanaSprintPipeline.from_pretrained(tmp_path / "back", local_files_only=True)
+    assert json.loads((tmp_path / "ours" / "model.json").read_text())["instruction"] == "\n".join(
+        fabricate.INSTRUCTION
+    )
+    loaded = fabricate.diffusers.SanaSprintPipeline.from_pretrained(
+        tmp_path / "back", local_files_only=True
+    )
     loaded.set_progress_bar_config(disable=True)
-    image = loaded("gulls", height=64, width=64, use_resolution_binning=False, output_type="np").images
+    image = loaded(
+        "gulls", height=64, width=64, use_resolution_binning=False, output_type="np"
+    ).images
     assert np.isfinite(image).all() and image.std() > 0.01
     ours, direct = (pipeline.load(path, dtype="float32") for path in (tmp_path / "ours", source))
     options = dict(steps=1, height=64, width=64)
     np.testing.assert_array_equal(
-        pipeline.generate(ours, ["gulls"], **options), pipeline.generate(direct, ["gulls"], **options)
+        pipeline.generate(ours, ["gulls"], **options),
+        pipeline.generate(direct, ["gulls"], **options),
     )
 
 
@@ -69,64 +80,96 @@ def test_run_becomes_a_transformer_that_diffusers_runs(finished, command, tmp_pa
     """The student of a run: same velocity there as here."""
     result = command("sprint_jax.convert", f"--from={finished}", f"--to={tmp_path / 'out'}")
     assert result.returncode == 0, result.stderr
-    theirs = fabricate.diffusers.SanaTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer").eval()
+    theirs = fabricate.diffusers.SanaTransformer2DModel.from_pretrained(
+        tmp_path / "out" / "transformer"
+    ).eval()
     model, params, _ = pipeline.read_student(finished)
     rng = np.random.default_rng(0)
-    x, text = (rng.standard_normal(s).astype(np.float32) for s in ((2, 4, 4, model.in_channels), (2, 16, model.text_dim)))
+    x, text = (
+        rng.standard_normal(s).astype(np.float32)
+        for s in ((2, 4, 4, model.in_channels), (2, 16, model.text_dim))
+    )
     t, w, mask = np.float32([0.9, 0.3]), np.float32([2.0, 2.0]), np.ones((2, 16), np.float32)
     ours = np.asarray(model.apply(params, x, t, text, mask, w).velocity)
     with torch.no_grad():
-        expected = theirs(
-            torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(text), torch.tensor(t), guidance=torch.tensor(w) * 0.1,
-            encoder_attention_mask=torch.tensor(mask),
-        ).sample.permute(0, 2, 3, 1).numpy()  # fmt: skip
+        expected = (
+            theirs(
+                torch.tensor(x).permute(0, 3, 1, 2),
+                torch.tensor(text),
+                torch.tensor(t),
+                guidance=torch.tensor(w) * 0.1,
+                encoder_attention_mask=torch.tensor(mask),
+            )
+            .sample.permute(0, 2, 3, 1)
+            .numpy()
+        )
     assert np.linalg.norm(ours - expected) < 1e-5 * np.linalg.norm(expected)
 
 
 def test_native_names(tmp_path):
     """The official repository's names for the same weights, q|k|v and k|v in one tensor, extras dropped."""
     theirs = fabricate.transformer(
-        num_attention_heads=36, attention_head_dim=32, num_cross_attention_heads=16, cross_attention_head_dim=72,
-        cross_attention_dim=1152, num_layers=1,
-    )  # fmt: skip
+        num_attention_heads=36,
+        attention_head_dim=32,
+        num_cross_attention_heads=16,
+        cross_attention_head_dim=72,
+        cross_attention_dim=1152,
+        num_layers=1,
+    )
     state = {name: t.numpy() for name, t in theirs.state_dict().items()}
     native = {name: state[other] for name, other in NATIVE.items()}
     block = "transformer_blocks.0"
-    native["blocks.0.attn.qkv.weight"] = np.concatenate([state[f"{block}.attn1.to_{p}.weight"] for p in "qkv"])
+    native["blocks.0.attn.qkv.weight"] = np.concatenate(
+        [state[f"{block}.attn1.to_{p}.weight"] for p in "qkv"]
+    )
     for leaf in ("weight", "bias"):
-        native[f"blocks.0.cross_attn.kv_linear.{leaf}"] = np.concatenate([state[f"{block}.attn2.to_{p}.{leaf}"] for p in "kv"])
-    native["logvar_linear.weight"], native["logvar_linear.bias"] = np.zeros((1, 1152), "f"), np.zeros(1, "f")
+        native[f"blocks.0.cross_attn.kv_linear.{leaf}"] = np.concatenate(
+            [state[f"{block}.attn2.to_{p}.{leaf}"] for p in "kv"]
+        )
+    native["logvar_linear.weight"], native["logvar_linear.bias"] = (
+        np.zeros((1, 1152), "f"),
+        np.zeros(1, "f"),
+    )
     native["y_embedder.y_embedding"] = np.zeros((300, 48), "f")
     safetensors.numpy.save_file(native, tmp_path / "native.safetensors")
     theirs.save_pretrained(tmp_path / "theirs")
     read = folder.read_native(tmp_path / "native.safetensors")
     folder.write_diffusers(tmp_path / "out", read)
-    assert raw(tmp_path / "out" / "transformer", PARTS["transformer"]) == raw(tmp_path / "theirs", PARTS["transformer"])
+    assert raw(tmp_path / "out" / "transformer", PARTS["transformer"]) == raw(
+        tmp_path / "theirs", PARTS["transformer"]
+    )
     assert configs.read_json(tmp_path / "out/transformer/config.json")["guidance_embeds"] is True
 
 
 def _native_names():
     pairs = {
-        "x_embedder.proj": "patch_embed.proj", "t_embedder.mlp.0": "time_embed.timestep_embedder.linear_1",
-        "t_embedder.mlp.2": "time_embed.timestep_embedder.linear_2", "t_block.1": "time_embed.linear",
+        "x_embedder.proj": "patch_embed.proj",
+        "t_embedder.mlp.0": "time_embed.timestep_embedder.linear_1",
+        "t_embedder.mlp.2": "time_embed.timestep_embedder.linear_2",
+        "t_block.1": "time_embed.linear",
         "cfg_embedder.mlp.0": "time_embed.guidance_embedder.linear_1",
         "cfg_embedder.mlp.2": "time_embed.guidance_embedder.linear_2",
-        "y_embedder.y_proj.fc1": "caption_projection.linear_1", "y_embedder.y_proj.fc2": "caption_projection.linear_2",
-        "final_layer.linear": "proj_out", "blocks.0.attn.proj": "transformer_blocks.0.attn1.to_out.0",
+        "y_embedder.y_proj.fc1": "caption_projection.linear_1",
+        "y_embedder.y_proj.fc2": "caption_projection.linear_2",
+        "final_layer.linear": "proj_out",
+        "blocks.0.attn.proj": "transformer_blocks.0.attn1.to_out.0",
         "blocks.0.cross_attn.q_linear": "transformer_blocks.0.attn2.to_q",
         "blocks.0.cross_attn.proj": "transformer_blocks.0.attn2.to_out.0",
         "blocks.0.mlp.inverted_conv.conv": "transformer_blocks.0.ff.conv_inverted",
         "blocks.0.mlp.depth_conv.conv": "transformer_blocks.0.ff.conv_depth",
-    }  # fmt: skip
+    }
     names = {f"{a}.{leaf}": f"{b}.{leaf}" for a, b in pairs.items() for leaf in ("weight", "bias")}
     names |= {
-        "attention_y_norm.weight": "caption_norm.weight", "final_layer.scale_shift_table": "scale_shift_table",
+        "attention_y_norm.weight": "caption_norm.weight",
+        "final_layer.scale_shift_table": "scale_shift_table",
         "blocks.0.scale_shift_table": "transformer_blocks.0.scale_shift_table",
         "blocks.0.mlp.point_conv.conv.weight": "transformer_blocks.0.ff.conv_point.weight",
-    }  # fmt: skip
+    }
     for ours, theirs in (("attn", "attn1"), ("cross_attn", "attn2")):
         for side in "qk":
-            names[f"blocks.0.{ours}.{side}_norm.weight"] = f"transformer_blocks.0.{theirs}.norm_{side}.weight"
+            names[f"blocks.0.{ours}.{side}_norm.weight"] = (
+                f"transformer_blocks.0.{theirs}.norm_{side}.weight"
+            )
     return names
 
 
@@ -140,7 +183,9 @@ def test_published_configs():
     for absent in ("guidance_embeds_scale", "timestep_scale"):
         sprint.pop(absent)
     described = configs.transformer(sprint, "bfloat16")
-    assert described == dataclasses.replace(SANA_600M, logvar_head=False, remat="none", residual_dtype="bfloat16")
+    assert described == dataclasses.replace(
+        SANA_600M, logvar_head=False, remat="none", residual_dtype="bfloat16"
+    )
     assert configs.autoencoder(configs.autoencoder_json(DCAE_F32C32)) == DCAE_F32C32
     assert configs.text_encoder(configs.text_encoder_json(GEMMA2_2B)) == GEMMA2_2B
     newer = configs.text_encoder_json(GEMMA2_2B)
@@ -158,7 +203,12 @@ def test_published_counts():
 
     expected = (
         (tables.transformer, dataclasses.replace(SANA_600M, logvar_head=False), 664, 593_501_216),
-        (tables.transformer, dataclasses.replace(SANA_600M, logvar_head=False, guidance_embed=False), 660, 591_876_896),
+        (
+            tables.transformer,
+            dataclasses.replace(SANA_600M, logvar_head=False, guidance_embed=False),
+            660,
+            591_876_896,
+        ),
         (tables.autoencoder, DCAE_F32C32, 375, 312_250_275),
         (tables.text_encoder, GEMMA2_2B, 288, 2_614_341_888),
     )
@@ -166,7 +216,9 @@ def test_published_counts():
         rows = table(model)
         assert len(rows) == names and sum(row.size for row in rows) == parameters
         abstract = jax.eval_shape(model.init, jax.random.key(0))
-        rules._check_cover(rows, {n: a.shape for n, a in pipeline.weights.flatten(abstract).items()})
+        rules._check_cover(
+            rows, {n: a.shape for n, a in pipeline.weights.flatten(abstract).items()}
+        )
 
 
 def test_instruction_is_read_without_importing_diffusers(command):
@@ -218,24 +270,56 @@ def _extra_header(file):
 BROKEN = {
     "no vae": (lambda p: shutil.rmtree(p / "vae"), "has no vae/"),
     "no tokenizer": (lambda p: shutil.rmtree(p / "tokenizer"), "has no tokenizer/"),
-    "no weights": (lambda p: [f.unlink() for f in (p / "vae").glob("*.safetensors*")], "has no diffusion_pytorch_model"),
-    "truncated": (lambda p: shard(p).write_bytes(shard(p).read_bytes()[:-10]), "not a whole safetensors file"),
+    "no weights": (
+        lambda p: [f.unlink() for f in (p / "vae").glob("*.safetensors*")],
+        "has no diffusion_pytorch_model",
+    ),
+    "truncated": (
+        lambda p: shard(p).write_bytes(shard(p).read_bytes()[:-10]),
+        "not a whole safetensors file",
+    ),
     "empty": (lambda p: shard(p).write_bytes(b""), "not a whole safetensors file"),
     "header": (lambda p: _extra_header(shard(p)), "not JSON"),
     "lost shard": (lambda p: shard(p).unlink(), "give an existing file"),
-    "other pipeline": (lambda p: edit(p / "model_index.json", _class_name="SanaPipeline"), "not a SANA-Sprint pipeline"),
-    "other class": (lambda p: edit(p / "transformer/config.json", _class_name="PixArtTransformer2DModel"), "only SanaTransformer2DModel"),
-    "other scheduler": (lambda p: edit(p / "scheduler/scheduler_config.json", _class_name="DPMSolverMultistepScheduler"), "multi-step SANA"),
-    "position": (lambda p: edit(p / "transformer/config.json", interpolation_scale=1.0), "interpolation_scale=1.0"),
+    "other pipeline": (
+        lambda p: edit(p / "model_index.json", _class_name="SanaPipeline"),
+        "not a SANA-Sprint pipeline",
+    ),
+    "other class": (
+        lambda p: edit(p / "transformer/config.json", _class_name="PixArtTransformer2DModel"),
+        "only SanaTransformer2DModel",
+    ),
+    "other scheduler": (
+        lambda p: edit(
+            p / "scheduler/scheduler_config.json", _class_name="DPMSolverMultistepScheduler"
+        ),
+        "multi-step SANA",
+    ),
+    "position": (
+        lambda p: edit(p / "transformer/config.json", interpolation_scale=1.0),
+        "interpolation_scale=1.0",
+    ),
     "unknown field": (lambda p: edit(p / "vae/config.json", colour="red"), "colour='red'"),
-    "other width": (lambda p: edit(p / "transformer/config.json", caption_channels=64), "text features 64 wide"),
-    "other depth": (lambda p: edit(p / "transformer/config.json", num_layers=2), "unexpected: transformer_blocks.2"),
-    "missing": (lambda p: edit(p / "transformer/config.json", num_layers=4), "missing: transformer_blocks.3"),
+    "other width": (
+        lambda p: edit(p / "transformer/config.json", caption_channels=64),
+        "text features 64 wide",
+    ),
+    "other depth": (
+        lambda p: edit(p / "transformer/config.json", num_layers=2),
+        "unexpected: transformer_blocks.2",
+    ),
+    "missing": (
+        lambda p: edit(p / "transformer/config.json", num_layers=4),
+        "missing: transformer_blocks.3",
+    ),
     "misshapen": (lambda p: edit(p / "transformer/config.json", mlp_ratio=2.0), "misshapen"),
     "overflow": (lambda p: rewrite(shard(p), _overflow), "infinite or not numbers"),
     "no JSON": (lambda p: (p / "vae/config.json").write_text("{"), "is not JSON"),
-    "activation": (lambda p: edit(p / "text_encoder/config.json", hidden_activation="silu", hidden_act=None), "hidden_activation='silu'"),
-}  # fmt: skip
+    "activation": (
+        lambda p: edit(p / "text_encoder/config.json", hidden_activation="silu", hidden_act=None),
+        "hidden_activation='silu'",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -254,10 +338,19 @@ def test_broken_folders_are_refused(source, name, tmp_path):
 def test_doubled_names_and_pickles_are_refused(source, tmp_path):
     broken = copy(source, tmp_path)
     file = next((broken / "text_encoder").glob("*.safetensors"))
-    rewrite(file, lambda t: t.update({"model.norm.weight": next(a for n, a in t.items() if "norm.weight" in n).copy()}))
+    rewrite(
+        file,
+        lambda t: t.update(
+            {"model.norm.weight": next(a for n, a in t.items() if "norm.weight" in n).copy()}
+        ),
+    )
     index = broken / "text_encoder" / "model.safetensors.index.json"
     if index.exists():
-        edit(index, weight_map=json.loads(index.read_text())["weight_map"] | {"model.norm.weight": file.name})
+        edit(
+            index,
+            weight_map=json.loads(index.read_text())["weight_map"]
+            | {"model.norm.weight": file.name},
+        )
     with pytest.raises(UserError, match="given twice: norm.weight and model.norm.weight"):
         folder.read_diffusers(broken, dtype=None, instruction="")
     for old in (broken / "vae").glob("*.safetensors*"):
@@ -300,7 +393,9 @@ def test_empty_folders_that_are_links_mounts_or_here(tmp_path, monkeypatch):
             (partial / "part" / "file").write_text("whole")
         assert (place / "part" / "file").read_text() == "whole"
     assert link.is_symlink() and not list(tmp_path.glob("*.partial"))
-    assert all(place.stat().st_ino == known for place, known in places.items()) and list(pathlib.Path().iterdir())
+    assert all(place.stat().st_ino == known for place, known in places.items()) and list(
+        pathlib.Path().iterdir()
+    )
 
 
 def test_the_widest_of_two_half_precisions():
@@ -308,15 +403,28 @@ def test_the_widest_of_two_half_precisions():
     import ml_dtypes
 
     half, brain, double = (np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float64))
-    assert rules._widest({half, brain}) == np.float32 and rules._widest({half, brain, double}) == double
-    assert rules._widest({brain}) == brain and rules._widest({half, np.dtype(np.float32)}) == np.float32
+    assert (
+        rules._widest({half, brain}) == np.float32
+        and rules._widest({half, brain, double}) == double
+    )
+    assert (
+        rules._widest({brain}) == brain
+        and rules._widest({half, np.dtype(np.float32)}) == np.float32
+    )
 
 
 def test_weights_of_integers_are_refused(source, tmp_path):
     broken = copy(source, tmp_path)
     for file in (broken / "transformer").glob("*.safetensors"):
-        rewrite(file, lambda t: t.update({n: np.ones_like(a, np.int8) for n, a in t.items() if n == "proj_out.weight"}))
-    with pytest.raises(UserError, match="proj_out.weight as I8: weights must be F64, F32, F16 or BF16"):
+        rewrite(
+            file,
+            lambda t: t.update(
+                {n: np.ones_like(a, np.int8) for n, a in t.items() if n == "proj_out.weight"}
+            ),
+        )
+    with pytest.raises(
+        UserError, match="proj_out.weight as I8: weights must be F64, F32, F16 or BF16"
+    ):
         folder.read_diffusers(broken, dtype=None, instruction="")
 
 
@@ -342,7 +450,9 @@ def test_requests_that_cannot_be_met(source):
         assert words in str(caught.value), str(caught.value)
     with pytest.raises(UserError, match="list of texts"):
         pipeline.generate(pipe, "gulls")
-    with pytest.raises(UserError, match="prompt 1 is empty"):  # as the embedded model says, and sprint_jax.app
+    with pytest.raises(
+        UserError, match="prompt 1 is empty"
+    ):  # as the embedded model says, and sprint_jax.app
         pipeline.generate(pipe, ["gulls", " \t"], **small)
 
 
@@ -354,9 +464,14 @@ def test_long_prompts_are_cut_with_a_warning(source):
 
 def test_the_command_warns_in_one_line(source, command, tmp_path):
     result = command(
-        "sprint_jax.sample", f"--model={source}", f"--prompt={'lighthouse ' * 160}", "--steps=1", "--height=32",
-        "--width=32", f"--out={tmp_path}",
-    )  # fmt: skip
+        "sprint_jax.sample",
+        f"--model={source}",
+        f"--prompt={'lighthouse ' * 160}",
+        "--steps=1",
+        "--height=32",
+        "--width=32",
+        f"--out={tmp_path}",
+    )
     lines = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert result.returncode == 0 and len(lines) == 1 and "cut off" in lines[0], result.stderr
 
@@ -365,7 +480,11 @@ def test_pictures_do_not_depend_on_company(source):
     """Alone, in a batch, and beside a prompt of another length: equal to the last bit."""
     pipe = pipeline.load(source, dtype="float32")
     options = dict(steps=2, height=64, width=96, seed=5, batch_size=2)
-    prompts = ["gulls", "a red fox in the snow, watercolour, soft light, and a lake in autumn with mist", "a lake"]
+    prompts = [
+        "gulls",
+        "a red fox in the snow, watercolour, soft light, and a lake in autumn with mist",
+        "a lake",
+    ]
     together = pipeline.generate(pipe, prompts, **options)
     assert together.shape == (3, 64, 96, 3)
     np.testing.assert_array_equal(pipeline.generate(pipe, prompts[:1], **options)[0], together[0])
@@ -380,14 +499,36 @@ def test_sample_command_on_a_folder(source, command, tmp_path):
     picture = tmp_path / "start.png"
     from PIL import Image
 
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8)).save(picture)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8)).save(
+        picture
+    )
     result = command(
-        "sprint_jax.sample", f"--model={source}", "--prompt=gulls", "--prompt=a lake", "--steps=2", "--height=64",
-        "--width=96", f"--image={picture}", "--strength=0.5", f"--out={tmp_path / 'out'}",
-    )  # fmt: skip
+        "sprint_jax.sample",
+        f"--model={source}",
+        "--prompt=gulls",
+        "--prompt=a lake",
+        "--steps=2",
+        "--height=64",
+        "--width=96",
+        f"--image={picture}",
+        "--strength=0.5",
+        f"--out={tmp_path / 'out'}",
+    )
     assert result.returncode == 0, result.stderr
     assert Image.open(tmp_path / "out" / "00001.png").size == (96, 64)
-    rows = [json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
+    ]
     assert rows[1] == {"file": "00001.png", "prompt": "a lake", "seed": 0, "steps": 2}
-    result = command("sprint_jax.sample", f"--model={source}", "--prompt=x", "--height=65", f"--out={tmp_path / 'no'}")
-    assert result.returncode == 2 and "use 64" in result.stderr and not list(pathlib.Path(tmp_path / "no").glob("*"))
+    result = command(
+        "sprint_jax.sample",
+        f"--model={source}",
+        "--prompt=x",
+        "--height=65",
+        f"--out={tmp_path / 'no'}",
+    )
+    assert (
+        result.returncode == 2
+        and "use 64" in result.stderr
+        and not list(pathlib.Path(tmp_path / "no").glob("*"))
+    )

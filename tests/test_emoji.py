@@ -18,7 +18,9 @@ def test_candidates_are_the_same_under_every_python():
     listed = emoji.candidates()
     names = [name for _, name in listed]
     assert len(set(names)) == len(names) and "grinning face" in names and "unicorn face" in names
-    unwanted = re.compile("modifier|component|regional|keycap|variation|^two |^three |^grapes$|^eyes$")
+    unwanted = re.compile(
+        "modifier|component|regional|keycap|variation|^two |^three |^grapes$|^eyes$"
+    )
     assert not any(unwanted.search(name) for name in names)
     digest = hashlib.sha256(repr(listed).encode()).hexdigest()
     assert (len(listed), digest[:16]) == (1218, "f09f360b66d2676d")
@@ -36,7 +38,7 @@ def test_candidates_are_the_same_under_every_python():
         ("butterfly", "a butterfly", "butterflies"),
         ("turkey", "a turkey", "turkeys"),
         ("cactus", "a cactus", "cactuses"),
-            ("snowman", "a snowman", "snowmen"),
+        ("snowman", "a snowman", "snowmen"),
         ("older woman", "an older woman", "older women"),
         ("fish", "a fish", "fish"),
         ("peach", "a peach", "peaches"),
@@ -80,12 +82,21 @@ def made(font):
 
 
 def test_glyphs_are_what_the_font_draws(font):
-    assert len(font.names) > 1000 and "black droplet" not in font.names  # named, and not in this font
+    assert (
+        len(font.names) > 1000 and "black droplet" not in font.names
+    )  # named, and not in this font
     face = font.picture("grinning face")
     assert face.dtype == np.uint8 and face.shape[2] == 4 and min(face.shape[:2]) > 90
-    assert face[0, :, 3].any() and face[-1, :, 3].any() and face[:, 0, 3].any() and face[:, -1, 3].any()
+    assert (
+        face[0, :, 3].any()
+        and face[-1, :, 3].any()
+        and face[:, 0, 3].any()
+        and face[:, -1, 3].any()
+    )
     middle = face[face.shape[0] // 2 - 20, face.shape[1] // 2, :3].astype(int)
-    assert middle[0] > 200 and middle[1] > 150 and middle[2] < 130  # yellow: colours, not the outline in black
+    assert (
+        middle[0] > 200 and middle[1] > 150 and middle[2] < 130
+    )  # yellow: colours, not the outline in black
     assert font.picture("grinning face") is face
     for name in font.names[::100]:
         assert font.picture(name)[..., 3].max() > 200, name
@@ -95,7 +106,9 @@ def test_examples_are_pure_and_differ(font, made):
     for index in (0, 7, 599):
         image, caption = emoji.example(font, 0, index, SIZE)
         np.testing.assert_array_equal(image, made[index][0])
-        assert caption == made[index][1] and image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8
+        assert (
+            caption == made[index][1] and image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8
+        )
     assert len({image.tobytes() for image, _ in made}) == len(made)
     assert [c for _, c in examples(font, 5, seed=1)] != [c for _, c in made[:5]]
     again = emoji.Glyphs()
@@ -128,11 +141,18 @@ def grammar(font):
 def test_captions_follow_the_grammar(font, made):
     pattern = grammar(font)
     read = [pattern.fullmatch(caption) for _, caption in made]
-    assert all(read), [caption for (_, caption), match in zip(made, read, strict=True) if not match][:5]
-    assert not any(re.search(r"\ba (?!european |one)[aeio]|\ban (?!x-ray)[^aeiou]", caption) for _, caption in made)
+    assert all(read), [
+        caption for (_, caption), match in zip(made, read, strict=True) if not match
+    ][:5]
+    assert not any(
+        re.search(r"\ba (?!european |one)[aeio]|\ban (?!x-ray)[^aeiou]", caption)
+        for _, caption in made
+    )
     share = lambda has: np.mean([bool(has(match)) for match in read])
     assert 0.5 < share(lambda m: m["first"] and not m["second"]) < 0.7
-    assert 0.12 < share(lambda m: m["relation"]) < 0.28 and 0.12 < share(lambda m: m["number"]) < 0.28
+    assert (
+        0.12 < share(lambda m: m["relation"]) < 0.28 and 0.12 < share(lambda m: m["number"]) < 0.28
+    )
     assert 0.42 < share(lambda m: m["ground"]) < 0.58
     assert {m["relation"] for m in read} == {*emoji.RELATIONS, None}
     assert {m["number"] for m in read} == {"two", "three", None}
@@ -149,7 +169,9 @@ def without_glyphs(font, index, monkeypatch):
 
 def test_the_background_is_the_one_named(font, made, monkeypatch):
     plain = re.compile(" on an? (" + "|".join(emoji.COLOURS) + ") background$")
-    patterned = re.compile(" on an? (striped|dotted|checked) (" + "|".join(emoji.COLOURS) + ") background$")
+    patterned = re.compile(
+        " on an? (striped|dotted|checked) (" + "|".join(emoji.COLOURS) + ") background$"
+    )
     gradient = re.compile(" on an? ([a-z ]+) to ([a-z ]+) gradient background$")
     seen = set()
     for index, (_, caption) in enumerate(made):
@@ -202,9 +224,13 @@ def test_pictures_show_what_the_caption_says(font, made, monkeypatch):
             assert {emoji.plural(name) for name, _ in drawn} == {match["several"]}
         elif match["relation"]:
             (first, _), (second, _) = drawn
-            assert overlap == 1 and match["first"].endswith(first) and match["second"].endswith(second)
+            assert (
+                overlap == 1 and match["first"].endswith(first) and match["second"].endswith(second)
+            )
             (y0, x0), (y1, x1) = centres
-            along = {"left of": x1 - x0, "right of": x0 - x1, "above": y1 - y0, "below": y0 - y1}[match["relation"]]
+            along = {"left of": x1 - x0, "right of": x0 - x1, "above": y1 - y0, "below": y0 - y1}[
+                match["relation"]
+            ]
             across = y1 - y0 if match["relation"] in ("left of", "right of") else x1 - x0
             assert along > 0.3 * SIZE and abs(across) < 0.2 * SIZE, caption
             relations.add(match["relation"])
@@ -240,10 +266,16 @@ def test_the_command(font, tmp_path, command):
     np.testing.assert_array_equal(sheet[2:66, 68:132], emoji.example(font, 5, 1, 64)[0])
     identity = sources.open_source(target / "emoji/1.0.0").identity()
     again = command("sprint_jax.emoji", *flags)
-    assert again.returncode == 0 and "there already" in again.stdout and again.stdout.endswith(lines[-1] + "\n")
+    assert (
+        again.returncode == 0
+        and "there already" in again.stdout
+        and again.stdout.endswith(lines[-1] + "\n")
+    )
     assert sources.open_source(target / "emoji/1.0.0").identity() == identity
     other = command("sprint_jax.emoji", *flags, "--count=71")
-    assert other.returncode == 2 and "count 70, not 71" in other.stderr and "--to_dir" in other.stderr
+    assert (
+        other.returncode == 2 and "count 70, not 71" in other.stderr and "--to_dir" in other.stderr
+    )
 
 
 @pytest.mark.parametrize(

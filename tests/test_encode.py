@@ -28,14 +28,23 @@ SIZES = ((32, 32), (16, 48))
 def tiny():
     """The embedded encoders, which need no weights."""
     params = {"pixels": {}, "text": {}}
-    return encode.Encoders(parts.EmbeddedPixels(CODEC), parts.EmbeddedText(TEXT), params, "tiny", 32)
+    return encode.Encoders(
+        parts.EmbeddedPixels(CODEC), parts.EmbeddedText(TEXT), params, "tiny", 32
+    )
 
 
 def settings(source, **changes):
     fields = dict(
-        source=source.identity(), encoder="tiny", examples=len(source), text="features", caption_field="prompt",
-        sizes=SIZES, heldout=8, shard_records=10, condition="none",
-    )  # fmt: skip
+        source=source.identity(),
+        encoder="tiny",
+        examples=len(source),
+        text="features",
+        caption_field="prompt",
+        sizes=SIZES,
+        heldout=8,
+        shard_records=10,
+        condition="none",
+    )
     return encode.Settings(**fields | changes)
 
 
@@ -63,10 +72,16 @@ def whole(pictures, tmp_path_factory):
 
 def make(pictures, out, said=None, encoders=None, lines=None, **options):
     source = sources.open_source(pictures)
-    changes = {k: options.pop(k) for k in list(options) if k in {f.name for f in dataclasses.fields(encode.Settings)}}
+    changes = {
+        k: options.pop(k)
+        for k in list(options)
+        if k in {f.name for f in dataclasses.fields(encode.Settings)}
+    }
     say = (lambda message: None) if said is None else said.append
     options = dict(batch=4, max_bad=0.2, say=say) | options
-    encode.encode(source, encoders or tiny(), out, settings(source, **changes), condition=lines, **options)
+    encode.encode(
+        source, encoders or tiny(), out, settings(source, **changes), condition=lines, **options
+    )
 
 
 def contents(folder):
@@ -92,21 +107,31 @@ def test_records_are_the_encoders_own(pictures, whole):
     for caption, i in captions.items():
         size = SIZES[0] if i % 3 else SIZES[1]
         picture = sources.fit(np.asarray(Image.open(pictures / f"{i:03d}.png")), *size)
-        np.testing.assert_array_equal(found[caption]["latent"], CODEC.encode(picture[None])[0].astype(np.float16))
+        np.testing.assert_array_equal(
+            found[caption]["latent"], CODEC.encode(picture[None])[0].astype(np.float16)
+        )
         features, mask = TEXT.encode([caption])
         length = int(mask.sum())
-        np.testing.assert_array_equal(found[caption]["text"], features[0, :length].astype(np.float16))
+        np.testing.assert_array_equal(
+            found[caption]["text"], features[0, :length].astype(np.float16)
+        )
         assert length == len(caption.split()) + 1
 
 
 def test_the_manifest(pictures, whole):
     manifest = encoded.read_manifest(whole)
     counts = manifest["counts"]
-    assert counts["train"] + counts["heldout"] == 41 and counts["skipped"] == 3 and 2 <= counts["heldout"] <= 16
+    assert (
+        counts["train"] + counts["heldout"] == 41
+        and counts["skipped"] == 3
+        and 2 <= counts["heldout"] <= 16
+    )
     assert [entry["key"] for entry in manifest["skipped"]] == ["005.png", "017.png", "031.png"]
     reasons = [entry["reason"] for entry in manifest["skipped"]]
     assert reasons[:2] == ["missing caption", "undecodable image"] and "zebra" in reasons[2]
-    expected = dict(text="features", text_dim=TEXT.dim, text_length=16, channels=48, factor=4, model="tiny")
+    expected = dict(
+        text="features", text_dim=TEXT.dim, text_length=16, channels=48, factor=4, model="tiny"
+    )
     assert {name: manifest[name] for name in expected} == expected
     assert manifest["source"] == sources.open_source(pictures).identity()
     buckets = {}
@@ -128,7 +153,10 @@ def test_the_encoders_of_a_config():
     encoders = encode._encoders(f"{ROOT / 'configs/sprint.py'}:smoke")
     images = np.stack([shapes.example(0, 0, size=encoders.side).image])
     latents = encoders.pixels.encode(encoders.params["pixels"], images)
-    assert latents.shape[-1] == encoders.pixels.channels and encoders.side == encoders.pixels.factor * latents.shape[1]
+    assert (
+        latents.shape[-1] == encoders.pixels.channels
+        and encoders.side == encoders.pixels.factor * latents.shape[1]
+    )
     assert encoders.identity == encode._encoders(f"{ROOT / 'configs/sprint.py'}:smoke").identity
     with pytest.raises(UserError, match="no config file --encoder=configs/absent.py:smoke"):
         encode._encoders("configs/absent.py:smoke")
@@ -219,7 +247,9 @@ def test_killed_in_the_middle_of_a_shard(pictures, whole, tmp_path, after):
     out = tmp_path / "out"
     names = dict(root=str(ROOT), tests=str(ROOT / "tests"), pictures=str(pictures), out=str(out))
     program = KILLED.format(**names, after=after)
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+    )
     assert result.returncode == -9, result.stderr[-2000:]
     assert list(out.glob("*.partial")) and not (out / "manifest.json").exists()
     make(pictures, out)
@@ -253,7 +283,10 @@ def test_two_hosts_make_what_one_makes(pictures, whole, tmp_path):
     [
         (dict(heldout=9), "begun with heldout 8, this command has 9"),
         (dict(encoder="other"), "begun with encoder 'tiny', this command has 'other'"),
-        (dict(sizes=((32, 32),)), r"begun with sizes \[\[32, 32\], \[16, 48\]\], this command has \[\[32, 32\]\]"),
+        (
+            dict(sizes=((32, 32),)),
+            r"begun with sizes \[\[32, 32\], \[16, 48\]\], this command has \[\[32, 32\]\]",
+        ),
     ],
 )
 def test_a_folder_keeps_to_its_settings(pictures, whole, changes, words):
@@ -292,10 +325,15 @@ def test_past_the_share_it_stops(pictures, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "033.png").write_bytes(b"")
     make(folder, tmp_path / "four", max_bad=0.1)
-    with pytest.raises(UserError, match="4 of 40 examples cannot be used.*--max_bad_share=0.09; the last is 033.png"):
+    with pytest.raises(
+        UserError,
+        match="4 of 40 examples cannot be used.*--max_bad_share=0.09; the last is 033.png",
+    ):
         make(folder, tmp_path / "out", max_bad=0.09)
     assert not (tmp_path / "out" / "manifest.json").exists()
-    with pytest.raises(UserError, match="033.png: undecodable image"):  # those of finished chunks still count
+    with pytest.raises(
+        UserError, match="033.png: undecodable image"
+    ):  # those of finished chunks still count
         make(folder, tmp_path / "out", max_bad=0.09)
     make(folder, tmp_path / "out", max_bad=0.1)
     assert contents(tmp_path / "out") == contents(tmp_path / "four")
@@ -323,7 +361,10 @@ def test_latents_of_a_source_are_taken_as_they_are(tmp_path):
     for i in (0, 1, 3, 4, 6, 7):
         latent = found[shapes.example(0, i).text]["latent"]
         np.testing.assert_array_equal(latent, arrays[i].transpose(1, 2, 0).astype(np.float16))
-    skipped = {entry["key"]: entry["reason"] for entry in encoded.read_manifest(tmp_path / "out")["skipped"]}
+    skipped = {
+        entry["key"]: entry["reason"]
+        for entry in encoded.read_manifest(tmp_path / "out")["skipped"]
+    }
     assert skipped == {
         "0.tar:2": "its latent is not finite in float16",
         "0.tar:5": "its latent has 32 channels, the encoder's have 48",
@@ -336,7 +377,10 @@ def test_a_set_without_an_example_to_train_on_is_no_success(tmp_path):
     for name in "abc":
         (tmp_path / f"in/{name}.png").write_bytes(b"no picture")
         (tmp_path / f"in/{name}.txt").write_text("a red circle")
-    with pytest.raises(UserError, match="none of 3 examples is left to train on, 3 cannot be used .*a.png: undecodable image"):
+    with pytest.raises(
+        UserError,
+        match="none of 3 examples is left to train on, 3 cannot be used .*a.png: undecodable image",
+    ):
         make(tmp_path / "in", tmp_path / "out", heldout=0)
     assert not (tmp_path / "out/manifest.json").exists()
 
@@ -375,15 +419,24 @@ def published(tmp_path_factory):
 def pipe(published):
     from sprint_jax import pipeline
 
-    return pipeline.load(published / "model", dtype="float32", instruction=published / "instruction.txt")
+    return pipeline.load(
+        published / "model", dtype="float32", instruction=published / "instruction.txt"
+    )
 
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photographs")
-    captions = ["a red fox in the snow", "gulls", "two cats asleep on a blue sofa next to a window", "word " * 400]
+    captions = [
+        "a red fox in the snow",
+        "gulls",
+        "two cats asleep on a blue sofa next to a window",
+        "word " * 400,
+    ]
     for i, caption in enumerate(captions):
-        Image.fromarray(shapes.example(0, i, size=96).image[: 40 if i == 1 else 96]).save(folder / f"{i}.jpg")
+        Image.fromarray(shapes.example(0, i, size=96).image[: 40 if i == 1 else 96]).save(
+            folder / f"{i}.jpg"
+        )
         (folder / f"{i}.txt").write_text(caption)
     return folder
 
@@ -391,12 +444,20 @@ def photographs(tmp_path_factory):
 def test_the_command(command, published, pipe, photographs, tmp_path):
     """Against the parts of the pipeline, one picture and one caption at a time."""
     result = command(
-        "sprint_jax.encode", f"--source={photographs}", f"--encoder={published / 'model'}",
-        f"--encoded={tmp_path / 'out'}", "--sizes=32x64", "--heldout=0", "--encode_batch=2",
+        "sprint_jax.encode",
+        f"--source={photographs}",
+        f"--encoder={published / 'model'}",
+        f"--encoded={tmp_path / 'out'}",
+        "--sizes=32x64",
+        "--heldout=0",
+        "--encode_batch=2",
         f"--caption_instruction={published / 'instruction.txt'}",
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "4 train and 0 heldout examples" in result.stdout and "1 captions cut to 300 tokens" in result.stdout
+    assert (
+        "4 train and 0 heldout examples" in result.stdout
+        and "1 captions cut to 300 tokens" in result.stdout
+    )
     assert "warning: 3.jpg: prompt 0 has" in result.stderr and "encode: 100%" in result.stderr
     manifest = encoded.read_manifest(tmp_path / "out")
     name = encode.identity(pipe, published / "model")
@@ -409,12 +470,18 @@ def test_the_command(command, published, pipe, photographs, tmp_path):
         picture = sources.fit(np.asarray(Image.open(photographs / f"{i}.jpg")), 32, 64)
         alone = np.asarray(pipe.pixels.encode(pipe.params["pixels"], picture[None]))[0]
         assert found[caption]["latent"].shape == (1, 2, 8)
-        np.testing.assert_allclose(found[caption]["latent"], alone, rtol=2e-3, atol=2e-4 * np.abs(alone).max())
+        np.testing.assert_allclose(
+            found[caption]["latent"], alone, rtol=2e-3, atol=2e-4 * np.abs(alone).max()
+        )
         if i < 3:
-            (_, arrays), = pipe.text.prepare([caption])  # fmt: skip
-            features, mask = features_of(pipe.params["text"], {k: v[None] for k, v in arrays.items()})
+            ((_, arrays),) = pipe.text.prepare([caption])
+            features, mask = features_of(
+                pipe.params["text"], {k: v[None] for k, v in arrays.items()}
+            )
             features = np.asarray(features)[0, : int(mask.sum())]
-            np.testing.assert_allclose(found[caption]["text"], features, rtol=2e-3, atol=2e-4 * np.abs(features).max())
+            np.testing.assert_allclose(
+                found[caption]["text"], features, rtol=2e-3, atol=2e-4 * np.abs(features).max()
+            )
     assert found[caption]["text"].shape == (300, 48)
 
 
@@ -461,7 +528,9 @@ def test_tokens(published, pipe, photographs, tmp_path):
     manifest, found = encoded.read_manifest(tmp_path / "out"), records(tmp_path / "out", "train")
     assert (manifest["text"], manifest["text_dim"], manifest["text_length"]) == ("tokens", 0, 299)
     for caption in ("gulls", "a red fox in the snow"):
-        np.testing.assert_array_equal(found[caption]["tokens"], pipe.text.prompts.tokens([caption])[0])
+        np.testing.assert_array_equal(
+            found[caption]["tokens"], pipe.text.prompts.tokens([caption])[0]
+        )
     assert found[("word " * 400).strip()]["tokens"].shape == (299,)
 
 
@@ -471,19 +540,33 @@ def test_identity_is_of_what_is_in_it(published, pipe, tmp_path):
     from sprint_jax.conversion import folder
 
     words = (published / "instruction.txt").read_text()
-    folder.write_ours(tmp_path / "ours", folder.read_diffusers(published / "model", dtype=None, instruction=words))
+    folder.write_ours(
+        tmp_path / "ours", folder.read_diffusers(published / "model", dtype=None, instruction=words)
+    )
     ours = encode.identity(pipeline.load(tmp_path / "ours", dtype="float32"), tmp_path / "ours")
     name = encode.identity(pipe, published / "model")
     assert ours == name and name.startswith("DCAE and Gemma2, float32, ")
     tree = pipe.params["text"]["model"]
     leaf = sorted(tree)[0]
     bent = {**tree, leaf: _bend(tree[leaf])}
-    other = dataclasses.replace(pipe, params=pipe.params | {"text": pipe.params["text"] | {"model": bent}})
+    other = dataclasses.replace(
+        pipe, params=pipe.params | {"text": pipe.params["text"] | {"model": bent}}
+    )
     assert encode.identity(other, published / "model") != name
-    for path in (published / "model", tmp_path / "ours"):  # pictures as in float32 beside text in bfloat16
-        mixed = pipeline.load(path, dtype="bfloat16", pixels_dtype="float32", instruction=published / "instruction.txt")
+    for path in (
+        published / "model",
+        tmp_path / "ours",
+    ):  # pictures as in float32 beside text in bfloat16
+        mixed = pipeline.load(
+            path,
+            dtype="bfloat16",
+            pixels_dtype="float32",
+            instruction=published / "instruction.txt",
+        )
         assert {a.dtype.name for a in jax.tree.leaves(mixed.params["pixels"])} == {"float32"}
-        assert {a.dtype.name for a in jax.tree.leaves(mixed.params["text"]["model"])} == {"bfloat16"}
+        assert {a.dtype.name for a in jax.tree.leaves(mixed.params["text"]["model"])} == {
+            "bfloat16"
+        }
         assert (mixed.model.dtype, mixed.model.residual_dtype) == ("bfloat16", "bfloat16")
         assert encode.identity(mixed, path).startswith("DCAE and Gemma2, float32 and bfloat16, ")
     bare = pipeline.load(tmp_path / "ours", dtype="float32", instruction="")
@@ -526,10 +609,19 @@ def test_the_command_refuses(command, pictures, tmp_path, flags, words):
 
 
 def test_the_command_refuses_its_own_output(command, pictures):
-    result = command("sprint_jax.encode", f"--source={pictures}", "--encoder=x", f"--encoded={pictures / 'out'}", "--heldout=1")
+    result = command(
+        "sprint_jax.encode",
+        f"--source={pictures}",
+        "--encoder=x",
+        f"--encoded={pictures / 'out'}",
+        "--heldout=1",
+    )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     line = result.stderr.strip().splitlines()[-1]
-    assert f"--encoded={pictures / 'out'} lies in --source={pictures}" in line and not (pictures / "out").exists()
+    assert (
+        f"--encoded={pictures / 'out'} lies in --source={pictures}" in line
+        and not (pictures / "out").exists()
+    )
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     for i in range(22):
         example = shapes.example(0, i, size=64)
-        Image.fromarray(example.image if i % 3 else example.image[22:42]).save(folder / f"{i:03d}.png")
+        Image.fromarray(example.image if i % 3 else example.image[22:42]).save(
+            folder / f"{i:03d}.png"
+        )
         (folder / f"{i:03d}.txt").write_text(example.text)
     (folder / "005.txt").unlink()
     return folder
@@ -64,7 +66,9 @@ def fitted(pictures):
     """{caption: (key, picture)} of what can be used."""
     found = {}
     for i in set(range(22)) - {5}:
-        picture = sources.fit(np.asarray(Image.open(pictures / f"{i:03d}.png")), *SIZES[0 if i % 3 else 1])
+        picture = sources.fit(
+            np.asarray(Image.open(pictures / f"{i:03d}.png")), *SIZES[0 if i % 3 else 1]
+        )
         found[(pictures / f"{i:03d}.txt").read_text()] = f"{i:03d}.png", picture
     return found
 
@@ -85,7 +89,9 @@ def test_edges_are_those_of_the_fitted_picture(pictures, whole, tmp_path):
         shown = conditions.as_picture(conditions.gradient_edges(picture[None]))
         assert found[caption]["control"].dtype == np.float32
         drawn += shown.any()
-        np.testing.assert_array_equal(found[caption]["control"], CODEC.encode(shown)[0].astype(np.float16))
+        np.testing.assert_array_equal(
+            found[caption]["control"], CODEC.encode(shown)[0].astype(np.float16)
+        )
         np.testing.assert_array_equal(found[caption]["latent"], plain[caption]["latent"])
         np.testing.assert_array_equal(found[caption]["text"], plain[caption]["text"])
     assert drawn > 15  # the rest have nothing in the cut
@@ -105,9 +111,13 @@ def test_soft_edges_and_scribbles(pictures, tmp_path):
         thick.add(thickness)
         strokes = conditions.scribble(seen, thickness=thickness, sigma=3.0)
         for record, expected in ((soft[caption], seen), (drawn[caption], strokes)):
-            expected = np.asarray(Image.fromarray(expected).resize((width, height), Image.Resampling.BICUBIC))
+            expected = np.asarray(
+                Image.fromarray(expected).resize((width, height), Image.Resampling.BICUBIC)
+            )
             shown = conditions.as_picture(expected)[None]
-            np.testing.assert_array_equal(record["control"], CODEC.encode(shown)[0].astype(np.float16))
+            np.testing.assert_array_equal(
+                record["control"], CODEC.encode(shown)[0].astype(np.float16)
+            )
     assert len(thick) > 5
 
 
@@ -123,7 +133,12 @@ def test_thickness_is_the_names_alone():
         expected = len(values) / 25
         assert len(counts) == 25 and np.abs(counts - expected).max() < 5 * np.sqrt(expected)
     assert {lines.thickness_of(key, (3, 3)) for key in keys[:50]} == {3}
-    assert [lines.thickness_of(f"{i}.png", (0, 24)) for i in range(4)] == [10, 23, 4, 0]  # begun data sets are gone on with
+    assert [lines.thickness_of(f"{i}.png", (0, 24)) for i in range(4)] == [
+        10,
+        23,
+        4,
+        0,
+    ]  # begun data sets are gone on with
 
 
 def test_batches_hosts_and_interruptions_leave_no_trace(pictures, tmp_path, monkeypatch):
@@ -152,7 +167,10 @@ def test_without_a_condition_all_is_as_before(pictures, tmp_path):
     assert plain.digest() == "e89052c73f2d0ee2e7a11d6bfa8e41613fa10e3a7c5847c7110627e6d9db3dde"
     assert dataclasses.replace(plain, condition="edges").digest() != plain.digest()
     out = make(pictures, tmp_path / "out", None)
-    assert not any(b"condition" in path.read_bytes() or b"control" in path.read_bytes() for path in out.iterdir())
+    assert not any(
+        b"condition" in path.read_bytes() or b"control" in path.read_bytes()
+        for path in out.iterdir()
+    )
     assert encoded.read_manifest(out)["condition"] == "none"
 
 
@@ -164,10 +182,18 @@ def test_without_a_condition_all_is_as_before(pictures, tmp_path):
     [
         (EDGES, None, "begun with condition 'edges', this command has 'none'"),
         (None, EDGES, "begun with condition 'none', this command has 'edges'"),
-        (SCRIBBLE, dataclasses.replace(SCRIBBLE, thickness=(1, 1)), "thickness 0 to 24', this command has .*thickness 1 to 1'"),
-        (HED, lines.Lines("hed", lines.Detector("fedcba", luminance), None), "detector 0123456789abcdef', .* 'hed, detector fedcba'"),
+        (
+            SCRIBBLE,
+            dataclasses.replace(SCRIBBLE, thickness=(1, 1)),
+            "thickness 0 to 24', this command has .*thickness 1 to 1'",
+        ),
+        (
+            HED,
+            lines.Lines("hed", lines.Detector("fedcba", luminance), None),
+            "detector 0123456789abcdef', .* 'hed, detector fedcba'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_folder_keeps_to_its_condition(pictures, tmp_path, begun, then, words):
     out = tmp_path / "out"
     make(pictures, out, begun, hosts=3, host=2)
@@ -196,7 +222,11 @@ def test_a_condition_that_settings_do_not_name(pictures, tmp_path):
     ],
 )
 def test_flags(monkeypatch, kind, weights, thickness, words):
-    for name, flag, value in (("_CONDITION", "condition", kind), ("_HED", "hed_weights", weights), ("_THICKNESS", "thickness", thickness)):
+    for name, flag, value in (
+        ("_CONDITION", "condition", kind),
+        ("_HED", "hed_weights", weights),
+        ("_THICKNESS", "thickness", thickness),
+    ):
         monkeypatch.setattr(encode, name, type("Flag", (), {"name": flag, "value": value}))
     with pytest.raises(UserError, match=words):
         encode._check_condition()
@@ -223,7 +253,9 @@ def test_ready_latents_need_their_picture(tmp_path):
     assert found.keys() == {shapes.example(0, i).text for i in (1, 2, 3)}
     for i in (1, 2, 3):
         picture = shapes.example(0, i, size=32).image[None]
-        np.testing.assert_array_equal(found[shapes.example(0, i).text]["latent"], CODEC.encode(picture)[0].astype(np.float16))
+        np.testing.assert_array_equal(
+            found[shapes.example(0, i).text]["latent"], CODEC.encode(picture)[0].astype(np.float16)
+        )
     reason = "it has a latent and no picture to make a condition of"
     assert encoded.read_manifest(out)["skipped"] == [{"key": "0.tar:0", "reason": reason}]
 
@@ -235,7 +267,9 @@ def test_a_condition_that_is_not_finite_is_skipped_once(pictures, tmp_path):
             return super().encode(params, images) * np.where(grey, np.inf, 1)[:, None, None, None]
 
     encoders = dataclasses.replace(test_encode.tiny(), pixels=Pixels(CODEC))
-    with pytest.raises(UserError, match="4 of 10 examples cannot be used.*its condition is not finite in float16"):
+    with pytest.raises(
+        UserError, match="4 of 10 examples cannot be used.*its condition is not finite in float16"
+    ):
         make(pictures, tmp_path / "out", EDGES, encoders=encoders, max_bad=0.0)
 
 
@@ -256,9 +290,17 @@ def data_set(folder, change=lambda record: record, condition="edges"):
 @pytest.mark.parametrize(
     "change, condition, words",
     [
-        (lambda r: {k: v for k, v in r.items() if k != "control"}, "edges", "not latent, control, caption and tokens"),
+        (
+            lambda r: {k: v for k, v in r.items() if k != "control"},
+            "edges",
+            "not latent, control, caption and tokens",
+        ),
         (lambda r: r, None, "not latent, caption and tokens"),
-        (lambda r: r | {"control": r["control"][:2]}, "edges", r"a control float16 \(2, 4, 3\), not float16 \(4, 4, 3\)"),
+        (
+            lambda r: r | {"control": r["control"][:2]},
+            "edges",
+            r"a control float16 \(2, 4, 3\), not float16 \(4, 4, 3\)",
+        ),
         (lambda r: r | {"control": r["control"].astype(np.float32)}, "edges", "a control float32"),
         (lambda r: r | {"control": r["control"] * np.float16(np.nan)}, "edges", "is not finite"),
     ],
@@ -271,7 +313,9 @@ def test_a_record_is_what_the_manifest_says(tmp_path, change, condition, words):
 
 
 def test_a_manifest_of_another_condition(tmp_path):
-    with pytest.raises(UserError, match="damaged.*condition is 'sketches', not one of edges, hed, scribble"):
+    with pytest.raises(
+        UserError, match="damaged.*condition is 'sketches', not one of edges, hed, scribble"
+    ):
         data_set(tmp_path, condition="sketches")
 
 
@@ -307,7 +351,9 @@ def sketched(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     (root / "pictures").mkdir()
     source = sources.open_source(test_inputs.pictures(root / "pictures", 48))
-    return test_inputs.encoded_by(test_inputs.smoke(), source, root / "encoded", heldout=16, condition=EDGES)
+    return test_inputs.encoded_by(
+        test_inputs.smoke(), source, root / "encoded", heldout=16, condition=EDGES
+    )
 
 
 def test_the_control_stage_on_an_encoded_folder(sketched):
@@ -317,16 +363,22 @@ def test_the_control_stage_on_an_encoded_folder(sketched):
     assert data.identity.endswith(", with edges")
     rng = np.random.default_rng(0)
     random = lambda a: 0.1 * rng.standard_normal(a.shape).astype(a.dtype)  # compiles nothing
-    stage = run.control_stage(c, data, jax.tree.map(random, jax.eval_shape(build.teacher(c).init, jax.random.key(0))))
+    stage = run.control_stage(
+        c, data, jax.tree.map(random, jax.eval_shape(build.teacher(c).init, jax.random.key(0)))
+    )
     state = stage.start(stage.frozen, {})
     step = jax.jit(
-        lambda state, frozen, batch: stage.functions[0](state, frozen, stage.prepare(frozen, batch)),
+        lambda state, frozen, batch: stage.functions[0](
+            state, frozen, stage.prepare(frozen, batch)
+        ),
         compiler_options={"xla_backend_optimization_level": 0},
     )
     abstract = inputs.abstract_batch(c, stage.batch)
     with stage.batches(stage.batch, 0, 3, 0, 1) as read:
         for batch in read:
-            assert {k: (a.shape, a.dtype) for k, a in batch.items()} == {k: (a.shape, a.dtype) for k, a in abstract.items()}
+            assert {k: (a.shape, a.dtype) for k, a in batch.items()} == {
+                k: (a.shape, a.dtype) for k, a in abstract.items()
+            }
             state, metrics = step(state, stage.frozen, batch)
             assert np.isfinite(metrics["loss"])
     assert metrics["grad_norm/zero_in/kernel"] > 0
@@ -335,14 +387,20 @@ def test_the_control_stage_on_an_encoded_folder(sketched):
 def test_held_out_examples_have_their_edges(sketched):
     """Decoded from what was stored; the first of them, whose picture is known by its caption, has that picture's."""
     heldout = inputs.open_inputs(card(sketched), print).heldout(4, 6)
-    drawn = {shapes.example(3, i, size=32).text: shapes.example(3, i, size=32).image for i in range(48)}
+    drawn = {
+        shapes.example(3, i, size=32).text: shapes.example(3, i, size=32).image for i in range(48)
+    }
     pictures = np.stack([drawn[caption] for caption in heldout.captions])
     edges = conditions.gradient_edges(pictures)
     codec = build.codec(card(sketched))
     expected = codec.encode(conditions.as_picture(edges)).astype(np.float16)
     np.testing.assert_array_equal(heldout.cond["control"], expected.astype(np.float32))
     np.testing.assert_array_equal(heldout.cond["control_scale"], np.ones(4, np.float32))
-    assert heldout.edges.shape == (4, 32, 32) and heldout.edges.dtype == np.uint8 and len(heldout.reference) == 6
+    assert (
+        heldout.edges.shape == (4, 32, 32)
+        and heldout.edges.dtype == np.uint8
+        and len(heldout.reference) == 6
+    )
     # The codec keeps 32 of 48 numbers: lines come back blurred, where they were.
     assert heldout.edges[edges > 0].mean() > 3 * heldout.edges[edges == 0].mean()
 
@@ -360,14 +418,23 @@ def test_without_a_controlnet_the_condition_stays_behind(sketched):
 def test_another_condition_is_refused(sketched, tmp_path):
     with pytest.raises(UserError) as refused:
         inputs.open_inputs(card(sketched, condition="scribble"), print)
-    for words in (str(sketched), "condition edges", "config.control.condition is scribble", "--condition=scribble", "--config.control.condition=edges"):
+    for words in (
+        str(sketched),
+        "condition edges",
+        "config.control.condition is scribble",
+        "--condition=scribble",
+        "--config.control.condition=edges",
+    ):
         assert words in str(refused.value)
     manifest = json.loads((sketched / "manifest.json").read_text())
     manifest.pop("condition")
     for path in sketched.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="with condition none, config.control.condition is edges: encode .* --condition=edges$"):
+    with pytest.raises(
+        UserError,
+        match="with condition none, config.control.condition is edges: encode .* --condition=edges$",
+    ):
         inputs.open_inputs(card(tmp_path), print)
 
 
@@ -389,17 +456,32 @@ def test_the_command(command, tmp_path):
     Image.fromarray(image).save(tmp_path / "source/bar.png")
     (tmp_path / "source/bar.txt").write_text("a red square")
     result = command(
-        "sprint_jax.encode", f"--source={tmp_path / 'source'}", f"--encoder={ROOT / 'configs/sprint.py'}:smoke", "--heldout=0",
-        f"--encoded={tmp_path / 'out'}", "--sizes=64x64", "--condition=scribble", f"--hed_weights={tmp_path / 'hed.safetensors'}",
+        "sprint_jax.encode",
+        f"--source={tmp_path / 'source'}",
+        f"--encoder={ROOT / 'configs/sprint.py'}:smoke",
+        "--heldout=0",
+        f"--encoded={tmp_path / 'out'}",
+        "--sizes=64x64",
+        "--condition=scribble",
+        f"--hed_weights={tmp_path / 'hed.safetensors'}",
         "--thickness=4",
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr[-3000:]
-    dark, bright = (int(255 / (1 + np.exp(-mean))) for mean in (-10 / 5, 10 / 5))  # the mean of five side outputs
+    dark, bright = (
+        int(255 / (1 + np.exp(-mean))) for mean in (-10 / 5, 10 / 5)
+    )  # the mean of five side outputs
     soft = np.where(image[..., 0] > 0, bright, dark).astype(np.uint8)
     strokes = conditions.scribble(soft, thickness=4, sigma=conditions.PUBLISHED_SIGMA)
     assert 0 < (strokes > 0).mean() < 1
     codec = build.codec(test_inputs.smoke())
     expected = codec.encode(conditions.as_picture(strokes)[None])[0]
-    np.testing.assert_allclose(records(tmp_path / "out", "train")["a red square"]["control"], expected, rtol=1e-3, atol=2e-3)
+    np.testing.assert_allclose(
+        records(tmp_path / "out", "train")["a red square"]["control"],
+        expected,
+        rtol=1e-3,
+        atol=2e-3,
+    )
     assert encoded.read_manifest(tmp_path / "out")["condition"] == "scribble"
-    assert json.loads((tmp_path / "out/settings.json").read_text())["condition"].endswith("thickness 4 to 4")
+    assert json.loads((tmp_path / "out/settings.json").read_text())["condition"].endswith(
+        "thickness 4 to 4"
+    )

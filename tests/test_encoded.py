@@ -15,13 +15,19 @@ import safetensors
 from sprint_jax.data import batches, encoded
 from sprint_jax.errors import UserError
 
-DESCRIBED = dict(model="tiny", source="made up", text="tokens", text_dim=0, text_length=7, channels=3, factor=32)
+DESCRIBED = dict(
+    model="tiny", source="made up", text="tokens", text_dim=0, text_length=7, channels=3, factor=32
+)
 
 
 def record(number, shape=(4, 4), kind="tokens", length=None):
     """A record whose latent says its number, and whose text length is told by it."""
     length = 1 + number % 7 if length is None else length
-    text = np.full((length, 5), number, np.float16) if kind == "text" else np.full(length, number, np.int32)
+    text = (
+        np.full((length, 5), number, np.float16)
+        if kind == "text"
+        else np.full(length, number, np.int32)
+    )
     caption = np.frombuffer(f"number {number}".encode(), np.uint8)
     return {"latent": np.full((*shape, 3), number, np.float16), "caption": caption, kind: text}
 
@@ -30,7 +36,10 @@ def write(folder, groups, kind="tokens", split="train"):
     """A data set of one shard for each list of (number, shape) in `groups`."""
     folder.mkdir(parents=True, exist_ok=True)
     name = lambda i: folder / f"{split}-{i:05d}.array_record"
-    shards = [encoded.write_shard(name(i), [record(*r, kind) for r in group]) for i, group in enumerate(groups)]
+    shards = [
+        encoded.write_shard(name(i), [record(*r, kind) for r in group])
+        for i, group in enumerate(groups)
+    ]
     changes = dict(text="features", text_dim=5) if kind == "text" else {}
     encoded.write_manifest(folder / "manifest.json", DESCRIBED | changes, shards)
     return folder
@@ -82,11 +91,18 @@ def test_a_shards_entry(tmp_path):
     entry = encoded.write_shard(path, [record(1, (4, 4)), record(2, (2, 8)), record(3, (4, 4))])
     content = path.read_bytes()
     assert entry == {
-        "file": "heldout-00007.array_record", "split": "heldout", "records": 3, "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(), "buckets": {"2x8": 1, "4x4": 2},
-    }  # fmt: skip
+        "file": "heldout-00007.array_record",
+        "split": "heldout",
+        "records": 3,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "buckets": {"2x8": 1, "4x4": 2},
+    }
     again = tmp_path / "heldout-00008.array_record"
-    assert encoded.write_shard(again, [record(2, (2, 8)), record(1), record(3)])["sha256"] == entry["sha256"]
+    assert (
+        encoded.write_shard(again, [record(2, (2, 8)), record(1), record(3)])["sha256"]
+        == entry["sha256"]
+    )
 
 
 def test_a_shard_is_whole_or_not_there(tmp_path):
@@ -139,19 +155,31 @@ def edit(folder, change):
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (lambda f: (f / "manifest.json").unlink(), "no .*manifest.json: give a folder made by sprint_jax.encode"),
+        (
+            lambda f: (f / "manifest.json").unlink(),
+            "no .*manifest.json: give a folder made by sprint_jax.encode",
+        ),
         (lambda f: (f / "manifest.json").write_text('{"format": 1,'), "manifest.json is damaged"),
         (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is damaged"),
         (lambda f: edit(f, lambda m: m.update(format=2)), "has format 2, this version reads 1"),
         (lambda f: edit(f, lambda m: m.pop("channels")), "damaged.*channels"),
         (lambda f: edit(f, lambda m: m.update(text_dim="5")), "damaged.*text_dim"),
         (lambda f: edit(f, lambda m: m.update(text="words")), "damaged.*words"),
-        (lambda f: edit(f, lambda m: m["shards"][1]["buckets"].update({"4x4": 99})), "damaged.*train-00001"),
+        (
+            lambda f: edit(f, lambda m: m["shards"][1]["buckets"].update({"4x4": 99})),
+            "damaged.*train-00001",
+        ),
         (lambda f: edit(f, lambda m: m["shards"][1].update(buckets={"4": 8})), "damaged"),
-        (lambda f: (f / "train-00002.array_record").unlink(), "cannot find the shard .*train-00002"),
-        (lambda f: (f / "train-00002.array_record").write_bytes(b"half"), "train-00002.* has 4 bytes, manifest"),
+        (
+            lambda f: (f / "train-00002.array_record").unlink(),
+            "cannot find the shard .*train-00002",
+        ),
+        (
+            lambda f: (f / "train-00002.array_record").write_bytes(b"half"),
+            "train-00002.* has 4 bytes, manifest",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_not_a_data_set(tmp_path, damage, words):
     folder = mixed(tmp_path / "set")
     damage(folder)
@@ -209,8 +237,12 @@ def fine(data, index):
 def test_features_that_are_not_finite(tmp_path):
     text = np.zeros((2, 5), np.float16)
     text[1, 4] = np.inf
-    entry = encoded.write_shard(tmp_path / "train-00000.array_record", [record(1, kind="text") | {"text": text}])
-    encoded.write_manifest(tmp_path / "manifest.json", DESCRIBED | {"text": "features", "text_dim": 5}, [entry])
+    entry = encoded.write_shard(
+        tmp_path / "train-00000.array_record", [record(1, kind="text") | {"text": text}]
+    )
+    encoded.write_manifest(
+        tmp_path / "manifest.json", DESCRIBED | {"text": "features", "text_dim": 5}, [entry]
+    )
     with pytest.raises(encoded.BadRecord, match="not finite"):
         encoded.Encoded(tmp_path, "train").read(0)
 
@@ -248,7 +280,9 @@ def test_a_flipped_bit_is_found(tmp_path):
 
 
 def plan(sizes, seed=0, batch=4):
-    return batches.Plan(np.repeat(np.arange(len(sizes)), sizes).astype(np.int16), seed=seed, batch=batch)
+    return batches.Plan(
+        np.repeat(np.arange(len(sizes)), sizes).astype(np.int16), seed=seed, batch=batch
+    )
 
 
 def test_every_example_once_an_epoch():
@@ -286,7 +320,9 @@ def test_buckets_are_never_mixed_and_alternate():
 
 def test_a_seed_names_the_order():
     """Neighbouring seeds are not each other's next epoch, as they would be with Grain's own."""
-    steps = lambda seed, start: [p.at(start + i).tolist() for p in [plan([24, 8], seed)] for i in range(8)]
+    steps = lambda seed, start: [
+        p.at(start + i).tolist() for p in [plan([24, 8], seed)] for i in range(8)
+    ]
     assert steps(0, 0) == steps(0, 0) and steps(0, 0) != steps(1, 0) and steps(0, 8) != steps(1, 0)
 
 
@@ -322,12 +358,16 @@ def test_rows_are_padded_and_masked(tmp_path):
         arrays, bad = batches.Make(data, 0, 4)(0)
         assert bad == [] and arrays["latent"].shape in ((4, 4, 4, 3), (4, 2, 8, 3))
         assert arrays[kind].shape == ((4, 7) if kind == "tokens" else (4, 7, 5))
-        assert {a.dtype.name for a in arrays.values()} == ({"float32", "int32"} if kind == "tokens" else {"float32"})
+        assert {a.dtype.name for a in arrays.values()} == (
+            {"float32", "int32"} if kind == "tokens" else {"float32"}
+        )
         for row, number in enumerate(numbers(arrays)):
             length = 1 + number % 7
             np.testing.assert_array_equal(arrays["mask"][row], np.arange(7) < length)
             expected = np.where(np.arange(7) < length, number, 0)
-            found = arrays[kind][row] if kind == "text" else np.repeat(arrays[kind][row][:, None], 5, 1)
+            found = (
+                arrays[kind][row] if kind == "text" else np.repeat(arrays[kind][row][:, None], 5, 1)
+            )
             np.testing.assert_array_equal(found, np.repeat(expected[:, None], 5, 1))
 
 
@@ -338,7 +378,9 @@ def test_processes_share_a_batch(data, count):
     for step in range(20):
         expected, shares = whole(step)[0], [part(step)[0] for part in parts]
         for name in expected:
-            np.testing.assert_array_equal(np.concatenate([share[name] for share in shares]), expected[name])
+            np.testing.assert_array_equal(
+                np.concatenate([share[name] for share in shares]), expected[name]
+            )
 
 
 def test_a_process_reads_its_own_rows_alone(data, monkeypatch):
@@ -357,13 +399,17 @@ def test_a_batch_that_does_not_divide(data):
 
 def taken(data, start, stop, **options):
     silent = lambda message: None
-    with batches.iterate(data, **dict(seed=3, batch=4, start=start, stop=stop, say=silent) | options) as ahead:
+    with batches.iterate(
+        data, **dict(seed=3, batch=4, start=start, stop=stop, say=silent) | options
+    ) as ahead:
         return [(numbers(arrays), arrays["mask"].tolist()) for arrays in ahead]
 
 
 def test_read_ahead_in_order(data):
     make = batches.Make(data, 3, 4)
-    assert taken(data, 0, 20) == [(numbers(make(step)[0]), make(step)[0]["mask"].tolist()) for step in range(20)]
+    assert taken(data, 0, 20) == [
+        (numbers(make(step)[0]), make(step)[0]["mask"].tolist()) for step in range(20)
+    ]
 
 
 def test_resuming_is_the_tail(data):
@@ -387,7 +433,12 @@ def test_worker_processes_give_the_same(data):
 def test_sizes_that_never_fill_a_batch_are_said(data):
     said = []
     batches.iterate(data, seed=0, batch=10, start=0, stop=1, say=said.append)
-    assert len(said) == 1 and "batch of 10" in said[0] and "2x8 (9)" in said[0] and "4x4" not in said[0]
+    assert (
+        len(said) == 1
+        and "batch of 10" in said[0]
+        and "2x8 (9)" in said[0]
+        and "4x4" not in said[0]
+    )
     batches.iterate(data, seed=0, batch=9, start=0, stop=1, say=said.append)
     assert len(said) == 1
     with warnings.catch_warnings(record=True) as caught:
@@ -401,7 +452,9 @@ def test_sizes_that_never_fill_a_batch_are_said(data):
 
 def damaged(tmp_path, bad):
     """64 examples of one size, those of `bad` damaged, each by a flipped bit."""
-    folder = write(tmp_path / "set", [[(i, (4, 4)) for i in range(32)], [(i, (4, 4)) for i in range(32, 64)]])
+    folder = write(
+        tmp_path / "set", [[(i, (4, 4)) for i in range(32)], [(i, (4, 4)) for i in range(32, 64)]]
+    )
     for number in bad:
         flip(folder, number)
     return encoded.Encoded(folder, "train")
@@ -431,18 +484,28 @@ def test_the_next_of_its_bucket(data):
 
 def test_each_bad_record_is_said_once_and_three_are_forgiven(tmp_path):
     data, said = damaged(tmp_path, [5, 17, 40]), []
-    with batches.iterate(data, seed=0, batch=16, start=0, stop=40, max_bad=0.0, say=said.append) as ahead:
+    with batches.iterate(
+        data, seed=0, batch=16, start=0, stop=40, max_bad=0.0, say=said.append
+    ) as ahead:
         assert len(list(ahead)) == 40
-    assert len(said) == 3 and all("cannot be read" in line and "another takes its place" in line for line in said)
+    assert len(said) == 3 and all(
+        "cannot be read" in line and "another takes its place" in line for line in said
+    )
     assert any("record 8 of" in line and "train-00001" in line for line in said)
 
 
 def test_past_the_share_it_stops(tmp_path):
     data, said = damaged(tmp_path, range(1, 64, 10)), []  # 7 of 64
-    with batches.iterate(data, seed=0, batch=16, start=0, stop=40, max_bad=0.12, say=said.append) as ahead:
+    with batches.iterate(
+        data, seed=0, batch=16, start=0, stop=40, max_bad=0.12, say=said.append
+    ) as ahead:
         assert len(list(ahead)) == 40
-    with batches.iterate(data, seed=0, batch=16, start=0, stop=40, max_bad=0.05, say=said.append) as ahead:
-        with pytest.raises(UserError, match=r"[4-7] of \d\d records read from .* more than the share 0.05"):
+    with batches.iterate(
+        data, seed=0, batch=16, start=0, stop=40, max_bad=0.05, say=said.append
+    ) as ahead:
+        with pytest.raises(
+            UserError, match=r"[4-7] of \d\d records read from .* more than the share 0.05"
+        ):
             list(ahead)
 
 
@@ -455,12 +518,17 @@ def test_a_share_of_what_there_is(tmp_path):
     options = dict(seed=0, batch=16, start=0, stop=5, say=lambda message: None)
     with batches.iterate(data, **options, max_bad=0.26) as ahead:
         assert len(list(ahead)) == 5
-    with batches.iterate(data, **options, max_bad=0.24) as ahead, pytest.raises(UserError, match="4 of 16 records"):
+    with (
+        batches.iterate(data, **options, max_bad=0.24) as ahead,
+        pytest.raises(UserError, match="4 of 16 records"),
+    ):
         next(ahead)
 
 
 def test_when_nothing_can_be_read(tmp_path):
     data = damaged(tmp_path, [])
     data._files = ["manifest.json"] * 2
-    with pytest.raises(UserError, match="100 records in a row cannot be used, the last being record"):
+    with pytest.raises(
+        UserError, match="100 records in a row cannot be used, the last being record"
+    ):
         batches.Make(data, 0, 16)(0)

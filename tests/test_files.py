@@ -7,11 +7,26 @@ import pytest
 from sprint_jax import files
 
 
-@pytest.mark.parametrize("text", ["a red circle", "a\u2028b", "a\x85b\x0cc", "caf\udce9.png", "half an emoji \ud83d", "Zürich 東京"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a red circle",
+        "a\u2028b",
+        "a\x85b\x0cc",
+        "caf\udce9.png",
+        "half an emoji \ud83d",
+        "Zürich 東京",
+    ],
+)
 def test_json_lines_come_back(tmp_path, text):
     """U+2028 ends no line; half a surrogate pair, as in file names that are no UTF-8, is written at all."""
     path = tmp_path / "rows.jsonl"
-    files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ({"text": text}, {"text": "b"})))
+    files.write_text(
+        path,
+        "".join(
+            json.dumps(row, ensure_ascii=False) + "\n" for row in ({"text": text}, {"text": "b"})
+        ),
+    )
     assert [json.loads(line)["text"] for line in files.read_lines(path) if line] == [text, "b"]
     assert list(tmp_path.iterdir()) == [path]
 
@@ -29,7 +44,11 @@ def test_files_below_a_folder_are_found_through_links_once(tmp_path):
         (tmp_path / name).touch()
     (tmp_path / "root/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "root/a/back").symlink_to(tmp_path / "root")
-    (tmp_path / "root/0_early").symlink_to(tmp_path / "root/a")  # the folder's own name counts, whatever comes first
+    (tmp_path / "root/0_early").symlink_to(
+        tmp_path / "root/a"
+    )  # the folder's own name counts, whatever comes first
     (tmp_path / "root/gone").symlink_to(tmp_path / "nowhere")
-    found = sorted(p.relative_to(tmp_path / "root").as_posix() for p in files.below(tmp_path / "root"))
+    found = sorted(
+        p.relative_to(tmp_path / "root").as_posix() for p in files.below(tmp_path / "root")
+    )
     assert found == ["a/two", "link/three", "one"]

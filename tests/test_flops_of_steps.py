@@ -38,15 +38,30 @@ class Case:
 
     def __post_init__(self):
         array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-        self.nets = dataclasses.replace(build.nets(self.c), tx=optax.sgd(1.0), heads_tx=optax.sgd(1.0))
+        self.nets = dataclasses.replace(
+            build.nets(self.c), tx=optax.sgd(1.0), heads_tx=optax.sgd(1.0)
+        )
         text = self.c.text.length, self.c.text.dim
         self.latent = build.latent_shape(self.c)
-        self.batch = {"latent": array(BATCH, *self.latent), "text": array(BATCH, *text), "mask": array(BATCH, text[0])}
+        self.batch = {
+            "latent": array(BATCH, *self.latent),
+            "text": array(BATCH, *text),
+            "mask": array(BATCH, text[0]),
+        }
         teacher = jax.eval_shape(self.nets.teacher.init, jax.random.key(0))
-        self.frozen = {"teacher": teacher, "null_text": array(1, *text), "null_mask": array(1, text[0])}
+        self.frozen = {
+            "teacher": teacher,
+            "null_text": array(1, *text),
+            "null_mask": array(1, text[0]),
+        }
         begin = lambda p, k: sprint_step.start(p, self.nets, self.c.sprint, k)
         self.state = jax.eval_shape(begin, teacher, jax.random.key(0))
-        self.inputs = array(BATCH, *self.latent), array(BATCH), self.batch["text"], self.batch["mask"]
+        self.inputs = (
+            array(BATCH, *self.latent),
+            array(BATCH),
+            self.batch["text"],
+            self.batch["mask"],
+        )
 
     def network(self, *args, **options):
         out = self.nets.teacher.apply(*args, **options)
@@ -56,12 +71,18 @@ class Case:
         return flops.count(self.network, self.frozen["teacher"], *self.inputs).multiplied
 
     def features(self):
-        partial = functools.partial(self.network, features=self.c.sprint.head_blocks, velocity=False)
+        partial = functools.partial(
+            self.network, features=self.c.sprint.head_blocks, velocity=False
+        )
         return flops.count(partial, self.frozen["teacher"], *self.inputs).multiplied
 
     def heads(self):
-        tokens = jax.ShapeDtypeStruct((BATCH, self.latent[0] * self.latent[1], self.c.model.width), jnp.float32)
-        return flops.count(self.nets.heads.apply, self.state.heads, self.state.spectral, [tokens] * 2).multiplied
+        tokens = jax.ShapeDtypeStruct(
+            (BATCH, self.latent[0] * self.latent[1], self.c.model.width), jnp.float32
+        )
+        return flops.count(
+            self.nets.heads.apply, self.state.heads, self.state.spectral, [tokens] * 2
+        ).multiplied
 
     def step(self, make):
         return make(self.nets, self.c.sprint, 0)
@@ -117,8 +138,15 @@ def test_compiler_agrees():
     options = {"xla_backend_optimization_level": 0}
 
     def compiled(function, *args):
-        return jax.jit(function).lower(*args).compile(compiler_options=options).cost_analysis()["flops"]
+        return (
+            jax.jit(function)
+            .lower(*args)
+            .compile(compiler_options=options)
+            .cost_analysis()["flops"]
+        )
 
     forward = compiled(case.network, case.frozen["teacher"], *case.inputs)
-    generator = compiled(case.step(sprint_step.make_generator_step), case.state, case.frozen, case.batch)
+    generator = compiled(
+        case.step(sprint_step.make_generator_step), case.state, case.frozen, case.batch
+    )
     assert 5.6 * forward < generator < 6.4 * forward

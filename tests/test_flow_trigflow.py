@@ -38,7 +38,9 @@ def test_time_map_there_and_back():
     assert error(tau, expected) < 1e-6
     assert error(trigflow.from_flow_time(tau), t) < 1e-6
     # The signal-to-noise ratio is what the map keeps.
-    assert error((1 - np.asarray(tau, np.float64)[1:]) * np.sin(t[1:]), tau[1:] * np.cos(t[1:])) < 1e-6
+    assert (
+        error((1 - np.asarray(tau, np.float64)[1:]) * np.sin(t[1:]), tau[1:] * np.cos(t[1:])) < 1e-6
+    )
 
 
 def test_state_map_turns_the_trig_path_into_the_flow_path():
@@ -94,7 +96,9 @@ def test_network_wrappers_are_inverse():
     network = lambda x, t: jnp.tanh(x * (1 + flow.expand(t, x))) + jnp.sin(3 * flow.expand(t, x))
     tau = np.linspace(0, 1, BATCH).astype(np.float32)
     assert error(trigflow.to_flow(trigflow.from_flow(network))(x, tau), network(x, tau)) < 1e-5
-    assert error(trigflow.from_flow(trigflow.to_flow(network))(x, ANGLES), network(x, ANGLES)) < 1e-5
+    assert (
+        error(trigflow.from_flow(trigflow.to_flow(network))(x, ANGLES), network(x, ANGLES)) < 1e-5
+    )
 
 
 def test_wrapped_network_is_differentiable():
@@ -128,7 +132,9 @@ def test_denoise():
     """Identity at t = 0 for any F, data for the exact F. Fails when its minus sign is made plus."""
     data, noise = (trigflow.SIGMA_D * a for a in normals(2))
     xt = trigflow.interpolate(data, noise, ANGLES)
-    np.testing.assert_array_equal(trigflow.denoise(1e3 * noise, xt, np.zeros(BATCH, np.float32)), xt)
+    np.testing.assert_array_equal(
+        trigflow.denoise(1e3 * noise, xt, np.zeros(BATCH, np.float32)), xt
+    )
     angle = column(ANGLES)
     F = (np.cos(angle) * noise - np.sin(angle) * data) / 0.5
     assert error(trigflow.denoise(F.astype(np.float32), xt, ANGLES), data) < 1e-5

@@ -18,7 +18,9 @@ def test_diagonal_gaussians_have_a_closed_form():
     a, b = np.array([1.0, 4.0, 9.0]), np.array([4.0, 1.0, 9.0])
     mean = np.array([1.0, -2.0, 0.0])
     found = frechet.distance((mean, np.diag(a)), (np.zeros(3), np.diag(b)))
-    assert found == pytest.approx(np.square(mean).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum(), rel=1e-9)
+    assert found == pytest.approx(
+        np.square(mean).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum(), rel=1e-9
+    )
 
 
 def test_rotated_gaussians_against_the_matrix_root():
@@ -35,10 +37,13 @@ def test_features_order_pictures():
     """Other real pictures are near, noisy ones farther, pure noise far."""
     real = [np.stack([shapes.example(s, i).image for i in range(400)]) for s in (0, 1)]
     noise = np.random.RandomState(0).randint(0, 256, real[0].shape).astype(np.uint8)
-    noisy = np.clip(real[1] + np.random.RandomState(1).randn(*real[1].shape) * 30, 0, 255).astype(np.uint8)
+    noisy = np.clip(real[1] + np.random.RandomState(1).randn(*real[1].shape) * 30, 0, 255).astype(
+        np.uint8
+    )
     reference = frechet.moments(frechet.features(real[0]))
     near, middle, far = (
-        frechet.distance(reference, frechet.moments(frechet.features(x))) for x in (real[1], noisy, noise)
+        frechet.distance(reference, frechet.moments(frechet.features(x)))
+        for x in (real[1], noisy, noise)
     )
     assert near < middle / 2 < far / 4
 

@@ -20,7 +20,9 @@ def compositions(count, **options):
 
 
 def sketches(examples, size=32, split="train"):
-    return np.stack([freehand.sketch(3, i, e.objects, size=size, split=split) for i, e in enumerate(examples)])
+    return np.stack(
+        [freehand.sketch(3, i, e.objects, size=size, split=split) for i, e in enumerate(examples)]
+    )
 
 
 def smoke(**changes):
@@ -34,7 +36,10 @@ def test_compositions_are_what_their_captions_say(split):
     made = compositions(400, split=split)
     assert checker.chance(made, [e.caption for e in made]) == 1.0
     assert checker.score([e.image for e in made], [e.caption for e in made])[0] >= 0.99
-    assert all(shapes.is_heldout(e.caption) == (split == "heldout") and shapes.parse(e.text) == e.caption for e in made)
+    assert all(
+        shapes.is_heldout(e.caption) == (split == "heldout") and shapes.parse(e.text) == e.caption
+        for e in made
+    )
 
 
 def test_objects_stand_anywhere_on_the_grid():
@@ -42,7 +47,9 @@ def test_objects_stand_anywhere_on_the_grid():
     made = compositions(2000)
     alone = [e.objects[0] for e in made if len(e.objects) == 1]
     assert {(o.x, o.y) for o in alone if o.size < 0.2} == {(x, y) for x in CELLS for y in CELLS}
-    assert {(o.x, o.y) for o in alone if o.size > 0.2} == {(x / 4, y / 4) for x in (1, 2, 3) for y in (1, 2, 3)}
+    assert {(o.x, o.y) for o in alone if o.size > 0.2} == {
+        (x / 4, y / 4) for x in (1, 2, 3) for y in (1, 2, 3)
+    }
     assert all(o.size <= at <= 1 - o.size for e in made for o in e.objects for at in (o.x, o.y))
     related = [e.objects for e in made if e.caption.kind == "relation"]
     assert {(o.x, o.y) for pair in related for o in pair} == {(x, y) for x in CELLS for y in CELLS}
@@ -50,7 +57,9 @@ def test_objects_stand_anywhere_on_the_grid():
 
 def test_streams_are_apart():
     """Fails when `stream` leaves its counter out. Nothing that is drawn beside an example changes it."""
-    assert len({shapes.stream(3, 5, "train", name).random() for name in shapes.STREAMS}) == len(shapes.STREAMS)
+    assert len({shapes.stream(3, 5, "train", name).random() for name in shapes.STREAMS}) == len(
+        shapes.STREAMS
+    )
     before = np.random.Generator(np.random.Philox(key=[3, 10])).random(8)
     np.testing.assert_array_equal(shapes.stream(3, 5, "train", "example").random(8), before)
 
@@ -58,10 +67,22 @@ def test_streams_are_apart():
 def test_a_sketch_is_a_function_of_its_arguments():
     """Fails when seed, index or split is not in the stream."""
     e = shapes.example(3, 5, anywhere=True)
-    draw = lambda seed=3, index=5, split="train": freehand.sketch(seed, index, e.objects, size=32, split=split)
+    draw = lambda seed=3, index=5, split="train": freehand.sketch(
+        seed, index, e.objects, size=32, split=split
+    )
     np.testing.assert_array_equal(draw(), draw())
     assert draw().shape == (32, 32) and draw().dtype == np.uint8
-    assert len({draw().tobytes(), draw(seed=4).tobytes(), draw(index=6).tobytes(), draw(split="heldout").tobytes()}) == 4
+    assert (
+        len(
+            {
+                draw().tobytes(),
+                draw(seed=4).tobytes(),
+                draw(index=6).tobytes(),
+                draw(split="heldout").tobytes(),
+            }
+        )
+        == 4
+    )
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
@@ -84,8 +105,12 @@ def test_a_stroke_is_as_wide_as_its_pen(width):
     np.testing.assert_allclose(ink[:, 16].sum(), width, atol=1e-4)
     level = freehand.stroke(np.array([[8.0, 16.5], [24.0, 16.5]]), width, 32)[:, 16]
     np.testing.assert_allclose([level.sum(), level.max()], [width, min(width, 1)], atol=1e-4)
-    reach = np.nonzero(ink.max(0))[0]  # round ends: half a width beyond the line's, and the half pixel of a grey border
-    assert abs(reach[0] + 0.5 - (8 - width / 2)) <= 1 and abs(reach[-1] + 0.5 - (24 + width / 2)) <= 1
+    reach = np.nonzero(ink.max(0))[
+        0
+    ]  # round ends: half a width beyond the line's, and the half pixel of a grey border
+    assert (
+        abs(reach[0] + 0.5 - (8 - width / 2)) <= 1 and abs(reach[-1] + 0.5 - (24 + width / 2)) <= 1
+    )
 
 
 def test_pens_are_those_of_the_page():
@@ -94,7 +119,9 @@ def test_pens_are_those_of_the_page():
     pens = [float(w) for w in re.findall(r'\["(?:Fine|Pen|Brush)", ([\d.]+)\]', page)]
     assert len(pens) == 3 and (min(pens), max(pens)) == freehand.WIDTH
     big = (shapes.Object("red", "square", 0.5, 0.5, 8 / 32),)
-    ink = np.array([freehand.sketch(0, i, big, size=32, split="train").sum() / 255 for i in range(400)])
+    ink = np.array(
+        [freehand.sketch(0, i, big, size=32, split="train").sum() / 255 for i in range(400)]
+    )
     widths = ink / (8 * 8 * np.mean(freehand.SCALE))  # about: ink by the length of the line
     assert 0.85 * 32 * pens[1] < np.median(widths) < 1.15 * 32 * pens[1]
     assert widths.min() < 1 and widths.max() > 4
@@ -124,7 +151,9 @@ def test_sketches_are_about_their_objects():
 
 def test_the_share_of_rough_examples():
     """Of 4000 examples, and which ones is the same for any batch. Fails when `chosen` looks at the first stream."""
-    assert not any(freehand.chosen(0, i, 0.0) for i in range(100)) and all(freehand.chosen(0, i, 1.0) for i in range(100))
+    assert not any(freehand.chosen(0, i, 0.0) for i in range(100)) and all(
+        freehand.chosen(0, i, 1.0) for i in range(100)
+    )
     for share in (0.25, 0.5):
         rough = np.array([freehand.chosen(0, i, share) for i in range(4000)])
         assert abs(rough.mean() - share) < 0.03
@@ -145,15 +174,22 @@ def test_batches_hold_rough_sketches_of_clean_pictures():
         if is_rough:
             lines = freehand.sketch(c.data.seed, 16 + row, e.objects, size=32, split="train")
         np.testing.assert_allclose(rows["latent"][row], codec.encode(e.image[None])[0], atol=1e-5)
-        np.testing.assert_allclose(rows["control"][row], codec.encode(conditions.as_picture(lines)[None])[0], atol=1e-5)
+        np.testing.assert_allclose(
+            rows["control"][row], codec.encode(conditions.as_picture(lines)[None])[0], atol=1e-5
+        )
     options = dict(seed=0, batch=16, size=32, codec=codec, text_encoder=build.text_encoder(c))
     plain = loader.make_batch(1, **options)
-    np.testing.assert_array_equal(loader.make_batch(1, **options, freehand=0.5)["latent"], plain["latent"])
+    np.testing.assert_array_equal(
+        loader.make_batch(1, **options, freehand=0.5)["latent"], plain["latent"]
+    )
 
 
 def test_checkpoints_know_the_share():
     """Fails when `Shapes.identity` forgets it; without a ControlNet it does not count, and the name is the one of old."""
-    names = [inputs.Shapes(smoke(**k)).identity for k in ({"freehand": 0.0}, {"freehand": 0.5}, {"freehand": 0.25}, {"depth": 0})]
+    names = [
+        inputs.Shapes(smoke(**k)).identity
+        for k in ({"freehand": 0.0}, {"freehand": 0.5}, {"freehand": 0.25}, {"depth": 0})
+    ]
     assert len(set(names)) == 3 and names[0] == names[3] == "drawn shapes"
 
 
@@ -165,9 +201,14 @@ def test_heldout_sketches_are_judged_by_the_true_edges():
     for i in range(6):
         e = shapes.example(1, i, split="heldout", anywhere=True)
         np.testing.assert_array_equal(rough.images[i], e.image)
-        np.testing.assert_array_equal(rough.sketches[i], freehand.sketch(1, i, e.objects, size=32, split="heldout"))
+        np.testing.assert_array_equal(
+            rough.sketches[i], freehand.sketch(1, i, e.objects, size=32, split="heldout")
+        )
         assert rough.captions[i] == e.text and shapes.is_heldout(e.caption)
     shown = build.codec(smoke()).encode(conditions.as_picture(rough.sketches))
     np.testing.assert_allclose(rough.cond["control"], shown, atol=1e-6)
     np.testing.assert_array_equal(clean.sketches, clean.edges)
-    assert inputs.Shapes(smoke(freehand=0.0)).freehand(6, 4) is None and inputs.Shapes(smoke(depth=0)).freehand(6, 4) is None
+    assert (
+        inputs.Shapes(smoke(freehand=0.0)).freehand(6, 4) is None
+        and inputs.Shapes(smoke(depth=0)).freehand(6, 4) is None
+    )

@@ -22,13 +22,24 @@ def stepped():
     teacher = nets.teacher.init(jax.random.key(0))
     null_text, null_mask = encoder.encode([""])
     frozen = {"teacher": teacher, "null_text": null_text, "null_mask": null_mask}
-    student = sprint_step.student_params(teacher, nets, jax.random.key(1), logvar_start=c.sprint.logvar_start)
+    student = sprint_step.student_params(
+        teacher, nets, jax.random.key(1), logvar_start=c.sprint.logvar_start
+    )
     state = sprint_step.init(student, nets, c.sprint, jax.random.key(2))
     batch = lambda k: loader.make_batch(
-        k, seed=0, batch=c.sprint.batch, size=c.data.size, codec=build.codec(c), text_encoder=encoder
+        k,
+        seed=0,
+        batch=c.sprint.batch,
+        size=c.data.size,
+        codec=build.codec(c),
+        text_encoder=encoder,
     )
-    state, generator = jax.jit(sprint_step.make_generator_step(nets, c.sprint, 1))(state, frozen, batch(0))
-    state, discriminator = jax.jit(sprint_step.make_discriminator_step(nets, c.sprint, 1))(state, frozen, batch(1))
+    state, generator = jax.jit(sprint_step.make_generator_step(nets, c.sprint, 1))(
+        state, frozen, batch(0)
+    )
+    state, discriminator = jax.jit(sprint_step.make_discriminator_step(nets, c.sprint, 1))(
+        state, frozen, batch(1)
+    )
     assert int(state.step) == 2
     return jax.device_get(generator), jax.device_get(discriminator), c
 
@@ -57,6 +68,10 @@ def test_recorded_numbers(stepped):
 
 
 GOLDEN = {
-    "scm": 0.0054457625, "adv": -0.18165711, "tangent_norm": 0.6746083, "grad_norm": 1.1190751,
-    "disc": 1.0555941, "disc_grad_norm": 0.5119000,
-}  # fmt: skip
+    "scm": 0.0054457625,
+    "adv": -0.18165711,
+    "tangent_norm": 0.6746083,
+    "grad_norm": 1.1190751,
+    "disc": 1.0555941,
+    "disc_grad_norm": 0.5119000,
+}

@@ -31,7 +31,9 @@ def random_state(model, seed=0):
 
 
 def params_of(state, model):
-    return rules.from_arrays(tables.hed(model), state, jax.eval_shape(model.init, jax.random.key(0)), "test")
+    return rules.from_arrays(
+        tables.hed(model), state, jax.eval_shape(model.init, jax.random.key(0)), "test"
+    )
 
 
 @pytest.fixture
@@ -49,13 +51,24 @@ def peer(torch, state, convs, images):
     for block, count in enumerate(convs, 1):
         x = F.max_pool2d(x, 2) if block > 1 else x
         for j in range(count):
-            x = F.relu(F.conv2d(x, s[f"block{block}.convs.{j}.weight"], s[f"block{block}.convs.{j}.bias"], padding=1))
+            x = F.relu(
+                F.conv2d(
+                    x,
+                    s[f"block{block}.convs.{j}.weight"],
+                    s[f"block{block}.convs.{j}.bias"],
+                    padding=1,
+                )
+            )
         side = F.conv2d(x, s[f"block{block}.projection.weight"], s[f"block{block}.projection.bias"])
         sides.append(F.interpolate(side, size=size, mode="bilinear", align_corners=False))
     return torch.sigmoid(torch.cat(sides, 1).mean(1)).numpy()
 
 
-@pytest.mark.parametrize("model, height, width", [(hed.PUBLISHED, 48, 64), (SMALL, 67, 90)], ids=["published", "odd sides"])
+@pytest.mark.parametrize(
+    "model, height, width",
+    [(hed.PUBLISHED, 48, 64), (SMALL, 67, 90)],
+    ids=["published", "odd sides"],
+)
 def test_edges_match_pytorch(torch, model, height, width):
     """Fails when the offset is added (0.5), one maximum is left out (0.1), or sides are resized to the nearest pixel (0.03)."""
     state = random_state(model)
@@ -64,7 +77,9 @@ def test_edges_match_pytorch(torch, model, height, width):
         expected = peer(torch, state, model.convs, images)
     found = np.asarray(jax.jit(model.apply)(params_of(state, model), images))
     assert found.shape == (2, height, width) and found.dtype == np.float32
-    assert np.std(expected) > 0.03 and 0.01 < expected.min() and expected.max() < 0.99  # something is left to compare
+    assert (
+        np.std(expected) > 0.03 and 0.01 < expected.min() and expected.max() < 0.99
+    )  # something is left to compare
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
     assert np.abs(found - expected).max() < 1e-5
 
@@ -81,7 +96,12 @@ def test_init_is_what_apply_takes():
     params = SMALL.init(jax.random.key(0))
     images = np.random.RandomState(0).randint(0, 256, (1, 32, 48, 3)).astype(np.uint8)
     edges = np.asarray(jax.jit(SMALL.apply)(params, images))
-    assert edges.shape == (1, 32, 48) and np.isfinite(edges).all() and edges.min() >= 0 and edges.max() <= 1
+    assert (
+        edges.shape == (1, 32, 48)
+        and np.isfinite(edges).all()
+        and edges.min() >= 0
+        and edges.max() <= 1
+    )
     jax.tree.map(np.testing.assert_array_equal, params, SMALL.init(jax.random.key(0)))
 
 
@@ -95,9 +115,14 @@ def test_pth_and_safetensors_are_one(torch, tmp_path):
     assert again.keys() == state.keys()
     for name, value in state.items():
         np.testing.assert_array_equal(again[name], value)
-    jax.tree.map(np.testing.assert_array_equal, hed_weights.load(pth, SMALL), hed_weights.load(ours, SMALL))
+    jax.tree.map(
+        np.testing.assert_array_equal, hed_weights.load(pth, SMALL), hed_weights.load(ours, SMALL)
+    )
     kernel = state["block2.convs.1.weight"]
-    np.testing.assert_array_equal(hed_weights.load(ours, SMALL)["stages"]["1"]["convs"]["1"]["kernel"], kernel.transpose(2, 3, 1, 0))
+    np.testing.assert_array_equal(
+        hed_weights.load(ours, SMALL)["stages"]["1"]["convs"]["1"]["kernel"],
+        kernel.transpose(2, 3, 1, 0),
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,9 +178,17 @@ def test_command_with_weights(command, tmp_path):
     result = command("sprint_jax.condition", *flags, "--kind=hed", f"--out={tmp_path / 'hed'}")
     assert result.returncode == 0, result.stderr[-3000:]
     found = np.asarray(Image.open(tmp_path / "hed/bar.png"))
-    dark, bright = (int(255 / (1 + np.exp(-mean))) for mean in (-10 / 5, 10 / 5))  # the mean of five side outputs
+    dark, bright = (
+        int(255 / (1 + np.exp(-mean))) for mean in (-10 / 5, 10 / 5)
+    )  # the mean of five side outputs
     np.testing.assert_array_equal(found, np.where(image[..., :1] > 0, bright, dark).repeat(3, -1))
-    result = command("sprint_jax.condition", *flags, "--kind=scribble", "--thickness=4", f"--out={tmp_path / 'strokes'}")
+    result = command(
+        "sprint_jax.condition",
+        *flags,
+        "--kind=scribble",
+        "--thickness=4",
+        f"--out={tmp_path / 'strokes'}",
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     strokes = np.asarray(Image.open(tmp_path / "strokes/bar.png"))
     expected = conditions.scribble(found[..., 0], thickness=4, sigma=conditions.PUBLISHED_SIGMA)

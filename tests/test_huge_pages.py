@@ -75,7 +75,10 @@ def test_it_starts_again_once_with_the_same_words_and_number():
 
 @linux
 def test_a_variable_that_is_set_is_left_alone():
-    assert [line.split()[0] for line in start(GLIBC_TUNABLES="glibc.malloc.hugetlb=0")] == ["starts", "small"]
+    assert [line.split()[0] for line in start(GLIBC_TUNABLES="glibc.malloc.hugetlb=0")] == [
+        "starts",
+        "small",
+    ]
 
 
 def test_where_it_cannot_start_again_it_goes_on(monkeypatch):
@@ -89,4 +92,7 @@ def test_where_it_cannot_start_again_it_goes_on(monkeypatch):
     monkeypatch.setattr(os, "execve", refuse)
     huge_pages.restart()
     ((program, words, environment),) = calls
-    assert program == words[0] == sys.executable and environment["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    assert (
+        program == words[0] == sys.executable
+        and environment["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    )

@@ -28,10 +28,16 @@ def encoded_by(c, source, out, heldout=24, condition=None):
     pixels, words, name = inputs.embedded(c)
     encoders = encode.Encoders(pixels, words, {"pixels": {}, "text": {}}, name, c.data.size)
     kept = encode.Settings(
-        source=source.identity(), encoder=name, examples=len(source), text="features", caption_field="prompt",
-        sizes=((c.data.size, c.data.size),), heldout=heldout, shard_records=64,
+        source=source.identity(),
+        encoder=name,
+        examples=len(source),
+        text="features",
+        caption_field="prompt",
+        sizes=((c.data.size, c.data.size),),
+        heldout=heldout,
+        shard_records=64,
         condition=condition.identity if condition else "none",
-    )  # fmt: skip
+    )
     encode.encode(source, encoders, out, kept, condition=condition)
     return out
 
@@ -61,14 +67,19 @@ def test_encoded_batches_hold_what_drawing_would(folder):
     with data.batches(8, 0, 3, 0, 1) as batches:
         seen = [next(batches) for _ in range(3)]
     for batch in seen:
-        assert batch["latent"].shape == (8, *build.latent_shape(c)) and batch["text"].dtype == np.float32
+        assert (
+            batch["latent"].shape == (8, *build.latent_shape(c))
+            and batch["text"].dtype == np.float32
+        )
         assert np.isin(batch["mask"], (0, 1)).all() and (batch["mask"].sum(1) >= 3).all()
     text_, mask = encoder.encode([""])
     np.testing.assert_allclose(data.frozen["null_text"], text_, rtol=1e-6)
     np.testing.assert_array_equal(data.frozen["null_mask"], mask)
     heldout = data.heldout(4, 8)
     again, masks = encoder.encode(heldout.captions)
-    np.testing.assert_allclose(heldout.cond["text"] * masks[..., None], again * masks[..., None], atol=2e-3)
+    np.testing.assert_allclose(
+        heldout.cond["text"] * masks[..., None], again * masks[..., None], atol=2e-3
+    )
     np.testing.assert_array_equal(heldout.cond["mask"], masks)
     assert heldout.meanings is None and len(heldout.reference) == 8
     decoded = np.asarray(codec.decode(codec.encode(heldout.images)), int)
@@ -121,17 +132,25 @@ def test_a_damaged_held_out_example_is_left_out_and_told(folder, monkeypatch):
     monkeypatch.setattr(encoded.Encoded, "read", damaged)
     data = inputs.open_inputs(c, said.append)
     assert data.heldout(4, 4).captions == [whole.captions[i] for i in (0, 2, 3, 4)]
-    assert any("1 held-out examples cannot be used, first 1 (is not finite)" in line for line in said)
+    assert any(
+        "1 held-out examples cannot be used, first 1 (is not finite)" in line for line in said
+    )
     with pytest.raises(UserError, match="held-out examples can be used"):
         data.heldout(len(encoded.Encoded(folder, "heldout")), 1)
 
 
 def test_the_main_job_on_an_encoded_folder(finished, folder, command, tmp_path):
     """The programs are those of the drawn data; only what flows through them differs."""
-    result = command("sprint_jax.main", *TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.encoded={folder}")
+    result = command(
+        "sprint_jax.main", *TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.encoded={folder}"
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["scores"] == {} and set(summary["frechet"]) >= {"real", "teacher_20", "student_1"}
+    assert summary["scores"] == {} and set(summary["frechet"]) >= {
+        "real",
+        "teacher_20",
+        "student_1",
+    }
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     others = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [(r["stage"], r["step"]) for r in rows] == [(r["stage"], r["step"]) for r in others]
@@ -141,7 +160,9 @@ def test_the_main_job_on_an_encoded_folder(finished, folder, command, tmp_path):
 def test_words_are_read_whatever_they_are():
     """Fails when padding or punctuation becomes a word, or two words share a token."""
     encoder = text.WordsText(8)
-    features, mask = encoder.encode(["A grinning face!", "a grinning face", "a winking face", "", "w " * 20])
+    features, mask = encoder.encode(
+        ["A grinning face!", "a grinning face", "a winking face", "", "w " * 20]
+    )
     np.testing.assert_array_equal(features[0], features[1])
     np.testing.assert_array_equal(mask.sum(1), [4, 4, 4, 1, 8])
     assert np.abs(features[1] - features[2])[2].max() > 0.1
@@ -158,11 +179,12 @@ def published_card(path, out, transformer):
     """The `smoke` card on encoded data of a published model."""
     c = config.parse(card("smoke")[0])
     return dataclasses.replace(
-        c, data=dataclasses.replace(c.data, encoded=str(out), model=str(path)),
+        c,
+        data=dataclasses.replace(c.data, encoded=str(out), model=str(path)),
         text=config.Text(vocabulary="gemma", length=300, dim=transformer.text_dim),
         codec=dataclasses.replace(c.codec, block=32, channels=transformer.in_channels, weights=""),
         evaluation=dataclasses.replace(c.evaluation, prompts=2, samples=2),
-    )  # fmt: skip
+    )
 
 
 def test_token_ids_become_the_features(tmp_path_factory, tmp_path):
@@ -174,16 +196,29 @@ def test_token_ids_become_the_features(tmp_path_factory, tmp_path):
     source = sources.open_source(pictures(tmp_path / "pictures", 12, size=32))
     pipe = pipeline.load(path, dtype="float32")
     encoders = encode.Encoders(
-        pipe.pixels, pipe.text, {n: pipe.params[n] for n in ("pixels", "text")}, encode.identity(pipe, path), 32
+        pipe.pixels,
+        pipe.text,
+        {n: pipe.params[n] for n in ("pixels", "text")},
+        encode.identity(pipe, path),
+        32,
     )
     found = {}
     for kind in ("features", "tokens"):
         kept = encode.Settings(
-            source=source.identity(), encoder=encoders.identity, examples=12, text=kind, caption_field="prompt",
-            sizes=((32, 32),), heldout=4, shard_records=64, condition="none",
-        )  # fmt: skip
+            source=source.identity(),
+            encoder=encoders.identity,
+            examples=12,
+            text=kind,
+            caption_field="prompt",
+            sizes=((32, 32),),
+            heldout=4,
+            shard_records=64,
+            condition="none",
+        )
         encode.encode(source, encoders, tmp_path / kind, kept, batch=4)
-        data = inputs.open_inputs(published_card(path, tmp_path / kind, pipe.model), lambda line: None)
+        data = inputs.open_inputs(
+            published_card(path, tmp_path / kind, pipe.model), lambda line: None
+        )
         assert isinstance(data.pixels, parts.AutoencoderPixels)
         with data.batches(4, 0, 1, 0, 1) as batches:
             found[kind] = jax.device_get(jax.jit(data.prepare)(data.frozen, next(batches)))
@@ -191,7 +226,10 @@ def test_token_ids_become_the_features(tmp_path_factory, tmp_path):
     np.testing.assert_array_equal(features["mask"], tokens["mask"])
     np.testing.assert_array_equal(features["latent"], tokens["latent"])
     mask = features["mask"][..., None]
-    assert np.abs((features["text"] - tokens["text"]) * mask).max() < 2e-3 * np.abs(features["text"]).max()
+    assert (
+        np.abs((features["text"] - tokens["text"]) * mask).max()
+        < 2e-3 * np.abs(features["text"]).max()
+    )
     assert mask.sum() > 4 * 5
 
 
@@ -212,5 +250,8 @@ def test_a_published_transformer_as_teacher(tmp_path_factory):
     described = json.loads((told / "config.json").read_text())
     (told / "config.json").write_text(json.dumps(described | {"timestep_scale": 0.001}))
     inputs.teacher_weights(str(told), dataclasses.replace(model, time_scale=1.0))
-    with pytest.raises(UserError, match="timestep_scale=0.001, .* a time_scale of 1, the config asks for 1000: change"):
+    with pytest.raises(
+        UserError,
+        match="timestep_scale=0.001, .* a time_scale of 1, the config asks for 1000: change",
+    ):
         inputs.teacher_weights(str(told), dataclasses.replace(model, time_scale=1000.0))

@@ -16,7 +16,20 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from conftest import ROOT
-from kernel_cases import EPS, cross, cross_case, directions, half_hidden, linear, linear_case, modes, normals, published, relative, worst
+from kernel_cases import (
+    EPS,
+    cross,
+    cross_case,
+    directions,
+    half_hidden,
+    linear,
+    linear_case,
+    modes,
+    normals,
+    published,
+    relative,
+    worst,
+)
 from sprint_jax import build, config, parts, pipeline
 from sprint_jax.errors import UserError
 from sprint_jax.kernels import backend, cross_attention, linear_attention
@@ -28,7 +41,9 @@ from test_config import card
 from test_linear_dit import stencil
 
 # Compiled where the device has kernels, else interpreted.
-HERE = backend.resolve("pallas", jax.default_backend(), 64, 64, "float32")[0].replace("plain", "interpret")
+HERE = backend.resolve("pallas", jax.default_backend(), 64, 64, "float32")[0].replace(
+    "plain", "interpret"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +65,10 @@ def in_float64(f, *arguments, **options):
 def exact_linear(heads, q, k, v, norm_q=None, norm_k=None):
     """Written from the equations, per head, weights of all pairs of tokens: no sum is shared with the kernels."""
     if norm_q is not None:
-        q, k = (x / jnp.sqrt((x**2).mean(-1, keepdims=True) + EPS) * w for x, w in ((q, norm_q), (k, norm_k)))
+        q, k = (
+            x / jnp.sqrt((x**2).mean(-1, keepdims=True) + EPS) * w
+            for x, w in ((q, norm_q), (k, norm_k))
+        )
     split = lambda x: x.reshape(*x.shape[:2], heads, -1)
     pairs = jnp.einsum("bnhd,bmhd->bhnm", split(jnp.maximum(q, 0)), split(jnp.maximum(k, 0)))
     pairs = pairs / (pairs.sum(-1, keepdims=True) + 1e-15)
@@ -62,7 +80,14 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "head", "norm"),
-    [(2, 85, 3, 32, True), (1, 256, 4, 32, True), slow(1, 21, 2, 72, True), slow(2, 130, 1, 112, True), slow(1, 1100, 2, 32, False), slow(2, 7, 5, 8, True)],
+    [
+        (2, 85, 3, 32, True),
+        (1, 256, 4, 32, True),
+        slow(1, 21, 2, 72, True),
+        slow(2, 130, 1, 112, True),
+        slow(1, 1100, 2, 32, False),
+        slow(2, 7, 5, 8, True),
+    ],
 )
 def test_linear_attention(batch, tokens, heads, head, norm):
     """Fails when _divide_tangent forgets c dtotal, _through_rms its second term, _key_gradient gtotal, _same_head is
@@ -81,7 +106,12 @@ def test_linear_attention_of_one_token(norm):
     f = linear(linear_attention.attention, 2, backend=HERE)
     value, moved = jax.jvp(f, (q, k, v, *weights), (dq, dk, dv, *dweights))
     gradients = jax.vjp(f, q, k, v, *weights)[1](g)
-    for found, expected in ((value, v), (moved, dv), (gradients[2], g), *((a, 0 * a) for i, a in enumerate(gradients) if i != 2)):
+    for found, expected in (
+        (value, v),
+        (moved, dv),
+        (gradients[2], g),
+        *((a, 0 * a) for i, a in enumerate(gradients) if i != 2),
+    ):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -90,9 +120,17 @@ def test_linear_attention_of_heads(tokens, head):
     """With q, k and v of a head beside each other: as they lie in memory, filled up, and in so many parts that the sums are made between
     the kernels. Fails when heads are 3 d apart in place of 3 blocks, and when `joined` puts q, k and v of all heads together."""
     primals, tangents, g = linear_case(3, 1, tokens, 3, head, False)
-    by_head = lambda q, k, v: jnp.stack([x.reshape(*x.shape[:2], 3, -1) for x in (q, k, v)], 3).reshape(*q.shape[:2], -1)
+    by_head = lambda q, k, v: jnp.stack(
+        [x.reshape(*x.shape[:2], 3, -1) for x in (q, k, v)], 3
+    ).reshape(*q.shape[:2], -1)
     f = lambda *qkv: linear_attention.attention_of_heads(by_head(*qkv), heads=3, backend=HERE)
-    assert worst(directions(f, primals, tangents, g), in_float64(functools.partial(exact_linear, 3), primals, tangents, g)) < 1e-5
+    assert (
+        worst(
+            directions(f, primals, tangents, g),
+            in_float64(functools.partial(exact_linear, 3), primals, tangents, g),
+        )
+        < 1e-5
+    )
     plain = lambda *qkv: linear_attention.plain_of_heads(by_head(*qkv), heads=3)
     assert relative(plain(*primals), f(*primals)) < 1e-5
     with pytest.raises(ValueError, match="not three times the width of 4 heads"):
@@ -136,7 +174,10 @@ def test_linear_attention_refuses():
 
 
 def exact_cross(mask, q, k, v):
-    scores = jnp.einsum("bnhd,blhd->bhnl", q, k) / np.sqrt(q.shape[-1]) + jnp.where(mask, 0.0, -1e4)[:, None, None]
+    scores = (
+        jnp.einsum("bnhd,blhd->bhnl", q, k) / np.sqrt(q.shape[-1])
+        + jnp.where(mask, 0.0, -1e4)[:, None, None]
+    )
     weights = jnp.exp(scores - scores.max(-1, keepdims=True))
     return jnp.einsum("bhnl,blhd->bnhd", weights / weights.sum(-1, keepdims=True), v)
 
@@ -195,7 +236,9 @@ def test_tangent_that_is_not_stopped(which):
     """NaN in the gradient of whatever made primals or tangents. Fails when _refuse returns zeros, or when residuals
     are stopped before the linear map."""
     f, primals = both_kinds()[which]
-    along = lambda scale, direction: jax.jvp(lambda x: f(x, *primals[1:]), (primals[0] * scale,), (direction,))[1].sum()
+    along = lambda scale, direction: jax.jvp(
+        lambda x: f(x, *primals[1:]), (primals[0] * scale,), (direction,)
+    )[1].sum()
     ones = jnp.ones_like(primals[0])
     assert np.isnan(jax.jit(jax.grad(lambda s: along(s, ones)))(1.0))
     assert np.isnan(jax.jit(jax.grad(lambda s: along(1.0, s * ones)))(1.0))
@@ -208,7 +251,10 @@ def test_tangent_that_is_not_stopped(which):
 @pytest.mark.parametrize("weight", ["float32", "bfloat16"])
 def test_a_norm_rounds_as_its_weight_says(weight):
     """Fails when a float32 weight is rounded, as training has none, and when one in bfloat16 is not multiplied in bfloat16, as in diffusers."""
-    x, w = (jnp.asarray(a, d) for a, d in zip(normals(3, (4, 96), (96,)), ("bfloat16", weight), strict=True))
+    x, w = (
+        jnp.asarray(a, d)
+        for a, d in zip(normals(3, (4, 96), (96,)), ("bfloat16", weight), strict=True)
+    )
     exact = np.asarray(x, np.float64)
     unit = exact / np.sqrt(np.square(exact).mean(-1, keepdims=True) + EPS)
     unit = np.asarray(unit.astype(weight), np.float64)
@@ -236,31 +282,63 @@ def test_bfloat16_is_as_good_as_plain():
     """
     mask = half_hidden(2, 50)
     kinds = (
-        (lambda seed: linear_case(seed, 2, 128, 2, 32, True, jnp.bfloat16), linear(linear_attention.plain, 2),
-         linear(linear_attention.attention, 2, backend=HERE), functools.partial(exact_linear, 2)),
-        (lambda seed: cross_case(seed, 2, 128, 50, 2, 72, jnp.bfloat16), cross(cross_attention.plain, mask),
-         cross(cross_attention.attention, mask, backend=HERE), functools.partial(exact_cross, mask)),
-    )  # fmt: skip
+        (
+            lambda seed: linear_case(seed, 2, 128, 2, 32, True, jnp.bfloat16),
+            linear(linear_attention.plain, 2),
+            linear(linear_attention.attention, 2, backend=HERE),
+            functools.partial(exact_linear, 2),
+        ),
+        (
+            lambda seed: cross_case(seed, 2, 128, 50, 2, 72, jnp.bfloat16),
+            cross(cross_attention.plain, mask),
+            cross(cross_attention.attention, mask, backend=HERE),
+            functools.partial(exact_cross, mask),
+        ),
+    )
     for case, plain, kernel, exact in kinds:
         squares = 0
         for seed in range(3):
             expected = jax.tree.leaves(in_float64(exact, *case(seed), scan=False))
-            found = [jax.tree.leaves(directions(f, *case(seed), scan=False)) for f in (kernel, plain)]
-            squares += np.array([[relative(a, b) ** 2 for a, b in zip(each, expected, strict=True)] for each in found])
+            found = [
+                jax.tree.leaves(directions(f, *case(seed), scan=False)) for f in (kernel, plain)
+            ]
+            squares += np.array(
+                [
+                    [relative(a, b) ** 2 for a, b in zip(each, expected, strict=True)]
+                    for each in found
+                ]
+            )
         ours, theirs = np.sqrt(squares)
         assert (ours <= 1.03 * theirs).all(), (ours, theirs)
         assert theirs.min() > 1e-3  # bfloat16 was at work
 
 
 TINY = LinearDiT(
-    in_channels=3, width=64, depth=2, heads=2, cross_heads=4, mlp_ratio=1.0, text_dim=6, patch_size=1,
-    qk_norm=True, time_scale=1.0, guidance_embed=False, guidance_scale_factor=0.1, logvar_head=False,
-    remat="block", unroll=1, dtype="float32", residual_dtype="float32", attention="plain",
-)  # fmt: skip
+    in_channels=3,
+    width=64,
+    depth=2,
+    heads=2,
+    cross_heads=4,
+    mlp_ratio=1.0,
+    text_dim=6,
+    patch_size=1,
+    qk_norm=True,
+    time_scale=1.0,
+    guidance_embed=False,
+    guidance_scale_factor=0.1,
+    logvar_head=False,
+    remat="block",
+    unroll=1,
+    dtype="float32",
+    residual_dtype="float32",
+    attention="plain",
+)
 
 
 @pytest.mark.parametrize(
-    ("changes"), [{}, slow({"qk_norm": False, "remat": "none"}), slow({"remat": "cheap", "unroll": 2})], ids=str
+    ("changes"),
+    [{}, slow({"qk_norm": False, "remat": "none"}), slow({"remat": "cheap", "unroll": 2})],
+    ids=str,
 )
 def test_whole_network(changes):
     """Value, jvp and the gradient of all parameters around a stopped jvp: with kernels as without, and the same tree."""
@@ -271,7 +349,9 @@ def test_whole_network(changes):
     params = plain.init(jax.random.key(0))
     assert jax.tree.all(jax.tree.map(np.array_equal, params, kernels.init(jax.random.key(0))))
     rng = np.random.default_rng(6)
-    params = jax.tree.map(lambda a: a + 0.2 * rng.standard_normal(a.shape).astype(np.float32), params)
+    params = jax.tree.map(
+        lambda a: a + 0.2 * rng.standard_normal(a.shape).astype(np.float32), params
+    )
 
     def step(model):
         def loss(params):
@@ -305,7 +385,13 @@ def exact_depthwise(x, w, bias, gated):
 
 
 @pytest.mark.parametrize(
-    ("shape", "k", "gated"), [((2, 9, 21, 64), 3, True), ((1, 9, 16, 48), 5, False), slow((1, 33, 17, 32), 3, False), slow((3, 4, 40, 128), 5, True)]
+    ("shape", "k", "gated"),
+    [
+        ((2, 9, 21, 64), 3, True),
+        ((1, 9, 16, 48), 5, False),
+        slow((1, 33, 17, 32), 3, False),
+        slow((3, 4, 40, 128), 5, True),
+    ],
 )
 def test_depthwise(shape, k, gated):
     """Sides that no tile divides. Fails when the last tiles are not moved back, when borders are not zero, when the gate
@@ -317,7 +403,10 @@ def test_depthwise(shape, k, gated):
         found = models_depthwise.smooth(*arrays, gated, backend=HERE)
         assert found.dtype == dtype and relative(found, expected) < most
         # No worse than the formula, which rounds as often.
-        assert relative(found, expected) < 1.2 * relative(models_depthwise.smooth(*arrays, gated), expected) + 1e-7
+        assert (
+            relative(found, expected)
+            < 1.2 * relative(models_depthwise.smooth(*arrays, gated), expected) + 1e-7
+        )
 
 
 @pytest.mark.parametrize("gated", [True, slow(False)])
@@ -328,8 +417,18 @@ def test_depthwise_derivatives(gated):
     exchanged, when the gradient's convolution lacks its bias, and when the tangent's has it.
     """
     x, w, bias, dx, dw, dbias, g = (
-        jnp.asarray(a) for a in normals(8, (2, 5, 18, 32), (3, 3, 32), (32,), (2, 5, 18, 32), (3, 3, 32), (32,), (2, 5, 18, 16 if gated else 32))
-    )  # fmt: skip
+        jnp.asarray(a)
+        for a in normals(
+            8,
+            (2, 5, 18, 32),
+            (3, 3, 32),
+            (32,),
+            (2, 5, 18, 32),
+            (3, 3, 32),
+            (32,),
+            (2, 5, 18, 16 if gated else 32),
+        )
+    )
 
     def directions(kind):
         f = lambda x, w, bias: models_depthwise.smooth(x, w, bias, gated, backend=kind)
@@ -340,14 +439,19 @@ def test_depthwise_derivatives(gated):
             return (jnp.square(value + jax.lax.stop_gradient(J - 2 * value)) * g).sum()
 
         every = lambda *p: (
-            along(*p), jax.jvp(f, p, (dx, dw, dbias)), jax.vjp(f, *p)[1](g), jax.vjp(lambda x: f(x, *p[1:]), p[0])[1](g),
+            along(*p),
+            jax.jvp(f, p, (dx, dw, dbias)),
+            jax.vjp(f, *p)[1](g),
+            jax.vjp(lambda x: f(x, *p[1:]), p[0])[1](g),
             jax.grad(scm, (0, 1, 2))(*p),
-        )  # fmt: skip
+        )
         return jax.jit(every)(x, w, bias)
 
     assert worst(directions(HERE), directions("plain")) < 1e-6
     # A tangent that is not stopped gives NaN, as attention's.
-    moved = lambda s: jax.jvp(lambda x: models_depthwise.smooth(x, w, bias, gated, backend=HERE), (s * x,), (dx,))[1].sum()
+    moved = lambda s: jax.jvp(
+        lambda x: models_depthwise.smooth(x, w, bias, gated, backend=HERE), (s * x,), (dx,)
+    )[1].sum()
     assert np.isnan(jax.jit(jax.grad(moved))(1.0))
 
 
@@ -356,18 +460,27 @@ def test_depthwise_derivatives_in_bfloat16():
     """Over several draws the distance to float64 is at most 3 % more than the formula's."""
     squares = 0
     for seed in range(3):
-        arrays = normals(20 + seed, (1, 8, 16, 64), (3, 3, 64), (64,), (1, 8, 16, 64), (1, 8, 16, 32))
+        arrays = normals(
+            20 + seed, (1, 8, 16, 64), (3, 3, 64), (64,), (1, 8, 16, 64), (1, 8, 16, 32)
+        )
 
         def directions(kind, dtype):
             x, w, bias, dx, g = (jnp.asarray(a, dtype) for a in arrays)
             f = lambda x, w, bias: models_depthwise.smooth(x, w, bias, True, backend=kind)
-            return jax.jit(lambda x, w, bias: (jax.jvp(lambda x: f(x, w, bias), (x,), (dx,))[1], jax.vjp(f, x, w, bias)[1](g)))(x, w, bias)
+            return jax.jit(
+                lambda x, w, bias: (
+                    jax.jvp(lambda x: f(x, w, bias), (x,), (dx,))[1],
+                    jax.vjp(f, x, w, bias)[1](g),
+                )
+            )(x, w, bias)
 
         arrays = [np.asarray(jnp.asarray(a, "bfloat16"), np.float64) for a in arrays]
         with jax.enable_x64(True):
             expected = jax.device_get(jax.tree.leaves(directions("plain", "float64")))
         found = [jax.tree.leaves(directions(kind, "bfloat16")) for kind in (HERE, "plain")]
-        squares += np.array([[relative(a, b) ** 2 for a, b in zip(each, expected, strict=True)] for each in found])
+        squares += np.array(
+            [[relative(a, b) ** 2 for a, b in zip(each, expected, strict=True)] for each in found]
+        )
     ours, theirs = np.sqrt(squares)
     assert (ours <= 1.03 * theirs).all(), (ours, theirs)
     assert theirs.min() > 1e-3  # bfloat16 was at work
@@ -376,24 +489,44 @@ def test_depthwise_derivatives_in_bfloat16():
 def test_depthwise_goes_by_what_the_kernel_takes():
     """Small pictures, odd channels, other dtypes, and arrays beyond 32-bit offsets take the formula. Fails when one is let through."""
     tile = kernels_depthwise.tile
-    assert tile((1, 32, 32, 5760), "bfloat16", True) == 64 and tile((1, 32, 32, 48), "float32", False) == 16
+    assert (
+        tile((1, 32, 32, 5760), "bfloat16", True) == 64
+        and tile((1, 32, 32, 48), "float32", False) == 16
+    )
     for shape, dtype, gated in [
-        ((1, 3, 32, 64), "float32", False), ((1, 32, 15, 64), "float32", False), ((1, 32, 32, 40), "float32", False),
-        ((1, 32, 32, 48), "float32", True), ((1, 32, 32, 64), "float16", False), ((8, 512, 512, 1024), "bfloat16", False),
-    ]:  # fmt: skip
+        ((1, 3, 32, 64), "float32", False),
+        ((1, 32, 15, 64), "float32", False),
+        ((1, 32, 32, 40), "float32", False),
+        ((1, 32, 32, 48), "float32", True),
+        ((1, 32, 32, 64), "float16", False),
+        ((8, 512, 512, 1024), "bfloat16", False),
+    ]:
         assert tile(shape, dtype, gated) is None, shape
     with pytest.raises(ValueError, match="no depthwise kernel"):
-        kernels_depthwise.conv(*normals(0, (1, 3, 3, 16), (3, 3, 16), (16,)), gated=False, backend="interpret")
+        kernels_depthwise.conv(
+            *normals(0, (1, 3, 3, 16), (3, 3, 16), (16,)), gated=False, backend="interpret"
+        )
     with pytest.raises(ValueError, match="use interpret or triton"):
-        kernels_depthwise.conv(*normals(0, (1, 4, 16, 16), (3, 3, 16), (16,)), gated=False, backend="tpu")
-    assert [backend.depthwise(p) for p in ("gpu", "cuda", "cpu", "tpu")] == ["triton", "triton", "plain", "plain"]
+        kernels_depthwise.conv(
+            *normals(0, (1, 4, 16, 16), (3, 3, 16), (16,)), gated=False, backend="tpu"
+        )
+    assert [backend.depthwise(p) for p in ("gpu", "cuda", "cpu", "tpu")] == [
+        "triton",
+        "triton",
+        "plain",
+        "plain",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- platforms
 
 
 DEVICES = {
-    "triton": ("cuda", "__gpu$xla.gpu.triton", dict(device_kind="NVIDIA H200", num_cores=132, platform="gpu")),
+    "triton": (
+        "cuda",
+        "__gpu$xla.gpu.triton",
+        dict(device_kind="NVIDIA H200", num_cores=132, platform="gpu"),
+    ),
     "tpu": ("tpu", "tpu_custom_call", dict(device_kind="TPU v5e", num_cores=1, platform="tpu")),
 }
 
@@ -404,23 +537,35 @@ def test_kernels_lower_for(name, kind):
     """Without the device: the compiler's last step is not part of this. Fails when the pieces of a head are not powers
     of two (Triton), or blocks do not end on 128 lanes (TPU)."""
     platform, target, device = DEVICES[name]
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(**device))
+    mesh = AbstractMesh(
+        (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(**device)
+    )
     f, arguments = published(kind, name)
     counts = {}
     with jax.sharding.use_abstract_mesh(mesh):
         for mode, g in modes(f).items():
             text = jax.jit(g).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
             counts[mode] = len(re.findall(re.escape(f"custom_call @{target}("), text))
-    expected = {"forward": 2, "jvp": 4, "grad": 4} if kind == "linear" else {"forward": 1, "jvp": 2, "grad": 3}
+    expected = (
+        {"forward": 2, "jvp": 4, "grad": 4}
+        if kind == "linear"
+        else {"forward": 1, "jvp": 2, "grad": 3}
+    )
     assert counts == expected
 
 
-@pytest.mark.parametrize(("shape", "k", "gated"), [((1, 32, 32, 5760), 3, True), ((1, 128, 128, 1536), 5, False)])
+@pytest.mark.parametrize(
+    ("shape", "k", "gated"), [((1, 32, 32, 5760), 3, True), ((1, 128, 128, 1536), 5, False)]
+)
 def test_depthwise_lowers(shape, k, gated):
     """For an NVIDIA GPU, at published shapes, one kernel and no convolution. Fails when a load has a side that is no power of two."""
     platform, target, device = DEVICES["triton"]
-    mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(**device))
-    arguments = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in (shape, (k, k, shape[-1]), shape[-1:])]
+    mesh = AbstractMesh(
+        (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(**device)
+    )
+    arguments = [
+        jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in (shape, (k, k, shape[-1]), shape[-1:])
+    ]
     f = lambda *a: models_depthwise.smooth(*a, gated, backend="triton")
     with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(f).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
@@ -431,7 +576,11 @@ def run_script(*arguments, **environment):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment
     program = pathlib.Path(__file__).parent / "kernels_on_devices.py"
     result = subprocess.run(
-        [sys.executable, str(program), *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, str(program), *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -471,8 +620,14 @@ def test_resolve():
     assert resolve("pallas", "tpu", 32, 112, "bfloat16") == ("tpu", None)
     for arguments, reason in (
         (("cpu", 32, 72, "bfloat16"), "no compiled kernel for a cpu"),
-        (("gpu", 72, 72, "bfloat16"), "heads of linear attention are 72 wide and kernels for a gpu take up to 64"),
-        (("gpu", 32, 136, "bfloat16"), "heads are 32, 136 wide and kernels take multiples of 8 up to 128"),
+        (
+            ("gpu", 72, 72, "bfloat16"),
+            "heads of linear attention are 72 wide and kernels for a gpu take up to 64",
+        ),
+        (
+            ("gpu", 32, 136, "bfloat16"),
+            "heads are 32, 136 wide and kernels take multiples of 8 up to 128",
+        ),
         (("gpu", 32, 20, "bfloat16"), "multiples of 8"),
         (("tpu", 72, 72, "float16"), "the compute dtype is float16"),
     ):
@@ -482,7 +637,16 @@ def test_resolve():
         resolve("triton", "gpu", 32, None, "bfloat16")
 
 
-@pytest.mark.parametrize(("capability", "chosen"), [("9.0", "triton"), ("8.0", "triton"), ("7.5", "plain"), ("gfx942", "plain"), ("10.0", "triton")])
+@pytest.mark.parametrize(
+    ("capability", "chosen"),
+    [
+        ("9.0", "triton"),
+        ("8.0", "triton"),
+        ("7.5", "plain"),
+        ("gfx942", "plain"),
+        ("10.0", "triton"),
+    ],
+)
 def test_kernels_by_card(monkeypatch, capability, chosen):
     """AMD's GPUs and NVIDIA's before Ampere have none, and say so where they were asked for. Fails when "10.0" is compared as text."""
 
@@ -491,17 +655,26 @@ def test_kernels_by_card(monkeypatch, capability, chosen):
 
     monkeypatch.setattr(jax, "devices", lambda: [Card()])
     found, sentence = backend.resolve("pallas", "gpu", 32, 72, "bfloat16")
-    assert (found, backend.depthwise("gpu"), backend.fastest("gpu") == "pallas", backend.launches_cost("gpu")) == (
-        (chosen, chosen, chosen == "triton", chosen == "triton")
-    )  # fmt: skip
-    assert (sentence is None) == (chosen == "triton") and (sentence is None or "capability 8.0" in sentence)
+    assert (
+        found,
+        backend.depthwise("gpu"),
+        backend.fastest("gpu") == "pallas",
+        backend.launches_cost("gpu"),
+    ) == ((chosen, chosen, chosen == "triton", chosen == "triton"))
+    assert (sentence is None) == (chosen == "triton") and (
+        sentence is None or "capability 8.0" in sentence
+    )
 
 
 def test_config_chooses(monkeypatch):
     """Fails when build leaves the config's wish in the model, or a folder's weights are refused for it."""
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     tree = card("smoke")[0]
-    assert build.student(config.parse(tree)).attention == build.student(config.parse(tree)).depthwise == "plain"
+    assert (
+        build.student(config.parse(tree)).attention
+        == build.student(config.parse(tree)).depthwise
+        == "plain"
+    )
     tree.model.attention = "pallas"
     parsed = config.parse(tree)
     assert "no compiled kernel" in build.attention(parsed)[1]
@@ -526,17 +699,30 @@ def test_pipeline_chooses(monkeypatch, tmp_path):
     lines = []
     assert pipeline.load(tmp_path, dtype="float32", say=lines.append).model == TINY
     assert lines == []
-    assert pipeline.load(tmp_path, dtype="float32", attention="pallas", say=lines.append).model == TINY
+    assert (
+        pipeline.load(tmp_path, dtype="float32", attention="pallas", say=lines.append).model == TINY
+    )
     assert len(lines) == 1 and "instead of Pallas kernels" in lines[0]
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     kinds = lambda pipe: (pipe.model.attention, pipe.pixels.model.attention)
-    assert kinds(pipeline.load(tmp_path, dtype="float32", attention="pallas", say=lines.append)) == ("tpu", "plain")
+    assert kinds(
+        pipeline.load(tmp_path, dtype="float32", attention="pallas", say=lines.append)
+    ) == ("tpu", "plain")
     assert kinds(pipeline.load(tmp_path, dtype="float32", say=lines.append)) == ("plain", "plain")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for wish in ("pallas", None):
-        assert kinds(pipeline.load(tmp_path, dtype="float32", attention=wish, say=lines.append)) == ("triton", "triton")
-    assert kinds(pipeline.load(tmp_path, dtype="float32", attention="plain", say=lines.append)) == ("plain", "plain")
-    assert kinds(pipeline.load(tmp_path, dtype="float32", platform="cuda", say=lines.append)) == ("plain", "plain") and len(lines) == 1
+        assert kinds(
+            pipeline.load(tmp_path, dtype="float32", attention=wish, say=lines.append)
+        ) == ("triton", "triton")
+    assert kinds(pipeline.load(tmp_path, dtype="float32", attention="plain", say=lines.append)) == (
+        "plain",
+        "plain",
+    )
+    assert (
+        kinds(pipeline.load(tmp_path, dtype="float32", platform="cuda", say=lines.append))
+        == ("plain", "plain")
+        and len(lines) == 1
+    )
     with pytest.raises(UserError, match="attention 'fast'"):
         pipeline.load(tmp_path, attention="fast")
 
@@ -547,9 +733,14 @@ def test_pipeline_chooses_the_depthwise_kernel(monkeypatch, tmp_path):
     made = pipeline.Pipeline(TINY, None, pixels, {}, 32, 32, 1.0, "code", 1, "float32")
     monkeypatch.setattr(pipeline, "_load", lambda path, **options: made)
     kinds = lambda pipe: (pipe.model.depthwise, pipe.pixels.model.depthwise)
-    assert kinds(pipeline.load(tmp_path, dtype="float32")) == (backend.depthwise(jax.default_backend()),) * 2
+    assert (
+        kinds(pipeline.load(tmp_path, dtype="float32"))
+        == (backend.depthwise(jax.default_backend()),) * 2
+    )
     # What a run was trained with is no matter either.
-    trained = dataclasses.replace(made, model=dataclasses.replace(TINY, attention="interpret", depthwise="interpret"))
+    trained = dataclasses.replace(
+        made, model=dataclasses.replace(TINY, attention="interpret", depthwise="interpret")
+    )
     with monkeypatch.context() as context:
         context.setattr(pipeline, "_load", lambda path, **options: trained)
         for platform in (None, "cpu", "cuda", ""):
@@ -559,8 +750,14 @@ def test_pipeline_chooses_the_depthwise_kernel(monkeypatch, tmp_path):
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     pipe = pipeline.load(tmp_path, dtype="float32")
-    assert kinds(pipeline.load(tmp_path, dtype="float32", attention="plain")) == ("plain", "plain")  # no kernel at all
-    assert kinds(pipe) == ("triton", "triton") and kinds(pipeline.over_devices(pipe, devices)) == ("plain", "plain")
+    assert kinds(pipeline.load(tmp_path, dtype="float32", attention="plain")) == (
+        "plain",
+        "plain",
+    )  # no kernel at all
+    assert kinds(pipe) == ("triton", "triton") and kinds(pipeline.over_devices(pipe, devices)) == (
+        "plain",
+        "plain",
+    )
     assert pipeline.over_devices(pipe, devices).model == TINY  # nor attention
     assert pipe.in_turn
     for platform in ("cuda", ""):

@@ -87,7 +87,9 @@ def test_renoise():
 @functools.cache
 def new_heads():
     heads = LADDHeads(width=WIDTH, count=HEADS, dtype="float32")
-    init = jax.jit(heads.init, compiler_options={"xla_backend_optimization_level": 0})  # compiles faster
+    init = jax.jit(
+        heads.init, compiler_options={"xla_backend_optimization_level": 0}
+    )  # compiles faster
     return heads, *jax.tree.map(np.asarray, init(jax.random.key(0)))
 
 
@@ -187,7 +189,9 @@ def test_circular_windows():
     windows = np.asarray(ladd_heads.circular_windows(x)).reshape(2, TOKENS, 9, WIDTH)
     for token in range(TOKENS):
         for place in range(9):
-            np.testing.assert_array_equal(windows[:, token, place], x[:, (token + place - 4) % TOKENS])
+            np.testing.assert_array_equal(
+                windows[:, token, place], x[:, (token + place - 4) % TOKENS]
+            )
 
 
 def circular_conv(x, kernel, bias):
@@ -237,11 +241,17 @@ def test_heads_in_bfloat16():
     features = [normals(16, TOKENS, WIDTH, seed=i) for i in range(HEADS)]
 
     def slopes(heads):
-        loss = lambda params, features: sum(jnp.sin(v).sum() for v in heads.apply(params, spectral, features))
+        loss = lambda params, features: sum(
+            jnp.sin(v).sum() for v in heads.apply(params, spectral, features)
+        )
         return jax.jit(jax.grad(loss, (0, 1)))
 
     low = dataclasses.replace(heads, dtype="bfloat16")
-    for value, expected in zip(jax.jit(low.apply)(params, spectral, features), heads.apply(params, spectral, features), strict=True):
+    for value, expected in zip(
+        jax.jit(low.apply)(params, spectral, features),
+        heads.apply(params, spectral, features),
+        strict=True,
+    ):
         assert value.dtype == jnp.float32 and 1e-4 < error(value, expected) < 2e-2
     found, expected = slopes(low)(params, features), slopes(heads)(params, features)
     # Euclidean: where LeakyReLU's kink is crossed a single slope is another one.
@@ -251,8 +261,12 @@ def test_heads_in_bfloat16():
         kernel = found[0][name]["kernel"]
         assert relative(kernel, expected[0][name]["kernel"]) < 5e-2
         assert not np.array_equal(kernel, np.asarray(kernel, jnp.bfloat16))
-    products = re.findall(r"stablehlo.dot_general .* : \((.*)\) ->", slopes(low).lower(params, features).as_text())
-    vectors = lambda operands: any(operand.count("x") == 1 for operand in operands.split(", "))  # spectral norm's
+    products = re.findall(
+        r"stablehlo.dot_general .* : \((.*)\) ->", slopes(low).lower(params, features).as_text()
+    )
+    vectors = lambda operands: any(
+        operand.count("x") == 1 for operand in operands.split(", ")
+    )  # spectral norm's
     assert len(products) >= 9 * HEADS
     assert [p for p in products if "f32" in p and not vectors(p)] == []
 
@@ -263,7 +277,11 @@ def test_adversarial_gradient_reaches_the_student():
     The frozen network is one tanh layer per head.
     """
     heads, params, spectral = random_heads()
-    x0_hat, z, s = normals(4, 3, 4, 2), normals(4, 3, 4, 2, seed=1), np.float32([0.1, 0.6, 1.2, 1.5])
+    x0_hat, z, s = (
+        normals(4, 3, 4, 2),
+        normals(4, 3, 4, 2, seed=1),
+        np.float32([0.1, 0.6, 1.2, 1.5]),
+    )
     frozen = normals(HEADS, 2, WIDTH, seed=2)
 
     def loss(x0_hat):
@@ -287,7 +305,9 @@ def test_adversarial_gradient_reaches_the_student():
     h, start = 1e-6, x0_hat.astype(np.float64)
     for seed in range(3):
         direction = normals(*x0_hat.shape, seed=10 + seed)
-        difference = (numpy_loss(start + h * direction) - numpy_loss(start - h * direction)) / (2 * h)
+        difference = (numpy_loss(start + h * direction) - numpy_loss(start - h * direction)) / (
+            2 * h
+        )
         assert abs((slope * direction).sum() / difference - 1) < 1e-3
     by_sample = np.abs(slope).max((1, 2, 3))
     assert (by_sample > 0).all()

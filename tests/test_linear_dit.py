@@ -13,10 +13,25 @@ from sprint_jax.models import depthwise, layers
 from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M, LinearDiT, patchify, unpatchify
 
 MODEL = LinearDiT(
-    in_channels=3, width=16, depth=2, heads=4, cross_heads=2, mlp_ratio=2.5, text_dim=7, patch_size=2,
-    qk_norm=True, time_scale=1.0, guidance_embed=True, guidance_scale_factor=0.1, logvar_head=True,
-    remat="none", unroll=1, dtype="float32", residual_dtype="float32", attention="plain",
-)  # fmt: skip
+    in_channels=3,
+    width=16,
+    depth=2,
+    heads=4,
+    cross_heads=2,
+    mlp_ratio=2.5,
+    text_dim=7,
+    patch_size=2,
+    qk_norm=True,
+    time_scale=1.0,
+    guidance_embed=True,
+    guidance_scale_factor=0.1,
+    logvar_head=True,
+    remat="none",
+    unroll=1,
+    dtype="float32",
+    residual_dtype="float32",
+    attention="plain",
+)
 QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
 BATCH, HEIGHT, WIDE, LENGTH = 3, 4, 6, 5
 
@@ -34,9 +49,12 @@ def inputs():
     """(x, t, text, mask, guidance); every prompt has a padded end."""
     mask = np.arange(LENGTH) < np.array([2, 4, 3])[:, None]
     return (
-        normals(BATCH, HEIGHT, WIDE, 3), np.float32([0.02, 0.5, 0.97]), normals(BATCH, LENGTH, 7, seed=1),
-        mask.astype(np.float32), np.float32([1.0, 2.5, 5.0]),
-    )  # fmt: skip
+        normals(BATCH, HEIGHT, WIDE, 3),
+        np.float32([0.02, 0.5, 0.97]),
+        normals(BATCH, LENGTH, 7, seed=1),
+        mask.astype(np.float32),
+        np.float32([1.0, 2.5, 5.0]),
+    )
 
 
 @functools.cache
@@ -49,7 +67,10 @@ def started():
 def randomised():
     """All parameters moved away from their initial values, zeros and ones included."""
     leaves, tree = jax.tree.flatten(started())
-    moved = [a + 0.3 / math.sqrt(a.shape[-1] / 4) * normals(*a.shape, seed=i) for i, a in enumerate(leaves)]
+    moved = [
+        a + 0.3 / math.sqrt(a.shape[-1] / 4) * normals(*a.shape, seed=i)
+        for i, a in enumerate(leaves)
+    ]
     return jax.tree.unflatten(tree, [a.astype(np.float32) for a in moved])
 
 
@@ -86,7 +107,9 @@ def rms(p, x):
 
 def embedding(p, value):
     angles = np.outer(value, 10000.0 ** (-np.arange(128) / 128))
-    return affine(p["linear_2"], silu(affine(p["linear_1"], np.hstack([np.cos(angles), np.sin(angles)]))))
+    return affine(
+        p["linear_2"], silu(affine(p["linear_1"], np.hstack([np.cos(angles), np.sin(angles)])))
+    )
 
 
 def heads_of(x, heads):
@@ -144,9 +167,13 @@ def numpy_forward(params, x, t, text, mask, guidance):
     p, size = params["inputs"], 2
     batch, rows, columns = x.shape[0], x.shape[1] // size, x.shape[2] // size
     patches = np.stack(
-        [x[:, size * r : size * r + 2, size * c : size * c + 2].reshape(batch, -1)
-         for r in range(rows) for c in range(columns)], 1,
-    )  # fmt: skip
+        [
+            x[:, size * r : size * r + 2, size * c : size * c + 2].reshape(batch, -1)
+            for r in range(rows)
+            for c in range(columns)
+        ],
+        1,
+    )
     h = affine(p["patch_embed"], patches)
     condition = embedding(p["time_embed"], t) + embedding(p["guidance_embed"], 0.1 * guidance)
     modulation = affine(p["time_proj"], silu(condition)).reshape(batch, 6, -1)
@@ -184,10 +211,14 @@ def test_whole_network_against_numpy():
         assert error(value, expected) < 1e-5
 
 
-@pytest.mark.parametrize(("model", "published"), [(SANA_600M, 593_501_216), (SANA_1600M, 1_610_237_472)])
+@pytest.mark.parametrize(
+    ("model", "published"), [(SANA_600M, 593_501_216), (SANA_1600M, 1_610_237_472)]
+)
 def test_published_sizes(model, published):
     """The logvar head adds D + 1. Fails when to_qkv gets a bias or conv_point one."""
-    count = lambda m: sum(a.size for a in jax.tree.leaves(jax.eval_shape(m.init, jax.random.key(0))))
+    count = lambda m: sum(
+        a.size for a in jax.tree.leaves(jax.eval_shape(m.init, jax.random.key(0)))
+    )
     assert count(dataclasses.replace(model, logvar_head=False)) == published
     assert count(model) == published + model.width + 1
 
@@ -252,24 +283,35 @@ def test_bfloat16_is_close():
 def test_a_float32_residual_stream_rounds_less():
     """A bfloat16 network of 24 blocks against the float32 one. Fails when tokens, or what a block adds to them, are rounded on the way."""
     x, t, text, mask, guidance = inputs()
-    deep = jax.tree.map(lambda a: 0.3 * np.tile(a, (12,) + (1,) * (a.ndim - 1)), randomised()["blocks"])
-    distance = lambda a, b: np.linalg.norm(np.float64(a) - np.float64(b)) / np.linalg.norm(np.float64(b))
+    deep = jax.tree.map(
+        lambda a: 0.3 * np.tile(a, (12,) + (1,) * (a.ndim - 1)), randomised()["blocks"]
+    )
+    distance = lambda a, b: (
+        np.linalg.norm(np.float64(a) - np.float64(b)) / np.linalg.norm(np.float64(b))
+    )
 
     def results(**dtypes):
         model = variant(depth=24, **dtypes)
 
         def outputs(x, t):
-            out = model.apply(randomised() | {"blocks": deep}, x, t, text, mask, guidance, features=(1,))
+            out = model.apply(
+                randomised() | {"blocks": deep}, x, t, text, mask, guidance, features=(1,)
+            )
             return out.velocity, out.features[0]
 
-        return jax.jit(lambda: jax.jvp(outputs, (x, t), (normals(*x.shape, seed=5), np.ones_like(t))), compiler_options=QUICK)()
+        return jax.jit(
+            lambda: jax.jvp(outputs, (x, t), (normals(*x.shape, seed=5), np.ones_like(t))),
+            compiler_options=QUICK,
+        )()
 
     (exact, _), (exact_tangent, _) = results(dtype="float32")
     (wide, features), (wide_tangent, _) = results(dtype="bfloat16", residual_dtype="float32")
     (narrow, _), (narrow_tangent, _) = results(dtype="bfloat16", residual_dtype="bfloat16")
     assert distance(wide, exact) < 0.5 * distance(narrow, exact)
     assert distance(wide_tangent, exact_tangent) < 0.8 * distance(narrow_tangent, exact_tangent)
-    assert features.dtype == jnp.float32 and np.mean(features == features.astype(jnp.bfloat16)) < 0.1
+    assert (
+        features.dtype == jnp.float32 and np.mean(features == features.astype(jnp.bfloat16)) < 0.1
+    )
 
 
 def test_padded_text_has_no_influence():
@@ -288,7 +330,10 @@ def test_guidance_embedding_starts_at_zero():
     at = lambda params, w: run()(params, *rest, w).velocity
     np.testing.assert_array_equal(at(started(), guidance), at(started(), guidance + 3))
     assert error(at(randomised(), guidance + 3), at(randomised(), guidance)) > 1e-2
-    without = {**started(), "inputs": {k: v for k, v in started()["inputs"].items() if k != "guidance_embed"}}
+    without = {
+        **started(),
+        "inputs": {k: v for k, v in started()["inputs"].items() if k != "guidance_embed"},
+    }
     told_nothing = run(variant(guidance_embed=False))(without, *rest).velocity
     np.testing.assert_array_equal(told_nothing, at(started(), guidance))
     with pytest.raises(ValueError, match="guidance must be given exactly"):
@@ -328,16 +373,22 @@ def test_patches():
 
 def library_conv(x, w):
     return jax.lax.conv_general_dilated(
-        x, w[:, :, None, :], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        x,
+        w[:, :, None, :],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=x.shape[-1],
-    )  # fmt: skip
+    )
 
 
 def test_unstacked_parameters_give_the_same():
     """With the features of both blocks, so that segments are tried; fails when a segment starts at 0."""
     x, t, text, mask, w = inputs()
     program = run(MODEL, features=(0, 1))
-    stacked, listed = (program(p, x, t, text, mask, w) for p in (randomised(), MODEL.unstack(randomised())))
+    stacked, listed = (
+        program(p, x, t, text, mask, w) for p in (randomised(), MODEL.unstack(randomised()))
+    )
     for a, b in zip(jax.tree.leaves(stacked), jax.tree.leaves(listed), strict=True):
         assert error(b, a) < 1e-6
 
@@ -351,7 +402,10 @@ def test_depthwise_value_and_jvp(k):
     ours = depthwise.depthwise_conv
     assert error(jax.jit(ours)(x, w), stencil(x.astype(np.float64), w.astype(np.float64))) < 1e-6
     for primals, tangents in (((x, w), (dx, dw)), ((x, w), (dx, 0 * w)), ((x, w), (0 * x, dw))):
-        pair = [jax.jit(lambda p, t, f=f: jax.jvp(f, p, t))(primals, tangents) for f in (ours, library_conv)]
+        pair = [
+            jax.jit(lambda p, t, f=f: jax.jvp(f, p, t))(primals, tangents)
+            for f in (ours, library_conv)
+        ]
         assert error(pair[0][0], pair[1][0]) < 1e-6
         assert error(pair[0][1], pair[1][1]) < 1e-5
     along_w = lambda f: jax.jit(lambda w: jax.jvp(lambda w: f(x, w), (w,), (dw,))[1])(w)
@@ -372,7 +426,9 @@ def test_depthwise_gradients(k):
 
     def with_tangent(conv, x, w):
         value, J = jax.jvp(lambda x: jnp.sin(conv(x, w)), (x,), (dx,))
-        return (jnp.square(value + jax.lax.stop_gradient(J - 2 * value)) * (1 + jnp.arange(6))).sum()
+        return (
+            jnp.square(value + jax.lax.stop_gradient(J - 2 * value)) * (1 + jnp.arange(6))
+        ).sum()
 
     def with_moving_tangent(conv, x, w):
         J = jax.jvp(lambda x, w: jnp.sin(conv(x, w)), (x, w), (dx, jnp.cos(w)))[1]

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from sprint_jax.errors import UserError
-from sprint_jax.evaluation import checker, clip_score, dpg, fid, frechet, geneval, prompt_sets, report
+from sprint_jax.evaluation import (
+    checker,
+    clip_score,
+    dpg,
+    fid,
+    frechet,
+    geneval,
+    prompt_sets,
+    report,
+)
 
 
 def features(seed, count, shift, scale, dim=64):
@@ -28,7 +37,9 @@ RECORDED = {600: 13.43088923898884, 40: 38.89231522434642}
 def test_fid_is_that_of_the_official_packages(count):
     """40 features of 64 numbers: the product of the covariances is singular. Fails for a divisor of N instead of N - 1."""
     a, b = features(0, count, 0.0, 1.0), features(1, count, 0.1, 1.3)
-    assert a[0, 0] == pytest.approx(1.1924016184953699, rel=1e-14)  # the features are those of the record
+    assert a[0, 0] == pytest.approx(
+        1.1924016184953699, rel=1e-14
+    )  # the features are those of the record
     assert fid.distance(gaussian(a), gaussian(b)) == pytest.approx(RECORDED[count], rel=1e-9)
 
 
@@ -45,9 +56,13 @@ def test_fid_adds_to_the_diagonals_where_there_is_no_root(monkeypatch):
     a, b, roots = np.array([1.0, 0.0, 2.0]), np.array([0.0, 0.0, 3.0]), [np.full((3, 3), np.nan)]
     true = fid._root
     monkeypatch.setattr(fid, "_root", lambda matrix: roots.pop() if roots else true(matrix))
-    found = fid.distance(fid.Gaussian(np.zeros(3), np.diag(a), 0), fid.Gaussian(np.zeros(3), np.diag(b), 0))
+    found = fid.distance(
+        fid.Gaussian(np.zeros(3), np.diag(a), 0), fid.Gaussian(np.zeros(3), np.diag(b), 0)
+    )
     assert not roots
-    assert found == pytest.approx(a.sum() + b.sum() - 2 * np.sqrt((a + 1e-6) * (b + 1e-6)).sum(), rel=1e-12)
+    assert found == pytest.approx(
+        a.sum() + b.sum() - 2 * np.sqrt((a + 1e-6) * (b + 1e-6)).sum(), rel=1e-12
+    )
 
 
 def test_a_root_that_is_not_real_is_refused(monkeypatch):
@@ -63,8 +78,12 @@ def test_a_root_that_is_not_real_is_refused(monkeypatch):
 def test_fid_of_diagonal_gaussians_in_closed_form():
     a, b = np.array([1.0, 4.0, 9.0]), np.array([4.0, 1.0, 9.0])
     mean = np.array([1.0, -2.0, 0.0])
-    found = fid.distance(fid.Gaussian(mean, np.diag(a), 0), fid.Gaussian(np.zeros(3), np.diag(b), 0))
-    assert found == pytest.approx(np.square(mean).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum(), rel=1e-12)
+    found = fid.distance(
+        fid.Gaussian(mean, np.diag(a), 0), fid.Gaussian(np.zeros(3), np.diag(b), 0)
+    )
+    assert found == pytest.approx(
+        np.square(mean).sum() + np.square(np.sqrt(a) - np.sqrt(b)).sum(), rel=1e-12
+    )
 
 
 def test_both_distances_agree():
@@ -83,18 +102,26 @@ def test_parts_merge_to_the_whole():
     for found in (merged, tree):
         assert found.count == 301
         np.testing.assert_allclose(found.mean, x.mean(0), rtol=1e-13)
-        np.testing.assert_allclose(found.gaussian().covariance, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            found.gaussian().covariance, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-12
+        )
 
 
 def test_statistics_come_back_from_a_file(tmp_path):
     path = tmp_path / "stats.npz"
-    fid.save(path, gaussian(features(0, 20, 0, 1, dim=5)), {"resize": "pytorch-fid", "picture_size": None})
+    fid.save(
+        path,
+        gaussian(features(0, 20, 0, 1, dim=5)),
+        {"resize": "pytorch-fid", "picture_size": None},
+    )
     found, protocol = fid.load(path)
     expected = gaussian(features(0, 20, 0, 1, dim=5))
     np.testing.assert_array_equal(found.covariance, expected.covariance)
     np.testing.assert_array_equal(found.mean, expected.mean)
     assert found.count == 20 and protocol == {"resize": "pytorch-fid", "picture_size": ""}
-    np.savez(tmp_path / "foreign.npz", mu=np.zeros(3, np.float32), sigma=np.eye(3, dtype=np.float32))
+    np.savez(
+        tmp_path / "foreign.npz", mu=np.zeros(3, np.float32), sigma=np.eye(3, dtype=np.float32)
+    )
     found, protocol = fid.load(tmp_path / "foreign.npz")
     assert found.count == 0 and protocol == {} and found.covariance.dtype == np.float64
 
@@ -124,7 +151,9 @@ def test_bad_comparisons_are_named(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         fid.load(tmp_path / "text.npz")
     with pytest.raises(UserError, match="3 and 4 numbers"):
-        fid.distance(fid.Gaussian(np.zeros(3), np.eye(3), 0), fid.Gaussian(np.zeros(4), np.eye(4), 0))
+        fid.distance(
+            fid.Gaussian(np.zeros(3), np.eye(3), 0), fid.Gaussian(np.zeros(4), np.eye(4), 0)
+        )
     with pytest.raises(UserError, match="at least two"):
         gaussian(np.zeros((1, 4)))
 
@@ -137,7 +166,9 @@ def test_clip_scores():
     found = clip_score.cosines(image, text)
     assert clip_score.torchmetrics(found) == pytest.approx(39.83364231682234, rel=1e-9)
     # Printed there to seven digits.
-    np.testing.assert_allclose(100 * found, [15.2384, 8.7046, 45.4586, 48.8646, 45.8129, 74.9228], rtol=2e-6, atol=5e-5)
+    np.testing.assert_allclose(
+        100 * found, [15.2384, 8.7046, 45.4586, 48.8646, 45.8129, 74.9228], rtol=2e-6, atol=5e-5
+    )
     assert clip_score.sana(found, np.log(100)) == pytest.approx(39.83364231682234, rel=1e-9)
     assert clip_score.sana(found, 1.0) == pytest.approx(np.e * 0.3983364231682234, rel=1e-9)
     opposite = clip_score.cosines(image, -image)
@@ -148,7 +179,9 @@ def test_clip_scores():
 
 
 def seen(name, confidence=0.9, box=(0, 0, 10, 10), colour=None):
-    return {"class": name, "box": list(box), "confidence": confidence} | ({"colour": colour} if colour else {})
+    return {"class": name, "box": list(box), "confidence": confidence} | (
+        {"colour": colour} if colour else {}
+    )
 
 
 def asked(tag, *include, exclude=()):
@@ -159,10 +192,14 @@ ONE_DOG = asked("single_object", {"class": "dog", "count": 1})
 THREE_DOGS = asked("counting", {"class": "dog", "count": 3}, exclude=[{"class": "dog", "count": 4}])
 RED_DOG = asked("colors", {"class": "dog", "count": 1, "color": "red"})
 DOG_RIGHT_OF_CAT = asked(
-    "position", {"class": "cat", "count": 1}, {"class": "dog", "count": 1, "position": ["right of", 0]}
+    "position",
+    {"class": "cat", "count": 1},
+    {"class": "dog", "count": 1, "position": ["right of", 0]},
 )
 RED_DOG_BLUE_CAT = asked(
-    "color_attr", {"class": "dog", "count": 1, "color": "red"}, {"class": "cat", "count": 1, "color": "blue"}
+    "color_attr",
+    {"class": "dog", "count": 1, "color": "red"},
+    {"class": "cat", "count": 1, "color": "blue"},
 )
 
 
@@ -172,7 +209,11 @@ RED_DOG_BLUE_CAT = asked(
         (ONE_DOG, [seen("dog", 0.31)], True),
         (ONE_DOG, [seen("dog", 0.3)], False),  # above the threshold, not at it
         (ONE_DOG, [seen("cat")], False),
-        (ONE_DOG, [seen("dog"), seen("dog"), seen("cat")], True),  # more does not hurt without exclude
+        (
+            ONE_DOG,
+            [seen("dog"), seen("dog"), seen("cat")],
+            True,
+        ),  # more does not hurt without exclude
         (ONE_DOG, [], False),
         (THREE_DOGS, [seen("dog", 0.91)] * 3, True),
         (THREE_DOGS, [seen("dog", 0.91)] * 2 + [seen("dog", 0.89)], False),  # counting asks for 0.9
@@ -183,8 +224,16 @@ RED_DOG_BLUE_CAT = asked(
         # Only the most confident dog is asked for its colour.
         (RED_DOG, [seen("dog", 0.5, colour="red"), seen("dog", 0.8, colour="blue")], False),
         (RED_DOG, [seen("dog", 0.5, colour="blue"), seen("dog", 0.8, colour="red")], True),
-        (DOG_RIGHT_OF_CAT, [seen("cat", box=(0, 0, 10, 10)), seen("dog", box=(30, 0, 40, 10))], True),
-        (DOG_RIGHT_OF_CAT, [seen("cat", box=(30, 0, 40, 10)), seen("dog", box=(0, 0, 10, 10))], False),
+        (
+            DOG_RIGHT_OF_CAT,
+            [seen("cat", box=(0, 0, 10, 10)), seen("dog", box=(30, 0, 40, 10))],
+            True,
+        ),
+        (
+            DOG_RIGHT_OF_CAT,
+            [seen("cat", box=(30, 0, 40, 10)), seen("dog", box=(0, 0, 10, 10))],
+            False,
+        ),
         (DOG_RIGHT_OF_CAT, [seen("dog", box=(30, 0, 40, 10))], False),  # nothing to be right of
         (RED_DOG_BLUE_CAT, [seen("dog", colour="red"), seen("cat", colour="blue")], True),
         (RED_DOG_BLUE_CAT, [seen("dog", colour="blue"), seen("cat", colour="red")], False),
@@ -217,8 +266,12 @@ def test_geneval_relations_by_hand(box, other, expected):
 
 
 def test_geneval_keeps_sixteen_of_a_class():
-    found = geneval.kept([seen("dog", 0.5 + i / 100) for i in range(20)] + [seen("cat", 0.2)], "single_object")
-    assert [round(o["confidence"], 2) for o in found["dog"]] == [round(0.69 - i / 100, 2) for i in range(16)]
+    found = geneval.kept(
+        [seen("dog", 0.5 + i / 100) for i in range(20)] + [seen("cat", 0.2)], "single_object"
+    )
+    assert [round(o["confidence"], 2) for o in found["dog"]] == [
+        round(0.69 - i / 100, 2) for i in range(16)
+    ]
     assert "cat" not in found
 
 
@@ -244,23 +297,34 @@ def test_geneval_gaps_are_named(tmp_path):
         ({"file": "first", "objects": []}, "has a line already"),
     ):
         path = tmp_path / "detections.jsonl"
-        path.write_text(json.dumps({"file": "first", "objects": []}) + "\n" + json.dumps(row) + "\n")
+        path.write_text(
+            json.dumps({"file": "first", "objects": []}) + "\n" + json.dumps(row) + "\n"
+        )
         with pytest.raises(UserError, match=words):
             geneval.read_detections(path)
-    for metadata in ({"tag": "size", "include": [{"class": "dog", "count": 1}]}, {"tag": "colors", "include": []}):
+    for metadata in (
+        {"tag": "size", "include": [{"class": "dog", "count": 1}]},
+        {"tag": "colors", "include": []},
+    ):
         with pytest.raises(UserError, match="prompt 7 is not GenEval metadata"):
             geneval.check_metadata(metadata, "prompt 7")
     dog = {"class": "dog", "count": 1}
     for extra, words in (
-        ({"exclude": [{"class": "dog"}]}, "exclude 0 needs class and count"), ({"include": ["dog"]}, "include 0 needs class"),
+        ({"exclude": [{"class": "dog"}]}, "exclude 0 needs class and count"),
+        ({"include": ["dog"]}, "include 0 needs class"),
         ({"include": [dog | {"count": "2"}]}, "include 0 needs class and count"),
         ({"include": [dog, dog | {"position": ["left of"]}]}, "include 1 has position"),
     ):
         with pytest.raises(UserError, match=words):
             geneval.check_metadata({"tag": "counting", "include": [dog]} | extra, "prompt 7")
-    geneval.check_metadata({"tag": "counting", "include": [dog, dog | {"position": ["left of", 0]}], "exclude": [dog]}, "prompt 7")
+    geneval.check_metadata(
+        {"tag": "counting", "include": [dog, dog | {"position": ["left of", 0]}], "exclude": [dog]},
+        "prompt 7",
+    )
     with pytest.raises(UserError, match="earlier index"):
-        geneval.check_metadata(asked("position", {"class": "dog", "count": 1, "position": ["left of", 0]}), "prompt 7")
+        geneval.check_metadata(
+            asked("position", {"class": "dog", "count": 1, "position": ["left of", 0]}), "prompt 7"
+        )
 
 
 def test_dpg_zeroes_what_depends_on_a_no():
@@ -271,7 +335,9 @@ def test_dpg_zeroes_what_depends_on_a_no():
     assert dpg.picture_score({1: True, 2: False, 3: True, 4: True}, parents) == 0.5
     assert dpg.picture_score({1: True, 2: True, 3: True, 4: False}, parents) == 0.75
     # A question that comes before the one it depends on is judged by the answer itself, as officially.
-    assert dpg.picture_score({1: False, 2: True, 3: True}, {3: (2,), 2: (1,), 1: ()}) == pytest.approx(1 / 3)
+    assert dpg.picture_score(
+        {1: False, 2: True, 3: True}, {3: (2,), 2: (1,), 1: ()}
+    ) == pytest.approx(1 / 3)
 
 
 QUESTIONS = """item_id,text,keywords,proposition_id,dependency,category_broad
@@ -286,12 +352,18 @@ def test_dpg_from_files(tmp_path):
     (tmp_path / "q.csv").write_text(QUESTIONS)
     items = dpg.read_questions(tmp_path / "q.csv")
     assert [(i.id, i.prompt, i.parents) for i in items] == [
-        ("lake", "a lake, at dusk", {1: (), 2: (1,)}), ("fox", "a red fox", {1: ()}),
-    ]  # fmt: skip
+        ("lake", "a lake, at dusk", {1: (), 2: (1,)}),
+        ("fox", "a red fox", {1: ()}),
+    ]
     lake = [("yes", "yes"), ("yes", "yes"), ("no", "yes"), ("yes", "no")]
-    rows = [{"item_id": "lake", "picture": n, "answers": {"1": a, "2": b}} for n, (a, b) in enumerate(lake)]
+    rows = [
+        {"item_id": "lake", "picture": n, "answers": {"1": a, "2": b}}
+        for n, (a, b) in enumerate(lake)
+    ]
     rows += [{"item_id": "fox", "picture": n, "answers": {"1": "yes"}} for n in range(4)]
-    write = lambda rows: (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write = lambda rows: (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in rows)
+    )
     write(rows)
     found = dpg.score(dpg.read_answers(tmp_path / "a.jsonl"), items)
     assert found["items"] == {"lake": 0.625, "fox": 1.0} and found["score"] == pytest.approx(81.25)
@@ -329,31 +401,67 @@ def test_grids_are_cut_where_they_were_joined():
     images = np.random.RandomState(0).randint(0, 256, (4, 6, 8, 3)).astype(np.uint8)
     sheet = dpg.grid(images)
     assert sheet.shape == (12, 16, 3)
-    np.testing.assert_array_equal(sheet[:6, 8:], images[1])  # reading order: the second is top right
+    np.testing.assert_array_equal(
+        sheet[:6, 8:], images[1]
+    )  # reading order: the second is top right
     np.testing.assert_array_equal(dpg.crops(sheet), images)
     with pytest.raises(UserError, match="11 x 16"):
         dpg.crops(sheet[:11])
 
 
 def test_prompt_files(tmp_path):
-    read = lambda name, text: ((tmp_path / name).write_text(text), prompt_sets.read(tmp_path / name))[1]
-    assert [(p.id, p.text) for p in read("a.txt", "one\n\ntwo\n")] == [("00000", "one"), ("00001", "two")]
+    read = lambda name, text: (
+        (tmp_path / name).write_text(text),
+        prompt_sets.read(tmp_path / name),
+    )[1]
+    assert [(p.id, p.text) for p in read("a.txt", "one\n\ntwo\n")] == [
+        ("00000", "one"),
+        ("00001", "two"),
+    ]
     rows = read("a.jsonl", '{"prompt": "one", "tag": "x"}\n{"id": "b", "prompt": "two"}\n')
-    assert [(p.id, p.text) for p in rows] == [("00000", "one"), ("b", "two")] and rows[0].row["tag"] == "x"
-    assert [(p.id, p.text) for p in read("a.json", '{"k": {"prompt": "one", "category": "c"}}')] == [("k", "one")]
-    assert [(p.id, p.text) for p in read("a.csv", QUESTIONS)] == [("lake", "a lake, at dusk"), ("fox", "a red fox")]
+    assert [(p.id, p.text) for p in rows] == [("00000", "one"), ("b", "two")] and rows[0].row[
+        "tag"
+    ] == "x"
+    assert [
+        (p.id, p.text) for p in read("a.json", '{"k": {"prompt": "one", "category": "c"}}')
+    ] == [("k", "one")]
+    assert [(p.id, p.text) for p in read("a.csv", QUESTIONS)] == [
+        ("lake", "a lake, at dusk"),
+        ("fox", "a red fox"),
+    ]
     mark = "\ufeff"  # as Windows' editors begin UTF-8
-    for name, text in (("m.txt", "one"), ("m.jsonl", '{"prompt": "one"}'), ("m.json", '{"k": {"prompt": "one"}}')):
+    for name, text in (
+        ("m.txt", "one"),
+        ("m.jsonl", '{"prompt": "one"}'),
+        ("m.json", '{"k": {"prompt": "one"}}'),
+    ):
         assert [p.text for p in read(name, mark + text)] == ["one"]
     assert [p.id for p in read("m.csv", mark + QUESTIONS)] == ["lake", "fox"]
     odd = "a\u2028b \x85 c"  # no new lines, though str.splitlines takes them for such
-    assert [p.text for p in read("o.txt", f"{odd}\ntwo")] == [p.text for p in read("o.jsonl", json.dumps({"prompt": odd}, ensure_ascii=False) + '\n{"prompt": "two"}')] == [odd, "two"]
+    assert (
+        [p.text for p in read("o.txt", f"{odd}\ntwo")]
+        == [
+            p.text
+            for p in read(
+                "o.jsonl", json.dumps({"prompt": odd}, ensure_ascii=False) + '\n{"prompt": "two"}'
+            )
+        ]
+        == [odd, "two"]
+    )
     for name, text, words in (
         ("b.txt", "\n", "holds no prompt"),
-        ("b.jsonl", '{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}\n', "1 ids occur twice, first a"),
+        (
+            "b.jsonl",
+            '{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}\n',
+            "1 ids occur twice, first a",
+        ),
         ("b.jsonl", '{"prompt": "x"}\n{"text": "y"}\n', "line 2"),
         ("b.jsonl", '{"id": "../a", "prompt": "x"}\n', "cannot name a file"),
-        ("b.json", '{"k": {"prompt": "one"}, "k": {"prompt": "two"}}', "1 ids occur twice, first k"),
+        (
+            "b.json",
+            '{"k": {"prompt": "one"}, "k": {"prompt": "two"}}',
+            "1 ids occur twice, first k",
+        ),
         ("b.json", '["one"]', "not a table"),
     ):
         with pytest.raises(UserError, match=words):
@@ -371,9 +479,13 @@ def test_held_out_captions_are_those_of_a_run():
 
 
 def test_report_reads_well():
-    text = report.readable({
-        "suite": "geneval", "scores": {"overall": 0.5, "tasks": {"colors": 0.25}},
-        "protocol": {"pictures": 4, "sizes": ["32 x 32"]}, "details": {"wrong": {}},
-    })  # fmt: skip
+    text = report.readable(
+        {
+            "suite": "geneval",
+            "scores": {"overall": 0.5, "tasks": {"colors": 0.25}},
+            "protocol": {"pictures": 4, "sizes": ["32 x 32"]},
+            "details": {"wrong": {}},
+        }
+    )
     assert "| overall | 0.5 |" in text and "| tasks: colors | 0.25 |" in text
     assert "## protocol" in text and "| sizes | 32 x 32 |" in text and "details" not in text

@@ -26,7 +26,9 @@ def code(book):
 def figures(book):
     outputs = [output for cell in code(book) for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
-    return [base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
+    return [
+        base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})
+    ]
 
 
 def test_all_are_here():
@@ -40,7 +42,12 @@ def test_as_committed(path):
     assert all(len(figure) <= _FIGURE for figure in figures(book))
     assert 'if "google.colab" in sys.modules' in code(book)[0].source
     text = path.read_text()
-    assert "/home/" not in text and "/root/" not in text and "/tmp/" not in text and "/work" not in text
+    assert (
+        "/home/" not in text
+        and "/root/" not in text
+        and "/tmp/" not in text
+        and "/work" not in text
+    )
     assert sum(cell.source.count("assert ") for cell in code(book)[2:]) >= EXPECTED[path.stem][1]
 
 
@@ -55,6 +62,8 @@ def test_executes(path, request, monkeypatch):
     monkeypatch.setenv("SPRINT_JAX_NOTEBOOK", "tiny")
     if path.stem != "1_trigflow_in_2d":
         monkeypatch.setenv("SPRINT_JAX_RUN", str(request.getfixturevalue("finished")))
-    nbclient.NotebookClient(book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    nbclient.NotebookClient(
+        book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
     assert all(cell.execution_count for cell in code(book))
     assert len(figures(book)) == EXPECTED[path.stem][0]

@@ -22,7 +22,9 @@ from test_serving import gate, paint, served, wait_until  # noqa: F401 (gate is 
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(browser.chromium() is None, reason="no Chromium here (Debian: apt-get install chromium)"),
+    pytest.mark.skipif(
+        browser.chromium() is None, reason="no Chromium here (Debian: apt-get install chromium)"
+    ),
 ]
 SAVE = """(image) => { const c = document.createElement('canvas'); c.width = image.naturalWidth; c.height = image.naturalHeight;
   c.getContext('2d').drawImage(image, 0, 0); return c.toDataURL('image/png'); }"""
@@ -60,7 +62,10 @@ def page(chromium, address):
     """A tab whose requests are in page.asked, as (method, address, JSON), and which no script error may befall."""
     errors, page = [], chromium.new_context(viewport={"width": 1280, "height": 900}).new_page()
     page.asked = []
-    page.on("request", lambda request: page.asked.append((request.method, request.url, request.post_data)))
+    page.on(
+        "request",
+        lambda request: page.asked.append((request.method, request.url, request.post_data)),
+    )
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)
     page.wait_for_selector("#sprint-ready:text('Ready')", timeout=60_000)
@@ -85,12 +90,16 @@ def posts(page):
 def picture(page):
     """What the page shows: uint8 [H, W, 3]."""
     url = page.locator("#sprint-frame img").evaluate(SAVE)
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB"))
+    return np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
+    )
 
 
 def answer(address, body):
     """The picture of a request asked for by a program."""
-    reply = httpx.post(f"{address}/generate", content=body, headers={"content-type": "application/json"})
+    reply = httpx.post(
+        f"{address}/generate", content=body, headers={"content-type": "application/json"}
+    )
     assert reply.status_code == 200, reply.text
     return reply.content, np.asarray(Image.open(io.BytesIO(reply.content)))
 
@@ -102,7 +111,11 @@ def test_a_prompt_becomes_a_picture(page, address, keep):
     page.click("#sprint-draw-text")
     browser.wait_for_picture(page, 0)
     sent = posts(page)[-1]
-    assert '"prompt":"a blue circle above a red square"' in sent and '"steps":4' in sent and '"seed":11' in sent
+    assert (
+        '"prompt":"a blue circle above a red square"' in sent
+        and '"steps":4' in sent
+        and '"seed":11' in sent
+    )
     file, expected = answer(address, sent)
     np.testing.assert_array_equal(picture(page), expected)
     for stage in ("waiting", "drawing", "encoding", "in all"):
@@ -132,15 +145,23 @@ def test_wrong_input_becomes_a_message(page, keep):
     page.wait_for_function("document.getElementById('sprint-message').textContent")
     assert "'zebra'" in message.inner_text() and "circle" in message.inner_text()
     keep(page, "message")
-    for prompt, word in (("", "empty"), ("x" * 100_000, "100000"), ("a <b>circle</b>", "<b>circle</b>")):
+    for prompt, word in (
+        ("", "empty"),
+        ("x" * 100_000, "100000"),
+        ("a <b>circle</b>", "<b>circle</b>"),
+    ):
         page.fill("#sprint-prompt textarea", prompt)
         page.click("#sprint-draw-text")
-        page.wait_for_function("word => document.getElementById('sprint-message').textContent.includes(word)", arg=word)
+        page.wait_for_function(
+            "word => document.getElementById('sprint-message').textContent.includes(word)", arg=word
+        )
     assert message.locator("b").count() == 0  # shown, not obeyed
     page.fill("#sprint-prompt textarea", "a circle")
     page.fill("#sprint-seed input", "-4")
     page.click("#sprint-draw-text")
-    page.wait_for_function("document.getElementById('sprint-message').textContent.includes('seed is -4')")
+    page.wait_for_function(
+        "document.getElementById('sprint-message').textContent.includes('seed is -4')"
+    )
     page.fill("#sprint-seed input", "4")
     page.click("#sprint-draw-text")
     browser.wait_for_picture(page, 0)
@@ -150,7 +171,9 @@ def test_wrong_input_becomes_a_message(page, keep):
 def test_an_upload_becomes_a_picture(page, address, tmp_path, keep):
     browser.tab(page, "Picture")
     page.click("#sprint-draw-picture")
-    page.wait_for_function("document.getElementById('sprint-message').textContent.includes('Choose a picture')")
+    page.wait_for_function(
+        "document.getElementById('sprint-message').textContent.includes('Choose a picture')"
+    )
     start = np.zeros((60, 40, 4), np.uint8)
     start[:30] = (255, 0, 0, 255)
     Image.fromarray(start).save(tmp_path / "start.png")
@@ -162,10 +185,14 @@ def test_an_upload_becomes_a_picture(page, address, tmp_path, keep):
     keep(page, "upload")
     (tmp_path / "lie.png").write_text("<svg onload='alert(1)'/>")
     page.set_input_files("#sprint-file", tmp_path / "lie.png")
-    page.wait_for_function("document.getElementById('sprint-message').textContent.includes('not a PNG')")
+    page.wait_for_function(
+        "document.getElementById('sprint-message').textContent.includes('not a PNG')"
+    )
     (tmp_path / "large.png").write_bytes(b"x" * (8 * 2**20 + 1))
     page.set_input_files("#sprint-file", tmp_path / "large.png")
-    page.wait_for_function("document.getElementById('sprint-message').textContent.includes('at most')")
+    page.wait_for_function(
+        "document.getElementById('sprint-message').textContent.includes('at most')"
+    )
 
 
 def test_a_drawing_becomes_a_picture_as_it_is_drawn(page, address, keep):
@@ -238,7 +265,10 @@ def test_two_tabs_at_once(chromium, address, keep):
     for number, page in enumerate(tabs):
         page.fill("#sprint-seed input", str(100 + number))
         page.wait_for_timeout(300)
-        body = page.evaluate("JSON.stringify({prompt: document.querySelector('#sprint-prompt textarea').value, seed: %d})" % (100 + number))
+        body = page.evaluate(
+            "JSON.stringify({prompt: document.querySelector('#sprint-prompt textarea').value, seed: %d})"
+            % (100 + number)
+        )
         expected.append(answer(address, body)[1])
     assert not np.array_equal(*expected)
     for _ in range(3):
@@ -264,10 +294,14 @@ def test_the_page_says_how_far_compiling_is(chromium):
     with served(with_page=True, prepare=prepare) as (address, _):
         page = chromium.new_page()
         page.goto(address)
-        page.wait_for_function("document.getElementById('sprint-ready')?.textContent.includes('3 of 8')")
+        page.wait_for_function(
+            "document.getElementById('sprint-ready')?.textContent.includes('3 of 8')"
+        )
         assert page.locator("#sprint-ready progress").get_attribute("value") == "3"
         page.click("#sprint-draw-text")
-        page.wait_for_function("document.getElementById('sprint-message').textContent.includes('being compiled')")
+        page.wait_for_function(
+            "document.getElementById('sprint-message').textContent.includes('being compiled')"
+        )
         compiled.set()
         page.wait_for_selector("#sprint-ready:text('Ready')")
         page.click("#sprint-draw-text")
@@ -276,12 +310,20 @@ def test_the_page_says_how_far_compiling_is(chromium):
 
 
 def test_a_closed_tab_gives_up_its_place_and_a_password_is_asked_for(chromium, gate):  # noqa: F811
-    with served(lambda request: paint(gate(request)), password="secret", with_page=True) as (address, queue):
+    with served(lambda request: paint(gate(request)), password="secret", with_page=True) as (
+        address,
+        queue,
+    ):
         stranger = chromium.new_page()
         with pytest.raises(Exception, match="ERR_INVALID_AUTH_CREDENTIALS|401"):
             assert stranger.goto(address).status != 401, "401"
         stranger.close()
-        tabs = [browser.opened(chromium, address, http_credentials={"username": "me", "password": "secret"}) for _ in range(2)]
+        tabs = [
+            browser.opened(
+                chromium, address, http_credentials={"username": "me", "password": "secret"}
+            )
+            for _ in range(2)
+        ]
         tabs[0].click("#sprint-draw-text")
         wait_until(lambda: gate.seen)
         tabs[1].click("#sprint-draw-text")
@@ -341,6 +383,8 @@ def test_one_pen_at_a_time_on_paper_of_the_pictures_shape(chromium):
         browser.wait_for_picture(page, before)
         page.wait_for_function(IDLE)
         sheet = page.evaluate("document.getElementById('sprint-canvas').toDataURL('image/png')")
-        drawing = np.asarray(Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2]))).convert("L"))
+        drawing = np.asarray(
+            Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2]))).convert("L")
+        )
         assert (drawing < 128).any() and picture(page).shape == (32, 48, 3)
         page.context.close()

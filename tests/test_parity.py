@@ -64,10 +64,18 @@ TRANSFORMER_VARIANTS = {
     "teacher": dict(guidance_embeds=False),
     "no QK-norm": dict(guidance_embeds=False, qk_norm=None),
     "other widths": dict(
-        in_channels=4, out_channels=4, num_attention_heads=3, attention_head_dim=16, num_layers=2,
-        num_cross_attention_heads=6, cross_attention_head_dim=8, cross_attention_dim=48, caption_channels=20, mlp_ratio=1.5,
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=3,
+        attention_head_dim=16,
+        num_layers=2,
+        num_cross_attention_heads=6,
+        cross_attention_head_dim=8,
+        cross_attention_dim=48,
+        caption_channels=20,
+        mlp_ratio=1.5,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("variant", TRANSFORMER_VARIANTS)
@@ -80,17 +88,25 @@ def test_transformer(variant, tmp_path):
     model, params = converted(theirs, "transformer", describe_transformer, tmp_path)
     x, text = normals(3, 4, 6, model.in_channels), normals(3, 9, model.text_dim, seed=1)
     mask = (np.arange(9) < np.array([9, 4, 1])[:, None]).astype(np.float32)
-    t, w = np.float32([1.0, 0.4, 0.03]), np.float32([4.5, 1.0, 7.0]) if model.guidance_embed else None
+    t, w = (
+        np.float32([1.0, 0.4, 0.03]),
+        np.float32([4.5, 1.0, 7.0]) if model.guidance_embed else None,
+    )
     ours = jax.jit(model.apply, compiler_options=QUICK)(params, x, t, text, mask, w).velocity
     with torch.no_grad():
         expected = theirs(
-            to_torch(x), torch.tensor(text), torch.tensor(t), encoder_attention_mask=torch.tensor(mask),
+            to_torch(x),
+            torch.tensor(text),
+            torch.tensor(t),
+            encoder_attention_mask=torch.tensor(mask),
             guidance=None if w is None else torch.tensor(w) * theirs.config.guidance_embeds_scale,
-        ).sample  # fmt: skip
+        ).sample
     assert relative(ours, from_torch(expected)) < 1e-5
 
 
-@pytest.mark.parametrize("layers", [pytest.param(4, marks=pytest.mark.slow), pytest.param(28, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "layers", [pytest.param(4, marks=pytest.mark.slow), pytest.param(28, marks=pytest.mark.long)]
+)
 def test_transformer_at_published_size(tmp_path, layers):
     """One forward of the 0.6B transformer, or of its first blocks, on 8x12 latents."""
     theirs = fabricate.transformer("0.6b", num_layers=layers)
@@ -101,9 +117,12 @@ def test_transformer_at_published_size(tmp_path, layers):
     ours = jax.jit(model.apply)(params, x, t, text, mask, w).velocity
     with torch.no_grad():
         expected = theirs(
-            to_torch(x), torch.tensor(text), torch.tensor(t), encoder_attention_mask=torch.tensor(mask),
+            to_torch(x),
+            torch.tensor(text),
+            torch.tensor(t),
+            encoder_attention_mask=torch.tensor(mask),
             guidance=torch.tensor(w) * 0.1,
-        ).sample  # fmt: skip
+        ).sample
     assert relative(ours, from_torch(expected)) < 1e-5
 
 
@@ -118,16 +137,21 @@ def test_transformer_in_bfloat16(tmp_path):
     x, text, mask = normals(4, 6, 6, 8), normals(4, 9, 48, seed=1), np.ones((4, 9), np.float32)
     t, w = np.float32([0.9, 0.5, 0.2, 0.7]), np.float32([4.5] * 4)
     run = lambda m, p: jax.jit(m.apply, compiler_options=QUICK)(p, x, t, text, mask, w).velocity
-    computed = lambda residual: dataclasses.replace(model, dtype="bfloat16", residual_dtype=residual)
+    computed = lambda residual: dataclasses.replace(
+        model, dtype="bfloat16", residual_dtype=residual
+    )
     ours = relative(run(computed("bfloat16"), half), run(model, params))
     trained = relative(run(computed("float32"), params), run(model, params))
 
     def reference(dtype):
         with torch.no_grad():
             return theirs.to(dtype)(
-                to_torch(x).to(dtype), torch.tensor(text).to(dtype), torch.tensor(t),
-                encoder_attention_mask=torch.tensor(mask).to(dtype), guidance=torch.tensor(w).to(dtype) * 0.1,
-            ).sample  # fmt: skip
+                to_torch(x).to(dtype),
+                torch.tensor(text).to(dtype),
+                torch.tensor(t),
+                encoder_attention_mask=torch.tensor(mask).to(dtype),
+                guidance=torch.tensor(w).to(dtype) * 0.1,
+            ).sample
 
     full = from_torch(reference(torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
@@ -146,7 +170,9 @@ def test_decoder_in_bfloat16(tmp_path):
     model, params = converted(theirs, "autoencoder", configs.autoencoder, tmp_path)
     z = normals(2, 4, 4, 8)
     run = jax.jit(model.decode, compiler_options=QUICK)
-    lost = relative(np.asarray(run(halved(params), jax.numpy.bfloat16(z)), np.float32), run(params, z))
+    lost = relative(
+        np.asarray(run(halved(params), jax.numpy.bfloat16(z)), np.float32), run(params, z)
+    )
     with torch.no_grad():
         full = from_torch(theirs.decode(to_torch(z)).sample)
         half = from_torch(theirs.bfloat16().decode(to_torch(z).bfloat16()).sample)
@@ -169,7 +195,9 @@ def test_encoder_in_bfloat16(tmp_path):
         ours.append(relative(half, run(params, x)))
         with torch.no_grad():
             full = from_torch(network.encode(to_torch(x)).latent)
-            theirs.append(relative(from_torch(network.bfloat16().encode(to_torch(x).bfloat16()).latent), full))
+            theirs.append(
+                relative(from_torch(network.bfloat16().encode(to_torch(x).bfloat16()).latent), full)
+            )
     assert np.mean(ours) <= np.mean(theirs)
 
 
@@ -179,7 +207,9 @@ def test_text_encoder_in_bfloat16(tmp_path):
     tokens = np.random.default_rng(0).integers(3, 300, (8, 24)).astype(np.int32)
     run = jax.jit(model.apply, compiler_options=QUICK)
     ones = np.ones((8, 24), np.float32)
-    lost = relative(np.asarray(run(halved(params), tokens, ones), np.float32), run(params, tokens, ones))
+    lost = relative(
+        np.asarray(run(halved(params), tokens, ones), np.float32), run(params, tokens, ones)
+    )
     with torch.no_grad():
         full = theirs(torch.tensor(tokens)).last_hidden_state.numpy()
         half = theirs.bfloat16()(torch.tensor(tokens)).last_hidden_state.float().numpy()
@@ -188,14 +218,21 @@ def test_text_encoder_in_bfloat16(tmp_path):
 
 AUTOENCODER_VARIANTS = {
     "sana": {},
-    "two scales": dict(encoder_qkv_multiscales=[[], [], [], [5], [3, 5], [5]], decoder_qkv_multiscales=[[], [], [], [3, 7], [], [5]]),
-    "four stages": dict(
-        encoder_block_types=["ResBlock", "EfficientViTBlock"] * 2, decoder_block_types=["ResBlock", "EfficientViTBlock"] * 2,
-        encoder_block_out_channels=[8, 16, 16, 32], decoder_block_out_channels=[16, 16, 32, 64],
-        encoder_layers_per_block=[1, 2, 1, 1], decoder_layers_per_block=[2, 1, 1, 1],
-        encoder_qkv_multiscales=[[], [], [], [5]], decoder_qkv_multiscales=[[], [5], [], []],
+    "two scales": dict(
+        encoder_qkv_multiscales=[[], [], [], [5], [3, 5], [5]],
+        decoder_qkv_multiscales=[[], [], [], [3, 7], [], [5]],
     ),
-}  # fmt: skip
+    "four stages": dict(
+        encoder_block_types=["ResBlock", "EfficientViTBlock"] * 2,
+        decoder_block_types=["ResBlock", "EfficientViTBlock"] * 2,
+        encoder_block_out_channels=[8, 16, 16, 32],
+        decoder_block_out_channels=[16, 16, 32, 64],
+        encoder_layers_per_block=[1, 2, 1, 1],
+        decoder_layers_per_block=[2, 1, 1, 1],
+        encoder_qkv_multiscales=[[], [], [], [5]],
+        decoder_qkv_multiscales=[[], [5], [], []],
+    ),
+}
 
 
 @pytest.mark.parametrize("variant", AUTOENCODER_VARIANTS)
@@ -206,8 +243,14 @@ def test_autoencoder(variant, tmp_path):
     z, x = normals(2, 3, 5, 8), np.tanh(normals(2, 3 * model.factor, 2 * model.factor, 3))
     with torch.no_grad():
         decoded, encoded = theirs.decode(to_torch(z)).sample, theirs.encode(to_torch(x)).latent
-    assert relative(jax.jit(model.decode, compiler_options=QUICK)(params, z), from_torch(decoded)) < 1e-5
-    assert relative(jax.jit(model.encode, compiler_options=QUICK)(params, x), from_torch(encoded)) < 1e-5
+    assert (
+        relative(jax.jit(model.decode, compiler_options=QUICK)(params, z), from_torch(decoded))
+        < 1e-5
+    )
+    assert (
+        relative(jax.jit(model.encode, compiler_options=QUICK)(params, x), from_torch(encoded))
+        < 1e-5
+    )
 
 
 def test_autoencoder_tiles(tmp_path):
@@ -265,17 +308,28 @@ def tiny(tmp_path_factory):
 def call(theirs, prompt, steps, latents, noise_seed, output, **options):
     """diffusers' pipeline on given start noise; draws between steps come from a seeded generator."""
     return theirs(
-        prompt, num_inference_steps=steps, intermediate_timesteps=1.3 if steps == 2 else None, height=96, width=160,
-        use_resolution_binning=False, guidance_scale=4.5, latents=to_torch(latents), output_type=output,
-        generator=torch.Generator().manual_seed(noise_seed), **options,
-    ).images  # fmt: skip
+        prompt,
+        num_inference_steps=steps,
+        intermediate_timesteps=1.3 if steps == 2 else None,
+        height=96,
+        width=160,
+        use_resolution_binning=False,
+        guidance_scale=4.5,
+        latents=to_torch(latents),
+        output_type=output,
+        generator=torch.Generator().manual_seed(noise_seed),
+        **options,
+    ).images
 
 
 def step_noise(noise_seed, shape, count):
     """What that generator draws: NCHW, one a step."""
     generator = torch.Generator().manual_seed(noise_seed)
     batch, height, width, channels = shape
-    return [from_torch(torch.randn(batch, channels, height, width, generator=generator)) for _ in range(count)]
+    return [
+        from_torch(torch.randn(batch, channels, height, width, generator=generator))
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -285,7 +339,13 @@ def test_whole_pipeline(tiny, steps):
     ours = pipeline.load(folder, dtype="float32")
     prompts = ["  A tiny Astronaut hatching from an egg ", "gulls"]
     latents = normals(2, 3, 5, 8, seed=steps)
-    options = dict(steps=steps, height=96, width=160, latents=latents, step_noise=step_noise(7, latents.shape, steps))
+    options = dict(
+        steps=steps,
+        height=96,
+        width=160,
+        latents=latents,
+        step_noise=step_noise(7, latents.shape, steps),
+    )
     expected = from_torch(call(theirs, prompts, steps, latents, 7, "latent"))
     assert relative(pipeline.generate(ours, prompts, output="latent", **options), expected) < 1e-4
     pixels = np.round(255 * call(theirs, prompts, steps, latents, 7, "np"))
@@ -294,10 +354,27 @@ def test_whole_pipeline(tiny, steps):
 
 
 PROMPTS = (
-    "", " ", "a", "a red fox in the snow, watercolour, soft light", "  Two CATS  asleep ", "gulls\nand rain", "123 456",
-    "émigré café naïve", "一只红色的狐狸", "ثعلب أحمر في الثلج", "שועל אדום", "🦊❄️ fox", "\u200bhidden", "fox " * 400,
-    "lighthouse" * 80, "-- !!", "a\tb", "User Prompt: again", "日本の冬 and a lake", "x" * 3,
-)  # fmt: skip
+    "",
+    " ",
+    "a",
+    "a red fox in the snow, watercolour, soft light",
+    "  Two CATS  asleep ",
+    "gulls\nand rain",
+    "123 456",
+    "émigré café naïve",
+    "一只红色的狐狸",
+    "ثعلب أحمر في الثلج",
+    "שועל אדום",
+    "🦊❄️ fox",
+    "\u200bhidden",
+    "fox " * 400,
+    "lighthouse" * 80,
+    "-- !!",
+    "a\tb",
+    "User Prompt: again",
+    "日本の冬 and a lake",
+    "x" * 3,
+)
 
 
 @pytest.mark.filterwarnings("ignore:prompt")
@@ -307,9 +384,13 @@ def test_prompt_handling_is_the_published_one(tiny):
     ours = pipeline.load(folder, dtype="float32")
     for prompt in PROMPTS:
         with torch.no_grad():
-            expected, kept = theirs.encode_prompt([prompt], complex_human_instruction=fabricate.INSTRUCTION)
+            expected, kept = theirs.encode_prompt(
+                [prompt], complex_human_instruction=fabricate.INSTRUCTION
+            )
         ((_, arrays),) = ours.text.prepare([prompt])
-        features, mask = ours.text.features(ours.params["text"], {name: a[None] for name, a in arrays.items()})
+        features, mask = ours.text.features(
+            ours.params["text"], {name: a[None] for name, a in arrays.items()}
+        )
         count = int(kept.sum())
         assert int(mask.sum()) == count and bool(kept[0, :count].all()), prompt
         assert relative(features[0, :count], expected[0, :count]) < 1e-5, prompt
@@ -321,7 +402,9 @@ def test_without_instruction(tiny, tmp_path):
     with torch.no_grad():
         expected, kept = theirs.encode_prompt(["a blue sofa"], complex_human_instruction=None)
     ((_, arrays),) = ours.text.prepare(["a blue sofa"])
-    features, mask = ours.text.features(ours.params["text"], {name: a[None] for name, a in arrays.items()})
+    features, mask = ours.text.features(
+        ours.params["text"], {name: a[None] for name, a in arrays.items()}
+    )
     count = int(kept.sum())
     assert int(mask.sum()) == count
     assert relative(features[0, :count], expected[0, :count]) < 1e-5
@@ -339,35 +422,72 @@ def test_image_to_image(tiny):
     image = np.random.default_rng(0).integers(0, 256, (96, 160, 3)).astype(np.uint8)
     noise = step_noise(3, (1, 3, 5, 8), 2)  # the start, then the draw of the one step
     expected = img2img(
-        "a lake", image=Image.fromarray(image), strength=0.5, num_inference_steps=2, height=96, width=160,
-        use_resolution_binning=False, output_type="latent", generator=torch.Generator().manual_seed(3),
-    ).images  # fmt: skip
+        "a lake",
+        image=Image.fromarray(image),
+        strength=0.5,
+        num_inference_steps=2,
+        height=96,
+        width=160,
+        use_resolution_binning=False,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(3),
+    ).images
     made = pipeline.generate(
-        ours, ["a lake"], steps=2, height=96, width=160, image=image, strength=0.5, latents=noise[0], output="latent"
+        ours,
+        ["a lake"],
+        steps=2,
+        height=96,
+        width=160,
+        image=image,
+        strength=0.5,
+        latents=noise[0],
+        output="latent",
     )
     assert relative(made, from_torch(expected)) < 1e-4
     other = pipeline.generate(
-        ours, ["a lake"], steps=2, height=96, width=160, image=255 - image, latents=noise[0], output="latent"
+        ours,
+        ["a lake"],
+        steps=2,
+        height=96,
+        width=160,
+        image=255 - image,
+        latents=noise[0],
+        output="latent",
     )  # at the default strength the picture counts, unlike there
     assert relative(other, from_torch(expected)) > 0.01
 
 
-FEW = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(
+    max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 
 
 @FEW
 @given(
-    heads=st.integers(1, 2), head_dim=st.sampled_from([3, 4, 16]), cross=st.integers(1, 4), depth=st.integers(1, 4),
-    ratio=st.sampled_from([1.0, 1.5, 2.5]), sides=st.tuples(st.integers(1, 7), st.integers(1, 7)),
-    length=st.integers(1, 12), seed=st.integers(0, 99),
-)  # fmt: skip
+    heads=st.integers(1, 2),
+    head_dim=st.sampled_from([3, 4, 16]),
+    cross=st.integers(1, 4),
+    depth=st.integers(1, 4),
+    ratio=st.sampled_from([1.0, 1.5, 2.5]),
+    sides=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    length=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
 def test_any_transformer(heads, head_dim, cross, depth, ratio, sides, length, seed):
     width = 12 * heads * head_dim  # divisible by every number of cross heads tried
     theirs = fabricate.transformer(
-        seed=seed, in_channels=5, out_channels=5, num_attention_heads=12 * heads, attention_head_dim=head_dim,
-        num_cross_attention_heads=cross, cross_attention_head_dim=width // cross, cross_attention_dim=width,
-        num_layers=depth, caption_channels=7, mlp_ratio=ratio,
-    )  # fmt: skip
+        seed=seed,
+        in_channels=5,
+        out_channels=5,
+        num_attention_heads=12 * heads,
+        attention_head_dim=head_dim,
+        num_cross_attention_heads=cross,
+        cross_attention_head_dim=width // cross,
+        cross_attention_dim=width,
+        num_layers=depth,
+        caption_channels=7,
+        mlp_ratio=ratio,
+    )
     with tempfile.TemporaryDirectory() as folder:
         model, params = converted(theirs, "transformer", describe_transformer, pathlib.Path(folder))
     x, text = normals(2, *sides, 5, seed=seed), normals(2, length, 7, seed=seed + 1)
@@ -376,27 +496,44 @@ def test_any_transformer(heads, head_dim, cross, depth, ratio, sides, length, se
     ours = jax.jit(model.apply, compiler_options=QUICK)(params, x, t, text, mask, w).velocity
     with torch.no_grad():
         expected = theirs(
-            to_torch(x), torch.tensor(text), torch.tensor(t), encoder_attention_mask=torch.tensor(mask),
+            to_torch(x),
+            torch.tensor(text),
+            torch.tensor(t),
+            encoder_attention_mask=torch.tensor(mask),
             guidance=torch.tensor(w) * 0.1,
-        ).sample  # fmt: skip
+        ).sample
     assert relative(ours, from_torch(expected)) < 1e-5
 
 
 @FEW
 @given(
-    groups=st.integers(1, 3), queries=st.integers(1, 3), head_dim=st.sampled_from([2, 8, 16]),
-    depth=st.integers(1, 5), window=st.integers(1, 9), length=st.integers(2, 14), seed=st.integers(0, 99),
+    groups=st.integers(1, 3),
+    queries=st.integers(1, 3),
+    head_dim=st.sampled_from([2, 8, 16]),
+    depth=st.integers(1, 5),
+    window=st.integers(1, 9),
+    length=st.integers(2, 14),
+    seed=st.integers(0, 99),
     data=st.data(),
-)  # fmt: skip
+)
 def test_any_text_encoder(groups, queries, head_dim, depth, window, length, seed, data):
     """And a prefix of any length gives what the full pass gives."""
     theirs = fabricate.text_encoder(
-        50, seed=seed, hidden_size=36, intermediate_size=40, num_hidden_layers=depth,
-        num_attention_heads=groups * queries, num_key_value_heads=groups, head_dim=head_dim, sliding_window=window,
+        50,
+        seed=seed,
+        hidden_size=36,
+        intermediate_size=40,
+        num_hidden_layers=depth,
+        num_attention_heads=groups * queries,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        sliding_window=window,
         query_pre_attn_scalar=seed + 1,
-    )  # fmt: skip
+    )
     with tempfile.TemporaryDirectory() as folder:
-        model, params = converted(theirs, "text_encoder", configs.text_encoder, pathlib.Path(folder))
+        model, params = converted(
+            theirs, "text_encoder", configs.text_encoder, pathlib.Path(folder)
+        )
     tokens = np.random.default_rng(seed).integers(3, 50, (2, length)).astype(np.int32)
     start = data.draw(st.integers(1, length - 1))
     tokens[1, :start] = tokens[0, :start]

@@ -50,7 +50,9 @@ def test_a_start_is_mixed_with_the_noise():
     """With F = 0 one step from s gives cos(s) x = cos(s) (cos(s) start + sin(s) noise), at unit scale."""
     start, noise, s = normals(3, 2), normals(3, 2, seed=1), 1.1
     zero = lambda u, t: jnp.zeros_like(u)
-    got = samplers.scm(zero, noise, np.zeros((0, 3, 2), np.float32), np.float32([s, 0]), start=start)
+    got = samplers.scm(
+        zero, noise, np.zeros((0, 3, 2), np.float32), np.float32([s, 0]), start=start
+    )
     np.testing.assert_allclose(got, np.cos(s) * (np.cos(s) * start + np.sin(s) * noise), rtol=1e-5)
 
 
@@ -61,7 +63,10 @@ def test_bins():
         assert height % 32 == width % 32 == 0 and 0.9 < height * width / 2**20 < 1.1
         assert resolutions.nearest(2 * height, 2 * width) == (height, width)
     assert resolutions.nearest(128, 128) == (1024, 1024)
-    assert resolutions.nearest(720, 1280) == (768, 1344) and resolutions.nearest(9000, 100) == (2048, 512)
+    assert resolutions.nearest(720, 1280) == (768, 1344) and resolutions.nearest(9000, 100) == (
+        2048,
+        512,
+    )
 
 
 def test_fit_covers_and_cuts_the_middle():
@@ -76,7 +81,9 @@ def test_fit_covers_and_cuts_the_middle():
 def test_fit_is_never_short_of_a_pixel():
     """832 times 480 / 832 is below 480 in floating point."""
     for have, want in (((832, 1152), (480, 640)), ((704, 1408), (480, 960))):
-        picture = np.broadcast_to(np.arange(have[1], dtype=np.uint16)[:, None] // 8, (1, *have, 3)).astype(np.uint8)
+        picture = np.broadcast_to(
+            np.arange(have[1], dtype=np.uint16)[:, None] // 8, (1, *have, 3)
+        ).astype(np.uint8)
         assert resolutions.fit(picture, *want).shape == (1, *want, 3)
 
 
@@ -120,7 +127,10 @@ def test_winograd_is_the_direct_sum(shape, channels):
     x, kernel = normals(*shape, channels), normals(3, 3, channels, 4, seed=1) / 3 / channels**0.5
     padded = np.pad(x.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
     taps = [(i, j) for i in range(3) for j in range(3)]
-    expected = sum(padded[:, i : i + shape[1], j : j + shape[2]] @ kernel[i, j].astype(np.float64) for i, j in taps)
+    expected = sum(
+        padded[:, i : i + shape[1], j : j + shape[2]] @ kernel[i, j].astype(np.float64)
+        for i, j in taps
+    )
     np.testing.assert_allclose(jax.jit(convolutions.winograd)(x, kernel), expected, atol=5e-6)
     np.testing.assert_allclose(jax.jit(convolutions.conv3x3)(x, kernel), expected, atol=5e-6)
 
@@ -160,20 +170,37 @@ def test_a_batch_in_parts():
         np.testing.assert_array_equal(dc_ae.in_parts(double, x, most), 2 * x)
         assert seen.pop() == size
     # At 1024 px the last stage has 2^20 x 128 elements a picture, at 4096 px one picture is too many.
-    assert [dc_ae.pictures_at_once(dc_ae.DCAE_F32C32, side**2) for side in (512, 1024, 4096)] == [63, 15, 1]
+    assert [dc_ae.pictures_at_once(dc_ae.DCAE_F32C32, side**2) for side in (512, 1024, 4096)] == [
+        63,
+        15,
+        1,
+    ]
 
 
 def test_a_large_batch_is_decoded_and_encoded_in_parts(monkeypatch):
     """The same pictures and latents. Fails when a batch beyond the limit goes through whole, or the arrays of a batch spread over devices are cut."""
     stage = dc_ae.Stage(8, 1, dc_ae.RESIDUAL, ())
-    model = dc_ae.DCAE(in_channels=3, latent_channels=4, head_dim=8, encoder=(stage,) * 2, decoder=(stage,) * 2, scaling_factor=0.5)
+    model = dc_ae.DCAE(
+        in_channels=3,
+        latent_channels=4,
+        head_dim=8,
+        encoder=(stage,) * 2,
+        decoder=(stage,) * 2,
+        scaling_factor=0.5,
+    )
     params, z = model.init(jax.random.key(0)), normals(4, 4, 4, 4)
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
 
     def both(**changes):
         pixels = parts.AutoencoderPixels(model, tile=False, **changes)
-        text = str(jax.make_jaxpr(pixels.decode)(params, z)) + str(jax.make_jaxpr(pixels.encode)(params, images))
-        return np.int32(pixels.decode(params, z)), pixels.encode(params, images), text.count("scan[")
+        text = str(jax.make_jaxpr(pixels.decode)(params, z)) + str(
+            jax.make_jaxpr(pixels.encode)(params, images)
+        )
+        return (
+            np.int32(pixels.decode(params, z)),
+            pixels.encode(params, images),
+            text.count("scan["),
+        )
 
     *whole, none = both()
     monkeypatch.setattr(dc_ae, "MOST_ELEMENTS", 2 * 64 * 8 + 1)  # two pictures of 8 x 8
@@ -224,7 +251,10 @@ def test_a_prompt_that_merges_with_the_instruction_is_refused():
     def tokenizer(text, add_special_tokens):
         return {"input_ids": [2] + ([9] if text.startswith("ab c~") else [ord(c) for c in text])}
 
-    assert prompts_lib.GemmaPrompts(tokenizer, "ab c").tokens(["x"])[0].tolist() == [ord("c"), ord("x")]
+    assert prompts_lib.GemmaPrompts(tokenizer, "ab c").tokens(["x"])[0].tolist() == [
+        ord("c"),
+        ord("x"),
+    ]
     with pytest.raises(UserError, match="merge"):
         prompts_lib.GemmaPrompts(tokenizer, "ab c").tokens(["~"])
     with pytest.raises(UserError, match="prompt 1 holds half of a surrogate pair"):
@@ -255,7 +285,9 @@ def test_reading_a_model_of_unknown_kind(tmp_path):
 def test_autoencoder_sides():
     model = dc_ae.DCAE_F32C32
     with pytest.raises(ValueError, match="multiples of 32"):
-        jax.eval_shape(model.encode, jax.eval_shape(model.init, jax.random.key(0)), jnp.zeros((1, 40, 32, 3)))
+        jax.eval_shape(
+            model.encode, jax.eval_shape(model.init, jax.random.key(0)), jnp.zeros((1, 40, 32, 3))
+        )
 
 
 @pytest.mark.parametrize("output", ["pixels", "latent"])
@@ -263,6 +295,13 @@ def test_three_programs_draw_the_same(finished, output):
     """As on an NVIDIA GPU. Fails when one of them is given another's parameters, and when latents are decoded that were asked for."""
     pipe = pipeline.load(finished, dtype="float32")
     in_turn = dataclasses.replace(pipe, in_turn=True, programs={})
-    one, three = (pipeline.generate(p, ["a red circle", "two blue squares"], steps=2, output=output, seed=3) for p in (pipe, in_turn))
-    assert one.shape == three.shape and one.dtype == three.dtype == (np.uint8 if output == "pixels" else np.float32)
-    assert np.abs(one.astype(float) - three.astype(float)).max() <= (1 if output == "pixels" else 1e-4)
+    one, three = (
+        pipeline.generate(p, ["a red circle", "two blue squares"], steps=2, output=output, seed=3)
+        for p in (pipe, in_turn)
+    )
+    assert one.shape == three.shape and one.dtype == three.dtype == (
+        np.uint8 if output == "pixels" else np.float32
+    )
+    assert np.abs(one.astype(float) - three.astype(float)).max() <= (
+        1 if output == "pixels" else 1e-4
+    )

@@ -29,32 +29,51 @@ PRODUCT = 2 * 8 * 16 * 16
 
 
 def test_matmul():
-    assert flops.count(jnp.matmul, array(8, 16), array(16, 32)) == flops.Flops(matmul=2 * 8 * 16 * 32)
-    assert multiplied(lambda a, b: jnp.einsum("bnhd,bmhd->bhnm", a, b), array(2, 5, 3, 7), array(2, 11, 3, 7)) == (
-        2 * 2 * 3 * 5 * 11 * 7
+    assert flops.count(jnp.matmul, array(8, 16), array(16, 32)) == flops.Flops(
+        matmul=2 * 8 * 16 * 32
     )
+    assert multiplied(
+        lambda a, b: jnp.einsum("bnhd,bmhd->bhnm", a, b), array(2, 5, 3, 7), array(2, 11, 3, 7)
+    ) == (2 * 2 * 3 * 5 * 11 * 7)
 
 
 def test_elementwise_counts_outputs_reductions_inputs_and_moves_nothing():
-    assert flops.count(lambda a: jnp.tanh(a) * a, array(8, 16)) == flops.Flops(elementwise=2 * 8 * 16)
-    assert flops.count(lambda a: jax.lax.reduce_sum_p.bind(a, axes=(0, 1)), array(8, 16)).elementwise == 8 * 16
+    assert flops.count(lambda a: jnp.tanh(a) * a, array(8, 16)) == flops.Flops(
+        elementwise=2 * 8 * 16
+    )
+    assert (
+        flops.count(lambda a: jax.lax.reduce_sum_p.bind(a, axes=(0, 1)), array(8, 16)).elementwise
+        == 8 * 16
+    )
     moves = lambda a: jnp.concatenate([a.T, a.T], 1)[1:].astype(jnp.bfloat16)
     assert flops.count(moves, array(8, 16)) == flops.Flops()
 
 
 def conv(x, w, stride=1, groups=1):
     return jax.lax.conv_general_dilated(
-        x, w, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+        x,
+        w,
+        (stride, stride),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
 
 
 def test_convolutions():
     """Outputs x taps x input channels of the group, twice."""
-    assert flops.count(conv, array(2, 8, 8, 6), array(3, 3, 6, 10)).convolution == 2 * (2 * 8 * 8 * 10) * 9 * 6
+    assert (
+        flops.count(conv, array(2, 8, 8, 6), array(3, 3, 6, 10)).convolution
+        == 2 * (2 * 8 * 8 * 10) * 9 * 6
+    )
     strided = functools.partial(conv, stride=2)
-    assert multiplied(strided, array(2, 8, 8, 6), array(3, 3, 6, 10)) == 2 * (2 * 4 * 4 * 10) * 9 * 6
+    assert (
+        multiplied(strided, array(2, 8, 8, 6), array(3, 3, 6, 10)) == 2 * (2 * 4 * 4 * 10) * 9 * 6
+    )
     grouped = functools.partial(conv, groups=3)
-    assert multiplied(grouped, array(2, 8, 8, 6), array(3, 3, 2, 12)) == 2 * (2 * 8 * 8 * 12) * 9 * 2
+    assert (
+        multiplied(grouped, array(2, 8, 8, 6), array(3, 3, 2, 12)) == 2 * (2 * 8 * 8 * 12) * 9 * 2
+    )
 
 
 @pytest.mark.parametrize("stride,groups", [(1, 1), (2, 1), (1, 6)])
@@ -71,7 +90,9 @@ def test_gradient_of_the_depthwise_layer_is_three():
     args = array(2, 8, 8, 6), array(3, 3, 6)
     assert flops.count(loss, *args).convolution == 2 * (2 * 8 * 8 * 6) * 9
     assert multiplied(jax.value_and_grad(loss, (0, 1)), *args) == 3 * multiplied(loss, *args)
-    assert multiplied(lambda x, w: jax.jvp(loss, (x, w), (x, w)), *args) == 3 * multiplied(loss, *args)
+    assert multiplied(lambda x, w: jax.jvp(loss, (x, w), (x, w)), *args) == 3 * multiplied(
+        loss, *args
+    )
 
 
 def test_scan_gradient_and_remat():
@@ -114,7 +135,10 @@ def test_what_nothing_depends_on_is_not_counted():
 def test_branches_loops_and_custom_rules():
     a, w = array(8, 16), array(16, 16)
     dear = lambda a, w: a @ w @ w
-    assert multiplied(lambda a, w: jax.lax.cond(a[0, 0] > 0, jnp.matmul, dear, a, w), a, w) == 2 * PRODUCT
+    assert (
+        multiplied(lambda a, w: jax.lax.cond(a[0, 0] > 0, jnp.matmul, dear, a, w), a, w)
+        == 2 * PRODUCT
+    )
 
     @jax.custom_vjp
     def custom(a, w):
@@ -122,7 +146,10 @@ def test_branches_loops_and_custom_rules():
 
     custom.defvjp(lambda a, w: (a @ w, (a, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
     assert multiplied(custom, a, w) == PRODUCT
-    assert multiplied(jax.value_and_grad(lambda a, w: jnp.square(custom(a, w)).sum(), (0, 1)), a, w) == 3 * PRODUCT
+    assert (
+        multiplied(jax.value_and_grad(lambda a, w: jnp.square(custom(a, w)).sum(), (0, 1)), a, w)
+        == 3 * PRODUCT
+    )
 
     def until_small(a, w):
         return jax.lax.while_loop(lambda a: jnp.abs(a).max() > 1, lambda a: a @ w, a)
@@ -134,15 +161,21 @@ def test_branches_loops_and_custom_rules():
 
 def test_shard_map_counts_all_devices():
     """The trace holds one device's part; the count is the whole program's."""
-    mesh = jax.sharding.AbstractMesh((4, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    mesh = jax.sharding.AbstractMesh(
+        (4, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
     spec = jax.P("data", None)
-    mapped = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(spec, jax.P()), out_specs=spec, axis_names={"data"})
+    mapped = jax.shard_map(
+        jnp.matmul, mesh=mesh, in_specs=(spec, jax.P()), out_specs=spec, axis_names={"data"}
+    )
     # Only "data" is manual: along "fsdp" the body is still the whole.
     assert multiplied(mapped, array(8, 16), array(16, 16)) == PRODUCT
 
 
 def test_unknown_repetition_is_refused():
-    solve = lambda a, b: jax.lax.custom_linear_solve(lambda x: a @ x, b, lambda matvec, b: b, symmetric=True)
+    solve = lambda a, b: jax.lax.custom_linear_solve(
+        lambda x: a @ x, b, lambda matvec, b: b, symmetric=True
+    )
     with pytest.raises(UserError, match="custom_linear_solve"):
         flops.count(solve, array(16, 16), array(16))
 
@@ -198,7 +231,11 @@ def compiled():
     quick = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -213,7 +250,9 @@ def test_fsdp_gathers_each_layer_in_the_loop():
     unnoted = text.replace('"known_trip_count":{"n":"5"}', '"other":{}')
     assert unnoted != text and collectives.parse(unnoted) == expected
     unread = unnoted.replace("direction=LT", "direction=NE")
-    assert collectives.parse(unread) == [collectives.Collective("all-gather", 32 * 32 * 4, 1, 4, known=False)]
+    assert collectives.parse(unread) == [
+        collectives.Collective("all-gather", 32 * 32 * 4, 1, 4, known=False)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -353,7 +392,17 @@ def test_topologies(text, device, shape, count):
     assert hardware.parse_topology(text) == (device, shape, count)
 
 
-WRONG = ("v5e", "v5e:", "v5e:16", "v5e:16x16x16", "v5p:4x4", "h200:8x0", "v5e:-4x4", "v5e:4×4", "v5e:²x4")
+WRONG = (
+    "v5e",
+    "v5e:",
+    "v5e:16",
+    "v5e:16x16x16",
+    "v5p:4x4",
+    "h200:8x0",
+    "v5e:-4x4",
+    "v5e:4×4",
+    "v5e:²x4",
+)
 
 
 @pytest.mark.parametrize("text", WRONG)
@@ -464,9 +513,14 @@ def test_launches():
     found = launches.parse(GPU_TEXT)
     x, w, wide, row = 8 * 4 * 2, 4 * 4 * 2, 8 * 4 * 4, 16 * 4
     assert [(f.kind, f.bytes, f.times) for f in found] == [
-        ("product", x + w + wide + 64, 1), ("product by Triton", x + w + wide, 1), ("kernel", 2 * x, 1), ("pass", 2 * x, 1),
-        ("convolution", 2 * x + w, 1), ("pass", row + row + 4, 7), ("pass", row + row + 4, 7),
-    ]  # fmt: skip
+        ("product", x + w + wide + 64, 1),
+        ("product by Triton", x + w + wide, 1),
+        ("kernel", 2 * x, 1),
+        ("pass", 2 * x, 1),
+        ("convolution", 2 * x + w, 1),
+        ("pass", row + row + 4, 7),
+        ("pass", row + row + 4, 7),
+    ]
     assert [(f.shape, f.source) for f in found[:1]] == [("f32[8,4]", "jit(run)/dot_general")]
     assert launches.totals(found)["pass"] == (15, 2 * x + 14 * (2 * row + 4))
     assert launches.parse("") == []

@@ -27,10 +27,16 @@ HERE = socket.gethostname()
 # One teacher and one student: with processes other than the first nothing compiled is kept between runs. The
 # suite's runs are of a teacher alone; the same with the student takes minutes (-m long).
 SMALL = (
-    SMOKE, "--config.teacher.steps=16", "--config.teacher.optimizer.kind=adamw", "--config.teacher.optimizer.lr=1e-3",
-    "--config.sprint.steps=16", "--config.sprint.optimizer.kind=adamw", "--config.run.checkpoint_every=4",
-    "--config.evaluation.teacher_steps=1", "--config.evaluation.batch=8",
-)  # fmt: skip
+    SMOKE,
+    "--config.teacher.steps=16",
+    "--config.teacher.optimizer.kind=adamw",
+    "--config.teacher.optimizer.lr=1e-3",
+    "--config.sprint.steps=16",
+    "--config.sprint.optimizer.kind=adamw",
+    "--config.run.checkpoint_every=4",
+    "--config.evaluation.teacher_steps=1",
+    "--config.evaluation.batch=8",
+)
 ALONE = ("--config.sprint.steps=0",)
 # Left out of comparisons of sums in another order: zero but for rounding, in front of a normalisation.
 ROUNDING = ("disc_grad_norm/conv_in/bias", "disc_grad_norm/conv_mid/bias")
@@ -78,7 +84,10 @@ def test_all_come(coordinator):
 def test_missing_process_is_named(coordinator):
     begin = time.monotonic()
     for message in met(Place(coordinator, 3, 0), Place(coordinator, 3, 2), seconds=1.0):
-        assert "process 1 of 3 did not come within 1 s" in message and f"process 2 on {HERE}" in message
+        assert (
+            "process 1 of 3 did not come within 1 s" in message
+            and f"process 2 on {HERE}" in message
+        )
         assert "--startup_seconds" in message
     assert time.monotonic() - begin < 5
 
@@ -93,12 +102,17 @@ def test_two_of_one_number(coordinator):
     first, *others = met(*(Place(coordinator, 4, i) for i in (0, 1, 1, 2)))
     assert f"two processes say that they are 1: process 1 on {HERE}" in first
     assert all(m == first for m in others[:2])
-    assert others[2] in (first, "process 0 ended during the start: see its log") or "does not answer" in others[2]
+    assert (
+        others[2] in (first, "process 0 ended during the start: see its log")
+        or "does not answer" in others[2]
+    )
 
 
 def test_process_0_absent(coordinator):
     [message] = met(Place(coordinator, 2, 1), seconds=0.5)
-    assert f"process 0 does not answer at {coordinator}" in message and "--startup_seconds" in message
+    assert (
+        f"process 0 does not answer at {coordinator}" in message and "--startup_seconds" in message
+    )
 
 
 def test_port_in_use(coordinator):
@@ -115,7 +129,9 @@ def test_strangers_on_the_port(coordinator, said):
     thread.start()
     for _ in range(100):
         try:
-            stranger = socket.create_connection(("127.0.0.1", int(coordinator.rpartition(":")[2]) + 1), timeout=1)
+            stranger = socket.create_connection(
+                ("127.0.0.1", int(coordinator.rpartition(":")[2]) + 1), timeout=1
+            )
             break
         except OSError:
             time.sleep(0.02)
@@ -166,7 +182,10 @@ def test_the_reason_of_a_failure_is_told(coordinator, ended, capsys):
     watches[1].fail(UserError("the disk is full:\nfree some"))
     watches[0]._thread.join(5)
     assert ended == [distributed.DIED]
-    assert f"error: process 1 on {HERE} stopped: the disk is full: free some\n" in capsys.readouterr().err
+    assert (
+        f"error: process 1 on {HERE} stopped: the disk is full: free some\n"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_failed_collective_does_not_hide_who_died(coordinator, ended, capsys):
@@ -184,17 +203,34 @@ def test_a_failed_collective_does_not_hide_who_died(coordinator, ended, capsys):
     [
         ({}, None),
         ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "a1"}, None),
-        ({"SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "a1"}, None),  # an allocation, not a step of it
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_NODELIST": "gpu[03-06]"}, Place("gpu03:29400", 4, 3)),
-        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_NODELIST": "a[1-9]", "SLURM_STEP_NODELIST": "a[7-8]",
-          "SLURM_JOB_ID": "1230005"}, Place("a7:29410", 2, 1)),
-        ({"JOB_COMPLETION_INDEX": "2", "COORDINATOR": "train-0.train:29400", "PROCESSES": "8"}, Place("train-0.train:29400", 8, 2)),
+        (
+            {"SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "a1"},
+            None,
+        ),  # an allocation, not a step of it
+        (
+            {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_NODELIST": "gpu[03-06]"},
+            Place("gpu03:29400", 4, 3),
+        ),
+        (
+            {
+                "SLURM_NTASKS": "2",
+                "SLURM_PROCID": "1",
+                "SLURM_JOB_NODELIST": "a[1-9]",
+                "SLURM_STEP_NODELIST": "a[7-8]",
+                "SLURM_JOB_ID": "1230005",
+            },
+            Place("a7:29410", 2, 1),
+        ),
+        (
+            {"JOB_COMPLETION_INDEX": "2", "COORDINATOR": "train-0.train:29400", "PROCESSES": "8"},
+            Place("train-0.train:29400", 8, 2),
+        ),
         ({"JOB_COMPLETION_INDEX": "2"}, None),
         ({"TPU_WORKER_HOSTNAMES": "t0,t1,t2", "TPU_WORKER_ID": "1"}, Place("t0:29400", 3, 1)),
         ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
         ({"TPU_WORKER_HOSTNAMES": "t0,t1"}, None),
     ],
-)  # fmt: skip
+)
 def test_place_from_the_environment(environ, expected):
     assert distributed.place(None, None, None, environ) == expected
 
@@ -203,7 +239,10 @@ def test_place_from_the_environment(environ, expected):
     "environ, words",
     [
         ({"JOB_COMPLETION_INDEX": "0", "COORDINATOR": "h:1"}, "PROCESSES is not set"),
-        ({"JOB_COMPLETION_INDEX": "zero", "COORDINATOR": "h:1", "PROCESSES": "2"}, "JOB_COMPLETION_INDEX=zero is no whole number"),
+        (
+            {"JOB_COMPLETION_INDEX": "zero", "COORDINATOR": "h:1", "PROCESSES": "2"},
+            "JOB_COMPLETION_INDEX=zero is no whole number",
+        ),
         ({"SLURM_NTASKS": "x"}, "SLURM_NTASKS=x is no whole number"),
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "SLURM_JOB_NODELIST is not set"),
         ({"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": ""}, "TPU_WORKER_ID is not set"),
@@ -237,10 +276,16 @@ def test_wrong_places(flags, words):
 @pytest.mark.parametrize(
     "nodes, first",
     [
-        ("gpu[003-007,9],login1", "gpu003"), ("gpu[9,12-14]", "gpu9"), ("login1", "login1"), ("a1,b[2-3]", "a1"),
-        ("rack2-n[01-04]", "rack2-n01"), ("n[5]", "n5"), ("n[01-02]-ib,m3", "n01-ib"), ("r[1-2]n[3-4]", "r1n3"),
+        ("gpu[003-007,9],login1", "gpu003"),
+        ("gpu[9,12-14]", "gpu9"),
+        ("login1", "login1"),
+        ("a1,b[2-3]", "a1"),
+        ("rack2-n[01-04]", "rack2-n01"),
+        ("n[5]", "n5"),
+        ("n[01-02]-ib,m3", "n01-ib"),
+        ("r[1-2]n[3-4]", "r1n3"),
     ],
-)  # fmt: skip
+)
 def test_first_node(nodes, first):
     assert distributed.first_node(nodes) == first
 
@@ -252,14 +297,25 @@ def test_first_node(nodes, first):
 def job(tmp_path_factory):
     """start(workdir, processes) -> (Popen of launch/local.sh, its output file)."""
     environment = os.environ | {
-        "PYTHON": sys.executable, "JAX_PLATFORMS": "cpu",
+        "PYTHON": sys.executable,
+        "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("jax_cache")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }  # fmt: skip
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
     def start(workdir, processes, *flags):
-        words = ["bash", ROOT / "launch/local.sh", str(processes), *SMALL, f"--workdir={workdir}", *flags]
-        options = dict(cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        words = [
+            "bash",
+            ROOT / "launch/local.sh",
+            str(processes),
+            *SMALL,
+            f"--workdir={workdir}",
+            *flags,
+        ]
+        options = dict(
+            cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         return subprocess.Popen(words, **options)
 
     return start
@@ -308,12 +364,18 @@ def same(one, other, exactly):
     if exactly:
         assert rows(one) == rows(other)
         made = [name for name in names if (one / name).exists()]
-        assert made and all((one / name).read_bytes() == (other / name).read_bytes() for name in made)
+        assert made and all(
+            (one / name).read_bytes() == (other / name).read_bytes() for name in made
+        )
         return
     for a, b in zip(rows(one), rows(other), strict=True):
         assert a.keys() == b.keys() and (a["stage"], a["step"]) == (b["stage"], b["step"])
         for name in a.keys() - {"stage", *ROUNDING}:
-            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-6), (a["stage"], a["step"], name)
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-6), (
+                a["stage"],
+                a["step"],
+                name,
+            )
     for name in (name for name in names if (one / name).exists()):
         a, b = load_file(one / name), load_file(other / name)
         for key in a.keys() | b.keys():
@@ -393,18 +455,36 @@ def test_different_configs(job, command, tmp_path):
     coordinator = f"--coordinator=127.0.0.1:{free_port()}"
     flags = (*TINY, f"--workdir={tmp_path / 'run'}", coordinator, "--processes=2")
     begin = time.monotonic()
-    both = [command("sprint_jax.main", *flags, f"--process={i}", f"--config.seed={7 * i}", background=True) for i in range(2)]
+    both = [
+        command(
+            "sprint_jax.main", *flags, f"--process={i}", f"--config.seed={7 * i}", background=True
+        )
+        for i in range(2)
+    ]
     for process in both:
         _, err = process.communicate(timeout=100)
         assert process.returncode not in (0, None)
-        assert "config.seed is 0 at process 0 and 7 at process 1" in err.strip().splitlines()[-1], err[-2000:]
+        assert "config.seed is 0 at process 0 and 7 at process 1" in err.strip().splitlines()[-1], (
+            err[-2000:]
+        )
         assert "Traceback" not in err
     assert time.monotonic() - begin < 60
     assert not (tmp_path / "run").exists()
 
 
 def test_missing_process_ends_the_command(command, tmp_path):
-    result = command("sprint_jax.main", *TINY, f"--workdir={tmp_path / 'run'}", f"--coordinator=127.0.0.1:{free_port()}",
-                     "--processes=2", "--process=0", "--startup_seconds=1")  # fmt: skip
+    result = command(
+        "sprint_jax.main",
+        *TINY,
+        f"--workdir={tmp_path / 'run'}",
+        f"--coordinator=127.0.0.1:{free_port()}",
+        "--processes=2",
+        "--process=0",
+        "--startup_seconds=1",
+    )
     assert result.returncode == 2
-    assert result.stderr.strip().splitlines()[-1].startswith("error: process 1 of 2 did not come within 1 s")
+    assert (
+        result.stderr.strip()
+        .splitlines()[-1]
+        .startswith("error: process 1 of 2 did not come within 1 s")
+    )

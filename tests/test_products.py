@@ -53,11 +53,17 @@ def test_rounded_once():
     """Rounded, value and tangent are those of the float32 result, rounded; gradients do not know. Fails when sums are bfloat16."""
     x, kernel, dx, g = draws((5, 700), (700, 16), (5, 700), (5, 16))
     x, dx = x.astype(jnp.bfloat16), dx.astype(jnp.bfloat16)
-    wide, rounded = (lambda x, kernel, r=r: products.dense(x, kernel, rounded=r) for r in (False, True))
+    wide, rounded = (
+        lambda x, kernel, r=r: products.dense(x, kernel, rounded=r) for r in (False, True)
+    )
     values = jax.jvp(wide, (x, kernel), (dx, 0 * kernel))
     for a, b in zip(jax.jvp(rounded, (x, kernel), (dx, 0 * kernel)), values, strict=True):
         assert a.dtype == jnp.bfloat16 and relative(a, b.astype(jnp.bfloat16)) < 1e-4
-    for a, b in zip(jax.vjp(rounded, x, kernel)[1](g.astype(jnp.bfloat16)), jax.vjp(wide, x, kernel)[1](g), strict=True):
+    for a, b in zip(
+        jax.vjp(rounded, x, kernel)[1](g.astype(jnp.bfloat16)),
+        jax.vjp(wide, x, kernel)[1](g),
+        strict=True,
+    ):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
 
@@ -67,9 +73,15 @@ def test_a_bias_is_added_before_rounding():
     if jax.default_backend() == "gpu":
         pytest.skip("the compiler's own product rounds twice there")
     x, kernel, bias = draws((50, 24), (24, 16), (16,))
-    found = layers.Dense(16, dtype=jnp.bfloat16).apply({"params": {"kernel": kernel, "bias": bias}}, x)
-    product = x.astype(jnp.bfloat16).astype(jnp.float32) @ kernel.astype(jnp.bfloat16).astype(jnp.float32)
-    assert np.mean(np.asarray(found != (product + bias).astype(jnp.bfloat16))) < 0.01  # sums in another order
+    found = layers.Dense(16, dtype=jnp.bfloat16).apply(
+        {"params": {"kernel": kernel, "bias": bias}}, x
+    )
+    product = x.astype(jnp.bfloat16).astype(jnp.float32) @ kernel.astype(jnp.bfloat16).astype(
+        jnp.float32
+    )
+    assert (
+        np.mean(np.asarray(found != (product + bias).astype(jnp.bfloat16))) < 0.01
+    )  # sums in another order
 
 
 def test_derivatives_with_a_bias():
@@ -77,7 +89,9 @@ def test_derivatives_with_a_bias():
 
     Fails when the bias' tangent is rounded before it is spread out, when a term of the tangent is left out, and when the kernel's gradient is rounded.
     """
-    x, kernel, bias, dx, dkernel, dbias, g = draws((3000, 24), (24, 16), (16,), (3000, 24), (24, 16), (16,), (3000, 16))
+    x, kernel, bias, dx, dkernel, dbias, g = draws(
+        (3000, 24), (24, 16), (16,), (3000, 24), (24, 16), (16,), (3000, 16)
+    )
     x, dx, g = (a.astype(jnp.bfloat16) for a in (x, dx, g))
     out, moved = jax.jvp(products.affine, (x, kernel, bias), (dx, dkernel, dbias))
     wide = lambda *arrays: [np.asarray(a, np.float64) for a in arrays]
@@ -88,16 +102,29 @@ def test_derivatives_with_a_bias():
     assert of_x.dtype == jnp.bfloat16 and relative(of_x, c @ k.T) < 5e-3
     assert relative(of_kernel, a.T @ c) < 1e-5 and relative(of_bias, c.sum(0)) < 1e-5
     # Whatever does not move costs nothing: one product, not three.
-    along_x = jax.make_jaxpr(lambda x, dx: jax.jvp(lambda x: products.affine(x, kernel, bias), (x,), (dx,))[1])(x, dx)
-    assert len(list(_dots(along_x.jaxpr))) == 3  # of the value on two kinds of platform, and of the tangent
+    along_x = jax.make_jaxpr(
+        lambda x, dx: jax.jvp(lambda x: products.affine(x, kernel, bias), (x,), (dx,))[1]
+    )(x, dx)
+    assert (
+        len(list(_dots(along_x.jaxpr))) == 3
+    )  # of the value on two kinds of platform, and of the tangent
 
 
 def test_a_gpu_adds_the_bias_to_a_product_of_its_own_dtype():
     """So that a library can do it. Fails when an NVIDIA GPU is given the sum in float32."""
     f = jax.jit(products.affine)
-    arrays = jax.ShapeDtypeStruct((8, 24), jnp.bfloat16), jax.ShapeDtypeStruct((24, 16), jnp.bfloat16), jax.ShapeDtypeStruct((16,), jnp.float32)
-    made = {p: f.trace(*arrays).lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "cpu", "tpu")}
-    sums = {p: set(re.findall(r"stablehlo.add .*: tensor<8x16x(\w+)>", text)) for p, text in made.items()}
+    arrays = (
+        jax.ShapeDtypeStruct((8, 24), jnp.bfloat16),
+        jax.ShapeDtypeStruct((24, 16), jnp.bfloat16),
+        jax.ShapeDtypeStruct((16,), jnp.float32),
+    )
+    made = {
+        p: f.trace(*arrays).lower(lowering_platforms=(p,)).as_text() for p in ("cuda", "cpu", "tpu")
+    }
+    sums = {
+        p: set(re.findall(r"stablehlo.add .*: tensor<8x16x(\w+)>", text))
+        for p, text in made.items()
+    }
     assert sums == {"cuda": {"bf16"}, "cpu": {"f32"}, "tpu": {"f32"}}
 
 
@@ -117,7 +144,9 @@ def around_a_stopped_tangent(model, apply=None):
     """A loss of the parameters like sCM's: (params) -> scalar. apply: instead of the model's own."""
     apply = apply or model.apply
     x, text = draws((2, 8, 8, model.in_channels), (2, 5, model.text_dim))
-    v = lambda params: lambda x: apply(params, x, jnp.full((2,), 0.5), text=text, mask=jnp.ones((2, 5))).velocity
+    v = lambda params: (
+        lambda x: apply(params, x, jnp.full((2,), 0.5), text=text, mask=jnp.ones((2, 5))).velocity
+    )
 
     def loss(params):
         value, J = jax.jvp(v(params), (x,), (jnp.cos(x),))
@@ -130,7 +159,10 @@ def _dots(jaxpr):
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             yield tuple(v.aval.dtype.name for v in equation.invars)
-        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+        for value in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+        ):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from _dots(inner)
@@ -141,11 +173,15 @@ def test_a_network_in_bfloat16_mixes_no_operands(residual):
     """No product of forward, tangent or backward pass has one operand of each dtype: a GPU would take it in float32. Fails when
     Dense, or the scores of cross-attention, leave the transposes to JAX."""
     trunk = dataclasses.replace(TINY, dtype="bfloat16", residual_dtype=residual)
-    control = ControlNet(net=dataclasses.replace(trunk, guidance_embed=False, logvar_head=False), depth=1)
+    control = ControlNet(
+        net=dataclasses.replace(trunk, guidance_embed=False, logvar_head=False), depth=1
+    )
     model = Controlled(trunk=trunk, control=control)
     sketch = draws((2, 8, 8, trunk.in_channels), (1,))[0]
     steered = functools.partial(model.apply, control=sketch, control_scale=jnp.ones((2,)))
-    jaxpr = jax.make_jaxpr(jax.grad(around_a_stopped_tangent(trunk, steered)))(model.init(jax.random.key(0)))
+    jaxpr = jax.make_jaxpr(jax.grad(around_a_stopped_tangent(trunk, steered)))(
+        model.init(jax.random.key(0))
+    )
     found = set(_dots(jaxpr.jaxpr))
     # float32 alone: linear attention, as published.
     assert found == {("bfloat16", "bfloat16"), ("float32", "float32")}, found
@@ -155,19 +191,35 @@ def test_cheap_starts_no_kernel_again():
     """A backward pass by kernels has those of the gradient alone. Fails when what attention gave, or what its gradient reads beside it, is not kept,
     and when the gated convolution is not."""
     names = lambda remat: collections.Counter(
-        re.findall(r"name=((?:linear|cross|depthwise)\w+)", str(jax.make_jaxpr(jax.grad(loss(remat)))(params)))
+        re.findall(
+            r"name=((?:linear|cross|depthwise)\w+)",
+            str(jax.make_jaxpr(jax.grad(loss(remat)))(params)),
+        )
     )
 
     def loss(remat):
-        model = dataclasses.replace(TINY, remat=remat, attention="interpret", depthwise="interpret", width=64)
+        model = dataclasses.replace(
+            TINY, remat=remat, attention="interpret", depthwise="interpret", width=64
+        )
         x, text = draws((2, 16, 16, model.in_channels), (2, 5, model.text_dim))
-        v = lambda params: model.apply(params, x, jnp.full((2,), 0.5), text=text, mask=jnp.ones((2, 5))).velocity
+        v = lambda params: (
+            model.apply(params, x, jnp.full((2,), 0.5), text=text, mask=jnp.ones((2, 5))).velocity
+        )
         return lambda params: jnp.square(v(params)).sum()
 
     params = TINY.init(jax.random.key(0))
     none, cheap, block = map(names, ("none", "cheap", "block"))
-    assert cheap == none and block["cross_attention"] == 2 * none["cross_attention"], (none, cheap, block)
-    assert {"linear_attention_state", "cross_attention_key_gradient", "depthwise_3x3_gated", "depthwise_3x3_gated_gradient"} <= set(none)
+    assert cheap == none and block["cross_attention"] == 2 * none["cross_attention"], (
+        none,
+        cheap,
+        block,
+    )
+    assert {
+        "linear_attention_state",
+        "cross_attention_key_gradient",
+        "depthwise_3x3_gated",
+        "depthwise_3x3_gated_gradient",
+    } <= set(none)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -176,7 +228,11 @@ def test_cheap_keeps_products(dtype):
 
     def flops(remat):
         model = dataclasses.replace(TINY, dtype=dtype, remat=remat, width=128)
-        program = jax.jit(jax.grad(around_a_stopped_tangent(model))).lower(model.init(jax.random.key(0))).compile()
+        program = (
+            jax.jit(jax.grad(around_a_stopped_tangent(model)))
+            .lower(model.init(jax.random.key(0)))
+            .compile()
+        )
         return program.cost_analysis()["flops"]
 
     none, cheap, block = (flops(remat) for remat in ("none", "cheap", "block"))

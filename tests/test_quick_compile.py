@@ -19,7 +19,9 @@ def test_the_users_options_come_last(monkeypatch):
     assert os.environ["XLA_FLAGS"] == quick_compile.flags()
 
 
-@pytest.mark.parametrize("version, count", [("0.9.2", 2), ("0.10.2", 2), ("0.11.0", 1), ("1.0.0", 1)])
+@pytest.mark.parametrize(
+    "version, count", [("0.9.2", 2), ("0.10.2", 2), ("0.11.0", 1), ("1.0.0", 1)]
+)
 def test_options_of_each_version(monkeypatch, version, count):
     """Fails when versions are compared as text."""
     monkeypatch.setattr(quick_compile.importlib.metadata, "version", lambda name: version)

@@ -56,7 +56,11 @@ def scalars(folder):
         while data:
             (length,) = struct.unpack("<Q", data[:8])
             event, data = event_pb2.Event.FromString(data[12 : 12 + length]), data[16 + length :]
-            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value if v.WhichOneof("value") == "simple_value"}
+            found |= {
+                (v.tag, event.step): v.simple_value
+                for v in event.summary.value
+                if v.WhichOneof("value") == "simple_value"
+            }
     return found
 
 
@@ -64,7 +68,11 @@ def test_tensorboard_shows_what_the_rows_say(finished):
     """But for the sums by time. Fails when a scalar is written under another name or step."""
     expected = {}
     for row in rows(finished):
-        shown = {k: v for k, v in row.items() if k not in ("stage", "step") and not k.startswith("by_time/")}
+        shown = {
+            k: v
+            for k, v in row.items()
+            if k not in ("stage", "step") and not k.startswith("by_time/")
+        }
         expected |= {(f"{row['stage']}/{k}", row["step"]): np.float32(v) for k, v in shown.items()}
     assert scalars(finished / "events") == expected
 
@@ -74,7 +82,11 @@ def test_rows_have_every_step_once(finished):
     for row in rows(finished):
         assert all(np.isfinite(v) for k, v in row.items() if k != "stage")
         steps.setdefault(row["stage"], []).append(row["step"])
-    assert steps == {"teacher": [2, 4, 6, 8, 10, 12], "finetune": [2, 4], "sprint": [2, 4, 6, 8, 10, 12]}
+    assert steps == {
+        "teacher": [2, 4, 6, 8, 10, 12],
+        "finetune": [2, 4],
+        "sprint": [2, 4, 6, 8, 10, 12],
+    }
 
 
 def test_again_skips_what_is_done(finished, command):
@@ -95,7 +107,13 @@ def test_extract_reads_the_newest_checkpoint(finished, command, tmp_path):
     assert refused.returncode == 2 and "no work directory" in refused.stderr
 
 
-@pytest.mark.parametrize("name, words", [("run/student.safetensors", "trained to its end"), ("other/student.safetensors", "another run's")])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("run/student.safetensors", "trained to its end"),
+        ("other/student.safetensors", "another run's"),
+    ],
+)
 def test_extract_ends_no_run_and_replaces_no_config(monkeypatch, tmp_path, name, words):
     """A run takes its own student.safetensors for the end of its training."""
     for folder in ("run", "other"):
@@ -109,7 +127,9 @@ def test_extract_ends_no_run_and_replaces_no_config(monkeypatch, tmp_path, name,
 def test_a_directory_belongs_to_a_config_once_something_was_begun_in_it(tmp_path):
     """A mistyped value does not claim it, and other devices may go on with it."""
     c = config.parse(card("smoke")[0])
-    of = lambda seed, fsdp=1: dataclasses.replace(c, seed=seed, mesh=dataclasses.replace(c.mesh, fsdp=fsdp))
+    of = lambda seed, fsdp=1: dataclasses.replace(
+        c, seed=seed, mesh=dataclasses.replace(c.mesh, fsdp=fsdp)
+    )
     run.write_config(of(1), tmp_path)
     (tmp_path / "events").mkdir()
     run.write_config(of(2), tmp_path)
@@ -157,7 +177,11 @@ def test_killed_between_checkpoints_then_resumed_is_bit_equal(finished, command,
     flags, said = (*TINY, f"--workdir={tmp_path / 'run'}"), ""
     for stage, step, saved in (("teacher", 6, 4), ("sprint", 10, 8)):
         checkpoint = str(tmp_path / "run/checkpoints" / stage / str(saved))
-        killed = command("sprint_jax.main", *flags, before=KILLED.format(stage=stage, step=step, checkpoint=checkpoint))
+        killed = command(
+            "sprint_jax.main",
+            *flags,
+            before=KILLED.format(stage=stage, step=step, checkpoint=checkpoint),
+        )
         assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
         assert said in killed.stdout and rows(tmp_path / "run")[-1]["step"] == step
         said = f"{stage}: resumed from checkpoint at step {saved} of 12"
@@ -166,9 +190,14 @@ def test_killed_between_checkpoints_then_resumed_is_bit_equal(finished, command,
     for name in ("teacher.safetensors", "student.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
     assert rows(tmp_path / "run") == rows(finished)
-    ours, theirs = ({p.name: p.read_bytes() for p in (d / "strips").iterdir()} for d in (tmp_path / "run", finished))
+    ours, theirs = (
+        {p.name: p.read_bytes() for p in (d / "strips").iterdir()}
+        for d in (tmp_path / "run", finished)
+    )
     assert ours == theirs
-    ours, theirs = (json.loads((d / "summary.json").read_text()) for d in (tmp_path / "run", finished))
+    ours, theirs = (
+        json.loads((d / "summary.json").read_text()) for d in (tmp_path / "run", finished)
+    )
     assert ours["scores"] == theirs["scores"] and ours["frechet"] == theirs["frechet"]
 
 
@@ -180,7 +209,9 @@ def test_sigterm_saves_and_says_how_to_go_on(command, tmp_path):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-2000:]
     assert "the same command goes on" in out
-    saved = [int(p.name) for p in (tmp_path / "run/checkpoints/teacher").iterdir() if p.name.isdigit()]
+    saved = [
+        int(p.name) for p in (tmp_path / "run/checkpoints/teacher").iterdir() if p.name.isdigit()
+    ]
     assert rows(tmp_path / "run")[-1]["step"] <= max(saved) < 4000
 
 
@@ -197,17 +228,33 @@ def test_two_runs_in_one_workdir(command, tmp_path):
 def test_sample_depends_on_seed_index_and_prompt_alone(finished, command, tmp_path):
     prompts = ["a red circle", "a blue square above a green triangle", "two white squares"] * 7
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
-    many = command("sprint_jax.sample", f"--model={finished}", f"--prompts={tmp_path / 'prompts.txt'}",
-                   "--steps=3", "--seed=5", f"--out={tmp_path / 'many'}")  # fmt: skip
+    many = command(
+        "sprint_jax.sample",
+        f"--model={finished}",
+        f"--prompts={tmp_path / 'prompts.txt'}",
+        "--steps=3",
+        "--seed=5",
+        f"--out={tmp_path / 'many'}",
+    )
     assert many.returncode == 0, many.stderr
-    few = command("sprint_jax.sample", f"--model={finished}", *(f"--prompt={p}" for p in prompts[:2]),
-                  "--steps=3", "--seed=5", f"--out={tmp_path / 'few'}")  # fmt: skip
+    few = command(
+        "sprint_jax.sample",
+        f"--model={finished}",
+        *(f"--prompt={p}" for p in prompts[:2]),
+        "--steps=3",
+        "--seed=5",
+        f"--out={tmp_path / 'few'}",
+    )
     assert few.returncode == 0, few.stderr
-    manifest = [json.loads(line) for line in (tmp_path / "many/manifest.jsonl").read_text().splitlines()]
+    manifest = [
+        json.loads(line) for line in (tmp_path / "many/manifest.jsonl").read_text().splitlines()
+    ]
     assert [r["prompt"] for r in manifest] == prompts
     assert manifest[0] == {"file": "00000.png", "prompt": prompts[0], "seed": 5, "steps": 3}
     for i in range(2):
-        one, other = (np.asarray(Image.open(tmp_path / d / f"{i:05d}.png")) for d in ("many", "few"))
+        one, other = (
+            np.asarray(Image.open(tmp_path / d / f"{i:05d}.png")) for d in ("many", "few")
+        )
         np.testing.assert_array_equal(one, other)
     first, repeated = (np.asarray(Image.open(tmp_path / "many" / f"{i:05d}.png")) for i in (0, 3))
     assert (first != repeated).any()  # same prompt, other index

@@ -73,7 +73,15 @@ def sample(F, times, seed=0):
     return jax.jit(lambda: samplers.scm(F, noise, steps, times))(), noise, steps
 
 
-SCHEDULES = [("code", 1), ("code", 2), ("code", 3), ("code", 4), ("paper", 1), ("paper", 2), ("paper", 4)]
+SCHEDULES = [
+    ("code", 1),
+    ("code", 2),
+    ("code", 3),
+    ("code", 4),
+    ("paper", 1),
+    ("paper", 2),
+    ("paper", 4),
+]
 
 
 @pytest.mark.parametrize(("schedule", "steps"), SCHEDULES)
@@ -123,10 +131,13 @@ def test_step_noise_is_counted():
 def test_published_schedules():
     """Released sampler and paper Table 7. Fails when PUBLISHED_T_MAX is pi / 2 or 1.3 is 1.0."""
     expected = {
-        ("code", 1): [1.57080, 0], ("code", 2): [1.57080, 1.3, 0],
-        ("code", 4): [1.57080, 1.1781, 0.7854, 0.3927, 0], ("paper", 1): [math.pi / 2, 0],
-        ("paper", 2): [math.atan(200 / 0.5), 1.3, 0], ("paper", 4): [math.atan(200 / 0.5), 1.3, 1.1, 0.6, 0],
-    }  # fmt: skip
+        ("code", 1): [1.57080, 0],
+        ("code", 2): [1.57080, 1.3, 0],
+        ("code", 4): [1.57080, 1.1781, 0.7854, 0.3927, 0],
+        ("paper", 1): [math.pi / 2, 0],
+        ("paper", 2): [math.atan(200 / 0.5), 1.3, 0],
+        ("paper", 4): [math.atan(200 / 0.5), 1.3, 1.1, 0.6, 0],
+    }
     for (schedule, steps), numbers in expected.items():
         np.testing.assert_array_equal(samplers.scm_times(steps, schedule), np.float32(numbers))
     assert abs(samplers.scm_times(2, "paper")[0] - 1.56830) < 5e-6
@@ -136,7 +147,9 @@ def test_every_schedule_falls_to_zero():
     """Fails when a linspace loses its + 1."""
     lists = [(steps, samplers.scm_times(steps, name)) for name, steps in SCHEDULES]
     lists += [(steps, samplers.trig_times(steps)) for steps in (1, 2, 7)]
-    lists += [(steps, samplers.flow_times(steps, shift)) for steps in (1, 2, 7) for shift in (1.0, 3.0)]
+    lists += [
+        (steps, samplers.flow_times(steps, shift)) for steps in (1, 2, 7) for shift in (1.0, 3.0)
+    ]
     for steps, times in lists:
         assert len(times) == steps + 1 and times[-1] == 0 and (np.diff(times) < 0).all()
 
@@ -159,7 +172,9 @@ def test_evenly_spaced_times():
 
 
 ODE = {
-    "trigflow_euler": lambda noise, n: samplers.trigflow_euler(gaussian_F, noise, samplers.trig_times(n)),
+    "trigflow_euler": lambda noise, n: samplers.trigflow_euler(
+        gaussian_F, noise, samplers.trig_times(n)
+    ),
     "flow_euler": lambda noise, n: samplers.flow_euler(gaussian_v, noise, samplers.flow_times(n)),
 }
 
@@ -201,6 +216,8 @@ def test_both_euler_samplers_agree_on_one_network():
 def test_noises_of_seeds_pictures_and_steps_have_nothing_in_common():
     """Fails when a key is a sum, so that seed 1 picture 0 is seed 0 picture 1, and when a draw repeats for the next step."""
     draw = jax.jit(lambda seed: generation.noises(seed, jnp.arange(4), (16, 16, 64), 3))
-    drawn = np.concatenate([np.asarray(draw(seed), np.float64).reshape(12, -1) for seed in range(4)])
+    drawn = np.concatenate(
+        [np.asarray(draw(seed), np.float64).reshape(12, -1) for seed in range(4)]
+    )
     assert np.abs(drawn.mean(1)).max() < 0.05 and np.abs(drawn.var(1) - 1).max() < 0.05
     assert np.abs(np.corrcoef(drawn) - np.eye(48)).max() < 0.1

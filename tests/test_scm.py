@@ -155,7 +155,9 @@ def test_loss_value(weighting, normalize):
         network = lambda x, t: velocity(x, t, jnp, wide) + 0.1
         v = velocity(path(x0, z), T) + 0.1
         loss = jax.jit(
-            lambda: scm.loss(odd_F, network, x0, z, T, r=r, weighting=weighting, normalize=normalize)
+            lambda: scm.loss(
+                odd_F, network, x0, z, T, r=r, weighting=weighting, normalize=normalize
+            )
         )
         value, aux = loss()
         g = paper_tangent(x0, z, v, r)

@@ -32,7 +32,9 @@ from sprint_jax.serving import api, page, requests, uploads
 from sprint_jax.serving import queue as queue_lib
 from sprint_jax.serving.refused import Refused
 
-LIMITS = requests.Limits((1, 2, 3, 4), ((32, 32), (32, 48)), 1.5, "code", starts=True, control=False)
+LIMITS = requests.Limits(
+    (1, 2, 3, 4), ((32, 32), (32, 48)), 1.5, "code", starts=True, control=False
+)
 
 
 def paint(request):
@@ -43,11 +45,17 @@ def paint(request):
         raise RuntimeError("a fault of ours")
     start = 0 if request.image is None else request.image
     rng = np.random.default_rng([request.seed, request.steps, zlib.crc32(request.prompt.encode())])
-    return (rng.integers(0, 256, (request.height, request.width, 3), np.uint8) ^ start).astype(np.uint8)
+    return (rng.integers(0, 256, (request.height, request.width, 3), np.uint8) ^ start).astype(
+        np.uint8
+    )
 
 
 def file(array_or_image, file_format="PNG", **options):
-    image = array_or_image if isinstance(array_or_image, Image.Image) else Image.fromarray(array_or_image)
+    image = (
+        array_or_image
+        if isinstance(array_or_image, Image.Image)
+        else Image.fromarray(array_or_image)
+    )
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
@@ -109,7 +117,10 @@ def test_first_come_first_served_and_each_gets_its_own(gate):
     gate.open.set()
     answers = [future.result(5) for future in futures]
     assert [answer.result for answer in answers] == gate.seen == list(range(5))
-    assert all(answer.waiting >= 0 and answer.working >= 0 for answer in answers) and answers[4].waiting > 0
+    assert (
+        all(answer.waiting >= 0 and answer.working >= 0 for answer in answers)
+        and answers[4].waiting > 0
+    )
 
 
 def test_a_full_line_refuses_at_once_and_who_leaves_makes_room(gate):
@@ -131,7 +142,11 @@ def test_the_newest_of_a_session_takes_the_place_of_the_one_before(gate):
     queue = line(gate, capacity=3)
     queue.submit("at work")
     wait_until(lambda: gate.seen)
-    old, other, new = queue.submit("old", "mine"), queue.submit("other"), queue.submit("new", "mine")
+    old, other, new = (
+        queue.submit("old", "mine"),
+        queue.submit("other"),
+        queue.submit("new", "mine"),
+    )
     queue.submit("no session")
     newest = queue.submit("newest", "mine")  # although the line is full
     for dropped in (old, new):
@@ -171,7 +186,9 @@ def test_nothing_is_served_before_it_is_prepared():
         ready.wait(10)
 
     ends = []
-    queue = queue_lib.Queue(lambda item: item, 2, prepare, lambda error: ends.append((error, queue.ready)))
+    queue = queue_lib.Queue(
+        lambda item: item, 2, prepare, lambda error: ends.append((error, queue.ready))
+    )
     queue.start()
     wait_until(lambda: queue.total)
     told = refusal(queue.submit, 1)
@@ -205,16 +222,42 @@ def test_who_waits_when_it_closes_is_told(gate):
 def test_a_request_in_full_and_its_defaults():
     start = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
     wanted = requests.parse(
-        body(steps=3, seed=7, guidance_scale=2, height=32, width=48, schedule="paper", image=encoded(file(start)), strength=0.5),
+        body(
+            steps=3,
+            seed=7,
+            guidance_scale=2,
+            height=32,
+            width=48,
+            schedule="paper",
+            image=encoded(file(start)),
+            strength=0.5,
+        ),
         LIMITS,
     )
-    assert (wanted.steps, wanted.seed, wanted.guidance_scale, wanted.height, wanted.width) == (3, 7, 2.0, 32, 48)
+    assert (wanted.steps, wanted.seed, wanted.guidance_scale, wanted.height, wanted.width) == (
+        3,
+        7,
+        2.0,
+        32,
+        48,
+    )
     np.testing.assert_array_equal(wanted.image, start)
     wanted = requests.parse(body(image=None, control=None, seed=None, width=None), LIMITS)
-    assert (wanted.steps, wanted.seed, wanted.guidance_scale, wanted.schedule) == (2, 0, 1.5, "code")
+    assert (wanted.steps, wanted.seed, wanted.guidance_scale, wanted.schedule) == (
+        2,
+        0,
+        1.5,
+        "code",
+    )
     assert (wanted.height, wanted.width, wanted.image, wanted.control) == (32, 32, None, None)
-    assert requests.parse(body(width=48), LIMITS).height == 32 and requests.parse(body(steps=2.0), LIMITS).steps == 2
-    assert requests.parse("{\"prompt\": \"ein Bär\\n\\tim 🌲\"}".encode(), LIMITS).prompt == "ein Bär\n\tim 🌲"
+    assert (
+        requests.parse(body(width=48), LIMITS).height == 32
+        and requests.parse(body(steps=2.0), LIMITS).steps == 2
+    )
+    assert (
+        requests.parse('{"prompt": "ein Bär\\n\\tim 🌲"}'.encode(), LIMITS).prompt
+        == "ein Bär\n\tim 🌲"
+    )
 
 
 @pytest.mark.parametrize(
@@ -274,7 +317,10 @@ def test_what_is_refused_is_named(sent, words):
 
 def test_millions_of_values_are_refused_before_they_are_parsed():
     """Parsing them would hold every other client up. A prompt may hold as many commas as it has characters."""
-    for sent in (b'{"prompt": [' + b"[]," * 300_000 + b"1]}", b"{" + b'"a":1,' * 300_000 + b'"b":1}'):
+    for sent in (
+        b'{"prompt": [' + b"[]," * 300_000 + b"1]}",
+        b"{" + b'"a":1,' * 300_000 + b'"b":1}',
+    ):
         assert "more than 200000 values" in refusal(requests.parse, sent, LIMITS).sentence
     assert requests.parse(body(prompt="," * 500), LIMITS).prompt == "," * 500
 
@@ -283,11 +329,18 @@ def test_what_the_model_cannot_do_is_refused():
     import dataclasses
 
     plain = dataclasses.replace(LIMITS, starts=False)
-    assert "cannot start" in refusal(requests.parse, body(image=encoded(file(Image.new("RGB", (4, 4))))), plain).sentence
+    assert (
+        "cannot start"
+        in refusal(
+            requests.parse, body(image=encoded(file(Image.new("RGB", (4, 4))))), plain
+        ).sentence
+    )
     control = dataclasses.replace(LIMITS, control=True)
     lines = Image.new("RGBA", (32, 32), (255, 255, 255, 0))
     wanted = requests.parse(body(control=encoded(file(lines)), control_scale=0.5), control)
-    assert wanted.control_scale == 0.5 and not wanted.control.any()  # what is transparent is black, as no line is
+    assert (
+        wanted.control_scale == 0.5 and not wanted.control.any()
+    )  # what is transparent is black, as no line is
 
 
 # ---- uploads -----------------------------------------------------------------------------------------------------------
@@ -296,34 +349,62 @@ def test_what_the_model_cannot_do_is_refused():
 def test_a_picture_is_what_its_bytes_say():
     """Fails where a file's declared type is believed."""
     array = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
-    for file_format, options, most in (("PNG", {}, 0), ("WEBP", {"lossless": True}, 0), ("JPEG", {"quality": 100, "subsampling": 0}, 3)):
+    for file_format, options, most in (
+        ("PNG", {}, 0),
+        ("WEBP", {"lossless": True}, 0),
+        ("JPEG", {"quality": 100, "subsampling": 0}, 3),
+    ):
         got = uploads.picture(file(array, file_format, **options), 20, 20)
         assert got.shape == (20, 20, 3) and got.dtype == np.uint8
         assert np.abs(got.astype(int) - array).max() <= most
     disguised = "data:image/jpeg;base64," + encoded(file(array))
     assert requests.parse(body(image=disguised), LIMITS).image.shape == (32, 32, 3)
     for file_format in ("GIF", "BMP", "TIFF", "PPM", "ICO", "PDF"):
-        assert refusal(uploads.picture, file(Image.new("RGB", (16, 16)), file_format), 8, 8).status == 415
-    for text in (b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"PK\x03\x04", b"\x00" * 100):
+        assert (
+            refusal(uploads.picture, file(Image.new("RGB", (16, 16)), file_format), 8, 8).status
+            == 415
+        )
+    for text in (
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n",
+        b"PK\x03\x04",
+        b"\x00" * 100,
+    ):
         assert refusal(uploads.picture, text, 8, 8).status == 415
 
 
 def png_of(width, height, *chunks):
     """A PNG's bytes by hand. chunks: (name, data)."""
-    chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    chunk = lambda name, data: (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    )
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in ((b"IHDR", header), *chunks, (b"IEND", b"")))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(*one) for one in ((b"IHDR", header), *chunks, (b"IEND", b""))
+    )
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_are_refused_by_their_header():
     for side in (5000, 12_000, 65_000, 2**31 - 1):
         begin = time.perf_counter()
-        told = refusal(uploads.picture, png_of(side, side, (b"IDAT", zlib.compress(b"\0" * 10_000))), 32, 32)
-        assert told.status == 413 and "pixels" in told.sentence and time.perf_counter() - begin < 0.5
+        told = refusal(
+            uploads.picture, png_of(side, side, (b"IDAT", zlib.compress(b"\0" * 10_000))), 32, 32
+        )
+        assert (
+            told.status == 413 and "pixels" in told.sentence and time.perf_counter() - begin < 0.5
+        )
     bomb = zlib.compress(b"\0" * 100_000_000, 9)
     for name in (b"zTXt", b"iCCP"):
-        assert refusal(uploads.picture, png_of(8, 8, (name, b"k\0\0" + bomb), (b"IDAT", zlib.compress(b"\0" * 200))), 8, 8).status == 400
+        assert (
+            refusal(
+                uploads.picture,
+                png_of(8, 8, (name, b"k\0\0" + bomb), (b"IDAT", zlib.compress(b"\0" * 200))),
+                8,
+                8,
+            ).status
+            == 400
+        )
     assert refusal(uploads.picture, b"\x89PNG" + b"x" * uploads.MOST_BYTES, 8, 8).status == 413
 
 
@@ -337,7 +418,15 @@ def test_a_thin_picture_is_not_blown_up():
 def test_damaged_files_are_refused_or_read_but_never_fail_otherwise():
     rng = np.random.default_rng(1)
     for name in (b"pHYs", b"acTL"):  # too short: PIL raises ValueError, not OSError
-        assert refusal(uploads.picture, png_of(8, 8, (name, b"\0"), (b"IDAT", zlib.compress(b"\0" * 200))), 8, 8).status == 400
+        assert (
+            refusal(
+                uploads.picture,
+                png_of(8, 8, (name, b"\0"), (b"IDAT", zlib.compress(b"\0" * 200))),
+                8,
+                8,
+            ).status
+            == 400
+        )
     for file_format in ("PNG", "JPEG", "WEBP"):
         whole = file(Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)), file_format)
         assert refusal(uploads.picture, whole[: len(whole) // 2], 8, 8).status == 400
@@ -369,11 +458,16 @@ def test_orientation_alpha_depth_and_animation():
 
     deep = np.full((8, 8), 0x8040, np.uint16)
     assert (uploads.picture(file(deep), 8, 8) == 0x80).all()  # PIL's own conversion gives 255
-    assert (uploads.picture(file(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), 8, 8)[..., 0] > 200).all()
+    assert (
+        uploads.picture(file(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), 8, 8)[..., 0]
+        > 200
+    ).all()
 
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((0, 255, 0), (255, 0, 0))]
     for file_format in ("PNG", "WEBP"):
-        moving = file(frames[0], file_format, save_all=True, append_images=frames[1:], lossless=True)
+        moving = file(
+            frames[0], file_format, save_all=True, append_images=frames[1:], lossless=True
+        )
         assert (uploads.picture(moving, 8, 8)[0, 0] == [0, 255, 0]).all()
 
 
@@ -404,11 +498,17 @@ def served(work=paint, capacity=8, password=None, with_page=False, limits=LIMITS
         queue.close()
 
 
-CLIENT = httpx.Client(verify=False, timeout=60)  # certificates take longer to read than all that these tests do
+CLIENT = httpx.Client(
+    verify=False, timeout=60
+)  # certificates take longer to read than all that these tests do
 
 
 def ask(address, headers={}, **fields):
-    return CLIENT.post(f"{address}/generate", content=body(**fields), headers={"content-type": "application/json"} | headers)
+    return CLIENT.post(
+        f"{address}/generate",
+        content=body(**fields),
+        headers={"content-type": "application/json"} | headers,
+    )
 
 
 def drawn(response):
@@ -420,32 +520,49 @@ def test_a_picture_over_http():
     with served() as (address, _):
         response = ask(address, seed=3)
         np.testing.assert_array_equal(drawn(response), paint(requests.parse(body(seed=3), LIMITS)))
-        assert response.headers["content-type"] == "image/png" and response.headers["cache-control"] == "no-store"
+        assert (
+            response.headers["content-type"] == "image/png"
+            and response.headers["cache-control"] == "no-store"
+        )
         for stage in ("waiting", "drawing", "encoding"):
             assert f"{stage};dur=" in response.headers["server-timing"]
         assert CLIENT.get(f"{address}/schema").json() == requests.schema(LIMITS)
         assert CLIENT.get(f"{address}/health").json()["ready"] is True
         described = CLIENT.get(f"{address}/openapi.json").json()
-        assert described["paths"]["/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]["required"] == ["prompt"]
+        assert described["paths"]["/generate"]["post"]["requestBody"]["content"][
+            "application/json"
+        ]["schema"]["required"] == ["prompt"]
 
 
 def test_errors_are_a_sentence_and_the_server_lives_on():
     with served() as (address, _):
-        post = lambda content, **headers: CLIENT.post(f"{address}/generate", content=content, headers={"content-type": "application/json"} | headers)
+        post = lambda content, **headers: CLIENT.post(
+            f"{address}/generate",
+            content=content,
+            headers={"content-type": "application/json"} | headers,
+        )
         for response, status, word in (
             (ask(address, prompt="a zebra"), 400, "zebra"),
             (ask(address, prompt="fire"), 500, "log"),
             (post(b"{"), 400, "JSON"),
             (post(body(), **{"content-type": "text/plain"}), 415, "application/json"),
             (post(b"x" * (requests.MOST_BODY + 1)), 413, str(requests.MOST_BODY)),
-            (post(iter([b"x" * 2**20] * (requests.MOST_BODY // 2**20 + 1))), 413, str(requests.MOST_BODY)),
+            (
+                post(iter([b"x" * 2**20] * (requests.MOST_BODY // 2**20 + 1))),
+                413,
+                str(requests.MOST_BODY),
+            ),
             (post(body(), **{"x-session": "s" * 100}), 400, "X-Session"),
             (CLIENT.get(f"{address}/generate"), 405, "POST"),
             (CLIENT.get(f"{address}/nothing"), 404, "/generate"),
         ):
-            assert response.status_code == status and word in response.json()["error"], response.text
+            assert response.status_code == status and word in response.json()["error"], (
+                response.text
+            )
         assert CLIENT.get(f"{address}/generate").headers["allow"] == "POST"
-        with connection(address, b"", length=requests.MOST_BODY + 1) as announced:  # refused before any of it is sent
+        with connection(
+            address, b"", length=requests.MOST_BODY + 1
+        ) as announced:  # refused before any of it is sent
             assert b"413" in announced.recv(65536).split(b"\r\n")[0]
         drawn(ask(address))
 
@@ -454,9 +571,17 @@ def test_the_password_and_other_sites():
     with served(password="swördfish", with_page=True) as (address, _):
         for path in ("/", "/health", "/schema", "/theme.css"):
             response = CLIENT.get(address + path)
-            assert response.status_code == 401 and response.headers["www-authenticate"].startswith("Basic")
+            assert response.status_code == 401 and response.headers["www-authenticate"].startswith(
+                "Basic"
+            )
         assert ask(address).status_code == 401
-        for bad in ("Basic", "Basic !!!", "Bearer x", "Basic " + encoded(b"x:wrong"), "Basic " + encoded(b"no colon")):
+        for bad in (
+            "Basic",
+            "Basic !!!",
+            "Bearer x",
+            "Basic " + encoded(b"x:wrong"),
+            "Basic " + encoded(b"no colon"),
+        ):
             assert ask(address, headers={"authorization": bad}).status_code == 401
         good = {"authorization": "Basic " + encoded("anybody:swördfish".encode())}
         drawn(ask(address, headers=good))
@@ -468,11 +593,22 @@ def test_the_password_and_other_sites():
 def test_other_names_are_refused_where_only_this_machine_may_ask():
     """A name that another site made to lead here; with a password, or on a network, any name is right."""
     queue = line(paint, 8)
-    for options, named in ((dict(local=True), 403), (dict(local=True, password="secret"), 200), ({}, 200)):
+    for options, named in (
+        (dict(local=True), 403),
+        (dict(local=True, password="secret"), 200),
+        ({}, 200),
+    ):
         with TestClient(api.make(queue, LIMITS, **options)) as client:
             login = {"authorization": "Basic " + base64.b64encode(b"x:secret").decode()}
-            for host, status in (("evil.example:7860", named), ("localhost:7860", 200), ("127.0.0.1", 200), ("[::1]:7860", 200)):
-                assert client.get("/health", headers={"host": host} | login).status_code == status, (options, host)
+            for host, status in (
+                ("evil.example:7860", named),
+                ("localhost:7860", 200),
+                ("127.0.0.1", 200),
+                ("[::1]:7860", 200),
+            ):
+                assert (
+                    client.get("/health", headers={"host": host} | login).status_code == status
+                ), (options, host)
     queue.close()
 
 
@@ -482,17 +618,57 @@ def test_nothing_of_the_server_is_read_or_written_through_the_page(tmp_path):
     secret.write_text("a secret")
     with served(with_page=True) as (address, _):
         host, port = address.removeprefix("http://").split(":")
-        paths = [f"{prefix}{secret}" for prefix in ("/file=", "/gradio_api/file=", "/gradio_api/file/", "/file/", "/assets/", "/static/", "/svelte/")]
-        paths += [f"{folder}{'../' * 12}{str(secret)[1:]}" for folder in ("/", "/assets/", "/static/")]
+        paths = [
+            f"{prefix}{secret}"
+            for prefix in (
+                "/file=",
+                "/gradio_api/file=",
+                "/gradio_api/file/",
+                "/file/",
+                "/assets/",
+                "/static/",
+                "/svelte/",
+            )
+        ]
+        paths += [
+            f"{folder}{'../' * 12}{str(secret)[1:]}" for folder in ("/", "/assets/", "/static/")
+        ]
         paths += [path.replace("..", "%2e%2e").replace("/s", "%2fs") for path in paths]
-        paths += ["/gradio_api/proxy=http://127.0.0.1/", "/gradio_api/info", "/gradio_api/openapi.json", "/gradio_api/queue/data", "/docs", "/monitoring", "/vibe-code", "/login"]
+        paths += [
+            "/gradio_api/proxy=http://127.0.0.1/",
+            "/gradio_api/info",
+            "/gradio_api/openapi.json",
+            "/gradio_api/queue/data",
+            "/docs",
+            "/monitoring",
+            "/vibe-code",
+            "/login",
+        ]
         for path in paths:
-            with socket.create_connection((host, int(port)), 10) as raw:  # clients would clean the path
+            with socket.create_connection(
+                (host, int(port)), 10
+            ) as raw:  # clients would clean the path
                 raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
                 reply = b"".join(iter(lambda: raw.recv(65536), b""))
-            assert b"a secret" not in reply and reply.split()[1] in (b"404", b"403", b"400"), (path, reply[:200])
-        for path in ("/gradio_api/upload", "/upload", "/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/component_server", "/gradio_api/vibe-edit", "/gradio_api/reset", "/", "/login"):
-            assert CLIENT.post(address + path, files={"files": ("x.txt", b"x")}).status_code in (404, 405), path
+            assert b"a secret" not in reply and reply.split()[1] in (b"404", b"403", b"400"), (
+                path,
+                reply[:200],
+            )
+        for path in (
+            "/gradio_api/upload",
+            "/upload",
+            "/gradio_api/queue/join",
+            "/gradio_api/run/predict",
+            "/gradio_api/component_server",
+            "/gradio_api/vibe-edit",
+            "/gradio_api/reset",
+            "/",
+            "/login",
+        ):
+            assert CLIENT.post(address + path, files={"files": ("x.txt", b"x")}).status_code in (
+                404,
+                405,
+            ), path
 
 
 def test_a_full_line_is_told_at_once(gate):
@@ -504,11 +680,17 @@ def test_a_full_line_is_told_at_once(gate):
             wait_until(lambda: queue.length == 1)
             begin = time.perf_counter()
             response = ask(address, seed=3)
-            assert response.status_code == 429 and response.headers["retry-after"] and "waiting" in response.json()["error"]
+            assert (
+                response.status_code == 429
+                and response.headers["retry-after"]
+                and "waiting" in response.json()["error"]
+            )
             assert time.perf_counter() - begin < 1
             gate.open.set()
             for future, seed in ((first, 1), (second, 2)):
-                np.testing.assert_array_equal(drawn(future.result()), paint(requests.parse(body(seed=seed), LIMITS)))
+                np.testing.assert_array_equal(
+                    drawn(future.result()), paint(requests.parse(body(seed=seed), LIMITS))
+                )
 
 
 def connection(address, content, length=None):
@@ -549,7 +731,9 @@ def test_a_slow_client_keeps_nobody_out(monkeypatch):
         held = []
 
         def full():
-            held.append(connection(address, b"{", length=1000))  # another, where the one before came while others still had the place
+            held.append(
+                connection(address, b"{", length=1000)
+            )  # another, where the one before came while others still had the place
             answer = ask(address)
             return answer.status_code == 429 and "being read" in answer.text
 
@@ -577,7 +761,10 @@ def test_a_connection_without_another_request_is_closed(monkeypatch):
     monkeypatch.setattr(door, "_HEAD_SECONDS", 0.5)
     with served() as (address, _):
         host, port = address.removeprefix("http://").split(":")
-        for request in (b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n", b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"):
+        for request in (
+            b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n",
+        ):
             with socket.create_connection((host, int(port)), 10) as raw:
                 raw.sendall(request)
                 assert b"HTTP/1.1" in raw.recv(100_000)
@@ -629,8 +816,14 @@ def test_many_clients_get_their_own_pictures():
     """A short form of benchmarks/serving.py: 50 at once, a line of 8; every answer is right or a refusal."""
 
     async def run(address):
-        async with httpx.AsyncClient(verify=False, timeout=60, limits=httpx.Limits(max_connections=50)) as client:
-            one = lambda seed: client.post(f"{address}/generate", content=body(seed=seed), headers={"content-type": "application/json"})
+        async with httpx.AsyncClient(
+            verify=False, timeout=60, limits=httpx.Limits(max_connections=50)
+        ) as client:
+            one = lambda seed: client.post(
+                f"{address}/generate",
+                content=body(seed=seed),
+                headers={"content-type": "application/json"},
+            )
             return await asyncio.gather(*(one(seed) for seed in range(150)))
 
     with served(lambda request: (time.sleep(0.002), paint(request))[1]) as (address, queue):
@@ -639,7 +832,9 @@ def test_many_clients_get_their_own_pictures():
         for seed, response in enumerate(replies):
             assert response.status_code in (200, 429)
             if response.status_code == 200:
-                np.testing.assert_array_equal(drawn(response), paint(requests.parse(body(seed=seed), LIMITS)))
+                np.testing.assert_array_equal(
+                    drawn(response), paint(requests.parse(body(seed=seed), LIMITS))
+                )
                 right += 1
         assert right > 8 and queue.length == 0
 
@@ -648,12 +843,19 @@ def test_many_clients_get_their_own_pictures():
 
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=40),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 PICTURES = [
     encoded(file(Image.new(mode, size), file_format))
-    for mode, size, file_format in (("RGB", (8, 8), "PNG"), ("L", (3, 50), "JPEG"), ("RGBA", (20, 20), "WEBP"), ("1", (1, 1), "PNG"))
+    for mode, size, file_format in (
+        ("RGB", (8, 8), "PNG"),
+        ("L", (3, 50), "JPEG"),
+        ("RGBA", (20, 20), "WEBP"),
+        ("1", (1, 1), "PNG"),
+    )
 ]
 
 
@@ -668,10 +870,15 @@ def of_schema(name, described):
     if described["type"] == "string":
         patterns = [re.compile(one["pattern"]) for one in described["allOf"]]
         texts = st.text(st.characters(codec="utf-8"), min_size=described["minLength"], max_size=60)
-        return texts.filter(lambda text: all(p.search(text) for p in patterns)) | st.just("x" * described["maxLength"])
+        return texts.filter(lambda text: all(p.search(text) for p in patterns)) | st.just(
+            "x" * described["maxLength"]
+        )
     if "integer" in described["type"]:
         return st.none() | st.integers(described["minimum"], described["maximum"])
-    low, excluded = described.get("minimum", described.get("exclusiveMinimum")), "exclusiveMinimum" in described
+    low, excluded = (
+        described.get("minimum", described.get("exclusiveMinimum")),
+        "exclusiveMinimum" in described,
+    )
     return st.none() | st.floats(low, described["maximum"], exclude_min=excluded)
 
 
@@ -685,7 +892,11 @@ def bodies(draw):
     valid = True
     if draw(st.booleans()):
         valid = None  # unknown: anything may happen to be allowed
-        for name in draw(st.lists(st.sampled_from(sorted(properties)) | st.text(max_size=8), min_size=1, max_size=3)):
+        for name in draw(
+            st.lists(
+                st.sampled_from(sorted(properties)) | st.text(max_size=8), min_size=1, max_size=3
+            )
+        ):
             fields[name] = draw(ANYTHING)
     data = json.dumps(fields).encode()
     if draw(st.integers(0, 9)) == 0:
@@ -702,7 +913,12 @@ def client():
     queue.close()
 
 
-@hypothesis.settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
 @hypothesis.given(bodies())
 def test_fuzz_from_the_schema(client, case):
     """Whatever is sent: a picture, or a 4xx with a sentence; what the schema allows, with pictures that are some: a picture."""
@@ -728,11 +944,19 @@ def pipe(finished):
 def test_the_same_request_is_the_same_picture_whatever_else_is_served(pipe, finished):
     """Equal to `drawing.generate` alone, byte by byte, while other sizes, seeds and starts are drawn between."""
     limits = door.limits_of(pipe)
-    assert limits.steps == (1, 2, 3, 4) and limits.sizes == ((32, 32),) and limits.starts and not limits.control
+    assert (
+        limits.steps == (1, 2, 3, 4)
+        and limits.sizes == ((32, 32),)
+        and limits.starts
+        and not limits.control
+    )
     assert len(door.rehearsals(pipe, limits)) == 8
     start = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     cases = [dict(seed=seed, steps=steps) for seed in (0, 5) for steps in (1, 4)]
-    cases += [dict(seed=1, steps=4, image=encoded(file(start)), strength=0.25), dict(guidance_scale=1.0, schedule="paper")]
+    cases += [
+        dict(seed=1, steps=4, image=encoded(file(start)), strength=0.25),
+        dict(guidance_scale=1.0, schedule="paper"),
+    ]
     alone = []
     for case in cases:
         options = {"image": start} if "image" in case else {}
@@ -741,7 +965,10 @@ def test_the_same_request_is_the_same_picture_whatever_else_is_served(pipe, fini
     assert len({picture.tobytes() for picture in alone}) == len(cases)
     with served(door.artist(pipe, finished), capacity=64, limits=limits) as (address, _):
         with concurrent.futures.ThreadPoolExecutor(8) as clients:
-            futures = [(i % len(cases), clients.submit(ask, address, **cases[i % len(cases)])) for i in range(36)]
+            futures = [
+                (i % len(cases), clients.submit(ask, address, **cases[i % len(cases)]))
+                for i in range(36)
+            ]
             for case, future in futures:
                 np.testing.assert_array_equal(drawn(future.result()), alone[case])
         told = ask(address, prompt="a zebra").json()["error"]
@@ -765,7 +992,9 @@ def test_examples_are_in_words_that_the_model_knows(pipe):
 
 def test_a_file_is_rehearsed_at_its_own_lengths(monkeypatch):
     """A file exported with --longest_prompt has programs for short prompts alone."""
-    text = types.SimpleNamespace(prepare=lambda prompts: [(15 if len(prompts[0]) < 30 else 63, None)])
+    text = types.SimpleNamespace(
+        prepare=lambda prompts: [(15 if len(prompts[0]) < 30 else 63, None)]
+    )
     short, long = door._prompts(types.SimpleNamespace(text=text), None)
     assert len(short) < 30 <= len(long)
     program = exported.Program(steps=1, length=15, batch_size=1, height=32, width=32)
@@ -791,7 +1020,9 @@ def test_the_door_starts_serves_and_ends(command, finished):
     """From the command line: progress, ready, a picture, SIGTERM with status 0; a second one on its port is refused."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    process = command("sprint_jax.app", f"--model={finished}", f"--port={port}", "--max_steps=1", background=True)
+    process = command(
+        "sprint_jax.app", f"--model={finished}", f"--port={port}", "--max_steps=1", background=True
+    )
     try:
         states = []
 
@@ -809,7 +1040,9 @@ def test_the_door_starts_serves_and_ends(command, finished):
         assert second.returncode == 2 and f"--port={port}" in second.stderr.splitlines()[-1]
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=30)
-        assert process.returncode == 0 and f"ready: {address}" in out and "Traceback" not in err, err
+        assert process.returncode == 0 and f"ready: {address}" in out and "Traceback" not in err, (
+            err
+        )
     finally:
         process.kill()
 
@@ -826,6 +1059,14 @@ def test_the_door_starts_serves_and_ends(command, finished):
     ],
 )
 def test_the_door_refuses(command, flags, words):
-    result = command("sprint_jax.app", *flags, "--port=0") if not any("port" in flag for flag in flags) else command("sprint_jax.app", *flags)
+    result = (
+        command("sprint_jax.app", *flags, "--port=0")
+        if not any("port" in flag for flag in flags)
+        else command("sprint_jax.app", *flags)
+    )
     line = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 2 and line.startswith("error: ") and all(word in line for word in words), line
+    assert (
+        result.returncode == 2
+        and line.startswith("error: ")
+        and all(word in line for word in words)
+    ), line

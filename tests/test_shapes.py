@@ -31,7 +31,9 @@ def test_golden_example():
     """The shipped teacher knows this data; a change of the generator needs a new teacher."""
     example = shapes.example(0, 3)
     assert example.text == "a blue circle above a white triangle"
-    digest = hashlib.sha256(b"".join(shapes.example(0, i).image.tobytes() for i in range(50))).hexdigest()
+    digest = hashlib.sha256(
+        b"".join(shapes.example(0, i).image.tobytes() for i in range(50))
+    ).hexdigest()
     assert digest[:16] == "7915f7a81732eb07"
 
 
@@ -47,7 +49,11 @@ def test_compositions_are_few_and_apart():
             first = e.caption.relation
             objects = e.objects
         open_to[first].add(tuple((o.x, o.y, o.size) for o in objects))
-    assert {k: len(v) for k, v in open_to.items()} == {"a": 9, "two": 16, "three": 8} | dict.fromkeys(shapes.RELATIONS, 8)
+    assert {k: len(v) for k, v in open_to.items()} == {
+        "a": 9,
+        "two": 16,
+        "three": 8,
+    } | dict.fromkeys(shapes.RELATIONS, 8)
     for kind, arrangements in open_to.items():
         cells = {frozenset((x, y) for x, y, _ in one) for one in arrangements}
         assert all(len(a & b) <= 1 for a, b in itertools.combinations(cells, 2)), kind
@@ -60,9 +66,19 @@ def test_captions_parse_back():
 
 
 @pytest.mark.parametrize(
-    "bad", ["", "a", "a red", "red circle", "two red circle", "a red circle near a blue square",
-            "a red circle on a pink background", "four red circles", "a red circle left of a blue"],
-)  # fmt: skip
+    "bad",
+    [
+        "",
+        "a",
+        "a red",
+        "red circle",
+        "two red circle",
+        "a red circle near a blue square",
+        "a red circle on a pink background",
+        "four red circles",
+        "a red circle left of a blue",
+    ],
+)
 def test_other_text_does_not_parse(bad):
     with pytest.raises(ValueError, match="grammar"):
         shapes.parse(bad)
@@ -72,7 +88,9 @@ def test_heldout_captions_never_train():
     train, heldout = examples(3000), examples(600, split="heldout")
     assert not {e.text for e in train} & {e.text for e in heldout}
     assert {e.caption.kind for e in heldout} == {"shape", "colour", "count", "relation"}
-    assert not any(shapes.is_heldout(shapes.parse(f"a {c} {s}")) for c in shapes.COLOURS for s in shapes.SHAPES)
+    assert not any(
+        shapes.is_heldout(shapes.parse(f"a {c} {s}")) for c in shapes.COLOURS for s in shapes.SHAPES
+    )
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
@@ -102,28 +120,48 @@ def test_checker_sees_each_kind_of_error():
     red, blue = ("red", "circle", 0.25, 0.5, 0.125), ("blue", "square", 0.75, 0.5, 0.125)
     asked = "a red circle left of a blue square"
     assert all(overall(scene(red, blue), asked).values())
-    swapped = overall(scene(("red", "circle", 0.75, 0.5, 0.125), ("blue", "square", 0.25, 0.5, 0.125)), asked)
-    assert swapped == {"two_objects": True, "colour_attribution": True, "position": False, "overall": False}
+    swapped = overall(
+        scene(("red", "circle", 0.75, 0.5, 0.125), ("blue", "square", 0.25, 0.5, 0.125)), asked
+    )
+    assert swapped == {
+        "two_objects": True,
+        "colour_attribution": True,
+        "position": False,
+        "overall": False,
+    }
     recoloured = overall(scene(("blue", "circle", *red[2:]), ("red", "square", *blue[2:])), asked)
-    assert recoloured["two_objects"] and not recoloured["colour_attribution"] and not recoloured["overall"]
+    assert (
+        recoloured["two_objects"]
+        and not recoloured["colour_attribution"]
+        and not recoloured["overall"]
+    )
     alone = overall(scene(red), asked)
     assert not any(alone.values())
     ground = overall(scene(red, blue, background="green"), asked)
     assert ground["position"] and not ground["overall"]
     assert not overall(scene(red, blue), "a circle")["overall"]
-    assert overall(scene(red), "a red circle")["overall"] and not overall(scene(red), "a red square")["overall"]
+    assert (
+        overall(scene(red), "a red circle")["overall"]
+        and not overall(scene(red), "a red square")["overall"]
+    )
     assert not overall(scene(red), "a white circle")["colours"]
     two = scene(red, ("red", "circle", 0.75, 0.5, 0.125))
-    assert overall(two, "two red circles")["overall"] and not overall(two, "three red circles")["counting"]
+    assert (
+        overall(two, "two red circles")["overall"]
+        and not overall(two, "three red circles")["counting"]
+    )
 
 
 def test_relation_axes():
     for (name, (dx, dy)), other in itertools.product(
-        {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}.items(), shapes.RELATIONS
+        {"left of": (1, 0), "right of": (-1, 0), "above": (0, 1), "below": (0, -1)}.items(),
+        shapes.RELATIONS,
     ):
         a, b = (0.5 - 0.25 * dx, 0.5 - 0.25 * dy), (0.5 + 0.25 * dx, 0.5 + 0.25 * dy)
         image = scene(("red", "circle", *a, 0.125), ("white", "triangle", *b, 0.125))
-        assert overall(image, f"a red circle {other} a white triangle")["position"] == (name == other)
+        assert overall(image, f"a red circle {other} a white triangle")["position"] == (
+            name == other
+        )
 
 
 def test_noise_is_not_an_object():
@@ -164,7 +202,9 @@ def test_a_noun_carries_its_adjective_and_its_relation():
     np.testing.assert_allclose(feature[-16:], positions[3], atol=1e-6)
 
 
-@pytest.mark.parametrize("prompt, word", [("a zebra", "zebra"), ("a <pad>", "<pad>"), ("a " * 16, "too long")])
+@pytest.mark.parametrize(
+    "prompt, word", [("a zebra", "zebra"), ("a <pad>", "<pad>"), ("a " * 16, "too long")]
+)
 def test_text_refuses(prompt, word):
     with pytest.raises(UserError, match=word):
         text.ShapesText().encode([prompt])
@@ -213,7 +253,9 @@ def test_latents_are_near_unit_scale():
 
 
 def batches(**changes):
-    options = dict(seed=0, batch=4, size=32, codec=pixels.SpaceToDepth(4, 1.28), text_encoder=text.ShapesText())
+    options = dict(
+        seed=0, batch=4, size=32, codec=pixels.SpaceToDepth(4, 1.28), text_encoder=text.ShapesText()
+    )
     return lambda step: loader.make_batch(step, **(options | changes))
 
 

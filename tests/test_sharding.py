@@ -21,10 +21,16 @@ from test_config import card
 
 def simulated(program, *arguments, devices=8):
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
-    }  # fmt: skip
-    result = subprocess.run([sys.executable, *program, *map(str, arguments)], env=environment, capture_output=True, text=True)
+    }
+    result = subprocess.run(
+        [sys.executable, *program, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -83,8 +89,12 @@ def test_published_sizes_divide(size, fsdp):
     """Every leaf of both networks finds a rule or is small; nothing big stays whole."""
     said = []
     tree = jax.eval_shape(size.init, jax.random.key(0))
-    heads, spectral = jax.eval_shape(LADDHeads(width=size.width, count=4, dtype="bfloat16").init, jax.random.key(0))
-    placed = sharding.shardings({"params": tree, "heads": heads, "spectral": spectral}, abstract_mesh(8, fsdp), said.append)
+    heads, spectral = jax.eval_shape(
+        LADDHeads(width=size.width, count=4, dtype="bfloat16").init, jax.random.key(0)
+    )
+    placed = sharding.shardings(
+        {"params": tree, "heads": heads, "spectral": spectral}, abstract_mesh(8, fsdp), said.append
+    )
     assert not said
     assert placed["params"]["blocks"]["attn1"]["to_qkv"]["kernel"].spec == P(None, "fsdp", None)
     assert placed["heads"]["conv_mid"]["kernel"].spec == P(None, "fsdp", None)
@@ -92,14 +102,22 @@ def test_published_sizes_divide(size, fsdp):
 
 
 def test_what_does_not_divide_is_named():
-    tree = {"params": {"blocks": {"attn1": {"kernel": jax.ShapeDtypeStruct((2, 1152, 8), jnp.float32)}}}}
-    with pytest.raises(UserError, match=r"params/blocks/attn1/kernel .* does not divide by config.mesh.fsdp=256: .* 1152.* 128"):
+    tree = {
+        "params": {"blocks": {"attn1": {"kernel": jax.ShapeDtypeStruct((2, 1152, 8), jnp.float32)}}}
+    }
+    with pytest.raises(
+        UserError,
+        match=r"params/blocks/attn1/kernel .* does not divide by config.mesh.fsdp=256: .* 1152.* 128",
+    ):
         sharding.shardings(tree, abstract_mesh(1, 256))
 
 
 def test_big_replicated_leaves_are_reported():
     said = []
-    tree = {"something": jax.ShapeDtypeStruct((4096, 1024), jnp.float32), "small": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    tree = {
+        "something": jax.ShapeDtypeStruct((4096, 1024), jnp.float32),
+        "small": jax.ShapeDtypeStruct((3,), jnp.float32),
+    }
     placed = sharding.shardings(tree, abstract_mesh(1, 8), said.append)
     assert placed["something"].spec == P()
     assert len(said) == 1 and "something" in said[0]

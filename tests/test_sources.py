@@ -50,7 +50,10 @@ def write_tar(path, members):
 
 
 def sample(index, name, field="prompt"):
-    return [(f"{name}.png", PNGS[index]), (f"{name}.json", json.dumps({field: CAPTIONS[index], "width": 9}).encode())]
+    return [
+        (f"{name}.png", PNGS[index]),
+        (f"{name}.json", json.dumps({field: CAPTIONS[index], "width": 9}).encode()),
+    ]
 
 
 def tars(root, field="prompt"):
@@ -82,7 +85,10 @@ def tfds_set(root, names=("image", "caption"), images=PNGS, split="train"):
         pkg_dir_path = pathlib.Path(__file__).parent
 
         def _info(self):
-            kinds = (tfds.features.Image(shape=(None, None, 3), encoding_format="png"), tfds.features.Text())
+            kinds = (
+                tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+                tfds.features.Text(),
+            )
             features = tfds.features.FeaturesDict(dict(zip(names, kinds, strict=True)))
             return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
@@ -125,17 +131,26 @@ def test_the_same_examples_whatever_holds_them(tmp_path, made_tfds):
         copy = pickle.loads(pickle.dumps(source))
         assert [copy[i] for i in (3, 0)] == [examples[3], examples[0]]
         again = sources.open_source(path)
-        assert again.identity() == source.identity() == copy.identity() and again[2].key == examples[2].key
+        assert (
+            again.identity() == source.identity() == copy.identity()
+            and again[2].key == examples[2].key
+        )
 
 
 def test_tars_are_read_in_the_order_of_names_and_of_the_list(tmp_path):
     root = tars(tmp_path)
     keys = ["00000.tar:000", "00000.tar:001", "00001.tar:000", "00001.tar:001"]
     assert [e.key for e in sources.open_source(root)] == keys
-    listing = {"wids_version": 1, "shardlist": [{"url": "elsewhere/00001.tar", "nsamples": 2, "filesize": 1}]}
+    listing = {
+        "wids_version": 1,
+        "shardlist": [{"url": "elsewhere/00001.tar", "nsamples": 2, "filesize": 1}],
+    }
     write(root / "wids-meta.json", json.dumps(listing))
     assert [e.caption for e in sources.open_source(root)] == list(CAPTIONS[2:])
-    write(root / "wids-meta.json", json.dumps({"shardlist": [{"url": "00001.tar"}, {"url": "00002.tar"}]}))
+    write(
+        root / "wids-meta.json",
+        json.dumps({"shardlist": [{"url": "00001.tar"}, {"url": "00002.tar"}]}),
+    )
     with pytest.raises(UserError, match="00002.tar"):
         sources.open_source(root)
     write(root / "wids-meta.json", "[]")
@@ -145,12 +160,20 @@ def test_tars_are_read_in_the_order_of_names_and_of_the_list(tmp_path):
 
 def test_members_belong_together_up_to_the_first_dot(tmp_path):
     members = [
-        ("./a.b/x.1.seg.png", b"not this"), ("./a.b/x.JPG", encoded(picture(0), "JPEG")), ("./a.b/y.txt", b" of y \n"),
-        ("./a.b/x.npz", b"features"), ("./a.b/y.webp", PNGS[1]), ("./a.b/x.txt", b"of x"), ("./.png", b"hidden"),
-    ]  # fmt: skip
+        ("./a.b/x.1.seg.png", b"not this"),
+        ("./a.b/x.JPG", encoded(picture(0), "JPEG")),
+        ("./a.b/y.txt", b" of y \n"),
+        ("./a.b/x.npz", b"features"),
+        ("./a.b/y.webp", PNGS[1]),
+        ("./a.b/x.txt", b"of x"),
+        ("./.png", b"hidden"),
+    ]
     write_tar(tmp_path / "a.tar", members)
     source = sources.open_source(tmp_path)
-    assert [(e.key, e.caption) for e in source] == [("a.tar:a.b/x", "of x"), ("a.tar:a.b/y", "of y")]
+    assert [(e.key, e.caption) for e in source] == [
+        ("a.tar:a.b/x", "of x"),
+        ("a.tar:a.b/y", "of y"),
+    ]
     assert source[0].image == members[1][1] and source[1].image == PNGS[1]
 
 
@@ -165,8 +188,11 @@ def test_a_cut_tar_gives_what_it_holds(tmp_path, kept):
     path = write_tar(tmp_path / "a.tar", sample(0, "000") + sample(1, "001"))
     with tarfile.open(path) as tar:
         begin = {member.name: member.offset_data for member in tar}
-    cut = {"header": begin["001.png"], "half the picture": begin["001.png"] + len(PNGS[1]) // 2,
-           "half the caption": begin["001.json"] + 5}[kept]  # fmt: skip
+    cut = {
+        "header": begin["001.png"],
+        "half the picture": begin["001.png"] + len(PNGS[1]) // 2,
+        "half the caption": begin["001.json"] + 5,
+    }[kept]
     path.write_bytes(path.read_bytes()[:cut])
     source = sources.open_source(tmp_path)
     assert len(source) == 2 and source[0].caption == CAPTIONS[0]
@@ -182,17 +208,26 @@ def test_a_cut_tar_gives_what_it_holds(tmp_path, kept):
         ([("a.png", PNGS[0]), ("a.json", b'["prompt"]')], "missing caption"),
         ([("a.png", PNGS[0]), ("a.json", b'{"prompt": "a')], "corrupt record"),
         ([("a.png", PNGS[0]), ("a.txt", b"\xff\xfe\xfa")], "corrupt record"),
-        ([("a.png", PNGS[0]), ("a.json", rb'{"prompt": "a dog \ud83d"}')], "corrupt record"),  # half an emoji
+        (
+            [("a.png", PNGS[0]), ("a.json", rb'{"prompt": "a dog \ud83d"}')],
+            "corrupt record",
+        ),  # half an emoji
         ([("a.json", b'{"prompt": "a"}')], "missing picture"),
         ([("a.npy", npy(np.zeros((2, 1, 1)))[:-3]), ("a.txt", b"a")], "corrupt record"),
         ([("a.npy", b"\x93NUMPY garbage"), ("a.txt", b"a")], "corrupt record"),
         ([("a.npy", npy(np.array([{}]))), ("a.txt", b"a")], "corrupt record"),
-        ([("a.npy", npy(np.zeros((2, 3)))), ("a.txt", b"a")], "latent is not a float array [C, h, w]"),
-        ([("a.npy", npy(np.zeros((2, 3, 3), int))), ("a.txt", b"a")], "latent is not a float array [C, h, w]"),
+        (
+            [("a.npy", npy(np.zeros((2, 3)))), ("a.txt", b"a")],
+            "latent is not a float array [C, h, w]",
+        ),
+        (
+            [("a.npy", npy(np.zeros((2, 3, 3), int))), ("a.txt", b"a")],
+            "latent is not a float array [C, h, w]",
+        ),
         ([("a.npy", npy(np.full((2, 1, 1), np.nan))), ("a.txt", b"a")], "latent is not finite"),
         ([("a.npy", npy(np.full((2, 1, 1), 1e300))), ("a.txt", b"a")], "latent is not finite"),
     ],
-)  # fmt: skip
+)
 def test_bad_samples_have_a_reason(tmp_path, members, expected):
     write_tar(tmp_path / "a.tar", members + sample(1, "b"))
     source = sources.open_source(tmp_path)
@@ -204,7 +239,9 @@ def test_latents(tmp_path):
     latent = np.arange(12, dtype=np.float16).reshape(3, 2, 2)
     write_tar(tmp_path / "a.tar", [("a.npy", npy(latent)), ("a.json", b'{"prompt": "steps"}')])
     example = sources.open_source(tmp_path)[0]
-    assert example.image is None and example.caption == "steps" and example.latent.dtype == np.float32
+    assert (
+        example.image is None and example.caption == "steps" and example.latent.dtype == np.float32
+    )
     np.testing.assert_array_equal(example.latent, latent)
 
 
@@ -212,19 +249,35 @@ def test_a_folder_with_metadata(tmp_path):
     for index in range(4):
         write(tmp_path / f"{3 - index}.png", PNGS[index])
     lines = [
-        {"file_name": "3.png", "text": CAPTIONS[0]}, {"file_name": "./2.png", "caption": "no", "long": CAPTIONS[1]},
-        {"file_name": "0.png", "width": 9}, {"file_name": "absent.png", "text": "x"}, {"file_name": "half.png", "text": "a \ud83d"},
-    ]  # fmt: skip
+        {"file_name": "3.png", "text": CAPTIONS[0]},
+        {"file_name": "./2.png", "caption": "no", "long": CAPTIONS[1]},
+        {"file_name": "0.png", "width": 9},
+        {"file_name": "absent.png", "text": "x"},
+        {"file_name": "half.png", "text": "a \ud83d"},
+    ]
     write(tmp_path / "half.png", PNGS[0])
     write(tmp_path / "metadata.jsonl", "\n\n".join(map(json.dumps, lines)))
     write(tmp_path / "1.txt", CAPTIONS[2])
     source = sources.open_source(tmp_path, caption_field="long")
-    assert reason(source, 0) == "missing caption" and reason(source, 4) == "missing picture" and len(source) == 6
-    assert [source.key(i) for i in range(6)] == ["0.png", "1.png", "2.png", "3.png", "absent.png", "half.png"]
+    assert (
+        reason(source, 0) == "missing caption"
+        and reason(source, 4) == "missing picture"
+        and len(source) == 6
+    )
+    assert [source.key(i) for i in range(6)] == [
+        "0.png",
+        "1.png",
+        "2.png",
+        "3.png",
+        "absent.png",
+        "half.png",
+    ]
     assert reason(source, 5) == "corrupt record"
     assert [(source[i].key, source[i].caption) for i in (1, 2, 3)] == [
-        ("1.png", CAPTIONS[2]), ("2.png", CAPTIONS[1]), ("3.png", CAPTIONS[0])
-    ]  # fmt: skip
+        ("1.png", CAPTIONS[2]),
+        ("2.png", CAPTIONS[1]),
+        ("3.png", CAPTIONS[0]),
+    ]
     assert source[1].image == PNGS[2] and sources.open_source(tmp_path)[2].caption == "no"
     write(tmp_path / "metadata.jsonl", '{"file_name": "3.png", "text": "a"}\n{"text": "b"}')
     with pytest.raises(UserError, match="metadata.jsonl line 2"):
@@ -238,9 +291,14 @@ def test_the_official_folder(tmp_path):
     for name in ("2.jpg", "3.jpg"):
         write(tmp_path / name, encoded(picture(2), "JPEG"))
     write(tmp_path / "3.txt", CAPTIONS[3])
-    write(tmp_path / "meta_data.json", json.dumps({"name": "x", "img_names": ["2.jpg", "3", "0", "absent"]}))
+    write(
+        tmp_path / "meta_data.json",
+        json.dumps({"name": "x", "img_names": ["2.jpg", "3", "0", "absent"]}),
+    )
     source = sources.open_source(tmp_path)
-    assert [source[i].key for i in range(3)] == ["0.png", "2.jpg", "3.jpg"] and source[1].caption == CAPTIONS[2]
+    assert [source[i].key for i in range(3)] == ["0.png", "2.jpg", "3.jpg"] and source[
+        1
+    ].caption == CAPTIONS[2]
     assert reason(source, 3) == "missing picture" and len(source) == 4
     write(tmp_path / "meta_data.json", "{}")
     with pytest.raises(UserError, match="img_names"):
@@ -330,14 +388,18 @@ def test_pictures_are_turned_as_exif_says():
 
 def test_transparency_is_white_and_grey_is_grey():
     clear = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 128]]], np.uint8)
-    np.testing.assert_array_equal(sources.load_picture(encoded(clear)), [[[255, 0, 0], [255] * 3, [127] * 3]])
+    np.testing.assert_array_equal(
+        sources.load_picture(encoded(clear)), [[[255, 0, 0], [255] * 3, [127] * 3]]
+    )
     palette = Image.fromarray(np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8)).convert("P")
     stream = io.BytesIO()
     palette.save(stream, "PNG", transparency=palette.getpixel((0, 0)))
     np.testing.assert_array_equal(sources.load_picture(stream.getvalue())[0, 0], [255] * 3)
     deep = np.array([[0, 257 * 100, 65535]], np.uint16)
     np.testing.assert_array_equal(sources.load_picture(encoded(deep))[0, :, 0], [0, 100, 255])
-    np.testing.assert_array_equal(sources.load_picture(encoded(picture(1)[..., 0]))[..., 2], picture(1)[..., 0])
+    np.testing.assert_array_equal(
+        sources.load_picture(encoded(picture(1)[..., 0]))[..., 2], picture(1)[..., 0]
+    )
 
 
 def bomb():
@@ -360,7 +422,8 @@ def test_fit_cuts_out_the_middle():
 
 
 @pytest.mark.parametrize(
-    "have, want", [((40, 64), (20, 16)), ((60, 40), (20, 20)), ((5, 6), (20, 20)), ((3, 90), (8, 8))]
+    "have, want",
+    [((40, 64), (20, 16)), ((60, 40), (20, 20)), ((5, 6), (20, 20)), ((3, 90), (8, 8))],
 )
 def test_fit_is_the_cut_of_the_scaled_picture(have, want):
     """Fails without antialiasing, with another filter, and when the middle is not the middle."""

@@ -29,7 +29,11 @@ def test_the_average_of_three_updates():
     for step, (value, expected) in enumerate([(2.0, 1.9), (3.0, 2.835), (5.0, 4.67525)]):
         ema = state.update_ema(ema, {"w": jnp.full(2, value)}, 0.15, step)
         np.testing.assert_allclose(ema["w"], expected, rtol=1e-6)
-    assert state.start_ema({"w": jnp.ones(2)}, 0.0) is state.update_ema(None, {"w": jnp.ones(2)}, 0.0, 0) is None
+    assert (
+        state.start_ema({"w": jnp.ones(2)}, 0.0)
+        is state.update_ema(None, {"w": jnp.ones(2)}, 0.0, 0)
+        is None
+    )
 
 
 def test_clipping_is_by_the_norm_of_the_whole_gradient():
@@ -38,8 +42,12 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient():
     By the second update of moments that remember the first: Adam's first does not depend on the gradient's length.
     """
     rng = np.random.default_rng(0)
-    long, short = ({"a": rng.standard_normal(3), "b": rng.standard_normal((2, 2))} for _ in range(2))
-    of_norm = lambda g, c: jax.tree.map(lambda a: jnp.float32(a * c / np.sqrt(sum(np.square(x).sum() for x in g.values()))), g)
+    long, short = (
+        {"a": rng.standard_normal(3), "b": rng.standard_normal((2, 2))} for _ in range(2)
+    )
+    of_norm = lambda g, c: jax.tree.map(
+        lambda a: jnp.float32(a * c / np.sqrt(sum(np.square(x).sum() for x in g.values()))), g
+    )
     tx = state.optimizer(plain(b1=0.9, clip=0.3), 10, 1, came_rules=NONE)
 
     def second(first, then):
@@ -55,10 +63,29 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient():
     assert np.abs(raised["a"] - expected["a"]).max() > 1e-4
 
 
-BLOCK = {f"blocks/{name}/kernel" for name in (
-    "attn1/to_qkv", "attn1/to_out", "attn2/to_q", "attn2/to_k", "attn2/to_v", "attn2/to_out", "ff/conv_inverted", "ff/conv_point",
-)}  # fmt: skip
-INPUTS = {f"inputs/{name}/kernel" for name in ("caption/linear_1", "caption/linear_2", "time_embed/linear_1", "time_embed/linear_2", "time_proj")}
+BLOCK = {
+    f"blocks/{name}/kernel"
+    for name in (
+        "attn1/to_qkv",
+        "attn1/to_out",
+        "attn2/to_q",
+        "attn2/to_k",
+        "attn2/to_v",
+        "attn2/to_out",
+        "ff/conv_inverted",
+        "ff/conv_point",
+    )
+}
+INPUTS = {
+    f"inputs/{name}/kernel"
+    for name in (
+        "caption/linear_1",
+        "caption/linear_2",
+        "time_embed/linear_1",
+        "time_embed/linear_2",
+        "time_proj",
+    )
+}
 GUIDANCE = {f"inputs/guidance_embed/linear_{i}/kernel" for i in (1, 2)}
 
 
@@ -68,22 +95,35 @@ def test_which_parameters_are_matrices():
     params = jax.eval_shape(student.init, jax.random.key(0))
     found = {}
     jax.tree_util.tree_map_with_path(
-        lambda path, leaf, axes: found.update({jax.tree_util.keystr(path, simple=True, separator="/"): (leaf.ndim, axes)}),
-        params, state._matrices(params),
-    )  # fmt: skip
+        lambda path, leaf, axes: found.update(
+            {jax.tree_util.keystr(path, simple=True, separator="/"): (leaf.ndim, axes)}
+        ),
+        params,
+        state._matrices(params),
+    )
     matrices = {name: axes for name, (_, axes) in found.items() if axes is not None}
-    trunk, control = BLOCK | INPUTS | GUIDANCE, BLOCK | INPUTS | {"zero_in/kernel", "zero_out/kernel"}
+    trunk, control = (
+        BLOCK | INPUTS | GUIDANCE,
+        BLOCK | INPUTS | {"zero_in/kernel", "zero_out/kernel"},
+    )
     assert matrices.keys() == {f"trunk/{n}" for n in trunk} | {f"control/{n}" for n in control}
     for name, axes in matrices.items():
         ndim = 3 if "blocks" in name or "zero_out" in name else 2
-        assert found[name][0] == ndim and (axes.reduction_axis, axes.output_axis) == (ndim - 2, ndim - 1)
+        assert found[name][0] == ndim and (axes.reduction_axis, axes.output_axis) == (
+            ndim - 2,
+            ndim - 1,
+        )
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (3, 12, 12)], ids=["one", "a stack"])
 def test_an_update_of_muon_turns_and_does_not_stretch(shape):
     """Singular values near 1, of each layer. Fails when kernels are left to AdamW, and when a stack is taken for one matrix."""
     tx = state.optimizer(plain(kind="muon", muon_lr=1.0), 10, 1, came_rules=NONE)
-    g = {"dense": {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)}}
+    g = {
+        "dense": {
+            "kernel": jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+        }
+    }
     updates, _ = tx.update(g, tx.init(g), g)
     values = np.linalg.svd(np.asarray(updates["dense"]["kernel"]), compute_uv=False)
     assert 0.6 < values.min() and values.max() < 1.3
@@ -107,7 +147,10 @@ def test_rates_of_a_distillation():
     curve = dict(warmup=4, decay_to=0.1)
     own = dict(optimizer=plain(**curve), head_optimizer=plain(**curve, lr=0.02))
     nets = build.nets(dataclasses.replace(c, sprint=dataclasses.replace(c.sprint, steps=40, **own)))
-    share = [(i + 1) / 5 if i < 4 else 0.1 + 0.9 * (1 + math.cos(math.pi * (i - 4) / 16)) / 2 for i in range(21)]
+    share = [
+        (i + 1) / 5 if i < 4 else 0.1 + 0.9 * (1 + math.cos(math.pi * (i - 4) / 16)) / 2
+        for i in range(21)
+    ]
     assert share[4] == 1 and share[20] == pytest.approx(0.1)
     np.testing.assert_allclose(rates(nets.tx, 21), 0.01 * np.array(share), rtol=1e-4)
     np.testing.assert_allclose(rates(nets.heads_tx, 21), 0.02 * np.array(share), rtol=1e-4)
@@ -116,12 +159,24 @@ def test_rates_of_a_distillation():
 def test_rates_of_a_fine_tuning(monkeypatch):
     """Both are lowered by the same factor, over its own steps. Fails when Muon keeps the rate of the first training."""
     tree = card("smoke")[0]
-    tree.teacher.update(base_qk_norm=False, base_time_scale=1000.0, finetune_steps=6, finetune_lr=tree.teacher.optimizer.lr / 4)
+    tree.teacher.update(
+        base_qk_norm=False,
+        base_time_scale=1000.0,
+        finetune_steps=6,
+        finetune_lr=tree.teacher.optimizer.lr / 4,
+    )
     c = config.parse(tree)
     seen = []
-    monkeypatch.setattr(run.state, "optimizer", lambda o, steps, batch, came_rules: seen.append((o, steps, batch)) or optax.sgd(0.0))
+    monkeypatch.setattr(
+        run.state,
+        "optimizer",
+        lambda o, steps, batch, came_rules: seen.append((o, steps, batch)) or optax.sgd(0.0),
+    )
     for stage in run.teacher_stages(c, inputs.Abstract(c), None):
         stage({})
     o = c.teacher.optimizer
     slower = dataclasses.replace(o, lr=o.lr / 4, muon_lr=o.muon_lr / 4)
-    assert seen == [(o, c.teacher.steps, c.teacher.batch), (slower, 6, c.teacher.batch)] and o.muon_lr > 0
+    assert (
+        seen == [(o, c.teacher.steps, c.teacher.batch), (slower, 6, c.teacher.batch)]
+        and o.muon_lr > 0
+    )

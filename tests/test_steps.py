@@ -31,7 +31,9 @@ def card():
     tree.data.size = SIDE * tree.codec.block
     tree.model.update(width=16, unroll=1)
     tree.teacher.optimizer.update(lr=3e-3, warmup=0)
-    tree.sprint.update(head_blocks=(1,), scm_weight=1.0, adv_weight=0.5, misaligned=True, reduction="code")
+    tree.sprint.update(
+        head_blocks=(1,), scm_weight=1.0, adv_weight=0.5, misaligned=True, reduction="code"
+    )
     return config.parse(tree)
 
 
@@ -85,7 +87,10 @@ def start():
     """Distillation at step 0."""
     teacher()
     make = lambda key: sprint_step.init(
-        sprint_step.student_params(teacher(), nets(), key, logvar_start=card().sprint.logvar_start), nets(), card().sprint, key
+        sprint_step.student_params(teacher(), nets(), key, logvar_start=card().sprint.logvar_start),
+        nets(),
+        card().sprint,
+        key,
     )
     return jax.tree.map(np.asarray, jit(make)(jax.random.key(1)))
 
@@ -112,7 +117,9 @@ def poisoned():
 @functools.cache
 def teacher_run():
     """(initial state, step) of the teacher."""
-    tx = state.optimizer(card().teacher.optimizer, 1000, BATCH, came_rules=(came.dit_factored, came.dit_stacked))
+    tx = state.optimizer(
+        card().teacher.optimizer, 1000, BATCH, came_rules=(came.dit_factored, came.dit_stacked)
+    )
     step = jit(teacher_step.make_step(nets().teacher, tx, card().teacher, 0))
     return teacher_step.init(teacher(), tx, card().teacher), step
 
@@ -146,9 +153,18 @@ def test_teacher_rejects_a_nan():
 @functools.cache
 def teacher_descent(parts):
     """(state, metrics) after an update by the gradient itself, of a batch in so many parts."""
-    c = dataclasses.replace(card().teacher, accumulate=parts, caption_dropout=0.5, time_mean=0.3, time_std=0.7, time_shift=3.0)
+    c = dataclasses.replace(
+        card().teacher,
+        accumulate=parts,
+        caption_dropout=0.5,
+        time_mean=0.3,
+        time_std=0.7,
+        time_shift=3.0,
+    )
     tx = optax.sgd(1.0)
-    return jit(teacher_step.make_step(nets().teacher, tx, c, 5))(teacher_step.init(teacher(), tx, c), frozen(), batch())
+    return jit(teacher_step.make_step(nets().teacher, tx, c, 5))(
+        teacher_step.init(teacher(), tx, c), frozen(), batch()
+    )
 
 
 def test_teacher_step_is_the_loss_of_its_draws():
@@ -170,14 +186,35 @@ def test_teacher_step_is_the_loss_of_its_draws():
 def test_a_start_in_which_padding_shows():
     """Three leaves of the usual start are changed, each as it says. Fails when another row of the table is raised."""
     model, key = nets().teacher, jax.random.key(3)
-    flat = lambda params: {"/".join(path): np.asarray(a) for path, a in traverse_util.flatten_dict(params).items()}
-    starts = jit(lambda: (model.init(key), *(teacher_step.start(model, key, borders=b) for b in (True, False))))
+    flat = lambda params: {
+        "/".join(path): np.asarray(a) for path, a in traverse_util.flatten_dict(params).items()
+    }
+    starts = jit(
+        lambda: (
+            model.init(key),
+            *(teacher_step.start(model, key, borders=b) for b in (True, False)),
+        )
+    )
     usual, raised, same_start = map(flat, starts())
-    bias, table, patches = "blocks/ff/conv_inverted/bias", "blocks/scale_shift_table", "inputs/patch_embed/kernel"
-    assert {name for name in usual if not np.array_equal(usual[name], raised[name])} == {bias, table, patches}
+    bias, table, patches = (
+        "blocks/ff/conv_inverted/bias",
+        "blocks/scale_shift_table",
+        "inputs/patch_embed/kernel",
+    )
+    assert {name for name in usual if not np.array_equal(usual[name], raised[name])} == {
+        bias,
+        table,
+        patches,
+    }
     assert all(np.array_equal(usual[name], same_start[name]) for name in usual)
-    assert not usual[bias].any() and 1.8 < raised[bias].std() < 2.2 and abs(raised[bias].mean()) < 0.5
-    np.testing.assert_allclose(raised[table] - usual[table], np.broadcast_to([[0], [0], [0], [0], [0], [1]], usual[table].shape), atol=1e-6)
+    assert (
+        not usual[bias].any() and 1.8 < raised[bias].std() < 2.2 and abs(raised[bias].mean()) < 0.5
+    )
+    np.testing.assert_allclose(
+        raised[table] - usual[table],
+        np.broadcast_to([[0], [0], [0], [0], [0], [1]], usual[table].shape),
+        atol=1e-6,
+    )
     np.testing.assert_allclose(raised[patches], 0.3 * usual[patches], rtol=1e-6)
 
 
@@ -192,7 +229,9 @@ def test_generator_step_moves_the_student_alone():
     assert int(after.step) == 1 and after.rejected.tolist() == [0, 0, 0]
     total = metrics["scm"] + 0.5 * metrics["adv"]
     np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
-    moved = [np.square(a - b).sum() for a, b in zip(*map(jax.tree.leaves, (after.params, before.params)))]
+    moved = [
+        np.square(a - b).sum() for a, b in zip(*map(jax.tree.leaves, (after.params, before.params)))
+    ]
     np.testing.assert_allclose(np.sqrt(sum(moved)), metrics["grad_norm"], rtol=1e-3)
 
 
@@ -216,21 +255,29 @@ def test_the_students_average_counts_rounds():
     first, _ = generator(start(), frozen(), batch())
     between, _ = discriminator(first, frozen(), batch())
     second, _ = generator(between, frozen(), batch())
-    mixed = lambda share, ema, params: jax.tree.map(lambda e, p: share * e + (1 - share) * p, ema, params)
+    mixed = lambda share, ema, params: jax.tree.map(
+        lambda e, p: share * e + (1 - share) * p, ema, params
+    )
     far = lambda a, b: float(optax.tree.norm(jax.tree.map(jnp.subtract, a, b)))
     once = mixed(1 / 10, start().params, first.params)
-    assert far(first.ema, once) < 1e-4 * far(start().params, first.params) and same(between.ema, first.ema)
+    assert far(first.ema, once) < 1e-4 * far(start().params, first.params) and same(
+        between.ema, first.ema
+    )
     assert far(second.ema, mixed(2 / 11, once, second.params)) < 1e-3 * far(once, second.params)
 
 
 def test_margins_are_of_the_students_pictures_alone():
     """With misaligned pairs beside them or without. Fails when the mean is over both kinds of fakes."""
     _, with_pairs = steps()[1](start(), frozen(), batch())
-    alone = sprint_step.make_discriminator_step(nets(), dataclasses.replace(card().sprint, misaligned=False), 0)
+    alone = sprint_step.make_discriminator_step(
+        nets(), dataclasses.replace(card().sprint, misaligned=False), 0
+    )
     _, without = jit(alone)(start(), frozen(), batch())
     assert abs(with_pairs["disc"] - without["disc"]) > 1e-4
     for side in ("real", "fake"):
-        np.testing.assert_allclose(with_pairs[f"head_1/{side}"], without[f"head_1/{side}"], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(
+            with_pairs[f"head_1/{side}"], without[f"head_1/{side}"], rtol=1e-4, atol=1e-6
+        )
     assert abs(with_pairs["head_1/real"] - with_pairs["head_1/fake"]) > 1e-3
 
 
@@ -272,10 +319,16 @@ def test_student_starts_as_the_teacher():
 
 def test_the_student_is_told_each_samples_guidance():
     """F is the network's own velocity at that sample's scale. Fails when student_F hands on no scale, or one for all samples."""
-    b, w, u = batch(), np.tile(np.float32([1.0, 2.0, 4.5, 7.0]), BATCH // 4), normals(BATCH, *build.latent_shape(card()), seed=5)
+    b, w, u = (
+        batch(),
+        np.tile(np.float32([1.0, 2.0, 4.5, 7.0]), BATCH // 4),
+        normals(BATCH, *build.latent_shape(card()), seed=5),
+    )
     t = TIMES
     embed = start().params["inputs"]["guidance_embed"]
-    told_more = jax.tree.map(lambda a: a + 0.3 * normals(*a.shape, seed=a.size), embed)  # it ends in zeros
+    told_more = jax.tree.map(
+        lambda a: a + 0.3 * normals(*a.shape, seed=a.size), embed
+    )  # it ends in zeros
     params = start().params | {"inputs": start().params["inputs"] | {"guidance_embed": told_more}}
     F = jit(lambda w: sprint_step.student_F(nets(), params, told(b), w)(u, t)[0])
 
@@ -283,7 +336,11 @@ def test_the_student_is_told_each_samples_guidance():
     def alike(one):
         s = trigflow.to_flow_time(t)
         x = trigflow.to_flow_state(u, t)
-        v = nets().student.apply(params, x, s, guidance=np.full(BATCH, 1, np.float32) * one, **told(b)).velocity
+        v = (
+            nets()
+            .student.apply(params, x, s, guidance=np.full(BATCH, 1, np.float32) * one, **told(b))
+            .velocity
+        )
         return trigflow.from_flow_velocity(v, x, s)
 
     each = np.asarray(F(w))
@@ -381,10 +438,14 @@ def test_logvar_trains_its_head_alone_where_asked():
     b, w = batch(), np.full(BATCH, 2.0, np.float32)
     u, t = normals(*b["latent"].shape, seed=1), TIMES
     params = jax.tree.map(np.copy, start().params)
-    params["inputs"]["logvar"]["kernel"] += normals(*params["inputs"]["logvar"]["kernel"].shape, seed=2)  # starts at zero
+    params["inputs"]["logvar"]["kernel"] += normals(
+        *params["inputs"]["logvar"]["kernel"].shape, seed=2
+    )  # starts at zero
 
     def sloped(who):
-        mean = lambda p: sprint_step.student_F(nets(), p, told(b), w, logvar_gradient=who)(u, t)[1].mean()
+        mean = lambda p: sprint_step.student_F(nets(), p, told(b), w, logvar_gradient=who)(u, t)[
+            1
+        ].mean()
         value, slope = jit(jax.value_and_grad(mean))(params)
         return value, traverse_util.flatten_dict(slope)
 
@@ -400,8 +461,13 @@ def test_logvar_trains_its_head_alone_where_asked():
 def test_logvar_starts_where_asked():
     """At every time and scale, and nothing else moves. Fails when the start does not reach the head's bias."""
     b, key = batch(), jax.random.key(1)
-    zero, moved = (sprint_step.student_params(teacher(), nets(), key, logvar_start=start) for start in (0.0, -6.0))
-    F = sprint_step.student_F(nets(), moved, told(b), np.tile(np.float32([1.0, 1.5, 2.0, 4.5]), BATCH // 4))
+    zero, moved = (
+        sprint_step.student_params(teacher(), nets(), key, logvar_start=start)
+        for start in (0.0, -6.0)
+    )
+    F = sprint_step.student_F(
+        nets(), moved, told(b), np.tile(np.float32([1.0, 1.5, 2.0, 4.5]), BATCH // 4)
+    )
     u, t = normals(*b["latent"].shape, seed=1), TIMES
     np.testing.assert_array_equal(jit(F)(u, t)[1], np.full(BATCH, -6.0, np.float32))
     zero["inputs"].pop("logvar"), moved["inputs"].pop("logvar")
@@ -413,30 +479,47 @@ def test_generator_step_obeys_logvar_gradient():
     before = start()
     kernel = before.params["inputs"]["logvar"]["kernel"]
     logvar = before.params["inputs"]["logvar"] | {"kernel": normals(*kernel.shape, seed=2)}
-    before = before.replace(params=before.params | {"inputs": before.params["inputs"] | {"logvar": logvar}})
+    before = before.replace(
+        params=before.params | {"inputs": before.params["inputs"] | {"logvar": logvar}}
+    )
     c = dataclasses.replace(card().sprint, adv_weight=0.0)
-    steps = {who: sprint_step.make_generator_step(nets(), dataclasses.replace(c, logvar_gradient=who), 0) for who in ("network", "head")}
+    steps = {
+        who: sprint_step.make_generator_step(nets(), dataclasses.replace(c, logvar_gradient=who), 0)
+        for who in ("network", "head")
+    }
     # In one program: what they share is compiled once.
-    norms = jit(lambda *args: {who: step(*args)[1] for who, step in steps.items()})(before, frozen(), batch())
+    norms = jit(lambda *args: {who: step(*args)[1] for who, step in steps.items()})(
+        before, frozen(), batch()
+    )
     assert norms["head"]["loss"] == norms["network"]["loss"]
-    assert norms["head"]["grad_norm/inputs/logvar"] == pytest.approx(float(norms["network"]["grad_norm/inputs/logvar"]), rel=1e-4)
-    with_both, alone = (float(norms[who]["grad_norm/inputs/time_embed"]) for who in ("network", "head"))
+    assert norms["head"]["grad_norm/inputs/logvar"] == pytest.approx(
+        float(norms["network"]["grad_norm/inputs/logvar"]), rel=1e-4
+    )
+    with_both, alone = (
+        float(norms[who]["grad_norm/inputs/time_embed"]) for who in ("network", "head")
+    )
     assert abs(with_both - alone) > 0.01 * with_both
 
 
-@pytest.mark.parametrize("which, make", enumerate([sprint_step.make_generator_step, sprint_step.make_discriminator_step]))
+@pytest.mark.parametrize(
+    "which, make", enumerate([sprint_step.make_generator_step, sprint_step.make_discriminator_step])
+)
 def test_accumulation_changes_nothing(which, make):
     """Two parts equal the whole. Fails when parts sum instead of averaging, or when a part draws for itself."""
     results = []
     in_two = jit(make(nets(), dataclasses.replace(card().sprint, accumulate=2), 0))
     for step in (steps()[which], in_two):
         after, metrics = step(start(), frozen(), batch())
-        results.append((jax.device_get(after), metrics["loss"] if "loss" in metrics else metrics["disc"]))
+        results.append(
+            (jax.device_get(after), metrics["loss"] if "loss" in metrics else metrics["disc"])
+        )
     (one, loss), (two, other) = results
     assert abs(loss - other) < 1e-5 * abs(loss)
     before = start()
     for part in ("params", "heads", "spectral"):
-        for a, b, c in zip(*(jax.tree.leaves(getattr(s, part)) for s in (one, two, before)), strict=True):
+        for a, b, c in zip(
+            *(jax.tree.leaves(getattr(s, part)) for s in (one, two, before)), strict=True
+        ):
             # Of the update, not of the parameter; biases before a normalisation move by rounding alone.
             assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a - c) + 1e-6
 

@@ -127,7 +127,9 @@ def test_nothing_happens_at_import():
         "assert dict(os.environ) == before\n"
         "assert threading.active_count() == 1, threading.enumerate()\n"
     )
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr[-2000:]
 
 
@@ -136,7 +138,11 @@ def readme():
 
 
 def test_readme_paths_exist():
-    named = set(re.findall(r"`((?:sprint_jax|configs|tests|benchmarks|launch|notebooks|docs)/[\w./]*)`", readme()))
+    named = set(
+        re.findall(
+            r"`((?:sprint_jax|configs|tests|benchmarks|launch|notebooks|docs)/[\w./]*)`", readme()
+        )
+    )
     assert named
     for path in named:
         assert (ROOT / path).exists(), path

@@ -69,7 +69,9 @@ class Untransferred:
     def apply(self, params, x, t, text, mask, guidance=None, *, features=(), velocity=True):
         angle = trigflow.from_flow_time(t)
         u = trigflow.from_flow_state(x, t)
-        out = self.model.apply(params, u, angle, text, mask, guidance, features=features, velocity=velocity)
+        out = self.model.apply(
+            params, u, angle, text, mask, guidance, features=features, velocity=velocity
+        )
         if out.velocity is None:
             return out
         return out.replace(velocity=trigflow.to_flow_velocity(out.velocity, u, angle))
@@ -113,7 +115,9 @@ class Experiments:
             self._say("teacher: trained here, once for all runs")
             folder = self._workdir / "runs" / "the_teacher"
             folder.mkdir(parents=True, exist_ok=True)
-            weights.save(finished, self._train_teacher(c, self.data, folder, lambda share: None, bar=True))
+            weights.save(
+                finished, self._train_teacher(c, self.data, folder, lambda share: None, bar=True)
+            )
         return weights.load(finished, jax.eval_shape(build.teacher(c).init, jax.random.key(0)))
 
     @functools.cached_property
@@ -133,44 +137,101 @@ class Experiments:
         model = build.student(c) if transfer else Untransferred(build.student(c))
         for steps in run_lib.STUDENT_STEPS:
             times = samplers.scm_times(steps, c.evaluation.schedule)
-            make = lambda: generation.student_sampler(model, self.data.pixels, build.latent_shape(c), times)
-            metrics |= self._score(("student", model, steps), make, params, c.evaluation.student_guidance, seed, str(steps))
+            make = lambda: generation.student_sampler(
+                model, self.data.pixels, build.latent_shape(c), times
+            )
+            metrics |= self._score(
+                ("student", model, steps),
+                make,
+                params,
+                c.evaluation.student_guidance,
+                seed,
+                str(steps),
+            )
         return metrics
 
     def _sample(self, c, sampler, seed):
         steps, model = c.evaluation.teacher_steps, build.teacher(c)
         times = samplers.flow_times(steps) if sampler == "flow" else samplers.trig_times(steps)
-        make = lambda: generation.teacher_sampler(model, self.data.pixels, build.latent_shape(c), times, sampler=sampler)
-        return self._score((sampler, model, steps), make, self.teacher, c.evaluation.teacher_guidance, seed, "")
+        make = lambda: generation.teacher_sampler(
+            model, self.data.pixels, build.latent_shape(c), times, sampler=sampler
+        )
+        return self._score(
+            (sampler, model, steps), make, self.teacher, c.evaluation.teacher_guidance, seed, ""
+        )
 
     def _gradients(self, c, folder, advance):
         """A teacher of this kind, then generator updates alone: what the norms of Fig. 3 are read off."""
         data = inputs.open_inputs(c, self._say)
         teacher = self._train_teacher(c, data, folder, lambda share: advance(share / 2))
         self._train_sprint(
-            c, data, teacher, folder, lambda share: advance((1 + share) / 2), name="gradients", functions=slice(1)
+            c,
+            data,
+            teacher,
+            folder,
+            lambda share: advance((1 + share) / 2),
+            name="gradients",
+            functions=slice(1),
         )
-        rows = {stage: [row for row in _rows(folder) if row["stage"] == stage] for stage in ("teacher", "gradients")}
-        metrics = {name: geometric_mean([row[name] for row in rows["gradients"]]) for name in ("grad_norm", "tangent_norm")}
-        return metrics | {"rejected": rows["gradients"][-1]["rejected"], "teacher_loss": rows["teacher"][-1]["loss"]}
+        rows = {
+            stage: [row for row in _rows(folder) if row["stage"] == stage]
+            for stage in ("teacher", "gradients")
+        }
+        metrics = {
+            name: geometric_mean([row[name] for row in rows["gradients"]])
+            for name in ("grad_norm", "tangent_norm")
+        }
+        return metrics | {
+            "rejected": rows["gradients"][-1]["rejected"],
+            "teacher_loss": rows["teacher"][-1]["loss"],
+        }
 
     def _train_teacher(self, c, data, folder, advance, bar=False):
-        start, functions, compiled = self._shared(("teacher", _structure(c)), lambda: _teacher_programs(c))
+        start, functions, compiled = self._shared(
+            ("teacher", _structure(c)), lambda: _teacher_programs(c)
+        )
         stage = loop.Stage(
-            name="teacher", steps=c.teacher.steps, start=start, begun={}, functions=functions,
-            frozen={"knobs": _knobs(c)} | data.frozen, prepare=self.data.prepare, batch=c.teacher.batch,
-            batches=data.batches, data=data.identity,
-        )  # fmt: skip
+            name="teacher",
+            steps=c.teacher.steps,
+            start=start,
+            begun={},
+            functions=functions,
+            frozen={"knobs": _knobs(c)} | data.frozen,
+            prepare=self.data.prepare,
+            batch=c.teacher.batch,
+            batches=data.batches,
+            data=data.identity,
+        )
         final = self._train(stage, c, folder, compiled, advance, bar)
         return jax.device_get(state.averaged(final))
 
-    def _train_sprint(self, c, data, teacher, folder, advance, *, name="sprint", transfer=True, functions=slice(None)):
-        start, made, compiled = self._shared((name, transfer, _structure(c)), lambda: _sprint_programs(c, transfer))
+    def _train_sprint(
+        self,
+        c,
+        data,
+        teacher,
+        folder,
+        advance,
+        *,
+        name="sprint",
+        transfer=True,
+        functions=slice(None),
+    ):
+        start, made, compiled = self._shared(
+            (name, transfer, _structure(c)), lambda: _sprint_programs(c, transfer)
+        )
         stage = loop.Stage(
-            name=name, steps=c.sprint.steps, start=start, begun={}, functions=made[functions],
-            frozen={"teacher": teacher, "knobs": _knobs(c)} | data.frozen, prepare=self.data.prepare,
-            batch=c.sprint.batch, batches=data.batches, data=data.identity,
-        )  # fmt: skip
+            name=name,
+            steps=c.sprint.steps,
+            start=start,
+            begun={},
+            functions=made[functions],
+            frozen={"teacher": teacher, "knobs": _knobs(c)} | data.frozen,
+            prepare=self.data.prepare,
+            batch=c.sprint.batch,
+            batches=data.batches,
+            data=data.identity,
+        )
         return self._train(stage, c, folder, compiled, advance)
 
     def _shared(self, key, make):
@@ -182,7 +243,16 @@ class Experiments:
     def _train(self, stage, c, folder, compiled, advance, bar=False):
         records = _Watched(folder, stage.steps, advance)
         try:
-            final = loop.train(stage, c.run, self._mesh, folder, records, lambda message: None, compiled=compiled, bar=bar)
+            final = loop.train(
+                stage,
+                c.run,
+                self._mesh,
+                folder,
+                records,
+                lambda message: None,
+                compiled=compiled,
+                bar=bar,
+            )
         finally:
             records.close()
         return final
@@ -194,9 +264,14 @@ class Experiments:
             self._samplers[key] = make()
         null = {"text": self.data.frozen["null_text"], "mask": self.data.frozen["null_mask"]}
         images = generation.run(
-            self._samplers[key], {"transformer": params, "pixels": self.data.pixels_params}, null, heldout.cond,
-            guidance=guidance, seed=self._base.data.eval_seed + seed, batch=self._base.evaluation.batch,
-        )  # fmt: skip
+            self._samplers[key],
+            {"transformer": params, "pixels": self.data.pixels_params},
+            null,
+            heldout.cond,
+            guidance=guidance,
+            seed=self._base.data.eval_seed + seed,
+            batch=self._base.evaluation.batch,
+        )
         found = evaluator(images)
         return {name + suffix: found[name] for name in ("score", "frechet") if name in found}
 
@@ -221,17 +296,23 @@ def _structure(c: config_lib.Config):
 
 def _knobs(c: config_lib.Config):
     """Arguments of the programs. The seed is that of the sprint in `run.sprint_stage`."""
-    return {"seed": np.int32(c.seed + 1)} | {name: np.float32(getattr(c.sprint, name)) for name in KNOBS}
+    return {"seed": np.int32(c.seed + 1)} | {
+        name: np.float32(getattr(c.sprint, name)) for name in KNOBS
+    }
 
 
 def _sprint_programs(c: config_lib.Config, transfer: bool):
     """(start, (generator step, discriminator step)) as in `run.sprint_stage`, with the knobs read from `frozen`."""
     nets = build.nets(c)
     if not transfer:
-        nets = dataclasses.replace(nets, teacher=Untransferred(nets.teacher), student=Untransferred(nets.student))
+        nets = dataclasses.replace(
+            nets, teacher=Untransferred(nets.teacher), student=Untransferred(nets.student)
+        )
 
     def start(frozen, begun):
-        return sprint_step.start(frozen["teacher"], nets, c.sprint, jax.random.key(frozen["knobs"]["seed"]))
+        return sprint_step.start(
+            frozen["teacher"], nets, c.sprint, jax.random.key(frozen["knobs"]["seed"])
+        )
 
     def told(make):
         def step(current, frozen, batch):
@@ -247,7 +328,9 @@ def _sprint_programs(c: config_lib.Config, transfer: bool):
 def _teacher_programs(c: config_lib.Config):
     """(start, (step,)) of a teacher from nothing, as in `run.teacher_stages` with its seed read from `frozen`."""
     model, t = build.teacher(c), c.teacher
-    tx = state.optimizer(t.optimizer, t.steps, t.batch, came_rules=(came.dit_factored, came.dit_stacked))
+    tx = state.optimizer(
+        t.optimizer, t.steps, t.batch, came_rules=(came.dit_factored, came.dit_stacked)
+    )
 
     def start(frozen, begun):
         key = jax.random.key(frozen["knobs"]["seed"])
@@ -269,4 +352,7 @@ def geometric_mean(values):
 
 
 def _rows(folder):
-    return [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
+    ]

@@ -100,57 +100,94 @@ RUNS = (
     Run("scm_long_head", "distil", _HEAD | {"sprint.adv_weight": 0.0, "sprint.steps": 640}),
     Run("norms_late", "gradients", {"teacher.steps": 900}, "wide"),
     Run("no_qk_norm_late", "gradients", _OFF | {"teacher.steps": 900}, "wide"),
-    *(Run(f"{name}_free_{size}", "gradients", changes | _FREE, size) for size in ("narrow", "wide")
-      for name, changes in (("norms", {}), ("no_qk_norm", _OFF), ("time_1000", _SPARSE))),
-)  # fmt: skip
+    *(
+        Run(f"{name}_free_{size}", "gradients", changes | _FREE, size)
+        for size in ("narrow", "wide")
+        for name, changes in (("norms", {}), ("no_qk_norm", _OFF), ("time_1000", _SPARSE))
+    ),
+)
 
 
 def _figure3(suffix, how, about):
     """Figures 3a and 3b, of the runs whose names end in a suffix before their size."""
-    return tuple(Table(
-        f"figure3{part}{suffix}", f"Figure 3{part}: {what}{how}", about,
-        (Row("with, narrow", f"norms{suffix}_narrow"), Row("without, narrow", f"{run}{suffix}_narrow"),
-         Row("with, wide", f"norms{suffix}_wide"), Row("without, wide", f"{run}{suffix}_wide")),
-        (("with, narrow", "without, narrow"), ("with, wide", "without, wide")),
-        rule="better", metrics=("grad_norm", "tangent_norm"), steps=(),
-    ) for part, what, run in (("a", "QK-norm", "no_qk_norm"), ("b", "dense times (1) against 1000", "time_1000")))  # fmt: skip
+    return tuple(
+        Table(
+            f"figure3{part}{suffix}",
+            f"Figure 3{part}: {what}{how}",
+            about,
+            (
+                Row("with, narrow", f"norms{suffix}_narrow"),
+                Row("without, narrow", f"{run}{suffix}_narrow"),
+                Row("with, wide", f"norms{suffix}_wide"),
+                Row("without, wide", f"{run}{suffix}_wide"),
+            ),
+            (("with, narrow", "without, narrow"), ("with, wide", "without, wide")),
+            rule="better",
+            metrics=("grad_norm", "tangent_norm"),
+            steps=(),
+        )
+        for part, what, run in (
+            ("a", "QK-norm", "no_qk_norm"),
+            ("b", "dense times (1) against 1000", "time_1000"),
+        )
+    )
 
 
 TABLES = (
     Table(
-        "table3", "Table 3: sCM and LADD",
+        "table3",
+        "Table 3: sCM and LADD",
         "Which of the two losses trains the student.",
-        (Row("sCM", "scm", fid=8.93, clip=27.51), Row("LADD", "ladd", fid=12.20, clip=27.00),
-         Row("sCM + LADD", "base", fid=8.11, clip=28.02)),
+        (
+            Row("sCM", "scm", fid=8.93, clip=27.51),
+            Row("LADD", "ladd", fid=12.20, clip=27.00),
+            Row("sCM + LADD", "base", fid=8.11, clip=28.02),
+        ),
         (("sCM + LADD", "sCM"), ("sCM + LADD", "LADD"), ("sCM", "LADD")),
     ),
     Table(
-        "table6", "Table 6: max-time weighting",
+        "table6",
+        "Table 6: max-time weighting",
         "Probability p that the adversarial branch starts from pure noise.",
-        (Row("0 %", "max_time_0", fid=9.44, clip=27.65), Row("50 %", "base", fid=8.32, clip=27.94),
-         Row("70 %", "max_time_70", fid=8.11, clip=28.02)),
+        (
+            Row("0 %", "max_time_0", fid=9.44, clip=27.65),
+            Row("50 %", "base", fid=8.32, clip=27.94),
+            Row("70 %", "max_time_70", fid=8.11, clip=28.02),
+        ),
         (("50 %", "0 %"), ("70 %", "0 %"), ("70 %", "50 %")),
     ),
     Table(
-        "table5", "Table 5: weight of the adversarial loss",
+        "table5",
+        "Table 5: weight of the adversarial loss",
         "sCM : LADD. 1 : 5 is the embedded default and has no row in the paper.",
-        (Row("1 : 0.1", "lambda_01", fid=8.90, clip=27.76), Row("1 : 0.5", "lambda_05", fid=8.43, clip=27.85),
-         Row("1 : 1", "lambda_1", fid=8.81, clip=27.93), Row("1 : 5", "base")),
+        (
+            Row("1 : 0.1", "lambda_01", fid=8.90, clip=27.76),
+            Row("1 : 0.5", "lambda_05", fid=8.43, clip=27.85),
+            Row("1 : 1", "lambda_1", fid=8.81, clip=27.93),
+            Row("1 : 5", "base"),
+        ),
         (("1 : 0.5", "1 : 0.1"), ("1 : 0.5", "1 : 1"), ("1 : 1", "1 : 0.1")),
     ),
     Table(
-        "table4", "Table 4: embedded guidance scale",
+        "table4",
+        "Table 4: embedded guidance scale",
         "Without the embedding the student learns the unguided teacher, as in the published code; the paper's text "
         "keeps guidance in its teacher.",
-        (Row("without", "no_embed", fid=9.23, clip=27.15), Row("with", "base", fid=8.72, clip=28.09)),
+        (
+            Row("without", "no_embed", fid=9.23, clip=27.15),
+            Row("with", "base", fid=8.72, clip=28.09),
+        ),
         (("with", "without"),),
     ),
     *_figure3(
-        "", "", "Short teachers from nothing, then sCM alone with the whole tangent (r = 1). Geometric mean over its updates "
+        "",
+        "",
+        "Short teachers from nothing, then sCM alone with the whole tangent (r = 1). Geometric mean over its updates "
         "of the gradient's norm before clipping, and of the tangent's norm before it is normalised.",
     ),
     Table(
-        "figure3d", "Figure 3d: schedule transfer",
+        "figure3d",
+        "Figure 3d: schedule transfer",
         "Without it the flow network is distilled as if it were a TrigFlow one; the paper shows pictures: training "
         "diverges.",
         (Row("with", "base"), Row("without", "no_transfer")),
@@ -158,77 +195,132 @@ TABLES = (
         rule="better",
     ),
     Table(
-        "figure5", "Figure 5: steps of the student",
+        "figure5",
+        "Figure 5: steps of the student",
         "The paper's numbers are those of its 0.6B model in Table 2 and of SANA 0.6B in 20 steps.",
-        (Row("1 step", "base", "1", 7.04, 28.04), Row("2 steps", "base", "2", 6.54, 28.40),
-         Row("4 steps", "base", "4", 6.48, 28.45), Row("teacher, 20 steps", "teacher", "", 5.81, 28.36)),
+        (
+            Row("1 step", "base", "1", 7.04, 28.04),
+            Row("2 steps", "base", "2", 6.54, 28.40),
+            Row("4 steps", "base", "4", 6.48, 28.45),
+            Row("teacher, 20 steps", "teacher", "", 5.81, 28.36),
+        ),
         (("2 steps", "1 step"), ("4 steps", "2 steps"), ("teacher, 20 steps", "1 step")),
         steps=(),
     ),
     Table(
-        "samplers", "Appendix: times of the generator",
+        "samplers",
+        "Appendix: times of the generator",
         "(P_mean, P_std). The paper names (0.0, 1.6) the best of its means at 1.6, from sCM alone; here both losses train.",
-        (Row("(-0.8, 1.6)", "p_mean_low"), Row("(0.0, 1.6)", "p_mean_0"), Row("(0.4, 1.6)", "p_mean_high"),
-         Row("(-0.4, 1.4), embedded", "base")),
+        (
+            Row("(-0.8, 1.6)", "p_mean_low"),
+            Row("(0.0, 1.6)", "p_mean_0"),
+            Row("(0.4, 1.6)", "p_mean_high"),
+            Row("(-0.4, 1.4), embedded", "base"),
+        ),
         (("(0.0, 1.6)", "(-0.8, 1.6)"), ("(0.0, 1.6)", "(0.4, 1.6)")),
         rule="better",
     ),
     Table(
-        "disc_samplers", "Appendix: times of the discriminator",
+        "disc_samplers",
+        "Appendix: times of the discriminator",
         "(mean, standard deviation) of the renoising; the paper gives FID alone.",
-        (Row("(-0.6, 1.0)", "base", fid=9.48), Row("(-0.6, 2.0)", "disc_wide", fid=10.36), Row("(0.6, 1.0)", "disc_high", fid=12.85)),
-        (("(-0.6, 1.0)", "(-0.6, 2.0)"), ("(-0.6, 1.0)", "(0.6, 1.0)"), ("(-0.6, 2.0)", "(0.6, 1.0)")),
+        (
+            Row("(-0.6, 1.0)", "base", fid=9.48),
+            Row("(-0.6, 2.0)", "disc_wide", fid=10.36),
+            Row("(0.6, 1.0)", "disc_high", fid=12.85),
+        ),
+        (
+            ("(-0.6, 1.0)", "(-0.6, 2.0)"),
+            ("(-0.6, 1.0)", "(0.6, 1.0)"),
+            ("(-0.6, 2.0)", "(0.6, 1.0)"),
+        ),
     ),
     Table(
-        "table1", "Table 1: flow and TrigFlow sampling of the teacher",
+        "table1",
+        "Table 1: flow and TrigFlow sampling of the teacher",
         "50 steps with guidance; the same noise for both within a seed.",
-        (Row("flow Euler", "flow_50", fid=5.81, clip=28.810), Row("TrigFlow", "trigflow_50", fid=5.73, clip=28.806)),
+        (
+            Row("flow Euler", "flow_50", fid=5.81, clip=28.810),
+            Row("TrigFlow", "trigflow_50", fid=5.73, clip=28.806),
+        ),
         (("flow Euler", "TrigFlow"),),
-        rule="equal", steps=(),
+        rule="equal",
+        steps=(),
     ),
-)  # fmt: skip
+)
 
 # What was looked into where scale `tiny` disagrees with the paper.
 FOLLOW_UPS = (
     Table(
-        "table3_head", "Table 3: does the log-variance's gradient spoil sCM?",
+        "table3_head",
+        "Table 3: does the log-variance's gradient spoil sCM?",
         "network: the gradient of the adaptive weight's log-variance trains its head and, through it, the time embedding that all "
         "blocks are steered by, as published. head: it trains the head alone, as the embedded default does since. Long: 640 updates.",
-        (Row("sCM, network", "scm"), Row("sCM, head", "scm_head"), Row("LADD", "ladd"), Row("sCM + LADD, network", "base"),
-         Row("sCM + LADD, head", "both_head"), Row("sCM, long, network", "scm_long"), Row("sCM, long, head", "scm_long_head"),
-         Row("LADD, long", "ladd_long")),
-        (("sCM, head", "sCM, network"), ("sCM + LADD, head", "sCM + LADD, network"), ("sCM, long, head", "sCM, long, network"),
-         ("sCM, head", "LADD"), ("sCM + LADD, head", "LADD"), ("sCM + LADD, head", "sCM, head"), ("sCM, long, head", "LADD, long")),
+        (
+            Row("sCM, network", "scm"),
+            Row("sCM, head", "scm_head"),
+            Row("LADD", "ladd"),
+            Row("sCM + LADD, network", "base"),
+            Row("sCM + LADD, head", "both_head"),
+            Row("sCM, long, network", "scm_long"),
+            Row("sCM, long, head", "scm_long_head"),
+            Row("LADD, long", "ladd_long"),
+        ),
+        (
+            ("sCM, head", "sCM, network"),
+            ("sCM + LADD, head", "sCM + LADD, network"),
+            ("sCM, long, head", "sCM, long, network"),
+            ("sCM, head", "LADD"),
+            ("sCM + LADD, head", "LADD"),
+            ("sCM + LADD, head", "sCM, head"),
+            ("sCM, long, head", "LADD, long"),
+        ),
         rule="better",
     ),
     Table(
-        "table3_late", "Table 3: is sCM behind LADD for its warm-up, or for the short training?",
+        "table3_late",
+        "Table 3: is sCM behind LADD for its warm-up, or for the short training?",
         "H = 300 is the embedded baseline of 320 updates, so the whole tangent is there at the end alone. Long: 640 updates.",
-        (Row("sCM", "scm"), Row("sCM, H = 80", "scm_warm"), Row("LADD", "ladd"), Row("sCM, long", "scm_long"),
-         Row("LADD, long", "ladd_long")),
+        (
+            Row("sCM", "scm"),
+            Row("sCM, H = 80", "scm_warm"),
+            Row("LADD", "ladd"),
+            Row("sCM, long", "scm_long"),
+            Row("LADD, long", "ladd_long"),
+        ),
         (("sCM, H = 80", "sCM"), ("sCM, H = 80", "LADD"), ("sCM, long", "LADD, long")),
         rule="better",
     ),
     Table(
-        "figure3a_late", "Figure 3a: do norms grow without QK-norm once the teacher has trained for longer?",
+        "figure3a_late",
+        "Figure 3a: do norms grow without QK-norm once the teacher has trained for longer?",
         "The wide network of Figure 3a after 300 updates of its teacher, and late: after 900.",
-        (Row("with", "norms_wide"), Row("without", "no_qk_norm_wide"), Row("with, late", "norms_late"),
-         Row("without, late", "no_qk_norm_late")),
+        (
+            Row("with", "norms_wide"),
+            Row("without", "no_qk_norm_wide"),
+            Row("with, late", "norms_late"),
+            Row("without, late", "no_qk_norm_late"),
+        ),
         (("with", "without"), ("with, late", "without, late")),
-        rule="better", metrics=("grad_norm", "tangent_norm"), steps=(),
+        rule="better",
+        metrics=("grad_norm", "tangent_norm"),
+        steps=(),
     ),
     *_figure3(
-        "_free", ", where the tangent is not normalised", "As in the paper's suite, but the tangent enters the loss as it is. Paper and "
+        "_free",
+        ", where the tangent is not normalised",
+        "As in the paper's suite, but the tangent enters the loss as it is. Paper and "
         "published code divide it by its norm, and then the gradient does not see how long it was.",
     ),
     Table(
-        "disc_std", "Appendix: the spread of the discriminator's times",
+        "disc_std",
+        "Appendix: the spread of the discriminator's times",
         "(mean, standard deviation) of the renoising; the paper gives FID alone. The runs are those of the paper's suite, seed by seed: "
         "this table says more than that one only with a larger --seeds.",
         (Row("(-0.6, 1.0)", "base", fid=9.48), Row("(-0.6, 2.0)", "disc_wide", fid=10.36)),
         (("(-0.6, 1.0)", "(-0.6, 2.0)"),),
     ),
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +333,12 @@ class Suite:
 
 
 PAPER = Suite("paper", "The paper's ablations", TABLES)
-SUITES = (PAPER, Suite("followups", "Where the ablations disagree with the paper: what was looked into", FOLLOW_UPS))
+SUITES = (
+    PAPER,
+    Suite(
+        "followups", "Where the ablations disagree with the paper: what was looked into", FOLLOW_UPS
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,31 +355,85 @@ class Scale:
     minutes: str
 
 
-_SHORT = {"sprint.adv_weight": 0.0, "sprint.tangent_warmup": 1, "teacher.pretrained": "", "run.max_rejected": 1_000_000}
+_SHORT = {
+    "sprint.adv_weight": 0.0,
+    "sprint.tangent_warmup": 1,
+    "teacher.pretrained": "",
+    "run.max_rejected": 1_000_000,
+}
 
 TINY = Scale(
-    "tiny", "shapes",
+    "tiny",
+    "shapes",
     # From logvar_gradient on as the suite was run; the embedded default has had others since.
-    {"sprint.steps": 320, "sprint.batch": 16, "run.checkpoint_every": 80, "run.keep": 1, "run.max_rejected": 1_000_000,
-     "sprint.logvar_gradient": "network", "sprint.logvar_start": 0.0, "sprint.max_time": 0.5,
-     "sprint.head_blocks": (1, 3, 5)},
-    _SHORT | {"teacher.steps": 300, "teacher.batch": 32, "teacher.optimizer.warmup": 30, "sprint.steps": 40,
-              "sprint.batch": 16, "run.log_every": 2, "run.checkpoint_every": 150, "model.unroll": 1},
-    {"narrow": {"model.width": 64, "model.depth": 4, "model.heads": 2, "model.cross_heads": 2, "sprint.head_blocks": (1, 3)},
-     "wide": {"model.width": 128, "model.depth": 4, "model.heads": 4, "model.cross_heads": 4, "sprint.head_blocks": (1, 3)}},
+    {
+        "sprint.steps": 320,
+        "sprint.batch": 16,
+        "run.checkpoint_every": 80,
+        "run.keep": 1,
+        "run.max_rejected": 1_000_000,
+        "sprint.logvar_gradient": "network",
+        "sprint.logvar_start": 0.0,
+        "sprint.max_time": 0.5,
+        "sprint.head_blocks": (1, 3, 5),
+    },
+    _SHORT
+    | {
+        "teacher.steps": 300,
+        "teacher.batch": 32,
+        "teacher.optimizer.warmup": 30,
+        "sprint.steps": 40,
+        "sprint.batch": 16,
+        "run.log_every": 2,
+        "run.checkpoint_every": 150,
+        "model.unroll": 1,
+    },
+    {
+        "narrow": {
+            "model.width": 64,
+            "model.depth": 4,
+            "model.heads": 2,
+            "model.cross_heads": 2,
+            "sprint.head_blocks": (1, 3),
+        },
+        "wide": {
+            "model.width": 128,
+            "model.depth": 4,
+            "model.heads": 4,
+            "model.cross_heads": 4,
+            "sprint.head_blocks": (1, 3),
+        },
+    },
     "about 90 on one CPU core",
-)  # fmt: skip
+)
 
 SMALL = Scale(
-    "small", "emoji",
-    {"model.width": 384, "model.depth": 12, "model.heads": 12, "model.cross_heads": 6, "model.unroll": 1,
-     "model.dtype": "bfloat16", "teacher.steps": 6000, "teacher.batch": 128, "sprint.steps": 1600, "sprint.batch": 64,
-     "sprint.head_blocks": (2, 5, 8, 11), "evaluation.prompts": 192, "evaluation.batch": 96, "evaluation.reference": 256,
-     "data.workers": 4, "run.checkpoint_every": 400, "run.keep": 1, "run.max_rejected": 1_000_000},
+    "small",
+    "emoji",
+    {
+        "model.width": 384,
+        "model.depth": 12,
+        "model.heads": 12,
+        "model.cross_heads": 6,
+        "model.unroll": 1,
+        "model.dtype": "bfloat16",
+        "teacher.steps": 6000,
+        "teacher.batch": 128,
+        "sprint.steps": 1600,
+        "sprint.batch": 64,
+        "sprint.head_blocks": (2, 5, 8, 11),
+        "evaluation.prompts": 192,
+        "evaluation.batch": 96,
+        "evaluation.reference": 256,
+        "data.workers": 4,
+        "run.checkpoint_every": 400,
+        "run.keep": 1,
+        "run.max_rejected": 1_000_000,
+    },
     _SHORT | {"teacher.steps": 800, "sprint.steps": 80, "run.log_every": 2},
     {"narrow": {"model.width": 192, "model.heads": 6}, "wide": {}},
     "not yet run; by arithmetic some 60 on one GPU, of which the teacher, once, 10 and --only=table3 another 10",
-)  # fmt: skip
+)
 
 SCALES = (TINY, SMALL)
 

@@ -54,13 +54,31 @@ def _panel(title, rows, logarithmic):
     _text(draw, font, (_LEFT, 4), title, "la", _INK)
     for tick in ticks:
         _line(draw, (place(tick), _TOP), (place(tick), bottom), _GREY, 1)
-        _text(draw, font, (place(tick), bottom + 5), f"{10**tick if logarithmic else tick:.3g}", "ma", _INK)
+        _text(
+            draw,
+            font,
+            (place(tick), bottom + 5),
+            f"{10**tick if logarithmic else tick:.3g}",
+            "ma",
+            _INK,
+        )
     for i, (label, values) in enumerate(rows):
         y = _TOP + _ROW * (i + 0.5)
         _text(draw, font, (_LEFT - 8, y), label, "rm", _INK)
-        shown = [math.log10(v) if logarithmic else v for v in values if math.isfinite(v) and (v > 0 or not logarithmic)]
+        shown = [
+            math.log10(v) if logarithmic else v
+            for v in values
+            if math.isfinite(v) and (v > 0 or not logarithmic)
+        ]
         if not shown:
-            _text(draw, font, (_LEFT + 6, y), "not finite" if values else "no result yet", "lm", (150, 150, 150))
+            _text(
+                draw,
+                font,
+                (_LEFT + 6, y),
+                "not finite" if values else "no result yet",
+                "lm",
+                (150, 150, 150),
+            )
             continue
         for value in shown:
             _dot(draw, place(value), y, 3, _SEED)
@@ -81,8 +99,20 @@ def _text(draw, font, at, text, anchor, colour):
 
 
 def _line(draw, start, end, colour, width):
-    draw.line([*(_SCALE * x for x in start), *(_SCALE * x for x in end)], fill=colour, width=_SCALE * width)
+    draw.line(
+        [*(_SCALE * x for x in start), *(_SCALE * x for x in end)],
+        fill=colour,
+        width=_SCALE * width,
+    )
 
 
 def _dot(draw, x, y, radius, colour):
-    draw.ellipse([_SCALE * (x - radius), _SCALE * (y - radius), _SCALE * (x + radius), _SCALE * (y + radius)], fill=colour)
+    draw.ellipse(
+        [
+            _SCALE * (x - radius),
+            _SCALE * (y - radius),
+            _SCALE * (x + radius),
+            _SCALE * (y + radius),
+        ],
+        fill=colour,
+    )

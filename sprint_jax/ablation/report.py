@@ -11,8 +11,11 @@ from sprint_jax import files
 from sprint_jax.ablation import grid, plots, verdict
 
 NAMES = {
-    "score": "whole caption right", "frechet": "Fréchet", "grad_norm": "gradient norm", "tangent_norm": "tangent norm",
-}  # fmt: skip
+    "score": "whole caption right",
+    "frechet": "Fréchet",
+    "grad_norm": "gradient norm",
+    "tangent_norm": "tangent norm",
+}
 _LOGARITHMIC = ("grad_norm", "tangent_norm", "frechet")
 
 
@@ -32,12 +35,18 @@ def write(path, rows, suite: grid.Suite, scale: grid.Scale):
         part, found = _section(t, rows, folder)
         lines += part
         verdicts += found
-    files.write_text(path, "\n".join([*_head(rows, suite, scale), *_overview(verdicts), *lines]).rstrip() + "\n")
+    files.write_text(
+        path, "\n".join([*_head(rows, suite, scale), *_overview(verdicts), *lines]).rstrip() + "\n"
+    )
 
 
 def values(rows, run: str, metric: str) -> list[float]:
     """A metric of a run over its seeds, in the seeds' order; empty where there is none."""
-    found = {row["seed"]: row["metrics"][metric] for row in rows if row["run"] == run and metric in row["metrics"]}
+    found = {
+        row["seed"]: row["metrics"][metric]
+        for row in rows
+        if row["run"] == run and metric in row["metrics"]
+    }
     return [found[seed] for seed in sorted(found)]
 
 
@@ -51,10 +60,20 @@ def judge(t: grid.Table, rows) -> list[tuple]:
                 better, worse = _directed(t, base, by_label[first], by_label[second])
                 if better is None:
                     continue
-                a, b = (_scale(base, values(rows, r.run, base + (r.metric or steps))) for r in (better, worse))
+                a, b = (
+                    _scale(base, values(rows, r.run, base + (r.metric or steps)))
+                    for r in (better, worse)
+                )
                 if a and b:
                     check = verdict.equal if t.rule == "equal" else verdict.compare
-                    found.append((base + steps, better.label, worse.label, check(a, b, higher=base in grid.HIGHER)))
+                    found.append(
+                        (
+                            base + steps,
+                            better.label,
+                            worse.label,
+                            check(a, b, higher=base in grid.HIGHER),
+                        )
+                    )
     return found
 
 
@@ -70,35 +89,58 @@ def _directed(t, metric, first, second):
 
 def _scale(metric, numbers):
     """Norms are compared by their logarithm: a factor is what the paper speaks of."""
-    return [math.log10(n) if n > 0 else -math.inf for n in numbers] if metric in ("grad_norm", "tangent_norm") else numbers
+    return (
+        [math.log10(n) if n > 0 else -math.inf for n in numbers]
+        if metric in ("grad_norm", "tangent_norm")
+        else numbers
+    )
 
 
 def _section(t, rows, folder):
     """(lines, verdicts) of one table."""
     lines = [f"## {t.title}", "", t.note, ""]
     columns = [(base, base + steps, steps) for base in t.metrics for steps in (t.steps or ("",))]
-    columns = [c for c in columns if any(values(rows, r.run, c[0] + (r.metric or c[2])) for r in t.rows)]
+    columns = [
+        c for c in columns if any(values(rows, r.run, c[0] + (r.metric or c[2])) for r in t.rows)
+    ]
     if not columns:
         return [*lines, "No results yet.", ""], []
     paper = any(r.fid is not None for r in t.rows)
-    head = ["", *(_title(base, steps) for base, _, steps in columns), "seeds", *(("paper: FID", "paper: CLIP") if paper else ())]
+    head = [
+        "",
+        *(_title(base, steps) for base, _, steps in columns),
+        "seeds",
+        *(("paper: FID", "paper: CLIP") if paper else ()),
+    ]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in t.rows:
         numbers = [values(rows, r.run, base + (r.metric or steps)) for base, _, steps in columns]
-        cells = [r.label, *(_cell(base, n) for (base, _, _), n in zip(columns, numbers, strict=True))]
+        cells = [
+            r.label,
+            *(_cell(base, n) for (base, _, _), n in zip(columns, numbers, strict=True)),
+        ]
         cells += [str(max(map(len, numbers)))]
         if paper:
             cells += [_number(r.fid), _number(r.clip)]
         lines.append("| " + " | ".join(cells) + " |")
     dropped = {r.label: int(sum(values(rows, r.run, "rejected"))) for r in t.rows}
     if any(dropped.values()):
-        lines += ["", "Updates dropped as not finite, all seeds: " + ", ".join(f"{k} {n}" for k, n in dropped.items() if n) + "."]
+        lines += [
+            "",
+            "Updates dropped as not finite, all seeds: "
+            + ", ".join(f"{k} {n}" for k, n in dropped.items() if n)
+            + ".",
+        ]
     verdicts = judge(t, rows)
     lines += ["", *_verdict_lines(t, verdicts), ""]
     groups = [
-        (_title(base, steps), base in _LOGARITHMIC, [(r.label, values(rows, r.run, base + (r.metric or steps))) for r in t.rows])
+        (
+            _title(base, steps),
+            base in _LOGARITHMIC,
+            [(r.label, values(rows, r.run, base + (r.metric or steps))) for r in t.rows],
+        )
         for base, _, steps in columns
-    ]  # fmt: skip
+    ]
     plots.save(folder / f"{t.name}.png", plots.dots(groups))
     lines += [f"![{t.title}]({urllib.parse.quote(folder.name)}/{t.name}.png)", ""]
     return lines, [(t, *found) for found in verdicts]
@@ -108,7 +150,10 @@ def _verdict_lines(t, verdicts):
     if not verdicts:
         return ["Nothing to judge yet."]
     relation = {"equal": "equals", "better": "better than", "paper": "better than"}[t.rule]
-    lines = ["| metric | claim | difference ± standard error | verdict | seeds that would tell |", "|---|---|---|---|---|"]
+    lines = [
+        "| metric | claim | difference ± standard error | verdict | seeds that would tell |",
+        "|---|---|---|---|---|",
+    ]
     for metric, better, worse, v in verdicts:
         lines.append(
             f"| {_metric_title(metric)} | {better} {relation} {worse} | {_difference(metric, v)} | {v.word} | "
@@ -119,7 +164,9 @@ def _verdict_lines(t, verdicts):
 
 def _difference(metric, v):
     if metric in ("grad_norm", "tangent_norm"):
-        return f"factor {10**v.difference:.3g}" + ("" if math.isnan(v.error) else f" (× or ÷ {10**v.error:.2f})")
+        return f"factor {10**v.difference:.3g}" + (
+            "" if math.isnan(v.error) else f" (× or ÷ {10**v.error:.2f})"
+        )
     scale, unit, digits = (100, " points", 1) if metric.startswith("score") else (1, "", 4)
     error = "" if math.isnan(v.error) else f" ± {scale * v.error:.{digits}f}"
     return f"{scale * v.difference:+.{digits}f}{error}{unit}"
@@ -129,8 +176,14 @@ def _cell(metric, numbers):
     if not numbers:
         return ""
     mean, error = verdict.summary(numbers)
-    scale, unit, form = {"score": (100, " %", ".1f"), "frechet": (1, "", ".4f")}.get(metric, (1, "", ".3g"))
-    return f"{scale * mean:{form}}" + ("" if math.isnan(error) else f" ± {scale * error:{form}}") + unit
+    scale, unit, form = {"score": (100, " %", ".1f"), "frechet": (1, "", ".4f")}.get(
+        metric, (1, "", ".3g")
+    )
+    return (
+        f"{scale * mean:{form}}"
+        + ("" if math.isnan(error) else f" ± {scale * error:{form}}")
+        + unit
+    )
 
 
 def _number(value):
@@ -160,29 +213,44 @@ def _overview(verdicts):
 
 def _head(rows, suite, scale):
     # A tree that was changed since its commit has a + behind it.
-    commits = ", ".join(sorted({row["commit"][:7] + "+" * row["commit"].endswith("+") for row in rows})) or "none"
+    commits = (
+        ", ".join(sorted({row["commit"][:7] + "+" * row["commit"].endswith("+") for row in rows}))
+        or "none"
+    )
     devices = ", ".join(sorted({row["device"] for row in rows})) or "none"
     minutes = sum(row["seconds"] for row in rows) / 60
     return [
-        f"# {suite.title} (scale `{scale.name}`)", "",
+        f"# {suite.title} (scale `{scale.name}`)",
+        "",
         f"Made by `python -m sprint_jax.ablate --suite={suite.name} --scale={scale.name}`: {len(rows)} runs, {minutes:.0f} minutes, "
-        f"device {devices}, jax {', '.join(sorted({row['jax'] for row in rows}))}, commit {commits}.", "",
-        f"Card `configs/sprint.py:{scale.preset}` with", "",
-        *(f"- `{name}` = {value}" for name, value in scale.base.items()), "",
-        "and for the short trainings of Figure 3", "",
+        f"device {devices}, jax {', '.join(sorted({row['jax'] for row in rows}))}, commit {commits}.",
+        "",
+        f"Card `configs/sprint.py:{scale.preset}` with",
+        "",
+        *(f"- `{name}` = {value}" for name, value in scale.base.items()),
+        "",
+        "and for the short trainings of Figure 3",
+        "",
         *(f"- `{name}` = {value}" for name, value in scale.gradients.items()),
-        *(f"- {size}: " + (", ".join(f"`{n}` = {v}" for n, v in c.items()) or "as above") for size, c in scale.sizes.items()), "",
+        *(
+            f"- {size}: " + (", ".join(f"`{n}` = {v}" for n, v in c.items()) or "as above")
+            for size, c in scale.sizes.items()
+        ),
+        "",
         "Everything is varied around the embedded baseline, which differs from the published recipe: lambda is 5 (published "
         "0.5), P_mean, P_std -0.4, 1.4 (0.0 or 0.2, 1.6), the optimiser Muon (CAME), the tangent warm-up H = 300 of "
         f"{scale.base['sprint.steps']} updates (4000 of 20 000), and the batch is small. So a row says what the change does "
-        "here; whether it goes the paper's way is the verdict.", "",
+        "here; whether it goes the paper's way is the verdict.",
+        "",
         "Whole caption right is the share of held-out prompts whose every word is drawn (the paper has a CLIP score and "
         "GenEval there); the Fréchet distance is on own features and is not FID. Numbers are means ± standard errors over "
         "seeds; a seed changes parameters, training noise, the order of the data and the noise of the pictures. The paper's "
-        "ablations are in 2 steps, from pi/2 over 1.0; here the middle time is the card's 1.3.", "",
+        "ablations are in 2 steps, from pi/2 over 1.0; here the middle time is the card's 1.3.",
+        "",
         "Verdicts: Welch's t-test. *agrees* and *disagrees*: the difference, in the paper's direction or against it, is above "
         "the 95 % point of Student's t; *not resolved*: it is not. Where a table says *equals*, *agrees* is a difference within one standard deviation of seeds. "
         "The last column is about the number of seeds of each row with which the test would find the difference seen here in 80 % of all tries, "
         "one or two too few where it is below five. With so many claims, one in twenty of those with "
-        "nothing behind them is resolved by chance in each direction.", "",
-    ]  # fmt: skip
+        "nothing behind them is resolved by chance in each direction.",
+        "",
+    ]

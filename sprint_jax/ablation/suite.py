@@ -19,7 +19,17 @@ RESULTS = "results.jsonl"
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total_fmt} runs [{elapsed} gone, {remaining} left]"
 
 
-def go(runs, seeds: int, scale: grid.Scale, workdir, perform, *, about: dict, after=lambda rows: None, say=tqdm.tqdm.write):
+def go(
+    runs,
+    seeds: int,
+    scale: grid.Scale,
+    workdir,
+    perform,
+    *,
+    about: dict,
+    after=lambda rows: None,
+    say=tqdm.tqdm.write,
+):
     """Does every run with seeds 0 .. seeds - 1, one configuration after the other, and returns all rows.
 
     perform: (run, seed, folder, advance) -> {metric: number}; advance takes the share of the run that is done.
@@ -32,7 +42,9 @@ def go(runs, seeds: int, scale: grid.Scale, workdir, perform, *, about: dict, af
     rows = read(workdir)
     done = finished(rows, scale)
     _mend(workdir / RESULTS, rows)
-    with tqdm.tqdm(total=len(todo), desc="ablations", bar_format=_BAR, mininterval=1.0, smoothing=0.0) as bar:
+    with tqdm.tqdm(
+        total=len(todo), desc="ablations", bar_format=_BAR, mininterval=1.0, smoothing=0.0
+    ) as bar:
         for i, (r, seed) in enumerate(todo):
             if (r.name, seed) not in done:
                 begin = time.perf_counter()
@@ -40,9 +52,14 @@ def go(runs, seeds: int, scale: grid.Scale, workdir, perform, *, about: dict, af
                 folder.mkdir(parents=True, exist_ok=True)
                 metrics = perform(r, seed, folder, lambda share, i=i: bar.update(i + share - bar.n))
                 row = {
-                    "run": r.name, "seed": seed, "scale": scale.name, "settings": settings(scale, r), "metrics": metrics,
-                    "seconds": time.perf_counter() - begin, **about,
-                }  # fmt: skip
+                    "run": r.name,
+                    "seed": seed,
+                    "scale": scale.name,
+                    "settings": settings(scale, r),
+                    "metrics": metrics,
+                    "seconds": time.perf_counter() - begin,
+                    **about,
+                }
                 with (workdir / RESULTS).open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 rows.append(row)

@@ -69,7 +69,11 @@ def seeds_to_resolve(one, other) -> int | None:
     if variance == 0:
         return 2
     # The normal approximation is a lower bound; from there the noncentral t, of equal variances; Welch's test needs one or two more of few seeds.
-    begin = (scipy.stats.norm.ppf(CONFIDENCE) + scipy.stats.norm.ppf(POWER)) ** 2 * variance / difference**2
+    begin = (
+        (scipy.stats.norm.ppf(CONFIDENCE) + scipy.stats.norm.ppf(POWER)) ** 2
+        * variance
+        / difference**2
+    )
     for seeds in range(max(2, math.floor(begin)), MOST_SEEDS + 1):
         if power(difference, variance, seeds) >= POWER:
             return seeds
@@ -79,7 +83,13 @@ def seeds_to_resolve(one, other) -> int | None:
 def power(difference: float, variance: float, seeds: int) -> float:
     """Probability that the one-sided test finds `difference` with `seeds` of each row. variance: sum of both rows'."""
     freedom = 2 * (seeds - 1)
-    return float(scipy.stats.nct.sf(scipy.stats.t.ppf(CONFIDENCE, freedom), freedom, difference / math.sqrt(variance / seeds)))
+    return float(
+        scipy.stats.nct.sf(
+            scipy.stats.t.ppf(CONFIDENCE, freedom),
+            freedom,
+            difference / math.sqrt(variance / seeds),
+        )
+    )
 
 
 def _welch(one, other, higher):
@@ -91,9 +101,17 @@ def _welch(one, other, higher):
     a, b = one.var(ddof=1) / len(one), other.var(ddof=1) / len(other)
     if a + b == 0:
         return difference, 0.0, math.inf
-    return difference, math.sqrt(a + b), float((a + b) ** 2 / (a**2 / (len(one) - 1) + b**2 / (len(other) - 1)))
+    return (
+        difference,
+        math.sqrt(a + b),
+        float((a + b) ** 2 / (a**2 / (len(one) - 1) + b**2 / (len(other) - 1))),
+    )
 
 
 def _bound(error, freedom):
     """What a difference has to pass, in its own units."""
-    return error * float(scipy.stats.t.ppf(CONFIDENCE, freedom) if math.isfinite(freedom) else scipy.stats.norm.ppf(CONFIDENCE))
+    return error * float(
+        scipy.stats.t.ppf(CONFIDENCE, freedom)
+        if math.isfinite(freedom)
+        else scipy.stats.norm.ppf(CONFIDENCE)
+    )

@@ -49,7 +49,13 @@ class Bench:
     operations: how many of a program's longest operations are told to `say`; 0 for none. with_peers: False times ours alone.
     """
 
-    def __init__(self, repeats: int, operations: int = 0, with_peers: bool = True, say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        repeats: int,
+        operations: int = 0,
+        with_peers: bool = True,
+        say: Callable[[str], None] = print,
+    ):
         self.operations, self.with_peers, self.say = operations, with_peers, say
         self.repeats, self.on_cpu = repeats, jax.default_backend() == "cpu"
         self.where = machine.where()
@@ -78,7 +84,9 @@ class Bench:
             return importlib.import_module(f"benchmarks.{module}")
         except ImportError as error:
             if error.name and error.name.split(".")[0] == "benchmarks":
-                raise NoPeer("no peer: the repository's benchmarks/ folder is not here, run it from a checkout's root") from None
+                raise NoPeer(
+                    "no peer: the repository's benchmarks/ folder is not here, run it from a checkout's root"
+                ) from None
             raise NoPeer(f"no peer: {error}; requirements-dev.txt has what it needs") from None
 
 
@@ -177,14 +185,20 @@ def measure(case: Case, bench: Bench) -> list[rows.Row]:
         subject = case.build(bench)
         work = {}
         if subject.work is not None:
-            work = dict(flop=subject.work.flop, floor_s=floors.seconds(subject.work, bench.rates(subject.dtype)))
+            work = dict(
+                flop=subject.work.flop,
+                floor_s=floors.seconds(subject.work, bench.rates(subject.dtype)),
+            )
         row = dataclasses.replace(
             row, dtype=subject.dtype, compile_s=subject.compile_s, note=subject.note, **work
-        )  # fmt: skip
+        )
         peers = subject.peers if bench.with_peers else ()
         # Ours runs first, before a peer takes memory.
         result = subject.program.result() if peers and subject.program.result else None
-        built, waiting = {"ours": subject.program}, []  # waiting: (row, label of a program that runs, or None)
+        built, waiting = (
+            {"ours": subject.program},
+            [],
+        )  # waiting: (row, label of a program that runs, or None)
         for label, build in peers:
             one, peer = _prepared(dataclasses.replace(row, peer=label), build, result)
             waiting.append((one, label if peer else None))
@@ -194,8 +208,13 @@ def measure(case: Case, bench: Bench) -> list[rows.Row]:
                 machine.collect()
         ran = result is not None and subject.shortest == 0 and len(subject.program.calls) == 1
         times, error = _in_turns(built, bench.repeats, subject.shortest, warm=not ran)
-        if times is None:  # perhaps one had too little memory beside the others: ours alone is worth a row
-            waiting = [(one if label is None else dataclasses.replace(one, error=error), None) for one, label in waiting]
+        if (
+            times is None
+        ):  # perhaps one had too little memory beside the others: ours alone is worth a row
+            waiting = [
+                (one if label is None else dataclasses.replace(one, error=error), None)
+                for one, label in waiting
+            ]
             built = peer = None
             machine.collect()
             times = timing.alternate({"ours": subject.program}, bench.repeats, subject.shortest)
@@ -207,6 +226,8 @@ def measure(case: Case, bench: Bench) -> list[rows.Row]:
         return [dataclasses.replace(row, error=sentence(error))]
     finally:
         machine.collect()
-    finished = [rows.filled(one, times["ours"], times.get(label)) for one, label in waiting or [(row, None)]]
+    finished = [
+        rows.filled(one, times["ours"], times.get(label)) for one, label in waiting or [(row, None)]
+    ]
     # Two peers missing for one reason are one row.
     return [one for i, one in enumerate(finished) if one not in finished[:i]]

@@ -28,17 +28,45 @@ def sample(bench, *, warm, preset="shapes"):
     student = path / "student"
     student.mkdir()
     (student / workdir.CONFIG).write_text(json.dumps(config_lib.to_dict(c)))
-    weights.save(student / workdir.STUDENT, jax.tree.map(np.asarray, subjects.drawn(build.student(c), "float32")))
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(path / "cache")} if warm else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    words = [sys.executable, "-m", "sprint_jax.sample", f"--model={student}", "--prompt=a red circle", "--steps=1"]
+    weights.save(
+        student / workdir.STUDENT,
+        jax.tree.map(np.asarray, subjects.drawn(build.student(c), "float32")),
+    )
+    cache = (
+        {"JAX_COMPILATION_CACHE_DIR": str(path / "cache")}
+        if warm
+        else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    )
+    words = [
+        sys.executable,
+        "-m",
+        "sprint_jax.sample",
+        f"--model={student}",
+        "--prompt=a red circle",
+        "--steps=1",
+    ]
 
     def run():
         # On a GPU this process has taken the memory: the command's process asks for what it needs alone.
-        options = dict(capture_output=True, text=True, env=os.environ | cache | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
-        result = subprocess.run([*words, f"--out={path / 'pictures'}"], cwd=training.ROOT, **options)
+        options = dict(
+            capture_output=True,
+            text=True,
+            env=os.environ | cache | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        )
+        result = subprocess.run(
+            [*words, f"--out={path / 'pictures'}"], cwd=training.ROOT, **options
+        )
         if result.returncode:
-            raise RuntimeError(f"sprint_jax.sample failed: {result.stderr.strip().splitlines()[-1:]}")
+            raise RuntimeError(
+                f"sprint_jax.sample failed: {result.stderr.strip().splitlines()[-1:]}"
+            )
 
     call = timing.Call(run, lambda result: None)
     weakref.finalize(call, folder.cleanup)
-    return bench_lib.Subject(timing.Program({"": call}), None, "float32", None, note="a process of its own, imports included")
+    return bench_lib.Subject(
+        timing.Program({"": call}),
+        None,
+        "float32",
+        None,
+        note="a process of its own, imports included",
+    )

@@ -57,7 +57,9 @@ def seconds(work: Work, rates: Rates) -> float:
 def parameters(model, part=None) -> int:
     """Numbers in a model's parameters, or in one part of them ("decoder")."""
     tree = jax.eval_shape(model.init, jax.random.key(0))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree if part is None else tree[part]))
+    return sum(
+        math.prod(leaf.shape) for leaf in jax.tree.leaves(tree if part is None else tree[part])
+    )
 
 
 def _block_macs(m: LinearDiT, N, L):
@@ -66,10 +68,12 @@ def _block_macs(m: LinearDiT, N, L):
     return (
         4 * N * D * D  # q, k, v and the projection of the self-attention
         + 2 * N * (head + 1) * D  # keys times values (and their sum), then times queries
-        + 2 * N * D * D + 2 * L * D * D  # q and projection, k and v of the cross-attention
+        + 2 * N * D * D
+        + 2 * L * D * D  # q and projection, k and v of the cross-attention
         + 2 * N * L * D
-        + 3 * hidden * N * D + 9 * 2 * hidden * N  # expand, project and the depthwise taps between
-    )  # fmt: skip
+        + 3 * hidden * N * D
+        + 9 * 2 * hidden * N  # expand, project and the depthwise taps between
+    )
 
 
 def _around_macs(m: LinearDiT, N, L):
@@ -83,7 +87,9 @@ def transformer(m: LinearDiT, N, L, *, batch=1, itemsize, blocks=None) -> Work:
     blocks = m.depth if blocks is None else blocks
     macs = blocks * _block_macs(m, N, L) + _around_macs(m, N, L)
     weights = parameters(m) * blocks / m.depth
-    return Work(2 * batch * macs, itemsize * (weights + batch * blocks * _BLOCK_PASSES * N * m.width))
+    return Work(
+        2 * batch * macs, itemsize * (weights + batch * blocks * _BLOCK_PASSES * N * m.width)
+    )
 
 
 def gemma(m: Gemma2, T, *, prefix=0, batch=1, itemsize) -> Work:
@@ -123,11 +129,24 @@ def decoder(m: DCAE, height, width, *, batch=1, itemsize, subpixel=True) -> Work
     return Work(2 * batch * macs, itemsize * (parameters(m, "decoder") + batch * moved))
 
 
-def picture(text: Gemma2, m: LinearDiT, autoencoder: DCAE, cells, tokens, steps, *, prefix, batch=1, itemsize) -> Work:
+def picture(
+    text: Gemma2,
+    m: LinearDiT,
+    autoencoder: DCAE,
+    cells,
+    tokens,
+    steps,
+    *,
+    prefix,
+    batch=1,
+    itemsize,
+) -> Work:
     """Prompt tokens behind a cached prefix to pixels, `steps` calls of the transformer, cells x cells latents."""
     one = transformer(m, cells * cells, tokens + 1, batch=batch, itemsize=itemsize)
     encoded = gemma(text, tokens, prefix=prefix, batch=batch, itemsize=itemsize)
-    return encoded + one * steps + decoder(autoencoder, cells, cells, batch=batch, itemsize=itemsize)
+    return (
+        encoded + one * steps + decoder(autoencoder, cells, cells, batch=batch, itemsize=itemsize)
+    )
 
 
 def heads(m: LinearDiT, N, count, *, batch=1) -> Work:
@@ -142,16 +161,22 @@ def generator_step(m: LinearDiT, N, L, head_blocks, *, batch, itemsize) -> Work:
     Bytes: parameters, their gradients and two moments, read and written once in float32, as AdamW has them.
     """
     F = transformer(m, N, L, batch=batch, itemsize=itemsize).flop
-    features = transformer(m, N, L, batch=batch, itemsize=itemsize, blocks=max(head_blocks) + 1).flop
+    features = transformer(
+        m, N, L, batch=batch, itemsize=itemsize, blocks=max(head_blocks) + 1
+    ).flop
     H = heads(m, N, len(head_blocks), batch=batch).flop
     return Work((2 + 2 + 2 + 3) * F + 2 * features + 2 * H, 32.0 * parameters(m))
 
 
-def discriminator_step(m: LinearDiT, N, L, head_blocks, *, batch, itemsize, misaligned=True) -> Work:
+def discriminator_step(
+    m: LinearDiT, N, L, head_blocks, *, batch, itemsize, misaligned=True
+) -> Work:
     """The student once; the teacher's features of fake, real and misaligned; the heads there and back on each, not to the
     features, which are the frozen teacher's."""
     F = transformer(m, N, L, batch=batch, itemsize=itemsize).flop
-    features = transformer(m, N, L, batch=batch, itemsize=itemsize, blocks=max(head_blocks) + 1).flop
+    features = transformer(
+        m, N, L, batch=batch, itemsize=itemsize, blocks=max(head_blocks) + 1
+    ).flop
     H, sides = heads(m, N, len(head_blocks), batch=batch).flop, 3 if misaligned else 2
     to_features = 2 * batch * len(head_blocks) * N * m.width**2
     trained = 32.0 * len(head_blocks) * (1 + KERNEL) * m.width**2

@@ -12,7 +12,6 @@ from sprint_jax import revision
 from sprint_jax.benchmarking import floors, timing
 
 
-
 def threads() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
@@ -23,9 +22,11 @@ def where() -> dict:
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
     return {
-        "device": _processor() if on_cpu else device.device_kind, "threads": threads() if on_cpu else None,
-        "jax": jax.__version__, "commit": revision.commit(),
-    }  # fmt: skip
+        "device": _processor() if on_cpu else device.device_kind,
+        "threads": threads() if on_cpu else None,
+        "jax": jax.__version__,
+        "commit": revision.commit(),
+    }
 
 
 def _processor() -> str:
@@ -60,6 +61,10 @@ def rates(dtype: str) -> floors.Rates:
     copy = jax.jit(lambda x: -x).lower(long).compile()
     shortest = 0.0 if on_cpu else 0.05
     best = lambda function, *args: min(
-        timing.alternate({"": timing.Program({"": timing.Call(lambda: function(*args), jax.block_until_ready)})}, 7, shortest)[""].total
-    )  # fmt: skip
+        timing.alternate(
+            {"": timing.Program({"": timing.Call(lambda: function(*args), jax.block_until_ready)})},
+            7,
+            shortest,
+        )[""].total
+    )
     return floors.Rates(2 * n**3 / best(product, a, a), 2 * long.nbytes / best(copy, long))

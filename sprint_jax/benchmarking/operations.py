@@ -67,8 +67,12 @@ def summary(events, runs) -> Profile:
             waits.append(begin - reached)
         busy += max(0.0, end - max(begin, reached))
         reached = max(reached, end)
-    ordered = (Operation(name, total / runs, counts[name] / runs) for name, total in seconds.most_common())
-    return Profile(busy / runs, (reached - first) / runs, tuple(sorted(waits, reverse=True)), tuple(ordered))
+    ordered = (
+        Operation(name, total / runs, counts[name] / runs) for name, total in seconds.most_common()
+    )
+    return Profile(
+        busy / runs, (reached - first) / runs, tuple(sorted(waits, reverse=True)), tuple(ordered)
+    )
 
 
 def table(found: Profile, most: int) -> str:
@@ -81,5 +85,8 @@ def table(found: Profile, most: int) -> str:
         "",
     ]
     lines += ["| operation | ms | share | runs |", "|---|---|---|---|"]
-    lines += [f"| {o.name[:90]} | {1e3 * o.seconds:.3g} | {o.seconds / found.busy:.1%} | {o.count:g} |" for o in shown]
+    lines += [
+        f"| {o.name[:90]} | {1e3 * o.seconds:.3g} | {o.seconds / found.busy:.1%} | {o.count:g} |"
+        for o in shown
+    ]
     return "\n".join(lines)

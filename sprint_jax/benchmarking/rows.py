@@ -52,14 +52,19 @@ def empty(name, where, **values) -> Row:
 def filled(row: Row, ours: timing.Times, peer: timing.Times | None) -> Row:
     """The row with its times and ratio."""
     values = dict(
-        ours_s=timing.middle(ours.total), spread=timing.spread(ours.total), repeats=len(ours.total), parts=_parts(ours)
-    )  # fmt: skip
+        ours_s=timing.middle(ours.total),
+        spread=timing.spread(ours.total),
+        repeats=len(ours.total),
+        parts=_parts(ours),
+    )
     if peer is not None:
         seconds = timing.middle(peer.total)
         values |= dict(
-            peer_s=seconds, peer_spread=timing.spread(peer.total), peer_parts=_parts(peer),
+            peer_s=seconds,
+            peer_spread=timing.spread(peer.total),
+            peer_parts=_parts(peer),
             ratio=values["ours_s"] / seconds,
-        )  # fmt: skip
+        )
     return dataclasses.replace(row, **values)
 
 
@@ -91,10 +96,16 @@ def _cells(row):
     within = f"{duration(row.spread[0])} to {duration(row.spread[1])}" if row.spread else ""
     above = f"{row.ours_s / row.floor_s:.1f}" if row.ours_s and row.floor_s else ""
     return (
-        row.name, "failed" if row.error and row.ours_s is None else duration(row.ours_s), within, row.peer or "",
-        duration(row.peer_s), "" if row.ratio is None else f"{row.ratio:.2f}", duration(row.floor_s), above,
+        row.name,
+        "failed" if row.error and row.ours_s is None else duration(row.ours_s),
+        within,
+        row.peer or "",
+        duration(row.peer_s),
+        "" if row.ratio is None else f"{row.ratio:.2f}",
+        duration(row.floor_s),
+        above,
         "" if row.difference is None else f"{row.difference:.1e}",
-    )  # fmt: skip
+    )
 
 
 def _spoken(row):

@@ -39,7 +39,10 @@ def drawn(model, dtype, seed=0, part=None):
     abstract = abstract if part is None else {part: abstract[part]}
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    made = [_leaf(key, str(path[-1].key), a.shape, dtype) for key, (path, a) in zip(keys, leaves, strict=True)]
+    made = [
+        _leaf(key, str(path[-1].key), a.shape, dtype)
+        for key, (path, a) in zip(keys, leaves, strict=True)
+    ]
     return jax.tree.unflatten(tree, made)
 
 
@@ -55,8 +58,12 @@ def _leaf(key, name, shape, dtype):
 
 def inference(model: LinearDiT, dtype, attention=None) -> LinearDiT:
     """The description as a pipeline runs it. attention: see `_by_kernels`."""
-    model = dataclasses.replace(model, logvar_head=False, remat="none", dtype=dtype, residual_dtype=dtype)
-    return _by_kernels(model, attention, model.width // model.heads, model.width // model.cross_heads, dtype)
+    model = dataclasses.replace(
+        model, logvar_head=False, remat="none", dtype=dtype, residual_dtype=dtype
+    )
+    return _by_kernels(
+        model, attention, model.width // model.heads, model.width // model.cross_heads, dtype
+    )
 
 
 def _by_kernels(model, attention, linear, cross, dtype):
@@ -64,7 +71,9 @@ def _by_kernels(model, attention, linear, cross, dtype):
     "plain" is without any kernel. linear, cross: channels of a head of each attention, or None."""
     here = jax.default_backend()
     attention = attention or backends.resolve(backends.fastest(here), here, linear, cross, dtype)[0]
-    return dataclasses.replace(model, attention=attention, depthwise=backends.depthwise(here, attention))
+    return dataclasses.replace(
+        model, attention=attention, depthwise=backends.depthwise(here, attention)
+    )
 
 
 def _described(model):
@@ -97,15 +106,27 @@ def _itemsize(dtype):
 
 
 def transformer(
-    bench, size: LinearDiT, cells, *, dtype, batch=1, tokens=TEXT_TOKENS, compile_peer=False, attention=None, unrolled=None
-):  # fmt: skip
+    bench,
+    size: LinearDiT,
+    cells,
+    *,
+    dtype,
+    batch=1,
+    tokens=TEXT_TOKENS,
+    compile_peer=False,
+    attention=None,
+    unrolled=None,
+):
     """One call of the transformer on cells x cells latents.
 
     attention: see `_by_kernels`, unrolled: see `_transformer`; with either it has no peer, its row is to be read beside the one without.
     """
     model = inference(size, dtype, attention)
     params = _transformer(bench, model, unrolled)
-    x, text = _normal(1, (batch, cells, cells, model.in_channels)), _normal(2, (batch, tokens, model.text_dim), dtype)
+    x, text = (
+        _normal(1, (batch, cells, cells, model.in_channels)),
+        _normal(2, (batch, tokens, model.text_dim), dtype),
+    )
     mask, t, w = jnp.ones((batch, tokens)), jnp.full((batch,), 0.7), jnp.full((batch,), 4.5)
     run = lambda params, *args: model.apply(params, *args).velocity
     program, seconds = bench_lib.compiled(run, params, x, t, text, mask, w)
@@ -115,21 +136,31 @@ def transformer(
         return bench.peers("peers").transformer(bench, model, params, arrays, compiled=compiled)
 
     return bench_lib.Subject(
-        bench_lib.program(program, params, x, t, text, mask, w), seconds, dtype,
+        bench_lib.program(program, params, x, t, text, mask, w),
+        seconds,
+        dtype,
         floors.transformer(model, cells * cells, tokens, batch=batch, itemsize=_itemsize(dtype)),
         () if attention or unrolled is not None else _peers("diffusers", peer, compile_peer),
-    )  # fmt: skip
+    )
 
 
 def _peers(label, build, compile_peer):
     eager = (label, functools.partial(build, False))
-    return (eager, (f"{label}, torch.compile", functools.partial(build, True))) if compile_peer else (eager,)
+    return (
+        (eager, (f"{label}, torch.compile", functools.partial(build, True)))
+        if compile_peer
+        else (eager,)
+    )
 
 
 def decoder(bench, model: DCAE, cells, *, dtype, batch=1, compile_peer=False):
     """Decoding cells x cells latents to float pictures."""
     model = _by_kernels(model, None, model.head_dim, None, dtype)
-    params = bench.kept("decoder", (_described(model), dtype, "decoder"), lambda: drawn(model, dtype, part="decoder"))
+    params = bench.kept(
+        "decoder",
+        (_described(model), dtype, "decoder"),
+        lambda: drawn(model, dtype, part="decoder"),
+    )
     z = _normal(1, (batch, cells, cells, model.latent_channels), dtype)
     program, seconds = bench_lib.compiled(model.decode_in_parts, params, z)
 
@@ -137,15 +168,32 @@ def decoder(bench, model: DCAE, cells, *, dtype, batch=1, compile_peer=False):
         return bench.peers("peers").decoder(bench, model, params, z, compiled=compiled)
 
     return bench_lib.Subject(
-        bench_lib.program(program, params, z), seconds, dtype,
-        floors.decoder(model, cells, cells, batch=batch, itemsize=_itemsize(dtype)), _peers("diffusers", peer, compile_peer),
-    )  # fmt: skip
+        bench_lib.program(program, params, z),
+        seconds,
+        dtype,
+        floors.decoder(model, cells, cells, batch=batch, itemsize=_itemsize(dtype)),
+        _peers("diffusers", peer, compile_peer),
+    )
 
 
 def picture(
-    bench, text: Gemma2, size: LinearDiT, autoencoder: DCAE, cells, steps, *, dtype, batch=1, prefix=PREFIX_TOKENS,
-    tokens=PROMPT_TOKENS, published_tokens=TEXT_TOKENS, compile_peer=False, control_depth=0, attention=None, in_turn=None,
-):  # fmt: skip
+    bench,
+    text: Gemma2,
+    size: LinearDiT,
+    autoencoder: DCAE,
+    cells,
+    steps,
+    *,
+    dtype,
+    batch=1,
+    prefix=PREFIX_TOKENS,
+    tokens=PROMPT_TOKENS,
+    published_tokens=TEXT_TOKENS,
+    compile_peer=False,
+    control_depth=0,
+    attention=None,
+    in_turn=None,
+):
     """Prompt tokens to pixels: text encoder behind its cached instruction, `steps` calls, decoder, as `pipeline` does.
 
     The peer encodes instruction and prompt each time and pads to the published length, as the published pipeline does.
@@ -156,17 +204,45 @@ def picture(
     """
     others = attention is not None or in_turn is not None
     in_turn = backends.launches_cost(jax.default_backend()) if in_turn is None else in_turn
-    model, autoencoder = inference(size, dtype, attention), _by_kernels(autoencoder, attention, autoencoder.head_dim, None, dtype)
+    model, autoencoder = (
+        inference(size, dtype, attention),
+        _by_kernels(autoencoder, attention, autoencoder.head_dim, None, dtype),
+    )
     transformer_params = _transformer(bench, model)
     part = None if control_depth else "decoder"
-    decoder_params = bench.kept("decoder", (_described(autoencoder), dtype, part), lambda: drawn(autoencoder, dtype, part=part))
-    floor = floors.picture(text, model, autoencoder, cells, tokens, steps, prefix=prefix, batch=batch, itemsize=_itemsize(dtype))
+    decoder_params = bench.kept(
+        "decoder",
+        (_described(autoencoder), dtype, part),
+        lambda: drawn(autoencoder, dtype, part=part),
+    )
+    floor = floors.picture(
+        text,
+        model,
+        autoencoder,
+        cells,
+        tokens,
+        steps,
+        prefix=prefix,
+        batch=batch,
+        itemsize=_itemsize(dtype),
+    )
     if control_depth:
-        control = ControlNet(net=dataclasses.replace(model, guidance_embed=False), depth=control_depth)
+        control = ControlNet(
+            net=dataclasses.replace(model, guidance_embed=False), depth=control_depth
+        )
         steering = drawn(control, dtype)
-        steering = control.unstack(steering) if "controlnet" in parts.block_by_block(None) else steering
+        steering = (
+            control.unstack(steering) if "controlnet" in parts.block_by_block(None) else steering
+        )
         transformer_params = {"trunk": transformer_params, "control": steering}
-        copies = floors.transformer(control.net, cells**2, tokens + 1, batch=batch, itemsize=_itemsize(dtype), blocks=control_depth)
+        copies = floors.transformer(
+            control.net,
+            cells**2,
+            tokens + 1,
+            batch=batch,
+            itemsize=_itemsize(dtype),
+            blocks=control_depth,
+        )
         model, floor = Controlled(trunk=model, control=control), floor + copies * steps
     text_params = bench.kept("text", (text, dtype), lambda: _text(text, dtype))
     ids = np.random.default_rng(0).integers(3, text.vocab, prefix + batch * tokens).astype(np.int32)
@@ -177,23 +253,46 @@ def picture(
     side = cells * autoencoder.factor
     sketch = np.random.default_rng(1).integers(0, 2, (batch, side, side, 3)).astype(np.uint8) * 255
 
-    params = {"transformer": transformer_params, "text": {"model": text_params, "prefix": cached}, "pixels": decoder_params}
-    arguments = params, prompts, np.ones(prompts.shape, np.float32), draws, sketch if control_depth else None
+    params = {
+        "transformer": transformer_params,
+        "text": {"model": text_params, "prefix": cached},
+        "pixels": decoder_params,
+    }
+    arguments = (
+        params,
+        prompts,
+        np.ones(prompts.shape, np.float32),
+        draws,
+        sketch if control_depth else None,
+    )
     if in_turn:
         program, seconds = _in_turn(_stages(text, model, autoencoder, times), *arguments)
     else:
-        program, seconds = bench_lib.compiled(prompt_to_pixels(text, model, autoencoder, times), *arguments)
+        program, seconds = bench_lib.compiled(
+            prompt_to_pixels(text, model, autoencoder, times), *arguments
+        )
 
     def peer(compiled):
         return bench.peers("peers").picture(
-            bench, (text, text_params), (model, transformer_params), (autoencoder, decoder_params), instruction,
-            prompts, draws, times, published_tokens=published_tokens, compiled=compiled,
-        )  # fmt: skip
+            bench,
+            (text, text_params),
+            (model, transformer_params),
+            (autoencoder, decoder_params),
+            instruction,
+            prompts,
+            draws,
+            times,
+            published_tokens=published_tokens,
+            compiled=compiled,
+        )
 
     return bench_lib.Subject(
-        bench_lib.program(program, *arguments), seconds, dtype, floor,
+        bench_lib.program(program, *arguments),
+        seconds,
+        dtype,
+        floor,
         () if control_depth or others else _peers("diffusers", peer, compile_peer),
-    )  # fmt: skip
+    )
 
 
 def prompt_to_pixels(text: Gemma2, model: LinearDiT | Controlled, autoencoder: DCAE, times):
@@ -209,7 +308,10 @@ def _joined(read, paint, decode):
 
     def run(params, tokens, mask, draws, sketch):
         features, mask = read(params["text"], tokens, mask)
-        return decode(params["pixels"], paint(params["transformer"], _encoder(params, sketch), features, mask, draws, sketch))
+        return decode(
+            params["pixels"],
+            paint(params["transformer"], _encoder(params, sketch), features, mask, draws, sketch),
+        )
 
     return run
 
@@ -230,7 +332,10 @@ def _stages(text, model, autoencoder, times):
         batch = len(features)
         cond = {"text": features, "mask": mask, "guidance": jnp.full((batch,), 4.5)}
         if isinstance(model, Controlled):
-            cond |= {"control": pixels.encode(pixels_params, sketch), "control_scale": jnp.ones((batch,))}
+            cond |= {
+                "control": pixels.encode(pixels_params, sketch),
+                "control_scale": jnp.ones((batch,)),
+            }
         v = lambda x, t: model.apply(params, x, t, **cond).velocity
         return samplers.scm(trigflow.from_flow(v), draws[0], draws[1:], times)
 
@@ -243,8 +348,12 @@ def _in_turn(stages, params, tokens, mask, draws, sketch):
     encoder = _encoder(params, sketch)
     reader, a = bench_lib.compiled(read, params["text"], tokens, mask)
     features, mask_out = jax.eval_shape(read, params["text"], tokens, mask)
-    latents = jax.eval_shape(paint, params["transformer"], encoder, features, mask_out, draws, sketch)
-    painter, b = bench_lib.compiled(paint, params["transformer"], encoder, features, mask_out, draws, sketch)
+    latents = jax.eval_shape(
+        paint, params["transformer"], encoder, features, mask_out, draws, sketch
+    )
+    painter, b = bench_lib.compiled(
+        paint, params["transformer"], encoder, features, mask_out, draws, sketch
+    )
     decoder, c = bench_lib.compiled(decode, params["pixels"], latents)
     return _joined(reader, painter, decoder), a + b + c
 
@@ -267,10 +376,20 @@ def linear_attention(bench, size: LinearDiT, N, *, dtype, batch, derivative, bac
     work = floors.linear_attention(N, size.width, head, batch=batch, itemsize=_itemsize(dtype))
     _, times = _DERIVATIVES[derivative]
     shapes = [(batch, N, 3 * size.width)]
-    return _attention(plain, None if backend == "plain" else kernels, work * times[2], shapes, 1, dtype=dtype, derivative=derivative)
+    return _attention(
+        plain,
+        None if backend == "plain" else kernels,
+        work * times[2],
+        shapes,
+        1,
+        dtype=dtype,
+        derivative=derivative,
+    )
 
 
-def cross_attention(bench, size: LinearDiT, N, *, dtype, batch, derivative, backend, tokens=TEXT_TOKENS):
+def cross_attention(
+    bench, size: LinearDiT, N, *, dtype, batch, derivative, backend, tokens=TEXT_TOKENS
+):
     """The cross-attention at published shapes, no text masked, a tangent in q alone as in sCM. backend: as above."""
     head = size.width // size.cross_heads
     mask = jnp.ones((batch, tokens))
@@ -279,7 +398,15 @@ def cross_attention(bench, size: LinearDiT, N, *, dtype, batch, derivative, back
     work = floors.cross_attention(N, tokens, size.width, batch=batch, itemsize=_itemsize(dtype))
     _, times = _DERIVATIVES[derivative]
     q, kv = (batch, N, size.cross_heads, head), (batch, tokens, size.cross_heads, head)
-    return _attention(plain, None if backend == "plain" else kernels, work * times[1], [q, kv, kv], 1, dtype=dtype, derivative=derivative)
+    return _attention(
+        plain,
+        None if backend == "plain" else kernels,
+        work * times[1],
+        [q, kv, kv],
+        1,
+        dtype=dtype,
+        derivative=derivative,
+    )
 
 
 def _attention(plain, kernels, work, shapes, moving, *, dtype, derivative):
@@ -301,7 +428,9 @@ def _attention(plain, kernels, work, shapes, moving, *, dtype, derivative):
         other, _ = build(plain)
         note += f", of plain XLA {memory(other)}"
         peers = (("plain XLA", lambda: ready(other)),)
-    return bench_lib.Subject(ready(program), seconds, dtype, work, peers, shortest=_KERNEL_SECONDS, note=note)
+    return bench_lib.Subject(
+        ready(program), seconds, dtype, work, peers, shortest=_KERNEL_SECONDS, note=note
+    )
 
 
 def _forward(function, count):

@@ -49,11 +49,25 @@ def gpu() -> list[Case]:
             for batch in (1, 10, 32):
                 compile_peer = side == 1024 and batch != 32
                 one = functools.partial(subjects.transformer, compile_peer=compile_peer)
-                cases.append(case(f"transformer_{name}{_at(side, batch)}", one, size, side // 32, batch=batch, **bf16))
+                cases.append(
+                    case(
+                        f"transformer_{name}{_at(side, batch)}",
+                        one,
+                        size,
+                        side // 32,
+                        batch=batch,
+                        **bf16,
+                    )
+                )
         for batch in (1, 10):
-            for change, options in (("looped", {"unrolled": False}), ("plain", {"attention": "plain"})):
+            for change, options in (
+                ("looped", {"unrolled": False}),
+                ("plain", {"attention": "plain"}),
+            ):
                 label = f"transformer_{name}_{change}{_at(1024, batch)}"
-                cases.append(case(label, subjects.transformer, size, 32, batch=batch, **options, **bf16))
+                cases.append(
+                    case(label, subjects.transformer, size, 32, batch=batch, **options, **bf16)
+                )
     for side in (1024, 512):
         for batch in (1, 10, 32):
             one = functools.partial(subjects.decoder, compile_peer=side == 1024 and batch != 32)
@@ -63,23 +77,63 @@ def gpu() -> list[Case]:
         for side in (1024, 512):
             for steps in (1, 2, 4):
                 for batch in (1, 10, 32):
-                    one = functools.partial(subjects.picture, compile_peer=side == 1024 and batch == 1 and steps == 1)
+                    one = functools.partial(
+                        subjects.picture, compile_peer=side == 1024 and batch == 1 and steps == 1
+                    )
                     label = f"picture_{name}_{steps}step{_at(side, batch)}"
-                    cases.append(case(label, one, GEMMA2_2B, size, DCAE_F32C32, side // 32, steps, batch=batch, **bf16))
+                    cases.append(
+                        case(
+                            label,
+                            one,
+                            GEMMA2_2B,
+                            size,
+                            DCAE_F32C32,
+                            side // 32,
+                            steps,
+                            batch=batch,
+                            **bf16,
+                        )
+                    )
     for name, size in _SIZES:
-        for change, options in (("", {}), ("_plain", {"attention": "plain"}), ("_at_once", {"in_turn": False})):
+        for change, options in (
+            ("", {}),
+            ("_plain", {"attention": "plain"}),
+            ("_at_once", {"in_turn": False}),
+        ):
             whole = GEMMA2_2B, size, DCAE_F32C32, 32, 1
             steered = functools.partial(subjects.picture, control_depth=7)
             cases.append(case(f"sketch_{name}_1step{change}", steered, *whole, **options, **bf16))
             if change:
-                cases.append(case(f"picture_{name}_1step{change}", subjects.picture, *whole, **options, **bf16))
+                cases.append(
+                    case(
+                        f"picture_{name}_1step{change}", subjects.picture, *whole, **options, **bf16
+                    )
+                )
     for name, (_, size) in zip(("sana_600m", "sana_1600m"), _SIZES, strict=True):
         for remat in ("none", "cheap", "block"):
             label = f"sprint_pair_{name.removeprefix('sana_')}_remat_{remat}"
             cases.append(case(label, published_pair, name, remat))
             cases.append(case(f"{label}_kernels", published_pair, name, remat, attention="pallas"))
-            cases.append(case(f"{label}_kernels_bf16_residual", published_pair, name, remat, attention="pallas", residual="bfloat16"))
-            cases.append(case(f"{label}_kernels_unrolled", published_pair, name, remat, attention="pallas", unroll=size.depth))
+            cases.append(
+                case(
+                    f"{label}_kernels_bf16_residual",
+                    published_pair,
+                    name,
+                    remat,
+                    attention="pallas",
+                    residual="bfloat16",
+                )
+            )
+            cases.append(
+                case(
+                    f"{label}_kernels_unrolled",
+                    published_pair,
+                    name,
+                    remat,
+                    attention="pallas",
+                    unroll=size.depth,
+                )
+            )
     return cases + [case("sprint_pair_embedded", embedded_pair)]
 
 
@@ -111,13 +165,22 @@ def kernels(platform) -> list[Case]:
     dtype, batches = ("float32", (1,)) if on_cpu else ("bfloat16", (1, 16))
     cases = []
     for size_name, size in _SIZES:
-        for kind, subject in (("linear", subjects.linear_attention), ("cross", subjects.cross_attention)):
-            head_dims = (size.width // size.heads, None) if kind == "linear" else (None, size.width // size.cross_heads)
+        for kind, subject in (
+            ("linear", subjects.linear_attention),
+            ("cross", subjects.cross_attention),
+        ):
+            head_dims = (
+                (size.width // size.heads, None)
+                if kind == "linear"
+                else (None, size.width // size.cross_heads)
+            )
             chosen, _ = backend.resolve("pallas", platform, *head_dims, dtype)
             for tokens in (1024,) if on_cpu else (1024, 4096):
                 for derivative in ("forward", "jvp", "sprint"):
                     for batch in batches:
                         name = f"{kind}_attention_{size_name}_{tokens}_{derivative}_batch{batch}"
-                        options = dict(dtype=dtype, batch=batch, derivative=derivative, backend=chosen)
+                        options = dict(
+                            dtype=dtype, batch=batch, derivative=derivative, backend=chosen
+                        )
                         cases.append(case(name, subject, size, tokens, **options))
     return cases

@@ -55,7 +55,9 @@ def burst(seconds, shortest) -> int:
     return max(1, min(200, math.ceil(shortest / max(seconds, 1e-9))))
 
 
-def alternate(programs: Mapping[str, Program], repeats, shortest=0.0, warm=True, clock=time.perf_counter):
+def alternate(
+    programs: Mapping[str, Program], repeats, shortest=0.0, warm=True, clock=time.perf_counter
+):
     """{name: Times} of programs that take turns, `repeats` times each.
 
     warm: run each once before; not needed where a result was computed already.

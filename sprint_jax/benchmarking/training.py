@@ -42,9 +42,13 @@ def published_losses(tree):
 
 def random_like(abstract, key):
     """Random normal arrays, 1 in masks."""
-    make = lambda name, a, k: jnp.ones(a.shape, a.dtype) if "mask" in name else jax.random.normal(k, a.shape, a.dtype)
+    make = lambda name, a, k: (
+        jnp.ones(a.shape, a.dtype) if "mask" in name else jax.random.normal(k, a.shape, a.dtype)
+    )
     keys = jax.random.split(key, len(abstract))
-    return {name: make(name, a, k) for (name, a), k in zip(sorted(abstract.items()), keys, strict=True)}
+    return {
+        name: make(name, a, k) for (name, a), k in zip(sorted(abstract.items()), keys, strict=True)
+    }
 
 
 def start(c: config.Config):
@@ -58,7 +62,12 @@ def start(c: config.Config):
     keys = jax.random.split(jax.random.key(3), len(leaves))
     moved = [a + 0.02 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
     state = state.replace(params=jax.tree.unflatten(tree, moved))
-    return stage, stage.frozen, state, random_like(inputs.abstract_batch(c, c.sprint.batch), jax.random.key(2))
+    return (
+        stage,
+        stage.frozen,
+        state,
+        random_like(inputs.abstract_batch(c, c.sprint.batch), jax.random.key(2)),
+    )
 
 
 def pair(bench, c: config.Config) -> bench_lib.Subject:
@@ -92,13 +101,19 @@ def pair(bench, c: config.Config) -> bench_lib.Subject:
     N, m, s = (side // c.model.patch_size) ** 2, build.student(c), c.sprint
     options = dict(batch=s.batch, itemsize=jnp.dtype(c.model.dtype).itemsize)
     work = floors.generator_step(m, N, c.text.length, s.head_blocks, **options)
-    work += floors.discriminator_step(m, N, c.text.length, s.head_blocks, misaligned=s.misaligned, **options)
+    work += floors.discriminator_step(
+        m, N, c.text.length, s.head_blocks, misaligned=s.misaligned, **options
+    )
 
     def peer():
         return bench.peers("torch_pair").program(bench, c, frozen, state, batch)
 
     optimisers = f"{s.optimizer.kind} for the student, {s.head_optimizer.kind} for the heads; the peer has AdamW for both"
     return bench_lib.Subject(
-        timing.Program(calls, losses), compile_s, c.model.dtype, work, (("PyTorch", peer),),
+        timing.Program(calls, losses),
+        compile_s,
+        c.model.dtype,
+        work,
+        (("PyTorch", peer),),
         note=f"batch {s.batch}, {optimisers}",
-    )  # fmt: skip
+    )

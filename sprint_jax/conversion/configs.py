@@ -15,38 +15,72 @@ from sprint_jax.models.linear_dit import LinearDiT
 
 # Files written by diffusers differ in what they spell out; absent keys have its defaults.
 _TRANSFORMER = {
-    "in_channels": 32, "out_channels": 32, "num_attention_heads": 70, "attention_head_dim": 32, "num_layers": 20,
-    "num_cross_attention_heads": 20, "cross_attention_head_dim": 112, "cross_attention_dim": 2240,
-    "caption_channels": 2304, "mlp_ratio": 2.5, "dropout": 0.0, "attention_bias": False, "sample_size": 32,
-    "patch_size": 1, "norm_elementwise_affine": False, "norm_eps": 1e-6, "interpolation_scale": None,
-    "guidance_embeds": False, "guidance_embeds_scale": 0.1, "qk_norm": None, "timestep_scale": 1.0,
-}  # fmt: skip
-_TRANSFORMER_FIXED = {
-    "attention_bias": False, "patch_size": 1, "norm_elementwise_affine": False, "norm_eps": 1e-6,
+    "in_channels": 32,
+    "out_channels": 32,
+    "num_attention_heads": 70,
+    "attention_head_dim": 32,
+    "num_layers": 20,
+    "num_cross_attention_heads": 20,
+    "cross_attention_head_dim": 112,
+    "cross_attention_dim": 2240,
+    "caption_channels": 2304,
+    "mlp_ratio": 2.5,
+    "dropout": 0.0,
+    "attention_bias": False,
+    "sample_size": 32,
+    "patch_size": 1,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
     "interpolation_scale": None,
-}  # fmt: skip
+    "guidance_embeds": False,
+    "guidance_embeds_scale": 0.1,
+    "qk_norm": None,
+    "timestep_scale": 1.0,
+}
+_TRANSFORMER_FIXED = {
+    "attention_bias": False,
+    "patch_size": 1,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "interpolation_scale": None,
+}
 # diffusers' `SanaControlNetModel` has no QK-norm, and its pipeline tells it times in [0, 1000]. Ours of Sprint is of a
 # class that diffusers does not know, so that none is taken for the other.
-_CONTROLNET = {k: v for k, v in _TRANSFORMER.items() if not k.startswith(("guidance_", "qk_", "timestep_"))} | {"num_layers": 7}
+_CONTROLNET = {
+    k: v for k, v in _TRANSFORMER.items() if not k.startswith(("guidance_", "qk_", "timestep_"))
+} | {"num_layers": 7}
 _SPRINT_CONTROLNET = _CONTROLNET | {"qk_norm": "rms_norm_across_heads", "timestep_scale": 1.0}
 _CONTROLNET_CLASS, _SPRINT_CONTROLNET_CLASS = "SanaControlNetModel", "SprintControlNetModel"
 
 _QK_NORM = {"rms_norm_across_heads": True, None: False}
 
 _AUTOENCODER = {
-    "in_channels": 3, "latent_channels": 32, "attention_head_dim": 32, "encoder_block_types": "ResBlock",
-    "decoder_block_types": "ResBlock", "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "in_channels": 3,
+    "latent_channels": 32,
+    "attention_head_dim": 32,
+    "encoder_block_types": "ResBlock",
+    "decoder_block_types": "ResBlock",
+    "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
     "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
-    "encoder_layers_per_block": [2, 2, 2, 3, 3, 3], "decoder_layers_per_block": [3, 3, 3, 3, 3, 3],
-    "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]], "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
-    "upsample_block_type": "pixel_shuffle", "downsample_block_type": "pixel_unshuffle",
-    "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu", "encoder_out_shortcut": True,
-    "decoder_in_shortcut": True, "decoder_conv_act_fn": "relu", "scaling_factor": 1.0,
-}  # fmt: skip
-_AUTOENCODER_FIXED = {
-    "upsample_block_type": "interpolate", "encoder_out_shortcut": True, "decoder_in_shortcut": True,
+    "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
+    "decoder_layers_per_block": [3, 3, 3, 3, 3, 3],
+    "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+    "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
+    "upsample_block_type": "pixel_shuffle",
+    "downsample_block_type": "pixel_unshuffle",
+    "decoder_norm_types": "rms_norm",
+    "decoder_act_fns": "silu",
+    "encoder_out_shortcut": True,
+    "decoder_in_shortcut": True,
     "decoder_conv_act_fn": "relu",
-}  # fmt: skip
+    "scaling_factor": 1.0,
+}
+_AUTOENCODER_FIXED = {
+    "upsample_block_type": "interpolate",
+    "encoder_out_shortcut": True,
+    "decoder_in_shortcut": True,
+    "decoder_conv_act_fn": "relu",
+}
 
 _SCHEDULER = {"num_train_timesteps": 1000, "prediction_type": "trigflow", "sigma_data": 0.5}
 
@@ -67,7 +101,9 @@ def read_json(path) -> dict:
 
 def write_json(path, value):
     """Sorted keys, indent 2 and a final newline, as diffusers writes."""
-    pathlib.Path(path).write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    pathlib.Path(path).write_text(
+        json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def _fields(config, known, fixed, what):
@@ -75,11 +111,15 @@ def _fields(config, known, fixed, what):
     given = {name: value for name, value in config.items() if not name.startswith("_")}
     unknown = sorted(given.keys() - known.keys())
     if unknown:
-        raise UserError(f"the {what} config has {unknown[0]}={given[unknown[0]]!r}, which is not supported here")
+        raise UserError(
+            f"the {what} config has {unknown[0]}={given[unknown[0]]!r}, which is not supported here"
+        )
     merged = known | given
     for name, value in fixed.items():
         if merged[name] != value:
-            raise UserError(f"the {what} config has {name}={merged[name]!r}; only {value!r} is supported")
+            raise UserError(
+                f"the {what} config has {name}={merged[name]!r}; only {value!r} is supported"
+            )
     return merged
 
 
@@ -102,16 +142,33 @@ def transformer(config: dict, dtype: str) -> LinearDiT:
             ": the three must agree"
         )
     if c["out_channels"] not in (None, c["in_channels"]):
-        raise UserError(f"the transformer config has out_channels={c['out_channels']} and in_channels={c['in_channels']}: they must agree")
+        raise UserError(
+            f"the transformer config has out_channels={c['out_channels']} and in_channels={c['in_channels']}: they must agree"
+        )
     if c["qk_norm"] not in _QK_NORM:
-        raise UserError(f"the transformer config has qk_norm={c['qk_norm']!r}; 'rms_norm_across_heads' or null is supported")
+        raise UserError(
+            f"the transformer config has qk_norm={c['qk_norm']!r}; 'rms_norm_across_heads' or null is supported"
+        )
     return LinearDiT(
-        in_channels=c["in_channels"], width=width, depth=c["num_layers"], heads=c["num_attention_heads"],
-        cross_heads=c["num_cross_attention_heads"], mlp_ratio=c["mlp_ratio"], text_dim=c["caption_channels"],
-        patch_size=1, qk_norm=_QK_NORM[c["qk_norm"]], time_scale=float(c["timestep_scale"]),
-        guidance_embed=c["guidance_embeds"], guidance_scale_factor=c["guidance_embeds_scale"], logvar_head=False,
-        remat="none", unroll=1, dtype=dtype, residual_dtype=dtype, attention="plain",
-    )  # fmt: skip
+        in_channels=c["in_channels"],
+        width=width,
+        depth=c["num_layers"],
+        heads=c["num_attention_heads"],
+        cross_heads=c["num_cross_attention_heads"],
+        mlp_ratio=c["mlp_ratio"],
+        text_dim=c["caption_channels"],
+        patch_size=1,
+        qk_norm=_QK_NORM[c["qk_norm"]],
+        time_scale=float(c["timestep_scale"]),
+        guidance_embed=c["guidance_embeds"],
+        guidance_scale_factor=c["guidance_embeds_scale"],
+        logvar_head=False,
+        remat="none",
+        unroll=1,
+        dtype=dtype,
+        residual_dtype=dtype,
+        attention="plain",
+    )
 
 
 def controlnet(config: dict, dtype: str) -> ControlNet:
@@ -120,7 +177,10 @@ def controlnet(config: dict, dtype: str) -> ControlNet:
         c = _fields(config, _SPRINT_CONTROLNET, {}, "ControlNet")
     else:
         _check_class(config, _CONTROLNET_CLASS, "ControlNet")
-        c = _fields(config, _CONTROLNET, {}, "ControlNet") | {"qk_norm": None, "timestep_scale": 1000.0}
+        c = _fields(config, _CONTROLNET, {}, "ControlNet") | {
+            "qk_norm": None,
+            "timestep_scale": 1000.0,
+        }
     # The copied network is deeper than its copies; by how much does not matter to them.
     alike = c | {"_class_name": "SanaTransformer2DModel", "num_layers": c["num_layers"] + 1}
     return ControlNet(net=transformer(alike, dtype), depth=c["num_layers"])
@@ -129,7 +189,11 @@ def controlnet(config: dict, dtype: str) -> ControlNet:
 def controlnet_json(m: ControlNet) -> dict:
     """The inverse of `controlnet`."""
     theirs = not m.net.qk_norm and m.net.time_scale == 1000.0
-    known, kind = (_CONTROLNET, _CONTROLNET_CLASS) if theirs else (_SPRINT_CONTROLNET, _SPRINT_CONTROLNET_CLASS)
+    known, kind = (
+        (_CONTROLNET, _CONTROLNET_CLASS)
+        if theirs
+        else (_SPRINT_CONTROLNET, _SPRINT_CONTROLNET_CLASS)
+    )
     given = {name: value for name, value in transformer_json(m.net).items() if name in known}
     return given | {"_class_name": kind, "num_layers": m.depth}
 
@@ -137,15 +201,29 @@ def controlnet_json(m: ControlNet) -> dict:
 def transformer_json(m: LinearDiT) -> dict:
     """The inverse of `transformer`."""
     return {
-        "_class_name": "SanaTransformer2DModel", "attention_bias": False,
-        "attention_head_dim": m.width // m.heads, "caption_channels": m.text_dim, "cross_attention_dim": m.width,
-        "cross_attention_head_dim": m.width // m.cross_heads, "dropout": 0.0, "guidance_embeds": m.guidance_embed,
-        "guidance_embeds_scale": m.guidance_scale_factor, "in_channels": m.in_channels, "interpolation_scale": None,
-        "mlp_ratio": m.mlp_ratio, "norm_elementwise_affine": False, "norm_eps": 1e-6,
-        "num_attention_heads": m.heads, "num_cross_attention_heads": m.cross_heads, "num_layers": m.depth,
-        "out_channels": m.in_channels, "patch_size": 1, "qk_norm": "rms_norm_across_heads" if m.qk_norm else None,
-        "sample_size": 32, "timestep_scale": m.time_scale,
-    }  # fmt: skip
+        "_class_name": "SanaTransformer2DModel",
+        "attention_bias": False,
+        "attention_head_dim": m.width // m.heads,
+        "caption_channels": m.text_dim,
+        "cross_attention_dim": m.width,
+        "cross_attention_head_dim": m.width // m.cross_heads,
+        "dropout": 0.0,
+        "guidance_embeds": m.guidance_embed,
+        "guidance_embeds_scale": m.guidance_scale_factor,
+        "in_channels": m.in_channels,
+        "interpolation_scale": None,
+        "mlp_ratio": m.mlp_ratio,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "num_attention_heads": m.heads,
+        "num_cross_attention_heads": m.cross_heads,
+        "num_layers": m.depth,
+        "out_channels": m.in_channels,
+        "patch_size": 1,
+        "qk_norm": "rms_norm_across_heads" if m.qk_norm else None,
+        "sample_size": 32,
+        "timestep_scale": m.time_scale,
+    }
 
 
 def autoencoder(config: dict) -> DCAE:
@@ -154,26 +232,38 @@ def autoencoder(config: dict) -> DCAE:
     _check_class(config, "AutoencoderDC", what)
     c = _fields(config, _AUTOENCODER, _AUTOENCODER_FIXED, what)
     if c["downsample_block_type"] == "pixel_unshuffle":
-        raise UserError("the autoencoder config has downsample_block_type='pixel_unshuffle'; only 'Conv' is supported")
+        raise UserError(
+            "the autoencoder config has downsample_block_type='pixel_unshuffle'; only 'Conv' is supported"
+        )
     for name, value in (("decoder_norm_types", "rms_norm"), ("decoder_act_fns", "silu")):
         if set(_each(c[name], 1)) != {value}:
-            raise UserError(f"the autoencoder config has {name}={c[name]!r}; only {value!r} is supported")
+            raise UserError(
+                f"the autoencoder config has {name}={c[name]!r}; only {value!r} is supported"
+            )
 
     def stages(side):
         channels = c[f"{side}_block_out_channels"]
         columns = (
-            channels, c[f"{side}_layers_per_block"], _each(c[f"{side}_block_types"], len(channels)),
+            channels,
+            c[f"{side}_layers_per_block"],
+            _each(c[f"{side}_block_types"], len(channels)),
             c[f"{side}_qkv_multiscales"],
-        )  # fmt: skip
+        )
         if len({len(column) for column in columns}) != 1 or min(columns[1]) < 1:
-            raise UserError(f"the autoencoder config describes its {side} by lists of different lengths, or by an empty stage")
+            raise UserError(
+                f"the autoencoder config describes its {side} by lists of different lengths, or by an empty stage"
+            )
         return tuple(Stage(w, n, block, tuple(s)) for w, n, block, s in zip(*columns, strict=True))
 
     try:
         return DCAE(
-            in_channels=c["in_channels"], latent_channels=c["latent_channels"], head_dim=c["attention_head_dim"],
-            encoder=stages("encoder"), decoder=stages("decoder"), scaling_factor=c["scaling_factor"],
-        )  # fmt: skip
+            in_channels=c["in_channels"],
+            latent_channels=c["latent_channels"],
+            head_dim=c["attention_head_dim"],
+            encoder=stages("encoder"),
+            decoder=stages("decoder"),
+            scaling_factor=c["scaling_factor"],
+        )
     except ValueError as error:
         raise UserError(f"the autoencoder config is not supported: {error}") from None
 
@@ -186,11 +276,16 @@ def autoencoder_json(m: DCAE) -> dict:
     """The inverse of `autoencoder`."""
     sides = {"encoder": m.encoder, "decoder": m.decoder}
     config = {
-        "_class_name": "AutoencoderDC", "attention_head_dim": m.head_dim, "decoder_act_fns": "silu",
-        "decoder_norm_types": "rms_norm", "downsample_block_type": "Conv", "in_channels": m.in_channels,
-        "latent_channels": m.latent_channels, "scaling_factor": m.scaling_factor,
+        "_class_name": "AutoencoderDC",
+        "attention_head_dim": m.head_dim,
+        "decoder_act_fns": "silu",
+        "decoder_norm_types": "rms_norm",
+        "downsample_block_type": "Conv",
+        "in_channels": m.in_channels,
+        "latent_channels": m.latent_channels,
+        "scaling_factor": m.scaling_factor,
         "upsample_block_type": "interpolate",
-    }  # fmt: skip
+    }
     for side, stages in sides.items():
         config |= {
             f"{side}_block_out_channels": [s.channels for s in stages],
@@ -208,43 +303,77 @@ def text_encoder(config: dict) -> Gemma2:
         raise UserError(f"the text encoder is a {kind}; only gemma2 is supported")
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
-        raise UserError(f"the text encoder config has rope_type={rope['rope_type']!r}; only 'default' is supported")
+        raise UserError(
+            f"the text encoder config has rope_type={rope['rope_type']!r}; only 'default' is supported"
+        )
     activation = config.get("hidden_activation") or config.get("hidden_act") or "gelu_pytorch_tanh"
     if activation != "gelu_pytorch_tanh":
-        raise UserError(f"the text encoder config has hidden_activation={activation!r}; only 'gelu_pytorch_tanh' is supported")
+        raise UserError(
+            f"the text encoder config has hidden_activation={activation!r}; only 'gelu_pytorch_tanh' is supported"
+        )
     if config.get("attention_bias", False):
-        raise UserError("the text encoder config has attention_bias=true, which is not supported here")
+        raise UserError(
+            "the text encoder config has attention_bias=true, which is not supported here"
+        )
     if config.get("attn_logit_softcapping", 50.0) is None:
-        raise UserError("the text encoder config has attn_logit_softcapping=null, which is not supported here")
+        raise UserError(
+            "the text encoder config has attn_logit_softcapping=null, which is not supported here"
+        )
     try:
         depth = config["num_hidden_layers"]
         kinds = config.get("layer_types")
         expected = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(depth)]
         if kinds is not None and kinds != expected:
-            raise UserError("the text encoder config has layer_types other than sliding and full in turn")
+            raise UserError(
+                "the text encoder config has layer_types other than sliding and full in turn"
+            )
         return Gemma2(
-            vocab=config["vocab_size"], width=config["hidden_size"], depth=depth,
-            heads=config["num_attention_heads"], kv_heads=config["num_key_value_heads"],
-            head_dim=config["head_dim"], hidden=config["intermediate_size"],
-            query_scalar=float(config["query_pre_attn_scalar"]), window=config["sliding_window"],
-            softcap=config.get("attn_logit_softcapping", 50.0), eps=config.get("rms_norm_eps", 1e-6),
+            vocab=config["vocab_size"],
+            width=config["hidden_size"],
+            depth=depth,
+            heads=config["num_attention_heads"],
+            kv_heads=config["num_key_value_heads"],
+            head_dim=config["head_dim"],
+            hidden=config["intermediate_size"],
+            query_scalar=float(config["query_pre_attn_scalar"]),
+            window=config["sliding_window"],
+            softcap=config.get("attn_logit_softcapping", 50.0),
+            eps=config.get("rms_norm_eps", 1e-6),
             theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-        )  # fmt: skip
+        )
     except KeyError as error:
-        raise UserError(f"the text encoder config lacks {error.args[0]}: copy the folder again") from None
+        raise UserError(
+            f"the text encoder config lacks {error.args[0]}: copy the folder again"
+        ) from None
 
 
 def text_encoder_json(m: Gemma2) -> dict:
     """A config that transformers 4 and 5 both read; the inverse of `text_encoder`."""
     return {
-        "architectures": ["Gemma2Model"], "attention_bias": False, "attention_dropout": 0.0,
-        "attn_logit_softcapping": m.softcap, "bos_token_id": 2, "eos_token_id": 1, "final_logit_softcapping": 30.0,
-        "head_dim": m.head_dim, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": m.width, "intermediate_size": m.hidden, "max_position_embeddings": 8192,
-        "model_type": "gemma2", "num_attention_heads": m.heads, "num_hidden_layers": m.depth,
-        "num_key_value_heads": m.kv_heads, "pad_token_id": 0, "query_pre_attn_scalar": _whole(m.query_scalar),
-        "rms_norm_eps": m.eps, "rope_theta": m.theta, "sliding_window": m.window, "vocab_size": m.vocab,
-    }  # fmt: skip
+        "architectures": ["Gemma2Model"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": m.softcap,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "final_logit_softcapping": 30.0,
+        "head_dim": m.head_dim,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": m.width,
+        "intermediate_size": m.hidden,
+        "max_position_embeddings": 8192,
+        "model_type": "gemma2",
+        "num_attention_heads": m.heads,
+        "num_hidden_layers": m.depth,
+        "num_key_value_heads": m.kv_heads,
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": _whole(m.query_scalar),
+        "rms_norm_eps": m.eps,
+        "rope_theta": m.theta,
+        "sliding_window": m.window,
+        "vocab_size": m.vocab,
+    }
 
 
 def _whole(value):
@@ -256,7 +385,9 @@ def check_scheduler(config: dict):
     """Raises UserError unless `scheduler/scheduler_config.json` is SANA-Sprint's."""
     found = config.get("_class_name", "SCMScheduler")
     if found != "SCMScheduler":
-        raise UserError(f"the scheduler is a {found}: this folder holds a multi-step SANA, not a SANA-Sprint (SCMScheduler)")
+        raise UserError(
+            f"the scheduler is a {found}: this folder holds a multi-step SANA, not a SANA-Sprint (SCMScheduler)"
+        )
     _fields(config, _SCHEDULER, _SCHEDULER, "scheduler")
 
 

@@ -79,7 +79,9 @@ def _dtype(dtype):
     return None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
 
 
-def read_diffusers(path, *, dtype, instruction: str, pixels_dtype=None, place=_keep, say=lambda message: None) -> Checkpoint:
+def read_diffusers(
+    path, *, dtype, instruction: str, pixels_dtype=None, place=_keep, say=lambda message: None
+) -> Checkpoint:
     """A SANA-Sprint pipeline folder.
 
     dtype: "float32" or "bfloat16" for every part, or None to keep what the files hold. pixels_dtype: of the autoencoder, None for dtype.
@@ -90,21 +92,31 @@ def read_diffusers(path, *, dtype, instruction: str, pixels_dtype=None, place=_k
     index = configs.read_json(path / INDEX)
     kind = index.get("_class_name")
     if kind not in _PIPELINES:
-        more = ": give its controlnet/ beside a SANA-Sprint model" if "ControlNet" in str(kind) else ""
-        raise UserError(f"{path} holds a {kind}, not a SANA-Sprint pipeline ({' or '.join(_PIPELINES)}){more}")
+        more = (
+            ": give its controlnet/ beside a SANA-Sprint model" if "ControlNet" in str(kind) else ""
+        )
+        raise UserError(
+            f"{path} holds a {kind}, not a SANA-Sprint pipeline ({' or '.join(_PIPELINES)}){more}"
+        )
     for part in _REQUIRED:
         if not (path / part).is_dir():
             raise UserError(f"{path} has no {part}/: download the whole folder")
     configs.check_scheduler(configs.read_json(path / "scheduler" / "scheduler_config.json"))
     compute = dtype or "float32"
     models = {
-        "transformer": configs.transformer(configs.read_json(path / "transformer" / "config.json"), compute),
+        "transformer": configs.transformer(
+            configs.read_json(path / "transformer" / "config.json"), compute
+        ),
         "autoencoder": configs.autoencoder(configs.read_json(path / "vae" / "config.json")),
-        "text_encoder": configs.text_encoder(configs.read_json(path / "text_encoder" / "config.json")),
+        "text_encoder": configs.text_encoder(
+            configs.read_json(path / "text_encoder" / "config.json")
+        ),
     }
     _check_widths(models)
     if (path / "controlnet").is_dir():
-        models["controlnet"] = configs.controlnet(configs.read_json(path / "controlnet" / "config.json"), compute)
+        models["controlnet"] = configs.controlnet(
+            configs.read_json(path / "controlnet" / "config.json"), compute
+        )
     params = {}
     for part, (folder, stem) in _DIFFUSERS.items():
         if part not in models:
@@ -112,8 +124,12 @@ def read_diffusers(path, *, dtype, instruction: str, pixels_dtype=None, place=_k
         say(f"reading {folder}")
         found = tensors.find(path / folder, stem)
         rows = getattr(tables, part)(models[part])
-        params[part] = _load(part, rows, found, models[part], _dtype_of(part, dtype, pixels_dtype), place)
-    return Checkpoint(**models, params=params, tokenizer=path / "tokenizer", instruction=instruction)
+        params[part] = _load(
+            part, rows, found, models[part], _dtype_of(part, dtype, pixels_dtype), place
+        )
+    return Checkpoint(
+        **models, params=params, tokenizer=path / "tokenizer", instruction=instruction
+    )
 
 
 def read_transformer(path) -> tuple[LinearDiT, Any]:
@@ -132,7 +148,9 @@ def read_controlnet(path) -> tuple[ControlNet, Any]:
     inner, stem = _DIFFUSERS["controlnet"]
     path = path / inner if (path / inner).is_dir() else path
     model = configs.controlnet(configs.read_json(path / "config.json"), "float32")
-    return model, _load("controlnet", tables.controlnet(model), tensors.find(path, stem), model, "float32", _keep)
+    return model, _load(
+        "controlnet", tables.controlnet(model), tensors.find(path, stem), model, "float32", _keep
+    )
 
 
 def _dtype_of(part, dtype, pixels_dtype):
@@ -165,11 +183,15 @@ def write_diffusers(path, checkpoint: Checkpoint, *, shard_bytes=SHARD_BYTES):
             folder, stem = _DIFFUSERS[part]
             (partial / folder).mkdir()
             model = getattr(checkpoint, part)
-            configs.write_json(partial / folder / "config.json", getattr(configs, f"{part}_json")(model))
+            configs.write_json(
+                partial / folder / "config.json", getattr(configs, f"{part}_json")(model)
+            )
             named = rules.export(getattr(tables, part)(model), checkpoint.params[part])
             tensors.write(partial / folder, stem, named, shard_bytes=shard_bytes)
         (partial / "scheduler").mkdir()
-        configs.write_json(partial / "scheduler" / "scheduler_config.json", configs.scheduler_json())
+        configs.write_json(
+            partial / "scheduler" / "scheduler_config.json", configs.scheduler_json()
+        )
         if checkpoint.tokenizer is not None:
             shutil.copytree(checkpoint.tokenizer, partial / "tokenizer")
         if checkpoint.autoencoder is not None:
@@ -177,21 +199,31 @@ def write_diffusers(path, checkpoint: Checkpoint, *, shard_bytes=SHARD_BYTES):
 
 
 _INDEX_JSON = {
-    "_class_name": "SanaSprintPipeline", "scheduler": ["diffusers", "SCMScheduler"],
-    "text_encoder": ["transformers", "Gemma2Model"], "tokenizer": ["transformers", "GemmaTokenizerFast"],
-    "transformer": ["diffusers", "SanaTransformer2DModel"], "vae": ["diffusers", "AutoencoderDC"],
-}  # fmt: skip
+    "_class_name": "SanaSprintPipeline",
+    "scheduler": ["diffusers", "SCMScheduler"],
+    "text_encoder": ["transformers", "Gemma2Model"],
+    "tokenizer": ["transformers", "GemmaTokenizerFast"],
+    "transformer": ["diffusers", "SanaTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderDC"],
+}
 
 
-def read_ours(path, *, dtype, pixels_dtype=None, place=_keep, say=lambda message: None) -> Checkpoint:
+def read_ours(
+    path, *, dtype, pixels_dtype=None, place=_keep, say=lambda message: None
+) -> Checkpoint:
     """A folder made by `write_ours`. dtype, pixels_dtype, place: as in `read_diffusers`."""
     path, compute = pathlib.Path(path), dtype or "float32"
     described = configs.read_json(path / MODEL)
     if described.get("format") != _FORMAT:
-        raise UserError(f"{path / MODEL} has format {described.get('format')!r}, this version reads {_FORMAT!r}: convert again")
+        raise UserError(
+            f"{path / MODEL} has format {described.get('format')!r}, this version reads {_FORMAT!r}: convert again"
+        )
     try:
         models = {
-            "transformer": LinearDiT(**described["transformer"] | {"dtype": compute, "residual_dtype": compute, "attention": "plain"}),
+            "transformer": LinearDiT(
+                **described["transformer"]
+                | {"dtype": compute, "residual_dtype": compute, "attention": "plain"}
+            ),
             "autoencoder": _autoencoder(described["autoencoder"]),
             "text_encoder": Gemma2(**described["text_encoder"]),
         }
@@ -199,13 +231,27 @@ def read_ours(path, *, dtype, pixels_dtype=None, place=_keep, say=lambda message
             models["controlnet"] = configs.controlnet(described["controlnet"], compute)
         instruction = described["instruction"]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path / MODEL} does not describe a model ({error}): convert again") from None
+        raise UserError(
+            f"{path / MODEL} does not describe a model ({error}): convert again"
+        ) from None
     params = {}
     for part, model in models.items():
         say(f"reading {part}")
-        rows = [rules.Row(name, leaf.shape, name) for name, leaf in weights.flatten(_abstract(model)).items()]
-        params[part] = _load(part, rows, tensors.scan(path / f"{part}.safetensors"), model, _dtype_of(part, dtype, pixels_dtype), place)
-    return Checkpoint(**models, params=params, tokenizer=path / "tokenizer", instruction=instruction)
+        rows = [
+            rules.Row(name, leaf.shape, name)
+            for name, leaf in weights.flatten(_abstract(model)).items()
+        ]
+        params[part] = _load(
+            part,
+            rows,
+            tensors.scan(path / f"{part}.safetensors"),
+            model,
+            _dtype_of(part, dtype, pixels_dtype),
+            place,
+        )
+    return Checkpoint(
+        **models, params=params, tokenizer=path / "tokenizer", instruction=instruction
+    )
 
 
 def _autoencoder(fields):
@@ -222,14 +268,20 @@ def write_ours(path, checkpoint: Checkpoint):
         described = {part: dataclasses.asdict(getattr(checkpoint, part)) for part in PARTS[:3]}
         if checkpoint.controlnet is not None:
             described["controlnet"] = configs.controlnet_json(checkpoint.controlnet)
-        del described["transformer"]["residual_dtype"]  # says how to compute, not what, like the next ones: the reader chooses
+        del described["transformer"][
+            "residual_dtype"
+        ]  # says how to compute, not what, like the next ones: the reader chooses
         for part in ("transformer", "autoencoder"):
             for field in ("attention", "depthwise"):
                 del described[part][field]
         described |= {"format": _FORMAT, "instruction": checkpoint.instruction}
-        (partial / MODEL).write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (partial / MODEL).write_text(
+            json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         for part in checkpoint.parts():
-            tensors.write(partial, part, weights.flatten(checkpoint.params[part]), shard_bytes=2**62)
+            tensors.write(
+                partial, part, weights.flatten(checkpoint.params[part]), shard_bytes=2**62
+            )
         shutil.copytree(checkpoint.tokenizer, partial / "tokenizer")
 
 
@@ -244,19 +296,40 @@ def read_native(file) -> Checkpoint:
         hidden = found["blocks.0.mlp.point_conv.conv.weight"].shape[1]
         text_dim = found["y_embedder.y_proj.fc1.weight"].shape[1]
     except KeyError as error:
-        raise UserError(f"{file} has no {error.args[0]}: it does not hold a SANA transformer under its native names") from None
+        raise UserError(
+            f"{file} has no {error.args[0]}: it does not hold a SANA transformer under its native names"
+        ) from None
     except (ValueError, IndexError):
-        raise UserError(f"{file} holds native names with other shapes: it is no SANA transformer") from None
+        raise UserError(
+            f"{file} holds native names with other shapes: it is no SANA transformer"
+        ) from None
     if width not in _CROSS_HEADS:
-        raise UserError(f"{file} is {width} wide; native files carry no head counts, and only those of {list(_CROSS_HEADS)} are known")
+        raise UserError(
+            f"{file} is {width} wide; native files carry no head counts, and only those of {list(_CROSS_HEADS)} are known"
+        )
     model = LinearDiT(
-        in_channels=channels, width=width, depth=1 + max(int(n.split(".")[1]) for n in found if n.startswith("blocks.")),
-        heads=width // 32, cross_heads=_CROSS_HEADS[width], mlp_ratio=hidden / width, text_dim=text_dim, patch_size=1,
-        qk_norm="blocks.0.attn.q_norm.weight" in found, time_scale=1.0,
-        guidance_embed="cfg_embedder.mlp.0.weight" in found, guidance_scale_factor=0.1, logvar_head=False,
-        remat="none", unroll=1, dtype="float32", residual_dtype="float32", attention="plain",
-    )  # fmt: skip
-    params = rules.load(tables.native_transformer(model), found, _abstract(model), None, "transformer")
+        in_channels=channels,
+        width=width,
+        depth=1 + max(int(n.split(".")[1]) for n in found if n.startswith("blocks.")),
+        heads=width // 32,
+        cross_heads=_CROSS_HEADS[width],
+        mlp_ratio=hidden / width,
+        text_dim=text_dim,
+        patch_size=1,
+        qk_norm="blocks.0.attn.q_norm.weight" in found,
+        time_scale=1.0,
+        guidance_embed="cfg_embedder.mlp.0.weight" in found,
+        guidance_scale_factor=0.1,
+        logvar_head=False,
+        remat="none",
+        unroll=1,
+        dtype="float32",
+        residual_dtype="float32",
+        attention="plain",
+    )
+    params = rules.load(
+        tables.native_transformer(model), found, _abstract(model), None, "transformer"
+    )
     return Checkpoint(model, None, None, {"transformer": params}, None, "")
 
 
@@ -271,12 +344,16 @@ def whole(path, flag="--to"):
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot write in {path.parent} ({error.strerror}): choose another {flag}") from None
+        raise UserError(
+            f"cannot write in {path.parent} ({error.strerror}): choose another {flag}"
+        ) from None
     try:
         yield partial
         _take_name(partial, path)
     except OSError as error:
-        raise UserError(f"writing {path} failed ({error.strerror or error}): free some space and try again") from None
+        raise UserError(
+            f"writing {path} failed ({error.strerror or error}): free some space and try again"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -29,7 +29,9 @@ def published(path: str | None = None) -> str:
         try:
             return pathlib.Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the instruction file {path} ({error}): give a UTF-8 text file") from None
+            raise UserError(
+                f"cannot read the instruction file {path} ({error}): give a UTF-8 text file"
+            ) from None
     spec = importlib.util.find_spec("diffusers")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -40,7 +42,9 @@ def published(path: str | None = None) -> str:
     try:
         tree = ast.parse(source.read_text(encoding="utf-8"))
     except (OSError, SyntaxError):
-        raise UserError(f"the installed diffusers has no readable {_SOURCE}: {_OTHERWISE}") from None
+        raise UserError(
+            f"the installed diffusers has no readable {_SOURCE}: {_OTHERWISE}"
+        ) from None
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef) and function.name == "__call__":
             lines = _default(function)
@@ -57,5 +61,9 @@ def _default(function):
     for argument, default in pairs:
         if argument.arg == _ARGUMENT and default is not None:
             value = ast.literal_eval(default)
-            return value if isinstance(value, list) and all(isinstance(line, str) for line in value) else None
+            return (
+                value
+                if isinstance(value, list) and all(isinstance(line, str) for line in value)
+                else None
+            )
     return None

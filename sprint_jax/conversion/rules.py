@@ -19,7 +19,10 @@ _LAYOUTS = {
     "same": (lambda a: a, lambda a: a),
     "dense": (lambda a: a.T, lambda a: a.T),
     "conv1x1": (lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]),
-    "channels": (lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None]),  # one number of each, [1, C, 1, 1]
+    "channels": (
+        lambda a: a[0, :, 0, 0],
+        lambda a: a[None, :, None, None],
+    ),  # one number of each, [1, C, 1, 1]
     "conv": (lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
     "depthwise": (lambda a: a[:, 0].transpose(1, 2, 0), lambda a: a.transpose(2, 0, 1)[:, None]),
     # Grouped 1x1 with as many channels out as in, per group: [g o, i, 1, 1] <-> [g, i, o].
@@ -63,7 +66,11 @@ class Row:
 
     def copies(self) -> bool:
         """Whether the tensor goes to its place as it lies in the file."""
-        return self.layout == "same" and self.chunk == (0, 1) and not any(isinstance(i, slice) for i in self.place)
+        return (
+            self.layout == "same"
+            and self.chunk == (0, 1)
+            and not any(isinstance(i, slice) for i in self.place)
+        )
 
 
 def load(rows, found, abstract, dtype, what, place=lambda path, array: array):
@@ -110,12 +117,16 @@ def _widest(dtypes):
 def from_arrays(rows, found, abstract, what):
     """`load` for tensors that are in memory: {name: NumPy array} -> the tree, float32. Raises UserError as `load` does."""
     names = _match(rows, found, what)
-    flat = {path: np.empty(leaf.shape, np.float32) for path, leaf in weights.flatten(abstract).items()}
+    flat = {
+        path: np.empty(leaf.shape, np.float32) for path, leaf in weights.flatten(abstract).items()
+    }
     _check_cover(rows, {path: array.shape for path, array in flat.items()})
     for row in rows:
         array = np.asarray(found[names[row]])
         if not np.isfinite(array).all():
-            raise UserError(f"the weights of the {what} hold values of {names[row]} that are infinite or not numbers: get them again")
+            raise UserError(
+                f"the weights of the {what} hold values of {names[row]} that are infinite or not numbers: get them again"
+            )
         flat[row.ours][row.place] = row.to_ours(array)
     return weights.unflatten(flat)
 
@@ -128,7 +139,10 @@ def export(rows, params):
     for row in rows:  # tables list the chunks of one tensor in order
         pieces.setdefault(row.theirs, []).append(row.to_theirs(flat[row.ours][row.place]))
         shapes[row.theirs] = row.shape
-    out = {name: parts[0] if len(parts) == 1 else np.concatenate(parts) for name, parts in pieces.items()}
+    out = {
+        name: parts[0] if len(parts) == 1 else np.concatenate(parts)
+        for name, parts in pieces.items()
+    }
     for name, array in out.items():
         if array.shape != shapes[name]:
             raise ValueError(f"{name}: table says {shapes[name]}, exported {array.shape}")
@@ -147,10 +161,19 @@ def _match(rows, found, what):
         else:
             names[row] = present[0]
             if found[present[0]].shape != row.shape:
-                wrong.append(f"{present[0]} is {found[present[0]].shape}, the config says {row.shape}")
-    extra = sorted(found.keys() - set(names.values()) - {n for pair in doubled for n in pair.split(" and ")})
+                wrong.append(
+                    f"{present[0]} is {found[present[0]].shape}, the config says {row.shape}"
+                )
+    extra = sorted(
+        found.keys() - set(names.values()) - {n for pair in doubled for n in pair.split(" and ")}
+    )
     problems = []
-    for label, items in (("missing", missing), ("unexpected", extra), ("given twice", doubled), ("misshapen", wrong)):
+    for label, items in (
+        ("missing", missing),
+        ("unexpected", extra),
+        ("given twice", doubled),
+        ("misshapen", wrong),
+    ):
         if items:
             more = f" and {len(items) - 5} more" if len(items) > 5 else ""
             problems.append(f"{label}: {', '.join(items[:5])}{more}")
@@ -161,7 +184,9 @@ def _match(rows, found, what):
 
 def _check_cover(rows, shapes):
     """Every element of every array of ours is filled exactly once; a table that fails is a mistake of ours."""
-    twice = [name for (name, _), n in Counter((row.theirs, row.chunk) for row in rows).items() if n > 1]
+    twice = [
+        name for (name, _), n in Counter((row.theirs, row.chunk) for row in rows).items() if n > 1
+    ]
     if twice:
         raise ValueError(f"table names {twice[:3]} twice")
     filled = Counter()

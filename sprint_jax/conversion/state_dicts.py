@@ -11,9 +11,13 @@ def read(path, elsewhere):
     try:
         import torch
     except ImportError:
-        raise UserError(f"{path} can only be read where PyTorch is installed: {elsewhere}") from None
+        raise UserError(
+            f"{path} can only be read where PyTorch is installed: {elsewhere}"
+        ) from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: value.numpy() for name, value in state.items()}
     except Exception as error:  # the library raises many kinds for a damaged file
-        raise UserError(f"{path} is not a state dict of PyTorch ({' '.join(str(error).split())[:120]}): download it again") from None
+        raise UserError(
+            f"{path} is not a state dict of PyTorch ({' '.join(str(error).split())[:120]}): download it again"
+        ) from None

@@ -24,8 +24,12 @@ def transformer(m: LinearDiT) -> list[Row]:
     D, hidden = m.width, int(m.mlp_ratio * m.width)
     channels = m.in_channels * m.patch_size**2
     if m.patch_size != 1:
-        raise UserError(f"a model with patch_size {m.patch_size}: the layout of diffusers has no patches larger than 1")
-    time = "time_embed.timestep_embedder" if m.guidance_embed else "time_embed.emb.timestep_embedder"
+        raise UserError(
+            f"a model with patch_size {m.patch_size}: the layout of diffusers has no patches larger than 1"
+        )
+    time = (
+        "time_embed.timestep_embedder" if m.guidance_embed else "time_embed.emb.timestep_embedder"
+    )
     rows = [
         *_inputs(m, time),
         Row("scale_shift_table", (2, D), "outputs.scale_shift_table"),
@@ -43,7 +47,9 @@ def transformer(m: LinearDiT) -> list[Row]:
 def controlnet(m: ControlNet) -> list[Row]:
     """diffusers' `SanaControlNetModel`; with QK-norm the norms are named as in its transformer."""
     D = m.net.width
-    rows = _inputs(m.net, "time_embed.emb.timestep_embedder") + _linear("input_block", "zero_in", D, D)
+    rows = _inputs(m.net, "time_embed.emb.timestep_embedder") + _linear(
+        "input_block", "zero_in", D, D
+    )
     for i in range(m.depth):
         rows += _transformer_block(m.net, i, D, int(m.net.mlp_ratio * D))
         rows.append(Row(f"controlnet_blocks.{i}.weight", (D, D), "zero_out.kernel", "dense", (i,)))
@@ -93,7 +99,12 @@ def _transformer_block(m, i, D, hidden):
 
 
 # Of the official repository's state, what inference has no use for.
-NATIVE_DROPPED = ("logvar_linear.weight", "logvar_linear.bias", "y_embedder.y_embedding", "pos_embed")
+NATIVE_DROPPED = (
+    "logvar_linear.weight",
+    "logvar_linear.bias",
+    "y_embedder.y_embedding",
+    "pos_embed",
+)
 
 
 def native_transformer(m: LinearDiT) -> list[Row]:
@@ -128,7 +139,13 @@ def native_transformer(m: LinearDiT) -> list[Row]:
         row("cross_attn.q_linear.weight", (D, D), "attn2.to_q.kernel", "dense")
         row("cross_attn.q_linear.bias", (D,), "attn2.to_q.bias")
         for part, name in enumerate(("to_k", "to_v")):
-            row("cross_attn.kv_linear.weight", (2 * D, D), f"attn2.{name}.kernel", "dense", (part, 2))
+            row(
+                "cross_attn.kv_linear.weight",
+                (2 * D, D),
+                f"attn2.{name}.kernel",
+                "dense",
+                (part, 2),
+            )
             row("cross_attn.kv_linear.bias", (2 * D,), f"attn2.{name}.bias", "same", (part, 2))
         row("cross_attn.proj.weight", (D, D), "attn2.to_out.kernel", "dense")
         row("cross_attn.proj.bias", (D,), "attn2.to_out.bias")
@@ -136,9 +153,16 @@ def native_transformer(m: LinearDiT) -> list[Row]:
             for theirs, ours in (("attn", "attn1"), ("cross_attn", "attn2")):
                 row(f"{theirs}.q_norm.weight", (D,), f"{ours}.norm_q.weight")
                 row(f"{theirs}.k_norm.weight", (D,), f"{ours}.norm_k.weight")
-        row("mlp.inverted_conv.conv.weight", (2 * hidden, D, 1, 1), "ff.conv_inverted.kernel", "conv1x1")
+        row(
+            "mlp.inverted_conv.conv.weight",
+            (2 * hidden, D, 1, 1),
+            "ff.conv_inverted.kernel",
+            "conv1x1",
+        )
         row("mlp.inverted_conv.conv.bias", (2 * hidden,), "ff.conv_inverted.bias")
-        row("mlp.depth_conv.conv.weight", (2 * hidden, 1, 3, 3), "ff.conv_depth_kernel", "depthwise")
+        row(
+            "mlp.depth_conv.conv.weight", (2 * hidden, 1, 3, 3), "ff.conv_depth_kernel", "depthwise"
+        )
         row("mlp.depth_conv.conv.bias", (2 * hidden,), "ff.conv_depth_bias")
         row("mlp.point_conv.conv.weight", (D, hidden, 1, 1), "ff.conv_point.kernel", "conv1x1")
     return rows
@@ -162,7 +186,9 @@ def autoencoder(m: DCAE) -> list[Row]:
         theirs, ours = f"decoder.up_blocks.{i}", f"decoder.stage_{i}"
         first = 0
         if i + 1 < len(m.decoder):
-            rows += _conv(f"{theirs}.0.conv", f"{ours}.up", m.decoder[i + 1].channels, stage.channels)
+            rows += _conv(
+                f"{theirs}.0.conv", f"{ours}.up", m.decoder[i + 1].channels, stage.channels
+            )
             first = 1
         for j in range(stage.layers):
             rows += _ae_block(m, stage, f"{theirs}.{first + j}", f"{ours}.block_{j}")
@@ -189,24 +215,54 @@ def _ae_block(m, stage, theirs, ours):
             + _norm(f"{theirs}.norm", f"{ours}.norm", C)
         )
     rows = [
-        Row(f"{theirs}.attn.{name}.weight", (C, C), f"{ours}.attn.to_qkv.kernel", "dense", (slice(None), _span(i, C)))
+        Row(
+            f"{theirs}.attn.{name}.weight",
+            (C, C),
+            f"{ours}.attn.to_qkv.kernel",
+            "dense",
+            (slice(None), _span(i, C)),
+        )
         for i, name in enumerate(("to_q", "to_k", "to_v"))
     ]
     for i, size in enumerate(stage.scales):
         scale = f"{theirs}.attn.to_qkv_multiscale.{i}"
         rows += [
-            Row(f"{scale}.proj_in.weight", (3 * C, 1, size, size), f"{ours}.attn.scale_{i}_depth", "depthwise"),
-            Row(f"{scale}.proj_out.weight", (3 * C, group, 1, 1), f"{ours}.attn.scale_{i}_point", "grouped"),
+            Row(
+                f"{scale}.proj_in.weight",
+                (3 * C, 1, size, size),
+                f"{ours}.attn.scale_{i}_depth",
+                "depthwise",
+            ),
+            Row(
+                f"{scale}.proj_out.weight",
+                (3 * C, group, 1, 1),
+                f"{ours}.attn.scale_{i}_point",
+                "grouped",
+            ),
         ]
-    rows += _linear(f"{theirs}.attn.to_out", f"{ours}.attn.to_out", (1 + len(stage.scales)) * C, C, bias=False)
+    rows += _linear(
+        f"{theirs}.attn.to_out", f"{ours}.attn.to_out", (1 + len(stage.scales)) * C, C, bias=False
+    )
     rows += _norm(f"{theirs}.attn.norm_out", f"{ours}.attn.norm_out", C)
     ff, inner = f"{theirs}.conv_out", 8 * C
     return rows + [
-        Row(f"{ff}.conv_inverted.weight", (inner, C, 1, 1), f"{ours}.ff.conv_inverted.kernel", "conv1x1"),
+        Row(
+            f"{ff}.conv_inverted.weight",
+            (inner, C, 1, 1),
+            f"{ours}.ff.conv_inverted.kernel",
+            "conv1x1",
+        ),
         Row(f"{ff}.conv_inverted.bias", (inner,), f"{ours}.ff.conv_inverted.bias"),
-        Row(f"{ff}.conv_depth.weight", (inner, 1, 3, 3), f"{ours}.ff.conv_depth_kernel", "depthwise"),
+        Row(
+            f"{ff}.conv_depth.weight", (inner, 1, 3, 3), f"{ours}.ff.conv_depth_kernel", "depthwise"
+        ),
         Row(f"{ff}.conv_depth.bias", (inner,), f"{ours}.ff.conv_depth_bias"),
-        Row(f"{ff}.conv_point.weight", (C, inner // 2, 1, 1), f"{ours}.ff.conv_point.kernel", "conv1x1"),
+        Row(
+            f"{ff}.conv_point.weight",
+            (C, inner // 2, 1, 1),
+            f"{ours}.ff.conv_point.kernel",
+            "conv1x1",
+        ),
         *_norm(f"{ff}.norm", f"{ours}.ff_norm", C),
     ]
 
@@ -235,7 +291,9 @@ def text_encoder(m: Gemma2) -> list[Row]:
     }  # fmt: skip
     for i in range(m.depth):
         for name, (fan_out, fan_in, ours) in dense.items():
-            rows.append(row(f"layers.{i}.{name}.weight", (fan_out, fan_in), f"layers.{ours}", "dense", (i,)))
+            rows.append(
+                row(f"layers.{i}.{name}.weight", (fan_out, fan_in), f"layers.{ours}", "dense", (i,))
+            )
         for name, ours in norms.items():
             rows.append(row(f"layers.{i}.{name}.weight", (D,), f"layers.{ours}", "same", (i,)))
     return rows
@@ -247,9 +305,18 @@ def hed(m: HED) -> list[Row]:
     for i, (width, convs) in enumerate(zip(m.widths, m.convs, strict=True)):
         block, stage = f"block{i + 1}", f"stages.{i}"
         for j in range(convs):
-            rows.append(Row(f"{block}.convs.{j}.weight", (width, into, 3, 3), f"{stage}.convs.{j}.kernel", "conv"))
+            rows.append(
+                Row(
+                    f"{block}.convs.{j}.weight",
+                    (width, into, 3, 3),
+                    f"{stage}.convs.{j}.kernel",
+                    "conv",
+                )
+            )
             rows.append(Row(f"{block}.convs.{j}.bias", (width,), f"{stage}.convs.{j}.bias"))
             into = width
-        rows.append(Row(f"{block}.projection.weight", (1, width, 1, 1), f"{stage}.side.kernel", "conv1x1"))
+        rows.append(
+            Row(f"{block}.projection.weight", (1, width, 1, 1), f"{stage}.side.kernel", "conv1x1")
+        )
         rows.append(Row(f"{block}.projection.bias", (1,), f"{stage}.side.bias"))
     return rows

@@ -18,9 +18,11 @@ import safetensors.numpy
 from sprint_jax.errors import UserError
 
 _DTYPES = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-}  # fmt: skip
+}
 _PIECE = 1 << 24  # elements read at a time
 _MAX_HEADER = 100 << 20
 METADATA = {"format": "pt"}  # PyTorch's loaders insist on it
@@ -61,7 +63,11 @@ def scan(path) -> dict[str, Tensor]:
             dtype, shape = entry["dtype"], tuple(map(int, entry["shape"]))
             start, stop = entry["data_offsets"]
             known = _DTYPES.get(dtype, dtype)
-            if start != end or stop < start or (dtype in _DTYPES and stop - start != math.prod(shape) * known.itemsize):
+            if (
+                start != end
+                or stop < start
+                or (dtype in _DTYPES and stop - start != math.prod(shape) * known.itemsize)
+            ):
                 raise damaged(f"the place of {name} is wrong")
             tensors[name] = Tensor(path, known, shape, 8 + length + start)
             end = stop
@@ -85,7 +91,9 @@ def find(folder, stem) -> dict[str, Tensor]:
         return scan(single)
     if index is None:
         if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
-            raise UserError(f"{folder} has only pickled weights, which are never opened: convert them to safetensors")
+            raise UserError(
+                f"{folder} has only pickled weights, which are never opened: convert them to safetensors"
+            )
         raise UserError(f"{folder} has no {stem}.safetensors: download the whole folder")
     try:
         placed = json.loads(index.read_text())["weight_map"]
@@ -95,7 +103,9 @@ def find(folder, stem) -> dict[str, Tensor]:
     scanned = {file: scan(file) for file in sorted(set(files.values()))}
     lost = sorted(name for name, file in files.items() if name not in scanned[file])
     if lost:
-        raise UserError(f"{index} names tensors that its files lack: {', '.join(lost[:5])}; copy the folder again")
+        raise UserError(
+            f"{index} names tensors that its files lack: {', '.join(lost[:5])}; copy the folder again"
+        )
     return {name: scanned[file][name] for name, file in files.items()}
 
 
@@ -104,7 +114,9 @@ def _one(folder, patterns):
     for pattern in patterns:
         found = [p for p in sorted(folder.glob(pattern)) if not _is_shard(p)]
         if len(found) > 1:
-            raise UserError(f"{folder} has several variants ({', '.join(p.name for p in found)}): keep one")
+            raise UserError(
+                f"{folder} has several variants ({', '.join(p.name for p in found)}): keep one"
+            )
         if found:
             return found[0]
     return None
@@ -126,7 +138,9 @@ def read(tensor: Tensor, name, out, arrange):
     with open(tensor.file, "rb", buffering=0) as file:
         file.seek(tensor.offset)
         if arrange is not None:
-            out[...] = arrange(_checked(_take(file, tensor, count), name, tensor).reshape(tensor.shape))
+            out[...] = arrange(
+                _checked(_take(file, tensor, count), name, tensor).reshape(tensor.shape)
+            )
             return
         flat = out.reshape(-1)
         if not np.shares_memory(flat, out):
@@ -139,7 +153,9 @@ def read(tensor: Tensor, name, out, arrange):
 def check_dtype(tensor: Tensor, name):
     """Raises UserError for a tensor of integers, of 8-bit floats and the like: a buffer may be there, a weight may not be one."""
     if isinstance(tensor.dtype, str):
-        raise UserError(f"{tensor.file} holds {name} as {tensor.dtype}: weights must be F64, F32, F16 or BF16")
+        raise UserError(
+            f"{tensor.file} holds {name} as {tensor.dtype}: weights must be F64, F32, F16 or BF16"
+        )
 
 
 def _take(file, tensor, count):
@@ -190,7 +206,9 @@ def write(folder, stem, named_tensors, *, shard_bytes):
     total = sum(a.nbytes for shard in shards for a in shard.values())
     index = {
         "metadata": {"total_size": total},
-        "weight_map": {name: file for file, shard in zip(names, shards, strict=True) for name in shard},
+        "weight_map": {
+            name: file for file, shard in zip(names, shards, strict=True) for name in shard
+        },
     }
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     (folder / f"{stem}.safetensors.index.json").write_text(text)

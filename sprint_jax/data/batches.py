@@ -48,7 +48,9 @@ class Plan:
         # Grain adds the epoch to a seed: seeds that are far apart keep buckets from repeating each other.
         draw = lambda which: int(np.random.SeedSequence([seed, which]).generate_state(1)[0])
         batches = [
-            grain.MapDataset.source(members).shuffle(seed=draw(bucket)).batch(batch, drop_remainder=True)
+            grain.MapDataset.source(members)
+            .shuffle(seed=draw(bucket))
+            .batch(batch, drop_remainder=True)
             for bucket, members in enumerate(self._members)
         ]
         epoch = grain.MapDataset.concatenate(batches).shuffle(seed=draw(len(self._members)))
@@ -93,7 +95,14 @@ class Make:
         self.plan = Plan(self.encoded.bucket_of, seed=self.seed, batch=self.batch)
 
     def __reduce__(self):
-        return Make, (self.encoded, self.seed, self.batch, self.process_index, self.process_count, self.control)
+        return Make, (
+            self.encoded,
+            self.seed,
+            self.batch,
+            self.process_index,
+            self.process_count,
+            self.control,
+        )
 
     def __call__(self, step):
         indices, rows, bad = self.plan.at(step), self.batch // self.process_count, []
@@ -130,13 +139,26 @@ def stack(manifest, records):
         text[row, : len(record[name])] = record[name]
         mask[row, : len(record[name])] = 1
     latents = [key for key in ("latent", "control") if key in records[0]]
-    return {key: np.stack([record[key] for record in records]) for key in latents} | {name: text, "mask": mask}
+    return {key: np.stack([record[key] for record in records]) for key in latents} | {
+        name: text,
+        "mask": mask,
+    }
 
 
 def iterate(
-    encoded, *, seed, batch, start, stop, process_index=0, process_count=1, workers=0, max_bad=0.01, control=True,
+    encoded,
+    *,
+    seed,
+    batch,
+    start,
+    stop,
+    process_index=0,
+    process_count=1,
+    workers=0,
+    max_bad=0.01,
+    control=True,
     say=None,
-):  # fmt: skip
+):
     """Batches of the steps start to stop - 1, read ahead. Use as a context, and as an iterator within.
 
     Args:
@@ -157,7 +179,9 @@ def iterate(
     few = np.bincount(encoded.bucket_of, minlength=len(encoded.buckets))
     unused = [f"{h}x{w} ({n})" for (h, w), n in zip(encoded.buckets, few, strict=True) if n < batch]
     if unused:
-        say(f"latent sizes with fewer examples than the global batch of {batch} are never seen: {', '.join(unused)}")
+        say(
+            f"latent sizes with fewer examples than the global batch of {batch} are never seen: {', '.join(unused)}"
+        )
     return _Batches(make, start, stop, workers, max_bad, say)
 
 
@@ -200,9 +224,13 @@ def _read_ahead(make, start, stop, workers):
     import grain
 
     steps = grain.MapDataset.range(start, stop).map(make)
-    batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=_AHEAD, prefetch_buffer_size=_AHEAD))
+    batches = steps.to_iter_dataset(
+        grain.ReadOptions(num_threads=_AHEAD, prefetch_buffer_size=_AHEAD)
+    )
     if workers:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read flags, also where nobody parses any
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1))
+        batches = batches.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+        )
     return iter(batches)

@@ -23,13 +23,17 @@ KINDS = ("edges", "hed", "scribble")
 STRONG = 50.0
 WEAK = 25.0
 _SOBEL_OF_STEP = 4.0
-_SECTOR = np.float32(np.tan(np.pi / 8))  # within 22.5 degrees of an axis a gradient counts as along it
+_SECTOR = np.float32(
+    np.tan(np.pi / 8)
+)  # within 22.5 degrees of an axis a gradient counts as along it
 
 # `scribble`, published: made for pictures of about 512 pixels.
 PUBLISHED_SIGMA = 3.0  # pixels
 PUBLISHED_THICKNESS = (0, 24)  # pixels: least and most, drawn for each example
 RIDGE = 127  # of 255: a crest, after smoothing, that is drawn
-_SMEARED = 4  # of 255: what a blurred crest is cut at, which makes it a band of 13 pixels at sigma 3
+_SMEARED = (
+    4  # of 255: what a blurred crest is cut at, which makes it a band of 13 pixels at sigma 3
+)
 _ERODED = 4  # pixels of the square that thickness 0 erodes with
 
 DETECTOR_MULTIPLE = 64  # pixels: the detector's pictures have sides that are multiples of it
@@ -63,7 +67,9 @@ def _steepest(images):
     for channel in (1, 2):
         other = _sobel(images[..., channel])
         steeper = other[0] > square
-        square, dy, dx = (np.where(steeper, new, old) for new, old in zip(other, (square, dy, dx), strict=True))
+        square, dy, dx = (
+            np.where(steeper, new, old) for new, old in zip(other, (square, dy, dx), strict=True)
+        )
     return square, dy, dx
 
 
@@ -106,12 +112,18 @@ def scribble(soft_edges, *, thickness, sigma):
     if thickness < 0 or sigma <= 0:
         raise ValueError(f"thickness {thickness} and sigma {sigma}: use 0 or more, and more than 0")
     thin = crests(soft_edges, sigma=sigma)
-    smeared = np.rint(ndimage.gaussian_filter(thin.astype(np.float32), sigma, mode="mirror", truncate=3.0, axes=(-2, -1)))
+    smeared = np.rint(
+        ndimage.gaussian_filter(
+            thin.astype(np.float32), sigma, mode="mirror", truncate=3.0, axes=(-2, -1)
+        )
+    )
     strokes = np.where(smeared > _SMEARED, np.uint8(255), np.uint8(0))
     # Squares of an even side reach one pixel farther up and left; nothing comes in from outside a picture.
     if thickness == 0:
         return ndimage.minimum_filter(strokes, _ERODED, mode="constant", cval=255, axes=(-2, -1))
-    return ndimage.maximum_filter(strokes, max(1, thickness // 2), mode="constant", cval=0, axes=(-2, -1))
+    return ndimage.maximum_filter(
+        strokes, max(1, thickness // 2), mode="constant", cval=0, axes=(-2, -1)
+    )
 
 
 def crests(soft_edges, *, sigma):
@@ -128,7 +140,9 @@ def crests(soft_edges, *, sigma):
     level, diagonal = np.array([[0, 0, 0], [1, 1, 1], [0, 0, 0]], bool), np.eye(3, dtype=bool)
     for line in (level, level.T, diagonal, diagonal[::-1]):
         footprint = line.reshape((1,) * (soft.ndim - 2) + (3, 3))
-        crest |= ndimage.maximum_filter(soft, footprint=footprint, mode="constant", cval=-np.inf) == soft
+        crest |= (
+            ndimage.maximum_filter(soft, footprint=footprint, mode="constant", cval=-np.inf) == soft
+        )
     return np.where(crest & (soft > RIDGE), np.uint8(255), np.uint8(0))
 
 

@@ -53,27 +53,69 @@ _NO_CHARACTER = 0x10FFFF
 _BITMAP = 109  # the one size that the font's bitmaps have
 # The emoji blocks beyond the basic plane (in that, "black" and "white" mean filled and outlined), without what came
 # after Unicode 14, which is what Python 3.11 has names for: data must not depend on the Python version.
-_BLOCKS = ((0x1F300, 0x1F5FF), (0x1F600, 0x1F64F), (0x1F680, 0x1F6FF), (0x1F7E0, 0x1F7EB), (0x1F900, 0x1F9FF),
-           (0x1FA70, 0x1FAFF))  # fmt: skip
+_BLOCKS = (
+    (0x1F300, 0x1F5FF),
+    (0x1F600, 0x1F64F),
+    (0x1F680, 0x1F6FF),
+    (0x1F7E0, 0x1F7EB),
+    (0x1F900, 0x1F9FF),
+    (0x1FA70, 0x1FAFF),
+)
 _NEWER = {
-    0x1F6D8, 0x1F6DC, *range(0x1FA75, 0x1FA78), *range(0x1FA87, 0x1FA90), *range(0x1FAAD, 0x1FAB0),
-    *range(0x1FABB, 0x1FAC0), *range(0x1FAC6, 0x1FAD0), *range(0x1FADA, 0x1FAE0), *range(0x1FAE8, 0x1FAF0),
+    0x1F6D8,
+    0x1F6DC,
+    *range(0x1FA75, 0x1FA78),
+    *range(0x1FA87, 0x1FA90),
+    *range(0x1FAAD, 0x1FAB0),
+    *range(0x1FABB, 0x1FAC0),
+    *range(0x1FAC6, 0x1FAD0),
+    *range(0x1FADA, 0x1FAE0),
+    *range(0x1FAE8, 0x1FAF0),
     *range(0x1FAF7, 0x1FB00),
-}  # fmt: skip
+}
 # Not things of their own, or named by an outline that the font fills with another colour; "two hearts" and its
 # like would read as a count, and "grapes" not as one thing (`_is_several`).
 _LEFT_OUT = ("emoji modifier", "emoji component", "keycap", "white sun", "two ", "three ")
 _LEFT_OUT_ENDS = ("backhand index",)
 _VOWELS_BY_SOUND = {"european": "a", "unicorn": "a", "one": "a", "one-piece": "a", "x-ray": "an"}
 _AFTER_THE_NOUN = {
-    "with", "without", "of", "in", "on", "behind", "over", "from", "to", "for", "at", "above", "holding",
-    "throwing", "doing", "savouring", "raising", "bowing", "screaming", "pointing", "fluttering",
-}  # fmt: skip
+    "with",
+    "without",
+    "of",
+    "in",
+    "on",
+    "behind",
+    "over",
+    "from",
+    "to",
+    "for",
+    "at",
+    "above",
+    "holding",
+    "throwing",
+    "doing",
+    "savouring",
+    "raising",
+    "bowing",
+    "screaming",
+    "pointing",
+    "fluttering",
+}
 _SINGULAR_ENDS = ("ss", "us", "os")
 _IRREGULAR = {
-    "child": "children", "mouse": "mice", "tooth": "teeth", "foot": "feet", "fish": "fish", "sheep": "sheep",
-    "leaf": "leaves", "wolf": "wolves", "knife": "knives", "elf": "elves", "person": "people", "ox": "oxen",
-}  # fmt: skip
+    "child": "children",
+    "mouse": "mice",
+    "tooth": "teeth",
+    "foot": "feet",
+    "fish": "fish",
+    "sheep": "sheep",
+    "leaf": "leaves",
+    "wolf": "wolves",
+    "knife": "knives",
+    "elf": "elves",
+    "person": "people",
+    "ox": "oxen",
+}
 
 
 def candidates():
@@ -82,7 +124,11 @@ def candidates():
     for first, last in _BLOCKS:
         for point in range(first, last + 1):
             name = unicodedata.name(chr(point), "").lower()
-            wanted = point not in _NEWER and not name.startswith(_LEFT_OUT) and not name.endswith(_LEFT_OUT_ENDS)
+            wanted = (
+                point not in _NEWER
+                and not name.startswith(_LEFT_OUT)
+                and not name.endswith(_LEFT_OUT_ENDS)
+            )
             if name and wanted and not _is_several(name):
                 listed.append((point, name))
     return listed
@@ -119,7 +165,9 @@ class Glyphs:
 
     def _has(self, point):
         left, top, right, bottom = self._font.getbbox(chr(point))
-        return right > left and bottom > top and not self._is_lacking(self._font.getmask(chr(point)))
+        return (
+            right > left and bottom > top and not self._is_lacking(self._font.getmask(chr(point)))
+        )
 
     def _is_lacking(self, mask):
         return mask.size == self._lacking.size and bytes(mask) == bytes(self._lacking)
@@ -153,7 +201,9 @@ def article(words):
 
 def _noun(words):
     """Index of the noun: the last word before "with", "of" and their like."""
-    return next((i for i, word in enumerate(words) if i and word in _AFTER_THE_NOUN), len(words)) - 1
+    return (
+        next((i for i, word in enumerate(words) if i and word in _AFTER_THE_NOUN), len(words)) - 1
+    )
 
 
 def _is_several(name):
@@ -207,7 +257,11 @@ def _background(rng, size):
     """float64 [size, size, 3] in 0 to 255, and the end of the caption that names it, empty in half of the cases."""
     kind = rng.random()
     colour, other = _pick(rng, tuple(COLOURS)), _pick(rng, tuple(COLOURS))
-    pattern, angle, period = _pick(rng, PATTERNS), _pick(rng, (0, 1, 2)), _pick(rng, (0.125, 0.1875, 0.25))
+    pattern, angle, period = (
+        _pick(rng, PATTERNS),
+        _pick(rng, (0, 1, 2)),
+        _pick(rng, (0.125, 0.1875, 0.25)),
+    )
     told = rng.random() < 0.5
     share = (np.arange(size) + 0.5) / size
     x, y = share[None, :] + 0 * share[:, None], share[:, None] + 0 * share[None, :]
@@ -219,7 +273,10 @@ def _background(rng, size):
         mix, words = (y, x, (x + y) / 2)[angle], f"{colour} to {other} gradient background"
         end = np.array(COLOURS[other], float)
     else:
-        mix, words = _pattern(pattern, angle, x / period, y / period), f"{pattern} {colour} background"
+        mix, words = (
+            _pattern(pattern, angle, x / period, y / period),
+            f"{pattern} {colour} background",
+        )
         # A paler or, for pale colours, darker shade of itself: the colour stays what it is called.
         end = base + 0.5 * (255 - base) if base.mean() < 170 else 0.75 * base
     ground = base + mix[..., None] * (end - base)
@@ -261,7 +318,9 @@ def _scene(rng, names):
     corners = np.argsort([rng.random() for _ in range(4)])[: NUMBERS[number]]
     things = []
     for corner in corners.tolist():
-        x, y = (0.25 + 0.5 * side + _between(rng, -0.03, 0.03) for side in (corner % 2, corner // 2))
+        x, y = (
+            0.25 + 0.5 * side + _between(rng, -0.03, 0.03) for side in (corner % 2, corner // 2)
+        )
         things.append((name, x, y, extent))
     return things, f"{number} {plural(name)}"
 
@@ -270,7 +329,9 @@ def _put(ground, glyph, x, y, extent):
     """Draws RGBA uint8 [h, w, 4] into float64 [S, S, 3], its longer side `extent` of S, whole."""
     size, scale = len(ground), extent * len(ground) / max(glyph.shape[:2])
     height, width = (max(1, round(scale * side)) for side in glyph.shape[:2])
-    drawn = np.asarray(Image.fromarray(glyph).resize((width, height), Image.Resampling.LANCZOS), float)
+    drawn = np.asarray(
+        Image.fromarray(glyph).resize((width, height), Image.Resampling.LANCZOS), float
+    )
     top = min(max(0, round(y * size - height / 2)), size - height)
     left = min(max(0, round(x * size - width / 2)), size - width)
     alpha, region = drawn[..., 3:] / 255, ground[top : top + height, left : left + width]

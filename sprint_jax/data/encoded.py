@@ -33,9 +33,14 @@ MANIFEST = "manifest.json"
 NULL = "null.safetensors"
 FORMAT = 1
 SPLITS = ("train", "heldout")
-KINDS = {"features": "text", "tokens": "tokens"}  # what the manifest calls the text: its name in a record
+KINDS = {
+    "features": "text",
+    "tokens": "tokens",
+}  # what the manifest calls the text: its name in a record
 SUFFIX = ".array_record"
-NO_CONDITION = "none"  # in the place of a kind of `conditions`; what a manifest that says nothing means
+NO_CONDITION = (
+    "none"  # in the place of a kind of `conditions`; what a manifest that says nothing means
+)
 
 _SKIPPED_LISTED = 1000
 # Latents do not compress; reading them uncompressed is more than twice as fast.
@@ -46,10 +51,25 @@ _READER_BUFFER = 32768  # bytes, of each read from the file
 _OPEN = 256
 
 _FIELDS = {
-    "model": str, "source": str, "text": str, "text_dim": int, "text_length": int, "channels": int, "factor": int,
-    "shards": list, "counts": dict, "skipped": list,
-}  # fmt: skip
-_SHARD_FIELDS = {"file": str, "split": str, "records": int, "bytes": int, "sha256": str, "buckets": dict}
+    "model": str,
+    "source": str,
+    "text": str,
+    "text_dim": int,
+    "text_length": int,
+    "channels": int,
+    "factor": int,
+    "shards": list,
+    "counts": dict,
+    "skipped": list,
+}
+_SHARD_FIELDS = {
+    "file": str,
+    "split": str,
+    "records": int,
+    "bytes": int,
+    "sha256": str,
+    "buckets": dict,
+}
 
 
 class BadRecord(Exception):
@@ -76,7 +96,9 @@ def write_shard(path, records):
         writer = array_record_module.ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
         try:
             for record in records:
-                writer.write(safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in record.items()}))
+                writer.write(
+                    safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in record.items()})
+                )
         finally:
             writer.close()
         with open(partial, "rb") as file:
@@ -84,9 +106,13 @@ def write_shard(path, records):
         size = partial.stat().st_size
     buckets = collections.Counter(bucket_name(record["latent"].shape) for record in records)
     return {
-        "file": path.name, "split": path.name.split("-")[0], "records": len(records), "bytes": size, "sha256": digest,
+        "file": path.name,
+        "split": path.name.split("-")[0],
+        "records": len(records),
+        "bytes": size,
+        "sha256": digest,
         "buckets": dict(buckets),
-    }  # fmt: skip
+    }
 
 
 def write_manifest(path, described, shards, skipped=(), skipped_count=None):
@@ -124,7 +150,9 @@ def read_manifest(folder):
         manifest.setdefault("condition", NO_CONDITION)
         _check(manifest)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}): run its sprint_jax.encode command again") from None
+        raise UserError(
+            f"{path} is damaged ({error!r}): run its sprint_jax.encode command again"
+        ) from None
     for shard in manifest["shards"]:
         file = folder / shard["file"]
         try:
@@ -144,17 +172,24 @@ def read_manifest(folder):
 
 def _check(manifest):
     """Raises ValueError, KeyError or TypeError for a manifest that is not one."""
-    for fields, tree in [(_FIELDS, manifest), *((_SHARD_FIELDS, shard) for shard in manifest["shards"])]:
+    for fields, tree in [
+        (_FIELDS, manifest),
+        *((_SHARD_FIELDS, shard) for shard in manifest["shards"]),
+    ]:
         for name, kind in fields.items():
             if type(tree[name]) is not kind:
                 raise ValueError(f"{name} is {tree[name]!r}, not of type {kind.__name__}")
     if manifest["text"] not in KINDS:
         raise ValueError(f"text is {manifest['text']!r}, not one of {', '.join(KINDS)}")
     if manifest["condition"] not in (NO_CONDITION, *conditions.KINDS):
-        raise ValueError(f"condition is {manifest['condition']!r}, not one of {', '.join(conditions.KINDS)}")
+        raise ValueError(
+            f"condition is {manifest['condition']!r}, not one of {', '.join(conditions.KINDS)}"
+        )
     for shard in manifest["shards"]:
         if sum(shard["buckets"].values()) != shard["records"]:
-            raise ValueError(f"{shard['file']} has {shard['records']} records and buckets {shard['buckets']}")
+            raise ValueError(
+                f"{shard['file']} has {shard['records']} records and buckets {shard['buckets']}"
+            )
         for name in shard["buckets"]:
             _bucket(name)
 
@@ -211,7 +246,9 @@ class Encoded:
             record = safetensors.numpy.load(blob)
         except (RuntimeError, ValueError, OSError, KeyError, safetensors.SafetensorError) as error:
             raise BadRecord(f"cannot be read ({error})") from None
-        self._check_record(record, (*self.buckets[self.bucket_of[index]], self.manifest["channels"]))
+        self._check_record(
+            record, (*self.buckets[self.bucket_of[index]], self.manifest["channels"])
+        )
         return record | {name: record[name].astype(np.float32) for name in self._latents}
 
     def where(self, index):
@@ -221,17 +258,29 @@ class Encoded:
 
     def _check_record(self, record, shape):
         if record.keys() != {*self._latents, "caption", self._kind}:
-            raise BadRecord(f"holds {sorted(record)}, not {', '.join(self._latents)}, caption and {self._kind}")
+            raise BadRecord(
+                f"holds {sorted(record)}, not {', '.join(self._latents)}, caption and {self._kind}"
+            )
         for name in self._latents:
             latent = record[name]
             if latent.dtype != np.float16 or latent.shape != shape:
                 raise BadRecord(f"has a {name} {latent.dtype} {latent.shape}, not float16 {shape}")
         text = record[self._kind]
-        width, dtype = ((self.manifest["text_dim"],), np.float16) if self._kind == "text" else ((), np.int32)
-        if text.dtype != dtype or text.shape[1:] != width or len(text) > self.manifest["text_length"]:
+        width, dtype = (
+            ((self.manifest["text_dim"],), np.float16) if self._kind == "text" else ((), np.int32)
+        )
+        if (
+            text.dtype != dtype
+            or text.shape[1:] != width
+            or len(text) > self.manifest["text_length"]
+        ):
             at_most = (self.manifest["text_length"], *width)
-            raise BadRecord(f"has {self._kind} {text.dtype} {text.shape}, not {np.dtype(dtype)} of at most {at_most}")
-        numbers = [record[name] for name in self._latents] + ([text] if self._kind == "text" else [])
+            raise BadRecord(
+                f"has {self._kind} {text.dtype} {text.shape}, not {np.dtype(dtype)} of at most {at_most}"
+            )
+        numbers = [record[name] for name in self._latents] + (
+            [text] if self._kind == "text" else []
+        )
         if not all(map(finite, numbers)):
             raise BadRecord("is not finite")
 
@@ -244,7 +293,9 @@ class Encoded:
                 self._readers.move_to_end(shard)
                 return self._readers[shard]
         reader = array_record_module.ArrayRecordReader(
-            str(self.path / self._files[shard]), options=_READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER
+            str(self.path / self._files[shard]),
+            options=_READER_OPTIONS,
+            file_reader_buffer_size=_READER_BUFFER,
         )
         with self._lock:
             self._readers[shard] = reader

@@ -16,9 +16,14 @@ from sprint_jax.data import shapes
 SHIFT = 1 / 8  # half a cell: beyond it the nearest cell is another one
 SCALE = (0.75, 1.3)  # the large size at its least is still above the small ones at their most
 WOBBLE = 1 / 32  # the most that an outline goes in or out
-WIDTH = (0.02, 0.16)  # of a stroke: from the page's finest pen to its brush; its usual pen is in the middle
+WIDTH = (
+    0.02,
+    0.16,
+)  # of a stroke: from the page's finest pen to its brush; its usual pen is in the middle
 _WAVES = (2, 3, 4)  # in and out, so many times around: low, as a hand's
-_CORNERS = 24  # of the polygon that an outline is drawn as; those of squares and triangles are on its rays
+_CORNERS = (
+    24  # of the polygon that an outline is drawn as; those of squares and triangles are on its rays
+)
 
 
 def chosen(seed: int, index: int, share: float) -> bool:
@@ -33,7 +38,9 @@ def sketch(seed: int, index: int, objects, *, size: int, split: str):
     """
     rng = shapes.stream(seed, index, split, "sketch")
     low, high = WIDTH
-    width = low * (high / low) ** rng.random()  # by ratios, or most strokes would be nearer the brush than the pen
+    width = (
+        low * (high / low) ** rng.random()
+    )  # by ratios, or most strokes would be nearer the brush than the pen
     ink = np.zeros((size, size))
     for o in objects:
         half = o.size * (SCALE[0] + (SCALE[1] - SCALE[0]) * rng.random())
@@ -41,7 +48,9 @@ def sketch(seed: int, index: int, objects, *, size: int, split: str):
         x, y = (min(max(at + SHIFT * (2 * rng.random() - 1), half), 1 - half) for at in (o.x, o.y))
         heights = [2 * rng.random() - 1 for _ in _WAVES]
         phases = [2 * np.pi * rng.random() for _ in _WAVES]
-        points = np.array([x, y]) + outline(o.shape, half, np.array(heights) * WOBBLE / len(_WAVES), phases)
+        points = np.array([x, y]) + outline(
+            o.shape, half, np.array(heights) * WOBBLE / len(_WAVES), phases
+        )
         ink = np.maximum(ink, stroke(points * size, width * size, size))
     return np.round(255 * ink).astype(np.uint8)
 

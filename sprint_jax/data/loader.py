@@ -9,7 +9,19 @@ from sprint_jax.data import conditions, shapes
 from sprint_jax.data import freehand as freehand_lib
 
 
-def make_batch(step, *, seed, batch, size, codec, text_encoder, condition=None, freehand=0.0, process=0, processes=1):
+def make_batch(
+    step,
+    *,
+    seed,
+    batch,
+    size,
+    codec,
+    text_encoder,
+    condition=None,
+    freehand=0.0,
+    process=0,
+    processes=1,
+):
     """Rows of one process of global batch `step`, NumPy float32.
 
     {"latent" [b, H, W, C], "text" [b, L, D], "mask" [b, L]} with b = batch / processes, and "control" as latent where
@@ -20,7 +32,9 @@ def make_batch(step, *, seed, batch, size, codec, text_encoder, condition=None, 
     first = step * batch + process * share
     indices = range(first, first + share)
     rough = [condition is not None and freehand_lib.chosen(seed, i, freehand) for i in indices]
-    examples = [shapes.example(seed, i, size=size, anywhere=r) for i, r in zip(indices, rough, strict=True)]
+    examples = [
+        shapes.example(seed, i, size=size, anywhere=r) for i, r in zip(indices, rough, strict=True)
+    ]
     text, mask = text_encoder.encode([e.text for e in examples])
     images = np.stack([e.image for e in examples])
     rows = {"latent": codec.encode(images), "text": text, "mask": mask}
@@ -28,7 +42,9 @@ def make_batch(step, *, seed, batch, size, codec, text_encoder, condition=None, 
         return rows
     shown = condition(images)
     for row in np.flatnonzero(rough):
-        drawn = freehand_lib.sketch(seed, indices[row], examples[row].objects, size=size, split="train")
+        drawn = freehand_lib.sketch(
+            seed, indices[row], examples[row].objects, size=size, split="train"
+        )
         shown[row] = conditions.as_picture(drawn)
     return rows | {"control": codec.encode(shown)}
 

@@ -44,7 +44,9 @@ class GemmaPrompts:
         """The tokenizer as the tokenizers package reads it, with all that transformers has set on it."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise UserError("the model's tokenizer has no tokenizer.json form: download the folder's tokenizer.json")
+            raise UserError(
+                "the model's tokenizer has no tokenizer.json form: download the folder's tokenizer.json"
+            )
         return backend.to_str()
 
     @property
@@ -75,17 +77,23 @@ class GemmaPrompts:
     def _one(self, index, prompt):
         text = prompt.lower().strip()
         if any(0xD800 <= ord(character) < 0xE000 for character in text):
-            raise UserError(f"prompt {index} holds half of a surrogate pair, which is no character: give it in UTF-8")
+            raise UserError(
+                f"prompt {index} holds half of a surrogate pair, which is no character: give it in UTF-8"
+            )
         ids = self._ids(self.instruction + text)
         start = len(self.prefix)
         if ids[:start] != self.prefix.tolist():
-            raise UserError(f"prompt {index} begins with characters that merge with the instruction: begin with a letter")
+            raise UserError(
+                f"prompt {index} begins with characters that merge with the instruction: begin with a letter"
+            )
         rest, room = ids[start:], self.room
         if len(rest) > room:
             lost = self._tokenizer.decode(rest[room:])
             shown = lost if len(lost) <= 80 else lost[:77] + "..."
             warnings.warn(
-                f"prompt {index} has {len(rest)} tokens and the model reads {room}: cut off {shown!r}", CutWarning, stacklevel=3
+                f"prompt {index} has {len(rest)} tokens and the model reads {room}: cut off {shown!r}",
+                CutWarning,
+                stacklevel=3,
             )
         return np.array(rest[:room], np.int32)
 
@@ -123,4 +131,9 @@ def batches(rows, size):
             part = indices[start : start + size]
             padded = part + [part[-1]] * (size - len(part))
             arrays = [rows[i][1] for i in padded]
-            yield key, part, padded, {name: np.stack([a[name] for a in arrays]) for name in arrays[0]}
+            yield (
+                key,
+                part,
+                padded,
+                {name: np.stack([a[name] for a in arrays]) for name in arrays[0]},
+            )

@@ -47,7 +47,12 @@ _GAP = 1.5 / 32  # least empty space between objects
 _KINDS = ("shape", "colour", "count", "relation")
 _KIND_CUMULATIVE = (0.06, 0.18, 0.42, 1.0)
 _BACKGROUND_PROBABILITY = 0.3
-STREAMS = ("example", "anywhere", "sketch", "choice")  # what is drawn of one (seed, index), each independent of the others
+STREAMS = (
+    "example",
+    "anywhere",
+    "sketch",
+    "choice",
+)  # what is drawn of one (seed, index), each independent of the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +92,9 @@ class Caption:
             words = f"{number} {first.colour} {first.shape}s"
         else:
             second = self.objects[1]
-            words = f"a {first.colour} {first.shape} {self.relation} a {second.colour} {second.shape}"
+            words = (
+                f"a {first.colour} {first.shape} {self.relation} a {second.colour} {second.shape}"
+            )
         return words + (f" on a {self.background} background" if self.background else "")
 
 
@@ -103,7 +110,9 @@ class Example:
 
 def parse(text: str) -> Caption:
     """The meaning of a caption of the grammar. Raises ValueError for any other text."""
-    error = ValueError(f"{text!r} is not a caption of the `shapes` grammar (see sprint_jax/data/shapes.py)")
+    error = ValueError(
+        f"{text!r} is not a caption of the `shapes` grammar (see sprint_jax/data/shapes.py)"
+    )
     words, background = text.split(), None
     if len(words) >= 4 and words[-1] == "background" and words[-4:-2] == ["on", "a"]:
         background, words = words[-2], words[:-4]
@@ -136,10 +145,14 @@ def stream(seed: int, index: int, split: str, name: str) -> np.random.Generator:
     """Random numbers of an example for one of STREAMS. Use random() alone: that part of NumPy's generators is stable."""
     # Streams are so far apart in Philox's counter of 256 bits that they never meet.
     counter = [0, 0, 0, STREAMS.index(name)]
-    return np.random.Generator(np.random.Philox(key=[seed, 2 * index + SPLITS.index(split)], counter=counter))
+    return np.random.Generator(
+        np.random.Philox(key=[seed, 2 * index + SPLITS.index(split)], counter=counter)
+    )
 
 
-def example(seed: int, index: int, *, size: int = 32, split: str = "train", anywhere: bool = False) -> Example:
+def example(
+    seed: int, index: int, *, size: int = 32, split: str = "train", anywhere: bool = False
+) -> Example:
     """Picture and caption number `index`. Depends on nothing but the arguments.
 
     Args:
@@ -187,7 +200,9 @@ def _draw_caption(rng, kind) -> Caption:
 def _place(rng, caption, background, anywhere) -> tuple[Object, ...]:
     """The caption's objects with what it leaves open: colours, sizes and positions."""
     wanted = [
-        dataclasses.replace(o, colour=o.colour or _pick(rng, [c for c in COLOURS if c != background]))
+        dataclasses.replace(
+            o, colour=o.colour or _pick(rng, [c for c in COLOURS if c != background])
+        )
         for o in caption.objects
     ]
     return (_scatter if anywhere else _compose)(rng, wanted, caption.relation)
@@ -213,7 +228,10 @@ def _compose(rng, wanted, relation) -> tuple[Object, ...]:
     """
     half = _half(rng, len(wanted))
     centres = _alone(rng, half) if len(wanted) == 1 else _together(rng, len(wanted), relation)
-    return tuple(dataclasses.replace(o, x=x, y=y, size=half) for o, (x, y) in zip(wanted, centres, strict=True))
+    return tuple(
+        dataclasses.replace(o, x=x, y=y, size=half)
+        for o, (x, y) in zip(wanted, centres, strict=True)
+    )
 
 
 def _half(rng, count):
@@ -253,8 +271,11 @@ def _related(objects, relation) -> bool:
     a, b = objects
     dx, dy = b.x - a.x, b.y - a.y
     along, across = {
-        "left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)
-    }[relation]  # fmt: skip
+        "left of": (dx, dy),
+        "right of": (-dx, dy),
+        "above": (dy, dx),
+        "below": (-dy, dx),
+    }[relation]
     return along > abs(across)
 
 

@@ -62,12 +62,16 @@ def open_source(path, caption_field="prompt"):
     """
     root = pathlib.Path(path)
     if not root.exists():
-        raise UserError(f"no folder {path}: give one with tars, a TFDS data set or captioned pictures")
+        raise UserError(
+            f"no folder {path}: give one with tars, a TFDS data set or captioned pictures"
+        )
     if not root.is_dir():
         raise UserError(f"{path} is a file: give the folder that holds it")
     names = set(os.listdir(root))
     if not names:
-        raise UserError(f"the folder {path} is empty: give one with tars, a TFDS data set or captioned pictures")
+        raise UserError(
+            f"the folder {path} is empty: give one with tars, a TFDS data set or captioned pictures"
+        )
     if {"dataset_info.json", "features.json"} <= names:
         return _Tfds(root, caption_field)
     if "wids-meta.json" in names or any(_is_tar(name) for name in names):
@@ -87,9 +91,13 @@ class _Tars:
         self._sizes = [(root / name).stat().st_size for name in self._shards]
         self._samples = []  # (shard number, name, {suffix: (offset, bytes)})
         for number, name in enumerate(self._shards):
-            self._samples += [(number, sample, parts) for sample, parts in _index(root / name).items()]
+            self._samples += [
+                (number, sample, parts) for sample, parts in _index(root / name).items()
+            ]
         if not self._samples:
-            raise UserError(f"the tars in {root} hold no pictures or latents: samples are NAME.png or .npy with .json")
+            raise UserError(
+                f"the tars in {root} hold no pictures or latents: samples are NAME.png or .npy with .json"
+            )
 
     def __len__(self):
         return len(self._samples)
@@ -136,12 +144,16 @@ def _shards(root):
     try:
         names = [entry["url"] for entry in json.loads(listing.read_text())["shardlist"]]
     except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f'{listing} is not {{"shardlist": [{{"url": ...}}]}}: repair or remove it') from None
+        raise UserError(
+            f'{listing} is not {{"shardlist": [{{"url": ...}}]}}: repair or remove it'
+        ) from None
     # Lists made elsewhere name tars by where they were then; the tar beside the list is the one meant.
     names = [name if (root / name).is_file() else posixpath.basename(name) for name in names]
     for name in names:
         if not (root / name).is_file():
-            raise UserError(f"{listing} lists {name}, which is not there: bring it or remove wids-meta.json")
+            raise UserError(
+                f"{listing} lists {name}, which is not there: bring it or remove wids-meta.json"
+            )
     if not names:
         raise UserError(f"{listing} lists no tars: repair or remove it")
     return names
@@ -164,7 +176,9 @@ def _index(path):
                     spans[suffix] = (member.offset_data, member.size)
     except (OSError, tarfile.TarError) as error:
         if not samples:
-            raise UserError(f"cannot read the tar {path} ({error}): make it again or remove it") from None
+            raise UserError(
+                f"cannot read the tar {path} ({error}): make it again or remove it"
+            ) from None
     return samples
 
 
@@ -199,7 +213,9 @@ class _Tfds:
 
     def __init__(self, root, caption_field):
         self._root = root
-        self._files = sorted((path.name, path.stat().st_size) for path in root.iterdir() if path.is_file())
+        self._files = sorted(
+            (path.name, path.stat().st_size) for path in root.iterdir() if path.is_file()
+        )
         self._open = None
         import tensorflow_datasets as tfds
 
@@ -207,20 +223,30 @@ class _Tfds:
             info = tfds.builder_from_directory(root).info
             self._name, splits, features = info.name, dict(info.splits), dict(info.features)
         except Exception as error:  # whatever its parsers raise
-            raise UserError(f"cannot read the TFDS data set {root} ({error}): build it again") from None
+            raise UserError(
+                f"cannot read the TFDS data set {root} ({error}): build it again"
+            ) from None
         if "train" not in splits:
-            raise UserError(f"the TFDS data set {root} has no split train but {sorted(splits)}: give one that has")
+            raise UserError(
+                f"the TFDS data set {root} has no split train but {sorted(splits)}: give one that has"
+            )
         names = (caption_field, "caption", "prompt", "text")
-        self._caption_name = next((n for n in names if isinstance(features.get(n), tfds.features.Text)), None)
+        self._caption_name = next(
+            (n for n in names if isinstance(features.get(n), tfds.features.Text)), None
+        )
         if not isinstance(features.get("image"), tfds.features.Image) or not self._caption_name:
             raise UserError(
                 f"the TFDS data set {root} has the features {sorted(features)}: it needs image and one of {names[1:]}"
             )
         if info.file_format.value != "array_record":
-            raise UserError(f"the records of {root} are {info.file_format.value}: build it as array_record")
+            raise UserError(
+                f"the records of {root} are {info.file_format.value}: build it as array_record"
+            )
         absent = [path.name for path in splits["train"].filepaths if not path.exists()]
         if absent:
-            raise UserError(f"{absent[0]} is missing from {root}: bring it or build the data set again")
+            raise UserError(
+                f"{absent[0]} is missing from {root}: bring it or build the data set again"
+            )
         self._length = splits["train"].num_examples
 
     def _data(self):
@@ -228,7 +254,9 @@ class _Tfds:
             import tensorflow_datasets as tfds
 
             builder = tfds.builder_from_directory(self._root)
-            self._open = builder.as_data_source(split="train", decoders={"image": tfds.decode.SkipDecoding()})
+            self._open = builder.as_data_source(
+                split="train", decoders={"image": tfds.decode.SkipDecoding()}
+            )
         return self._open
 
     def __len__(self):
@@ -268,7 +296,11 @@ class _Folder:
             listed = [name for name in found if _suffix(name) in _PICTURES] + list(told)
         # (picture, its caption or "", file with its caption or "")
         self._pictures = [
-            (name, told.get(name, ""), beside if (beside := posixpath.splitext(name)[0] + ".txt") in found else "")
+            (
+                name,
+                told.get(name, ""),
+                beside if (beside := posixpath.splitext(name)[0] + ".txt") in found else "",
+            )
             for name in sorted(set(listed))
         ]
         if not any(caption or beside for _, caption, beside in self._pictures):
@@ -287,7 +319,9 @@ class _Folder:
         name, caption, beside = self._pictures[index]
         try:
             image = (self._root / name).read_bytes()
-            text = caption.encode("utf-8", "surrogatepass") or ((self._root / beside).read_bytes() if beside else b"")
+            text = caption.encode("utf-8", "surrogatepass") or (
+                (self._root / beside).read_bytes() if beside else b""
+            )
         except FileNotFoundError:
             raise BadExample("missing picture") from None
         except OSError:
@@ -426,7 +460,9 @@ def fit(picture, height, width):
     seen_height, seen_width = min(height / scale, have_height), min(width / scale, have_width)
     top, left = (have_height - seen_height) / 2, (have_width - seen_width) / 2
     box = (left, top, left + seen_width, top + seen_height)
-    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC, box=box))
+    return np.array(
+        Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC, box=box)
+    )
 
 
 def nearest_bucket(height, width, buckets):

@@ -16,9 +16,21 @@ from sprint_jax.data import shapes
 from sprint_jax.errors import UserError
 
 WORDS = (
-    "<pad>", "<bos>", "a", "of", "on", "background", "left", "right", "above", "below",
-    *shapes.NUMBERS, *shapes.COLOURS, *shapes.SHAPES, *(s + "s" for s in shapes.SHAPES),
-)  # fmt: skip
+    "<pad>",
+    "<bos>",
+    "a",
+    "of",
+    "on",
+    "background",
+    "left",
+    "right",
+    "above",
+    "below",
+    *shapes.NUMBERS,
+    *shapes.COLOURS,
+    *shapes.SHAPES,
+    *(s + "s" for s in shapes.SHAPES),
+)
 LENGTH = 16
 _REACH = 6
 _WORD_DIM, _POSITION_DIM = 16, 16
@@ -72,7 +84,9 @@ class ShapesText:
         return self.window(tokens), mask
 
     def _ids(self, prompt):
-        ids = [self._index["<bos>"]] + [self._lookup(word, prompt) for word in prompt.lower().split()]
+        ids = [self._index["<bos>"]] + [
+            self._lookup(word, prompt) for word in prompt.lower().split()
+        ]
         if len(ids) > LENGTH:
             raise UserError(
                 f"prompt of {len(ids) - 1} words is too long for this model: use at most {LENGTH - 1}: {prompt!r}"
@@ -82,7 +96,9 @@ class ShapesText:
     def _lookup(self, word, prompt):
         if word not in self._index or word.startswith("<"):
             known = ", ".join(w for w in WORDS if not w.startswith("<"))
-            raise UserError(f"word {word!r} in prompt {prompt!r} is unknown to this model; it knows: {known}")
+            raise UserError(
+                f"word {word!r} in prompt {prompt!r} is unknown to this model; it knows: {known}"
+            )
         return self._index[word]
 
 
@@ -107,7 +123,9 @@ class WordsText:
 
     def _ids(self, prompt):
         words = re.findall(r"\w+", prompt.lower())[: self.length - 1]
-        return [1] + [self._FIRST + zlib.crc32(w.encode()) % (self._TOKENS - self._FIRST) for w in words]
+        return [1] + [
+            self._FIRST + zlib.crc32(w.encode()) % (self._TOKENS - self._FIRST) for w in words
+        ]
 
 
 def prepare(encoder, prompts):

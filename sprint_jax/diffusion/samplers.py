@@ -36,7 +36,9 @@ def scm_times(steps, schedule="code"):
         raise UserError(f"steps {steps}: use 1 or more")
     if schedule == "paper":
         if steps not in _PAPER:
-            raise UserError(f"schedule 'paper' has no list for {steps} steps: use 1, 2 or 4, or 'code'")
+            raise UserError(
+                f"schedule 'paper' has no list for {steps} steps: use 1, 2 or 4, or 'code'"
+            )
         return np.array(_PAPER[steps], np.float32)
     if schedule != "code":
         raise UserError(f"schedule {schedule!r}: use one of {', '.join(SCHEDULES)}")

@@ -84,5 +84,7 @@ def loss(F, velocity, x0, z, t, *, r, weighting, normalize):
     error = mean_per_sample(jnp.square(value - target))
     prior = 1.0 if weighting == "paper" else 1 / (SIGMA_D * jnp.tan(t))
     return prior * jnp.exp(-logvar) * error + logvar, {
-        "error": error, "tangent_norm": norm, "logvar": logvar
-    }  # fmt: skip
+        "error": error,
+        "tangent_norm": norm,
+        "logvar": logvar,
+    }

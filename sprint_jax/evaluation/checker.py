@@ -73,7 +73,9 @@ def _best_overlap(alpha, shape, x, y, half, size):
     scores = []
     for grow in (-0.5, 0.0, 0.5):
         template = shapes.coverage(shape, x, y, half + grow, size)
-        scores.append(np.minimum(alpha, template).sum() / max(1e-6, np.maximum(alpha, template).sum()))
+        scores.append(
+            np.minimum(alpha, template).sum() / max(1e-6, np.maximum(alpha, template).sum())
+        )
     return max(scores)
 
 
@@ -101,7 +103,10 @@ def judge(reading: Reading, caption: shapes.Caption) -> dict[str, bool]:
         }
     if caption.kind == "count":
         counted = len(objects) == len(caption.objects)
-        return {"counting": counted and found_shapes == wanted_shapes, "overall": pairs and background}
+        return {
+            "counting": counted and found_shapes == wanted_shapes,
+            "overall": pairs and background,
+        }
     placed = _placed(objects, caption)
     return {
         "two_objects": found_shapes == wanted_shapes,
@@ -124,8 +129,11 @@ def _holds(a, b, relation):
     """b lies on the named side of a: clearly apart on that axis, and more so than on the other."""
     dx, dy = b.x - a.x, b.y - a.y
     along, across = {
-        "left of": (dx, dy), "right of": (-dx, dy), "above": (dy, dx), "below": (-dy, dx)
-    }[relation]  # fmt: skip
+        "left of": (dx, dy),
+        "right of": (-dx, dy),
+        "above": (dy, dx),
+        "below": (-dy, dx),
+    }[relation]
     return along > 0.1 and along > abs(across)
 
 

@@ -7,7 +7,9 @@ def cosines(image_features, text_features):
     """[N, D], [N, D] -> cosine of each pair, float64 [N]."""
     image, text = (np.asarray(a, np.float64) for a in (image_features, text_features))
     if image.shape != text.shape:
-        raise ValueError(f"image features {image.shape} and text features {text.shape} do not pair up")
+        raise ValueError(
+            f"image features {image.shape} and text features {text.shape} do not pair up"
+        )
     image, text = (a / np.linalg.norm(a, axis=-1, keepdims=True) for a in (image, text))
     return (image * text).sum(-1)
 

@@ -39,7 +39,9 @@ def read_questions(path) -> list[Item]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read the questions in {path} ({error}): give dpg_bench.csv") from None
+        raise UserError(
+            f"cannot read the questions in {path} ({error}): give dpg_bench.csv"
+        ) from None
     lacking = [name for name in _COLUMNS if not rows or rows[0].get(name) is None]
     if lacking:
         raise UserError(f"{path} lacks the columns {', '.join(lacking)}: give dpg_bench.csv")
@@ -50,16 +52,23 @@ def read_questions(path) -> list[Item]:
             question = int(row["proposition_id"])
             wanted = tuple(int(part) for part in row["dependency"].split(",") if int(part))
         except (ValueError, AttributeError):
-            raise UserError(f"{path} line {number}: proposition_id and dependency must be whole numbers") from None
+            raise UserError(
+                f"{path} line {number}: proposition_id and dependency must be whole numbers"
+            ) from None
         questions = parents.setdefault(item, {})
         if question in questions:  # the official reader keeps the last one too, without a word
-            warnings.warn(f"{path} line {number}: {item} has proposition {question} twice, the later one counts", stacklevel=2)
+            warnings.warn(
+                f"{path} line {number}: {item} has proposition {question} twice, the later one counts",
+                stacklevel=2,
+            )
         texts.setdefault(item, row["text"])
         questions[question] = wanted
     for item, questions in parents.items():
         unknown = [p for wanted in questions.values() for p in wanted if p not in questions]
         if unknown:
-            raise UserError(f"{path}: {item} depends on proposition {unknown[0]}, which it does not have")
+            raise UserError(
+                f"{path}: {item} depends on proposition {unknown[0]}, which it does not have"
+            )
     return [Item(item, texts[item], parents[item]) for item in texts]
 
 
@@ -94,7 +103,9 @@ def score(answers, items, pictures=PICTURES) -> dict:
             given = answers[item.id, number]
             unanswered = [q for q in item.parents if q not in given]
             if unanswered:
-                raise UserError(f"picture {number} of {item.id} has no answer to proposition {unanswered[0]}")
+                raise UserError(
+                    f"picture {number} of {item.id} has no answer to proposition {unanswered[0]}"
+                )
             each.append(picture_score(given, item.parents))
         shares[item.id] = float(np.mean(each))
     return {"score": 100 * float(np.mean(list(shares.values()))), "items": shares}
@@ -102,7 +113,9 @@ def score(answers, items, pictures=PICTURES) -> dict:
 
 def read_answers(path) -> dict:
     """{(item id, picture): {proposition id: bool}}. Raises UserError naming the first line that is not one."""
-    return json_lines.read(path, "answers", _answers, kind="an answer", form="sprint_jax/evaluation/dpg.py")
+    return json_lines.read(
+        path, "answers", _answers, kind="an answer", form="sprint_jax/evaluation/dpg.py"
+    )
 
 
 def _answers(row):
@@ -129,6 +142,8 @@ def crops(sheet):
     """The inverse of `grid`: uint8 [2 H, 2 W, 3] -> [4, H, W, 3]. Raises UserError for odd sides."""
     height, width = sheet.shape[:2]
     if height % 2 or width % 2:
-        raise UserError(f"a 2 x 2 grid of {height} x {width} pixels cannot be cut in four equal pictures")
+        raise UserError(
+            f"a 2 x 2 grid of {height} x {width} pixels cannot be cut in four equal pictures"
+        )
     h, w = height // 2, width // 2
     return np.stack([sheet[:h, :w], sheet[:h, w:], sheet[h:, :w], sheet[h:, w:]])

@@ -15,7 +15,9 @@ def agreement(edges_a, edges_b):
     """
     a, b = np.asarray(edges_a) != 0, np.asarray(edges_b) != 0
     if a.shape != b.shape or a.ndim != 3:
-        raise ValueError(f"edge maps of shapes {a.shape} and {b.shape}: give two of one shape [B, H, W]")
+        raise ValueError(
+            f"edge maps of shapes {a.shape} and {b.shape}: give two of one shape [B, H, W]"
+        )
     a, b = _dilated(a), _dilated(b)
     both, either = (a & b).sum((1, 2)), (a | b).sum((1, 2))
     return np.where(either == 0, 1.0, both / np.maximum(either, 1))

@@ -52,7 +52,11 @@ class Batched:
         for start in range(0, len(rows), self._batch):
             part = rows[start : start + self._batch]
             padded = np.concatenate([part, np.repeat(part[-1:], self._batch - len(part), 0)])
-            made.append(np.asarray(self._function(self._params, jax.device_put(padded, self._rows)))[: len(part)])
+            made.append(
+                np.asarray(self._function(self._params, jax.device_put(padded, self._rows)))[
+                    : len(part)
+                ]
+            )
         return np.concatenate(made)
 
 
@@ -77,7 +81,9 @@ def clean_resize(image):
     """uint8 [H, W, 3] -> float32 [299, 299, 3] in 0..255: PIL's antialiased bicubic on float channels, not rounded."""
     side = (inception.SIDE, inception.SIDE)
     channels = [
-        np.asarray(Image.fromarray(image[..., c].astype(np.float32)).resize(side, Image.Resampling.BICUBIC))
+        np.asarray(
+            Image.fromarray(image[..., c].astype(np.float32)).resize(side, Image.Resampling.BICUBIC)
+        )
         for c in range(3)
     ]
     return np.clip(np.stack(channels, -1), 0, 255)
@@ -91,7 +97,9 @@ def load_inception(path, *, unpublished=False):
     """
     path = pathlib.Path(path)
     if not path.is_file():
-        raise UserError(f"no Inception weights at {path}: download {INCEPTION_FILE} (of pytorch-fid) and give its path")
+        raise UserError(
+            f"no Inception weights at {path}: download {INCEPTION_FILE} (of pytorch-fid) and give its path"
+        )
     found, digest = _read_inception(path)
     if not digest.startswith(_INCEPTION_SHA256) and not unpublished:
         raise UserError(
@@ -101,7 +109,9 @@ def load_inception(path, *, unpublished=False):
     try:
         return inception.params_of(found), digest
     except ValueError as error:
-        raise UserError(f"{path} is not the FID Inception ({error}): give {INCEPTION_FILE}") from None
+        raise UserError(
+            f"{path} is not the FID Inception ({error}): give {INCEPTION_FILE}"
+        ) from None
 
 
 def _read_inception(path):
@@ -112,7 +122,9 @@ def _read_inception(path):
                 digest = (file.metadata() or {}).get(_SOURCE) or sha256(path)
                 return {name: file.get_tensor(name) for name in file.keys()}, digest
         except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path} is not a readable safetensors file ({error}): copy it again") from None
+            raise UserError(
+                f"{path} is not a readable safetensors file ({error}): copy it again"
+            ) from None
     remedy = f"run sprint_jax.evaluate there with --weights={path} --save_weights=FILE.safetensors, and give that file"
     return state_dicts.read(path, remedy), sha256(path)
 
@@ -122,7 +134,11 @@ def save_inception(source, target, *, unpublished=False):
     load_inception(source, unpublished=unpublished)  # refused here rather than where it is used
     found, digest = _read_inception(pathlib.Path(source))
     layers = tuple(f"{name}." for name in inception.layer_shapes())
-    kept = {k: np.ascontiguousarray(v) for k, v in found.items() if k.startswith(layers) and v.dtype == np.float32}
+    kept = {
+        k: np.ascontiguousarray(v)
+        for k, v in found.items()
+        if k.startswith(layers) and v.dtype == np.float32
+    }
     with files.whole(target) as partial:
         partial.write_bytes(safetensors.numpy.save(kept, metadata={_SOURCE: digest}))
 
@@ -146,7 +162,9 @@ class CLIP:
 
     def tokens(self, texts):
         """int32 [N, 77]: padded after the end token, of which the first one counts."""
-        encoded = self._tokenizer(list(texts), padding="max_length", truncation=True, max_length=self._model.length)
+        encoded = self._tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self._model.length
+        )
         return np.array(encoded["input_ids"], np.int32)
 
 
@@ -174,23 +192,33 @@ def load_clip(path, *, batch):
     """
     path = pathlib.Path(path)
     if not (path / "config.json").is_file():
-        raise UserError(f"{path} has no config.json: give the folder of a CLIP model (openai/clip-vit-large-patch14)")
+        raise UserError(
+            f"{path} has no config.json: give the folder of a CLIP model (openai/clip-vit-large-patch14)"
+        )
     try:
         model = clip_model(json.loads((path / "config.json").read_text()))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path / 'config.json'} does not describe a CLIP ({type(error).__name__}: {error})") from None
+        raise UserError(
+            f"{path / 'config.json'} does not describe a CLIP ({type(error).__name__}: {error})"
+        ) from None
     found, wanted = tensors_lib.find(path, "model"), model.tensor_shapes()
     absent = sorted(wanted.keys() - found.keys())
     if absent:
-        raise UserError(f"{path} lacks {len(absent)} tensors of a CLIP, first {absent[0]}: download it again")
+        raise UserError(
+            f"{path} lacks {len(absent)} tensors of a CLIP, first {absent[0]}: download it again"
+        )
     arrays = {}
     for name, shape in wanted.items():
         if tuple(found[name].shape) != shape:
-            raise UserError(f"{path} holds {name} with shape {tuple(found[name].shape)}, its config.json needs {shape}")
+            raise UserError(
+                f"{path} holds {name} with shape {tuple(found[name].shape)}, its config.json needs {shape}"
+            )
         arrays[name] = np.empty(shape, np.float32)
         tensors_lib.read(found[name], name, arrays[name], lambda a: a)
     digests = [sha256(file) for file in sorted({tensor.file for tensor in found.values()})]
-    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    digest = (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )
     return CLIP(model, model.params_of(arrays), _tokenizer(path), batch=batch), digest
 
 
@@ -200,26 +228,36 @@ def _tokenizer(path):
     try:
         return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the library raises many kinds for a damaged folder
-        raise UserError(f"cannot read the tokenizer in {path} ({' '.join(str(error).split())[:120]}): download it again") from None
+        raise UserError(
+            f"cannot read the tokenizer in {path} ({' '.join(str(error).split())[:120]}): download it again"
+        ) from None
 
 
 def clip_model(config) -> clip_lib.CLIP:
     """The description in transformers' config.json. What a file leaves out has transformers' default."""
     vision, text = dict(config["vision_config"]), dict(config["text_config"])
     tower = lambda c, width, inner, heads: clip_lib.Tower(
-        c.get("hidden_size", width), c.get("num_hidden_layers", 12), c.get("num_attention_heads", heads),
-        c.get("intermediate_size", inner), c.get("layer_norm_eps", 1e-5),
-    )  # fmt: skip
+        c.get("hidden_size", width),
+        c.get("num_hidden_layers", 12),
+        c.get("num_attention_heads", heads),
+        c.get("intermediate_size", inner),
+        c.get("layer_norm_eps", 1e-5),
+    )
     activations = {c.get("hidden_act", "quick_gelu") for c in (vision, text)}
     if len(activations) != 1 or not activations <= {"quick_gelu", "gelu"}:
         raise ValueError(f"hidden_act {sorted(activations)}: quick_gelu or gelu is supported")
     end = text.get("eos_token_id", 49407)
     return clip_lib.CLIP(
-        vision=tower(vision, 768, 3072, 12), text=tower(text, 512, 2048, 8), size=vision.get("image_size", 224),
-        patch=vision.get("patch_size", 32), vocabulary=text.get("vocab_size", 49408),
-        length=text.get("max_position_embeddings", 77), features=config.get("projection_dim", 512),
-        end=None if end == 2 else end, activation=activations.pop(),
-    )  # fmt: skip
+        vision=tower(vision, 768, 3072, 12),
+        text=tower(text, 512, 2048, 8),
+        size=vision.get("image_size", 224),
+        patch=vision.get("patch_size", 32),
+        vocabulary=text.get("vocab_size", 49408),
+        length=text.get("max_position_embeddings", 77),
+        features=config.get("projection_dim", 512),
+        end=None if end == 2 else end,
+        activation=activations.pop(),
+    )
 
 
 def hook(name):
@@ -230,7 +268,9 @@ def hook(name):
     try:
         found = getattr(importlib.import_module(module), function)
     except ImportError as error:
-        raise UserError(f"--hook={name}: cannot import {module} ({error}): it must be on the Python path") from None
+        raise UserError(
+            f"--hook={name}: cannot import {module} ({error}): it must be on the Python path"
+        ) from None
     except AttributeError:
         raise UserError(f"--hook={name}: {module} has no {function}") from None
     if not callable(found):

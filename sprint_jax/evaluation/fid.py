@@ -54,12 +54,16 @@ class Moments:
         count = self.count + other.count
         apart = other.mean - self.mean
         between = np.outer(apart, apart) * (self.count * other.count / count)
-        return Moments(count, self.mean + apart * (other.count / count), self.scatter + other.scatter + between)
+        return Moments(
+            count, self.mean + apart * (other.count / count), self.scatter + other.scatter + between
+        )
 
     def gaussian(self) -> Gaussian:
         """Raises UserError for fewer than two features."""
         if self.count < 2:
-            raise UserError(f"{self.count} picture has no covariance: give at least two, and thousands for an FID")
+            raise UserError(
+                f"{self.count} picture has no covariance: give at least two, and thousands for an FID"
+            )
         return Gaussian(self.mean, self.scatter / (self.count - 1), self.count)
 
 
@@ -79,7 +83,9 @@ def distance(a: Gaussian, b: Gaussian) -> float:
     Raises UserError for Gaussians of different sizes and for a root that is not real.
     """
     if a.mean.shape != b.mean.shape:
-        raise UserError(f"features have {len(a.mean)} and {len(b.mean)} numbers: both sets need the same extractor")
+        raise UserError(
+            f"features have {len(a.mean)} and {len(b.mean)} numbers: both sets need the same extractor"
+        )
     root = _root(a.covariance @ b.covariance)
     if not np.isfinite(root).all():
         offset = EPS * np.eye(len(a.mean))
@@ -87,14 +93,20 @@ def distance(a: Gaussian, b: Gaussian) -> float:
     if np.iscomplexobj(root):
         if np.abs(np.diagonal(root).imag).max() > _IMAGINARY:
             largest = np.abs(root.imag).max()
-            raise UserError(f"the root of the covariances has an imaginary part of {largest:.3g}: give more pictures")
+            raise UserError(
+                f"the root of the covariances has an imaginary part of {largest:.3g}: give more pictures"
+            )
         root = root.real
     apart = a.mean - b.mean
-    return float(apart @ apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.trace(root))
+    return float(
+        apart @ apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.trace(root)
+    )
 
 
 def _root(matrix):
-    with warnings.catch_warnings():  # a singular product is expected of few pictures, and looked at by the caller
+    with (
+        warnings.catch_warnings()
+    ):  # a singular product is expected of few pictures, and looked at by the caller
         warnings.simplefilter("ignore", RuntimeWarning)
         return scipy.linalg.sqrtm(matrix)
 
@@ -103,7 +115,13 @@ def save(path, gaussian: Gaussian, protocol: dict):
     """Writes an npz file with `mu`, `sigma`, `count` and every field of protocol, whole or not at all."""
     fields = {name: np.array("" if value is None else value) for name, value in protocol.items()}
     with files.whole(path) as partial, open(partial, "wb") as file:
-        np.savez(file, mu=gaussian.mean, sigma=gaussian.covariance, count=np.array(gaussian.count), **fields)
+        np.savez(
+            file,
+            mu=gaussian.mean,
+            sigma=gaussian.covariance,
+            count=np.array(gaussian.count),
+            **fields,
+        )
 
 
 def load(path) -> tuple[Gaussian, dict]:
@@ -115,17 +133,32 @@ def load(path) -> tuple[Gaussian, dict]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             fields = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:  # an npy file is an array alone
-        raise UserError(f"cannot read statistics from {path} ({error}): give an npz file with mu and sigma") from None
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+    ) as error:  # an npy file is an array alone
+        raise UserError(
+            f"cannot read statistics from {path} ({error}): give an npz file with mu and sigma"
+        ) from None
     if not {"mu", "sigma"} <= fields.keys():
-        raise UserError(f"{path} holds {sorted(fields)}: an npz file of statistics has mu and sigma")
+        raise UserError(
+            f"{path} holds {sorted(fields)}: an npz file of statistics has mu and sigma"
+        )
     mean, covariance = (np.asarray(fields.pop(name), np.float64) for name in ("mu", "sigma"))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise UserError(f"{path} has mu {mean.shape} and sigma {covariance.shape}: [D] and [D, D] belong together")
+        raise UserError(
+            f"{path} has mu {mean.shape} and sigma {covariance.shape}: [D] and [D, D] belong together"
+        )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{path} holds values that are not finite: compute the statistics again")
     count = fields.pop("count", np.array(0))
     if count.shape or not np.issubdtype(count.dtype, np.number):
         raise UserError(f"{path} has count {count}: it is the number of pictures")
     count = int(count)
-    return Gaussian(mean, covariance, count), {name: str(value) for name, value in fields.items() if value.ndim == 0}
+    return Gaussian(mean, covariance, count), {
+        name: str(value) for name, value in fields.items() if value.ndim == 0
+    }

@@ -35,20 +35,34 @@ _LEVEL = 1e-3  # pixels; less is no direction
 
 def check_metadata(metadata, where):
     """Raises UserError where the metadata of a prompt are not of the official form. where: names them."""
-    if not isinstance(metadata, dict) or metadata.get("tag") not in TASKS or not metadata.get("include"):
-        raise UserError(f"{where} is not GenEval metadata: it needs prompt, tag (one of {', '.join(TASKS)}) and include")
+    if (
+        not isinstance(metadata, dict)
+        or metadata.get("tag") not in TASKS
+        or not metadata.get("include")
+    ):
+        raise UserError(
+            f"{where} is not GenEval metadata: it needs prompt, tag (one of {', '.join(TASKS)}) and include"
+        )
     for kind in ("include", "exclude"):
         for number, wanted in enumerate(metadata.get(kind, [])):
-            if not isinstance(wanted, dict) or "class" not in wanted or type(wanted.get("count")) is not int:
+            if (
+                not isinstance(wanted, dict)
+                or "class" not in wanted
+                or type(wanted.get("count")) is not int
+            ):
                 raise UserError(f"{where}: {kind} {number} needs class and count, a number")
     for number, wanted in enumerate(metadata["include"]):
         if wanted.get("color", COLOURS[0]) not in COLOURS:
-            raise UserError(f"{where}: include {number} asks for color {wanted['color']!r}: use one of {', '.join(COLOURS)}")
+            raise UserError(
+                f"{where}: include {number} asks for color {wanted['color']!r}: use one of {', '.join(COLOURS)}"
+            )
         if "position" in wanted:
             match wanted["position"]:
                 case [relation, int(target)] if relation in RELATIONS and 0 <= target < number:
                     continue
-            raise UserError(f"{where}: include {number} has position {wanted['position']}: a relation and an earlier index")
+            raise UserError(
+                f"{where}: include {number} has position {wanted['position']}: a relation and an earlier index"
+            )
 
 
 def kept(objects, task):
@@ -74,7 +88,12 @@ def relations(box, other):
     if (np.abs(left) < _LEVEL).all():
         return set()
     x, y = left / np.linalg.norm(apart)
-    holds = {"left of": x < -_DIRECTION, "right of": x > _DIRECTION, "above": y < -_DIRECTION, "below": y > _DIRECTION}
+    holds = {
+        "left of": x < -_DIRECTION,
+        "right of": x > _DIRECTION,
+        "above": y < -_DIRECTION,
+        "below": y > _DIRECTION,
+    }
     return {name for name, true in holds.items() if true}
 
 
@@ -93,7 +112,9 @@ def judge(objects, metadata) -> tuple[bool, list[str]]:
     for unwanted in metadata.get("exclude", []):
         number = len(found.get(unwanted["class"], []))
         if number >= unwanted["count"]:
-            faults.append(f"expected fewer than {unwanted['count']} {unwanted['class']}, found {number}")
+            faults.append(
+                f"expected fewer than {unwanted['count']} {unwanted['class']}, found {number}"
+            )
     return not faults, faults
 
 
@@ -109,14 +130,20 @@ def _fault(chosen, wanted, groups):
         relation, target = wanted["position"]
         if groups[target] is None:
             return f"no target for {wanted['class']} to be {relation}"
-        if not all(relation in relations(o["box"], other["box"]) for o in chosen for other in groups[target]):
+        if not all(
+            relation in relations(o["box"], other["box"])
+            for o in chosen
+            for other in groups[target]
+        ):
             return f"expected {wanted['class']} {relation} the target"
     return None
 
 
 def read_detections(path) -> dict[str, list]:
     """{file: objects} of a file of detections. Raises UserError naming the first line that is not one."""
-    return json_lines.read(path, "detections", _detections, kind="a detection", form="sprint_jax/evaluation/geneval.py")
+    return json_lines.read(
+        path, "detections", _detections, kind="a detection", form="sprint_jax/evaluation/geneval.py"
+    )
 
 
 def _detections(row):
@@ -129,7 +156,9 @@ def _object(row):
     colour = row.get("colour", row.get("color"))
     if colour is not None and colour not in COLOURS:
         raise ValueError(f"colour {colour!r}")
-    return {"class": row["class"], "box": row["box"], "confidence": float(row["confidence"])} | ({"colour": colour} if colour else {})
+    return {"class": row["class"], "box": row["box"], "confidence": float(row["confidence"])} | (
+        {"colour": colour} if colour else {}
+    )
 
 
 def score(detections, pictures) -> dict:
@@ -144,16 +173,25 @@ def score(detections, pictures) -> dict:
     """
     absent = [file for file, _ in pictures if file not in detections]
     if absent:
-        raise UserError(f"{len(absent)} of {len(pictures)} pictures have no detections, first {absent[0]}: run the detector on all")
+        raise UserError(
+            f"{len(absent)} of {len(pictures)} pictures have no detections, first {absent[0]}: run the detector on all"
+        )
     right, wrong = collections.defaultdict(list), {}
     for file, metadata in pictures:
         try:
             correct, reasons = judge(detections[file], metadata)
         except KeyError:
-            raise UserError(f"detections of {file} lack a colour that its prompt asks about: add \"colour\" to its objects") from None
+            raise UserError(
+                f'detections of {file} lack a colour that its prompt asks about: add "colour" to its objects'
+            ) from None
         right[metadata["tag"]].append(correct)
         if not correct:
             wrong[file] = reasons
     tasks = {task: float(np.mean(right[task])) for task in TASKS if task in right}
     counts = {task: len(right[task]) for task in tasks}
-    return {"overall": float(np.mean(list(tasks.values()))), "tasks": tasks, "counts": counts, "wrong": wrong}
+    return {
+        "overall": float(np.mean(list(tasks.values()))),
+        "tasks": tasks,
+        "counts": counts,
+        "wrong": wrong,
+    }

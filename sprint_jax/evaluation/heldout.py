@@ -19,9 +19,13 @@ class Evaluator:
 
         With edges that the pictures should follow also {"agreement": mean of `edges.agreement`}.
         """
-        scores = {"frechet": frechet.distance(frechet.moments(frechet.features(images)), self._reference)}
+        scores = {
+            "frechet": frechet.distance(frechet.moments(frechet.features(images)), self._reference)
+        }
         if self._meanings is not None:
             scores["score"], scores["tasks"] = checker.score(images, self._meanings)
         if self._edges is not None:
-            scores["agreement"] = float(edges.agreement(conditions.gradient_edges(images), self._edges).mean())
+            scores["agreement"] = float(
+                edges.agreement(conditions.gradient_edges(images), self._edges).mean()
+            )
         return scores

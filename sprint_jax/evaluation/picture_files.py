@@ -11,7 +11,13 @@ from sprint_jax import files
 from sprint_jax.errors import UserError
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_UNREADABLE = (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError)
+_UNREADABLE = (
+    OSError,
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    SyntaxError,
+    ValueError,
+)
 
 
 def found(folder) -> list[pathlib.Path]:
@@ -37,22 +43,33 @@ def with_prompts(folder, prompts):
     by_name = {path.relative_to(folder).with_suffix("").as_posix(): path for path in found(folder)}
     absent = [p.id for p in prompts if p.id not in by_name]
     if absent:
-        raise UserError(f"{len(absent)} of {len(prompts)} prompts have no picture in {folder}, first {absent[0]}")
+        raise UserError(
+            f"{len(absent)} of {len(prompts)} prompts have no picture in {folder}, first {absent[0]}"
+        )
     return [by_name[p.id] for p in prompts], [p.text for p in prompts]
 
 
 def _by_manifest(folder):
-    manifest = next((m for m in (folder / "manifest.jsonl", folder.parent / "manifest.jsonl") if m.is_file()), None)
+    manifest = next(
+        (m for m in (folder / "manifest.jsonl", folder.parent / "manifest.jsonl") if m.is_file()),
+        None,
+    )
     if manifest is None:
-        raise UserError(f"{folder} has no manifest.jsonl: say with --prompts=FILE what its pictures show")
+        raise UserError(
+            f"{folder} has no manifest.jsonl: say with --prompts=FILE what its pictures show"
+        )
     try:
         rows = [json.loads(line) for line in files.read_lines(manifest) if line.strip()]
         pairs = [(folder / row["file"], row["prompt"]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{manifest} is not a manifest ({error}): say with --prompts=FILE what the pictures show") from None
+        raise UserError(
+            f"{manifest} is not a manifest ({error}): say with --prompts=FILE what the pictures show"
+        ) from None
     absent = [path for path, _ in pairs if not path.is_file()]
     if absent or not pairs:
-        raise UserError(f"{len(absent)} of {len(pairs)} pictures of {manifest} are missing, first {absent[0] if absent else ''}")
+        raise UserError(
+            f"{len(absent)} of {len(pairs)} pictures of {manifest} are missing, first {absent[0] if absent else ''}"
+        )
     return [path for path, _ in pairs], [prompt for _, prompt in pairs]
 
 
@@ -70,7 +87,9 @@ def inspected(paths):
         except _UNREADABLE as error:
             bad.append((path, error))
     if bad:
-        raise UserError(f"{len(bad)} of {len(paths)} pictures cannot be read, first {bad[0][0]} ({bad[0][1]}): make them again")
+        raise UserError(
+            f"{len(bad)} of {len(paths)} pictures cannot be read, first {bad[0][0]} ({bad[0][1]}): make them again"
+        )
     return sizes, sorted(formats)
 
 

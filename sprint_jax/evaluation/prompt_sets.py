@@ -57,14 +57,20 @@ def _table(text, path):
         rows = _unique(text)
         return [Prompt(name, row["prompt"], row) for name, row in rows.items()]
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a table of prompts ({error}): {{id: {{\"prompt\": ...}}, ...}}") from None
+        raise UserError(
+            f'{path} is not a table of prompts ({error}): {{id: {{"prompt": ...}}, ...}}'
+        ) from None
 
 
 def _unique(text):
     """JSON whose repeated keys are an error instead of being dropped."""
 
     def table(pairs):
-        twice = sorted(name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1)
+        twice = sorted(
+            name
+            for name, count in collections.Counter(name for name, _ in pairs).items()
+            if count > 1
+        )
         if twice:
             raise ValueError(f"{len(twice)} ids occur twice, first {twice[0]}")
         return dict(pairs)
@@ -85,7 +91,9 @@ def _check(prompts, path):
         raise UserError(f"--prompts={path} holds no prompt")
     for prompt in prompts:
         if not _ID.fullmatch(prompt.id):
-            raise UserError(f"{path}: the id {prompt.id!r} cannot name a file: use letters, digits, -, _ and .")
+            raise UserError(
+                f"{path}: the id {prompt.id!r} cannot name a file: use letters, digits, -, _ and ."
+            )
         if not isinstance(prompt.text, str):
             raise UserError(f"{path}: the prompt of {prompt.id} is not text")
     seen, twice = set(), []
@@ -93,7 +101,9 @@ def _check(prompts, path):
         twice += [prompt.id] if prompt.id in seen else []
         seen.add(prompt.id)
     if twice:
-        raise UserError(f"{path}: {len(twice)} ids occur twice, first {twice[0]}: give each prompt its own")
+        raise UserError(
+            f"{path}: {len(twice)} ids occur twice, first {twice[0]}: give each prompt its own"
+        )
 
 
 def heldout_captions(seed, count, size) -> list[Prompt]:

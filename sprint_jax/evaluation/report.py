@@ -12,7 +12,9 @@ def write(out, report):
     report: {"suite": str, "scores": {name: number or {name: number}}, and sections {name: {field: value}}}.
     """
     out, suite = pathlib.Path(out), report["suite"]
-    files.write_text(out / f"report-{suite}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    files.write_text(
+        out / f"report-{suite}.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    )
     files.write_text(out / f"report-{suite}.md", readable(report))
     return out / f"report-{suite}.md"
 
@@ -22,12 +24,16 @@ def readable(report) -> str:
     lines = [f"# {report['suite']}", "", "| score | |", "|---|---|"]
     for name, value in report["scores"].items():
         rows = value.items() if isinstance(value, dict) else [(None, value)]
-        lines += [f"| {name if part is None else f'{name}: {part}'} | {_shown(v)} |" for part, v in rows]
+        lines += [
+            f"| {name if part is None else f'{name}: {part}'} | {_shown(v)} |" for part, v in rows
+        ]
     for section, fields in report.items():
         if section in ("suite", "scores", "details"):
             continue
         lines += ["", f"## {section.replace('_', ' ')}", "", "| | |", "|---|---|"]
-        lines += [f"| {name.replace('_', ' ')} | {_shown(value)} |" for name, value in fields.items()]
+        lines += [
+            f"| {name.replace('_', ' ')} | {_shown(value)} |" for name, value in fields.items()
+        ]
     return "\n".join(lines) + "\n"
 
 

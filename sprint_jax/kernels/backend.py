@@ -158,7 +158,10 @@ def launch(body, grid, ins, outs, *, backend, name):
             grid=(local, *grid[1:]),
             in_specs=[o.spec for o in ins.values()],
             out_specs=[o.spec for o in outs.values()],
-            out_shape=[jax.ShapeDtypeStruct((local, *o.array.shape[1:]), o.array.dtype) for o in outs.values()],
+            out_shape=[
+                jax.ShapeDtypeStruct((local, *o.array.shape[1:]), o.array.dtype)
+                for o in outs.values()
+            ],
             interpret=backend == "interpret",
             compiler_params=_compiler_params(backend, len(grid)),
             name=name,
@@ -213,10 +216,12 @@ def single_dot(a, b, contract=(1, 0)):
     """a b over one axis of each, operands as they are, accumulated in float32."""
     exact = a.dtype == jnp.float32
     return jax.lax.dot_general(
-        a, b, (((contract[0],), (contract[1],)), ((), ())),
+        a,
+        b,
+        (((contract[0],), (contract[1],)), ((), ())),
         precision=jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
-    )  # fmt: skip
+    )
 
 
 def _parts(a, dtype):

@@ -58,8 +58,12 @@ def attention(q, k, v, mask, *, backend):
     around a stopped tangent; a tangent that is not stopped gives NaN.
     """
     if k.shape != v.shape or q.shape[2:] != k.shape[2:] or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v do not fit: {q.shape} {q.dtype}, {k.shape} {k.dtype}, {v.shape} {v.dtype}")
-    bias = jax.lax.stop_gradient(jnp.where(mask.astype(bool), 0.0, MASKED)[:, None, :].astype(jnp.float32))
+        raise ValueError(
+            f"q, k and v do not fit: {q.shape} {q.dtype}, {k.shape} {k.dtype}, {v.shape} {v.dtype}"
+        )
+    bias = jax.lax.stop_gradient(
+        jnp.where(mask.astype(bool), 0.0, MASKED)[:, None, :].astype(jnp.float32)
+    )
     return _attend(_Tiling.of(q.shape, k.shape[1], backend), q, k, v, bias)[0]
 
 
@@ -85,10 +89,24 @@ class _Tiling:
         pieces = (128,) if backend == "tpu" else _pieces(width)
         block_k = 128 if backend == "tpu" else max(16, min(KEYS, backends.next_power_of_two(keys)))
         block_q = max(16, min(QUERIES, backends.next_power_of_two(queries)))
-        blocks, programs = -(-queries // block_q), backends.local_batch(batch) * heads * -(-keys // block_k)
+        blocks, programs = (
+            -(-queries // block_q),
+            backends.local_batch(batch) * heads * -(-keys // block_k),
+        )
         wanted = max(-(-blocks * block_q // 1024), math.ceil(128 / programs))
         inner = -(-blocks // min(blocks, wanted))
-        return cls(queries, keys, heads, width, pieces, block_q, block_k, inner, -(-blocks // inner), backend)
+        return cls(
+            queries,
+            keys,
+            heads,
+            width,
+            pieces,
+            block_q,
+            block_k,
+            inner,
+            -(-blocks // inner),
+            backend,
+        )
 
     @property
     def scale(self):
@@ -147,7 +165,9 @@ def _run(t, name, body, ins, outs, batch, dtype, *, by_keys=False):
             column=lambda a: Operand(a, (None, None, rows, 1), lambda b, h, j, n: (b, h, n, 0)),
             keys=lambda a: Operand(a, (None, t.block_k, t.head), lambda b, h, j, n: (b, j, h)),
             bias=lambda a: Operand(a, (None, 1, t.block_k), lambda b, h, j, n: (b, 0, j)),
-            partial=lambda a: Operand(a, (None, None, t.block_k, t.head), lambda b, h, j, n: (b, n, j, h)),
+            partial=lambda a: Operand(
+                a, (None, None, t.block_k, t.head), lambda b, h, j, n: (b, n, j, h)
+            ),
         )
     else:
         grid = (None, t.heads, t.rows // t.block_q)
@@ -165,15 +185,19 @@ def _run(t, name, body, ins, outs, batch, dtype, *, by_keys=False):
     if not t.padded:  # a program sees all of a sample and reads its own
         for kind in ("queries", "keys"):
             make[kind] = lambda a: Operand(a, (None, *a.shape[1:]), lambda b, *rest: (b, 0, 0))
-        make["partial"] = lambda a: Operand(a, (None, None, *a.shape[2:]), lambda b, h, j, n: (b, n, 0, 0))
+        make["partial"] = lambda a: Operand(
+            a, (None, None, *a.shape[2:]), lambda b, h, j, n: (b, n, 0, 0)
+        )
         shapes["queries"] = (batch, t.queries, t.heads * t.width), dtype
         shapes["partial"] = (batch, t.parts, t.keys, t.heads * t.width), jnp.float32
     return backends.launch(
-        lambda refs: body(_Program(t, dtype, by_keys, refs)), grid,
+        lambda refs: body(_Program(t, dtype, by_keys, refs)),
+        grid,
         {key: make[kind](array) for key, (kind, array) in ins.items()},
         {key: make[kind](jax.ShapeDtypeStruct(*shapes[kind])) for key, kind in outs.items()},
-        backend=t.backend, name=name,
-    )  # fmt: skip
+        backend=t.backend,
+        name=name,
+    )
 
 
 # -------------------------------------------------------------------------------------------------- kernel bodies
@@ -189,12 +213,16 @@ class _Program:
         self.t, self.dtype, self.refs = t, dtype, refs
         # Read here, for the interpreter knows them outside loops alone.
         self.channel = pl.program_id(1) * t.width
-        self.query = pl.program_id(3) * (t.block_q * t.inner) if by_keys else pl.program_id(2) * t.block_q
+        self.query = (
+            pl.program_id(3) * (t.block_q * t.inner) if by_keys else pl.program_id(2) * t.block_q
+        )
         self.key = pl.program_id(2) * t.block_k if by_keys else 0
 
     def _places(self, name, start, size):
         """(index, mask) of `size` rows of the program's head, from `start` of its block on, for each piece of the channels."""
-        begin, length = (self.query, self.t.queries) if name in _OF_QUERIES else (self.key, self.t.keys)
+        begin, length = (
+            (self.query, self.t.queries) if name in _OF_QUERIES else (self.key, self.t.keys)
+        )
         begin, channel, places = begin + start, 0, []
         for piece in self.t.pieces:
             rows = begin + jax.lax.broadcasted_iota(jnp.int32, (size, piece), 0)
@@ -211,7 +239,8 @@ class _Program:
         from jax.experimental.pallas import triton  # its masks are the interpreter's too
 
         return tuple(
-            triton.load(self.refs[name].at[index], mask=mask, other=0.0) for index, mask in self._places(name, start, size)
+            triton.load(self.refs[name].at[index], mask=mask, other=0.0)
+            for index, mask in self._places(name, start, size)
         )
 
     def queries(self, name):
@@ -235,7 +264,9 @@ class _Program:
     def over_keys(self, step, start):
         """step(first key of a block, sums) -> sums over the blocks of keys."""
         at = lambda j: pl.multiple_of(j * self.t.block_k, self.t.block_k)
-        return jax.lax.fori_loop(0, self.t.columns // self.t.block_k, lambda j, sums: step(at(j), sums), start)
+        return jax.lax.fori_loop(
+            0, self.t.columns // self.t.block_k, lambda j, sums: step(at(j), sums), start
+        )
 
     def scores(self, q, j):
         """Of a block of queries and the block of keys from j on."""
@@ -276,10 +307,16 @@ def _forward(program):
         scores = program.scores(q, j)
         larger = jnp.maximum(largest, scores.max(1, keepdims=True))
         shrink, p = jnp.exp(largest - larger), jnp.exp(scores - larger)
-        out = _plus((o * shrink for o in out), single_dot, p.astype(program.dtype), program.keys("v", j))
+        out = _plus(
+            (o * shrink for o in out), single_dot, p.astype(program.dtype), program.keys("v", j)
+        )
         return out, larger, total * shrink + p.sum(1, keepdims=True)
 
-    start = program.zeros(t.block_q), jnp.full((t.block_q, 1), 2 * _ABSENT, jnp.float32), program.column()
+    start = (
+        program.zeros(t.block_q),
+        jnp.full((t.block_q, 1), 2 * _ABSENT, jnp.float32),
+        program.column(),
+    )
     out, largest, total = program.over_keys(step, start)
     inverse = 1 / total
     program.store("out", [o * inverse for o in out])
@@ -289,13 +326,21 @@ def _forward(program):
 
 def _forward_tangent(program):
     """With or without tangents of k and v."""
-    dtype, q, dq, moving = program.dtype, program.queries("q"), program.queries("dq"), "dk" in program.refs
+    dtype, q, dq, moving = (
+        program.dtype,
+        program.queries("q"),
+        program.queries("dq"),
+        "dk" in program.refs,
+    )
 
     def moved(j):
         scores = program.scaled(dq, program.keys("k", j))
         return scores + program.scaled(q, program.keys("dk", j)) if moving else scores
 
-    mean = program.over_keys(lambda j, mean: mean + (program.weights(q, j) * moved(j)).sum(1, keepdims=True), program.column())
+    mean = program.over_keys(
+        lambda j, mean: mean + (program.weights(q, j) * moved(j)).sum(1, keepdims=True),
+        program.column(),
+    )
 
     def step(j, out):
         p = program.weights(q, j)
@@ -309,7 +354,10 @@ def _query_gradient(program):
     """Cotangent of q, and sum_j p_j g v_j for `_key_gradient`."""
     t, q, g = program.t, program.queries("q"), program.queries("g")
     of_weights = lambda j: _across(g, program.keys("v", j))
-    mean = program.over_keys(lambda j, mean: mean + (program.weights(q, j) * of_weights(j)).sum(1, keepdims=True), program.column())
+    mean = program.over_keys(
+        lambda j, mean: mean + (program.weights(q, j) * of_weights(j)).sum(1, keepdims=True),
+        program.column(),
+    )
     product = functools.partial(dot, dtype=program.dtype)
 
     def step(j, of_q):
@@ -335,7 +383,9 @@ def _key_gradient(program):
         of_scores = p * (_across(g, v) - r["mean"][rows, :]) * t.scale
         return _plus(sums[0], of_k, of_scores, q), _plus(sums[1], of_v, p.astype(dtype), g)
 
-    of_keys, of_values = jax.lax.fori_loop(0, t.inner, step, (program.zeros(t.block_k), program.zeros(t.block_k)))
+    of_keys, of_values = jax.lax.fori_loop(
+        0, t.inner, step, (program.zeros(t.block_k), program.zeros(t.block_k))
+    )
     program.store("gk", of_keys)
     program.store("gv", of_values)
 
@@ -346,18 +396,25 @@ def _key_gradient(program):
 def _inputs(t, q, k, v, bias):
     missing = ((0, 0), (0, 0), (0, t.columns - t.keys))
     return {
-        "q": ("queries", t.tiled(q, t.rows)), "k": ("keys", t.tiled(k, t.columns)), "v": ("keys", t.tiled(v, t.columns)),
+        "q": ("queries", t.tiled(q, t.rows)),
+        "k": ("keys", t.tiled(k, t.columns)),
+        "v": ("keys", t.tiled(v, t.columns)),
         "bias": ("bias", jnp.pad(bias, missing, constant_values=_ABSENT)),
-    }  # fmt: skip
+    }
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _attend(t, q, k, v, bias):
     """(out [B, N, h, d], largest score and one over the sum of exponentials, each [B, h, rows, 1]); only out has a derivative."""
     found = _run(
-        t, "cross_attention", _forward, _inputs(t, q, k, v, bias),
-        {"out": "queries", "largest": "column", "inverse": "column"}, q.shape[0], q.dtype,
-    )  # fmt: skip
+        t,
+        "cross_attention",
+        _forward,
+        _inputs(t, q, k, v, bias),
+        {"out": "queries", "largest": "column", "inverse": "column"},
+        q.shape[0],
+        q.dtype,
+    )
     return t.untiled(found["out"], t.queries), found["largest"], found["inverse"]
 
 
@@ -398,7 +455,9 @@ def _transpose(t, with_keys, residuals, g):
     q, k = residuals[:2]
     ins = _residuals(t, residuals) | {"g": ("queries", t.tiled(g, t.rows))}
     run = functools.partial(_run, t, batch=q.shape[0], dtype=q.dtype)
-    by_q = run("cross_attention_query_gradient", _query_gradient, ins, {"gq": "queries", "mean": "column"})
+    by_q = run(
+        "cross_attention_query_gradient", _query_gradient, ins, {"gq": "queries", "mean": "column"}
+    )
     found = (t.untiled(by_q["gq"], t.queries),)
     if with_keys:
         ins |= {"mean": ("column", by_q["mean"])}

@@ -28,11 +28,15 @@ def tile(shape, dtype, gated):
     size = next((n for n in CHANNELS if out % n == 0), None)
     # Offsets in 32 bits; larger arrays have not been tried. `models/dc_ae.py` cuts batches before they get there.
     small = backends.local_batch(batch) * height * width * channels < 2**31
-    fits = small and height >= ROWS and width >= COLUMNS and jnp.dtype(dtype).name in backends.DTYPES
+    fits = (
+        small and height >= ROWS and width >= COLUMNS and jnp.dtype(dtype).name in backends.DTYPES
+    )
     return size if fits else None
 
 
-@functools.partial(jax.jit, static_argnames=("gated", "backend"), inline=True)  # blocks of one shape are traced once
+@functools.partial(
+    jax.jit, static_argnames=("gated", "backend"), inline=True
+)  # blocks of one shape are traced once
 def conv(x, w, bias, *, gated, backend):
     """Depthwise k x k convolution, zero-padded to the same size, stride 1 (cross-correlation, as in PyTorch).
 
@@ -52,13 +56,31 @@ def conv(x, w, bias, *, gated, backend):
 @functools.partial(jax.jit, static_argnames="backend", inline=True)
 def gated_tangent(x, dx, w, bias, *, backend):
     """Tangent of the gated `conv` along dx, of x's shape and dtype: [B, H, W, C / 2], rounded once. Linear in dx."""
-    return _run("_tangent", _tangent, {"x": x, "dx": dx}, w, bias, {"out": False}, gated=True, backend=backend)["out"]
+    return _run(
+        "_tangent",
+        _tangent,
+        {"x": x, "dx": dx},
+        w,
+        bias,
+        {"out": False},
+        gated=True,
+        backend=backend,
+    )["out"]
 
 
 @functools.partial(jax.jit, static_argnames="backend", inline=True)
 def gate_gradient(x, g, w, bias, *, backend):
     """Cotangent of the convolution with its bias inside the gated `conv`: g [B, H, W, C / 2] -> [B, H, W, C], rounded once."""
-    return _run("_gradient", _gate_gradient, {"x": x, "g": g}, w, bias, {"out": True}, gated=True, backend=backend)["out"]
+    return _run(
+        "_gradient",
+        _gate_gradient,
+        {"x": x, "g": g},
+        w,
+        bias,
+        {"out": True},
+        gated=True,
+        backend=backend,
+    )["out"]
 
 
 def _run(name, body, arrays, w, bias, outs, *, gated, backend):
@@ -80,7 +102,9 @@ def _run(name, body, arrays, w, bias, outs, *, gated, backend):
         everywhere = dict(index=lambda b, g, i, j, first=first: (0, first + g), shared=True)
         for key, array in arrays.items():
             if key != "g":
-                ins[key, half] = Operand(array, whole, lambda b, g, i, j, first=first: (b, 0, 0, first + g))
+                ins[key, half] = Operand(
+                    array, whole, lambda b, g, i, j, first=first: (b, 0, 0, first + g)
+                )
         ins["w", half] = Operand(w.reshape(k * k, channels), (k * k, size), **everywhere)
         ins["b", half] = Operand(bias[None], (1, size), **everywhere)
     one_half = lambda array: Operand(array, whole, lambda b, g, i, j: (b, 0, 0, g))
@@ -90,12 +114,21 @@ def _run(name, body, arrays, w, bias, outs, *, gated, backend):
     for key, both in outs.items():
         if both:
             array = jax.ShapeDtypeStruct((batch, height, width, 2, out), x.dtype)
-            made[key] = Operand(array, (None, height, width, 2, size), lambda b, g, i, j: (b, 0, 0, 0, g))
+            made[key] = Operand(
+                array, (None, height, width, 2, size), lambda b, g, i, j: (b, 0, 0, 0, g)
+            )
         else:
             made[key] = one_half(jax.ShapeDtypeStruct((batch, height, width, out), x.dtype))
     grid = None, out // size, pl.cdiv(height, ROWS), pl.cdiv(width, COLUMNS)
     label = f"depthwise_{k}x{k}" + "_gated" * gated + name
-    found = backends.launch(lambda refs: body(_Program(k, height, width, x.dtype, backend, refs)), grid, ins, made, backend=backend, name=label)
+    found = backends.launch(
+        lambda refs: body(_Program(k, height, width, x.dtype, backend, refs)),
+        grid,
+        ins,
+        made,
+        backend=backend,
+        name=label,
+    )
     return {key: a.reshape(batch, height, width, -1) for key, a in found.items()}
 
 
@@ -111,14 +144,19 @@ class _Program:
 
     def rows(self, name):
         """A list of its rows, float32 [COLUMNS, channels]."""
-        return [self.refs[name][self.top + i, pl.ds(self.left, COLUMNS), :].astype(jnp.float32) for i in range(ROWS)]
+        return [
+            self.refs[name][self.top + i, pl.ds(self.left, COLUMNS), :].astype(jnp.float32)
+            for i in range(ROWS)
+        ]
 
     def sums(self, name, half):
         """Rows of the convolution, float32 [COLUMNS, channels] each."""
         x, w, k = self.refs[name, half], self.refs["w", half], self.k
         out = [jnp.zeros((COLUMNS, w.shape[-1]), jnp.float32)] * ROWS
         for j in range(k):
-            taps = [self._wide(jnp.broadcast_to(w[i * k + j, :][None], out[0].shape)) for i in range(k)]
+            taps = [
+                self._wide(jnp.broadcast_to(w[i * k + j, :][None], out[0].shape)) for i in range(k)
+            ]
             for r in range(ROWS + k - 1):
                 values = self._shifted(x, r - k // 2, j - k // 2)
                 for i in range(max(0, r - ROWS + 1), min(k, r + 1)):
@@ -133,7 +171,11 @@ class _Program:
         row = jnp.full(shape, self.top + down, jnp.int32)
         column = self.left + right + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
         there = (column >= 0) & (column < self.width) & (row >= 0) & (row < self.height)
-        place = jnp.clip(row, 0, self.height - 1), jnp.clip(column, 0, self.width - 1), jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+        place = (
+            jnp.clip(row, 0, self.height - 1),
+            jnp.clip(column, 0, self.width - 1),
+            jax.lax.broadcasted_iota(jnp.int32, shape, 1),
+        )
         return self._wide(triton.load(x.at[place], mask=there, other=0.0))
 
     def _wide(self, a):
@@ -158,7 +200,9 @@ class _Program:
     def store(self, rows, *half):
         """Rows of the output; half: which of its channels, where it has all."""
         for i, row in enumerate(rows):
-            self.refs["out"][(self.top + i, pl.ds(self.left, COLUMNS), *half, slice(None))] = row.astype(self.dtype)
+            self.refs["out"][(self.top + i, pl.ds(self.left, COLUMNS), *half, slice(None))] = (
+                row.astype(self.dtype)
+            )
 
 
 def _forward(program):
@@ -177,7 +221,9 @@ def _silu(gate):
 
 
 def _tangent(program):
-    rows = zip(program.conv(0), program.conv(1), program.sums("dx", 0), program.sums("dx", 1), strict=True)
+    rows = zip(
+        program.conv(0), program.conv(1), program.sums("dx", 0), program.sums("dx", 1), strict=True
+    )
 
     def moved(value, gate, dvalue, dgate):
         silu, slope = _silu(gate)
@@ -200,4 +246,6 @@ def _inline(asm, constraints, pack, shape, *arrays):
     from jax.experimental.pallas import triton
 
     out = [jax.ShapeDtypeStruct(shape, jnp.float32)]
-    return triton.elementwise_inline_asm(asm, args=arrays, constraints=constraints, pack=pack, result_shape_dtypes=out)[0]
+    return triton.elementwise_inline_asm(
+        asm, args=arrays, constraints=constraints, pack=pack, result_shape_dtypes=out
+    )[0]

@@ -42,7 +42,10 @@ def linear_map(tangent, transpose, residuals, tangents):
 
     def filled(residuals, given):
         found = dict(zip(present, given, strict=True))
-        return tangent(residuals, tuple(found[i] if i in found else jnp.zeros(*s) for i, s in enumerate(shapes)))
+        return tangent(
+            residuals,
+            tuple(found[i] if i in found else jnp.zeros(*s) for i, s in enumerate(shapes)),
+        )
 
     def chosen(residuals, cotangent):
         found = transpose(residuals, cotangent)

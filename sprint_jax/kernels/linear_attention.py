@@ -44,7 +44,9 @@ def rms_norm(x, weight, eps):
 def by_heads(q, k, v):
     """ReLU linear attention, float32 inside. q, k, v [B, N, h, d] -> [B, N, h, d] in v's dtype."""
     q, k, v32 = (a.astype(jnp.float32) for a in (jax.nn.relu(q), jax.nn.relu(k), v))
-    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # by default TF32 on a GPU, bfloat16 on a TPU
+    product = functools.partial(
+        jnp.einsum, precision=jax.lax.Precision.HIGHEST
+    )  # by default TF32 on a GPU, bfloat16 on a TPU
     state = product("bnhe,bnhd->bhed", k, v32)
     numerator = product("bnhe,bhed->bnhd", q, state)
     denominator = product("bnhe,bhe->bnh", q, k.sum(1))
@@ -107,7 +109,9 @@ def _shape(qkv, heads):
     """(B, N, D) of [B, N, 3 D]."""
     *shape, channels = qkv.shape
     if channels % (3 * heads):
-        raise ValueError(f"qkv {qkv.shape}: its last axis is not three times the width of {heads} heads")
+        raise ValueError(
+            f"qkv {qkv.shape}: its last axis is not three times the width of {heads} heads"
+        )
     return *shape, channels // 3
 
 
@@ -138,9 +142,24 @@ class _Tiling:
         block = max(16, min(max(TOKENS, channels), backends.next_power_of_two(tokens)))
         blocks = -(-tokens // block)
         # Partial sums over at most 1024 tokens, fewer where there are not programs enough for a GPU's cores.
-        wanted = max(-(-blocks * block // 1024), math.ceil(128 / (backends.local_batch(batch) * groups)))
+        wanted = max(
+            -(-blocks * block // 1024), math.ceil(128 / (backends.local_batch(batch) * groups))
+        )
         inner = -(-blocks // min(blocks, wanted))
-        return cls(tokens, width, heads, head, channels, groups, block, inner, -(-blocks // inner), backend, eps, by_head)
+        return cls(
+            tokens,
+            width,
+            heads,
+            head,
+            channels,
+            groups,
+            block,
+            inner,
+            -(-blocks // inner),
+            backend,
+            eps,
+            by_head,
+        )
 
     @property
     def rows(self):
@@ -150,7 +169,10 @@ class _Tiling:
     @property
     def whole(self):
         """Whether blocks cover tokens and channels as they are, with nothing to fill up."""
-        covered = self.rows == self.tokens and self.head * self.heads == self.width == self.groups * self.channels
+        covered = (
+            self.rows == self.tokens
+            and self.head * self.heads == self.width == self.groups * self.channels
+        )
         return covered and (not self.by_head or self.groups == self.heads)
 
     def split(self, qkv):
@@ -222,14 +244,15 @@ def _operands(t, summing):
 
     return dict(
         tokens=tokens,
-        width_sum_q=width_sum(0), width_sum_k=width_sum(1),
+        width_sum_q=width_sum(0),
+        width_sum_k=width_sum(1),
         columns=lambda a: Operand(a, (None, None, size, 1), lambda b, g, n: (b, g, n, 0)),
         weight=lambda a: Operand(a, (1, t.channels), lambda b, g, n: (0, g), shared=True),
         state=lambda a: Operand(a, (None, a.shape[1], None, t.channels, t.channels), every),
         total=lambda a: Operand(a, (None, a.shape[1], None, 1, t.channels), every),
         states=lambda a: Operand(a, (None, None, None, t.channels, t.channels), part),
         totals=lambda a: Operand(a, (None, None, None, 1, t.channels), part),
-    )  # fmt: skip
+    )
 
 
 def _run(t, name, body, ins, outs, batch, dtype):
@@ -256,7 +279,10 @@ def _run(t, name, body, ins, outs, batch, dtype):
     )
     if t.parts**2 * t.inner <= _MOST_READS:
         return found
-    return {key: a.sum(1, keepdims=True) if outs[key] in ("states", "totals") else a for key, a in found.items()}
+    return {
+        key: a.sum(1, keepdims=True) if outs[key] in ("states", "totals") else a
+        for key, a in found.items()
+    }
 
 
 # -------------------------------------------------------------------------------------------------- kernel bodies
@@ -264,7 +290,9 @@ def _run(t, name, body, ins, outs, batch, dtype):
 
 def _same_head(t, dtype):
     """[C, C]: 1 where two channels belong to one head."""
-    head = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (t.channels, t.channels), axis) // t.head
+    head = lambda axis: (
+        jax.lax.broadcasted_iota(jnp.int32, (t.channels, t.channels), axis) // t.head
+    )
     return (head(0) == head(1)).astype(dtype)
 
 
@@ -365,7 +393,9 @@ def _sum_state_tangent(t, dtype, r):
     def step(rows, sums):
         a, da = _moved_features(t, dtype, r, "k", rows)
         a, da = a.astype(dtype), da.astype(dtype)
-        moved = dot(da, _load(r, "v", rows), dtype, (0, 0)) + dot(a, _load(r, "dv", rows), dtype, (0, 0))
+        moved = dot(da, _load(r, "v", rows), dtype, (0, 0)) + dot(
+            a, _load(r, "dv", rows), dtype, (0, 0)
+        )
         return sums[0] + moved, sums[1] + _column_sum(da.astype(jnp.float32))
 
     state, total = _walk(t, step, _zeros(t))
@@ -377,7 +407,9 @@ def _divide_tangent(t, dtype, r):
     c, dc = _moved_features(t, dtype, r, "q", slice(None))
     state, total = _sum_of(r, "state"), _sum_of(r, "total")
     out, inverse = _quotient(t, dtype, c, state, total)
-    numerator = dot(dc.astype(dtype), state, dtype) + dot(c.astype(dtype), _sum_of(r, "dstate"), dtype)
+    numerator = dot(dc.astype(dtype), state, dtype) + dot(
+        c.astype(dtype), _sum_of(r, "dstate"), dtype
+    )
     moved = _by_head(t, dtype, dc * total + c * _sum_of(r, "dtotal"))
     r["dout"][...] = ((numerator - out * moved) * inverse).astype(dtype)
 
@@ -390,7 +422,9 @@ def _store_norm_gradient(t, dtype, r, x, rows, gradient, value, unit):
         return jnp.zeros((1, t.channels), jnp.float32)
     of_unit = rounded(gradient * _weight(r, f"weight_{x}"), dtype)
     r[f"g{x}"][rows, :] = of_unit.astype(dtype)
-    r[f"along_{x}"][rows, :] = (of_unit * _load(r, x, rows).astype(jnp.float32)).sum(1, keepdims=True)
+    r[f"along_{x}"][rows, :] = (of_unit * _load(r, x, rows).astype(jnp.float32)).sum(
+        1, keepdims=True
+    )
     return _column_sum(gradient * unit)
 
 
@@ -441,7 +475,11 @@ def _width_sums(t, a):
     """Sums over the width of q's and k's part of [B, N, 3 D], not by head -> float32 [B, 2, rows, 1]."""
     both = a[..., : 2 * t.width].reshape(*a.shape[:2], 2, t.width)
     sums = jnp.swapaxes(both.sum(-1), 1, 2)[..., None]
-    return sums if t.rows == t.tokens else jnp.pad(sums, ((0, 0), (0, 0), (0, t.rows - t.tokens), (0, 0)))
+    return (
+        sums
+        if t.rows == t.tokens
+        else jnp.pad(sums, ((0, 0), (0, 0), (0, t.rows - t.tokens), (0, 0)))
+    )
 
 
 def _wide(a):
@@ -454,7 +492,10 @@ def _inputs(t, qkv, norms):
     if t.eps is not None:
         squares = _width_sums(t, jnp.square(_wide(qkv)))
         for x, weight, its in zip("qk", norms, found):
-            its |= {f"squares_{x}": (f"width_sum_{x}", squares), f"weight_{x}": ("weight", t.row(weight))}
+            its |= {
+                f"squares_{x}": (f"width_sum_{x}", squares),
+                f"weight_{x}": ("weight", t.row(weight)),
+            }
     return found
 
 
@@ -505,10 +546,17 @@ def _tangent(t, residuals, tangents):
     dqkv, *dnorms = tangents
     run = functools.partial(_run, t, batch=qkv.shape[0], dtype=qkv.dtype)
     q, k, v = _moved_inputs(t, qkv, norms, dqkv, dnorms)
-    moved = run("linear_attention_state_tangent", _sum_state_tangent, k | v, {"dstate": "states", "dtotal": "totals"})
+    moved = run(
+        "linear_attention_state_tangent",
+        _sum_state_tangent,
+        k | v,
+        {"dstate": "states", "dtotal": "totals"},
+    )
     sums = {"state": state, "total": total} | moved
     ins = q | {key: (key.removeprefix("d"), a) for key, a in sums.items()}
-    return t.untiled(run("linear_attention_out_tangent", _divide_tangent, ins, {"dout": "tokens"})["dout"])
+    return t.untiled(
+        run("linear_attention_out_tangent", _divide_tangent, ins, {"dout": "tokens"})["dout"]
+    )
 
 
 def _transpose(t, with_norms, residuals, g):
@@ -518,15 +566,17 @@ def _transpose(t, with_norms, residuals, g):
     of_norm = lambda x: {f"along_{x}": "columns", f"gweight_{x}": "totals"} if normed else {}
     q, k, v = _inputs(t, qkv, norms)
     by_q = run(
-        "linear_attention_query_gradient", _query_gradient,
+        "linear_attention_query_gradient",
+        _query_gradient,
         q | {"g": ("tokens", t.tiled(g)), "state": ("state", state), "total": ("total", total)},
         {"gq": "tokens", "gstate": "states", "gtotal": "totals"} | of_norm("q"),
-    )  # fmt: skip
+    )
     by_k = run(
-        "linear_attention_key_gradient", _key_gradient,
+        "linear_attention_key_gradient",
+        _key_gradient,
         k | v | {"gstate": ("state", by_q["gstate"]), "gtotal": ("total", by_q["gtotal"])},
         {"gk": "tokens", "gv": "tokens"} | (of_norm("k") if normed else {"unused": "totals"}),
-    )  # fmt: skip
+    )
     found = by_q | by_k
     cotangents = [t.untiled(found[f"g{x}"]) for x in "qkv"]
     if normed:
@@ -537,7 +587,9 @@ def _transpose(t, with_norms, residuals, g):
     if with_norms:
         for x, weight in zip("qk", norms):
             of_weight = found[f"gweight_{x}"].sum((0, 1)).reshape(1, 1, -1)
-            gradients.append(dataclasses.replace(t, tokens=1).untiled(of_weight)[0, 0].astype(weight.dtype))
+            gradients.append(
+                dataclasses.replace(t, tokens=1).untiled(of_weight)[0, 0].astype(weight.dtype)
+            )
     return tuple(gradients)
 
 

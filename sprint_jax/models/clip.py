@@ -16,8 +16,16 @@ import numpy as np
 # Means and deviations of the pixels that the published models were trained with.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-_BLOCK = ("layer_norm1", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj",
-          "layer_norm2", "mlp.fc1", "mlp.fc2")  # fmt: skip
+_BLOCK = (
+    "layer_norm1",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.out_proj",
+    "layer_norm2",
+    "mlp.fc1",
+    "mlp.fc2",
+)
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
@@ -55,15 +63,21 @@ class CLIP:
         p = params["vision_model"]
         x = (jnp.asarray(images, jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(DEVIATION)
         x = jax.lax.conv_general_dilated(
-            x, p["patch_embedding"], (self.patch, self.patch), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            x,
+            p["patch_embedding"],
+            (self.patch, self.patch),
+            "VALID",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision=_PRECISION,
-        )  # fmt: skip
+        )
         x = x.reshape(len(x), -1, self.vision.width)
         start = jnp.broadcast_to(p["class_embedding"], (len(x), 1, self.vision.width))
         x = jnp.concatenate([start, x], 1) + p["position_embedding"]
         x = _norm(x, p["pre_layrnorm"], self.vision.eps)  # so spelled
         x = self._blocks(self.vision, p["blocks"], x, None)
-        return _dense(_norm(x[:, 0], p["post_layernorm"], self.vision.eps), params["visual_projection"])
+        return _dense(
+            _norm(x[:, 0], p["post_layernorm"], self.vision.eps), params["visual_projection"]
+        )
 
     def text_features(self, params, tokens):
         """int32 [B, N], N at most `length`, padded with anything after the end token -> [B, P], not normalised."""
@@ -75,7 +89,11 @@ class CLIP:
         return _dense(x[jnp.arange(len(x)), end], params["text_projection"])
 
     def _blocks(self, tower, blocks, x, mask):
-        activation = _quick_gelu if self.activation == "quick_gelu" else lambda y: jax.nn.gelu(y, approximate=False)
+        activation = (
+            _quick_gelu
+            if self.activation == "quick_gelu"
+            else lambda y: jax.nn.gelu(y, approximate=False)
+        )
 
         def block(x, p):
             y = _norm(x, p["layer_norm1"], tower.eps)
@@ -90,15 +108,23 @@ class CLIP:
         v, t = self.vision, self.text
         patches = (self.size // self.patch) ** 2
         shapes = {
-            "logit_scale": (), "visual_projection.weight": (self.features, v.width), "text_projection.weight": (self.features, t.width),
+            "logit_scale": (),
+            "visual_projection.weight": (self.features, v.width),
+            "text_projection.weight": (self.features, t.width),
             "vision_model.embeddings.class_embedding": (v.width,),
             "vision_model.embeddings.patch_embedding.weight": (v.width, 3, self.patch, self.patch),
             "vision_model.embeddings.position_embedding.weight": (patches + 1, v.width),
             "text_model.embeddings.token_embedding.weight": (self.vocabulary, t.width),
             "text_model.embeddings.position_embedding.weight": (self.length, t.width),
-        }  # fmt: skip
-        norms = [("vision_model.pre_layrnorm", v), ("vision_model.post_layernorm", v), ("text_model.final_layer_norm", t)]
-        shapes |= {f"{name}.{part}": (tower.width,) for name, tower in norms for part in ("weight", "bias")}
+        }
+        norms = [
+            ("vision_model.pre_layrnorm", v),
+            ("vision_model.post_layernorm", v),
+            ("text_model.final_layer_norm", t),
+        ]
+        shapes |= {
+            f"{name}.{part}": (tower.width,) for name, tower in norms for part in ("weight", "bias")
+        }
         for name, tower in (("vision_model", v), ("text_model", t)):
             for i in range(tower.layers):
                 for layer in _BLOCK:
@@ -115,8 +141,12 @@ class CLIP:
         pair = lambda name: {"weight": get(f"{name}.weight"), "bias": get(f"{name}.bias")}
 
         def blocks(name, tower):
-            layer = lambda i: {part: _turned(pair(f"{name}.encoder.layers.{i}.{part}")) for part in _BLOCK}
-            return jax.tree.map(lambda *leaves: np.stack(leaves), *(layer(i) for i in range(tower.layers)))
+            layer = lambda i: {
+                part: _turned(pair(f"{name}.encoder.layers.{i}.{part}")) for part in _BLOCK
+            }
+            return jax.tree.map(
+                lambda *leaves: np.stack(leaves), *(layer(i) for i in range(tower.layers))
+            )
 
         vision = "vision_model.embeddings"
         return {
@@ -127,7 +157,8 @@ class CLIP:
                 "class_embedding": get(f"{vision}.class_embedding"),
                 "patch_embedding": get(f"{vision}.patch_embedding.weight").transpose(2, 3, 1, 0),
                 "position_embedding": get(f"{vision}.position_embedding.weight"),
-                "pre_layrnorm": pair("vision_model.pre_layrnorm"), "post_layernorm": pair("vision_model.post_layernorm"),
+                "pre_layrnorm": pair("vision_model.pre_layrnorm"),
+                "post_layernorm": pair("vision_model.post_layernorm"),
                 "blocks": blocks("vision_model", self.vision),
             },
             "text_model": {
@@ -136,7 +167,7 @@ class CLIP:
                 "final_layer_norm": pair("text_model.final_layer_norm"),
                 "blocks": blocks("text_model", self.text),
             },
-        }  # fmt: skip
+        }
 
 
 def _turned(layer):
@@ -150,7 +181,10 @@ def _dense(x, layer):
 
 def _norm(x, layer, eps):
     centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps) * layer["weight"] + layer["bias"]
+    return (
+        centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps) * layer["weight"]
+        + layer["bias"]
+    )
 
 
 def _quick_gelu(x):
@@ -161,7 +195,9 @@ def _attention(x, p, heads, mask):
     """Softmax attention of x [B, N, D] with itself; mask: bool [N, N] of what may be seen, or None."""
     split = lambda y: y.reshape(*y.shape[:2], heads, -1)
     q, k, v = (split(_dense(x, p[f"self_attn.{name}_proj"])) for name in "qkv")
-    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, precision=_PRECISION) / np.sqrt(q.shape[-1]).astype(np.float32)
+    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, precision=_PRECISION) / np.sqrt(
+        q.shape[-1]
+    ).astype(np.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     y = jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores, -1), v, precision=_PRECISION)

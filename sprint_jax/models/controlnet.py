@@ -30,7 +30,9 @@ class ControlNet:
 
     def __post_init__(self):
         if not 1 <= self.depth < self.net.depth:
-            raise ValueError(f"depth {self.depth} of the ControlNet: use 1 to {self.net.depth - 1}, below the trunk's depth")
+            raise ValueError(
+                f"depth {self.depth} of the ControlNet: use 1 to {self.net.depth - 1}, below the trunk's depth"
+            )
         if self.net.guidance_embed or self.net.logvar_head:
             raise ValueError("a ControlNet copies a network without guidance_embed and logvar_head")
 
@@ -46,8 +48,9 @@ class ControlNet:
         return {
             "inputs": copy({name: trunk["inputs"][name] for name in kept}),
             "blocks": copy(jax.tree.map(lambda a: a[: self.depth], trunk["blocks"])),
-            "zero_in": zeros(), "zero_out": zeros(self.depth),
-        }  # fmt: skip
+            "zero_in": zeros(),
+            "zero_out": zeros(self.depth),
+        }
 
     def apply(self, params, x, t, text, mask, control, scale):
         """Residuals [depth, B, H, W, D] for `LinearDiT.apply`.
@@ -57,11 +60,15 @@ class ControlNet:
         """
         net, dtype = self.net, self.net.compute_dtype
         if control.shape != x.shape:
-            raise ValueError(f"control has shape {control.shape} and x {x.shape}: they must be equal")
+            raise ValueError(
+                f"control has shape {control.shape} and x {x.shape}: they must be equal"
+            )
         h, _, modulation, text, _ = net.inputs(params["inputs"], x, t, text, None)
         embed = placement.gathered(params["inputs"]["patch_embed"], dtype)
         hint = _dense(embed, patchify(control, net.patch_size), dtype)
-        h = h + _dense(placement.gathered(params["zero_in"], dtype), placement.split_over_devices(hint), dtype)
+        h = h + _dense(
+            placement.gathered(params["zero_in"], dtype), placement.split_over_devices(hint), dtype
+        )
         scale = scale[:, None, None, None].astype(h.dtype)
 
         text = net.text(params, text)
@@ -78,12 +85,16 @@ class ControlNet:
                 h, residual = body(h, each, its_text)
                 found.append(residual)
             return jnp.stack(found)
-        _, residuals = jax.lax.scan(net.remembering(body), h, stack, unroll=min(net.unroll, self.depth))
+        _, residuals = jax.lax.scan(
+            net.remembering(body), h, stack, unroll=min(net.unroll, self.depth)
+        )
         return residuals
 
     def unstack(self, params):
         """As `LinearDiT.unstack`."""
-        blocks, zero_out = (layers.unstacked(params[name], self.depth) for name in ("blocks", "zero_out"))
+        blocks, zero_out = (
+            layers.unstacked(params[name], self.depth) for name in ("blocks", "zero_out")
+        )
         blocks, text = layers.text_joined(blocks)
         return params | {"blocks": blocks, "text": text, "zero_out": zero_out}
 
@@ -115,16 +126,40 @@ class Controlled:
         return {"trunk": self.trunk.init(k_trunk), "control": self.control.init(k_control)}
 
     def apply(
-        self, params, x, t, text, mask, guidance=None, *, control=None, control_scale=None, features=(), velocity=True
-    ) -> Output:  # fmt: skip
+        self,
+        params,
+        x,
+        t,
+        text,
+        mask,
+        guidance=None,
+        *,
+        control=None,
+        control_scale=None,
+        features=(),
+        velocity=True,
+    ) -> Output:
         """As `LinearDiT.apply`. control: latents of the condition [B, H, W, C], or None. control_scale: [B], with control."""
         residuals = None
         if control is not None:
-            residuals = self.control.apply(params["control"], x, t, text, mask, control, control_scale)
+            residuals = self.control.apply(
+                params["control"], x, t, text, mask, control, control_scale
+            )
         return self.trunk.apply(
-            params["trunk"], x, t, text, mask, guidance, features=features, velocity=velocity, residuals=residuals
+            params["trunk"],
+            x,
+            t,
+            text,
+            mask,
+            guidance,
+            features=features,
+            velocity=velocity,
+            residuals=residuals,
         )
 
     def unstack(self, params):
         """As `LinearDiT.unstack`, of both."""
-        return {"trunk": self.trunk.unstack(params["trunk"]), "control": self.control.unstack(params["control"])}
+        return {
+            "trunk": self.trunk.unstack(params["trunk"]),
+            "control": self.control.unstack(params["control"]),
+        }

@@ -40,14 +40,21 @@ def _library(x, kernel, strides):
 
     def convolve(out, x, kernel):
         y = jax.lax.conv_general_dilated(
-            x, kernel, strides, ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"), preferred_element_type=out
+            x,
+            kernel,
+            strides,
+            ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            preferred_element_type=out,
         )
         return y.astype(jnp.float32)
 
     wide = functools.partial(convolve, jnp.float32)
     if x.dtype == jnp.float32:
         return wide(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cuda=functools.partial(convolve, x.dtype), default=wide)
+    return jax.lax.platform_dependent(
+        x, kernel, cuda=functools.partial(convolve, x.dtype), default=wide
+    )
 
 
 def winograd(x, kernel):
@@ -97,7 +104,11 @@ def _tiles(padded, weights):
     height, width = height - 2, width - 2
     d = [[padded[:, i : i + height : 2, j : j + width : 2] for j in range(4)] for i in range(4)]
     columns = [_input_transform([d[i][j] for i in range(4)]) for j in range(4)]
-    v = [t.reshape(-1, channels) for i in range(4) for t in _input_transform([columns[j][i] for j in range(4)])]
+    v = [
+        t.reshape(-1, channels)
+        for i in range(4)
+        for t in _input_transform([columns[j][i] for j in range(4)])
+    ]
     v = jax.lax.optimization_barrier(v)
     m = jax.lax.optimization_barrier([a @ u for a, u in zip(v, weights, strict=True)])
     columns = [_output_transform([m[4 * i + j] for i in range(4)]) for j in range(4)]
@@ -118,13 +129,18 @@ def upsample_conv3x3(x, kernel):
     """
     height, width = x.shape[1:3]
     first, middle, last = kernel.astype(jnp.float32)
-    rows = (jnp.stack([first, middle + last]), jnp.stack([first + middle, last]))  # by phase: [2, 3, ...]
+    rows = (
+        jnp.stack([first, middle + last]),
+        jnp.stack([first + middle, last]),
+    )  # by phase: [2, 3, ...]
     phases = []
     for row in rows:
         left, centre, right = row[:, 0], row[:, 1], row[:, 2]
         phases += [jnp.stack([left, centre + right], 1), jnp.stack([left + centre, right], 1)]
     taps = jnp.concatenate(phases, -1).astype(x.dtype)  # [2, 2, Cin, 4 Cout]
-    y = _library(x, taps, (1, 1))  # [B, H + 1, W + 1, 4 Cout]; phase (p, q) of cell (i, j) is at (i + p, j + q)
+    y = _library(
+        x, taps, (1, 1)
+    )  # [B, H + 1, W + 1, 4 Cout]; phase (p, q) of cell (i, j) is at (i + p, j + q)
     y = y.reshape(*y.shape[:3], 2, 2, -1)
     shifted = [[y[:, p : p + height, q : q + width, p, q] for q in (0, 1)] for p in (0, 1)]
     y = jnp.stack([jnp.stack(row, 3) for row in shifted], 3)  # [B, H, W, 2, 2, Cout]

@@ -53,8 +53,14 @@ class _Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.channels))
-        y = convolutions.upsample_conv3x3(x, kernel) if self.upsample else convolutions.conv3x3(x, kernel, self.stride)
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.channels)
+        )
+        y = (
+            convolutions.upsample_conv3x3(x, kernel)
+            if self.upsample
+            else convolutions.conv3x3(x, kernel, self.stride)
+        )
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.channels,)).astype(y.dtype)
         return y.astype(x.dtype)
@@ -96,14 +102,22 @@ class _MultiscaleAttention(nn.Module):
         qkv = layers.Dense(3 * channels, use_bias=False, dtype=x.dtype, name="to_qkv")(x)
         copies = [qkv]
         for i, size in enumerate(self.scales):
-            stencil = self.param(f"scale_{i}_depth", nn.initializers.lecun_normal(), (size, size, 3 * channels))
+            stencil = self.param(
+                f"scale_{i}_depth", nn.initializers.lecun_normal(), (size, size, 3 * channels)
+            )
             mixing = self.param(
-                f"scale_{i}_point", nn.initializers.lecun_normal(), (3 * channels // group, group, group)
+                f"scale_{i}_point",
+                nn.initializers.lecun_normal(),
+                (3 * channels // group, group, group),
             )
             smooth = depthwise.smooth(qkv, stencil.astype(x.dtype), backend=self.ae.depthwise)
             grouped = smooth.reshape(*smooth.shape[:3], -1, group)
-            copies.append(jnp.einsum("bhwgi,gio->bhwgo", grouped, mixing.astype(x.dtype)).reshape(qkv.shape))
-        out = self._attend([a.reshape(batch, height * width, -1) for a in copies]).reshape(batch, height, width, -1)
+            copies.append(
+                jnp.einsum("bhwgi,gio->bhwgo", grouped, mixing.astype(x.dtype)).reshape(qkv.shape)
+            )
+        out = self._attend([a.reshape(batch, height * width, -1) for a in copies]).reshape(
+            batch, height, width, -1
+        )
         out = layers.Dense(channels, use_bias=False, dtype=x.dtype, name="to_out")(out)
         return x + _Norm(name="norm_out")(out)
 
@@ -113,7 +127,9 @@ class _MultiscaleAttention(nn.Module):
         if self.ae.attention == "plain":
             heads = jnp.concatenate(copies, -1)
             return linear_attention.plain_of_heads(heads, heads=heads.shape[-1] // group)
-        attend = lambda a: linear_attention.attention_of_heads(a, heads=a.shape[-1] // group, backend=self.ae.attention)
+        attend = lambda a: linear_attention.attention_of_heads(
+            a, heads=a.shape[-1] // group, backend=self.ae.attention
+        )
         return jnp.concatenate([attend(a) for a in copies], -1)
 
 
@@ -231,11 +247,17 @@ class DCAE:
 
     def __post_init__(self):
         if self.attention not in backend.BACKENDS:
-            raise ValueError(f"attention {self.attention!r}: use one of {', '.join(backend.BACKENDS)}")
+            raise ValueError(
+                f"attention {self.attention!r}: use one of {', '.join(backend.BACKENDS)}"
+            )
         if self.depthwise not in backend.DEPTHWISE:
-            raise ValueError(f"depthwise {self.depthwise!r}: use one of {', '.join(backend.DEPTHWISE)}")
+            raise ValueError(
+                f"depthwise {self.depthwise!r}: use one of {', '.join(backend.DEPTHWISE)}"
+            )
         if len(self.encoder) != len(self.decoder):
-            raise ValueError(f"{len(self.encoder)} encoder stages and {len(self.decoder)} decoder stages")
+            raise ValueError(
+                f"{len(self.encoder)} encoder stages and {len(self.decoder)} decoder stages"
+            )
 
     @property
     def factor(self) -> int:
@@ -256,7 +278,9 @@ class DCAE:
     def encode(self, params, x):
         """Pictures [B, H, W, 3] in [-1, 1] -> latents [B, H/f, W/f, latent_channels], not yet scaled."""
         if x.shape[1] % self.factor or x.shape[2] % self.factor:
-            raise ValueError(f"picture of {x.shape[1]} x {x.shape[2]}: sides must be multiples of {self.factor}")
+            raise ValueError(
+                f"picture of {x.shape[1]} x {x.shape[2]}: sides must be multiples of {self.factor}"
+            )
         return _Encoder(self).apply({"params": params["encoder"]}, x)
 
     def decode(self, params, z):
@@ -265,11 +289,19 @@ class DCAE:
 
     def encode_in_parts(self, params, x):
         """`encode`; a batch whose arrays would be too large for libraries goes through in parts (`pictures_at_once`)."""
-        return in_parts(functools.partial(self.encode, params), x, pictures_at_once(self, x.shape[1] * x.shape[2]))
+        return in_parts(
+            functools.partial(self.encode, params),
+            x,
+            pictures_at_once(self, x.shape[1] * x.shape[2]),
+        )
 
     def decode_in_parts(self, params, z):
         """`decode`, as `encode_in_parts`."""
-        return in_parts(functools.partial(self.decode, params), z, pictures_at_once(self, z.shape[1] * z.shape[2] * self.factor**2))
+        return in_parts(
+            functools.partial(self.decode, params),
+            z,
+            pictures_at_once(self, z.shape[1] * z.shape[2] * self.factor**2),
+        )
 
 
 # Elements of one array up to which libraries of convolutions and kernels count in 32 bits; beyond, they are slower or refuse.
@@ -278,8 +310,15 @@ MOST_ELEMENTS = 2**31
 
 def pictures_at_once(m: DCAE, pixels: int) -> int:
     """Pictures of so many pixels whose largest array inside encoder or decoder stays below `MOST_ELEMENTS`; at least 1."""
-    wide = {RESIDUAL: 1, EFFICIENT_VIT: 8}  # of a stage's channels, the second inside its gated convolution
-    largest = max(pixels // 4**i * wide[s.block] * s.channels for stages in (m.encoder, m.decoder) for i, s in enumerate(stages))
+    wide = {
+        RESIDUAL: 1,
+        EFFICIENT_VIT: 8,
+    }  # of a stage's channels, the second inside its gated convolution
+    largest = max(
+        pixels // 4**i * wide[s.block] * s.channels
+        for stages in (m.encoder, m.decoder)
+        for i, s in enumerate(stages)
+    )
     return max(1, (MOST_ELEMENTS - 1) // largest)
 
 
@@ -345,6 +384,10 @@ def _published(depths):
 
 # dc-ae-f32c32-sana-1.1; sana-1.0 has the same shapes.
 DCAE_F32C32 = DCAE(
-    in_channels=3, latent_channels=32, head_dim=32, encoder=_published((2, 2, 2, 3, 3, 3)),
-    decoder=_published((3, 3, 3, 3, 3, 3)), scaling_factor=0.41407,
-)  # fmt: skip
+    in_channels=3,
+    latent_channels=32,
+    head_dim=32,
+    encoder=_published((2, 2, 2, 3, 3, 3)),
+    decoder=_published((3, 3, 3, 3, 3, 3)),
+    scaling_factor=0.41407,
+)

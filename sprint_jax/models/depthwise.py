@@ -37,9 +37,13 @@ def _shifts(x, w):
 def _grouped_conv(x, w):
     """The library convolution. Same shapes as `_shifts`."""
     y = jax.lax.conv_general_dilated(
-        x, w[:, :, None, :], (1, 1), "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1],
-    )  # fmt: skip
+        x,
+        w[:, :, None, :],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
     return y.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -88,10 +92,11 @@ def _turned(w):
 def _weight_gradient(x, g, k):
     """g: of at least float32."""
     return jax.lax.platform_dependent(
-        x, g,
+        x,
+        g,
         cpu=lambda x, g: _weight_gradient_by_batch(x, g, k),
         default=lambda x, g: _weight_gradient_by_conv(x, g, k),
-    )  # fmt: skip
+    )
 
 
 @functools.cache

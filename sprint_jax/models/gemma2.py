@@ -78,9 +78,14 @@ class Gemma2:
         """Random parameters {"embed" [V, D], "layers" (leading axis depth), "norm"}, float32."""
         width, queries, keys = self.width, self.heads * self.head_dim, self.kv_heads * self.head_dim
         shapes = {
-            "q": (width, queries), "k": (width, keys), "v": (width, keys), "o": (queries, width),
-            "gate": (width, self.hidden), "up": (width, self.hidden), "down": (self.hidden, width),
-        }  # fmt: skip
+            "q": (width, queries),
+            "k": (width, keys),
+            "v": (width, keys),
+            "o": (queries, width),
+            "gate": (width, self.hidden),
+            "up": (width, self.hidden),
+            "down": (self.hidden, width),
+        }
         *layer_keys, embed_key = jax.random.split(key, len(shapes) + 1)
         stacked = {
             name: jax.random.normal(k, (self.depth, *shape)) / jnp.sqrt(shape[0])
@@ -127,7 +132,9 @@ class Gemma2:
             p, past, local = inputs
             p = placement.gathered(p, x.dtype)
             allowed = jnp.where(local, windowed, everything)
-            attended, k, v = self._attention(p, _rms_norm(x, p["input_norm"], self.eps), here, allowed, past)
+            attended, k, v = self._attention(
+                p, _rms_norm(x, p["input_norm"], self.eps), here, allowed, past
+            )
             x = x + _rms_norm(attended, p["post_attention_norm"], self.eps)
             z = _rms_norm(x, p["pre_feedforward_norm"], self.eps)
             z = (layers.gelu(z @ p["gate"]) * (z @ p["up"])) @ p["down"]
@@ -152,10 +159,16 @@ class Gemma2:
         """x [B, T, D], allowed [B, T, P + T] -> ([B, T, D], keys and values [B, T, g, d] of these tokens)."""
         batch, length, _ = x.shape
         heads = lambda name: (x @ p[name]).reshape(batch, length, -1, self.head_dim)
-        q, k, v = _rotate(heads("q"), positions, self.theta), _rotate(heads("k"), positions, self.theta), heads("v")
+        q, k, v = (
+            _rotate(heads("q"), positions, self.theta),
+            _rotate(heads("k"), positions, self.theta),
+            heads("v"),
+        )
         all_k, all_v = k, v
         if past is not None:
-            join = lambda old, new: jnp.concatenate([jnp.broadcast_to(old, (batch, *old.shape)), new], 1)
+            join = lambda old, new: jnp.concatenate(
+                [jnp.broadcast_to(old, (batch, *old.shape)), new], 1
+            )
             all_k, all_v = join(past[0], k), join(past[1], v)
         # Queries that share keys side by side, keys last: a GPU then takes the soft cap, mask and softmax in one pass.
         q = einops.rearrange(q, "b t (g r) d -> b g (r t) d", g=self.kv_heads)
@@ -173,6 +186,16 @@ _NORMS = ("input_norm", "post_attention_norm", "pre_feedforward_norm", "post_fee
 
 # gemma-2-2b, the text encoder of SANA.
 GEMMA2_2B = Gemma2(
-    vocab=256000, width=2304, depth=26, heads=8, kv_heads=4, head_dim=256, hidden=9216, query_scalar=256.0,
-    window=4096, softcap=50.0, eps=1e-6, theta=10000.0,
-)  # fmt: skip
+    vocab=256000,
+    width=2304,
+    depth=26,
+    heads=8,
+    kv_heads=4,
+    head_dim=256,
+    hidden=9216,
+    query_scalar=256.0,
+    window=4096,
+    softcap=50.0,
+    eps=1e-6,
+    theta=10000.0,
+)

@@ -53,11 +53,18 @@ class HED:
         for i, convs in enumerate(self.convs):
             stage = params["stages"][str(i)]
             if i:
-                x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+                x = jax.lax.reduce_window(
+                    x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+                )
             for j in range(convs):
                 x = jax.nn.relu(_conv3x3(stage["convs"][str(j)], x))
-            side = jnp.matmul(x, stage["side"]["kernel"], precision=_PRECISION)[..., 0] + stage["side"]["bias"]
-            total = total + jax.image.resize(side, shape, "linear", antialias=False, precision=_PRECISION)
+            side = (
+                jnp.matmul(x, stage["side"]["kernel"], precision=_PRECISION)[..., 0]
+                + stage["side"]["bias"]
+            )
+            total = total + jax.image.resize(
+                side, shape, "linear", antialias=False, precision=_PRECISION
+            )
         return jax.nn.sigmoid(total / len(self.convs))
 
 
@@ -72,6 +79,11 @@ def _dense(key, shape):
 
 def _conv3x3(layer, x):
     x = jax.lax.conv_general_dilated(
-        x, layer["kernel"], (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=_PRECISION
+        x,
+        layer["kernel"],
+        (1, 1),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=_PRECISION,
     )
     return x + layer["bias"]

@@ -20,12 +20,18 @@ def layer_shapes() -> dict[str, tuple[int, int, int, int]]:
         "Conv2d_1a_3x3": (3, 3, 3, 32), "Conv2d_2a_3x3": (3, 3, 32, 32), "Conv2d_2b_3x3": (3, 3, 32, 64),
         "Conv2d_3b_1x1": (1, 1, 64, 80), "Conv2d_4a_3x3": (3, 3, 80, 192),
     }  # fmt: skip
-    blocks = [_a_shapes(f"Mixed_5{c}", width, pool) for c, width, pool in (("b", 192, 32), ("c", 256, 64), ("d", 288, 64))]
+    blocks = [
+        _a_shapes(f"Mixed_5{c}", width, pool)
+        for c, width, pool in (("b", 192, 32), ("c", 256, 64), ("d", 288, 64))
+    ]
     blocks.append({
         "Mixed_6a.branch3x3": (3, 3, 288, 384), "Mixed_6a.branch3x3dbl_1": (1, 1, 288, 64),
         "Mixed_6a.branch3x3dbl_2": (3, 3, 64, 96), "Mixed_6a.branch3x3dbl_3": (3, 3, 96, 96),
     })  # fmt: skip
-    blocks += [_c_shapes(f"Mixed_6{c}", inner) for c, inner in (("b", 128), ("c", 160), ("d", 160), ("e", 192))]
+    blocks += [
+        _c_shapes(f"Mixed_6{c}", inner)
+        for c, inner in (("b", 128), ("c", 160), ("d", 160), ("e", 192))
+    ]
     blocks.append({
         "Mixed_7a.branch3x3_1": (1, 1, 768, 192), "Mixed_7a.branch3x3_2": (3, 3, 192, 320),
         "Mixed_7a.branch7x7x3_1": (1, 1, 768, 192), "Mixed_7a.branch7x7x3_2": (1, 7, 192, 192),
@@ -76,7 +82,9 @@ def params_of(tensors):
     for layer, shape in layer_shapes().items():
         read = {}
         names = {"conv.weight": (shape[3], shape[2], shape[0], shape[1])}
-        names |= {f"bn.{part}": (shape[3],) for part in ("weight", "bias", "running_mean", "running_var")}
+        names |= {
+            f"bn.{part}": (shape[3],) for part in ("weight", "bias", "running_mean", "running_var")
+        }
         for part, wanted in names.items():
             name = f"{layer}.{part}"
             if name not in tensors:
@@ -99,7 +107,9 @@ def resized(images):
     Bilinear between pixel centres, without antialiasing: of a large picture only the nearest pixels are read.
     """
     x = jnp.asarray(images, jnp.float32) / 255
-    x = jax.image.resize(x, (len(x), SIDE, SIDE, 3), "linear", antialias=False, precision=jax.lax.Precision.HIGHEST)
+    x = jax.image.resize(
+        x, (len(x), SIDE, SIDE, 3), "linear", antialias=False, precision=jax.lax.Precision.HIGHEST
+    )
     return 2 * x - 1
 
 
@@ -114,7 +124,9 @@ def features(params, x):
     for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
         x = _block_a(conv, name, x)
     y = conv("Mixed_6a.branch3x3dbl_2", conv("Mixed_6a.branch3x3dbl_1", x), pad=(1, 1))
-    x = _join(conv("Mixed_6a.branch3x3", x, 2), conv("Mixed_6a.branch3x3dbl_3", y, 2), _max_pool(x, 2, 0))
+    x = _join(
+        conv("Mixed_6a.branch3x3", x, 2), conv("Mixed_6a.branch3x3dbl_3", y, 2), _max_pool(x, 2, 0)
+    )
     for name in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
         x = _block_c(conv, name, x)
     x = _block_d(conv, x)
@@ -127,7 +139,9 @@ def _block_a(conv, name, x):
     five = conv(f"{name}.branch5x5_2", conv(f"{name}.branch5x5_1", x), pad=(2, 2))
     three = conv(f"{name}.branch3x3dbl_2", conv(f"{name}.branch3x3dbl_1", x), pad=(1, 1))
     three = conv(f"{name}.branch3x3dbl_3", three, pad=(1, 1))
-    return _join(conv(f"{name}.branch1x1", x), five, three, conv(f"{name}.branch_pool", _average_pool(x)))
+    return _join(
+        conv(f"{name}.branch1x1", x), five, three, conv(f"{name}.branch_pool", _average_pool(x))
+    )
 
 
 def _block_c(conv, name, x):
@@ -137,7 +151,9 @@ def _block_c(conv, name, x):
     double = conv(f"{name}.branch7x7dbl_1", x)
     for part, pad in (("2", tall), ("3", wide), ("4", tall), ("5", wide)):
         double = conv(f"{name}.branch7x7dbl_{part}", double, pad=pad)
-    return _join(conv(f"{name}.branch1x1", x), seven, double, conv(f"{name}.branch_pool", _average_pool(x)))
+    return _join(
+        conv(f"{name}.branch1x1", x), seven, double, conv(f"{name}.branch_pool", _average_pool(x))
+    )
 
 
 def _block_d(conv, x):
@@ -148,11 +164,16 @@ def _block_d(conv, x):
 
 
 def _block_e(conv, name, x, pool):
-    split = lambda layer, y: (conv(f"{name}.{layer}a", y, pad=(0, 1)), conv(f"{name}.{layer}b", y, pad=(1, 0)))
+    split = lambda layer, y: (
+        conv(f"{name}.{layer}a", y, pad=(0, 1)),
+        conv(f"{name}.{layer}b", y, pad=(1, 0)),
+    )
     three = split("branch3x3_2", conv(f"{name}.branch3x3_1", x))
     double = conv(f"{name}.branch3x3dbl_2", conv(f"{name}.branch3x3dbl_1", x), pad=(1, 1))
     double = split("branch3x3dbl_3", double)
-    return _join(conv(f"{name}.branch1x1", x), *three, *double, conv(f"{name}.branch_pool", pool(x)))
+    return _join(
+        conv(f"{name}.branch1x1", x), *three, *double, conv(f"{name}.branch_pool", pool(x))
+    )
 
 
 def _conv(layer, x, stride, pad):

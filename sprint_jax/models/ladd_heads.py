@@ -40,7 +40,10 @@ class LADDHeads:
         Generator steps use the stored ones as they are, as spectral norm in eval mode does.
         """
         step = jax.vmap(power_iteration)
-        return {name: step(jax.lax.stop_gradient(params[name]["kernel"]), v) for name, v in spectral.items()}
+        return {
+            name: step(jax.lax.stop_gradient(params[name]["kernel"]), v)
+            for name, v in spectral.items()
+        }
 
     def apply(self, params, spectral, features):
         """Logits of every head: list of `count` arrays [B, N] float32.
@@ -50,7 +53,10 @@ class LADDHeads:
         if len(features) != self.count:
             raise ValueError(f"{len(features)} features for {self.count} heads")
         one = lambda tree, i: jax.tree.map(lambda a: a[i], tree)
-        return [_apply_head(one(params, i), one(spectral, i), f.astype(self.dtype)) for i, f in enumerate(features)]
+        return [
+            _apply_head(one(params, i), one(spectral, i), f.astype(self.dtype))
+            for i, f in enumerate(features)
+        ]
 
 
 def _init_head(key, width):
@@ -79,7 +85,9 @@ def _apply_head(params, spectral, x):
     norm = lambda name, x: batch_norm_local(x, params[name]["scale"], params[name]["bias"])
     activate = lambda x: jax.nn.leaky_relu(x, 0.2)
     h = activate(norm("norm_in", conv("conv_in", x)))
-    h = (h + activate(norm("norm_mid", conv("conv_mid", circular_windows(h.astype(dtype)))))) / math.sqrt(2)
+    h = (
+        h + activate(norm("norm_mid", conv("conv_mid", circular_windows(h.astype(dtype)))))
+    ) / math.sqrt(2)
     return conv("conv_out", h)[..., 0]
 
 

@@ -70,16 +70,26 @@ def text_joined(blocks):
     of n blocks. One product instead of 2 n small ones, for which XLA would put the kernels beside each other in every run."""
     attentions = [block["attn2"] for block in blocks]
     joined = {
-        leaf: jnp.concatenate([attention[name][leaf] for attention in attentions for name in _OF_TEXT], -1) for leaf in ("kernel", "bias")
+        leaf: jnp.concatenate(
+            [attention[name][leaf] for attention in attentions for name in _OF_TEXT], -1
+        )
+        for leaf in ("kernel", "bias")
     }
-    without = [block | {"attn2": {name: a for name, a in block["attn2"].items() if name not in _OF_TEXT}} for block in blocks]
+    without = [
+        block | {"attn2": {name: a for name, a in block["attn2"].items() if name not in _OF_TEXT}}
+        for block in blocks
+    ]
     return without, joined
 
 
 def text_apart(blocks, joined):
     """The inverse of `text_joined`: a list of whole blocks."""
-    parts = {leaf: iter(jnp.split(a, len(_OF_TEXT) * len(blocks), -1)) for leaf, a in joined.items()}
-    its = [{name: {leaf: next(a) for leaf, a in parts.items()} for name in _OF_TEXT} for _ in blocks]
+    parts = {
+        leaf: iter(jnp.split(a, len(_OF_TEXT) * len(blocks), -1)) for leaf, a in joined.items()
+    }
+    its = [
+        {name: {leaf: next(a) for leaf, a in parts.items()} for name in _OF_TEXT} for _ in blocks
+    ]
     return [block | {"attn2": block["attn2"] | own} for block, own in zip(blocks, its, strict=True)]
 
 
@@ -107,7 +117,9 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         if self.use_bias:
-            y = products.affine(x, kernel, self.param("bias", nn.initializers.zeros, (self.features,)))
+            y = products.affine(
+                x, kernel, self.param("bias", nn.initializers.zeros, (self.features,))
+            )
         else:
             y = products.dense(x, kernel, rounded=True)
         return kept(y)
@@ -181,12 +193,19 @@ class SelfAttention(nn.Module):
     def __call__(self, x):
         width = x.shape[-1]
         # One product for q, k and v: a third of the calls and better use of narrow widths.
-        qkv = Dense(3 * width, use_bias=False, dtype=self.dtype, kernel_init=_xavier_thirds, name="to_qkv")(x)
-        norms = [NormWeight(width, name=name)() if self.qk_norm else None for name in ("norm_q", "norm_k")]
+        qkv = Dense(
+            3 * width, use_bias=False, dtype=self.dtype, kernel_init=_xavier_thirds, name="to_qkv"
+        )(x)
+        norms = [
+            NormWeight(width, name=name)() if self.qk_norm else None
+            for name in ("norm_q", "norm_k")
+        ]
         if self.attention == "plain":
             out = linear_attention.plain(qkv, *norms, heads=self.heads, eps=QK_EPS)
         else:
-            out = linear_attention.attention(qkv, *norms, heads=self.heads, eps=QK_EPS, backend=self.attention)
+            out = linear_attention.attention(
+                qkv, *norms, heads=self.heads, eps=QK_EPS, backend=self.attention
+            )
         return Dense(width, dtype=self.dtype, kernel_init=xavier, name="to_out")(kept(out))
 
 
@@ -244,9 +263,13 @@ class GLUMBConv(nn.Module):
         stencil = self.param("conv_depth_kernel", _depthwise_init, (3, 3, inner))
         bias = self.param("conv_depth_bias", nn.initializers.zeros, (inner,))
         x = depthwise.smooth(x, stencil.astype(x.dtype), bias, gated=True, backend=self.depthwise)
-        if self.depthwise != "plain":  # whose gradient does not need what is between convolution and gate
+        if (
+            self.depthwise != "plain"
+        ):  # whose gradient does not need what is between convolution and gate
             x = kept(x)
-        return Dense(width, use_bias=False, dtype=self.dtype, kernel_init=xavier, name="conv_point")(x)
+        return Dense(
+            width, use_bias=False, dtype=self.dtype, kernel_init=xavier, name="conv_point"
+        )(x)
 
 
 def _depthwise_init(key, shape, dtype=jnp.float32):

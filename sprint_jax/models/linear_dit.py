@@ -51,13 +51,15 @@ class _Inputs(nn.Module):
         if c.guidance_embed:
             embed = layers.ScalarEmbedding(c.width, dtype, zero_last=True, name="guidance_embed")
             conditioning = conditioning + embed(guidance * c.guidance_scale_factor)
-        modulation = layers.Dense(6 * c.width, dtype=dtype, kernel_init=layers.small, name="time_proj")(
-            layers.silu(conditioning)
-        )
+        modulation = layers.Dense(
+            6 * c.width, dtype=dtype, kernel_init=layers.small, name="time_proj"
+        )(layers.silu(conditioning))
         text = layers.CaptionProjection(c.width, dtype, name="caption")(text)
         logvar = None
         if c.logvar_head:
-            head = layers.Dense(1, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="logvar")
+            head = layers.Dense(
+                1, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="logvar"
+            )
             logvar = head(conditioning.astype(jnp.float32))[:, 0]
         return tokens, conditioning, modulation.reshape(-1, 6, c.width), text, logvar
 
@@ -76,10 +78,12 @@ class _Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = rows  # [B, 1, D] each
         x = x.reshape(batch, -1, c.width)
         z = layers.modulate(layers.layer_norm(x), shift1, scale1)
-        x = x + gate1 * layers.SelfAttention(c.heads, c.qk_norm, c.compute_dtype, c.attention, name="attn1")(z)
-        x = x + layers.CrossAttention(c.cross_heads, c.qk_norm, c.compute_dtype, c.attention, name="attn2")(
-            x, text, mask
-        )
+        x = x + gate1 * layers.SelfAttention(
+            c.heads, c.qk_norm, c.compute_dtype, c.attention, name="attn1"
+        )(z)
+        x = x + layers.CrossAttention(
+            c.cross_heads, c.qk_norm, c.compute_dtype, c.attention, name="attn2"
+        )(x, text, mask)
         z = layers.modulate(layers.layer_norm(x), shift2, scale2)
         z = z.reshape(batch, height, width, c.width)
         z = layers.GLUMBConv(int(c.mlp_ratio * c.width), c.compute_dtype, c.depthwise, name="ff")(z)
@@ -100,7 +104,9 @@ class _Outputs(nn.Module):
         shift, scale = jnp.split(table.astype(x.dtype) + conditioning[:, None], 2, axis=1)
         x = layers.modulate(layers.layer_norm(x.reshape(batch, -1, c.width)), shift, scale)
         channels = c.patch_size**2 * c.in_channels
-        x = layers.Dense(channels, dtype=c.compute_dtype, kernel_init=layers.xavier, name="proj_out")(x)
+        x = layers.Dense(
+            channels, dtype=c.compute_dtype, kernel_init=layers.xavier, name="proj_out"
+        )(x)
         return unpatchify(x.reshape(batch, height, width, channels), c.patch_size)
 
 
@@ -166,17 +172,25 @@ class LinearDiT:
     def __post_init__(self):
         for name in ("heads", "cross_heads"):
             if self.width % getattr(self, name):
-                raise ValueError(f"width {self.width} is not divisible by {name} {getattr(self, name)}")
+                raise ValueError(
+                    f"width {self.width} is not divisible by {name} {getattr(self, name)}"
+                )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype!r}: use 'float32' or 'bfloat16'")
         if self.residual_dtype not in ("float32", self.dtype):
-            raise ValueError(f"residual_dtype {self.residual_dtype!r}: use 'float32', or dtype, which is {self.dtype!r}")
+            raise ValueError(
+                f"residual_dtype {self.residual_dtype!r}: use 'float32', or dtype, which is {self.dtype!r}"
+            )
         if self.remat not in REMAT:
             raise ValueError(f"remat {self.remat!r}: use one of {', '.join(REMAT)}")
         if self.depthwise not in backend.DEPTHWISE:
-            raise ValueError(f"depthwise {self.depthwise!r}: use one of {', '.join(backend.DEPTHWISE)}")
+            raise ValueError(
+                f"depthwise {self.depthwise!r}: use one of {', '.join(backend.DEPTHWISE)}"
+            )
         if self.attention not in backend.BACKENDS:
-            raise ValueError(f"attention {self.attention!r}: use one of {', '.join(backend.BACKENDS)}")
+            raise ValueError(
+                f"attention {self.attention!r}: use one of {', '.join(backend.BACKENDS)}"
+            )
 
     @property
     def compute_dtype(self):
@@ -191,7 +205,9 @@ class LinearDiT:
         (tokens, cond, modulation, text, _), inputs = _Inputs(self).init_with_output(
             k_in, x, ones, text, ones
         )
-        block = _Block(dataclasses.replace(self, attention="plain"))  # parameters do not depend on it
+        block = _Block(
+            dataclasses.replace(self, attention="plain")
+        )  # parameters do not depend on it
         one_block = lambda k: block.init(k, tokens, modulation, text, mask)["params"]
         return {
             "inputs": inputs["params"],
@@ -199,7 +215,9 @@ class LinearDiT:
             "outputs": _Outputs(self).init(k_out, tokens, cond)["params"],
         }
 
-    def apply(self, params, x, t, text, mask, guidance=None, *, features=(), velocity=True, residuals=None) -> Output:
+    def apply(
+        self, params, x, t, text, mask, guidance=None, *, features=(), velocity=True, residuals=None
+    ) -> Output:
         """Runs the network.
 
         Args:
@@ -218,7 +236,9 @@ class LinearDiT:
             raise ValueError(f"x has shape {x.shape}; expected [B, H, W, {self.in_channels}]")
         if (guidance is not None) != self.guidance_embed:
             raise ValueError("guidance must be given exactly when the model has guidance_embed")
-        if list(features) != sorted(set(features)) or any(not 0 <= f < self.depth for f in features):
+        if list(features) != sorted(set(features)) or any(
+            not 0 <= f < self.depth for f in features
+        ):
             raise ValueError(f"features {features} must increase within 0..{self.depth - 1}")
         h, cond, modulation, text, logvar = self.inputs(params["inputs"], x, t, text, guidance)
         text = self.text(params, text)
@@ -226,7 +246,9 @@ class LinearDiT:
         # Segments of alike blocks: they end where features are asked for, and where residuals begin and end.
         steered = range(0) if residuals is None else range(1, 1 + len(residuals))
         if steered.stop > self.depth:
-            raise ValueError(f"{len(residuals)} residuals for {self.depth} blocks: use at most {self.depth - 1}")
+            raise ValueError(
+                f"{len(residuals)} residuals for {self.depth} blocks: use at most {self.depth - 1}"
+            )
         ends = {f + 1 for f in features} | {steered.start, steered.stop, last}
         collected, start = {}, 0
         for end in sorted(e for e in ends if 0 < e <= last):
@@ -259,22 +281,30 @@ class LinearDiT:
 
         if isinstance(blocks, list):
             for i in range(start, end):
-                h, _ = body(h, (blocks[i], None if residuals is None else residuals[i - start]), text[i])
+                h, _ = body(
+                    h, (blocks[i], None if residuals is None else residuals[i - start]), text[i]
+                )
             return h
         segment = jax.tree.map(lambda a: a[start:end], blocks)
-        h, _ = jax.lax.scan(self.remembering(body), h, (segment, residuals), unroll=min(self.unroll, end - start))
+        h, _ = jax.lax.scan(
+            self.remembering(body), h, (segment, residuals), unroll=min(self.unroll, end - start)
+        )
         return h
 
     def text(self, params, text):
         """What each block has of the projected text [B, L, D]: that itself, or of `unstack`ed parameters a list of keys and values."""
         if "text" not in params:
             return text
-        return layers.text_by_block(placement.gathered(params["text"], self.compute_dtype), text, self.compute_dtype)
+        return layers.text_by_block(
+            placement.gathered(params["text"], self.compute_dtype), text, self.compute_dtype
+        )
 
     def block(self, params, h, modulation, text, mask):
         """One block on h [B, H, W, D]. params: of one layer, not of the stack. text: of that layer, see `text`."""
         params = placement.gathered(params, self.compute_dtype)
-        return placement.split_over_devices(_Block(self).apply({"params": params}, h, modulation, text, mask))
+        return placement.split_over_devices(
+            _Block(self).apply({"params": params}, h, modulation, text, mask)
+        )
 
     def inputs(self, params, x, t, text, guidance):
         """(tokens [B, H, W, D] in residual_dtype, conditioning, modulation, text, logvar): everything before the blocks."""
@@ -287,15 +317,30 @@ class LinearDiT:
         """The body of a scan over blocks, under the policy of `remat`."""
         if self.remat == "none":
             return body
-        policy = None if self.remat == "block" else jax.checkpoint_policies.save_only_these_names(derivatives.KEPT)
+        policy = (
+            None
+            if self.remat == "block"
+            else jax.checkpoint_policies.save_only_these_names(derivatives.KEPT)
+        )
         return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
 # The published sizes (SANA-Sprint 0.6B and 1.6B); in_channels and text_dim are DC-AE's and Gemma-2's.
 _PUBLISHED = dict(
-    in_channels=32, text_dim=2304, mlp_ratio=2.5, patch_size=1, qk_norm=True, time_scale=1.0,
-    guidance_embed=True, guidance_scale_factor=0.1, logvar_head=True, remat="block", unroll=1,
-    dtype="bfloat16", residual_dtype="float32", attention="plain",
-)  # fmt: skip
+    in_channels=32,
+    text_dim=2304,
+    mlp_ratio=2.5,
+    patch_size=1,
+    qk_norm=True,
+    time_scale=1.0,
+    guidance_embed=True,
+    guidance_scale_factor=0.1,
+    logvar_head=True,
+    remat="block",
+    unroll=1,
+    dtype="bfloat16",
+    residual_dtype="float32",
+    attention="plain",
+)
 SANA_600M = LinearDiT(width=1152, depth=28, heads=36, cross_heads=16, **_PUBLISHED)
 SANA_1600M = LinearDiT(width=2240, depth=20, heads=70, cross_heads=20, **_PUBLISHED)

@@ -27,7 +27,11 @@ def samples_first(x):
     mesh = jax.sharding.get_abstract_mesh()
     count = 1 if mesh.empty or x.shape[0] % mesh.size else mesh.size
     x = jnp.swapaxes(x.reshape(count, -1, *x.shape[1:]), 0, 1)
-    return x if count == 1 else jax.lax.with_sharding_constraint(x, PartitionSpec(None, mesh.axis_names))
+    return (
+        x
+        if count == 1
+        else jax.lax.with_sharding_constraint(x, PartitionSpec(None, mesh.axis_names))
+    )
 
 
 def gathered(params, dtype):

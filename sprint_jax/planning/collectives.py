@@ -111,5 +111,8 @@ def _group_size(kind, rest, devices):
 
 def _device_count(text):
     """Devices of the program, from the module's first line."""
-    counts = (re.search(rf"\b{word}=(\d+)", text.partition("\n")[0]) for word in ("replica_count", "num_partitions"))
+    counts = (
+        re.search(rf"\b{word}=(\d+)", text.partition("\n")[0])
+        for word in ("replica_count", "num_partitions")
+    )
     return math.prod(int(c[1]) for c in counts if c)

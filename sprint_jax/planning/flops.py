@@ -98,7 +98,9 @@ def _equation(equation):
         return max(branches, key=lambda f: (f.multiplied, f.elementwise))
     if name == "shard_map":  # the body is one device's part along the manual axes
         sizes = dict(params["mesh"].shape)
-        return _times(_jaxpr(_open(params["jaxpr"])), math.prod(sizes[a] for a in params["newly_manual_axes"]))
+        return _times(
+            _jaxpr(_open(params["jaxpr"])), math.prod(sizes[a] for a in params["newly_manual_axes"])
+        )
     if name == "pallas_call":
         return _times(_jaxpr(_open(params["jaxpr"])), math.prod(params["grid_mapping"].grid))
     if _inner(params).multiplied:
@@ -147,4 +149,6 @@ def _add(parts):
 
 def _times(flops, n):
     """n runs; a loop of unknown length stays one loop."""
-    return Flops(n * flops.matmul, n * flops.convolution, n * flops.elementwise, flops.unknown_loops)
+    return Flops(
+        n * flops.matmul, n * flops.convolution, n * flops.elementwise, flops.unknown_loops
+    )

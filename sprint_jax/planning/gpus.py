@@ -19,7 +19,10 @@ _COMPILED_FOR = {
 
 def compiler() -> bool:
     """Whether the compiler is installed."""
-    return importlib.util.find_spec("jax_plugins") is not None and importlib.util.find_spec(_PLUGIN) is not None
+    return (
+        importlib.util.find_spec("jax_plugins") is not None
+        and importlib.util.find_spec(_PLUGIN) is not None
+    )
 
 
 def prepare():
@@ -32,10 +35,14 @@ def devices(device: hardware.Device, nodes: int, of_each: int) -> list:
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(platform="cuda", topology=f"1x{nodes}x{of_each}", target_config=_target(device))
+        found = topologies.get_topology_desc(
+            platform="cuda", topology=f"1x{nodes}x{of_each}", target_config=_target(device)
+        )
     except Exception as error:  # the library raises many kinds
         line = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot compile for {nodes} x {of_each} {device.name} ({line}): pip install 'jax[cuda12]' at jax's version") from None
+        raise UserError(
+            f"cannot compile for {nodes} x {of_each} {device.name} ({line}): pip install 'jax[cuda12]' at jax's version"
+        ) from None
     return found.devices
 
 

@@ -52,5 +52,7 @@ def parse_topology(text) -> tuple[Device, tuple[int, ...], int]:
     shape = tuple(int(s) if s.isascii() and s.isdigit() else 0 for s in sizes.split("x"))
     if len(shape) != device.axes or 0 in shape:
         example = "x".join("4" * device.axes)
-        raise UserError(f"topology {text!r}: {name} takes {device.axes} positive numbers, as in {name}:{example}")
+        raise UserError(
+            f"topology {text!r}: {name} takes {device.axes} positive numbers, as in {name}:{example}"
+        )
     return device, shape, math.prod(shape)

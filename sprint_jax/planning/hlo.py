@@ -41,7 +41,9 @@ def _instruction(line):
     rest = line[found.end() :]
     end = _type_end(rest)
     opcode = re.match(r" ([\w-]+)\(", rest[end:])
-    return opcode and Instruction(found[2], rest[:end], opcode[1], rest[end + opcode.end() :], bool(found[1]))
+    return opcode and Instruction(
+        found[2], rest[:end], opcode[1], rest[end + opcode.end() :], bool(found[1])
+    )
 
 
 def _type_end(text):
@@ -104,7 +106,9 @@ def trips(loop, computations) -> int | None:
             instructions += computations[name]
             pending += [c for i in computations[name] for c in called(i.rest)]
     compares = [i for i in instructions if i.opcode == "compare"]
-    constants = [i for i in instructions if i.opcode == "constant" and re.match(r"[su]\d+\[\]", i.type)]
+    constants = [
+        i for i in instructions if i.opcode == "constant" and re.match(r"[su]\d+\[\]", i.type)
+    ]
     if len(compares) != 1 or len(constants) != 1 or "direction=LT" not in compares[0].rest:
         return None
     bound = re.match(r"-?\d+", constants[0].rest)

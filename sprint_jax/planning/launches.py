@@ -13,8 +13,16 @@ from sprint_jax.planning import hlo
 
 # Opcodes for which nothing is started.
 _NOTHING = (
-    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id", "opt-barrier",
-)  # fmt: skip
+    "parameter",
+    "constant",
+    "get-tuple-element",
+    "tuple",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "opt-barrier",
+)
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
@@ -66,7 +74,15 @@ def _walk(name, computations, times, found):
         else:
             source = re.search(r'op_name="([^"]*)"', i.rest)
             shape = re.search(r"\w+\[[\d,]*\]", i.type)
-            found.append(Launch(_kind(i), _bytes(i, types, computations), times, shape[0] if shape else "", source[1] if source else ""))
+            found.append(
+                Launch(
+                    _kind(i),
+                    _bytes(i, types, computations),
+                    times,
+                    shape[0] if shape else "",
+                    source[1] if source else "",
+                )
+            )
 
 
 def _kind(i):
@@ -78,12 +94,20 @@ def _kind(i):
         return "product"
     if "triton" in target:
         return "kernel"
-    return "product by Triton" if i.opcode.startswith("fusion") and re.search(r"__triton\w*_gemm", i.rest) else "pass"
+    return (
+        "product by Triton"
+        if i.opcode.startswith("fusion") and re.search(r"__triton\w*_gemm", i.rest)
+        else "pass"
+    )
 
 
 def _bytes(i, types, computations):
     """Read and written. What a fusion only slices counts as the slice, what it writes in place as what is new."""
-    inside = [computations[c] for c in hlo.called(i.rest)] if i.opcode.startswith(("fusion", "async")) else []
+    inside = (
+        [computations[c] for c in hlo.called(i.rest)]
+        if i.opcode.startswith(("fusion", "async"))
+        else []
+    )
     if not inside:
         return hlo.size(i.type) + sum(hlo.size(types.get(name, "")) for name in i.operands)
     (body,) = inside

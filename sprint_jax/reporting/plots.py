@@ -31,8 +31,9 @@ def plot(title, lines, *, x_label, log=False):
     height = _HEIGHT + _LEGEND_ROW * -(-len(legend) // 2)
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" role="img">',
-        f"<title>{html.escape(title)}</title>", _text(_WIDTH / 2, 18, title, "middle", size=13),
-    ]  # fmt: skip
+        f"<title>{html.escape(title)}</title>",
+        _text(_WIDTH / 2, 18, title, "middle", size=13),
+    ]
     if points:
         parts += _frame(points, x_label, log) + _drawn(lines, points) + _legend(legend)
     else:
@@ -42,7 +43,9 @@ def plot(title, lines, *, x_label, log=False):
 
 def _shown(line, log):
     """The line with y as it is drawn, None for gaps."""
-    height = lambda y: None if not math.isfinite(y) or (log and y <= 0) else math.log10(y) if log else y
+    height = lambda y: (
+        None if not math.isfinite(y) or (log and y <= 0) else math.log10(y) if log else y
+    )
     return Line(line.label, list(line.x), [height(y) for y in line.y])
 
 
@@ -65,7 +68,9 @@ def ticks(low, high):
     raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [
+        i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+    ]
 
 
 def log_ticks(low, high):
@@ -84,10 +89,14 @@ def _frame(points, x_label, log):
     parts = []
     for value in log_ticks(*y_range) if log else ticks(*y_range):
         y = math.log10(value) if log else value
-        parts.append(f'<line x1="{_LEFT}" x2="{right}" y1="{up(y):.1f}" y2="{up(y):.1f}" stroke="#ddd"/>')
+        parts.append(
+            f'<line x1="{_LEFT}" x2="{right}" y1="{up(y):.1f}" y2="{up(y):.1f}" stroke="#ddd"/>'
+        )
         parts.append(_text(_LEFT - 5, up(y) + 4, _number(value), "end"))
     for x in ticks(*x_range):
-        parts.append(f'<line x1="{across(x):.1f}" x2="{across(x):.1f}" y1="{bottom}" y2="{bottom + 4}" stroke="#555"/>')
+        parts.append(
+            f'<line x1="{across(x):.1f}" x2="{across(x):.1f}" y1="{bottom}" y2="{bottom + 4}" stroke="#555"/>'
+        )
         parts.append(_text(across(x), bottom + 17, _number(x), "middle"))
     parts.append(f'<path d="M{_LEFT},{_TOP}V{bottom}H{right}" fill="none" stroke="#555"/>')
     return [*parts, _text((_LEFT + right) / 2, _HEIGHT - 8, x_label, "middle")]
@@ -98,14 +107,22 @@ def _drawn(lines, points):
     parts = []
     for i, line in enumerate(lines):
         colour, dashes = _pen(i)
-        path, pen_down, single = [], False, len(line.x) <= 12  # few points are marked, as a gap may leave one alone
+        path, pen_down, single = (
+            [],
+            False,
+            len(line.x) <= 12,
+        )  # few points are marked, as a gap may leave one alone
         for x, y in zip(line.x, line.y, strict=True):
             if y is not None:
                 path.append(f"{'L' if pen_down else 'M'}{across(x):.1f},{up(y):.1f}")
                 if single:
-                    parts.append(f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="2.2" fill="{colour}"/>')
+                    parts.append(
+                        f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="2.2" fill="{colour}"/>'
+                    )
             pen_down = y is not None
-        parts.append(f'<path class="line" d="{"".join(path)}" fill="none" stroke="{colour}" stroke-width="1.4"{dashes}/>')
+        parts.append(
+            f'<path class="line" d="{"".join(path)}" fill="none" stroke="{colour}" stroke-width="1.4"{dashes}/>'
+        )
     return parts
 
 
@@ -118,7 +135,9 @@ def _legend(lines):
     for i, line in enumerate(lines):
         x, y = _LEFT + (i % 2) * (_WIDTH - _LEFT) / 2, _HEIGHT + 4 + _LEGEND_ROW * (i // 2)
         colour, dashes = _pen(i)
-        parts.append(f'<line x1="{x}" x2="{x + 16}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2.5"{dashes}/>')
+        parts.append(
+            f'<line x1="{x}" x2="{x + 16}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2.5"{dashes}/>'
+        )
         parts.append(_text(x + 21, y + 4, line.label, "start"))
     return parts
 

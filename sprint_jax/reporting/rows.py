@@ -31,7 +31,14 @@ def column(rows, name):
 
 def names(rows, prefix):
     """Columns `prefix/...` of any row, without the prefix, sorted."""
-    return sorted({key.removeprefix(f"{prefix}/") for row in rows for key in row if key.startswith(f"{prefix}/")})
+    return sorted(
+        {
+            key.removeprefix(f"{prefix}/")
+            for row in rows
+            for key in row
+            if key.startswith(f"{prefix}/")
+        }
+    )
 
 
 def timed(rows):
@@ -61,8 +68,13 @@ def _sums(rows, name):
     """(sums of name, shares) of each bucket over the rows; one that is not finite, of a dropped update, is left out of its bucket."""
     rows = [row for row in rows if f"{_BY_TIME}{name}/0" in row]
     count = sum(key.startswith(f"{_BY_TIME}{name}/") for key in rows[0]) if rows else 0
-    pairs = [[(row[f"{_BY_TIME}{name}/{i}"], row[f"{_BY_TIME}share/{i}"]) for row in rows] for i in range(count)]
-    finite = [[(value, share) for value, share in bucket if math.isfinite(value)] for bucket in pairs]
+    pairs = [
+        [(row[f"{_BY_TIME}{name}/{i}"], row[f"{_BY_TIME}share/{i}"]) for row in rows]
+        for i in range(count)
+    ]
+    finite = [
+        [(value, share) for value, share in bucket if math.isfinite(value)] for bucket in pairs
+    ]
     return [[sum(pair[k] for pair in bucket) for bucket in finite] for k in (0, 1)]
 
 

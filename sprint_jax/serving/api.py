@@ -41,7 +41,13 @@ _HEADERS = [
 ]
 
 
-def make(queue: queue_lib.Queue, limits: requests_lib.Limits, password: str | None = None, *, local: bool = False):
+def make(
+    queue: queue_lib.Queue,
+    limits: requests_lib.Limits,
+    password: str | None = None,
+    *,
+    local: bool = False,
+):
     """The FastAPI application without the page (`page.mount` adds it).
 
     queue: its items are `requests.Request`, its results uint8 [H, W, 3]. password: asked for by HTTP Basic, with any
@@ -49,9 +55,15 @@ def make(queue: queue_lib.Queue, limits: requests_lib.Limits, password: str | No
     """
     import fastapi
 
-    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # FastAPI's docs load scripts from elsewhere
+    app = fastapi.FastAPI(
+        docs_url=None, redoc_url=None, openapi_url=None
+    )  # FastAPI's docs load scripts from elsewhere
     door = _Door(queue, limits)
-    answer = lambda content: (lambda request: fastapi.responses.JSONResponse(content(), headers={"cache-control": "no-store"}))
+    answer = lambda content: (
+        lambda request: fastapi.responses.JSONResponse(
+            content(), headers={"cache-control": "no-store"}
+        )
+    )
     app.add_route("/generate", door.generate, methods=["POST"])
     app.add_route("/schema", answer(lambda: requests_lib.schema(limits)), methods=["GET"])
     app.add_route("/openapi.json", answer(lambda: openapi(limits, password)), methods=["GET"])
@@ -62,26 +74,47 @@ def make(queue: queue_lib.Queue, limits: requests_lib.Limits, password: str | No
 
 def health(queue: queue_lib.Queue) -> dict:
     """What GET /health says: ready, programs compiled and to compile, requests waiting and places in the line."""
-    return dict(ready=queue.ready, compiled=queue.done, programs=queue.total, waiting=queue.length, places=queue.capacity)
+    return dict(
+        ready=queue.ready,
+        compiled=queue.done,
+        programs=queue.total,
+        waiting=queue.length,
+        places=queue.capacity,
+    )
 
 
 def openapi(limits: requests_lib.Limits, password: str | None) -> dict:
     """OpenAPI 3.1 description of the API."""
-    refusal = {"application/json": {"schema": {"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]}}}
+    refusal = {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {"error": {"type": "string"}},
+                "required": ["error"],
+            }
+        }
+    }
     told = lambda description: {"description": description, "content": refusal}
     generate = {
         "summary": "Draw one picture",
         "parameters": [
             {
-                "name": "X-Session", "in": "header", "schema": {"type": "string", "maxLength": _MOST_SESSION},
+                "name": "X-Session",
+                "in": "header",
+                "schema": {"type": "string", "maxLength": _MOST_SESSION},
                 "description": "Requests of one session replace each other while they wait: the newest wins.",
             }
         ],
-        "requestBody": {"required": True, "content": {"application/json": {"schema": requests_lib.schema(limits)}}},
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": requests_lib.schema(limits)}},
+        },
         "responses": {
             "200": {
                 "description": "The picture. Server-Timing has the milliseconds of waiting, drawing and encoding.",
-                "content": {"image/png": {"schema": {"type": "string", "contentMediaType": "image/png"}}},
+                "content": {
+                    "image/png": {"schema": {"type": "string", "contentMediaType": "image/png"}}
+                },
             },
             "400": told("Wrong input; the sentence names it."),
             "408": told("The body did not come in time."),
@@ -91,14 +124,16 @@ def openapi(limits: requests_lib.Limits, password: str | None) -> dict:
             "429": told("The line is full; Retry-After says when to come again."),
             "503": told("The model is being compiled, or the server stops."),
         },
-    }  # fmt: skip
+    }
     described = {
         "openapi": "3.1.0",
         "info": {"title": "sprint_jax", "version": "1"},
         "paths": {"/generate": {"post": generate}},
     }
     if password:
-        described["components"] = {"securitySchemes": {"password": {"type": "http", "scheme": "basic"}}}
+        described["components"] = {
+            "securitySchemes": {"password": {"type": "http", "scheme": "basic"}}
+        }
         described["security"] = [{"password": []}]
     return described
 
@@ -120,8 +155,14 @@ class _Door:
             answer = await _or_gone(request, future)
             begin = time.perf_counter()
             data = await asyncio.to_thread(png, answer.result)
-            stages = {"waiting": answer.waiting, "drawing": answer.working, "encoding": time.perf_counter() - begin}
-            timing = ", ".join(f"{name};dur={1000 * seconds:.2f}" for name, seconds in stages.items())
+            stages = {
+                "waiting": answer.waiting,
+                "drawing": answer.working,
+                "encoding": time.perf_counter() - begin,
+            }
+            timing = ", ".join(
+                f"{name};dur={1000 * seconds:.2f}" for name, seconds in stages.items()
+            )
             headers = {"server-timing": timing, "cache-control": "no-store"}
             return responses.Response(data, media_type="image/png", headers=headers)
         except Refused as refusal:
@@ -136,12 +177,19 @@ class _Door:
 
     async def _wanted(self, request):
         """(checked request, session) from headers and body."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        if (
+            request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            != "application/json"
+        ):
             # Other sites' pages can send forms and plain text here unasked, but not this type.
-            raise Refused(415, "the content type is not application/json: send JSON with that header")
+            raise Refused(
+                415, "the content type is not application/json: send JSON with that header"
+            )
         session = request.headers.get(SESSION, "")
         if len(session) > _MOST_SESSION:
-            raise Refused(400, f"X-Session has {len(session)} characters: use at most {_MOST_SESSION}")
+            raise Refused(
+                400, f"X-Session has {len(session)} characters: use at most {_MOST_SESSION}"
+            )
         self._queue.check(session)
         if self._reading >= _READERS:
             raise Refused(429, "too many requests are being read: try again in a second", 1)
@@ -152,7 +200,9 @@ class _Door:
             async with self._decoding:
                 return await asyncio.to_thread(requests_lib.parse, body, self._limits), session
         except TimeoutError:
-            raise Refused(408, f"the request did not come within {_READ_SECONDS:g} seconds: send it faster") from None
+            raise Refused(
+                408, f"the request did not come within {_READ_SECONDS:g} seconds: send it faster"
+            ) from None
         finally:
             self._reading -= 1
 
@@ -208,7 +258,9 @@ def _refusal(refusal):
     headers = {"cache-control": "no-store"}
     if refusal.retry_after is not None:
         headers["retry-after"] = str(refusal.retry_after)
-    return responses.JSONResponse({"error": refusal.sentence}, status_code=refusal.status, headers=headers)
+    return responses.JSONResponse(
+        {"error": refusal.sentence}, status_code=refusal.status, headers=headers
+    )
 
 
 # What of the page's framework is let through, to read only: its own scripts and styles. It brings much more (uploads,
@@ -232,7 +284,9 @@ class Guard:
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
         refusal = self._refusal(scope["method"], scope["path"], headers)
         app = _refusal(refusal) if refusal else self._app
         if refusal and refusal.status == 401:
@@ -247,14 +301,24 @@ class Guard:
             return Refused(401, "the password is missing or wrong")
         if self._local and _host(headers.get("host", "").lower()) not in _LOCAL:
             # Another site's page whose name was made to lead here. Without a password the name is all that tells it from this server's.
-            return Refused(403, "this server is asked by another name than localhost: use that, or set --password")
+            return Refused(
+                403,
+                "this server is asked by another name than localhost: use that, or set --password",
+            )
         origin = headers.get("origin")
         if origin and method != "GET" and origin.partition("://")[2] != headers.get("host"):
-            return Refused(403, "another site's page asks: use this server's own page, or a program")
+            return Refused(
+                403, "another site's page asks: use this server's own page, or a program"
+            )
         allowed = _methods(path)
         if not allowed:
-            return Refused(404, "there is nothing here: the API has POST /generate, GET /schema, GET /openapi.json and GET /health")
-        return None if method in allowed else Refused(405, f"{path} takes {' or '.join(allowed)} only")
+            return Refused(
+                404,
+                "there is nothing here: the API has POST /generate, GET /schema, GET /openapi.json and GET /health",
+            )
+        return (
+            None if method in allowed else Refused(405, f"{path} takes {' or '.join(allowed)} only")
+        )
 
 
 def _host(header):

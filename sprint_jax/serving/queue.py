@@ -74,9 +74,15 @@ class Queue:
         if self._closed:
             raise Refused(503, "the server is stopping")
         if not self.ready:
-            raise Refused(503, f"the model is being compiled ({self.done} of {self.total} programs): try again soon", 2)
+            raise Refused(
+                503,
+                f"the model is being compiled ({self.done} of {self.total} programs): try again soon",
+                2,
+            )
         if len(self._line) >= self.capacity and self._older(session) is None:
-            raise Refused(429, f"{self.capacity} requests are waiting already: try again in a second", 1)
+            raise Refused(
+                429, f"{self.capacity} requests are waiting already: try again in a second", 1
+            )
 
     def submit(self, item, session: str = "") -> concurrent.futures.Future:
         """Puts an item in the line; the future's result is its `Answer`, or what `work` raised.
@@ -94,7 +100,9 @@ class Queue:
             self._changed.notify()
         # Outside of the lock: both call back.
         if older is not None and older.future.set_running_or_notify_cancel():
-            older.future.set_exception(Refused(409, "a newer request of the same session took its place"))
+            older.future.set_exception(
+                Refused(409, "a newer request of the same session took its place")
+            )
         job.future.add_done_callback(lambda future: self._leave(job))
         return job.future
 
@@ -127,7 +135,9 @@ class Queue:
         self.ready = True
         try:
             self._prepared(None)
-        except Exception:  # such as nobody reading what it prints: those who ask are served all the same
+        except (
+            Exception
+        ):  # such as nobody reading what it prints: those who ask are served all the same
             traceback.print_exc(file=sys.stderr)
         while (job := self._next()) is not None:
             self._serve(job)
@@ -145,7 +155,9 @@ class Queue:
         begin = time.perf_counter()
         try:
             result = self._work(job.item)
-        except BaseException as error:  # whatever it is, it belongs to who asked, and the worker lives on
+        except (
+            BaseException
+        ) as error:  # whatever it is, it belongs to who asked, and the worker lives on
             job.future.set_exception(error)
         else:
             job.future.set_result(Answer(result, begin - job.since, time.perf_counter() - begin))

@@ -73,7 +73,12 @@ class Request:
 def schema(limits: Limits) -> dict:
     """JSON Schema (2020-12) of the body of POST /generate."""
     heights, widths = ([size[axis] for size in limits.sizes] for axis in (0, 1))
-    number = lambda low, high, default: {"type": ["number", "null"], "minimum": low, "maximum": high, "default": default}
+    number = lambda low, high, default: {
+        "type": ["number", "null"],
+        "minimum": low,
+        "maximum": high,
+        "default": default,
+    }
     absent = {"type": "null", "description": "This model takes none."}
     picture = lambda what: {
         "type": ["string", "null"],
@@ -90,28 +95,44 @@ def schema(limits: Limits) -> dict:
         "required": ["prompt"],
         "properties": {
             "prompt": {
-                "type": "string", "minLength": 1, "maxLength": limits.prompt,
-                "allOf": [{"pattern": r"\S"}, {"pattern": r"^[^\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f]*$"}],
+                "type": "string",
+                "minLength": 1,
+                "maxLength": limits.prompt,
+                "allOf": [
+                    {"pattern": r"\S"},
+                    {"pattern": r"^[^\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f]*$"},
+                ],
                 "description": "What to draw. No control characters but tab and line breaks.",
             },
             "steps": one_of(limits.steps, limits.usual_steps) | {"description": "Network calls."},
             "seed": {
-                "type": ["integer", "null"], "minimum": 0, "maximum": _MOST_SEED, "default": 0,
+                "type": ["integer", "null"],
+                "minimum": 0,
+                "maximum": _MOST_SEED,
+                "default": 0,
                 "description": "Names the noise: the same request with the same seed is the same picture.",
             },
             "guidance_scale": number(0, _MOST_GUIDANCE, limits.guidance_scale),
-            "height": one_of(heights, heights[0]) | {"description": "Pixels, together with width one of the sizes on offer."},
+            "height": one_of(heights, heights[0])
+            | {"description": "Pixels, together with width one of the sizes on offer."},
             "width": one_of(widths, widths[0]),
-            "schedule": one_of(SCHEDULES, limits.schedule) | {"description": "Times of the steps; paper: 1, 2 or 4 steps."},
+            "schedule": one_of(SCHEDULES, limits.schedule)
+            | {"description": "Times of the steps; paper: 1, 2 or 4 steps."},
             "image": picture("to start from") if limits.starts else absent,
             "strength": {
-                "type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1, "default": STRENGTH,
+                "type": ["number", "null"],
+                "exclusiveMinimum": 0,
+                "maximum": 1,
+                "default": STRENGTH,
                 "description": "How much of image may change; not looked at without one.",
             },
-            "control": picture("white lines on black that the drawing follows") if limits.control else absent,
-            "control_scale": number(0, _MOST_CONTROL, 1.0) | {"description": "How much control counts; not looked at without one."},
+            "control": picture("white lines on black that the drawing follows")
+            if limits.control
+            else absent,
+            "control_scale": number(0, _MOST_CONTROL, 1.0)
+            | {"description": "How much control counts; not looked at without one."},
         },
-    }  # fmt: skip
+    }
 
 
 def parse(body: bytes, limits: Limits) -> Request:
@@ -128,7 +149,9 @@ def parse(body: bytes, limits: Limits) -> Request:
         prompt=_prompt(fields, limits),
         steps=_one_of(fields, "steps", limits.steps, limits.usual_steps),
         seed=_integer(fields, "seed", 0, _MOST_SEED, default=0),
-        guidance_scale=_number(fields, "guidance_scale", 0, _MOST_GUIDANCE, default=limits.guidance_scale),
+        guidance_scale=_number(
+            fields, "guidance_scale", 0, _MOST_GUIDANCE, default=limits.guidance_scale
+        ),
         schedule=_one_of(fields, "schedule", SCHEDULES, limits.schedule),
         strength=_number(fields, "strength", 0, 1, default=STRENGTH),
         control_scale=_number(fields, "control_scale", 0, _MOST_CONTROL, default=1.0),
@@ -136,9 +159,14 @@ def parse(body: bytes, limits: Limits) -> Request:
     if wanted["strength"] == 0:
         raise Refused(400, "strength is 0: use more than 0 and at most 1")
     if "image" in fields and not limits.starts:
-        raise Refused(400, "image is given and this model cannot start from a picture: leave it out")
+        raise Refused(
+            400, "image is given and this model cannot start from a picture: leave it out"
+        )
     if "control" in fields and not limits.control:
-        raise Refused(400, "control is given and this model has no ControlNet: leave it out, or send it as image")
+        raise Refused(
+            400,
+            "control is given and this model has no ControlNet: leave it out, or send it as image",
+        )
     image = _picture(fields, "image", height, width, pictures.WHITE)
     control = _picture(fields, "control", height, width, pictures.BLACK)
     return Request(height=height, width=width, image=image, control=control, **wanted)
@@ -148,16 +176,32 @@ def _object(body):
     """The JSON object in the bytes; no key twice, no NaN."""
     # Parsing holds all other threads up, and millions of values take seconds. Pictures, in base64, have none of these.
     if sum(body.count(mark) for mark in (b"[", b"{", b",")) > _MOST_MARKS:
-        raise Refused(400, f"the body has more than {_MOST_MARKS} values: send an object such as {{\"prompt\": \"a red circle\"}}")
+        raise Refused(
+            400,
+            f'the body has more than {_MOST_MARKS} values: send an object such as {{"prompt": "a red circle"}}',
+        )
     try:
         found = json.loads(body.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_constant)
     except UnicodeDecodeError:
         raise Refused(400, "the body is not UTF-8: send a JSON object in UTF-8") from None
-    except (ValueError, RecursionError) as error:  # ValueError: also integers of thousands of digits
-        reason = str(error) if isinstance(error, json.JSONDecodeError) else "numbers too long or brackets too deep"
-        raise Refused(400, f"the body is not JSON ({reason}): send an object such as {{\"prompt\": \"a red circle\"}}") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: also integers of thousands of digits
+        reason = (
+            str(error)
+            if isinstance(error, json.JSONDecodeError)
+            else "numbers too long or brackets too deep"
+        )
+        raise Refused(
+            400,
+            f'the body is not JSON ({reason}): send an object such as {{"prompt": "a red circle"}}',
+        ) from None
     if not isinstance(found, dict):
-        raise Refused(400, f"the body is a JSON {_kind(found)}: send an object such as {{\"prompt\": \"a red circle\"}}")
+        raise Refused(
+            400,
+            f'the body is a JSON {_kind(found)}: send an object such as {{"prompt": "a red circle"}}',
+        )
     return found
 
 
@@ -187,7 +231,10 @@ def _prompt(fields, limits):
     for place, character in enumerate(prompt):
         # Cc: control characters; Cs: halves of surrogate pairs, which no tokenizer can encode.
         if character not in "\t\n\r" and unicodedata.category(character) in ("Cc", "Cs"):
-            raise Refused(400, f"prompt has the character U+{ord(character):04X} at {place}: use letters, digits and punctuation")
+            raise Refused(
+                400,
+                f"prompt has the character U+{ord(character):04X} at {place}: use letters, digits and punctuation",
+            )
     return prompt
 
 
@@ -195,9 +242,12 @@ def _size(fields, limits):
     """(height, width): the side that is left out is that of the first size with the other."""
     heights, widths = ([size[axis] for size in limits.sizes] for axis in (0, 1))
     height, width = (
-        _integer(fields, name, 1, 2**16, default=None) if name in fields else None for name in ("height", "width")
+        _integer(fields, name, 1, 2**16, default=None) if name in fields else None
+        for name in ("height", "width")
     )
-    offered = [size for size in limits.sizes if height in (None, size[0]) and width in (None, size[1])]
+    offered = [
+        size for size in limits.sizes if height in (None, size[0]) and width in (None, size[1])
+    ]
     if not offered:
         listed = ", ".join(f"{h} x {w}" for h, w in limits.sizes)
         asked = f"{height or heights[0]} x {width or widths[0]}"
@@ -243,7 +293,9 @@ def _picture(fields, name, height, width, ground):
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise Refused(400, f"{name} is not base64: encode the bytes of a PNG, JPEG or WebP file") from None
+        raise Refused(
+            400, f"{name} is not base64: encode the bytes of a PNG, JPEG or WebP file"
+        ) from None
     try:
         return uploads.picture(data, height, width, ground)
     except Refused as refusal:
@@ -252,7 +304,15 @@ def _picture(fields, name, height, width, ground):
 
 def _kind(value):
     """JSON's name of a value's type."""
-    names = {type(None): "null", bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
+    names = {
+        type(None): "null",
+        bool: "boolean",
+        int: "number",
+        float: "number",
+        str: "string",
+        list: "list",
+        dict: "object",
+    }
     return names[type(value)]
 
 

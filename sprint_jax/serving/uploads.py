@@ -30,13 +30,20 @@ def picture(data: bytes, height: int, width: int, ground=pictures.WHITE):
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise Refused(413, f"the picture has {image.width} x {image.height} pixels: send at most {MOST_PIXELS}")
+                raise Refused(
+                    413,
+                    f"the picture has {image.width} x {image.height} pixels: send at most {MOST_PIXELS}",
+                )
             return pictures.covering(image, height, width, ground)
     except Refused:
         raise
     except Image.DecompressionBombError:
         raise Refused(413, f"the picture has too many pixels: send at most {MOST_PIXELS}") from None
     except UnidentifiedImageError:
-        raise Refused(415, "the picture is not a PNG, JPEG or WebP file: convert it to one") from None
+        raise Refused(
+            415, "the picture is not a PNG, JPEG or WebP file: convert it to one"
+        ) from None
     except Exception:  # decoders raise dozens of kinds for damaged bytes, and none may reach the server's log as its own fault
-        raise Refused(400, "the picture is damaged and cannot be read: save it again as PNG") from None
+        raise Refused(
+            400, "the picture is damaged and cannot be read: save it again as PNG"
+        ) from None

@@ -13,6 +13,8 @@ def conditions(batch, key, control_dropout) -> dict:
     """
     cond = {"text": batch["text"], "mask": batch["mask"]}
     if "control" in batch:
-        kept = jax.random.bernoulli(jax.random.fold_in(key, _CONTROL), 1 - control_dropout, batch["text"].shape[:1])
+        kept = jax.random.bernoulli(
+            jax.random.fold_in(key, _CONTROL), 1 - control_dropout, batch["text"].shape[:1]
+        )
         cond |= {"control": batch["control"], "control_scale": kept.astype(jnp.float32)}
     return cond

@@ -21,5 +21,8 @@ def by_time(t, top, values):
     """
     index = jnp.clip(jnp.floor(t * (COUNT / top)), 0, COUNT - 1)
     inside = index[:, None] == jnp.arange(COUNT)
-    sums = {name: jnp.where(inside, v.astype(jnp.float32)[:, None], 0).mean(0) for name, v in values.items()}
+    sums = {
+        name: jnp.where(inside, v.astype(jnp.float32)[:, None], 0).mean(0)
+        for name, v in values.items()
+    }
     return {"share": inside.astype(jnp.float32).mean(0)} | sums

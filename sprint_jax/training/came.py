@@ -43,9 +43,18 @@ class CameState(NamedTuple):
 
 
 def came(
-    learning_rate, *, b1=0.9, b2=0.999, b3=0.9999, eps1=1e-30, eps2=1e-16, clip_threshold=1.0, weight_decay=0.0,
-    factored, stacked,
-) -> optax.GradientTransformation:  # fmt: skip
+    learning_rate,
+    *,
+    b1=0.9,
+    b2=0.999,
+    b3=0.9999,
+    eps1=1e-30,
+    eps2=1e-16,
+    clip_threshold=1.0,
+    weight_decay=0.0,
+    factored,
+    stacked,
+) -> optax.GradientTransformation:
     """CAME as described above; updates are what `optax.apply_updates` adds.
 
     Args:
@@ -59,7 +68,11 @@ def came(
     def init(params):
         def zeros(shape, matrix):
             def one(path, p):
-                return jnp.zeros(shape(p), jnp.float32) if is_matrix(path, p) == matrix else optax.MaskedNode()
+                return (
+                    jnp.zeros(shape(p), jnp.float32)
+                    if is_matrix(path, p) == matrix
+                    else optax.MaskedNode()
+                )
 
             return jax.tree_util.tree_map_with_path(one, params)
 
@@ -79,7 +92,9 @@ def came(
         if not factored(_names(path), p):
             return False
         if p.ndim < 2:
-            raise ValueError(f"{'/'.join(_names(path))} has shape {p.shape}: only a matrix can be factored")
+            raise ValueError(
+                f"{'/'.join(_names(path))} has shape {p.shape}: only a matrix can be factored"
+            )
         return True
 
     def update(grads, state, params=None):

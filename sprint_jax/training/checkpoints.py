@@ -30,10 +30,17 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         try:
             # Named here, for before the first save or restore the manager could not describe what it finds.
-            handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-            self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+            handlers = {
+                "state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            }
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, item_handlers=handlers
+            )
         except (ValueError, OSError) as error:
-            raise UserError(f"{self._directory} cannot hold checkpoints ({_line(error)}): use another --workdir") from None
+            raise UserError(
+                f"{self._directory} cannot hold checkpoints ({_line(error)}): use another --workdir"
+            ) from None
 
     def __enter__(self):
         return self
@@ -55,7 +62,10 @@ class Checkpoints:
         meta = {"fingerprints": fingerprints(state), "data": self._data, "beside": beside}
         try:
             self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                ),
             )
         except (OSError, ValueError) as error:
             raise self._cannot_write(error) from None
@@ -69,8 +79,12 @@ class Checkpoints:
 
     def _cannot_write(self, error):
         whole = sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdigit())
-        last = f"the checkpoint of step {whole[-1]} is whole" if whole else "there is no earlier one"
-        return UserError(f"cannot write a checkpoint in {self._directory} ({_line(error)}); {last}: free some space, then give the same command")
+        last = (
+            f"the checkpoint of step {whole[-1]} is whole" if whole else "there is no earlier one"
+        )
+        return UserError(
+            f"cannot write a checkpoint in {self._directory} ({_line(error)}); {last}: free some space, then give the same command"
+        )
 
     def restore_newest(self, abstract):
         """(state, step) of the newest whole checkpoint, placed as `abstract` says; (None, 0) without any.
@@ -99,7 +113,9 @@ class Checkpoints:
         except Exception:  # damaged beyond its own description, which reading will find
             return
         want = {_name(p): tuple(a.shape) for p, a in jax.tree_util.tree_leaves_with_path(abstract)}
-        differing = sorted(name for name in have.keys() | want.keys() if have.get(name) != want.get(name))
+        differing = sorted(
+            name for name in have.keys() | want.keys() if have.get(name) != want.get(name)
+        )
         if have and differing:
             name = differing[0]
             raise UserError(
@@ -116,9 +132,13 @@ class Checkpoints:
         except MemoryError:
             raise
         except PermissionError as error:
-            raise UserError(f"cannot read checkpoint {self._directory}/{step} ({error.strerror}): make it readable") from None
+            raise UserError(
+                f"cannot read checkpoint {self._directory}/{step} ({error.strerror}): make it readable"
+            ) from None
         except Exception as error:  # whatever a library raises over a damaged file
-            if "RESOURCE_EXHAUSTED" in str(error):  # the device is too small, the file is not to blame
+            if "RESOURCE_EXHAUSTED" in str(
+                error
+            ):  # the device is too small, the file is not to blame
                 raise
             damage = _line(error)
         # Before anything that processes do together: one that could not read takes no part in it.
@@ -127,7 +147,9 @@ class Checkpoints:
         self._check_data(step, data)
         # Through one compiled copy: restored buffers are not always donatable, these are.
         placed = jax.tree.map(lambda a: a.sharding, abstract)
-        state = jax.jit(lambda tree: jax.tree.map(lambda a: a.copy(), tree), out_shardings=placed)(state)
+        state = jax.jit(lambda tree: jax.tree.map(lambda a: a.copy(), tree), out_shardings=placed)(
+            state
+        )
         now = fingerprints(state)
         changed = [name for name in saved if now.get(name) != saved[name]]
         return (None, f"{changed[0]} changed on disk") if changed else (state, None)
@@ -135,8 +157,12 @@ class Checkpoints:
     def _restore_alone(self, step, abstract):
         """(state, what stands beside it) as this process reads them: by the handlers, for the manager waits for all processes."""
         folder = self._directory / str(step)
-        state = ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(abstract))
-        return state, ocp.JsonCheckpointHandler().restore(folder / "meta", args=ocp.args.JsonRestore())
+        state = ocp.StandardCheckpointHandler().restore(
+            folder / "state", args=ocp.args.StandardRestore(abstract)
+        )
+        return state, ocp.JsonCheckpointHandler().restore(
+            folder / "meta", args=ocp.args.JsonRestore()
+        )
 
     def _free(self, name):
         """A path of that name, numbered where it is taken: a step can be damaged more than once."""
@@ -152,7 +178,9 @@ class Checkpoints:
 
     def _set_aside(self, step, damage):
         kept = self._free(f"{_DAMAGED}{step}")
-        self._say(f"WARNING: checkpoint {self._directory}/{step} is damaged ({damage}); kept as {kept.name}, going back to the one before")
+        self._say(
+            f"WARNING: checkpoint {self._directory}/{step} is damaged ({damage}); kept as {kept.name}, going back to the one before"
+        )
         if hosts.primary():
             (self._directory / str(step)).rename(kept)
         hosts.barrier(f"set aside {step}")
@@ -171,7 +199,9 @@ def _fingerprints(tree):
 
 
 def _fingerprint(a):
-    bits = jax.lax.bitcast_convert_type(a, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize])
+    bits = jax.lax.bitcast_convert_type(
+        a, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[a.dtype.itemsize]
+    )
     position = jnp.zeros(a.shape, jnp.uint32)
     for axis, size in enumerate(a.shape):
         position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis)
@@ -201,13 +231,19 @@ def read_part(directory, part, abstract):
     for step in steps:
         with ocp.CheckpointManager(directory, item_handlers=handlers) as manager:
             try:
-                found = manager.restore(step, args=ocp.args.Composite(state=state, meta=ocp.args.JsonRestore()))
+                found = manager.restore(
+                    step, args=ocp.args.Composite(state=state, meta=ocp.args.JsonRestore())
+                )
             except Exception as error:  # whatever a library raises over a damaged file
                 reasons.append(f"step {step}: {_line(error)}")
                 continue
         saved = found["meta"]["fingerprints"]
-        changed = [name for name, number in fingerprints(found["state"]).items() if saved[name] != number]
+        changed = [
+            name for name, number in fingerprints(found["state"]).items() if saved[name] != number
+        ]
         if not changed:
             return step, found["state"][part]
         reasons.append(f"step {step}: {changed[0]} changed on disk")
-    raise UserError(f"no whole checkpoint with {part} in {directory} ({'; '.join(reasons) or 'it holds none'})")
+    raise UserError(
+        f"no whole checkpoint with {part} in {directory} ({'; '.join(reasons) or 'it holds none'})"
+    )

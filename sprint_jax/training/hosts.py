@@ -42,7 +42,10 @@ def any_true(flag: bool) -> bool:
 def anywhere(flag: bool) -> jax.Array:
     """As `any_true`, without waiting: an array on its way. Every process calls it equally often."""
     devices = jax.sharding.Mesh(np.array(jax.devices()), "d")
-    split, whole = (jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(*axes)) for axes in (("d",), ()))
+    split, whole = (
+        jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(*axes))
+        for axes in (("d",), ())
+    )
     flags = jax.make_array_from_process_local_data(split, np.full(jax.local_device_count(), flag))
     return _any(whole)(flags)
 
@@ -75,7 +78,9 @@ def to_host(tree):
     """A tree of global arrays as NumPy, whole, on every process; leaf by leaf."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
-    return jax.tree.map(lambda a: np.asarray(multihost_utils.process_allgather(a, tiled=True)), tree)
+    return jax.tree.map(
+        lambda a: np.asarray(multihost_utils.process_allgather(a, tiled=True)), tree
+    )
 
 
 def concatenate(array):

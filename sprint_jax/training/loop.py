@@ -67,7 +67,9 @@ class Placed:
     @classmethod
     def on(cls, stage: Stage, mesh, say=lambda message: None):
         """say: told of big arrays that stay whole on every device."""
-        frozen, begun = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (stage.frozen, stage.begun))
+        frozen, begun = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (stage.frozen, stage.begun)
+        )
         state = jax.eval_shape(stage.start, frozen, begun)
         place = lambda tree, say: sharding.abstract(tree, sharding.shardings(tree, mesh, say))
         return cls(stage, mesh, place(state, say), place(frozen, say))
@@ -85,17 +87,26 @@ class Placed:
             return function(state, frozen, self.stage.prepare(frozen, batch))
 
         split = sharding.batch(self.mesh)
-        arrays = {k: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=split) for k, a in batch.items()}
+        arrays = {
+            k: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=split) for k, a in batch.items()
+        }
         out = jax.tree.map(lambda a: a.sharding, self.state), sharding.replicated(self.mesh)
         with jax.set_mesh(self.mesh):
-            return jax.jit(step, donate_argnums=0, out_shardings=out).lower(self.state, self.frozen, arrays)
+            return jax.jit(step, donate_argnums=0, out_shardings=out).lower(
+                self.state, self.frozen, arrays
+            )
 
 
 class _Programs:
     """Compiled steps by the shapes of their batch: one set, or one for each aspect ratio."""
 
     def __init__(self, placed: Placed, say, compiled: dict, side_by_side: bool):
-        self._placed, self._say, self._compiled, self._side_by_side = placed, say, compiled, side_by_side
+        self._placed, self._say, self._compiled, self._side_by_side = (
+            placed,
+            say,
+            compiled,
+            side_by_side,
+        )
 
     def get(self, batch):
         key = tuple((k, a.shape, a.dtype) for k, a in sorted(batch.items()))
@@ -105,15 +116,24 @@ class _Programs:
 
     def _compile(self, batch):
         stage, begin = self._placed.stage, time.perf_counter()
-        self._say(f"{stage.name}: compiling for latents {batch['latent'].shape} (seconds to two minutes, no bar)")
+        self._say(
+            f"{stage.name}: compiling for latents {batch['latent'].shape} (seconds to two minutes, no bar)"
+        )
         # One compiles while the next is traced; several at a time take memory (4.0 instead of 2.6 GB for the embedded default), and
         # on an accelerator each other's measurements of the programs they try out.
-        with concurrent.futures.ThreadPoolExecutor(len(stage.functions) if self._side_by_side else 1) as pool:
-            compiling = [pool.submit(self._placed.lower(function, batch).compile) for function in stage.functions]
+        with concurrent.futures.ThreadPoolExecutor(
+            len(stage.functions) if self._side_by_side else 1
+        ) as pool:
+            compiling = [
+                pool.submit(self._placed.lower(function, batch).compile)
+                for function in stage.functions
+            ]
         compiled = [one.result() for one in compiling]
         mesh = self._placed.mesh
         count = sum(a.size for a in jax.tree.leaves(self._placed.state.params))
-        state = sharding.per_device_bytes(self._placed.state) + sharding.per_device_bytes(self._placed.frozen)
+        state = sharding.per_device_bytes(self._placed.state) + sharding.per_device_bytes(
+            self._placed.frozen
+        )
         self._say(
             f"{stage.name}: {mesh.size} x {mesh.devices.flat[0].device_kind} as data x fsdp = "
             f"{' x '.join(map(str, mesh.devices.shape))}, {count / 1e6:.2f} M parameters, state and frozen networks "
@@ -122,7 +142,9 @@ class _Programs:
         return compiled
 
 
-def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say, *, compiled=None, bar=True):
+def train(
+    stage: Stage, run: config_lib.Run, mesh, workdir, records, say, *, compiled=None, bar=True
+):
     """Runs a stage to its end from the newest whole checkpoint and returns its final state.
 
     compiled: {shapes of a batch: programs} of an earlier stage with the same functions on the same mesh, whose
@@ -132,7 +154,9 @@ def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say, *, com
     check_batch(stage, mesh)
     placed = Placed.on(stage, mesh, say)
     frozen = place(stage.frozen, placed.frozen)
-    with Checkpoints(f"{workdir}/checkpoints/{stage.name}", keep=run.keep, data=stage.data, say=say) as checkpoints:
+    with Checkpoints(
+        f"{workdir}/checkpoints/{stage.name}", keep=run.keep, data=stage.data, say=say
+    ) as checkpoints:
         state, done = checkpoints.restore_newest(placed.state)
         window = _Window(checkpoints.beside(done) if state is not None else None)
         if state is None:
@@ -145,11 +169,15 @@ def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say, *, com
             return state
         programs = _Programs(placed, say, {} if compiled is None else compiled, run.quick_compile)
         split = sharding.batch(mesh)
-        reader = stage.batches(stage.batch, done, stage.steps, jax.process_index(), jax.process_count())
+        reader = stage.batches(
+            stage.batch, done, stage.steps, jax.process_index(), jax.process_count()
+        )
         with _Stop() as stop, reader as batches:
             batch = _global(next(batches), split, stage.batch)
             programs.get(batch)
-            progress = records_lib.progress(stage.name, done, stage.steps, shown=bar and hosts.primary())
+            progress = records_lib.progress(
+                stage.name, done, stage.steps, shown=bar and hosts.primary()
+            )
             watch = _Watch(stage.name, run, records, progress, window)
             while done < stage.steps:
                 metrics = {}
@@ -175,7 +203,9 @@ def train(stage: Stage, run: config_lib.Run, mesh, workdir, records, say, *, com
             # the first answer is what they had asked for before the save.
             stopping = stopping or stop.agreed() or stop.agreed()
     if stopping:
-        raise Interrupted(f"{stage.name}: stopped at step {done} of {stage.steps}; the same command goes on from there")
+        raise Interrupted(
+            f"{stage.name}: stopped at step {done} of {stage.steps}; the same command goes on from there"
+        )
     return state
 
 
@@ -189,6 +219,7 @@ def check_batch(stage, mesh):
 
 def place(tree, abstract):
     """Host arrays, equal on every process, onto the shardings of `abstract`."""
+
     def one(array, like):
         if isinstance(array, jax.Array) and array.sharding == like.sharding:
             return array
@@ -200,8 +231,9 @@ def place(tree, abstract):
 
 def _global(rows, split, batch):
     return {
-        name: jax.make_array_from_process_local_data(split, a, (batch, *a.shape[1:])) for name, a in rows.items()
-    }  # fmt: skip
+        name: jax.make_array_from_process_local_data(split, a, (batch, *a.shape[1:]))
+        for name, a in rows.items()
+    }
 
 
 def _strip(stage, run, workdir, records, done, state):
@@ -237,7 +269,11 @@ class _Window:
         """{"by_time/NAME/BUCKET": average}; begins anew."""
         rounds, sums = self.state()
         self._rounds, self._sums = 0, {}
-        return {f"by_time/{name}/{i}": s / rounds for name, row in sums.items() for i, s in enumerate(row)}
+        return {
+            f"by_time/{name}/{i}": s / rounds
+            for name, row in sums.items()
+            for i, s in enumerate(row)
+        }
 
     def state(self):
         """For `__init__`, as plain values. A copy: checkpoints are written while training goes on."""
@@ -248,7 +284,13 @@ class _Watch:
     """Looks at metrics one round late: writes rows, moves the bar, stops on lasting non-finite updates."""
 
     def __init__(self, name, run, records, bar, window):
-        self._name, self._run, self._records, self._bar, self._window = name, run, records, bar, window
+        self._name, self._run, self._records, self._bar, self._window = (
+            name,
+            run,
+            records,
+            bar,
+            window,
+        )
         self._waiting = None
         self._every = run.log_every
 
@@ -265,7 +307,9 @@ class _Watch:
         *in_a_row, in_all = metrics.pop("rejected")
         self._window.add(metrics.pop("by_time", {}))
         if max(in_a_row) >= self._run.max_rejected:
-            bad = sorted(k.split("/", 1)[1] for k, v in metrics.items() if "/" in k and not np.isfinite(v))
+            bad = sorted(
+                k.split("/", 1)[1] for k, v in metrics.items() if "/" in k and not np.isfinite(v)
+            )
             raise UserError(
                 f"{self._name}: {max(in_a_row)} updates in a row were not finite, at step {step} in "
                 f"{', '.join(bad) or 'the loss'}; all were dropped. Lower the learning rate, or look at the data"
@@ -273,7 +317,9 @@ class _Watch:
         self._bar.update(step - self._bar.n)
         if step % self._every == 0:
             self._bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-            self._records.write(self._name, step, metrics | self._window.take() | {"rejected": in_all})
+            self._records.write(
+                self._name, step, metrics | self._window.take() | {"rejected": in_all}
+            )
 
 
 class _Stop:

@@ -46,7 +46,9 @@ class Records:
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         # Sums by time mean nothing without their shares: `reporting` divides them, TensorBoard cannot.
-        shown = {f"{stage}/{k}": float(v) for k, v in scalars.items() if not k.startswith("by_time/")}
+        shown = {
+            f"{stage}/{k}": float(v) for k, v in scalars.items() if not k.startswith("by_time/")
+        }
         self._writer.write_scalars(step, shown)
 
     def images(self, step, images):
@@ -64,9 +66,16 @@ class Records:
 def progress(stage, start, stop, shown=True):
     """A progress bar over the steps of a stage: rate, time left, and what `set_postfix` is given."""
     return tqdm.tqdm(
-        total=stop, initial=start, desc=stage, unit="step", disable=not shown, dynamic_ncols=True, file=sys.stderr,
-        mininterval=1.0 if sys.stderr.isatty() else 20.0, smoothing=0.05,
-    )  # fmt: skip
+        total=stop,
+        initial=start,
+        desc=stage,
+        unit="step",
+        disable=not shown,
+        dynamic_ncols=True,
+        file=sys.stderr,
+        mininterval=1.0 if sys.stderr.isatty() else 20.0,
+        smoothing=0.05,
+    )
 
 
 def _metric_writer(logdir):

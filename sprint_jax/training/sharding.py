@@ -22,7 +22,10 @@ _FACTORED = "({0}|res_({0}))/(trunk/|control/)?({1})$".format
 # stack's (layers are taken one by one) and matters little else: it is gathered before use.
 RULES = (
     (r"(step|rejected|count)$", P()),
-    (_FACTORED("row|col", "blocks/.*kernel|zero_out/kernel"), P(None, FSDP)),  # moments [L, in] and [L, out]
+    (
+        _FACTORED("row|col", "blocks/.*kernel|zero_out/kernel"),
+        P(None, FSDP),
+    ),  # moments [L, in] and [L, out]
     (_FACTORED("row|col", "(inputs|outputs)/.*(kernel|table)|zero_in/kernel"), P()),
     (_FACTORED("row", "blocks/scale_shift_table"), P()),
     (_FACTORED("col", "blocks/scale_shift_table"), P(None, FSDP)),
@@ -92,7 +95,9 @@ def _spec(name, leaf, mesh):
     if leaf.size == 0:  # an optimiser's empty place
         return P()
     if len(spec) > leaf.ndim:
-        raise UserError(f"{name} has shape {leaf.shape} and its sharding rule {spec} more axes: mend the rule")
+        raise UserError(
+            f"{name} has shape {leaf.shape} and its sharding rule {spec} more axes: mend the rule"
+        )
     for axis, size in zip(spec, leaf.shape):
         if axis is not None and size % mesh.shape[axis]:
             raise UserError(
@@ -113,7 +118,9 @@ def batch(mesh):
 
 def abstract(tree, placed):
     """ShapeDtypeStructs of a tree with the given shardings."""
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, placed)
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, placed
+    )
 
 
 def per_device_bytes(tree):

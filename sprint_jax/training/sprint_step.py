@@ -43,23 +43,35 @@ def student_params(teacher_params, nets: Nets, key, *, logvar_start):
     for path, leaf in fresh.items():
         if path[-2:] == ("logvar", "bias"):
             fresh[path] = jnp.full_like(leaf, logvar_start)
-    return jax.tree.map(jnp.copy, traverse_util.unflatten_dict(fresh | traverse_util.flatten_dict(teacher_params)))
+    return jax.tree.map(
+        jnp.copy, traverse_util.unflatten_dict(fresh | traverse_util.flatten_dict(teacher_params))
+    )
 
 
 def init(params, nets: Nets, c: config_lib.Sprint, key) -> state_lib.SprintState:
     """State at step 0 around given student parameters."""
     heads, spectral = nets.heads.init(key)
     return state_lib.SprintState(
-        step=jnp.zeros((), jnp.int32), params=params, ema=state_lib.start_ema(params, c.ema),
-        opt=nets.tx.init(params), heads=heads, heads_opt=nets.heads_tx.init(heads), spectral=spectral,
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=state_lib.start_ema(params, c.ema),
+        opt=nets.tx.init(params),
+        heads=heads,
+        heads_opt=nets.heads_tx.init(heads),
+        spectral=spectral,
         rejected=jnp.zeros((3,), jnp.int32),
-    )  # fmt: skip
+    )
 
 
 def start(teacher_params, nets: Nets, c: config_lib.Sprint, key) -> state_lib.SprintState:
     """State at step 0 of a distillation: the student that is its teacher still, and fresh heads."""
     k_student, k_heads = jax.random.split(key)
-    return init(student_params(teacher_params, nets, k_student, logvar_start=c.logvar_start), nets, c, k_heads)
+    return init(
+        student_params(teacher_params, nets, k_student, logvar_start=c.logvar_start),
+        nets,
+        c,
+        k_heads,
+    )
 
 
 def student_F(nets: Nets, params, cond, w, *, logvar_gradient="network"):
@@ -76,9 +88,13 @@ def student_F(nets: Nets, params, cond, w, *, logvar_gradient="network"):
         x_fm = trigflow.to_flow_state(u, t)
         out = nets.student.apply(params, x_fm, t_fm, guidance=guidance, **cond)
         logvar = out.logvar
-        if logvar_gradient == "head":  # again, without blocks, from parameters of which only the head's get a gradient
+        if (
+            logvar_gradient == "head"
+        ):  # again, without blocks, from parameters of which only the head's get a gradient
             plain = {"text": cond["text"], "mask": cond["mask"]}
-            logvar = nets.student.apply(_head_alone(params), x_fm, t_fm, guidance=guidance, **plain, velocity=False).logvar
+            logvar = nets.student.apply(
+                _head_alone(params), x_fm, t_fm, guidance=guidance, **plain, velocity=False
+            ).logvar
         return trigflow.from_flow_velocity(out.velocity, x_fm, t_fm), logvar
 
     return F
@@ -88,7 +104,10 @@ def _head_alone(params):
     """The same parameters, all but those of the log-variance head stopped."""
     flat = traverse_util.flatten_dict(params)
     return traverse_util.unflatten_dict(
-        {path: leaf if "logvar" in path else jax.lax.stop_gradient(leaf) for path, leaf in flat.items()}
+        {
+            path: leaf if "logvar" in path else jax.lax.stop_gradient(leaf)
+            for path, leaf in flat.items()
+        }
     )
 
 
@@ -126,7 +145,7 @@ def discriminate(nets: Nets, frozen, heads, spectral, c, cond, u, s):
     x_fm, t_fm = trigflow.to_flow_state(u, s), trigflow.to_flow_time(s)
     features = nets.teacher.apply(
         frozen["teacher"], x_fm, t_fm, **cond, features=c.head_blocks, velocity=False
-    ).features  # fmt: skip
+    ).features
     return nets.heads.apply(heads, spectral, features)
 
 
@@ -158,7 +177,10 @@ def _start(c, keys, x0):
 def _renoising(c, key, x0):
     """Time and noise of the discriminator's view."""
     k_time, k_noise = jax.random.split(key)
-    return {"t": trigflow.sample_time(k_time, x0.shape[0], mean=c.disc_mean, std=c.disc_std), "z": _noise(k_noise, x0)}
+    return {
+        "t": trigflow.sample_time(k_time, x0.shape[0], mean=c.disc_mean, std=c.disc_std),
+        "z": _noise(k_noise, x0),
+    }
 
 
 def _renoise(x0, drawn):
@@ -178,24 +200,35 @@ def make_generator_step(nets: Nets, c: config_lib.Sprint, seed: int, *, control_
         x0 = trigflow.SIGMA_D * batch["latent"]
         n = x0.shape[0]
         return {
-            "x0": x0, "cond": batch_lib.conditions(batch, key, control_dropout), "w": _guidance(c, k_w, n),
-            "t": trigflow.sample_time(k_t, n, mean=c.p_mean, std=c.p_std), "z": _noise(k_z, x0),
-            "start": _start(c, k_gan, x0), "renoise": _renoising(c, k_s, x0),
-        }  # fmt: skip
+            "x0": x0,
+            "cond": batch_lib.conditions(batch, key, control_dropout),
+            "w": _guidance(c, k_w, n),
+            "t": trigflow.sample_time(k_t, n, mean=c.p_mean, std=c.p_std),
+            "z": _noise(k_z, x0),
+            "start": _start(c, k_gan, x0),
+            "renoise": _renoising(c, k_s, x0),
+        }
 
     def losses(params, batch, state, frozen):
         total, metrics = 0.0, {}
         if c.scm_weight:
             per_sample, aux = scm.loss(
-                student_F(nets, params, batch["cond"], batch["w"], logvar_gradient=c.logvar_gradient),
+                student_F(
+                    nets, params, batch["cond"], batch["w"], logvar_gradient=c.logvar_gradient
+                ),
                 teacher_velocity(nets, frozen, batch["cond"], batch["w"], c.uncond_mask),
-                batch["x0"], batch["z"], batch["t"],
+                batch["x0"],
+                batch["z"],
+                batch["t"],
                 r=scm.tangent_warmup(state.step + 1, c.tangent_warmup),
-                weighting=c.weighting, normalize=c.tangent_normalize,
-            )  # fmt: skip
+                weighting=c.weighting,
+                normalize=c.tangent_normalize,
+            )
             total += c.scm_weight * per_sample.mean()
             metrics |= {"scm": per_sample.mean()} | {k: v.mean() for k, v in aux.items()}
-            metrics["by_time"] = buckets.by_time(batch["t"], trigflow.T_MAX, {"scm": per_sample} | aux)
+            metrics["by_time"] = buckets.by_time(
+                batch["t"], trigflow.T_MAX, {"scm": per_sample} | aux
+            )
         if c.adv_weight:
             u, s = _renoise(generate(nets, params, batch, batch["start"]), batch["renoise"])
             logits = discriminate(nets, frozen, state.heads, state.spectral, c, batch["cond"], u, s)
@@ -207,7 +240,10 @@ def make_generator_step(nets: Nets, c: config_lib.Sprint, seed: int, *, control_
     def step(state, frozen, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (value, metrics), grads = state_lib.value_and_grad(
-            lambda params, part: losses(params, part, state, frozen), state.params, draw(key, batch), c.accumulate
+            lambda params, part: losses(params, part, state, frozen),
+            state.params,
+            draw(key, batch),
+            c.accumulate,
         )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
@@ -236,10 +272,15 @@ def make_discriminator_step(nets: Nets, c: config_lib.Sprint, seed: int, *, cont
         k_w, k_fake, k_real, k_shift, *k_gan = jax.random.split(key, 7)
         x0 = trigflow.SIGMA_D * batch["latent"]
         return {
-            "x0": x0, "cond": batch_lib.conditions(batch, key, control_dropout), "w": _guidance(c, k_w, x0.shape[0]),
-            "start": _start(c, k_gan, x0), "fake": _renoising(c, k_fake, x0), "real": _renoising(c, k_real, x0),
-            "shifted": ladd.misaligned(x0), "shift": _renoising(c, k_shift, x0),
-        }  # fmt: skip
+            "x0": x0,
+            "cond": batch_lib.conditions(batch, key, control_dropout),
+            "w": _guidance(c, k_w, x0.shape[0]),
+            "start": _start(c, k_gan, x0),
+            "fake": _renoising(c, k_fake, x0),
+            "real": _renoising(c, k_real, x0),
+            "shifted": ladd.misaligned(x0),
+            "shift": _renoising(c, k_shift, x0),
+        }
 
     def loss(heads, batch, state, frozen, spectral):
         cond, n = batch["cond"], batch["x0"].shape[0]
@@ -269,8 +310,10 @@ def make_discriminator_step(nets: Nets, c: config_lib.Sprint, seed: int, *, cont
         spectral = nets.heads.advance(state.heads, fake)
         (value, margins), grads = state_lib.value_and_grad(
             lambda heads, part: loss(heads, part, state, frozen, {"fake": fake, "real": spectral}),
-            state.heads, draw(key, batch), c.accumulate,
-        )  # fmt: skip
+            state.heads,
+            draw(key, batch),
+            c.accumulate,
+        )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
         updates, heads_opt = nets.heads_tx.update(grads, state.heads_opt, state.heads)

@@ -40,7 +40,9 @@ class SprintState:
     rejected: jax.Array
 
 
-def optimizer(c: config_lib.Optimizer, steps: int, batch: int, came_rules) -> optax.GradientTransformation:
+def optimizer(
+    c: config_lib.Optimizer, steps: int, batch: int, came_rules
+) -> optax.GradientTransformation:
     """Global-norm clipping, then the optimiser with linear warm-up and a cosine to `decay_to` over `steps`.
 
     batch: the global one, for the square-root rule of the rate. came_rules: (factored, stacked) of the tree
@@ -57,15 +59,24 @@ def optimizer(c: config_lib.Optimizer, steps: int, batch: int, came_rules) -> op
 
     if c.kind == "muon":
         update = optax.contrib.muon(
-            schedule(c.muon_lr), weight_decay=c.weight_decay, adam_b1=c.b1, adam_b2=c.b2,
-            adam_weight_decay=c.weight_decay, adam_learning_rate=schedule(c.lr),
+            schedule(c.muon_lr),
+            weight_decay=c.weight_decay,
+            adam_b1=c.b1,
+            adam_b2=c.b2,
+            adam_weight_decay=c.weight_decay,
+            adam_learning_rate=schedule(c.lr),
             muon_weight_dimension_numbers=_matrices,
-        )  # fmt: skip
+        )
     elif c.kind == "came":
         update = came_lib.came(
-            schedule(c.lr), b1=c.b1, b2=c.b2, b3=c.b3, weight_decay=c.weight_decay,
-            factored=came_rules[0], stacked=came_rules[1],
-        )  # fmt: skip
+            schedule(c.lr),
+            b1=c.b1,
+            b2=c.b2,
+            b3=c.b3,
+            weight_decay=c.weight_decay,
+            factored=came_rules[0],
+            stacked=came_rules[1],
+        )
     else:
         update = optax.adamw(schedule(c.lr), b1=c.b1, b2=c.b2, weight_decay=c.weight_decay)
     return optax.chain(optax.clip_by_global_norm(c.clip), update)
@@ -78,7 +89,9 @@ def _matrices(params):
         names = [str(key.key) for key in path]
         if names[-1] != "kernel" or names[-2] in ("patch_embed", "proj_out", "logvar"):
             return None
-        return optax.contrib.MuonDimensionNumbers(reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1)
+        return optax.contrib.MuonDimensionNumbers(
+            reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1
+        )
 
     return jax.tree_util.tree_map_with_path(axes, params)
 

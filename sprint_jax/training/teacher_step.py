@@ -29,7 +29,9 @@ def start(model: LinearDiT, key, *, borders: bool):
         return params
     bias = params["blocks"]["ff"]["conv_inverted"]["bias"]
     table = params["blocks"]["scale_shift_table"]
-    params["blocks"]["ff"]["conv_inverted"]["bias"] = 2.0 * jax.random.normal(jax.random.fold_in(key, 1), bias.shape)
+    params["blocks"]["ff"]["conv_inverted"]["bias"] = 2.0 * jax.random.normal(
+        jax.random.fold_in(key, 1), bias.shape
+    )
     params["blocks"]["scale_shift_table"] = table.at[:, _FF_GATE].add(1.0)
     params["inputs"]["patch_embed"]["kernel"] = 0.3 * params["inputs"]["patch_embed"]["kernel"]
     return params
@@ -38,9 +40,12 @@ def start(model: LinearDiT, key, *, borders: bool):
 def init(params, tx, c: config_lib.Teacher) -> state_lib.TeacherState:
     """State at step 0 around given parameters."""
     return state_lib.TeacherState(
-        step=jnp.zeros((), jnp.int32), params=params, ema=state_lib.start_ema(params, c.ema),
-        opt=tx.init(params), rejected=jnp.zeros((2,), jnp.int32),
-    )  # fmt: skip
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=state_lib.start_ema(params, c.ema),
+        opt=tx.init(params),
+        rejected=jnp.zeros((2,), jnp.int32),
+    )
 
 
 def make_step(model, tx, c: config_lib.Teacher, seed: int):
@@ -114,5 +119,7 @@ def add_qk_norm(params, model: LinearDiT, key):
         else:
             raise ValueError(f"{'/'.join(name)} is missing from the teacher and is no QK-norm")
     if have:
-        raise ValueError(f"the teacher has parameters the model lacks: {['/'.join(n) for n in have]}")
+        raise ValueError(
+            f"the teacher has parameters the model lacks: {['/'.join(n) for n in have]}"
+        )
     return traverse_util.unflatten_dict(merged)
