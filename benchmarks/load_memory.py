@@ -19,9 +19,9 @@ def peak():
 
 def main(argv):
     del argv
-    from sprint_jax import pipeline
-
     import transformers  # noqa: F401 (what the libraries themselves take is not counted)
+
+    from sprint_jax import pipeline
 
     jax.jit(lambda x: x + 1)(0)
     before = peak()

@@ -16,10 +16,10 @@ import jax
 import numpy as np
 import torch
 import torch.nn.functional as nn_f
-from benchmarks import peers
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from benchmarks import peers
 from sprint_jax import build
 from sprint_jax.benchmarking import bench as bench_lib
 from sprint_jax.benchmarking import machine, timing

@@ -543,7 +543,7 @@ def _check(c: Config):
         (
             len(s.head_blocks) > 0
             and list(s.head_blocks) == sorted(set(s.head_blocks))
-            and 0 <= s.head_blocks[0]
+            and s.head_blocks[0] >= 0
             and s.head_blocks[-1] < m.depth,
             f"config.sprint.head_blocks {s.head_blocks}: use increasing block numbers within 0..{m.depth - 1}",
         ),

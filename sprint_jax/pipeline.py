@@ -12,7 +12,8 @@ import numpy as np
 
 from sprint_jax import build, drawing, generation, parts, weights, workdir
 from sprint_jax import config as config_lib
-from sprint_jax.conversion import folder, instruction as instruction_lib
+from sprint_jax.conversion import folder
+from sprint_jax.conversion import instruction as instruction_lib
 from sprint_jax.data import prompts as prompts_lib
 from sprint_jax.diffusion import samplers, trigflow
 from sprint_jax.errors import UserError

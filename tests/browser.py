@@ -1,6 +1,7 @@
 """A real browser at a real server: what tests, the benchmark of strokes and README's picture share."""
 
 import contextlib
+import itertools
 import shutil
 
 ARGUMENTS = (
@@ -65,7 +66,7 @@ def stroke(page, *points, pause=0):
     place = lambda x, y: (box["x"] + x * box["width"], box["y"] + y * box["height"])
     page.mouse.move(*place(*points[0]))
     page.mouse.down()
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
         for i in range(1, 11):
             page.mouse.move(*place(x0 + (x1 - x0) * i / 10, y0 + (y1 - y0) * i / 10))
             page.wait_for_timeout(pause)

@@ -66,7 +66,9 @@ def command(common):
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
-    def run(module, *flags, background=False, environment={}, before=""):
+    def run(module, *flags, background=False, environment=None, before=""):
+        if environment is None:
+            environment = {}
         after = f"import runpy\nrunpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
         what = ("-c", f"{textwrap.dedent(before)}\n{after}") if before else ("-m", module)
         words = [sys.executable, *what, *map(str, flags)]

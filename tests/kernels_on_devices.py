@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
 from kernel_cases import (
     cross_case,
     directions,
@@ -23,6 +22,7 @@ from kernel_cases import (
     published,
     worst,
 )
+
 from sprint_jax.kernels import cross_attention, linear_attention
 from sprint_jax.models import depthwise
 

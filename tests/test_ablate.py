@@ -9,9 +9,9 @@ import runpy
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image, ImageFont
 
-from conftest import ROOT
 from sprint_jax import build, config, inputs, weights
 from sprint_jax import run as run_lib
 from sprint_jax.ablation import experiments, grid, plots, report, suite, verdict

@@ -5,10 +5,10 @@ import json
 import jax
 import numpy as np
 import pytest
+from test_config import card
 
 from sprint_jax import average, build, config, pipeline, weights
 from sprint_jax.errors import UserError
-from test_config import card
 
 
 def run(folder, seed):

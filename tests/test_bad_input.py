@@ -5,10 +5,10 @@ import json
 import shutil
 
 import pytest
-
 from conftest import ROOT, TINY
-from sprint_jax import config as config_lib
+
 from sprint_jax import cli, pipeline, run
+from sprint_jax import config as config_lib
 from sprint_jax.errors import UserError
 
 

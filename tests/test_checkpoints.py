@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from conftest import ROOT
+from test_sharding import simulated
+
 from sprint_jax.errors import UserError
 from sprint_jax.training.checkpoints import Checkpoints, fingerprints
-from test_sharding import simulated
 
 
 def tree(step):
@@ -169,12 +169,14 @@ def test_other_data_are_refused_and_nothing_renamed(tmp_path):
     """Fails when what a checkpoint was made from is not compared."""
     with Checkpoints(tmp_path, keep=2, data="drawn shapes") as checkpoints:
         checkpoints.save(4, tree(4))
-    with Checkpoints(tmp_path, keep=2, data="a folder") as checkpoints:
-        with pytest.raises(
+    with (
+        Checkpoints(tmp_path, keep=2, data="a folder") as checkpoints,
+        pytest.raises(
             UserError,
             match="4 was made from drawn shapes, the config now reads a folder: use the same data",
-        ):
-            checkpoints.restore_newest(abstract(tree(0)))
+        ),
+    ):
+        checkpoints.restore_newest(abstract(tree(0)))
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["4"]
 
 
@@ -244,6 +246,7 @@ def on_meshes(folder, out, counts):
     import dataclasses
 
     import on_devices
+
     from sprint_jax import build, inputs, run
     from sprint_jax.training import loop, sharding
 

@@ -6,8 +6,8 @@ import sys
 import time
 
 import pytest
-
 from conftest import ROOT
+
 from sprint_jax import compile_cache
 
 # A command's beginning, and one program. Prints what JAX's own events say.
@@ -89,7 +89,7 @@ def test_off(start, tmp_path):
 def test_a_place_that_cannot_be_written(start, tmp_path):
     """One line, and the work goes on."""
     (tmp_path / "file").write_text("")
-    counts, where, said = start(XDG_CACHE_HOME=str(tmp_path / "file"))
+    _counts, where, said = start(XDG_CACHE_HOME=str(tmp_path / "file"))
     assert where == "None" and len(said.splitlines()) == 1
     assert (
         said.startswith("warning: compiled programs are not kept, cannot write in")

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy import ndimage
+from test_bad_input import refused
 
 from sprint_jax.data import conditions, shapes, sources
 from sprint_jax.evaluation import edges
-from test_bad_input import refused
 
 
 def flat(colour, size=16):
@@ -362,7 +362,7 @@ def test_command_makes_edges_and_keeps_them(command, folder, tmp_path):
     result = command("sprint_jax.condition", *flags, "--kind=edges")
     assert result.returncode == 0, result.stderr[-3000:]
     for name, size in (("a", 32), ("more/b", 64)):
-        image = shapes.example(0, "a more/b".split().index(name), size=size).image
+        image = shapes.example(0, ["a", "more/b"].index(name), size=size).image
         expected = conditions.as_picture(conditions.gradient_edges(image[None]))[0]
         np.testing.assert_array_equal(
             np.asarray(Image.open(tmp_path / f"out/{name}.png")), expected

@@ -10,8 +10,8 @@ import runpy
 import jax
 import jax.numpy as jnp
 import pytest
-
 from conftest import ROOT
+
 from sprint_jax import build, config, inputs, run, weights
 from sprint_jax.errors import UserError
 from sprint_jax.models import ladd_heads

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from conftest import ROOT
 from PIL import Image
 
-from conftest import ROOT
 from sprint_jax import encode, parts
 from sprint_jax.data import encoded, pixels, prompts, shapes, sources, text
 from sprint_jax.errors import UserError

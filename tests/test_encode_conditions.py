@@ -11,18 +11,18 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from PIL import Image
-
 import test_encode
 import test_encoded
 import test_inputs
 from conftest import ROOT
+from PIL import Image
+from test_encode import CODEC, SIZES, contents, records
+
 from sprint_jax import build, config, encode, inputs, lines, run
 from sprint_jax.conversion import tables
 from sprint_jax.data import batches, conditions, encoded, shapes, sources
 from sprint_jax.errors import UserError
 from sprint_jax.models import hed
-from test_encode import CODEC, SIZES, contents, records
 
 EDGES = lines.Lines("edges", None, None)
 

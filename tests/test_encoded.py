@@ -500,13 +500,15 @@ def test_past_the_share_it_stops(tmp_path):
         data, seed=0, batch=16, start=0, stop=40, max_bad=0.12, say=said.append
     ) as ahead:
         assert len(list(ahead)) == 40
-    with batches.iterate(
-        data, seed=0, batch=16, start=0, stop=40, max_bad=0.05, say=said.append
-    ) as ahead:
-        with pytest.raises(
+    with (
+        batches.iterate(
+            data, seed=0, batch=16, start=0, stop=40, max_bad=0.05, say=said.append
+        ) as ahead,
+        pytest.raises(
             UserError, match=r"[4-7] of \d\d records read from .* more than the share 0.05"
-        ):
-            list(ahead)
+        ),
+    ):
+        list(ahead)
 
 
 def test_a_share_of_what_there_is(tmp_path):

@@ -6,13 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from conftest import ROOT
+from PIL import Image
+from test_bad_input import refused
+
 from sprint_jax import gallery
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import frechet
-from test_bad_input import refused
 
 DOOR = "sprint_jax.evaluate"
 

@@ -10,8 +10,8 @@ import zipfile
 import jax
 import numpy as np
 import pytest
-
 from conftest import ROOT
+
 from sprint_jax import drawing, export, exported, pipeline, weights
 from sprint_jax.errors import UserError
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-
 from conftest import ROOT
+
 from sprint_jax import build, config
 from sprint_jax.diffusion import scm
 from sprint_jax.planning import flops

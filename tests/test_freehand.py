@@ -6,8 +6,8 @@ import runpy
 
 import numpy as np
 import pytest
-
 from conftest import ROOT
+
 from sprint_jax import build, config, inputs
 from sprint_jax.data import conditions, freehand, loader, shapes
 from sprint_jax.evaluation import checker

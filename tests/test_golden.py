@@ -7,11 +7,11 @@ record the new ones with the change that explains them.
 import jax
 import numpy as np
 import pytest
+from test_config import card
 
 from sprint_jax import build, config
 from sprint_jax.data import loader
 from sprint_jax.training import sprint_step
-from test_config import card
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_identities(stepped):
     With F - F- = 0 the sCM error is the normalised tangent's mean square, below 1 / D; the log-variance
     head starts at zero; the total is the weighted sum of both losses.
     """
-    generator, discriminator, c = stepped
+    generator, _discriminator, c = stepped
     elements = np.prod(build.latent_shape(c))
     assert 0.5 / elements < generator["error"] < 1 / elements
     assert generator["logvar"] == 0

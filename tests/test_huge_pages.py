@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-
 from conftest import ROOT
+
 from sprint_jax import huge_pages
 
 MADVISE = "always [madvise] never\n"

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
+from test_bad_input import refused
 
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import extractors, fid
 from sprint_jax.models import inception
-from test_bad_input import refused
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional

@@ -7,13 +7,13 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from PIL import Image
-
 from conftest import TINY
+from PIL import Image
+from test_config import card
+
 from sprint_jax import build, config, encode, inputs, parts
 from sprint_jax.data import encoded, shapes, sources, text
 from sprint_jax.errors import UserError
-from test_config import card
 
 
 def pictures(folder, count, size=32):

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
-
 from conftest import ROOT
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from kernel_cases import (
     EPS,
     cross,
@@ -30,6 +29,9 @@ from kernel_cases import (
     relative,
     worst,
 )
+from test_config import card
+from test_linear_dit import stencil
+
 from sprint_jax import build, config, parts, pipeline
 from sprint_jax.errors import UserError
 from sprint_jax.kernels import backend, cross_attention, linear_attention
@@ -37,8 +39,6 @@ from sprint_jax.kernels import depthwise as kernels_depthwise
 from sprint_jax.models import depthwise as models_depthwise
 from sprint_jax.models.dc_ae import DCAE_F32C32
 from sprint_jax.models.linear_dit import LinearDiT
-from test_config import card
-from test_linear_dit import stencil
 
 # Compiled where the device has kernels, else interpreted.
 HERE = backend.resolve("pallas", jax.default_backend(), 64, 64, "float32")[0].replace(

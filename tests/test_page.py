@@ -15,9 +15,8 @@ import browser
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
-
 from conftest import free_port
+from PIL import Image
 from test_serving import gate, paint, served, wait_until  # noqa: F401 (gate is a fixture)
 
 pytestmark = [
@@ -266,8 +265,8 @@ def test_two_tabs_at_once(chromium, address, keep):
         page.fill("#sprint-seed input", str(100 + number))
         page.wait_for_timeout(300)
         body = page.evaluate(
-            "JSON.stringify({prompt: document.querySelector('#sprint-prompt textarea').value, seed: %d})"
-            % (100 + number)
+            "JSON.stringify({prompt: document.querySelector('#sprint-prompt textarea').value,"
+            f" seed: {100 + number}}})"
         )
         expected.append(answer(address, body)[1])
     assert not np.array_equal(*expected)

@@ -287,9 +287,9 @@ def test_text_encoder_and_prefix(tmp_path):
         expected = theirs(torch.tensor(tokens), torch.tensor(mask).long()).last_hidden_state.numpy()
     apply = jax.jit(model.apply, compiler_options=QUICK)
     assert relative(np.asarray(apply(params, tokens, mask))[mask], expected[mask]) < 1e-5
-    for given in (params, model.unstack(params)):
-        prefix = jax.jit(model.prefix, compiler_options=QUICK)(given, tokens[0, :6])
-        after = np.asarray(apply(given, tokens[:, 6:], mask[:, 6:], prefix))
+    for tree in (params, model.unstack(params)):
+        prefix = jax.jit(model.prefix, compiler_options=QUICK)(tree, tokens[0, :6])
+        after = np.asarray(apply(tree, tokens[:, 6:], mask[:, 6:], prefix))
         assert relative(after[mask[:, 6:]], expected[:, 6:][mask[:, 6:]]) < 1e-5
         assert relative(prefix.first, expected[0, 0]) < 1e-5
 

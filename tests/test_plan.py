@@ -6,13 +6,13 @@ import re
 import jax
 import numpy as np
 import pytest
-
 from conftest import TINY
+from test_config import card
+
 from sprint_jax import build, config, plan
 from sprint_jax.errors import UserError
 from sprint_jax.planning import gpus, hardware
 from sprint_jax.training import loop
-from test_config import card
 
 
 @pytest.mark.slow

@@ -12,13 +12,13 @@ import time
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
-
 from conftest import ROOT, SMOKE, TINY, free_port
+from safetensors.numpy import load_file
+from test_run import rows, wait_for
+
 from sprint_jax import distributed
 from sprint_jax.distributed import Place
 from sprint_jax.errors import UserError
-from test_run import rows, wait_for
 
 # Threads of this one process stand for processes that `os._exit` ends.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -353,7 +353,7 @@ def kill_process_1(launched):
     """SIGKILL: the others end soon, not well, and name it."""
     begin = time.monotonic()
     os.kill(number(launched, 1), signal.SIGKILL)
-    out, err = launched.communicate(timeout=60)
+    _out, err = launched.communicate(timeout=60)
     assert time.monotonic() - begin < 30
     assert launched.returncode not in (0, None)
     assert f"error: process 1 on {HERE} ended unexpectedly" in err, err[-2000:]
@@ -421,7 +421,7 @@ def test_killed_and_resumed_is_bit_equal(two, job, tmp_path):
     wait_for(workdir, "teacher", 6, launched)
     wait_whole(workdir / "checkpoints/teacher/4", launched)
     kill_process_1(launched)
-    out, err = end(job(workdir, 2, *ALONE))
+    out, _err = end(job(workdir, 2, *ALONE))
     assert "teacher: resumed from checkpoint at step" in out
     same(workdir, two, exactly=True)
 
@@ -438,13 +438,13 @@ def test_interrupted_and_killed_runs_end_bit_equal(two_whole, job, tmp_path):
     launched = job(workdir, 2)
     wait_for(workdir, "sprint", 4, launched)
     os.kill(number(launched, 1), signal.SIGTERM)
-    out, err = end(launched)
+    out, _ = end(launched)
     saved = max(int(p.name) for p in (workdir / "checkpoints/sprint").iterdir() if p.name.isdigit())
     assert "teacher: resumed from checkpoint at step 4 of 16" in out
     assert f"sprint: stopped at step {saved} of 16" in out and "the same command goes on" in out
     assert 4 <= saved < 16 and rows(workdir)[-1]["step"] <= saved
 
-    out, err = end(job(workdir, 2))
+    out, _err = end(job(workdir, 2))
     assert f"sprint: resumed from checkpoint at step {saved} of 16" in out
     same(workdir, two_whole, exactly=True)
 

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from test_config import card
 
 from sprint_jax import config, inputs, strips
 from sprint_jax.errors import UserError
 from sprint_jax.reporting import page, plots
 from sprint_jax.reporting import rows as rows_lib
 from sprint_jax.training import buckets, loop, records, sharding, state
-from test_config import card
 
 # By time
 

@@ -8,14 +8,14 @@ import time
 
 import numpy as np
 import pytest
+from conftest import TINY
 from PIL import Image
 from tensorboardX.proto import event_pb2
+from test_config import card
 
-from conftest import TINY
 from sprint_jax import config, extract, run
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import checker
-from test_config import card
 
 
 def rows(workdir):

@@ -1,5 +1,6 @@
 """Samplers against data whose ODE is solved by hand: a single point and a Gaussian."""
 
+import itertools
 import math
 
 import jax
@@ -190,7 +191,7 @@ def test_euler_is_first_order(name):
     run = jax.jit(ODE[name], static_argnums=1)
     errors = [error(run(noise, n), S / SIGMA_D * noise) for n in (32, 64, 128)]
     assert errors[2] < 0.03
-    for coarse, fine in zip(errors, errors[1:]):
+    for coarse, fine in itertools.pairwise(errors):
         assert 1.85 < coarse / fine < 2.15
 
 

@@ -21,10 +21,10 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from conftest import free_port
 from PIL import Image
 from starlette.testclient import TestClient
 
-from conftest import free_port
 from sprint_jax import app as door
 from sprint_jax import drawing, exported, pictures, pipeline
 from sprint_jax.errors import UserError
@@ -503,7 +503,9 @@ CLIENT = httpx.Client(
 )  # certificates take longer to read than all that these tests do
 
 
-def ask(address, headers={}, **fields):
+def ask(address, headers=None, **fields):
+    if headers is None:
+        headers = {}
     return CLIENT.post(
         f"{address}/generate",
         content=body(**fields),

@@ -6,12 +6,12 @@ import itertools
 
 import numpy as np
 import pytest
+from test_config import card
 
 from sprint_jax import build, config
 from sprint_jax.data import loader, pixels, shapes, text
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import checker
-from test_config import card
 
 
 def examples(count, **options):
@@ -195,7 +195,21 @@ def test_a_noun_carries_its_adjective_and_its_relation():
     encoder = text.ShapesText()
     words, positions = encoder.window.words, encoder.window.positions
     feature = encoder.encode(["a red circle left of a blue square"])[0][0, 3]
-    around = "<pad> <pad> <pad> <bos> a red circle left of a blue square <pad>".split()
+    around = [
+        "<pad>",
+        "<pad>",
+        "<pad>",
+        "<bos>",
+        "a",
+        "red",
+        "circle",
+        "left",
+        "of",
+        "a",
+        "blue",
+        "square",
+        "<pad>",
+    ]
     for k, word in enumerate(around):
         expected = 0 if word == "<pad>" else words[k][text.WORDS.index(word)]
         np.testing.assert_allclose(feature[16 * k : 16 * k + 16], expected, atol=1e-6)

@@ -8,15 +8,15 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec as P
-
 from conftest import QUICK, ROOT
+from jax.sharding import PartitionSpec as P
+from test_config import card
+
 from sprint_jax import build, config, inputs, run
 from sprint_jax.errors import UserError
 from sprint_jax.models.ladd_heads import LADDHeads
 from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
 from sprint_jax.training import loop, sharding
-from test_config import card
 
 
 def simulated(program, *arguments, devices=8):

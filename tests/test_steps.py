@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import ROOT
 from flax import traverse_util
 
-from conftest import ROOT
 from sprint_jax import build, config
 from sprint_jax.diffusion import flow, scm, trigflow
 from sprint_jax.training import came, sprint_step, state, teacher_step
@@ -285,7 +285,7 @@ def test_sprint_steps_reject_a_nan():
     """Fails when spectral keeps its new value in make_discriminator_step."""
     now = start()
     for count, step in enumerate(steps(), 1):
-        bad, metrics = step(now, frozen(), poisoned())
+        bad, _metrics = step(now, frozen(), poisoned())
         for part in ("params", "opt", "ema", "heads", "heads_opt", "spectral"):
             assert same(getattr(bad, part), getattr(now, part)), part
         assert bad.rejected.tolist() == [1, count - 1, count]

@@ -61,7 +61,7 @@ class Bench:
         self.where = machine.where()
         self._kept = {}
 
-    @functools.cache
+    @functools.cache  # noqa: B019 one Bench a process
     def rates(self, dtype):
         return machine.rates(dtype)
 

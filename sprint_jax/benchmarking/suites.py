@@ -134,7 +134,7 @@ def gpu() -> list[Case]:
                     unroll=size.depth,
                 )
             )
-    return cases + [case("sprint_pair_embedded", embedded_pair)]
+    return [*cases, case("sprint_pair_embedded", embedded_pair)]
 
 
 def published_pair(bench, preset, remat, **options):

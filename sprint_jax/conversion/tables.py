@@ -16,7 +16,7 @@ def _span(index, width):
 
 def _linear(theirs, ours, fan_in, fan_out, bias=True):
     rows = [Row(f"{theirs}.weight", (fan_out, fan_in), f"{ours}.kernel", "dense")]
-    return rows + [Row(f"{theirs}.bias", (fan_out,), f"{ours}.bias")] if bias else rows
+    return [*rows, Row(f"{theirs}.bias", (fan_out,), f"{ours}.bias")] if bias else rows
 
 
 def transformer(m: LinearDiT) -> list[Row]:
@@ -199,7 +199,7 @@ def autoencoder(m: DCAE) -> list[Row]:
 
 def _conv(theirs, ours, fan_in, fan_out, bias=True):
     rows = [Row(f"{theirs}.weight", (fan_out, fan_in, 3, 3), f"{ours}.kernel", "conv")]
-    return rows + [Row(f"{theirs}.bias", (fan_out,), f"{ours}.bias")] if bias else rows
+    return [*rows, Row(f"{theirs}.bias", (fan_out,), f"{ours}.bias")] if bias else rows
 
 
 def _norm(theirs, ours, width):
@@ -245,7 +245,8 @@ def _ae_block(m, stage, theirs, ours):
     )
     rows += _norm(f"{theirs}.attn.norm_out", f"{ours}.attn.norm_out", C)
     ff, inner = f"{theirs}.conv_out", 8 * C
-    return rows + [
+    return [
+        *rows,
         Row(
             f"{ff}.conv_inverted.weight",
             (inner, C, 1, 1),

@@ -266,7 +266,7 @@ def _background(rng, size):
     share = (np.arange(size) + 0.5) / size
     x, y = share[None, :] + 0 * share[:, None], share[:, None] + 0 * share[None, :]
     base = np.array(COLOURS[colour], float)
-    if kind < 0.4 or kind < 0.6 and other == colour:
+    if kind < 0.4 or (kind < 0.6 and other == colour):
         mix, words = np.zeros((size, size)), f"{colour} background"
         end = base
     elif kind < 0.6:

@@ -325,7 +325,7 @@ def pictures_at_once(m: DCAE, pixels: int) -> int:
 def in_parts(function: Callable, x, most: int):
     """function(x) of independent samples [B, ...], in equal parts of at most `most` samples, one after the other."""
     B = x.shape[0]
-    parts = next(n for n in range(1, B + 1) if B % n == 0 and B // n <= most) if B > most else 1
+    parts = next(n for n in range(1, B + 1) if B % n == 0 and B // n <= most) if most < B else 1
     if parts == 1:
         return function(x)
     out = jax.lax.map(function, x.reshape(parts, -1, *x.shape[1:]))

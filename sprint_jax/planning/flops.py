@@ -28,16 +28,69 @@ _BODY = {
 
 # Nothing is computed: moved, renamed or converted only.
 _MOVES = frozenset(
-    "broadcast_in_dim reshape transpose squeeze expand_dims slice dynamic_slice dynamic_update_slice concatenate "
-    "pad rev gather scatter copy copy_p convert_element_type bitcast_convert_type iota stop_gradient "
-    "reduce_precision sharding_constraint mesh_cast reshard device_put split name optimization_barrier "
-    "platform_index axis_index empty empty2 create_token random_wrap random_unwrap pvary pcast "
-    "all_gather all_to_all ppermute get swap".split()
+    [
+        "broadcast_in_dim",
+        "reshape",
+        "transpose",
+        "squeeze",
+        "expand_dims",
+        "slice",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "concatenate",
+        "pad",
+        "rev",
+        "gather",
+        "scatter",
+        "copy",
+        "copy_p",
+        "convert_element_type",
+        "bitcast_convert_type",
+        "iota",
+        "stop_gradient",
+        "reduce_precision",
+        "sharding_constraint",
+        "mesh_cast",
+        "reshard",
+        "device_put",
+        "split",
+        "name",
+        "optimization_barrier",
+        "platform_index",
+        "axis_index",
+        "empty",
+        "empty2",
+        "create_token",
+        "random_wrap",
+        "random_unwrap",
+        "pvary",
+        "pcast",
+        "all_gather",
+        "all_to_all",
+        "ppermute",
+        "get",
+        "swap",
+    ]
 )
 
 _REDUCTIONS = frozenset(
-    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin reduce "
-    "cumsum cumprod cummax cummin cumlogsumexp".split()
+    [
+        "reduce_sum",
+        "reduce_max",
+        "reduce_min",
+        "reduce_prod",
+        "reduce_and",
+        "reduce_or",
+        "reduce_xor",
+        "argmax",
+        "argmin",
+        "reduce",
+        "cumsum",
+        "cumprod",
+        "cummax",
+        "cummin",
+        "cumlogsumexp",
+    ]
 )
 
 

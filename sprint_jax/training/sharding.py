@@ -9,7 +9,8 @@ import math
 import re
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sprint_jax.errors import UserError
 
