@@ -1,4 +1,4 @@
-"""How fast this is, here, against PyTorch and against arithmetic: python -m sprint_jax.benchmark --suite=cpu
+"""How fast this is, here, against PyTorch and against arithmetic: python -m benchmarks --suite=cpu
 
     --suite=cpu       float32: 0.6B transformer, DC-AE decoder, a pair of training steps, a whole command
     --suite=gpu       bfloat16: components, prompt to pixels at 512 and 1024 px, the published training pair
@@ -17,8 +17,8 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import cli
 
 # Two commands with a flag of one name meet only in a process that imports both.
 _SUITE = flags.DEFINE_enum(
@@ -53,7 +53,7 @@ def main(argv):
         if _SUITE.value == "cpu":
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
         rows = _run(_cases(), out)
-        from sprint_jax.benchmarking import rows as rows_lib
+        from benchmarks.harness import rows as rows_lib
 
         print("\n" + rows_lib.table(rows))
         if out:
@@ -76,7 +76,7 @@ def _file():
 def _cases():
     import jax
 
-    from sprint_jax.benchmarking import suites
+    from benchmarks.harness import suites
 
     backend = jax.default_backend()
     if _SUITE.value == "gpu" and backend == "cpu":
@@ -110,8 +110,8 @@ def _cases():
 def _run(cases, out):
     import tqdm
 
-    from sprint_jax.benchmarking import bench as bench_lib
-    from sprint_jax.benchmarking import rows as rows_lib
+    from benchmarks.harness import bench as bench_lib
+    from benchmarks.harness import rows as rows_lib
 
     bench, rows = (
         bench_lib.Bench(_REPEATS.value, _OPERATIONS.value, _PEERS.value, tqdm.tqdm.write),

@@ -11,7 +11,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.models import depthwise
+from sprint_jax.ops import depthwise
 
 SHAPE = (32, 8, 8, 512)
 REPEATS = 25

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from sprint_jax import build, cli, config, inputs, pipeline
+from sprint_jax import build, config
 from sprint_jax.diffusion import ladd, trigflow
 from sprint_jax.errors import UserError
-from sprint_jax.training import sprint_step
+from sprint_jax.runtime import cli
+from sprint_jax.sampling import pipeline
+from sprint_jax.training import datasets, sprint_step
 
 NOISE = (0.05, 0.2, 0.55, 1.0)  # tan s
 BATCH = 64
@@ -44,8 +46,8 @@ def main():
     )
     options = parser.parse_args()
     c = _config(options)
-    nets, data = build.nets(c), inputs.open_inputs(c, print)
-    frozen = {"teacher": inputs.teacher_weights(c.teacher.pretrained, nets.teacher)} | data.frozen
+    nets, data = build.nets(c), datasets.open_inputs(c, print)
+    frozen = {"teacher": datasets.teacher_weights(c.teacher.pretrained, nets.teacher)} | data.frozen
     student = pipeline.read_student(options.run)[1]
     state = sprint_step.init(
         jax.tree.map(jnp.asarray, student), nets, c.sprint, jax.random.key(c.seed)

@@ -61,10 +61,10 @@ part numeric_tests 540 "${tests[@]}" \
 # Published sizes with random weights, against diffusers with and without torch.compile and against the floors. A
 # part that its limit cuts short has written the rows of the cases it finished.
 bench() { # bench NAME SUITE CASES
-  part "$1" 240 $python -m sprint_jax.benchmark --suite="$2" --only="$3" --out="$out/$1.json" --operations=20
+  part "$1" 240 $python -m benchmarks --suite="$2" --only="$3" --out="$out/$1.json" --operations=20
 }
 ours() { # ours NAME SECONDS CASES: without the peers, which compile for minutes
-  part "$1" "$2" $python -m sprint_jax.benchmark --suite=gpu --only="$3" --out="$out/$1.json" --nopeers --operations=60
+  part "$1" "$2" $python -m benchmarks --suite=gpu --only="$3" --out="$out/$1.json" --nopeers --operations=60
 }
 bench transformer_06b gpu 'transformer_0.6b*'
 bench transformer_16b gpu 'transformer_1.6b*'
@@ -104,7 +104,7 @@ part pair_600m_cheap 120 $python -m benchmarks.pair --preset=sana_600m --batch=1
 # The paper's ablations at 64 px, about an hour in all by arithmetic: give the part again, with the same OUT, until it
 # says that it wrote its report. data/emoji is made by the commands of README, "Data of your own".
 if [ -d data/emoji ]; then
-  part ablate_small 540 $python -m sprint_jax.ablate --suite=paper --scale=small --workdir="$out/ablate_small"
+  part ablate_small 540 $python -m experiments.ablations --suite=paper --scale=small --workdir="$out/ablate_small"
 fi
 # The main job at 64 px, teacher included, with a network of 22 M parameters instead of the card's 5. Not yet run on a GPU.
 part main_shapes_64 420 $python -m sprint_jax.main --config=configs/sprint.py:shapes_64 --config.model.width=384 --config.model.depth=12 \

@@ -13,9 +13,10 @@ import argparse
 import dataclasses
 from unittest import mock
 
-from sprint_jax.planning import gpus, hardware, launches
+from benchmarks.harness import launches
+from sprint_jax.planning import gpus, hardware
 
-SIDE, CONTROL_DEPTH = 32, 7  # latent cells of 1024 px; as `benchmarking/suites.py`
+SIDE, CONTROL_DEPTH = 32, 7  # latent cells of 1024 px; as `benchmarks/harness/suites.py`
 
 
 def main():
@@ -75,7 +76,7 @@ def _pictures(options, device):
     import jax
     import jax.numpy as jnp
 
-    from sprint_jax.benchmarking import subjects
+    from benchmarks.harness import subjects
     from sprint_jax.diffusion import samplers
     from sprint_jax.models.controlnet import Controlled, ControlNet
     from sprint_jax.models.dc_ae import DCAE_F32C32
@@ -133,9 +134,9 @@ def _pictures(options, device):
 def _pair(options, device):
     import jax
 
-    from sprint_jax import build, inputs, run
-    from sprint_jax.benchmarking import suites
-    from sprint_jax.training import loop, sharding
+    from benchmarks.harness import suites
+    from sprint_jax import build
+    from sprint_jax.training import datasets, loop, run, sharding
 
     preset = "sana_600m" if options.size == "0.6b" else "sana_1600m"
     with mock.patch.object(jax, "default_backend", lambda: "gpu"):  # what kernels are chosen by
@@ -145,11 +146,11 @@ def _pair(options, device):
         what = f"of {preset}, {c.sprint.batch} samples, remat {options.remat}, attention {options.attention}, residual {options.residual}"
         stage = run.sprint_stage(
             c,
-            inputs.Abstract(c),
+            datasets.Abstract(c),
             jax.eval_shape(build.distilled_teacher(c).init, jax.random.key(0)),
         )
         placed = loop.Placed.on(stage, sharding.mesh(1, 1, gpus.devices(device, 1, 1)))
-        batch = inputs.abstract_batch(c, c.sprint.batch)
+        batch = datasets.abstract_batch(c, c.sprint.batch)
         for name, function in zip(("generator", "discriminator"), stage.functions, strict=True):
             yield f"{name} {what}", placed.lower(function, batch).compile()
 

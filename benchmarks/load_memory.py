@@ -21,7 +21,7 @@ def main(argv):
     del argv
     import transformers  # noqa: F401 (what the libraries themselves take is not counted)
 
-    from sprint_jax import pipeline
+    from sprint_jax.sampling import pipeline
 
     jax.jit(lambda x: x + 1)(0)
     before = peak()

@@ -15,9 +15,12 @@ import runpy
 import jax
 import numpy as np
 
-from sprint_jax import build, config, generation, inputs, weights
+from sprint_jax import build, config
 from sprint_jax.diffusion import samplers
-from sprint_jax.evaluation import frechet
+from sprint_jax.sampling import programs
+from sprint_jax.storage import weights
+from sprint_jax.toy import frechet
+from sprint_jax.training import datasets
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -28,7 +31,7 @@ def main():
     parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()
     c = config.parse(runpy.run_path(str(ROOT / "configs/sprint.py"))["get_config"]())
-    model, data, shape = build.teacher(c), inputs.Shapes(c), build.latent_shape(c)
+    model, data, shape = build.teacher(c), datasets.Shapes(c), build.latent_shape(c)
     path = ROOT / "sprint_jax/assets/shapes_teacher.safetensors"
     params = jax.device_put(weights.load(path, jax.eval_shape(model.init, jax.random.key(0))))
     prompts = data.heldout(options.count, 1)
@@ -42,8 +45,8 @@ def main():
     }
     made = {}
     for name, (kind, times) in roads.items():
-        sampler = generation.teacher_sampler(model, data.pixels, shape, times, sampler=kind)
-        made[name] = generation.run(
+        sampler = programs.teacher_sampler(model, data.pixels, shape, times, sampler=kind)
+        made[name] = programs.run(
             sampler,
             {"transformer": params, "pixels": {}},
             null,

@@ -19,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sprint_jax import build, cli, inputs, pipeline
+from sprint_jax import build
 from sprint_jax.diffusion import trigflow
 from sprint_jax.evaluation.heldout import Evaluator
-from sprint_jax.training import sprint_step
+from sprint_jax.runtime import cli
+from sprint_jax.sampling import pipeline
+from sprint_jax.training import datasets, sprint_step
 
 ANGLES = (0.3, 0.6, 0.9, 1.2, 1.4, 1.5, trigflow.T_MAX)
 SIGMA_D = trigflow.SIGMA_D
@@ -45,8 +47,8 @@ def main():
             sys.exit(
                 f"{path} is no text-to-image run from a given teacher (config.teacher.pretrained) and with the model of {options.runs[0]}: give such runs"
             )
-    nets, data, n = build.nets(c), inputs.open_inputs(c, print), options.count
-    frozen = {"teacher": inputs.teacher_weights(c.teacher.pretrained, nets.teacher)} | data.frozen
+    nets, data, n = build.nets(c), datasets.open_inputs(c, print), options.count
+    frozen = {"teacher": datasets.teacher_weights(c.teacher.pretrained, nets.teacher)} | data.frozen
     heldout = data.heldout(n, 64)
     evaluator = Evaluator(heldout)
     cond, w = jax.tree.map(jnp.asarray, heldout.cond), jnp.full((n,), c.evaluation.student_guidance)

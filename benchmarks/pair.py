@@ -11,7 +11,7 @@ import time
 
 import jax
 
-from sprint_jax.benchmarking import training
+from benchmarks.harness import training
 from sprint_jax.training import loop, sharding
 
 REPEATS = 9

@@ -1,6 +1,6 @@
 """The published models in PyTorch (diffusers, transformers) beside ours: same weights, same inputs, same device.
 
-Imported by `sprint_jax.benchmark` where PyTorch is installed. Each function returns a `timing.Program`. PyTorch
+Imported by `benchmarks` where PyTorch is installed. Each function returns a `timing.Program`. PyTorch
 may choose: memory formats are tried, and the faster one is timed.
 """
 
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import transformers
 
-from sprint_jax.benchmarking import bench as bench_lib
-from sprint_jax.benchmarking import machine, timing
+from benchmarks.harness import bench as bench_lib
+from benchmarks.harness import machine, timing
 from sprint_jax.conversion import tables
 from sprint_jax.models import layers
 

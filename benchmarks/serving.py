@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving --model=runs/sprint [--clients=200] [--seconds=60] [--queue=64]
 
-Starts `sprint_jax.app` on loopback, waits until it is ready, asks for each of some requests alone, then lets all clients
+Starts `sprint-jax serve` on loopback, waits until it is ready, asks for each of some requests alone, then lets all clients
 ask at random, each waiting for its answer before it asks again. An answer is right if it is that request's picture, byte
 by byte. A refused client waits as long as it is told. One request in fifty is given up in the middle. Server and clients
 share the machine's cores.
@@ -34,11 +34,18 @@ CASES = [
 
 @contextlib.contextmanager
 def server(model, *flags):
-    """A started `sprint_jax.app`, ready. Yields (its port, its process)."""
+    """A started `sprint-jax serve`, ready. Yields (its port, its process)."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-m", "sprint_jax.app", f"--model={model}", f"--port={port}", *flags]
+        [
+            sys.executable,
+            "-m",
+            "sprint_jax.commands.serve",
+            f"--model={model}",
+            f"--port={port}",
+            *flags,
+        ]
     )
     try:
         while True:

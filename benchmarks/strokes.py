@@ -2,7 +2,7 @@
 
     python -m benchmarks.strokes --model=runs/sprint [--strokes=100] [--steps=2] [--screenshot=docs/page.png]
 
-Starts `sprint_jax.app` and a headless Chromium, draws strokes with the mouse and takes the time, by the browser's own
+Starts `sprint-jax serve` and a headless Chromium, draws strokes with the mouse and takes the time, by the browser's own
 clock, from lifting the pen to the frame after the picture is decoded and in place. Needs requirements-dev.txt and an
 installed Chromium. Browser and server share the machine's cores.
 """

@@ -14,13 +14,13 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.benchmarking import bench, timing
-from sprint_jax.kernels import backend, cross_attention, linear_attention
-from sprint_jax.kernels import depthwise as depthwise_kernel
-from sprint_jax.models import depthwise
+from benchmarks.harness import bench, timing
+from sprint_jax.ops import backend, depthwise
+from sprint_jax.ops.pallas import cross_attention, linear_attention
+from sprint_jax.ops.pallas import depthwise as depthwise_kernel
 
 ROUNDS, SHORTEST = 5, 0.02  # seconds of runs back to back
-# {kernel: (module, its constants by choice)}, the choice in use first. WARPS and STAGES are those of `kernels/backend.py`.
+# {kernel: (module, its constants by choice)}, the choice in use first. WARPS and STAGES are those of `ops/backend.py`.
 CHOICES = {
     "cross": (
         cross_attention,
@@ -135,7 +135,7 @@ def search(kernel, subject, say, rounds=ROUNDS, shortest=SHORTEST):
 
 @contextlib.contextmanager
 def _chosen(module, choice):
-    """With some constants of a kernel's module, or of `kernels/backend.py`, changed."""
+    """With some constants of a kernel's module, or of `ops/backend.py`, changed."""
     jax.clear_caches()  # kernels are traced once for each shape
     with contextlib.ExitStack() as stack:
         for name, value in choice.items():

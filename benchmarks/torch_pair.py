@@ -20,12 +20,12 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from benchmarks import peers
+from benchmarks.harness import bench as bench_lib
+from benchmarks.harness import machine, timing
 from sprint_jax import build
-from sprint_jax.benchmarking import bench as bench_lib
-from sprint_jax.benchmarking import machine, timing
 from sprint_jax.conversion import tables
 from sprint_jax.diffusion import trigflow
-from sprint_jax.models.ladd_heads import GROUP, KERNEL
+from sprint_jax.models.discriminator import GROUP, KERNEL
 
 SIGMA_D = trigflow.SIGMA_D
 

@@ -16,7 +16,7 @@ Presets
               configs/sprint.py:sana_600m with the condition given to teacher and student. It needs a teacher with
               QK-norm (configs/teacher.py), at most 16 devices or a larger control.batch, and data encoded with the condition:
 
-    python -m sprint_jax.encode --source=PICTURES --encoder=SANA_SPRINT_FOLDER --encoded=data/sketched \\
+    python -m sprint_jax encode --source=PICTURES --encoder=SANA_SPRINT_FOLDER --encoded=data/sketched \\
         --condition=scribble --hed_weights=ControlNetHED.pth
     python -m sprint_jax.main --config=configs/controlnet.py:sana_600m --config.data.encoded=data/sketched \\
         --config.data.model=SANA_SPRINT_FOLDER --config.teacher.pretrained=TEACHER_FOLDER --workdir=SHARED_DIR

@@ -8,17 +8,17 @@ Presets
   shapes_teacher  the recipe of the shipped teacher: trains it from nothing, then does the rest.
   smoke           every stage cut down to seconds.
   shapes_64       64 px pictures and a larger network, whose teacher it trains first: an hour and a half of two CPU cores.
-  emoji           captioned emoji at 64 px, read from a folder that `sprint_jax.encode` made.
+  emoji           captioned emoji at 64 px, read from a folder that `sprint-jax encode` made.
   sana_600m, sana_1600m
                   the paper's second phase: 20 000 updates of 512 samples, generator and discriminator in turn.
                   It needs a teacher of that size (configs/teacher.py, or a published one) and encoded data:
 
-    python -m sprint_jax.encode --source=PICTURES --encoder=SANA_SPRINT_FOLDER --encoded=data/sana --sizes=published --heldout=2000
+    python -m sprint_jax encode --source=PICTURES --encoder=SANA_SPRINT_FOLDER --encoded=data/sana --sizes=published --heldout=2000
     python -m sprint_jax.main --config=configs/sprint.py:sana_600m --config.data.encoded=data/sana \\
         --config.data.model=SANA_SPRINT_FOLDER --config.teacher.pretrained=TEACHER_FOLDER --workdir=SHARED_DIR
 
                   Hardware, hours and memory are predicted, before anything is started, by
-                  python -m sprint_jax.plan --config=configs/sprint.py:sana_600m --topology=h200:8x8
+                  python -m sprint_jax plan --config=configs/sprint.py:sana_600m --topology=h200:8x8
                   (docs/plan.md has the tables; the evaluation wants 64 held-out pictures of 1024 x 1024, hence --heldout). By its
                   arithmetic 20 000 updates are 28 H200 hours (600M) and 82 (1600M) at full speed, 69 and 205 at 40 % of it.
 

@@ -1,4 +1,4 @@
-"""The recipe of the shipped pixel codecs: python -m sprint_jax.fit_codec --file=FILE.safetensors [--of=PICTURES]
+"""The recipe of the shipped pixel codecs: python -m experiments.fit_codec --file=FILE.safetensors [--of=PICTURES]
 
 --of=""             drawn `shapes` (shapes_codec; shapes_64_codec: --size=64 --block=16 --channels=48)
 --of=emoji/1.0.0    pictures of a folder, tars or TFDS set (emoji_codec: --size=64 --channels=64)
@@ -9,13 +9,16 @@ import sys
 import numpy as np
 from absl import app, flags
 
-from sprint_jax import cli, weights
-from sprint_jax.data import pixels, shapes, sources
+from sprint_jax.data import sources
+from sprint_jax.encoders import patches
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import cli
+from sprint_jax.storage import weights
+from sprint_jax.toy import shapes
 
 _FILE = flags.DEFINE_string("file", None, "File to write.")
 _OF = flags.DEFINE_string(
-    "of", "", "Pictures to fit it to, as sprint_jax.encode reads them; '' draws shapes."
+    "of", "", "Pictures to fit it to, as sprint-jax encode reads them; '' draws shapes."
 )
 _SIZE = flags.DEFINE_integer("size", 32, "Side of the pictures in pixels.")
 _BLOCK = flags.DEFINE_integer("block", 8, "Side of a patch in pixels.")
@@ -30,15 +33,15 @@ def main(argv):
             raise UserError("--file is missing: name the .safetensors file to write")
         _check_flags()
         images = _pictures()
-        fitted = pixels.fit_pca(images, _BLOCK.value, _CHANNELS.value)
+        fitted = patches.fit_pca(images, _BLOCK.value, _CHANNELS.value)
         if not (fitted["spread"] > 0).all():
             raise UserError(
                 f"--channels={_CHANNELS.value}: these pictures vary in {int((fitted['spread'] > 0).sum())} components alone, keep fewer"
             )
         weights.save(_FILE.value, fitted)
-        latents = pixels.PatchPCA(block=_BLOCK.value, scale=1.0, **fitted).encode(images)
+        latents = patches.PatchPCA(block=_BLOCK.value, scale=1.0, **fitted).encode(images)
         scale = 1 / np.sqrt(np.square(latents).mean())
-        codec = pixels.PatchPCA(block=_BLOCK.value, scale=scale, **fitted)
+        codec = patches.PatchPCA(block=_BLOCK.value, scale=scale, **fitted)
         error = np.abs(
             np.asarray(codec.decode(codec.encode(images[:256]))).astype(int) - images[:256]
         ).mean()
@@ -71,7 +74,7 @@ def _pictures():
         )
     except sources.BadExample as error:
         raise UserError(
-            f"--of={_OF.value} holds an example that cannot be used ({error}): remove it, sprint_jax.encode names such"
+            f"--of={_OF.value} holds an example that cannot be used ({error}): remove it, sprint-jax encode names such"
         ) from None
 
 

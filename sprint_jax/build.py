@@ -7,14 +7,14 @@ import pathlib
 import jax
 
 from sprint_jax import config as config_lib
-from sprint_jax import weights
 from sprint_jax.conversion import folder
-from sprint_jax.data import pixels, text
+from sprint_jax.encoders import patches, words
 from sprint_jax.errors import UserError
-from sprint_jax.kernels import backend
 from sprint_jax.models.controlnet import Controlled, ControlNet
-from sprint_jax.models.ladd_heads import LADDHeads
+from sprint_jax.models.discriminator import LADDHeads
 from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.ops import backend
+from sprint_jax.storage import weights
 from sprint_jax.training import came, sprint_step, state
 
 _PACKAGE = "package:"
@@ -24,17 +24,17 @@ def text_encoder(c: config_lib.Config):
     """The embedded prompt encoder, `encode(prompts) -> features [B, L, D], mask [B, L]`; None for Gemma-2."""
     if c.text.vocabulary == "gemma":
         return None
-    return text.ShapesText() if c.text.vocabulary == "shapes" else text.WordsText(c.text.length)
+    return words.ShapesText() if c.text.vocabulary == "shapes" else words.WordsText(c.text.length)
 
 
 def codec(c: config_lib.Config):
     """The pixel codec: `encode(images)` and `decode(latents)`. Reads its weights where it has some."""
     if not c.codec.weights:
-        return pixels.SpaceToDepth(c.codec.block, c.codec.scale)
+        return patches.SpaceToDepth(c.codec.block, c.codec.scale)
     inputs, channels = 3 * c.codec.block**2, c.codec.channels
     shapes = {"mean": (inputs,), "basis": (inputs, channels), "spread": (channels,)}
     expected = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
-    return pixels.PatchPCA(
+    return patches.PatchPCA(
         c.codec.block, c.codec.scale, **weights.load(asset(c.codec.weights), expected)
     )
 

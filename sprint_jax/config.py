@@ -10,18 +10,19 @@ import math
 
 import ml_collections
 
-from sprint_jax.data import conditions, text
+from sprint_jax.conditioning import sketches
+from sprint_jax.encoders import words
 from sprint_jax.errors import UserError
-from sprint_jax.kernels import backend
-from sprint_jax.models.ladd_heads import GROUP
+from sprint_jax.models.discriminator import GROUP
 from sprint_jax.models.linear_dit import REMAT
+from sprint_jax.ops import backend
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     """What is learnt from.
 
-    encoded: folder made by `sprint_jax.encode`; "" draws the embedded `shapes` as they are needed.
+    encoded: folder made by `sprint-jax encode`; "" draws the embedded `shapes` as they are needed.
     model: diffusers or converted folder whose autoencoder and text encoder made that folder; "" for the
       embedded codec and text encoder of this config.
     size: picture side in pixels (the middle one of aspect-ratio buckets).
@@ -41,7 +42,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
-    """What the network reads: see `sprint_jax.data.text` and `sprint_jax.parts`.
+    """What the network reads: see `sprint_jax.encoders.words` and `sprint_jax.encoders.parts`.
 
     vocabulary: "shapes", "words" (any words, hashed) or "gemma" (of data.model, or features in data.encoded).
     length: tokens of a caption, padded. dim: width of their features.
@@ -62,7 +63,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codec:
-    """Pixel seam: see `sprint_jax.data.pixels`; with data.model its DC-AE, of this block and channels.
+    """Pixel seam: see `sprint_jax.encoders.patches`; with data.model its DC-AE, of this block and channels.
 
     block: pixels per latent cell along each side. scale: makes the latents' root mean square near one.
     weights: principal components, a .safetensors file or "package:NAME"; "" keeps every pixel value.
@@ -79,7 +80,7 @@ class Codec:
 class Model:
     """Network shared by teacher and student: see `sprint_jax.models.linear_dit.LinearDiT`.
 
-    attention: "plain", or "pallas" for kernels where the device has them (`sprint_jax.kernels.backend.resolve`), on an NVIDIA GPU those of
+    attention: "plain", or "pallas" for kernels where the device has them (`sprint_jax.ops.backend.resolve`), on an NVIDIA GPU those of
       the Mix-FFN's convolution too.
     """
 
@@ -161,14 +162,14 @@ class Control:
     """ControlNet around the teacher and the student: see `sprint_jax.models.controlnet`.
 
     depth: blocks that it copies; 0 for none, and nothing else here counts then.
-    condition: what is made of each picture, "edges", "scribble" or "hed" (`sprint_jax.data.conditions`; encoded data
+    condition: what is made of each picture, "edges", "scribble" or "hed" (`sprint_jax.conditioning.sketches`; encoded data
       must hold the same).
     pretrained: weights of a multi-step ControlNet to use instead of training: a .safetensors file, or a folder with a
       diffusers ControlNet; "" to train it here around the frozen teacher.
     steps, batch: of that training; times, dropped captions and average are those of `teacher`.
     dropout: share of samples that go without the condition in the sprint, whose student so learns to draw with and without.
     freehand: probability that an example of the embedded data has its objects anywhere and is shown by a rough sketch, as a
-      person draws (`sprint_jax.data.freehand`), instead of by `condition`; 0 for encoded data.
+      person draws (`sprint_jax.toy.freehand`), instead of by `condition`; 0 for encoded data.
     optimizer: of that training.
     """
 
@@ -249,7 +250,7 @@ class Run:
 
     strip_every: steps between pictures of a few held-out prompts on the way, 0 for none. Drawing them holds the whole
       network on one device, beside what training holds there.
-    quick_compile: on a CPU, programs compile in a third of the time, side by side, and run slower (`sprint_jax/quick_compile.py`).
+    quick_compile: on a CPU, programs compile in a third of the time, side by side, and run slower (`sprint_jax/runtime/quick_compile.py`).
     """
 
     log_every: int
@@ -351,16 +352,17 @@ def _check(c: Config):
             f"config.text.vocabulary {c.text.vocabulary!r}: use shapes, words or gemma",
         ),
         (
-            c.text.vocabulary != "shapes" or (c.text.length, c.text.dim) == (text.LENGTH, text.DIM),
-            f"config.text {c.text.length} x {c.text.dim}: vocabulary shapes has length {text.LENGTH} and dim {text.DIM}",
+            c.text.vocabulary != "shapes"
+            or (c.text.length, c.text.dim) == (words.LENGTH, words.DIM),
+            f"config.text {c.text.length} x {c.text.dim}: vocabulary shapes has length {words.LENGTH} and dim {words.DIM}",
         ),
         (
-            c.text.vocabulary != "words" or c.text.dim == text.DIM,
-            f"config.text.dim {c.text.dim}: vocabulary words has {text.DIM}",
+            c.text.vocabulary != "words" or c.text.dim == words.DIM,
+            f"config.text.dim {c.text.dim}: vocabulary words has {words.DIM}",
         ),
         (
             c.data.encoded or c.text.vocabulary == "shapes",
-            f"config.data.encoded is empty: captions in {c.text.vocabulary} need a folder made by sprint_jax.encode",
+            f"config.data.encoded is empty: captions in {c.text.vocabulary} need a folder made by sprint-jax encode",
         ),
         (
             c.data.seed >= 0 and 0 <= c.data.eval_seed < 2**30,
@@ -426,8 +428,8 @@ def _check(c: Config):
             f"config.control.depth {k.depth}: use 0 (no ControlNet) to {m.depth - 1}, below model.depth",
         ),
         (
-            k.condition in conditions.KINDS,
-            f"config.control.condition {k.condition!r}: use one of {', '.join(conditions.KINDS)}",
+            k.condition in sketches.KINDS,
+            f"config.control.condition {k.condition!r}: use one of {', '.join(sketches.KINDS)}",
         ),
         (
             not k.depth or c.data.encoded or k.condition != "hed",

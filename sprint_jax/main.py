@@ -9,15 +9,8 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import (
-    cli,
-    compile_cache,
-    config_flag,
-    distributed,
-    huge_pages,
-    quick_compile,
-    workdir_flag,
-)
+from sprint_jax.commands import config_flag, workdir_flag
+from sprint_jax.runtime import cli, compile_cache, distributed, huge_pages, quick_compile
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0 (the next port is used too)."
@@ -40,7 +33,10 @@ def main(argv):
         workdir = workdir_flag.WORKDIR.value or _default_workdir(path, preset)
         place = distributed.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, os.environ)
         compile_cache.start()
-        from sprint_jax import config, run  # JAX starts here, after the flags are known to be right
+        from sprint_jax import config
+        from sprint_jax.training import (
+            run,  # JAX starts here, after the flags are known to be right
+        )
         from sprint_jax.training.loop import Interrupted
 
         parsed = config.parse(config_flag.CONFIG.value)

@@ -11,7 +11,7 @@ import textwrap
 import filelock
 import pytest
 
-from sprint_jax import quick_compile
+from sprint_jax.runtime import quick_compile
 
 # Tests compile much and compute little: each of these flags halves XLA's compile time, here and in every subprocess. The second is
 # gone from newer versions, which refuse flags that they do not know.

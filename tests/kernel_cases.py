@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sprint_jax.kernels import cross_attention, linear_attention
+from sprint_jax.ops.pallas import cross_attention, linear_attention
 
 EPS = 1e-5
 

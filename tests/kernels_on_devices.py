@@ -23,8 +23,8 @@ from kernel_cases import (
     worst,
 )
 
-from sprint_jax.kernels import cross_attention, linear_attention
-from sprint_jax.models import depthwise
+from sprint_jax.ops import depthwise
+from sprint_jax.ops.pallas import cross_attention, linear_attention
 
 
 def mesh_of(devices, *sizes):

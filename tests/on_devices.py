@@ -15,9 +15,9 @@ import sys
 import jax
 import numpy as np
 
-from sprint_jax import build, config, inputs, run
+from sprint_jax import build, config
 from sprint_jax.planning import collectives
-from sprint_jax.training import loop, sharding
+from sprint_jax.training import datasets, loop, run, sharding
 
 ROOT = pathlib.Path(__file__).parent.parent
 BATCH = 16
@@ -39,7 +39,7 @@ def settings():
 def batch(c):
     """Random latents in a fixed order: what a codec makes is not the subject."""
     rng = np.random.default_rng(0)
-    shapes = inputs.abstract_batch(c, BATCH)
+    shapes = datasets.abstract_batch(c, BATCH)
     made = {k: rng.standard_normal(a.shape).astype(np.float32) for k, a in shapes.items()}
     return made | {
         "mask": (np.arange(c.text.length) < 5 + np.arange(BATCH)[:, None] % 8).astype(np.float32)
@@ -99,7 +99,7 @@ def randomised(tree):
 def main():
     c = settings()
     chosen = [tuple(map(int, name.split("x"))) for name in sys.argv[2:]] or MESHES
-    data = inputs.Shapes(c)
+    data = datasets.Shapes(c)
     one = sharding.mesh(1, 1, jax.devices()[:1])
     teacher = randomised(jax.jit(build.teacher(c).init)(jax.random.key(0)))
     stages = {

@@ -12,12 +12,14 @@ import pytest
 from conftest import ROOT
 from PIL import Image, ImageFont
 
-from sprint_jax import build, config, inputs, weights
-from sprint_jax import run as run_lib
-from sprint_jax.ablation import experiments, grid, plots, report, suite, verdict
+from experiments.ablations import experiments, grid, plots, report, suite, verdict
+from sprint_jax import build, config
 from sprint_jax.diffusion import trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.storage import weights
+from sprint_jax.training import datasets
+from sprint_jax.training import run as run_lib
 
 CARD = runpy.run_path(str(ROOT / "configs/sprint.py"))["get_config"]
 SCALE = dataclasses.replace(grid.TINY, name="test")
@@ -412,11 +414,11 @@ def test_a_run_takes_the_updates_of_the_main_job():
         seed=3,
         sprint=dataclasses.replace(c.sprint, max_time=0.3, p_mean=0.1, disc_std=1.3, batch=4),
     )
-    data = inputs.Shapes(c)
+    data = datasets.Shapes(c)
     teacher = build.teacher(c).init(jax.random.key(5))
     batch = {
         k: jax.random.normal(jax.random.key(9), a.shape)
-        for k, a in inputs.abstract_batch(c, 4).items()
+        for k, a in datasets.abstract_batch(c, 4).items()
     } | {"mask": np.ones((4, 16), np.float32)}
     stage = run_lib.sprint_stage(c, data, teacher)
     start, functions = experiments._sprint_programs(c, True)
@@ -451,6 +453,6 @@ def test_a_run_takes_the_updates_of_the_main_job():
 )
 def test_bad_input_is_one_line(command, tmp_path, flags, words):
     (tmp_path / "a.md").mkdir()
-    result = command("sprint_jax.ablate", *(flag.format(tmp_path / "a") for flag in flags))
+    result = command("experiments.ablations", *(flag.format(tmp_path / "a") for flag in flags))
     assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert all(word in result.stderr for word in words), result.stderr

@@ -1,4 +1,4 @@
-"""`sprint_jax.average`: the mean of students' weights, and runs whose weights have nothing in common."""
+"""`sprint-jax average`: the mean of students' weights, and runs whose weights have nothing in common."""
 
 import json
 
@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from test_config import card
 
-from sprint_jax import average, build, config, pipeline, weights
+from sprint_jax import build, config
+from sprint_jax.commands import average
 from sprint_jax.errors import UserError
+from sprint_jax.sampling import pipeline
+from sprint_jax.storage import weights
 
 
 def run(folder, seed):
@@ -37,7 +40,7 @@ def test_weights_are_the_mean_and_the_folder_is_a_model(command, tmp_path):
     changed(runs[2], "sprint", steps=14)
     made = tmp_path / "made"
     result = command(
-        "sprint_jax.average", f"--runs={','.join(map(str, runs))}", f"--averaged={made}"
+        "sprint_jax.commands.average", f"--runs={','.join(map(str, runs))}", f"--averaged={made}"
     )
     assert result.returncode == 0 and "mean of 3 students" in result.stdout, result.stderr[-2000:]
     each = [weights.flatten(pipeline.read_student(r)[1]) for r in runs]
@@ -48,7 +51,9 @@ def test_weights_are_the_mean_and_the_folder_is_a_model(command, tmp_path):
         )
     assert pipeline.read_student(made)[2] == pipeline.read_student(runs[0])[2]
     before = sorted(p.name for p in made.iterdir())
-    again = command("sprint_jax.average", f"--runs={runs[0]},{runs[1]}", f"--averaged={made}")
+    again = command(
+        "sprint_jax.commands.average", f"--runs={runs[0]},{runs[1]}", f"--averaged={made}"
+    )
     assert again.returncode == 2 and "not empty" in again.stderr and "--averaged" in again.stderr
     assert sorted(p.name for p in made.iterdir()) == before
 
@@ -82,10 +87,14 @@ def test_refuses_a_controlnet_trained_in_the_run(tmp_path):
 
 
 def test_says_what_is_missing(command, tmp_path):
-    one = command("sprint_jax.average", f"--runs={tmp_path}", f"--averaged={tmp_path / 'made'}")
+    one = command(
+        "sprint_jax.commands.average", f"--runs={tmp_path}", f"--averaged={tmp_path / 'made'}"
+    )
     assert one.returncode == 2 and "two or more" in one.stderr
     none = command(
-        "sprint_jax.average", f"--runs={tmp_path},{tmp_path}", f"--averaged={tmp_path / 'made'}"
+        "sprint_jax.commands.average",
+        f"--runs={tmp_path},{tmp_path}",
+        f"--averaged={tmp_path / 'made'}",
     )
     assert (
         none.returncode == 2

@@ -7,9 +7,11 @@ import shutil
 import pytest
 from conftest import ROOT, TINY
 
-from sprint_jax import cli, pipeline, run
 from sprint_jax import config as config_lib
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import cli
+from sprint_jax.sampling import pipeline
+from sprint_jax.training import run
 
 
 def refused(result, *words):
@@ -66,7 +68,7 @@ def test_main_refuses(command, flags, words):
 )
 def test_sample_refuses(finished, command, tmp_path, flags, words):
     result = command(
-        "sprint_jax.sample", f"--model={finished}", f"--out={tmp_path / 'out'}", *flags
+        "sprint_jax.commands.sample", f"--model={finished}", f"--out={tmp_path / 'out'}", *flags
     )
     refused(result, *words)
     assert not list(tmp_path.glob("out/*.png")) and not (tmp_path / "out/manifest.jsonl").exists()
@@ -86,7 +88,10 @@ def test_devices_that_are_not_here_are_told_by_their_variable(
     finished, command, tmp_path, platforms
 ):
     for module, flags in (
-        ("sprint_jax.sample", [f"--model={finished}", "--prompt=a circle", f"--out={tmp_path}"]),
+        (
+            "sprint_jax.commands.sample",
+            [f"--model={finished}", "--prompt=a circle", f"--out={tmp_path}"],
+        ),
         ("sprint_jax.main", [*TINY, f"--workdir={tmp_path / 'run'}"]),
     ):
         refused(
@@ -132,7 +137,7 @@ def test_other_errors_keep_their_traceback():
 def test_extract_refuses(finished, command, tmp_path, flags, words):
     refused(
         command(
-            "sprint_jax.extract",
+            "sprint_jax.commands.extract",
             f"--run_dir={finished}",
             *(flag.format(tmp=tmp_path) for flag in flags),
         ),
@@ -157,7 +162,9 @@ def test_help_shows_the_flags_that_a_command_needs(command, module, flags):
 
 
 def test_fit_codec_refuses_a_folder(command, tmp_path):
-    refused(command("sprint_jax.fit_codec", f"--file={tmp_path}"), f"--file={tmp_path} is a folder")
+    refused(
+        command("experiments.fit_codec", f"--file={tmp_path}"), f"--file={tmp_path} is a folder"
+    )
 
 
 def smoke():

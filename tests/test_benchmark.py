@@ -10,20 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sprint_jax.benchmarking import bench as bench_lib
-from sprint_jax.benchmarking import (
-    floors,
-    machine,
-    operations,
-    rows,
-    subjects,
-    suites,
-    timing,
-    training,
-)
-from sprint_jax.kernels import backend, cross_attention, linear_attention
+from benchmarks.harness import bench as bench_lib
+from benchmarks.harness import floors, machine, operations, rows, subjects, suites, timing, training
 from sprint_jax.models import dc_ae, linear_dit
 from sprint_jax.models.gemma2 import GEMMA2_2B
+from sprint_jax.ops import backend
+from sprint_jax.ops.pallas import cross_attention, linear_attention
 from sprint_jax.planning import flops
 
 SANA_600M = dataclasses.replace(linear_dit.SANA_600M, logvar_head=False)
@@ -405,7 +397,7 @@ def test_bad_flags_are_one_line(command, tmp_path):
     }
     flags["--suite=cpu"].append("--suite=cpu")
     for named, words in flags.items():
-        result = command("sprint_jax.benchmark", *words)
+        result = command("benchmarks", *words)
         assert result.returncode == 2 and result.stdout == "", words
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
         assert named in result.stderr
@@ -416,7 +408,7 @@ def test_bad_flags_are_one_line(command, tmp_path):
 def test_the_command_writes_its_rows(command, tmp_path):
     out = tmp_path / "rows.json"
     result = command(
-        "sprint_jax.benchmark",
+        "benchmarks",
         "--suite=kernels",
         "--only=linear_attention_0.6b_1024_forward*",
         "--repeats=1",

@@ -7,7 +7,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from sprint_jax.models import ladd_heads, linear_dit
+from sprint_jax.models import discriminator, linear_dit
 from sprint_jax.training import came
 
 RULES = dict(factored=came.dit_factored, stacked=came.dit_stacked)
@@ -215,7 +215,7 @@ def test_rules_of_the_networks():
             path
         )
 
-    heads = ladd_heads.LADDHeads(width=8, count=2, dtype="float32")
+    heads = discriminator.LADDHeads(width=8, count=2, dtype="float32")
     params, _ = jax.eval_shape(heads.init, jax.random.key(0))
     state = jax.eval_shape(
         came.came(1.0, factored=came.heads_factored, stacked=came.heads_stacked).init, params

@@ -247,11 +247,11 @@ def on_meshes(folder, out, counts):
 
     import on_devices
 
-    from sprint_jax import build, inputs, run
-    from sprint_jax.training import loop, sharding
+    from sprint_jax import build
+    from sprint_jax.training import datasets, loop, run, sharding
 
     settings = on_devices.settings()
-    data = inputs.Shapes(settings)
+    data = datasets.Shapes(settings)
     teacher = on_devices.randomised(jax.jit(build.teacher(settings).init)(jax.random.key(0)))
     stage = run.sprint_stage(settings, data, teacher)
     # The discriminator's step: it compiles in a third of the generator's time.

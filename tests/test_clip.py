@@ -10,7 +10,7 @@ from PIL import Image
 
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import extractors
-from sprint_jax.models import clip as clip_lib
+from sprint_jax.evaluation.networks import clip as clip_lib
 
 torch = pytest.importorskip("torch")
 fabricate = pytest.importorskip("fabricate")
@@ -125,7 +125,7 @@ def test_score_of_pairs_matches_transformers(folder, peer, command, tmp_path):
         Image.fromarray(image).save(tmp_path / f"pictures/{i:05d}.png")
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
     result = command(
-        "sprint_jax.evaluate",
+        "sprint_jax.commands.evaluate",
         "--suite=clip",
         f"--folder={tmp_path / 'pictures'}",
         f"--prompts={tmp_path / 'prompts.txt'}",

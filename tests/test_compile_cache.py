@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from sprint_jax import compile_cache
+from sprint_jax.runtime import compile_cache
 
 # A command's beginning, and one program. Prints what JAX's own events say.
 PROGRAM = """
@@ -125,7 +125,7 @@ def test_sample_keeps_its_programs(finished, tmp_path):
     words = [
         sys.executable,
         "-m",
-        "sprint_jax.sample",
+        "sprint_jax.commands.sample",
         f"--model={finished}",
         "--prompt=a circle",
         "--steps=1",

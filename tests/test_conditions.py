@@ -8,8 +8,10 @@ from PIL import Image
 from scipy import ndimage
 from test_bad_input import refused
 
-from sprint_jax.data import conditions, shapes, sources
+from sprint_jax.conditioning import sketches
+from sprint_jax.data import sources
 from sprint_jax.evaluation import edges
+from sprint_jax.toy import shapes
 
 
 def flat(colour, size=16):
@@ -26,7 +28,7 @@ def pixels(lines):
 
 @pytest.mark.parametrize("colour", [shapes.BLACK, *shapes.COLOURS.values()])
 def test_a_flat_picture_has_no_edges(colour):
-    assert not conditions.gradient_edges(flat(colour)).any()
+    assert not sketches.gradient_edges(flat(colour)).any()
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,7 @@ def test_a_half_plane_has_one_line_on_its_bright_side(low, high):
     expected = np.zeros((16, 16), np.uint8)
     expected[:, 7] = 255
     for quarter in range(4):
-        found = conditions.gradient_edges(np.rot90(images, quarter, (1, 2)))
+        found = sketches.gradient_edges(np.rot90(images, quarter, (1, 2)))
         assert found.dtype == np.uint8 and found.shape == (1, 16, 16)
         np.testing.assert_array_equal(found[0], np.rot90(expected, quarter))
 
@@ -53,8 +55,8 @@ def test_thresholds_are_steps_in_levels():
         .repeat(3, -1)
         .astype(np.uint8)
     )
-    count = lambda images: int((conditions.gradient_edges(images) > 0).sum())
-    assert (conditions.STRONG, conditions.WEAK) == (50, 25)
+    count = lambda images: int((sketches.gradient_edges(images) > 0).sum())
+    assert (sketches.STRONG, sketches.WEAK) == (50, 25)
     assert count(step([50] * 16)) == 16
     assert count(step([49] * 16)) == 0
     assert count(step(range(60, 12, -3))) == 12  # 60, 57, ... 27
@@ -65,7 +67,7 @@ def test_the_channel_that_steps_most_decides():
     """Red beside green of equal grey: a mean over channels would see nothing."""
     images = flat((200, 40, 90))
     images[:, :, 8:] = (40, 200, 90)
-    assert (conditions.gradient_edges(images) > 0).sum() == 16
+    assert (sketches.gradient_edges(images) > 0).sum() == 16
 
 
 def test_noise_is_no_edge():
@@ -73,7 +75,7 @@ def test_noise_is_no_edge():
     rng = np.random.default_rng(0)
     for ground in (shapes.BLACK, shapes.COLOURS["blue"]):
         noise = np.clip(np.rint(rng.normal(ground, 6, (64, 32, 32, 3))), 0, 255).astype(np.uint8)
-        assert not conditions.gradient_edges(noise).any()
+        assert not sketches.gradient_edges(noise).any()
 
 
 def test_edges_turn_and_move_with_the_picture():
@@ -82,25 +84,25 @@ def test_edges_turn_and_move_with_the_picture():
     for i in range(3):
         images[i, 8:40, 8:40] = shapes.example(0, i, size=32).image
     images[:, :8] = images[:, 40:] = images[:, :, :8] = images[:, :, 40:] = images[:, 8:9, 8:9]
-    lines = conditions.gradient_edges(images)
+    lines = sketches.gradient_edges(images)
     assert (lines > 0).any((1, 2)).all()
     for by in ((3, -2), (-4, 0), (1, 4)):
         np.testing.assert_array_equal(
-            conditions.gradient_edges(np.roll(images, by, (1, 2))), np.roll(lines, by, (1, 2))
+            sketches.gradient_edges(np.roll(images, by, (1, 2))), np.roll(lines, by, (1, 2))
         )
     np.testing.assert_array_equal(
-        conditions.gradient_edges(np.rot90(images, 1, (1, 2))), np.rot90(lines, 1, (1, 2))
+        sketches.gradient_edges(np.rot90(images, 1, (1, 2))), np.rot90(lines, 1, (1, 2))
     )
-    np.testing.assert_array_equal(conditions.gradient_edges(images[:, :, ::-1]), lines[:, :, ::-1])
+    np.testing.assert_array_equal(sketches.gradient_edges(images[:, :, ::-1]), lines[:, :, ::-1])
 
 
 def test_pictures_of_a_batch_do_not_touch():
     images = np.stack([shapes.example(0, i, size=32).image for i in range(6)])
-    one_by_one = np.concatenate([conditions.gradient_edges(image[None]) for image in images])
-    np.testing.assert_array_equal(conditions.gradient_edges(images), one_by_one)
+    one_by_one = np.concatenate([sketches.gradient_edges(image[None]) for image in images])
+    np.testing.assert_array_equal(sketches.gradient_edges(images), one_by_one)
     weak, strong = flat((0, 0, 0)), flat((0, 0, 0))
     weak[:, :, 8:], strong[:, :, 8:] = 40, 200
-    found = conditions.gradient_edges(
+    found = sketches.gradient_edges(
         np.concatenate([weak, strong, weak])
     )  # a weak line never lives off a neighbour's
     np.testing.assert_array_equal(found.any((1, 2)), [False, True, False])
@@ -114,7 +116,7 @@ def test_gradient_is_sobels():
         for c in range(3)
     ]
     steepest = np.argmax([dy**2 + dx**2 for dy, dx in gradients], 0)
-    square, dy, dx = conditions._steepest(image)
+    square, dy, dx = sketches._steepest(image)
     for found, axis in ((dy, 0), (dx, 1)):
         expected = np.take_along_axis(np.stack([g[axis] for g in gradients]), steepest[None], 0)[0]
         np.testing.assert_array_equal(found[0], expected)
@@ -131,7 +133,7 @@ def test_every_object_is_outlined(background):
                     continue
                 placed = shapes.Object(name, shape, 0.5, 0.5, half)
                 lines = (
-                    conditions.gradient_edges(shapes.render([placed], background, 32)[None])[0] > 0
+                    sketches.gradient_edges(shapes.render([placed], background, 32)[None])[0] > 0
                 )
                 inside = shapes.coverage(shape, 16, 16, half * 32, 32) > 0.5
                 border = ndimage.binary_dilation(inside, np.ones((3, 3))) & ~ndimage.binary_erosion(
@@ -145,7 +147,7 @@ def test_every_object_is_outlined(background):
 # --- scribbles ---
 
 
-SIGMA = conditions.PUBLISHED_SIGMA
+SIGMA = sketches.PUBLISHED_SIGMA
 
 
 def ridge(size=64, column=30):
@@ -162,12 +164,12 @@ def test_crests_of_a_ridge():
     )  # Gaussians: squares of widths add, areas stay
     inner = slice(13, 51)  # rows that the border does not reach
     expected = np.zeros((size, size), np.uint8)
-    expected[heights > conditions.RIDGE, 30] = 255
+    expected[heights > sketches.RIDGE, 30] = 255
     assert expected[inner].any() and not expected[inner].all(0).any()
-    found = conditions.crests(np.stack([soft, soft.T]), sigma=SIGMA)
+    found = sketches.crests(np.stack([soft, soft.T]), sigma=SIGMA)
     np.testing.assert_array_equal(found[0][inner], expected[inner])
     np.testing.assert_array_equal(found[1], found[0].T)
-    assert (soft > conditions.RIDGE)[inner].sum() > 5 * (
+    assert (soft > sketches.RIDGE)[inner].sum() > 5 * (
         expected[inner] > 0
     ).sum()  # there was a band to thin
 
@@ -185,13 +187,11 @@ def test_crests_are_maxima_along_any_of_four_lines():
     for y, x in np.ndindex(*soft.shape):
         near = smooth[y : y + 3, x : x + 3]
         lines = (near[1], near[:, 1], np.diagonal(near), np.diagonal(near[::-1]))
-        kept[:, y, x] = [
-            near[1, 1] == line.max() and near[1, 1] > conditions.RIDGE for line in lines
-        ]
+        kept[:, y, x] = [near[1, 1] == line.max() and near[1, 1] > sketches.RIDGE for line in lines]
     assert all(
         (kept[i] & ~np.delete(kept, i, 0).any(0)).any() for i in range(4)
     )  # each of the four is needed somewhere
-    np.testing.assert_array_equal(conditions.crests(soft, sigma=1.0) > 0, kept.any(0))
+    np.testing.assert_array_equal(sketches.crests(soft, sigma=1.0) > 0, kept.any(0))
 
 
 def test_a_ring_becomes_a_ring_of_strokes():
@@ -199,7 +199,7 @@ def test_a_ring_becomes_a_ring_of_strokes():
     y, x = np.mgrid[:96, :96] - 48
     radius = np.hypot(x, y)
     soft = np.rint(255 * np.exp(-(((radius - 30) / 3) ** 2) / 2)).astype(np.uint8)
-    strokes = conditions.scribble(soft, thickness=1, sigma=SIGMA) > 0
+    strokes = sketches.scribble(soft, thickness=1, sigma=SIGMA) > 0
     assert strokes[np.abs(radius - 30) < 5].all() and not strokes[np.abs(radius - 30) > 11].any()
 
 
@@ -208,7 +208,7 @@ def test_a_ring_becomes_a_ring_of_strokes():
 )
 def test_thickness(thickness, width):
     """One upright crest: 255 of the Gaussian of sigma 3 is above 4 up to six pixels away; then squares of 4 and thickness // 2."""
-    strokes = conditions.scribble(ridge(), thickness=thickness, sigma=SIGMA)
+    strokes = sketches.scribble(ridge(), thickness=thickness, sigma=SIGMA)
     assert strokes.dtype == np.uint8 and set(np.unique(strokes)) == {0, 255}
     assert (strokes[40] > 0).sum() == width
     assert (
@@ -224,26 +224,26 @@ def test_scribbles_of_binary_lines():
     """At sigma 0.5 a line of one pixel is its own crest, and its stroke has three; at 3 it is too faint to be one."""
     line = np.zeros((2, 16, 16), np.uint8)
     line[0, 8, :] = line[1, :, 5] = 255
-    np.testing.assert_array_equal(conditions.crests(line, sigma=0.5), line)
+    np.testing.assert_array_equal(sketches.crests(line, sigma=0.5), line)
     expected = np.zeros_like(line)
     expected[0, 7:10, :] = expected[1, :, 4:7] = 255
-    np.testing.assert_array_equal(conditions.scribble(line, thickness=1, sigma=0.5), expected)
-    assert not conditions.scribble(line, thickness=1, sigma=SIGMA).any()
+    np.testing.assert_array_equal(sketches.scribble(line, thickness=1, sigma=0.5), expected)
+    assert not sketches.scribble(line, thickness=1, sigma=SIGMA).any()
     # Beside the line are 4.45 of 255 at this sigma, which is 4 in bytes and no stroke.
-    np.testing.assert_array_equal(conditions.scribble(line, thickness=1, sigma=0.353), line)
+    np.testing.assert_array_equal(sketches.scribble(line, thickness=1, sigma=0.353), line)
 
 
 def test_scribbles_move_and_batch():
     soft = np.zeros((96, 96), np.uint8)
     soft[20:84, 20:84] = ridge()
     moved = np.roll(soft, (3, -4), (0, 1))
-    both = conditions.scribble(np.stack([soft, moved]), thickness=3, sigma=SIGMA)
+    both = sketches.scribble(np.stack([soft, moved]), thickness=3, sigma=SIGMA)
     np.testing.assert_array_equal(
         both[1][14:-14, 14:-14], np.roll(both[0], (3, -4), (0, 1))[14:-14, 14:-14]
     )
-    np.testing.assert_array_equal(both[0], conditions.scribble(soft, thickness=3, sigma=SIGMA))
+    np.testing.assert_array_equal(both[0], sketches.scribble(soft, thickness=3, sigma=SIGMA))
     with pytest.raises(ValueError, match="thickness -1"):
-        conditions.scribble(soft, thickness=-1, sigma=SIGMA)
+        sketches.scribble(soft, thickness=-1, sigma=SIGMA)
 
 
 # --- the detector's input and output ---
@@ -261,27 +261,27 @@ def test_scribbles_move_and_batch():
 )
 def test_detector_size(height, width, resolution, size):
     """The short side to the resolution, the long one along, both to the nearest 64: 640 * 512 / 480 = 683 is nearer to 704."""
-    assert conditions.detector_size(height, width, resolution) == size
+    assert sketches.detector_size(height, width, resolution) == size
 
 
 def test_detector_picture():
     """A picture of the right size goes through untouched; a smaller one is made of means over areas."""
     image = np.random.RandomState(0).randint(0, 256, (128, 192, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(conditions.detector_picture(image, 128), image)
+    np.testing.assert_array_equal(sketches.detector_picture(image, 128), image)
     half = image.reshape(64, 2, 96, 2, 3)[:, :, :64].astype(float).mean((1, 3))
-    found = conditions.detector_picture(np.ascontiguousarray(image[:, :128]), 64)
+    found = sketches.detector_picture(np.ascontiguousarray(image[:, :128]), 64)
     assert found.shape == (64, 64, 3) and np.abs(found - half).max() <= 1
 
 
 def test_levels_are_cut_off():
     np.testing.assert_array_equal(
-        conditions.levels(np.array([0, 0.5, 254.9 / 255, 1])), [0, 127, 254, 255]
+        sketches.levels(np.array([0, 0.5, 254.9 / 255, 1])), [0, 127, 254, 255]
     )
 
 
 def test_as_picture():
     lines = np.array([[[0, 255]]], np.uint8)
-    np.testing.assert_array_equal(conditions.as_picture(lines), [[[[0, 0, 0], [255, 255, 255]]]])
+    np.testing.assert_array_equal(sketches.as_picture(lines), [[[[0, 0, 0], [255, 255, 255]]]])
 
 
 # --- agreement ---
@@ -330,7 +330,7 @@ def folder(tmp_path):
 
 
 def test_command_sees_the_pixels_that_training_sees(command, tmp_path):
-    """Turned as EXIF says, 16 bits of grey not clipped: as `sprint_jax.encode --condition` takes them."""
+    """Turned as EXIF says, 16 bits of grey not clipped: as `sprint-jax encode --condition` takes them."""
     (tmp_path / "in").mkdir()
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -341,7 +341,7 @@ def test_command_sees_the_pixels_that_training_sees(command, tmp_path):
         tmp_path / "in/deep.png"
     )
     result = command(
-        "sprint_jax.condition",
+        "sprint_jax.commands.condition",
         f"--images={tmp_path / 'in'}",
         f"--out={tmp_path / 'out'}",
         "--kind=edges",
@@ -349,7 +349,7 @@ def test_command_sees_the_pixels_that_training_sees(command, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     for name in ("turned.jpg", "deep.png"):
         image = sources.load_picture((tmp_path / "in" / name).read_bytes())
-        expected = conditions.as_picture(conditions.gradient_edges(image[None]))[0]
+        expected = sketches.as_picture(sketches.gradient_edges(image[None]))[0]
         assert expected.any()
         np.testing.assert_array_equal(
             np.asarray(Image.open(tmp_path / "out" / name.replace("jpg", "png"))), expected
@@ -359,23 +359,23 @@ def test_command_sees_the_pixels_that_training_sees(command, tmp_path):
 def test_command_makes_edges_and_keeps_them(command, folder, tmp_path):
     """What is there is not made again, and a folder keeps to its settings."""
     flags = [f"--images={folder}", f"--out={tmp_path / 'out'}"]
-    result = command("sprint_jax.condition", *flags, "--kind=edges")
+    result = command("sprint_jax.commands.condition", *flags, "--kind=edges")
     assert result.returncode == 0, result.stderr[-3000:]
     for name, size in (("a", 32), ("more/b", 64)):
         image = shapes.example(0, ["a", "more/b"].index(name), size=size).image
-        expected = conditions.as_picture(conditions.gradient_edges(image[None]))[0]
+        expected = sketches.as_picture(sketches.gradient_edges(image[None]))[0]
         np.testing.assert_array_equal(
             np.asarray(Image.open(tmp_path / f"out/{name}.png")), expected
         )
     assert json.loads((tmp_path / "out/condition.json").read_text()) == {"kind": "edges"}
     (tmp_path / "out/a.png").unlink()
     (tmp_path / "out/more/b.png").write_bytes(b"kept")
-    assert command("sprint_jax.condition", *flags, "--kind=edges").returncode == 0
+    assert command("sprint_jax.commands.condition", *flags, "--kind=edges").returncode == 0
     assert (tmp_path / "out/a.png").exists() and (
         tmp_path / "out/more/b.png"
     ).read_bytes() == b"kept"
     refused(
-        command("sprint_jax.condition", *flags, "--kind=hed", "--weights=w.pth"),
+        command("sprint_jax.commands.condition", *flags, "--kind=hed", "--weights=w.pth"),
         "kind edges, not hed",
         "--out",
     )
@@ -394,7 +394,12 @@ def test_command_makes_edges_and_keeps_them(command, folder, tmp_path):
 )
 def test_command_refuses(command, folder, tmp_path, flags, words):
     refused(
-        command("sprint_jax.condition", f"--images={folder}", f"--out={tmp_path / 'out'}", *flags),
+        command(
+            "sprint_jax.commands.condition",
+            f"--images={folder}",
+            f"--out={tmp_path / 'out'}",
+            *flags,
+        ),
         *words,
     )
     assert (
@@ -405,14 +410,22 @@ def test_command_refuses(command, folder, tmp_path, flags, words):
 def test_command_refuses_its_own_output(command, folder):
     refused(
         command(
-            "sprint_jax.condition", f"--images={folder}", f"--out={folder / 'out'}", "--kind=edges"
+            "sprint_jax.commands.condition",
+            f"--images={folder}",
+            f"--out={folder / 'out'}",
+            "--kind=edges",
         ),
         "--out",
         "--images",
     )
     (folder / "a.jpg").write_bytes((folder / "a.png").read_bytes())
     refused(
-        command("sprint_jax.condition", f"--images={folder}", f"--out={folder}2", "--kind=edges"),
+        command(
+            "sprint_jax.commands.condition",
+            f"--images={folder}",
+            f"--out={folder}2",
+            "--kind=edges",
+        ),
         "a.png",
         "a.jpg",
         "rename",

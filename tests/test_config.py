@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import pytest
 from conftest import ROOT
 
-from sprint_jax import build, config, inputs, run, weights
+from sprint_jax import build, config
 from sprint_jax.errors import UserError
-from sprint_jax.models import ladd_heads
+from sprint_jax.models import discriminator
 from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
-from sprint_jax.training import came, state
+from sprint_jax.storage import weights
+from sprint_jax.training import came, datasets, run, state
 
 
 def card(preset):
@@ -119,7 +120,7 @@ def test_every_field_of_every_section_is_read(monkeypatch):
             jax.eval_shape(model.init, jax.random.key(0))
             for model in (build.base_teacher(c), build.teacher(c), build.distilled_teacher(c))
         )
-        data = inputs.Abstract(c)
+        data = datasets.Abstract(c)
         first, second = run.teacher_stages(c, data, None)
         stages = (
             first(None),
@@ -130,8 +131,8 @@ def test_every_field_of_every_section_is_read(monkeypatch):
     for stage in stages:
         state = jax.eval_shape(stage.start, stage.frozen, stage.begun)
         for step in stage.functions:
-            jax.eval_shape(step, state, stage.frozen, inputs.abstract_batch(c, stage.batch))
-    drawn = inputs.Shapes(c)
+            jax.eval_shape(step, state, stage.frozen, datasets.abstract_batch(c, stage.batch))
+    drawn = datasets.Shapes(c)
     drawn.heldout(2, 2)
     with drawn.batches(2, 0, 1, 0, 1) as batches:
         next(batches)
@@ -326,7 +327,7 @@ def test_sizes_of_batches_that_normalise_in_equal_groups():
     def normalises(batch):
         try:
             return jax.eval_shape(
-                ladd_heads.batch_norm_local, jnp.zeros((batch, 1, 1)), jnp.ones(1), jnp.zeros(1)
+                discriminator.batch_norm_local, jnp.zeros((batch, 1, 1)), jnp.ones(1), jnp.zeros(1)
             )
         except ValueError:
             return None

@@ -11,13 +11,15 @@ import pytest
 from conftest import ROOT, SAME_BITS
 from PIL import Image
 
-from sprint_jax import build, config, drawing, generation, inputs, pictures, pipeline, run, weights
-from sprint_jax.data import shapes
+from sprint_jax import build, config
 from sprint_jax.diffusion import samplers
 from sprint_jax.errors import UserError
 from sprint_jax.models.controlnet import Controlled, ControlNet
 from sprint_jax.models.linear_dit import LinearDiT
-from sprint_jax.training import sharding, sprint_step
+from sprint_jax.sampling import generation, pipeline, programs
+from sprint_jax.storage import image_files, weights
+from sprint_jax.toy import shapes
+from sprint_jax.training import datasets, run, sharding, sprint_step
 
 TRUNK = LinearDiT(
     in_channels=4,
@@ -147,7 +149,8 @@ def test_parity_with_diffusers(tmp_path):
     import fabricate
     from test_parity import converted, from_torch, relative, to_torch
 
-    from sprint_jax.conversion import configs, folder, rules, tables, tensors
+    from sprint_jax.conversion import configs, folder, rules, tables
+    from sprint_jax.storage import tensors
 
     theirs = fabricate.controlnet().eval()
     model, params = converted(
@@ -278,13 +281,13 @@ def test_multi_step_pipeline_of_diffusers(tmp_path):
         "control_scale": np.full(2, 0.8, np.float32),
     }
     params = {"transformer": {"trunk": trunk_params, "control": control_params}, "pixels": {}}
-    fixed = generation.noises
+    fixed = programs.noises
     try:
-        generation.noises = lambda *args: noise[None]
-        sampler = generation.teacher_sampler(model, _Latents(), (3, 5, 8), sigmas, sampler="flow")
+        programs.noises = lambda *args: noise[None]
+        sampler = programs.teacher_sampler(model, _Latents(), (3, 5, 8), sigmas, sampler="flow")
         made = sampler(params, {"text": null, "mask": mask}, cond, 4.5, 0, np.arange(2))
     finally:
-        generation.noises = fixed
+        programs.noises = fixed
     assert relative(made, from_torch(expected)) < 1e-5
 
 
@@ -304,14 +307,15 @@ def small():
 
 @pytest.fixture(scope="module")
 def batch(small):
-    data = inputs.Shapes(small)
+    data = datasets.Shapes(small)
     with data.batches(8, 0, 1, 0, 1) as batches:
         return data, next(batches)
 
 
 def test_batches_hold_the_edges_of_their_pictures(small, batch):
     """The condition is the encoded edge map of the very picture, for training and held-out ones."""
-    from sprint_jax.data import conditions, freehand
+    from sprint_jax.conditioning import sketches
+    from sprint_jax.toy import freehand
 
     data, rows = batch
     codec = build.codec(small)
@@ -319,10 +323,10 @@ def test_batches_hold_the_edges_of_their_pictures(small, batch):
     pictures = np.stack(
         [shapes.example(small.data.seed, i, size=small.data.size).image for i in usual]
     )
-    edges = conditions.as_picture(conditions.gradient_edges(pictures))
+    edges = sketches.as_picture(sketches.gradient_edges(pictures))
     np.testing.assert_allclose(rows["control"][usual], codec.encode(edges), atol=1e-6)
     heldout = data.heldout(4, 2)
-    np.testing.assert_array_equal(heldout.edges, conditions.gradient_edges(heldout.images))
+    np.testing.assert_array_equal(heldout.edges, sketches.gradient_edges(heldout.images))
     np.testing.assert_array_equal(heldout.cond["control_scale"], np.ones(4))
 
 
@@ -424,7 +428,7 @@ def test_every_new_parameter_has_a_sharding_rule(small):
     mesh = jax.sharding.AbstractMesh((1, 2), ("data", "fsdp"))
     teacher = jax.eval_shape(build.teacher(c).init, jax.random.key(0))
     control = jax.eval_shape(build.distilled_teacher(c).init, jax.random.key(0))
-    data, checked = inputs.Abstract(c), set()
+    data, checked = datasets.Abstract(c), set()
     for stage in (run.control_stage(c, data, teacher), run.sprint_stage(c, data, control)):
         frozen = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), stage.frozen)
         state = jax.eval_shape(stage.start, frozen, {})
@@ -444,7 +448,7 @@ def test_every_new_parameter_has_a_sharding_rule(small):
 
 def test_generate_follows_and_refuses(small):
     """A model without ControlNet refuses a sketch by name; with one, the sketch changes the picture and scale 0 does not."""
-    from sprint_jax import parts
+    from sprint_jax.encoders import parts
 
     params = moved(build.student(small).init(jax.random.key(0)))
     pipe = pipeline.Pipeline(
@@ -462,7 +466,7 @@ def test_generate_follows_and_refuses(small):
     assert pipe.control
     sketch = np.zeros((32, 32, 3), np.uint8)
     sketch[8:24, 10] = 255
-    make = lambda **kwargs: drawing.generate(pipe, ["a red circle"], steps=1, seed=3, **kwargs)
+    make = lambda **kwargs: generation.generate(pipe, ["a red circle"], steps=1, seed=3, **kwargs)
     free = make()
     np.testing.assert_array_equal(make(control=sketch, control_scale=0.0), free)
     assert (make(control=sketch) != free).any()
@@ -477,9 +481,9 @@ def test_generate_follows_and_refuses(small):
         programs={},
     )
     with pytest.raises(UserError, match="has no ControlNet"):
-        drawing.generate(plain, ["a red circle"], control=sketch)
+        generation.generate(plain, ["a red circle"], control=sketch)
     times = samplers.scm_times(1, "code")
-    sampler = generation.student_sampler(
+    sampler = programs.student_sampler(
         build.student(small), pipe.pixels, build.latent_shape(small), times
     )
     text, mask = build.text_encoder(small).encode(["a red circle"])
@@ -561,12 +565,12 @@ def test_sample_takes_a_sketch(sketched, command, tmp_path):
             "--steps=1",
             f"--out={tmp_path / name}",
         ]
-        result = command("sprint_jax.sample", *flags)
+        result = command("sprint_jax.commands.sample", *flags)
         assert result.returncode == 0, result.stderr
         made.append(np.asarray(Image.open(tmp_path / name / "00000.png"), int))
     pipe = pipeline.load(sketched, dtype="float32")
     again = pipeline.generate(
-        pipe, ["a red square"], steps=1, control=pictures.load(tmp_path / "sketch.png", 32, 32)
+        pipe, ["a red square"], steps=1, control=image_files.load(tmp_path / "sketch.png", 32, 32)
     )[0]
     assert np.abs(made[1] - again).max() <= 1
     np.testing.assert_array_equal(made[0], pipeline.generate(pipe, ["a red square"], steps=1)[0])
@@ -576,7 +580,9 @@ def test_sample_takes_a_sketch(sketched, command, tmp_path):
 def test_a_run_becomes_folders_and_its_stages_are_extracted(sketched, command, tmp_path):
     from sprint_jax.conversion import folder
 
-    result = command("sprint_jax.convert", f"--from={sketched}", f"--to={tmp_path / 'out'}")
+    result = command(
+        "sprint_jax.commands.convert", f"--from={sketched}", f"--to={tmp_path / 'out'}"
+    )
     assert result.returncode == 0, result.stderr
     model, params = folder.read_controlnet(tmp_path / "out")
     found, whole, _ = pipeline.read_student(sketched)
@@ -585,7 +591,7 @@ def test_a_run_becomes_folders_and_its_stages_are_extracted(sketched, command, t
     )
     jax.tree.map(np.testing.assert_array_equal, params, whole["control"])
     result = command(
-        "sprint_jax.extract",
+        "sprint_jax.commands.extract",
         f"--run_dir={sketched}",
         "--stage=control",
         f"--to_file={tmp_path / 'c.safetensors'}",
@@ -606,7 +612,7 @@ def test_a_model_without_a_controlnet_refuses_sketches(finished, command, tmp_pa
         f"--control={tmp_path / 'sketch.png'}",
         f"--out={tmp_path / 'out'}",
     ]
-    result = command("sprint_jax.sample", *flags)
+    result = command("sprint_jax.commands.sample", *flags)
     assert (
         result.returncode != 0
         and result.stderr.strip().splitlines()[-1].count("has no ControlNet") == 1

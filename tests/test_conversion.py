@@ -13,12 +13,14 @@ import safetensors.numpy
 torch = pytest.importorskip("torch")
 fabricate = pytest.importorskip("fabricate")
 
-from sprint_jax import pipeline  # noqa: E402
-from sprint_jax.conversion import configs, folder, instruction, rules, tensors  # noqa: E402
+from sprint_jax.conversion import configs, folder, rules  # noqa: E402
+from sprint_jax.encoders import instruction  # noqa: E402
 from sprint_jax.errors import UserError  # noqa: E402
 from sprint_jax.models.dc_ae import DCAE_F32C32  # noqa: E402
 from sprint_jax.models.gemma2 import GEMMA2_2B  # noqa: E402
 from sprint_jax.models.linear_dit import SANA_600M  # noqa: E402
+from sprint_jax.sampling import pipeline  # noqa: E402
+from sprint_jax.storage import tensors  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:prompt")
 PARTS = {
@@ -51,7 +53,7 @@ def raw(path, stem):
 def test_round_trip_is_bit_equal_and_diffusers_loads_it(source, command, tmp_path):
     """Through the command, both ways. Fails when q, k and v change places or a layout is not undone."""
     for origin, target in ((source, tmp_path / "ours"), (tmp_path / "ours", tmp_path / "back")):
-        result = command("sprint_jax.convert", f"--from={origin}", f"--to={target}")
+        result = command("sprint_jax.commands.convert", f"--from={origin}", f"--to={target}")
         assert result.returncode == 0, result.stderr
     for part, stem in PARTS.items():
         first, again = raw(source / part, stem), raw(tmp_path / "back" / part, stem)
@@ -78,7 +80,9 @@ def test_round_trip_is_bit_equal_and_diffusers_loads_it(source, command, tmp_pat
 
 def test_run_becomes_a_transformer_that_diffusers_runs(finished, command, tmp_path):
     """The student of a run: same velocity there as here."""
-    result = command("sprint_jax.convert", f"--from={finished}", f"--to={tmp_path / 'out'}")
+    result = command(
+        "sprint_jax.commands.convert", f"--from={finished}", f"--to={tmp_path / 'out'}"
+    )
     assert result.returncode == 0, result.stderr
     theirs = fabricate.diffusers.SanaTransformer2DModel.from_pretrained(
         tmp_path / "out" / "transformer"
@@ -452,7 +456,7 @@ def test_requests_that_cannot_be_met(source):
         pipeline.generate(pipe, "gulls")
     with pytest.raises(
         UserError, match="prompt 1 is empty"
-    ):  # as the embedded model says, and sprint_jax.app
+    ):  # as the embedded model says, and sprint-jax serve
         pipeline.generate(pipe, ["gulls", " \t"], **small)
 
 
@@ -464,7 +468,7 @@ def test_long_prompts_are_cut_with_a_warning(source):
 
 def test_the_command_warns_in_one_line(source, command, tmp_path):
     result = command(
-        "sprint_jax.sample",
+        "sprint_jax.commands.sample",
         f"--model={source}",
         f"--prompt={'lighthouse ' * 160}",
         "--steps=1",
@@ -503,7 +507,7 @@ def test_sample_command_on_a_folder(source, command, tmp_path):
         picture
     )
     result = command(
-        "sprint_jax.sample",
+        "sprint_jax.commands.sample",
         f"--model={source}",
         "--prompt=gulls",
         "--prompt=a lake",
@@ -521,7 +525,7 @@ def test_sample_command_on_a_folder(source, command, tmp_path):
     ]
     assert rows[1] == {"file": "00001.png", "prompt": "a lake", "seed": 0, "steps": 2}
     result = command(
-        "sprint_jax.sample",
+        "sprint_jax.commands.sample",
         f"--model={source}",
         "--prompt=x",
         "--height=65",

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sprint_jax.data import emoji, sources
+from experiments.emoji import dataset
+from sprint_jax.data import sources
 from sprint_jax.errors import UserError
 
 SIZE = 64
@@ -15,7 +16,7 @@ SIZE = 64
 
 def test_candidates_are_the_same_under_every_python():
     """Unicode names never change, but Python learns new ones; a change here makes other data of every seed."""
-    listed = emoji.candidates()
+    listed = dataset.candidates()
     names = [name for _, name in listed]
     assert len(set(names)) == len(names) and "grinning face" in names and "unicorn face" in names
     unwanted = re.compile(
@@ -45,21 +46,21 @@ def test_candidates_are_the_same_under_every_python():
     ],
 )
 def test_words(name, one, several):
-    assert f"{emoji.article(name)} {name}" == one and emoji.plural(name) == several
+    assert f"{dataset.article(name)} {name}" == one and dataset.plural(name) == several
 
 
 def test_a_missing_font_names_the_package_and_the_flag(tmp_path):
     with pytest.raises(UserError, match="absent.ttf.*fonts-noto-color-emoji.*--font"):
-        emoji.Glyphs(tmp_path / "absent.ttf")
+        dataset.Glyphs(tmp_path / "absent.ttf")
     (tmp_path / "garbage.ttf").write_bytes(b"garbage")
     with pytest.raises(UserError, match="garbage.ttf.*--font.*fonts-noto-color-emoji"):
-        emoji.Glyphs(tmp_path / "garbage.ttf")
+        dataset.Glyphs(tmp_path / "garbage.ttf")
 
 
 def test_what_a_font_draws_for_characters_it_lacks_is_no_emoji():
     """An outline font with a few dozen of them has a box for all others."""
     matplotlib = pytest.importorskip("matplotlib")
-    few = emoji.Glyphs(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf")
+    few = dataset.Glyphs(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf")
     drawn = {few.picture(name).tobytes() for name in few.names}
     assert 2 <= len(few.names) < 200 and len(drawn) == len(few.names)
 
@@ -67,13 +68,13 @@ def test_what_a_font_draws_for_characters_it_lacks_is_no_emoji():
 @pytest.fixture(scope="module")
 def font():
     try:
-        return emoji.Glyphs()
+        return dataset.Glyphs()
     except UserError as error:
         pytest.skip(str(error))
 
 
 def examples(font, count, seed=0, size=SIZE):
-    return [emoji.example(font, seed, i, size) for i in range(count)]
+    return [dataset.example(font, seed, i, size) for i in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -104,34 +105,34 @@ def test_glyphs_are_what_the_font_draws(font):
 
 def test_examples_are_pure_and_differ(font, made):
     for index in (0, 7, 599):
-        image, caption = emoji.example(font, 0, index, SIZE)
+        image, caption = dataset.example(font, 0, index, SIZE)
         np.testing.assert_array_equal(image, made[index][0])
         assert (
             caption == made[index][1] and image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8
         )
     assert len({image.tobytes() for image, _ in made}) == len(made)
     assert [c for _, c in examples(font, 5, seed=1)] != [c for _, c in made[:5]]
-    again = emoji.Glyphs()
-    np.testing.assert_array_equal(emoji.example(again, 0, 3, SIZE)[0], made[3][0])
+    again = dataset.Glyphs()
+    np.testing.assert_array_equal(dataset.example(again, 0, 3, SIZE)[0], made[3][0])
 
 
 def test_size_changes_the_scale_alone(font, made):
     for index in range(20):
-        large, caption = emoji.example(font, 0, index, 2 * SIZE)
+        large, caption = dataset.example(font, 0, index, 2 * SIZE)
         assert caption == made[index][1]
         halved = large.reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3))
         assert np.abs(halved - made[index][0]).mean() < 12, index
 
 
 def grammar(font):
-    one = "|".join(re.escape(f"{emoji.article(n)} {n}") for n in font.names)
-    several = "|".join(re.escape(emoji.plural(n)) for n in font.names)
-    colour = "|".join(emoji.COLOURS)
+    one = "|".join(re.escape(f"{dataset.article(n)} {n}") for n in font.names)
+    several = "|".join(re.escape(dataset.plural(n)) for n in font.names)
+    colour = "|".join(dataset.COLOURS)
     ground = (
         f" on an? (?:(?:{colour}) background|(?:{colour}) to (?:{colour}) gradient background"
         f"|(?:striped|dotted|checked) (?:{colour}) background)"
     )
-    relation = "|".join(emoji.RELATIONS)
+    relation = "|".join(dataset.RELATIONS)
     return re.compile(
         f"(?:(?P<first>{one})(?: (?P<relation>{relation}) (?P<second>{one}))?"
         f"|(?P<number>two|three) (?P<several>{several}))(?P<ground>{ground})?"
@@ -154,23 +155,23 @@ def test_captions_follow_the_grammar(font, made):
         0.12 < share(lambda m: m["relation"]) < 0.28 and 0.12 < share(lambda m: m["number"]) < 0.28
     )
     assert 0.42 < share(lambda m: m["ground"]) < 0.58
-    assert {m["relation"] for m in read} == {*emoji.RELATIONS, None}
+    assert {m["relation"] for m in read} == {*dataset.RELATIONS, None}
     assert {m["number"] for m in read} == {"two", "three", None}
     grounds = " ".join(m["ground"] or "" for m in read)
-    assert all(word in grounds for word in (*emoji.PATTERNS, "gradient"))
+    assert all(word in grounds for word in (*dataset.PATTERNS, "gradient"))
 
 
 def without_glyphs(font, index, monkeypatch):
     """The same example with nothing drawn on its background."""
     with monkeypatch.context() as patched:
-        patched.setattr(emoji, "_put", lambda *_: None)
-        return emoji.example(font, 0, index, SIZE)[0]
+        patched.setattr(dataset, "_put", lambda *_: None)
+        return dataset.example(font, 0, index, SIZE)[0]
 
 
 def test_the_background_is_the_one_named(font, made, monkeypatch):
-    plain = re.compile(" on an? (" + "|".join(emoji.COLOURS) + ") background$")
+    plain = re.compile(" on an? (" + "|".join(dataset.COLOURS) + ") background$")
     patterned = re.compile(
-        " on an? (striped|dotted|checked) (" + "|".join(emoji.COLOURS) + ") background$"
+        " on an? (striped|dotted|checked) (" + "|".join(dataset.COLOURS) + ") background$"
     )
     gradient = re.compile(" on an? ([a-z ]+) to ([a-z ]+) gradient background$")
     seen = set()
@@ -178,23 +179,23 @@ def test_the_background_is_the_one_named(font, made, monkeypatch):
         ground = without_glyphs(font, index, monkeypatch).astype(int)
         shades = len(np.unique(ground.reshape(-1, 3), axis=0))
         if match := plain.search(caption):
-            assert (ground == emoji.COLOURS[match[1]]).all()
+            assert (ground == dataset.COLOURS[match[1]]).all()
             seen.add("plain")
         elif match := patterned.search(caption):
-            assert shades == 2 and (ground == emoji.COLOURS[match[2]]).all(-1).mean() > 0.4
+            assert shades == 2 and (ground == dataset.COLOURS[match[2]]).all(-1).mean() > 0.4
             seen.add(match[1])
         elif match := gradient.search(caption):
             corners = ground[0, 0], ground[-1, -1]
             assert match[1] != match[2]
             for corner, colour in zip(corners, match.groups(), strict=True):
-                assert np.abs(corner - emoji.COLOURS[colour]).max() < 8
+                assert np.abs(corner - dataset.COLOURS[colour]).max() < 8
             seen.add("gradient")
-    assert seen == {"plain", "gradient", *emoji.PATTERNS}
+    assert seen == {"plain", "gradient", *dataset.PATTERNS}
 
 
 def regions(font, index, monkeypatch):
     """What is drawn: [(name, mask [S, S])], from the example drawn with all glyphs but one left out in turn."""
-    put, drawn = emoji._put, []
+    put, drawn = dataset._put, []
     names = {id(font.picture(name)): name for name in font.names}
 
     def alone(ground, glyph, *place):
@@ -203,8 +204,8 @@ def regions(font, index, monkeypatch):
         drawn.append((names[id(glyph)], blank[..., 0] > 64))
 
     with monkeypatch.context() as patched:
-        patched.setattr(emoji, "_put", alone)
-        emoji.example(font, 0, index, SIZE)
+        patched.setattr(dataset, "_put", alone)
+        dataset.example(font, 0, index, SIZE)
     return drawn
 
 
@@ -220,8 +221,8 @@ def test_pictures_show_what_the_caption_says(font, made, monkeypatch):
         centres = [np.argwhere(mask).mean(0) for _, mask in drawn]
         overlap = np.sum([mask for _, mask in drawn], 0).max()
         if match["number"]:
-            assert len(drawn) == emoji.NUMBERS[match["number"]] and overlap == 1
-            assert {emoji.plural(name) for name, _ in drawn} == {match["several"]}
+            assert len(drawn) == dataset.NUMBERS[match["number"]] and overlap == 1
+            assert {dataset.plural(name) for name, _ in drawn} == {match["several"]}
         elif match["relation"]:
             (first, _), (second, _) = drawn
             assert (
@@ -236,18 +237,18 @@ def test_pictures_show_what_the_caption_says(font, made, monkeypatch):
             relations.add(match["relation"])
         else:
             assert len(drawn) == 1 and match["first"].endswith(drawn[0][0])
-    assert relations == set(emoji.RELATIONS)
+    assert relations == set(dataset.RELATIONS)
 
 
 def test_the_set_reads_back(font, tmp_path):
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
-    emoji.Emoji(font=font, seed=5, size=SIZE, count=12, data_dir=tmp_path).download_and_prepare()
+    dataset.Emoji(font=font, seed=5, size=SIZE, count=12, data_dir=tmp_path).download_and_prepare()
     source = sources.open_source(tmp_path / "emoji/1.0.0")
     assert len(source) == 12
     for index in range(12):
-        image, caption = emoji.example(font, 5, index, SIZE)
+        image, caption = dataset.example(font, 5, index, SIZE)
         example = source[index]
         np.testing.assert_array_equal(sources.load_picture(example.image), image)
         assert example.caption == caption
@@ -256,23 +257,23 @@ def test_the_set_reads_back(font, tmp_path):
 def test_the_command(font, tmp_path, command):
     target = tmp_path / "data"
     flags = (f"--to_dir={target}", "--count=70", "--data_seed=5")
-    first = command("sprint_jax.emoji", *flags)
+    first = command("experiments.emoji", *flags)
     assert first.returncode == 0, first.stderr
     lines = first.stdout.strip().splitlines()
     assert len(lines) == 3 and "70 captioned pictures of 64 px" in lines[0], first.stdout
-    assert lines[-1] == f"next: python -m sprint_jax.encode --source={target}/emoji/1.0.0"
+    assert lines[-1] == f"next: python -m sprint_jax encode --source={target}/emoji/1.0.0"
     sheet = np.asarray(Image.open(target / "preview.png"))
     assert sheet.shape == (8 * 66 + 2, 8 * 66 + 2, 3)
-    np.testing.assert_array_equal(sheet[2:66, 68:132], emoji.example(font, 5, 1, 64)[0])
+    np.testing.assert_array_equal(sheet[2:66, 68:132], dataset.example(font, 5, 1, 64)[0])
     identity = sources.open_source(target / "emoji/1.0.0").identity()
-    again = command("sprint_jax.emoji", *flags)
+    again = command("experiments.emoji", *flags)
     assert (
         again.returncode == 0
         and "there already" in again.stdout
         and again.stdout.endswith(lines[-1] + "\n")
     )
     assert sources.open_source(target / "emoji/1.0.0").identity() == identity
-    other = command("sprint_jax.emoji", *flags, "--count=71")
+    other = command("experiments.emoji", *flags, "--count=71")
     assert (
         other.returncode == 2 and "count 70, not 71" in other.stderr and "--to_dir" in other.stderr
     )
@@ -290,7 +291,7 @@ def test_the_command(font, tmp_path, command):
     ],
 )
 def test_bad_flags(flags, words, tmp_path, command):
-    result = command("sprint_jax.emoji", *(flag.format(tmp_path / "out") for flag in flags))
+    result = command("experiments.emoji", *(flag.format(tmp_path / "out") for flag in flags))
     assert result.returncode == 2 and "Traceback" not in result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ") and all(word in last for word in words), last

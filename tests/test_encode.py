@@ -17,11 +17,13 @@ import safetensors.numpy
 from conftest import ROOT
 from PIL import Image
 
-from sprint_jax import encode, parts
-from sprint_jax.data import encoded, pixels, prompts, shapes, sources, text
+from sprint_jax.commands import encode
+from sprint_jax.data import encoded, sources
+from sprint_jax.encoders import parts, patches, prompts, words
 from sprint_jax.errors import UserError
+from sprint_jax.toy import shapes
 
-CODEC, TEXT = pixels.SpaceToDepth(4, 1.28), text.ShapesText()
+CODEC, TEXT = patches.SpaceToDepth(4, 1.28), words.ShapesText()
 SIZES = ((32, 32), (16, 48))
 
 
@@ -417,7 +419,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe(published):
-    from sprint_jax import pipeline
+    from sprint_jax.sampling import pipeline
 
     return pipeline.load(
         published / "model", dtype="float32", instruction=published / "instruction.txt"
@@ -444,7 +446,7 @@ def photographs(tmp_path_factory):
 def test_the_command(command, published, pipe, photographs, tmp_path):
     """Against the parts of the pipeline, one picture and one caption at a time."""
     result = command(
-        "sprint_jax.encode",
+        "sprint_jax.commands.encode",
         f"--source={photographs}",
         f"--encoder={published / 'model'}",
         f"--encoded={tmp_path / 'out'}",
@@ -536,8 +538,8 @@ def test_tokens(published, pipe, photographs, tmp_path):
 
 def test_identity_is_of_what_is_in_it(published, pipe, tmp_path):
     """The same for our form of a folder; another for one other weight or another instruction."""
-    from sprint_jax import pipeline
     from sprint_jax.conversion import folder
+    from sprint_jax.sampling import pipeline
 
     words = (published / "instruction.txt").read_text()
     folder.write_ours(
@@ -602,7 +604,7 @@ def _bend(tree):
 )
 def test_the_command_refuses(command, pictures, tmp_path, flags, words):
     source = [f"--source={pictures}"] if flags else []
-    result = command("sprint_jax.encode", *source, *flags)
+    result = command("sprint_jax.commands.encode", *source, *flags)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     line = result.stderr.strip().splitlines()[-1]
     assert all(word in line for word in words), line
@@ -610,7 +612,7 @@ def test_the_command_refuses(command, pictures, tmp_path, flags, words):
 
 def test_the_command_refuses_its_own_output(command, pictures):
     result = command(
-        "sprint_jax.encode",
+        "sprint_jax.commands.encode",
         f"--source={pictures}",
         "--encoder=x",
         f"--encoded={pictures / 'out'}",

@@ -18,23 +18,25 @@ from conftest import ROOT
 from PIL import Image
 from test_encode import CODEC, SIZES, contents, records
 
-from sprint_jax import build, config, encode, inputs, lines, run
-from sprint_jax.conversion import tables
-from sprint_jax.data import batches, conditions, encoded, shapes, sources
+from sprint_jax import build, config
+from sprint_jax.commands import encode
+from sprint_jax.conditioning import detector, hed, hed_weights, sketches
+from sprint_jax.data import batches, encoded, sources
 from sprint_jax.errors import UserError
-from sprint_jax.models import hed
+from sprint_jax.toy import shapes
+from sprint_jax.training import datasets, run
 
-EDGES = lines.Lines("edges", None, None)
+EDGES = detector.Lines("edges", None, None)
 
 
 def luminance(image, resolution):
     """In the place of the detector: brightness, at the size that the detector would see."""
-    return conditions.detector_picture(image, resolution).max(-1)
+    return sketches.detector_picture(image, resolution).max(-1)
 
 
-FAKE = lines.Detector("0123456789abcdef", luminance)
-HED = lines.Lines("hed", FAKE, None)
-SCRIBBLE = lines.Lines("scribble", FAKE, conditions.PUBLISHED_THICKNESS)
+FAKE = detector.Detector("0123456789abcdef", luminance)
+HED = detector.Lines("hed", FAKE, None)
+SCRIBBLE = detector.Lines("scribble", FAKE, sketches.PUBLISHED_THICKNESS)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,7 @@ def test_edges_are_those_of_the_fitted_picture(pictures, whole, tmp_path):
     assert found.keys() == fitted(pictures).keys() == plain.keys()
     drawn = 0
     for caption, (_, picture) in fitted(pictures).items():
-        shown = conditions.as_picture(conditions.gradient_edges(picture[None]))
+        shown = sketches.as_picture(sketches.gradient_edges(picture[None]))
         assert found[caption]["control"].dtype == np.float32
         drawn += shown.any()
         np.testing.assert_array_equal(
@@ -107,14 +109,14 @@ def test_soft_edges_and_scribbles(pictures, tmp_path):
         height, width = picture.shape[:2]
         seen = luminance(picture, min(height, width))
         assert seen.shape == (64, 64)
-        thickness = lines.thickness_of(key, (0, 24))
+        thickness = detector.thickness_of(key, (0, 24))
         thick.add(thickness)
-        strokes = conditions.scribble(seen, thickness=thickness, sigma=3.0)
+        strokes = sketches.scribble(seen, thickness=thickness, sigma=3.0)
         for record, expected in ((soft[caption], seen), (drawn[caption], strokes)):
             expected = np.asarray(
                 Image.fromarray(expected).resize((width, height), Image.Resampling.BICUBIC)
             )
-            shown = conditions.as_picture(expected)[None]
+            shown = sketches.as_picture(expected)[None]
             np.testing.assert_array_equal(
                 record["control"], CODEC.encode(shown)[0].astype(np.float16)
             )
@@ -127,13 +129,13 @@ def test_thickness_is_the_names_alone():
     keys = [f"{i}.png" for i in range(20000)]
     drawn = {split: [] for split in encoded.SPLITS}
     for key in keys:
-        drawn[settings.split(key)].append(lines.thickness_of(key, (0, 24)))
+        drawn[settings.split(key)].append(detector.thickness_of(key, (0, 24)))
     for values in drawn.values():
         counts = np.bincount(values, minlength=25)
         expected = len(values) / 25
         assert len(counts) == 25 and np.abs(counts - expected).max() < 5 * np.sqrt(expected)
-    assert {lines.thickness_of(key, (3, 3)) for key in keys[:50]} == {3}
-    assert [lines.thickness_of(f"{i}.png", (0, 24)) for i in range(4)] == [
+    assert {detector.thickness_of(key, (3, 3)) for key in keys[:50]} == {3}
+    assert [detector.thickness_of(f"{i}.png", (0, 24)) for i in range(4)] == [
         10,
         23,
         4,
@@ -189,7 +191,7 @@ def test_without_a_condition_all_is_as_before(pictures, tmp_path):
         ),
         (
             HED,
-            lines.Lines("hed", lines.Detector("fedcba", luminance), None),
+            detector.Lines("hed", detector.Detector("fedcba", luminance), None),
             "detector 0123456789abcdef', .* 'hed, detector fedcba'",
         ),
     ],
@@ -359,7 +361,7 @@ def sketched(tmp_path_factory):
 def test_the_control_stage_on_an_encoded_folder(sketched):
     """Three steps of what `main` runs: the condition reaches the ControlNet, which begins to move."""
     c = card(sketched, dropout=0.0)
-    data = inputs.open_inputs(c, print)
+    data = datasets.open_inputs(c, print)
     assert data.identity.endswith(", with edges")
     rng = np.random.default_rng(0)
     random = lambda a: 0.1 * rng.standard_normal(a.shape).astype(a.dtype)  # compiles nothing
@@ -373,7 +375,7 @@ def test_the_control_stage_on_an_encoded_folder(sketched):
         ),
         compiler_options={"xla_backend_optimization_level": 0},
     )
-    abstract = inputs.abstract_batch(c, stage.batch)
+    abstract = datasets.abstract_batch(c, stage.batch)
     with stage.batches(stage.batch, 0, 3, 0, 1) as read:
         for batch in read:
             assert {k: (a.shape, a.dtype) for k, a in batch.items()} == {
@@ -386,14 +388,14 @@ def test_the_control_stage_on_an_encoded_folder(sketched):
 
 def test_held_out_examples_have_their_edges(sketched):
     """Decoded from what was stored; the first of them, whose picture is known by its caption, has that picture's."""
-    heldout = inputs.open_inputs(card(sketched), print).heldout(4, 6)
+    heldout = datasets.open_inputs(card(sketched), print).heldout(4, 6)
     drawn = {
         shapes.example(3, i, size=32).text: shapes.example(3, i, size=32).image for i in range(48)
     }
     pictures = np.stack([drawn[caption] for caption in heldout.captions])
-    edges = conditions.gradient_edges(pictures)
+    edges = sketches.gradient_edges(pictures)
     codec = build.codec(card(sketched))
-    expected = codec.encode(conditions.as_picture(edges)).astype(np.float16)
+    expected = codec.encode(sketches.as_picture(edges)).astype(np.float16)
     np.testing.assert_array_equal(heldout.cond["control"], expected.astype(np.float32))
     np.testing.assert_array_equal(heldout.cond["control_scale"], np.ones(4, np.float32))
     assert (
@@ -407,17 +409,19 @@ def test_held_out_examples_have_their_edges(sketched):
 
 def test_without_a_controlnet_the_condition_stays_behind(sketched):
     c = card(sketched, depth=0, condition="scribble")
-    data = inputs.open_inputs(c, print)
+    data = datasets.open_inputs(c, print)
     assert not data.identity.endswith("edges")
     with data.batches(8, 0, 1, 0, 1) as read:
-        assert next(read).keys() == inputs.abstract_batch(c, 8).keys() == {"latent", "text", "mask"}
+        assert (
+            next(read).keys() == datasets.abstract_batch(c, 8).keys() == {"latent", "text", "mask"}
+        )
     heldout = data.heldout(2, 2)
     assert heldout.edges is None and heldout.cond.keys() == {"text", "mask"}
 
 
 def test_another_condition_is_refused(sketched, tmp_path):
     with pytest.raises(UserError) as refused:
-        inputs.open_inputs(card(sketched, condition="scribble"), print)
+        datasets.open_inputs(card(sketched, condition="scribble"), print)
     for words in (
         str(sketched),
         "condition edges",
@@ -435,7 +439,7 @@ def test_another_condition_is_refused(sketched, tmp_path):
         UserError,
         match="with condition none, config.control.condition is edges: encode .* --condition=edges$",
     ):
-        inputs.open_inputs(card(tmp_path), print)
+        datasets.open_inputs(card(tmp_path), print)
 
 
 # --- the command ---
@@ -444,7 +448,7 @@ def test_another_condition_is_refused(sketched, tmp_path):
 def test_the_command(command, tmp_path):
     """Scribbles of one thickness by weights from a file; the detector sees a picture of its own size."""
     # A picture decides its own edges: the first stage passes its red on and the others say nothing.
-    state = {row.theirs: np.zeros(row.shape, np.float32) for row in tables.hed(hed.PUBLISHED)}
+    state = {row.theirs: np.zeros(row.shape, np.float32) for row in hed_weights.rows(hed.PUBLISHED)}
     for layer in ("block1.convs.0", "block1.convs.1"):
         state[f"{layer}.weight"][0, 0, 1, 1] = 1
     state["block1.projection.weight"][0, 0] = 20 / 255
@@ -456,7 +460,7 @@ def test_the_command(command, tmp_path):
     Image.fromarray(image).save(tmp_path / "source/bar.png")
     (tmp_path / "source/bar.txt").write_text("a red square")
     result = command(
-        "sprint_jax.encode",
+        "sprint_jax.commands.encode",
         f"--source={tmp_path / 'source'}",
         f"--encoder={ROOT / 'configs/sprint.py'}:smoke",
         "--heldout=0",
@@ -471,10 +475,10 @@ def test_the_command(command, tmp_path):
         int(255 / (1 + np.exp(-mean))) for mean in (-10 / 5, 10 / 5)
     )  # the mean of five side outputs
     soft = np.where(image[..., 0] > 0, bright, dark).astype(np.uint8)
-    strokes = conditions.scribble(soft, thickness=4, sigma=conditions.PUBLISHED_SIGMA)
+    strokes = sketches.scribble(soft, thickness=4, sigma=sketches.PUBLISHED_SIGMA)
     assert 0 < (strokes > 0).mean() < 1
     codec = build.codec(test_inputs.smoke())
-    expected = codec.encode(conditions.as_picture(strokes)[None])[0]
+    expected = codec.encode(sketches.as_picture(strokes)[None])[0]
     np.testing.assert_allclose(
         records(tmp_path / "out", "train")["a red square"]["control"],
         expected,

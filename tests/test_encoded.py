@@ -157,7 +157,7 @@ def edit(folder, change):
     [
         (
             lambda f: (f / "manifest.json").unlink(),
-            "no .*manifest.json: give a folder made by sprint_jax.encode",
+            "no .*manifest.json: give a folder made by sprint-jax encode",
         ),
         (lambda f: (f / "manifest.json").write_text('{"format": 1,'), "manifest.json is damaged"),
         (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is damaged"),

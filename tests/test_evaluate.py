@@ -10,11 +10,11 @@ from conftest import ROOT
 from PIL import Image
 from test_bad_input import refused
 
-from sprint_jax import gallery
 from sprint_jax.errors import UserError
-from sprint_jax.evaluation import frechet
+from sprint_jax.evaluation import gallery
+from sprint_jax.toy import frechet
 
-DOOR = "sprint_jax.evaluate"
+DOOR = "sprint_jax.commands.evaluate"
 
 
 def report(out, suite):
@@ -115,7 +115,7 @@ def test_a_command_that_makes_nothing_locks_nothing(finished, command, tmp_path)
 
 def test_a_folder_is_claimed_with_its_first_pictures(finished, tmp_path):
     """Of two commands the first to have pictures has the folder; the other writes none into it."""
-    from sprint_jax import pipeline
+    from sprint_jax.sampling import pipeline
 
     class Bar:
         n = 0
@@ -176,7 +176,7 @@ def test_pictures_of_an_earlier_command_are_scored_by_its_out(made, command, tmp
 def test_distance_on_features_of_a_hook(made, command, tmp_path):
     """fid's whole way with the untrained features: reference to npz, then distances, not called FID."""
     out, _ = made
-    hook, stats = "--hook=sprint_jax.evaluation.frechet:features", tmp_path / "real.npz"
+    hook, stats = "--hook=sprint_jax.toy.frechet:features", tmp_path / "real.npz"
     common = ["--suite=fid", hook, "--scoring_batch=3"]
     result = command(
         DOOR,
@@ -340,7 +340,7 @@ def folder(tmp_path):
     return path
 
 
-HOOK = "--hook=sprint_jax.evaluation.frechet:features"
+HOOK = "--hook=sprint_jax.toy.frechet:features"
 
 
 def test_damaged_pictures_and_sizes_are_counted(folder, command, tmp_path):
@@ -454,5 +454,5 @@ def test_missing_and_wrong_weights_are_named(folder, command, tmp_path):
         "6726825d",
         "--unpublished_weights",
     )
-    refused(command(DOOR, *flags, "--hook=sprint_jax.evaluation.frechet:absent"), "no absent")
+    refused(command(DOOR, *flags, "--hook=sprint_jax.toy.frechet:absent"), "no absent")
     refused(command(DOOR, *flags, "--hook=nowhere:f"), "cannot import nowhere")

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from sprint_jax import drawing, export, exported, pipeline, weights
+from sprint_jax.commands import export
 from sprint_jax.errors import UserError
+from sprint_jax.sampling import exported, generation, pipeline
+from sprint_jax.storage import weights
 
 PROMPTS = ["a red circle", "two blue squares", "a circle"]
 
@@ -55,8 +57,8 @@ def altered(file, path, change):
 def test_same_pictures_as_the_model(pipe, file, options):
     """Fails when times, guidance, seed, indices or a weight take another way into the file's programs."""
     read = exported.load(file)
-    expected = drawing.generate(pipe, PROMPTS, batch_size=2, **options)
-    np.testing.assert_array_equal(drawing.generate(read, PROMPTS, **options), expected)
+    expected = generation.generate(pipe, PROMPTS, batch_size=2, **options)
+    np.testing.assert_array_equal(generation.generate(read, PROMPTS, **options), expected)
 
 
 def test_the_command_draws_without_the_networks_code(finished, file, command, tmp_path):
@@ -84,17 +86,17 @@ def test_the_command_draws_without_the_networks_code(finished, file, command, tm
     )
     assert result.returncode == 0, result.stderr[-2000:]
     modules = json.loads(result.stdout.splitlines()[-1])
-    assert "sprint_jax.exported" in modules
+    assert "sprint_jax.sampling.exported" in modules
     for name in (
         "sprint_jax.models",
-        "sprint_jax.pipeline",
-        "sprint_jax.parts",
+        "sprint_jax.sampling.pipeline",
+        "sprint_jax.encoders.parts",
         "flax",
         "transformers",
     ):
         assert name not in modules
     direct = command(
-        "sprint_jax.sample", f"--model={finished}", *flags, f"--out={tmp_path / 'direct'}"
+        "sprint_jax.commands.sample", f"--model={finished}", *flags, f"--out={tmp_path / 'direct'}"
     )
     assert direct.returncode == 0, direct.stderr[-2000:]
     for name in ("00000.png", "00001.png", "manifest.jsonl"):
@@ -143,14 +145,14 @@ def test_equal_exports_are_equal_files(pipe, file, tmp_path):
 )
 def test_what_the_file_has_no_program_for(file, options, words):
     with pytest.raises(UserError, match=words):
-        drawing.generate(exported.load(file), ["a red circle"], **options)
+        generation.generate(exported.load(file), ["a red circle"], **options)
 
 
 def test_prompts_are_checked_as_by_the_model(file):
     read = exported.load(file)
     for prompt, words in (("a zebra", "zebra"), ("a " * 40, "too long"), (" ", "empty")):
         with pytest.raises(UserError, match=words):
-            drawing.generate(read, [prompt])
+            generation.generate(read, [prompt])
 
 
 def test_a_file_that_is_not_whole(file, tmp_path):
@@ -159,7 +161,7 @@ def test_a_file_that_is_not_whole(file, tmp_path):
     for size in (0, 1000, len(data) // 2, len(data) - 1):
         broken.write_bytes(data[:size])
         with pytest.raises(
-            UserError, match="broken.sprint is not a whole file of sprint_jax.export"
+            UserError, match="broken.sprint is not a whole file of sprint-jax export"
         ):
             exported.load(broken)
     with zipfile.ZipFile(file) as archive:
@@ -180,7 +182,7 @@ def test_a_file_that_is_not_whole(file, tmp_path):
             exported.load(broken)
     broken.write_bytes(flipped(places["programs/2_16_2_32_32.bin"] + 100))
     with pytest.raises(UserError, match="not a whole file"):
-        drawing.generate(exported.load(broken), ["a circle"], steps=2)
+        generation.generate(exported.load(broken), ["a circle"], steps=2)
     with zipfile.ZipFile(broken, "w") as archive:
         archive.writestr("word/document.xml", "thesis")
     with pytest.raises(UserError, match="not a whole file"):
@@ -211,7 +213,10 @@ def test_other_formats_and_platforms(file, command, tmp_path):
         file, tmp_path / "tpu.sprint", lambda header: header.update(platforms=["tpu", "cuda"])
     )
     result = command(
-        "sprint_jax.sample", f"--model={tpu}", "--prompt=a circle", f"--out={tmp_path / 'out'}"
+        "sprint_jax.commands.sample",
+        f"--model={tpu}",
+        "--prompt=a circle",
+        f"--out={tmp_path / 'out'}",
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].endswith(
@@ -232,7 +237,7 @@ def test_programs_of_a_jax_that_is_too_new(file, tmp_path):
                 data = bytes(jax.export.Exported(**later).serialize())
             new.writestr(name, data)
     with pytest.raises(UserError, match="later.sprint cannot be run by jax .* export it again"):
-        drawing.generate(exported.load(path), ["a circle"], steps=1)
+        generation.generate(exported.load(path), ["a circle"], steps=1)
 
 
 def test_export_for_platforms_that_are_not_here(finished, command, tmp_path):
@@ -240,12 +245,12 @@ def test_export_for_platforms_that_are_not_here(finished, command, tmp_path):
     pipe = pipeline.load(finished, dtype="bfloat16", platform="")
     both = tmp_path / "both.sprint"
     export.export(pipe, both, steps=[2], batch_sizes=[1], platforms=("cuda", "tpu", "cpu"))
-    made = drawing.generate(exported.load(both), ["a red circle"], steps=2)
+    made = generation.generate(exported.load(both), ["a red circle"], steps=2)
     np.testing.assert_array_equal(
-        made, drawing.generate(pipe, ["a red circle"], steps=2, batch_size=1)
+        made, generation.generate(pipe, ["a red circle"], steps=2, batch_size=1)
     )
     result = command(
-        "sprint_jax.export",
+        "sprint_jax.commands.export",
         f"--model={finished}",
         f"--out={tmp_path / 'cuda'}",
         "--steps=1",
@@ -281,7 +286,8 @@ def test_export_for_platforms_that_are_not_here(finished, command, tmp_path):
 )
 def test_export_refuses(finished, command, tmp_path, flags, words):
     result = command(
-        "sprint_jax.export", *(flag.format(finished=finished, tmp=tmp_path) for flag in flags)
+        "sprint_jax.commands.export",
+        *(flag.format(finished=finished, tmp=tmp_path) for flag in flags),
     )
     lines = result.stderr.strip().splitlines()
     assert (
@@ -296,7 +302,7 @@ def test_export_refuses(finished, command, tmp_path, flags, words):
 
 def test_flags_that_a_file_has_settled(file, command, tmp_path):
     result = command(
-        "sprint_jax.sample",
+        "sprint_jax.commands.sample",
         f"--model={file}",
         "--prompt=a circle",
         "--dtype=bfloat16",
@@ -339,14 +345,14 @@ class TestPublishedFolder:
             np.testing.assert_array_equal(ours[1]["tokens"], theirs[1]["tokens"])
         assert {length for length, _ in read.text.prepare(prompts)} == {15, 31}
         options = dict(steps=1, height=32, width=64, seed=2)
-        made = drawing.generate(read, prompts, **options)
-        np.testing.assert_array_equal(made, drawing.generate(pipe, prompts, **options))
+        made = generation.generate(read, prompts, **options)
+        np.testing.assert_array_equal(made, generation.generate(pipe, prompts, **options))
         assert (made[0] != made[1]).any() and not any(
             name.startswith("pixels.encoder") for name in read.params
         )
         with pytest.raises(UserError, match="padded to 127 tokens: it takes prompts of at most 31"):
-            drawing.generate(read, ["a lake in the mist, " * 8], **options)
+            generation.generate(read, ["a lake in the mist, " * 8], **options)
         shutil.rmtree(folder / "model")
         np.testing.assert_array_equal(
-            drawing.generate(exported.load(path), prompts, **options), made
+            generation.generate(exported.load(path), prompts, **options), made
         )

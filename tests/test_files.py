@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sprint_jax import files
+from sprint_jax.storage import files
 
 
 @pytest.mark.parametrize(

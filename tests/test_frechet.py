@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from sprint_jax.data import shapes
-from sprint_jax.evaluation import frechet
+from sprint_jax.toy import frechet, shapes
 
 
 def test_same_moments_are_at_zero():

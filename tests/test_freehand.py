@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from sprint_jax import build, config, inputs
-from sprint_jax.data import conditions, freehand, loader, shapes
-from sprint_jax.evaluation import checker
+from sprint_jax import build, config
+from sprint_jax.conditioning import sketches
+from sprint_jax.data import shapes_batches
+from sprint_jax.toy import checker, freehand, shapes
+from sprint_jax.training import datasets
 
 CELLS = {(i + 0.5) / 4 for i in range(4)}
 
@@ -19,7 +21,7 @@ def compositions(count, **options):
     return [shapes.example(3, i, anywhere=True, **options) for i in range(count)]
 
 
-def sketches(examples, size=32, split="train"):
+def rough(examples, size=32, split="train"):
     return np.stack(
         [freehand.sketch(3, i, e.objects, size=size, split=split) for i, e in enumerate(examples)]
     )
@@ -130,7 +132,7 @@ def test_pens_are_those_of_the_page():
 def test_sketches_are_about_their_objects():
     """Ink is within reach of an object, and of all of them. Fails when SHIFT is 1/4, or x and y are exchanged."""
     made = compositions(300, size=64)
-    drawn = sketches(made, 64)
+    drawn = rough(made, 64)
     ys, xs = (np.mgrid[:64, :64] + 0.5) / 64
     for e, ink in zip(made, drawn, strict=True):
         far = np.full((64, 64), np.inf)
@@ -164,30 +166,30 @@ def test_the_share_of_rough_examples():
 def test_batches_hold_rough_sketches_of_clean_pictures():
     """Each row is the usual example with its edges, or a composition with its sketch; without a share all are usual ones."""
     c = smoke(freehand=0.5)
-    with inputs.Shapes(c).batches(16, 1, 2, 0, 1) as ahead:
+    with datasets.Shapes(c).batches(16, 1, 2, 0, 1) as ahead:
         rows = next(ahead)
     codec, rough = build.codec(c), [freehand.chosen(c.data.seed, i, 0.5) for i in range(16, 32)]
     assert 0 < sum(rough) < 16
     for row, is_rough in enumerate(rough):
         e = shapes.example(c.data.seed, 16 + row, anywhere=is_rough)
-        lines = conditions.gradient_edges(e.image[None])[0]
+        lines = sketches.gradient_edges(e.image[None])[0]
         if is_rough:
             lines = freehand.sketch(c.data.seed, 16 + row, e.objects, size=32, split="train")
         np.testing.assert_allclose(rows["latent"][row], codec.encode(e.image[None])[0], atol=1e-5)
         np.testing.assert_allclose(
-            rows["control"][row], codec.encode(conditions.as_picture(lines)[None])[0], atol=1e-5
+            rows["control"][row], codec.encode(sketches.as_picture(lines)[None])[0], atol=1e-5
         )
     options = dict(seed=0, batch=16, size=32, codec=codec, text_encoder=build.text_encoder(c))
-    plain = loader.make_batch(1, **options)
+    plain = shapes_batches.make_batch(1, **options)
     np.testing.assert_array_equal(
-        loader.make_batch(1, **options, freehand=0.5)["latent"], plain["latent"]
+        shapes_batches.make_batch(1, **options, freehand=0.5)["latent"], plain["latent"]
     )
 
 
 def test_checkpoints_know_the_share():
     """Fails when `Shapes.identity` forgets it; without a ControlNet it does not count, and the name is the one of old."""
     names = [
-        inputs.Shapes(smoke(**k)).identity
+        datasets.Shapes(smoke(**k)).identity
         for k in ({"freehand": 0.0}, {"freehand": 0.5}, {"freehand": 0.25}, {"depth": 0})
     ]
     assert len(set(names)) == 3 and names[0] == names[3] == "drawn shapes"
@@ -195,9 +197,9 @@ def test_checkpoints_know_the_share():
 
 def test_heldout_sketches_are_judged_by_the_true_edges():
     """Fails when edges are the sketches', or sketches of the training split."""
-    data = inputs.Shapes(smoke(freehand=0.5))
+    data = datasets.Shapes(smoke(freehand=0.5))
     rough, clean = data.freehand(6, 4), data.heldout(6, 4)
-    np.testing.assert_array_equal(rough.edges, conditions.gradient_edges(rough.images))
+    np.testing.assert_array_equal(rough.edges, sketches.gradient_edges(rough.images))
     for i in range(6):
         e = shapes.example(1, i, split="heldout", anywhere=True)
         np.testing.assert_array_equal(rough.images[i], e.image)
@@ -205,10 +207,10 @@ def test_heldout_sketches_are_judged_by_the_true_edges():
             rough.sketches[i], freehand.sketch(1, i, e.objects, size=32, split="heldout")
         )
         assert rough.captions[i] == e.text and shapes.is_heldout(e.caption)
-    shown = build.codec(smoke()).encode(conditions.as_picture(rough.sketches))
+    shown = build.codec(smoke()).encode(sketches.as_picture(rough.sketches))
     np.testing.assert_allclose(rough.cond["control"], shown, atol=1e-6)
     np.testing.assert_array_equal(clean.sketches, clean.edges)
     assert (
-        inputs.Shapes(smoke(freehand=0.0)).freehand(6, 4) is None
-        and inputs.Shapes(smoke(depth=0)).freehand(6, 4) is None
+        datasets.Shapes(smoke(freehand=0.0)).freehand(6, 4) is None
+        and datasets.Shapes(smoke(depth=0)).freehand(6, 4) is None
     )

@@ -10,7 +10,7 @@ import pytest
 from test_config import card
 
 from sprint_jax import build, config
-from sprint_jax.data import loader
+from sprint_jax.data import shapes_batches
 from sprint_jax.training import sprint_step
 
 
@@ -26,7 +26,7 @@ def stepped():
         teacher, nets, jax.random.key(1), logvar_start=c.sprint.logvar_start
     )
     state = sprint_step.init(student, nets, c.sprint, jax.random.key(2))
-    batch = lambda k: loader.make_batch(
+    batch = lambda k: shapes_batches.make_batch(
         k,
         seed=0,
         batch=c.sprint.batch,

@@ -6,11 +6,9 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from sprint_jax.conversion import hed as hed_weights
-from sprint_jax.conversion import rules, tables
-from sprint_jax.data import conditions
+from sprint_jax.conditioning import hed, hed_weights, sketches
+from sprint_jax.conversion import rules
 from sprint_jax.errors import UserError
-from sprint_jax.models import hed
 
 SMALL = hed.HED(widths=(4, 6, 8, 8, 8), convs=(2, 2, 3, 3, 3))
 
@@ -18,7 +16,7 @@ SMALL = hed.HED(widths=(4, 6, 8, 8, 8), convs=(2, 2, 3, 3, 3))
 def random_state(model, seed=0):
     """A state dict by the published names, float32 NumPy; every value random, side outputs near one."""
     rng, state = np.random.RandomState(seed), {}
-    for row in tables.hed(model):
+    for row in hed_weights.rows(model):
         if row.theirs == "norm":
             value = rng.uniform(100, 150, row.shape)
         elif row.theirs.endswith("bias"):
@@ -32,7 +30,7 @@ def random_state(model, seed=0):
 
 def params_of(state, model):
     return rules.from_arrays(
-        tables.hed(model), state, jax.eval_shape(model.init, jax.random.key(0)), "test"
+        hed_weights.rows(model), state, jax.eval_shape(model.init, jax.random.key(0)), "test"
     )
 
 
@@ -88,7 +86,7 @@ def test_published_shapes():
     """ControlNetHED.pth has 13 convolutions and 5 side outputs: 14 716 168 numbers with the three of the offset."""
     shapes = jax.eval_shape(hed.PUBLISHED.init, jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 14_716_168
-    assert len(tables.hed(hed.PUBLISHED)) == 2 * (13 + 5) + 1
+    assert len(hed_weights.rows(hed.PUBLISHED)) == 2 * (13 + 5) + 1
 
 
 def test_init_is_what_apply_takes():
@@ -163,7 +161,7 @@ def test_damaged_files_are_refused(torch, tmp_path):
 def test_command_with_weights(command, tmp_path):
     """hed writes the network's own map cut off to bytes, scribble its strokes."""
     # A picture that decides its own edges: the first stage passes its red on and the others say nothing.
-    state = {row.theirs: np.zeros(row.shape, np.float32) for row in tables.hed(hed.PUBLISHED)}
+    state = {row.theirs: np.zeros(row.shape, np.float32) for row in hed_weights.rows(hed.PUBLISHED)}
     for layer in ("block1.convs.0", "block1.convs.1"):
         state[f"{layer}.weight"][0, 0, 1, 1] = 1
     state["block1.projection.weight"][0, 0] = 20 / 255
@@ -175,7 +173,9 @@ def test_command_with_weights(command, tmp_path):
     (tmp_path / "in").mkdir()
     Image.fromarray(image).save(tmp_path / "in/bar.png")
     flags = [f"--images={tmp_path / 'in'}", f"--weights={weights}", "--detect_resolution=64"]
-    result = command("sprint_jax.condition", *flags, "--kind=hed", f"--out={tmp_path / 'hed'}")
+    result = command(
+        "sprint_jax.commands.condition", *flags, "--kind=hed", f"--out={tmp_path / 'hed'}"
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     found = np.asarray(Image.open(tmp_path / "hed/bar.png"))
     dark, bright = (
@@ -183,7 +183,7 @@ def test_command_with_weights(command, tmp_path):
     )  # the mean of five side outputs
     np.testing.assert_array_equal(found, np.where(image[..., :1] > 0, bright, dark).repeat(3, -1))
     result = command(
-        "sprint_jax.condition",
+        "sprint_jax.commands.condition",
         *flags,
         "--kind=scribble",
         "--thickness=4",
@@ -191,6 +191,6 @@ def test_command_with_weights(command, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     strokes = np.asarray(Image.open(tmp_path / "strokes/bar.png"))
-    expected = conditions.scribble(found[..., 0], thickness=4, sigma=conditions.PUBLISHED_SIGMA)
-    np.testing.assert_array_equal(strokes, conditions.as_picture(expected))
+    expected = sketches.scribble(found[..., 0], thickness=4, sigma=sketches.PUBLISHED_SIGMA)
+    np.testing.assert_array_equal(strokes, sketches.as_picture(expected))
     assert 0 < (strokes > 0).mean() < 1

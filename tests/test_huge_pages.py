@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from sprint_jax import huge_pages
+from sprint_jax.runtime import huge_pages
 
 MADVISE = "always [madvise] never\n"
 

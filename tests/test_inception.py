@@ -12,7 +12,7 @@ from test_bad_input import refused
 
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import extractors, fid
-from sprint_jax.models import inception
+from sprint_jax.evaluation.networks import inception
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -175,7 +175,7 @@ def test_statistics_of_a_folder_match_pytorch(state, command, tmp_path):
         resized = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
         expected = Peer(state).features(2 * resized - 1).double().numpy()
     result = command(
-        "sprint_jax.evaluate",
+        "sprint_jax.commands.evaluate",
         "--suite=fid",
         f"--folder={tmp_path / 'pictures'}",
         f"--weights={weights}",
@@ -197,7 +197,7 @@ def test_statistics_of_a_folder_match_pytorch(state, command, tmp_path):
     )
     assert protocol["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     result = command(
-        "sprint_jax.evaluate",
+        "sprint_jax.commands.evaluate",
         "--suite=fid",
         f"--folder={tmp_path / 'pictures'}",
         f"--weights={weights}",

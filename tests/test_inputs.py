@@ -11,9 +11,13 @@ from conftest import TINY
 from PIL import Image
 from test_config import card
 
-from sprint_jax import build, config, encode, inputs, parts
-from sprint_jax.data import encoded, shapes, sources, text
+from sprint_jax import build, config
+from sprint_jax.commands import encode
+from sprint_jax.data import encoded, sources
+from sprint_jax.encoders import parts, words
 from sprint_jax.errors import UserError
+from sprint_jax.toy import shapes
+from sprint_jax.training import datasets
 
 
 def pictures(folder, count, size=32):
@@ -25,7 +29,7 @@ def pictures(folder, count, size=32):
 
 
 def encoded_by(c, source, out, heldout=24, condition=None):
-    pixels, words, name = inputs.embedded(c)
+    pixels, words, name = datasets.embedded(c)
     encoders = encode.Encoders(pixels, words, {"pixels": {}, "text": {}}, name, c.data.size)
     kept = encode.Settings(
         source=source.identity(),
@@ -59,7 +63,7 @@ def folder(tmp_path_factory):
 def test_encoded_batches_hold_what_drawing_would(folder):
     """By caption, up to float16; fails when the mask or the null prompt is another's."""
     c = smoke(encoded=str(folder))
-    data, codec, encoder = inputs.open_inputs(c, print), build.codec(c), build.text_encoder(c)
+    data, codec, encoder = datasets.open_inputs(c, print), build.codec(c), build.text_encoder(c)
     drawn = {}
     for i in range(96):
         example = shapes.example(3, i, size=32)
@@ -87,7 +91,7 @@ def test_encoded_batches_hold_what_drawing_would(folder):
 
 
 def test_two_processes_share_a_batch(folder):
-    data = inputs.open_inputs(smoke(encoded=str(folder)), print)
+    data = datasets.open_inputs(smoke(encoded=str(folder)), print)
     take = lambda process, processes: next(iter(data.batches(8, 5, 6, process, processes)))
     whole, first, second = take(0, 1), take(0, 2), take(1, 2)
     for name in whole:
@@ -107,7 +111,7 @@ def test_a_folder_that_does_not_fit(folder, changes, words):
     for section, values in changes.items():
         c = dataclasses.replace(c, **{section: dataclasses.replace(getattr(c, section), **values)})
     with pytest.raises(UserError, match=words):
-        inputs.open_inputs(c, print)
+        datasets.open_inputs(c, print)
 
 
 def test_more_held_out_than_there_are(folder):
@@ -115,13 +119,13 @@ def test_more_held_out_than_there_are(folder):
     c = smoke(encoded=str(folder))
     c = dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, prompts=90))
     with pytest.raises(UserError, match="config.evaluation.prompts is 90"):
-        inputs.open_inputs(c, print)
+        datasets.open_inputs(c, print)
 
 
 def test_a_damaged_held_out_example_is_left_out_and_told(folder, monkeypatch):
     """As one of training is. Fails when it ends the evaluation, which comes after the training."""
     c, said = smoke(encoded=str(folder)), []
-    whole = inputs.open_inputs(c, print).heldout(5, 5)
+    whole = datasets.open_inputs(c, print).heldout(5, 5)
     read = encoded.Encoded.read
 
     def damaged(self, i):
@@ -130,7 +134,7 @@ def test_a_damaged_held_out_example_is_left_out_and_told(folder, monkeypatch):
         return read(self, i)
 
     monkeypatch.setattr(encoded.Encoded, "read", damaged)
-    data = inputs.open_inputs(c, said.append)
+    data = datasets.open_inputs(c, said.append)
     assert data.heldout(4, 4).captions == [whole.captions[i] for i in (0, 2, 3, 4)]
     assert any(
         "1 held-out examples cannot be used, first 1 (is not finite)" in line for line in said
@@ -159,7 +163,7 @@ def test_the_main_job_on_an_encoded_folder(finished, folder, command, tmp_path):
 
 def test_words_are_read_whatever_they_are():
     """Fails when padding or punctuation becomes a word, or two words share a token."""
-    encoder = text.WordsText(8)
+    encoder = words.WordsText(8)
     features, mask = encoder.encode(
         ["A grinning face!", "a grinning face", "a winking face", "", "w " * 20]
     )
@@ -190,7 +194,7 @@ def published_card(path, out, transformer):
 def test_token_ids_become_the_features(tmp_path_factory, tmp_path):
     """The same captions stored as features and as ids. Fails when the mask of the first token is dropped."""
     path = published(tmp_path_factory)
-    from sprint_jax import pipeline
+    from sprint_jax.sampling import pipeline
 
     (tmp_path / "pictures").mkdir()
     source = sources.open_source(pictures(tmp_path / "pictures", 12, size=32))
@@ -216,7 +220,7 @@ def test_token_ids_become_the_features(tmp_path_factory, tmp_path):
             condition="none",
         )
         encode.encode(source, encoders, tmp_path / kind, kept, batch=4)
-        data = inputs.open_inputs(
+        data = datasets.open_inputs(
             published_card(path, tmp_path / kind, pipe.model), lambda line: None
         )
         assert isinstance(data.pixels, parts.AutoencoderPixels)
@@ -239,19 +243,19 @@ def test_a_published_transformer_as_teacher(tmp_path_factory):
 
     path = published(tmp_path_factory)
     model, params = folders.read_transformer(path)
-    loaded = inputs.teacher_weights(str(path), dataclasses.replace(model, remat="block"))
+    loaded = datasets.teacher_weights(str(path), dataclasses.replace(model, remat="block"))
     for a, b in zip(*map(jax.tree.leaves, (loaded, params)), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(UserError, match=f"depth={model.depth}, the config asks for 9"):
-        inputs.teacher_weights(str(path), dataclasses.replace(model, depth=9))
+        datasets.teacher_weights(str(path), dataclasses.replace(model, depth=9))
     # A scale of a thousandth is that of times in [0, 1] told in thousandths.
     told = tmp_path_factory.mktemp("told") / "transformer"
     shutil.copytree(path / "transformer", told)
     described = json.loads((told / "config.json").read_text())
     (told / "config.json").write_text(json.dumps(described | {"timestep_scale": 0.001}))
-    inputs.teacher_weights(str(told), dataclasses.replace(model, time_scale=1.0))
+    datasets.teacher_weights(str(told), dataclasses.replace(model, time_scale=1.0))
     with pytest.raises(
         UserError,
         match="timestep_scale=0.001, .* a time_scale of 1, the config asks for 1000: change",
     ):
-        inputs.teacher_weights(str(told), dataclasses.replace(model, time_scale=1000.0))
+        datasets.teacher_weights(str(told), dataclasses.replace(model, time_scale=1000.0))

@@ -32,13 +32,16 @@ from kernel_cases import (
 from test_config import card
 from test_linear_dit import stencil
 
-from sprint_jax import build, config, parts, pipeline
+from sprint_jax import build, config
+from sprint_jax.encoders import parts
 from sprint_jax.errors import UserError
-from sprint_jax.kernels import backend, cross_attention, linear_attention
-from sprint_jax.kernels import depthwise as kernels_depthwise
-from sprint_jax.models import depthwise as models_depthwise
 from sprint_jax.models.dc_ae import DCAE_F32C32
 from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.ops import backend
+from sprint_jax.ops import depthwise as models_depthwise
+from sprint_jax.ops.pallas import cross_attention, linear_attention
+from sprint_jax.ops.pallas import depthwise as kernels_depthwise
+from sprint_jax.sampling import pipeline
 
 # Compiled where the device has kernels, else interpreted.
 HERE = backend.resolve("pallas", jax.default_backend(), 64, 64, "float32")[0].replace(

@@ -11,8 +11,8 @@ import pytest
 from kernel_cases import relative
 
 from sprint_jax.diffusion import ladd
-from sprint_jax.models import ladd_heads
-from sprint_jax.models.ladd_heads import LADDHeads
+from sprint_jax.models import discriminator
+from sprint_jax.models.discriminator import LADDHeads
 
 WIDTH, TOKENS, HEADS = 6, 12, 2
 
@@ -101,10 +101,10 @@ def test_spectral_norm_finds_the_largest_singular_value():
     """Fails when a power iteration multiplies by the kernel twice in one direction (u from kernel @ v)."""
     kernel = normals(9, 6)
     vectors = {"u": np.eye(6, dtype=np.float32)[0], "v": np.zeros(9, np.float32)}
-    refine = jax.jit(lambda vectors: ladd_heads.power_iteration(kernel, vectors))
+    refine = jax.jit(lambda vectors: discriminator.power_iteration(kernel, vectors))
     for _ in range(200):
         vectors = refine(vectors)
-    normalised = ladd_heads.spectral_norm(kernel, vectors)
+    normalised = discriminator.spectral_norm(kernel, vectors)
     sigma = vectors["v"] @ kernel @ vectors["u"]
     assert abs(sigma / leading(kernel) - 1) < 1e-5
     assert abs(leading(normalised) - 1) < 1e-5
@@ -128,7 +128,7 @@ def test_spectral_norm_gradient_holds_u_and_v():
 
     def value(kernel):
         after = heads.advance({"conv_in": {"kernel": kernel[None]}}, start)["conv_in"]
-        return (M * ladd_heads.spectral_norm(kernel, jax.tree.map(lambda a: a[0], after))).sum()
+        return (M * discriminator.spectral_norm(kernel, jax.tree.map(lambda a: a[0], after))).sum()
 
     slope = jax.jit(jax.grad(value))(kernel)
     K = kernel.astype(np.float64)
@@ -167,7 +167,7 @@ def test_batch_norm_local_statistics(batch, groups):
     """Fails when GROUP is 4, and when the variance is of g instead of g - mean."""
     x = 3 + 2 * normals(batch, TOKENS, WIDTH) * np.arange(1, batch + 1)[:, None, None]
     scale, bias = normals(WIDTH, seed=1), normals(WIDTH, seed=2)
-    value = ladd_heads.batch_norm_local(jnp.asarray(x, jnp.float32), scale, bias)
+    value = discriminator.batch_norm_local(jnp.asarray(x, jnp.float32), scale, bias)
     assert error(value, group_norm(x, groups, scale, bias)) < 1e-5
 
 
@@ -176,7 +176,7 @@ def test_batch_norm_local_groups_do_not_mix():
     x = normals(16, TOKENS, WIDTH)
     changed = x.copy()
     changed[9] += 5
-    run = lambda x: np.asarray(ladd_heads.batch_norm_local(x, np.ones(WIDTH), np.zeros(WIDTH)))
+    run = lambda x: np.asarray(discriminator.batch_norm_local(x, np.ones(WIDTH), np.zeros(WIDTH)))
     moved = np.abs(run(x) - run(changed)).max((1, 2))
     assert (moved[:8] == 0).all() and (moved[8:] > 0.01).all()
     with pytest.raises(ValueError, match="batch 9 does not split into 2"):
@@ -186,7 +186,7 @@ def test_batch_norm_local_groups_do_not_mix():
 def test_circular_windows():
     """Offset -4 first, wrapping around. Fails when jnp.roll takes +o."""
     x = normals(2, TOKENS, WIDTH)
-    windows = np.asarray(ladd_heads.circular_windows(x)).reshape(2, TOKENS, 9, WIDTH)
+    windows = np.asarray(discriminator.circular_windows(x)).reshape(2, TOKENS, 9, WIDTH)
     for token in range(TOKENS):
         for place in range(9):
             np.testing.assert_array_equal(

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sprint_jax.models import depthwise, layers
+from sprint_jax.models import layers
 from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M, LinearDiT, patchify, unpatchify
+from sprint_jax.ops import depthwise
 
 MODEL = LinearDiT(
     in_channels=3,

@@ -6,16 +6,8 @@ import numpy as np
 import pytest
 
 from sprint_jax.errors import UserError
-from sprint_jax.evaluation import (
-    checker,
-    clip_score,
-    dpg,
-    fid,
-    frechet,
-    geneval,
-    prompt_sets,
-    report,
-)
+from sprint_jax.evaluation import clip_score, dpg, fid, geneval, prompt_sets, report
+from sprint_jax.toy import checker, frechet
 
 
 def features(seed, count, shift, scale, dim=64):
@@ -470,7 +462,7 @@ def test_prompt_files(tmp_path):
 
 def test_held_out_captions_are_those_of_a_run():
     """And each picture of them is judged right by its own caption."""
-    from sprint_jax.data import shapes
+    from sprint_jax.toy import shapes
 
     prompts = prompt_sets.heldout_captions(5, 12, 32)
     examples = [shapes.example(5, i, size=32, split="heldout") for i in range(12)]

@@ -36,7 +36,9 @@ IDLE = "!document.getElementById('sprint-frame').classList.contains('busy')"
 def address(command, finished):
     """Of the real command with an untrained model."""
     port = free_port()
-    process = command("sprint_jax.app", f"--model={finished}", f"--port={port}", background=True)
+    process = command(
+        "sprint_jax.commands.serve", f"--model={finished}", f"--port={port}", background=True
+    )
     address = f"http://127.0.0.1:{port}"
     end = time.monotonic() + 120
     while True:

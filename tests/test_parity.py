@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 fabricate = pytest.importorskip("fabricate")
 
-from sprint_jax import pipeline  # noqa: E402
-from sprint_jax.conversion import configs, rules, tables, tensors  # noqa: E402
+from sprint_jax.conversion import configs, rules, tables  # noqa: E402
 from sprint_jax.models.dc_ae import tiled  # noqa: E402
+from sprint_jax.sampling import pipeline  # noqa: E402
+from sprint_jax.storage import tensors  # noqa: E402
 
 torch.set_num_threads(1)
 QUICK = {"xla_backend_optimization_level": 0}

@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sprint_jax import drawing, parts, pictures, pipeline, resolutions
-from sprint_jax.data import prompts as prompts_lib
+from sprint_jax.data import aspect_ratios
 from sprint_jax.diffusion import samplers
+from sprint_jax.encoders import parts
+from sprint_jax.encoders import prompts as prompts_lib
 from sprint_jax.errors import UserError
-from sprint_jax.models import convolutions, dc_ae
+from sprint_jax.models import dc_ae
+from sprint_jax.ops import convolutions
 from sprint_jax.planning import flops
+from sprint_jax.sampling import generation, pipeline
+from sprint_jax.storage import image_files
 
 
 def normals(*shape, seed=0):
@@ -36,14 +40,14 @@ def normals(*shape, seed=0):
     ],
 )
 def test_image_times(steps, strength, expected):
-    times = drawing.image_times(samplers.scm_times(steps), strength)
+    times = generation.image_times(samplers.scm_times(steps), strength)
     np.testing.assert_allclose(times, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("strength", [0.0, -1.0, 1.5])
 def test_strength_out_of_range(strength):
     with pytest.raises(UserError, match="strength"):
-        drawing.image_times(samplers.scm_times(2), strength)
+        generation.image_times(samplers.scm_times(2), strength)
 
 
 def test_a_start_is_mixed_with_the_noise():
@@ -58,12 +62,12 @@ def test_a_start_is_mixed_with_the_noise():
 
 def test_bins():
     """33 sizes of about a megapixel, multiples of 32, each its own nearest."""
-    assert len(resolutions.BINS_1024) == len(set(resolutions.BINS_1024)) == 33
-    for height, width in resolutions.BINS_1024:
+    assert len(aspect_ratios.BINS_1024) == len(set(aspect_ratios.BINS_1024)) == 33
+    for height, width in aspect_ratios.BINS_1024:
         assert height % 32 == width % 32 == 0 and 0.9 < height * width / 2**20 < 1.1
-        assert resolutions.nearest(2 * height, 2 * width) == (height, width)
-    assert resolutions.nearest(128, 128) == (1024, 1024)
-    assert resolutions.nearest(720, 1280) == (768, 1344) and resolutions.nearest(9000, 100) == (
+        assert aspect_ratios.nearest(2 * height, 2 * width) == (height, width)
+    assert aspect_ratios.nearest(128, 128) == (1024, 1024)
+    assert aspect_ratios.nearest(720, 1280) == (768, 1344) and aspect_ratios.nearest(9000, 100) == (
         2048,
         512,
     )
@@ -72,10 +76,10 @@ def test_bins():
 def test_fit_covers_and_cuts_the_middle():
     """A ramp keeps its middle; a size that is already right is returned as it is."""
     ramp = np.broadcast_to(np.arange(80, dtype=np.uint8)[:, None, None], (80, 40, 3))[None]
-    fitted = resolutions.fit(ramp, 20, 20)
+    fitted = aspect_ratios.fit(ramp, 20, 20)
     assert fitted.shape == (1, 20, 20, 3)
     np.testing.assert_allclose(fitted[0, :, 0, 0], 20.5 + 2 * np.arange(20), atol=0.51)
-    assert resolutions.fit(ramp, 80, 40) is ramp
+    assert aspect_ratios.fit(ramp, 80, 40) is ramp
 
 
 def test_fit_is_never_short_of_a_pixel():
@@ -84,30 +88,30 @@ def test_fit_is_never_short_of_a_pixel():
         picture = np.broadcast_to(
             np.arange(have[1], dtype=np.uint16)[:, None] // 8, (1, *have, 3)
         ).astype(np.uint8)
-        assert resolutions.fit(picture, *want).shape == (1, *want, 3)
+        assert aspect_ratios.fit(picture, *want).shape == (1, *want, 3)
 
 
 def test_pictures_of_people(tmp_path):
     """Transparency on the ground, the upper eight of sixteen bits, the middle of another shape, damage in a sentence."""
     clear = np.zeros((8, 8, 4), np.uint8)
     Image.fromarray(clear).save(tmp_path / "clear.png")
-    assert (pictures.load(tmp_path / "clear.png", 8, 8) == 255).all()
-    assert (pictures.load(tmp_path / "clear.png", 8, 8, pictures.BLACK) == 0).all()
+    assert (image_files.load(tmp_path / "clear.png", 8, 8) == 255).all()
+    assert (image_files.load(tmp_path / "clear.png", 8, 8, image_files.BLACK) == 0).all()
     Image.fromarray(np.full((8, 8), 0x4000, np.uint16)).save(tmp_path / "deep.png")
-    assert (pictures.load(tmp_path / "deep.png", 8, 8) == 0x40).all()
+    assert (image_files.load(tmp_path / "deep.png", 8, 8) == 0x40).all()
     wide = np.zeros((8, 24, 3), np.uint8)
     wide[:, 8:16] = 200
     Image.fromarray(wide).save(tmp_path / "wide.png")
-    assert (pictures.load(tmp_path / "wide.png", 8, 8) == 200).all()
+    assert (image_files.load(tmp_path / "wide.png", 8, 8) == 200).all()
     data = (tmp_path / "wide.png").read_bytes()
     (tmp_path / "bad.png").write_bytes(data.replace(b"IDAT", b"ID\xff\xff"))
     with pytest.raises(UserError, match="bad.png"):
-        pictures.load(tmp_path / "bad.png", 8, 8)
+        image_files.load(tmp_path / "bad.png", 8, 8)
 
 
 def test_a_grid_of_pictures_wider_than_high():
     images = np.arange(3 * 2 * 4 * 3, dtype=np.uint8).reshape(3, 2, 4, 3)
-    sheet = pictures.grid(images, columns=2, gap=1)
+    sheet = image_files.grid(images, columns=2, gap=1)
     assert sheet.shape == (7, 11, 3)
     np.testing.assert_array_equal(sheet[4:6, 1:5], images[2])
 
@@ -267,10 +271,10 @@ def test_pictures_to_start_from(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     image.save(path, exif=exif)
-    np.testing.assert_array_equal(pictures.load(path, 2, 4), np.asarray(image)[::-1, ::-1])
+    np.testing.assert_array_equal(image_files.load(path, 2, 4), np.asarray(image)[::-1, ::-1])
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(UserError, match="cannot read the picture"):
-        pictures.load(tmp_path / "text.png", 2, 4)
+        image_files.load(tmp_path / "text.png", 2, 4)
 
 
 def test_reading_a_model_of_unknown_kind(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from conftest import TINY
 from test_config import card
 
-from sprint_jax import build, config, plan
+from sprint_jax import build, config
+from sprint_jax.commands import plan
 from sprint_jax.errors import UserError
 from sprint_jax.planning import gpus, hardware
 from sprint_jax.training import loop
@@ -26,7 +27,7 @@ def test_the_table_of_a_small_configuration(command, tmp_path):
         "--config.model.attention=pallas",
         f"--table={tmp_path / 'table.md'}",
     )
-    result = command("sprint_jax.plan", *flags)
+    result = command("sprint_jax.commands.plan", *flags)
     assert result.returncode == 0, result.stderr[-3000:]
     table = (tmp_path / "table.md").read_text()
     assert table.strip() in result.stdout and "2 devices as data x fsdp = 1 x 2" in table
@@ -100,7 +101,7 @@ def test_a_batch_that_the_mesh_does_not_divide():
     ],
 )
 def test_the_command_refuses(command, flags, words):
-    result = command("sprint_jax.plan", *flags)
+    result = command("sprint_jax.commands.plan", *flags)
     assert "compiling" not in result.stdout
     assert result.returncode == 2 and words in result.stderr.strip().splitlines()[-1], (
         result.stderr[-2000:]
@@ -111,7 +112,7 @@ def test_the_command_refuses(command, flags, words):
 def test_a_table_that_cannot_be_added_to_is_told_before_compiling(command, tmp_path):
     (tmp_path / "plan.md").write_bytes(b"Zur\xfcck\n")  # Latin-1
     result = command(
-        "sprint_jax.plan", *TINY, "--topology=h200:1x2", f"--table={tmp_path / 'plan.md'}"
+        "sprint_jax.commands.plan", *TINY, "--topology=h200:1x2", f"--table={tmp_path / 'plan.md'}"
     )
     assert (
         result.returncode == 2

@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.harness import launches
 from sprint_jax.errors import UserError
-from sprint_jax.models import depthwise, linear_dit
-from sprint_jax.planning import collectives, flops, hardware, launches
+from sprint_jax.models import linear_dit
+from sprint_jax.ops import depthwise
+from sprint_jax.planning import collectives, flops, hardware
 
 
 def array(*shape):

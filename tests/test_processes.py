@@ -16,9 +16,9 @@ from conftest import ROOT, SMOKE, TINY, free_port
 from safetensors.numpy import load_file
 from test_run import rows, wait_for
 
-from sprint_jax import distributed
-from sprint_jax.distributed import Place
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import distributed
+from sprint_jax.runtime.distributed import Place
 
 # Threads of this one process stand for processes that `os._exit` ends.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -12,9 +12,9 @@ import pytest
 from kernel_cases import relative
 from test_kernels import TINY
 
-from sprint_jax.kernels import products
 from sprint_jax.models import layers
 from sprint_jax.models.controlnet import Controlled, ControlNet
+from sprint_jax.ops import matmul
 
 
 def draws(*shapes):
@@ -22,8 +22,8 @@ def draws(*shapes):
 
 
 KINDS = {
-    "dense": (products.dense, (5, 7, 24), (24, 16), (5, 7, 16), jnp.float32),
-    "batched": (products.batched, (2, 3, 7, 24), (2, 3, 24, 16), (2, 3, 7, 16), jnp.bfloat16),
+    "dense": (matmul.dense, (5, 7, 24), (24, 16), (5, 7, 16), jnp.float32),
+    "batched": (matmul.batched, (2, 3, 7, 24), (2, 3, 24, 16), (2, 3, 7, 16), jnp.bfloat16),
 }
 
 
@@ -54,7 +54,7 @@ def test_rounded_once():
     x, kernel, dx, g = draws((5, 700), (700, 16), (5, 700), (5, 16))
     x, dx = x.astype(jnp.bfloat16), dx.astype(jnp.bfloat16)
     wide, rounded = (
-        lambda x, kernel, r=r: products.dense(x, kernel, rounded=r) for r in (False, True)
+        lambda x, kernel, r=r: matmul.dense(x, kernel, rounded=r) for r in (False, True)
     )
     values = jax.jvp(wide, (x, kernel), (dx, 0 * kernel))
     for a, b in zip(jax.jvp(rounded, (x, kernel), (dx, 0 * kernel)), values, strict=True):
@@ -93,17 +93,17 @@ def test_derivatives_with_a_bias():
         (3000, 24), (24, 16), (16,), (3000, 24), (24, 16), (16,), (3000, 16)
     )
     x, dx, g = (a.astype(jnp.bfloat16) for a in (x, dx, g))
-    out, moved = jax.jvp(products.affine, (x, kernel, bias), (dx, dkernel, dbias))
+    out, moved = jax.jvp(matmul.affine, (x, kernel, bias), (dx, dkernel, dbias))
     wide = lambda *arrays: [np.asarray(a, np.float64) for a in arrays]
     a, k, b, da, dk, db, c = wide(x, kernel, bias, dx, dkernel, dbias, g)
     assert out.dtype == moved.dtype == jnp.bfloat16
     assert relative(out, a @ k + b) < 5e-3 and relative(moved, da @ k + a @ dk + db) < 8e-3
-    of_x, of_kernel, of_bias = jax.vjp(products.affine, x, kernel, bias)[1](g)
+    of_x, of_kernel, of_bias = jax.vjp(matmul.affine, x, kernel, bias)[1](g)
     assert of_x.dtype == jnp.bfloat16 and relative(of_x, c @ k.T) < 5e-3
     assert relative(of_kernel, a.T @ c) < 1e-5 and relative(of_bias, c.sum(0)) < 1e-5
     # Whatever does not move costs nothing: one product, not three.
     along_x = jax.make_jaxpr(
-        lambda x, dx: jax.jvp(lambda x: products.affine(x, kernel, bias), (x,), (dx,))[1]
+        lambda x, dx: jax.jvp(lambda x: matmul.affine(x, kernel, bias), (x,), (dx,))[1]
     )(x, dx)
     assert (
         len(list(_dots(along_x.jaxpr))) == 3
@@ -112,7 +112,7 @@ def test_derivatives_with_a_bias():
 
 def test_a_gpu_adds_the_bias_to_a_product_of_its_own_dtype():
     """So that a library can do it. Fails when an NVIDIA GPU is given the sum in float32."""
-    f = jax.jit(products.affine)
+    f = jax.jit(matmul.affine)
     arrays = (
         jax.ShapeDtypeStruct((8, 24), jnp.bfloat16),
         jax.ShapeDtypeStruct((24, 16), jnp.bfloat16),

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sprint_jax import quick_compile
+from sprint_jax.runtime import quick_compile
 
 
 def test_the_users_options_come_last(monkeypatch):

@@ -19,11 +19,11 @@ import pytest
 from PIL import Image
 from test_config import card
 
-from sprint_jax import config, inputs, strips
+from sprint_jax import config
 from sprint_jax.errors import UserError
 from sprint_jax.reporting import page, plots
 from sprint_jax.reporting import rows as rows_lib
-from sprint_jax.training import buckets, loop, records, sharding, state
+from sprint_jax.training import buckets, datasets, loop, previews, records, sharding, state
 
 # By time
 
@@ -300,7 +300,7 @@ def test_strips_are_the_first_pictures_of_the_sheets(finished):
         Image.open(finished / "samples_1.png") as sheet,
     ):
         strip, row = np.asarray(last), np.asarray(sheet)[: last.height]
-    assert strip.shape == row.shape and strip.shape[1] == (strips.COUNT * 34 + 2) * 3
+    assert strip.shape == row.shape and strip.shape[1] == (previews.COUNT * 34 + 2) * 3
     np.testing.assert_array_equal(strip, row)
     names = sorted(p.name for p in (finished / "strips").iterdir())
     steps = {"finetune": (0,), "sprint": (0, 6, 12), "teacher": (0, 6, 12)}
@@ -309,7 +309,7 @@ def test_strips_are_the_first_pictures_of_the_sheets(finished):
 
 def test_no_strips_without_pixels():
     c = config.parse(card("smoke")[0])
-    assert strips.student(c, inputs.Abstract(c)) is None
+    assert previews.student(c, datasets.Abstract(c)) is None
 
 
 # Plots
@@ -488,7 +488,7 @@ def copied(finished, folder, stages, last):
 
 def test_unfinished_runs_and_runs_without_a_student(finished, command, tmp_path):
     folder = copied(finished, tmp_path / "a<b>", ("teacher",), 6)
-    result = command("sprint_jax.report", f"--run_dir={folder}")
+    result = command("sprint_jax.commands.report", f"--run_dir={folder}")
     assert result.returncode == 0 and "report.html" in result.stdout, result.stderr
     found = Page((folder / "report.html").read_text())
     assert found.headings == ["teacher", "Config"] and found.plots == TEACHER and not found.pictures
@@ -531,7 +531,7 @@ def test_report_refuses_what_is_no_run(command, tmp_path):
         ([], "--run_dir is missing"),
         ([f"--run_dir={tmp_path}"], "has no config.json"),
     ):
-        result = command("sprint_jax.report", *flags)
+        result = command("sprint_jax.commands.report", *flags)
         assert (
             result.returncode == 2
             and words in result.stderr

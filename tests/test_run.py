@@ -13,9 +13,11 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 from test_config import card
 
-from sprint_jax import config, extract, run
+from sprint_jax import config
+from sprint_jax.commands import extract
 from sprint_jax.errors import UserError
-from sprint_jax.evaluation import checker
+from sprint_jax.toy import checker
+from sprint_jax.training import run
 
 
 def rows(workdir):
@@ -99,11 +101,11 @@ def test_again_skips_what_is_done(finished, command):
 def test_extract_reads_the_newest_checkpoint(finished, command, tmp_path):
     """Fails when parameters are taken instead of their average, and when a checkpoint is not needed whole."""
     out = tmp_path / "now" / "student.safetensors"
-    result = command("sprint_jax.extract", f"--run_dir={finished}", f"--to_file={out}")
+    result = command("sprint_jax.commands.extract", f"--run_dir={finished}", f"--to_file={out}")
     assert result.returncode == 0 and "after 12 steps" in result.stdout, result.stderr[-2000:]
     for name in ("student.safetensors", "config.json"):
         assert (tmp_path / "now" / name).read_bytes() == (finished / name).read_bytes()
-    refused = command("sprint_jax.extract", f"--run_dir={tmp_path}", f"--to_file={out}")
+    refused = command("sprint_jax.commands.extract", f"--run_dir={tmp_path}", f"--to_file={out}")
     assert refused.returncode == 2 and "no work directory" in refused.stderr
 
 
@@ -229,7 +231,7 @@ def test_sample_depends_on_seed_index_and_prompt_alone(finished, command, tmp_pa
     prompts = ["a red circle", "a blue square above a green triangle", "two white squares"] * 7
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
     many = command(
-        "sprint_jax.sample",
+        "sprint_jax.commands.sample",
         f"--model={finished}",
         f"--prompts={tmp_path / 'prompts.txt'}",
         "--steps=3",
@@ -238,7 +240,7 @@ def test_sample_depends_on_seed_index_and_prompt_alone(finished, command, tmp_pa
     )
     assert many.returncode == 0, many.stderr
     few = command(
-        "sprint_jax.sample",
+        "sprint_jax.commands.sample",
         f"--model={finished}",
         *(f"--prompt={p}" for p in prompts[:2]),
         "--steps=3",

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sprint_jax import generation
 from sprint_jax.diffusion import samplers, trigflow
 from sprint_jax.errors import UserError
+from sprint_jax.sampling import programs
 
 SIGMA_D = 0.5
 S = 0.2
@@ -216,7 +216,7 @@ def test_both_euler_samplers_agree_on_one_network():
 
 def test_noises_of_seeds_pictures_and_steps_have_nothing_in_common():
     """Fails when a key is a sum, so that seed 1 picture 0 is seed 0 picture 1, and when a draw repeats for the next step."""
-    draw = jax.jit(lambda seed: generation.noises(seed, jnp.arange(4), (16, 16, 64), 3))
+    draw = jax.jit(lambda seed: programs.noises(seed, jnp.arange(4), (16, 16, 64), 3))
     drawn = np.concatenate(
         [np.asarray(draw(seed), np.float64).reshape(12, -1) for seed in range(4)]
     )

@@ -25,12 +25,13 @@ from conftest import free_port
 from PIL import Image
 from starlette.testclient import TestClient
 
-from sprint_jax import app as door
-from sprint_jax import drawing, exported, pictures, pipeline
+from sprint_jax.commands import serve as door
 from sprint_jax.errors import UserError
+from sprint_jax.sampling import exported, generation, pipeline
 from sprint_jax.serving import api, page, requests, uploads
 from sprint_jax.serving import queue as queue_lib
 from sprint_jax.serving.refused import Refused
+from sprint_jax.storage import image_files
 
 LIMITS = requests.Limits(
     (1, 2, 3, 4), ((32, 32), (32, 48)), 1.5, "code", starts=True, control=False
@@ -450,7 +451,7 @@ def test_orientation_alpha_depth_and_animation():
 
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     assert (uploads.picture(file(clear), 8, 8) == 255).all()
-    assert (uploads.picture(file(clear), 8, 8, pictures.BLACK) == 0).all()
+    assert (uploads.picture(file(clear), 8, 8, image_files.BLACK) == 0).all()
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([255, 0, 0, 0, 0, 255])
     assert (uploads.picture(file(palette, transparency=1), 8, 8) == 255).all()
@@ -944,7 +945,7 @@ def pipe(finished):
 
 
 def test_the_same_request_is_the_same_picture_whatever_else_is_served(pipe, finished):
-    """Equal to `drawing.generate` alone, byte by byte, while other sizes, seeds and starts are drawn between."""
+    """Equal to `generation.generate` alone, byte by byte, while other sizes, seeds and starts are drawn between."""
     limits = door.limits_of(pipe)
     assert (
         limits.steps == (1, 2, 3, 4)
@@ -963,7 +964,7 @@ def test_the_same_request_is_the_same_picture_whatever_else_is_served(pipe, fini
     for case in cases:
         options = {"image": start} if "image" in case else {}
         options = {"steps": 2} | {k: v for k, v in case.items() if k != "image"} | options
-        alone.append(drawing.generate(pipe, ["a red circle"], batch_size=1, **options)[0])
+        alone.append(generation.generate(pipe, ["a red circle"], batch_size=1, **options)[0])
     assert len({picture.tobytes() for picture in alone}) == len(cases)
     with served(door.artist(pipe, finished), capacity=64, limits=limits) as (address, _):
         with concurrent.futures.ThreadPoolExecutor(8) as clients:
@@ -982,7 +983,7 @@ def test_a_path_is_left_out_of_what_strangers_are_told(pipe, finished, monkeypat
     def fail(*_, **__):
         raise UserError(f"{finished} has no such program")
 
-    monkeypatch.setattr(drawing, "generate", fail)
+    monkeypatch.setattr(generation, "generate", fail)
     with pytest.raises(UserError, match="^the model has no such program"):
         door.artist(pipe, finished)(requests.parse(body(), LIMITS))
 
@@ -1023,7 +1024,11 @@ def test_the_door_starts_serves_and_ends(command, finished):
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     process = command(
-        "sprint_jax.app", f"--model={finished}", f"--port={port}", "--max_steps=1", background=True
+        "sprint_jax.commands.serve",
+        f"--model={finished}",
+        f"--port={port}",
+        "--max_steps=1",
+        background=True,
     )
     try:
         states = []
@@ -1038,7 +1043,7 @@ def test_the_door_starts_serves_and_ends(command, finished):
         assert states[-1]["compiled"] == states[-1]["programs"] == 2
         assert drawn(ask(address, steps=1)).shape == (32, 32, 3)
         assert ask(address, steps=2).status_code == 400
-        second = command("sprint_jax.app", f"--model={finished}", f"--port={port}")
+        second = command("sprint_jax.commands.serve", f"--model={finished}", f"--port={port}")
         assert second.returncode == 2 and f"--port={port}" in second.stderr.splitlines()[-1]
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=30)
@@ -1062,9 +1067,9 @@ def test_the_door_starts_serves_and_ends(command, finished):
 )
 def test_the_door_refuses(command, flags, words):
     result = (
-        command("sprint_jax.app", *flags, "--port=0")
+        command("sprint_jax.commands.serve", *flags, "--port=0")
         if not any("port" in flag for flag in flags)
-        else command("sprint_jax.app", *flags)
+        else command("sprint_jax.commands.serve", *flags)
     )
     line = result.stderr.strip().splitlines()[-1]
     assert (

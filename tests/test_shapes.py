@@ -9,9 +9,10 @@ import pytest
 from test_config import card
 
 from sprint_jax import build, config
-from sprint_jax.data import loader, pixels, shapes, text
+from sprint_jax.data import shapes_batches
+from sprint_jax.encoders import patches, words
 from sprint_jax.errors import UserError
-from sprint_jax.evaluation import checker
+from sprint_jax.toy import checker, shapes
 
 
 def examples(count, **options):
@@ -181,7 +182,7 @@ def test_noise_of_many_colours_is_no_shape():
 
 def test_text_features_are_frozen():
     """The shipped teacher knows these features; a change of the encoder needs a new teacher."""
-    encoder = text.ShapesText()
+    encoder = words.ShapesText()
     features, mask = encoder.encode(["a red circle", "a red circle left of a blue square", ""])
     np.testing.assert_array_equal(mask.sum(1), [4, 9, 1])
     digest = np.abs(features).sum(dtype=np.float64)
@@ -192,8 +193,8 @@ def test_text_features_are_frozen():
 
 def test_a_noun_carries_its_adjective_and_its_relation():
     """Word by word what a feature holds; fails when distances change sign."""
-    encoder = text.ShapesText()
-    words, positions = encoder.window.words, encoder.window.positions
+    encoder = words.ShapesText()
+    nouns, positions = encoder.window.words, encoder.window.positions
     feature = encoder.encode(["a red circle left of a blue square"])[0][0, 3]
     around = [
         "<pad>",
@@ -211,7 +212,7 @@ def test_a_noun_carries_its_adjective_and_its_relation():
         "<pad>",
     ]
     for k, word in enumerate(around):
-        expected = 0 if word == "<pad>" else words[k][text.WORDS.index(word)]
+        expected = 0 if word == "<pad>" else nouns[k][words.WORDS.index(word)]
         np.testing.assert_allclose(feature[16 * k : 16 * k + 16], expected, atol=1e-6)
     np.testing.assert_allclose(feature[-16:], positions[3], atol=1e-6)
 
@@ -221,12 +222,12 @@ def test_a_noun_carries_its_adjective_and_its_relation():
 )
 def test_text_refuses(prompt, word):
     with pytest.raises(UserError, match=word):
-        text.ShapesText().encode([prompt])
+        words.ShapesText().encode([prompt])
 
 
 def test_space_to_depth_is_exact():
     images = np.stack([e.image for e in examples(4)])
-    codec = pixels.SpaceToDepth(4, 1.28)
+    codec = patches.SpaceToDepth(4, 1.28)
     latents = codec.encode(images)
     assert latents.shape == (4, 8, 8, 48)
     np.testing.assert_array_equal(np.asarray(codec.decode(latents)), images)
@@ -253,7 +254,7 @@ def test_shipped_codec_keeps_what_the_checker_reads():
 def test_shipped_codec_is_what_its_recipe_makes():
     """Up to the sign of each component, which the eigenvalue routine is free to choose."""
     images = np.stack([shapes.example(0, i).image for i in range(4000)])
-    fitted, codec = pixels.fit_pca(images, 8, 32), shipped_codec()
+    fitted, codec = patches.fit_pca(images, 8, 32), shipped_codec()
     np.testing.assert_allclose(fitted["mean"], codec.mean, atol=1e-5)
     np.testing.assert_allclose(fitted["spread"], codec.spread, rtol=1e-3)
     alignment = np.abs((fitted["basis"] * codec.basis).sum(0))
@@ -262,19 +263,23 @@ def test_shipped_codec_is_what_its_recipe_makes():
 
 def test_latents_are_near_unit_scale():
     images = np.stack([e.image for e in examples(500)])
-    for codec in (pixels.SpaceToDepth(4, 1.28), shipped_codec()):
+    for codec in (patches.SpaceToDepth(4, 1.28), shipped_codec()):
         assert 0.9 < np.sqrt(np.square(codec.encode(images)).mean()) < 1.1
 
 
 def batches(**changes):
     options = dict(
-        seed=0, batch=4, size=32, codec=pixels.SpaceToDepth(4, 1.28), text_encoder=text.ShapesText()
+        seed=0,
+        batch=4,
+        size=32,
+        codec=patches.SpaceToDepth(4, 1.28),
+        text_encoder=words.ShapesText(),
     )
-    return lambda step: loader.make_batch(step, **(options | changes))
+    return lambda step: shapes_batches.make_batch(step, **(options | changes))
 
 
 def test_batches_depend_on_the_step_alone():
-    with loader.Prefetch(batches(), 2, 5) as ahead:
+    with shapes_batches.Prefetch(batches(), 2, 5) as ahead:
         for step in (2, 3, 4):
             taken, direct = next(ahead), batches()(step)
             for name in direct:
@@ -287,5 +292,5 @@ def test_an_error_in_the_thread_reaches_the_loop():
     def fail(step):
         raise RuntimeError(f"step {step}")
 
-    with loader.Prefetch(fail, 7, 9) as ahead, pytest.raises(RuntimeError, match="step 7"):
+    with shapes_batches.Prefetch(fail, 7, 9) as ahead, pytest.raises(RuntimeError, match="step 7"):
         next(ahead)

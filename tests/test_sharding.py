@@ -12,11 +12,11 @@ from conftest import QUICK, ROOT
 from jax.sharding import PartitionSpec as P
 from test_config import card
 
-from sprint_jax import build, config, inputs, run
+from sprint_jax import build, config
 from sprint_jax.errors import UserError
-from sprint_jax.models.ladd_heads import LADDHeads
+from sprint_jax.models.discriminator import LADDHeads
 from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
-from sprint_jax.training import loop, sharding
+from sprint_jax.training import datasets, loop, run, sharding
 
 
 def simulated(program, *arguments, devices=8):
@@ -67,7 +67,7 @@ def test_state_is_cut_evenly():
     """An eighth and at most 5 % more, with the optimisers. Fails when the rule for biases or for kernels is dropped."""
     c = config.parse(card("smoke")[0])
     teacher = jax.eval_shape(build.teacher(c).init, jax.random.key(0))
-    stage = run.sprint_stage(c, inputs.Abstract(c), teacher)
+    stage = run.sprint_stage(c, datasets.Abstract(c), teacher)
     state = loop.Placed.on(stage, abstract_mesh(1, 8)).state
     whole = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
     assert 1 / 8 <= sharding.per_device_bytes(state) / whole <= 1 / 8 + 0.05

@@ -10,8 +10,8 @@ import optax
 import pytest
 from test_config import CONTROLS, card
 
-from sprint_jax import build, config, inputs, run
-from sprint_jax.training import state
+from sprint_jax import build, config
+from sprint_jax.training import datasets, run, state
 
 NONE = (lambda *_: False, lambda *_: False)  # rules of CAME, which nothing here is trained by
 
@@ -172,7 +172,7 @@ def test_rates_of_a_fine_tuning(monkeypatch):
         "optimizer",
         lambda o, steps, batch, came_rules: seen.append((o, steps, batch)) or optax.sgd(0.0),
     )
-    for stage in run.teacher_stages(c, inputs.Abstract(c), None):
+    for stage in run.teacher_stages(c, datasets.Abstract(c), None):
         stage({})
     o = c.teacher.optimizer
     slower = dataclasses.replace(o, lr=o.lr / 4, muon_lr=o.muon_lr / 4)

@@ -7,66 +7,34 @@ import sys
 
 from conftest import ROOT
 
+from sprint_jax import __main__
+
 PACKAGE = ROOT / "sprint_jax"
 
 # Who may import whom, between areas; what is not listed is forbidden. Reading order, leaves first.
 ALLOWED = {
     "errors": set(),
-    "files": set(),
-    "revision": set(),
-    "workdir": set(),
-    "cli": {"errors"},
-    "huge_pages": set(),
-    "compile_cache": set(),
-    "quick_compile": set(),
-    "model_flags": {"errors"},
-    "distributed": {"errors"},
+    "runtime": {"errors"},
+    "storage": {"errors"},
+    "ops": set(),
+    "models": {"ops"},
     "diffusion": {"errors"},
-    "kernels": set(),
-    "models": {"kernels"},
-    "data": {"errors", "files", "pictures"},
-    "config": {"errors", "data", "kernels", "models"},
-    "weights": {"errors", "files"},
-    "pictures": {"errors", "files"},
-    "resolutions": set(),
-    "reporting": {"errors", "files", "workdir"},
-    "run_flag": {"errors"},
+    "toy": set(),
+    "conversion": {"errors", "storage", "models"},
+    "conditioning": {"errors", "storage", "conversion"},
+    "encoders": {"errors", "models", "toy"},
+    "data": {"errors", "storage", "conditioning", "toy"},
+    "config": {"errors", "conditioning", "encoders", "models", "ops"},
+    "reporting": {"errors", "storage"},
     "planning": {"errors"},
-    "conversion": {"errors", "weights", "models"},
-    "parts": {"errors", "data", "models"},
-    "evaluation": {"errors", "files", "data", "models", "conversion"},
-    "training": {"errors", "files", "workdir", "config", "pictures", "diffusion", "models"},
-    "build": {"errors", "config", "kernels", "weights", "conversion", "data", "models", "training"},
-    "generation": {"diffusion"},
-    "strips": {"build", "config", "diffusion", "generation", "models", "pictures", "resolutions"},
-    "drawing": {"errors", "data", "diffusion"},
-    "pipeline": {"errors", "config", "kernels", "weights", "workdir", "data", "diffusion", "models", "build", "conversion", "drawing", "generation", "parts"},
-    "inputs": {"errors", "config", "weights", "data", "build", "parts", "pipeline"},
-    "run": {"errors", "files", "workdir", "config", "weights", "pictures", "diffusion", "evaluation", "training", "build", "generation", "inputs", "revision", "strips", "reporting"},
-    "fit_codec": {"errors", "cli", "weights", "data"},
-    "emoji": {"errors", "cli", "pictures", "data"},
-    "encode": {"errors", "cli", "compile_cache", "files", "config", "weights", "resolutions", "data", "parts", "pipeline", "inputs", "lines"},
-    "config_flag": {"errors"},
-    "workdir_flag": set(),
-    "main": {"cli", "compile_cache", "config", "config_flag", "huge_pages", "quick_compile", "workdir_flag", "distributed", "run", "training"},
-    "report": {"cli", "run_flag", "reporting"},
-    "average": {"errors", "cli", "weights", "workdir", "conversion", "pipeline"},
-    "extract": {"errors", "cli", "files", "run_flag", "weights", "workdir", "config", "build", "training"},
-    "exported": {"errors", "weights", "data", "drawing"},
-    "export": {"errors", "cli", "files", "weights", "data", "drawing", "exported", "parts", "pipeline", "revision"},
-    "plan": {"errors", "cli", "files", "config", "config_flag", "planning", "build", "inputs", "run", "training"},
-    "sample": {"errors", "cli", "compile_cache", "files", "drawing", "exported", "model_flags", "pictures", "pipeline", "resolutions"},
-    "lines": {"weights", "conversion", "data", "models"},
-    "condition": {"errors", "cli", "compile_cache", "files", "pictures", "data", "models", "conversion", "evaluation", "lines"},
-    "serving": {"errors", "pictures"},
-    "app": {"errors", "cli", "compile_cache", "drawing", "exported", "pipeline", "serving"},
-    "gallery": {"errors", "files", "pictures", "revision", "workdir", "evaluation", "pipeline"},
-    "evaluate": {"errors", "cli", "compile_cache", "model_flags", "revision", "workdir", "data", "evaluation", "pipeline", "gallery"},
-    "convert": {"errors", "cli", "conversion", "models", "pipeline"},
-    "benchmarking": {"errors", "files", "revision", "config", "kernels", "weights", "workdir", "diffusion", "models", "training", "build", "inputs", "parts", "run"},
-    "benchmark": {"errors", "cli", "benchmarking"},
-    "ablation": {"errors", "files", "revision", "workdir", "config", "weights", "diffusion", "evaluation", "training", "build", "generation", "inputs", "run"},
-    "ablate": {"errors", "cli", "compile_cache", "huge_pages", "revision", "workdir_flag", "ablation", "training", "run"},
+    "build": {"errors", "config", "conversion", "encoders", "models", "ops", "storage", "training"},
+    "sampling": {"errors", "build", "config", "conversion", "diffusion", "encoders", "models", "ops", "storage"},
+    "evaluation": {"errors", "conditioning", "sampling", "storage", "toy"},
+    "training": {"errors", "build", "conditioning", "config", "data", "diffusion", "encoders", "evaluation", "models", "reporting", "sampling", "storage", "toy"},
+    "serving": {"errors", "storage"},
+    "commands": {"errors", "build", "conditioning", "config", "conversion", "data", "encoders", "evaluation", "models", "planning", "reporting", "runtime", "sampling", "serving", "storage", "toy", "training"},
+    "main": {"commands", "config", "runtime", "training"},
+    "__main__": set(),
 }  # fmt: skip
 
 
@@ -99,7 +67,7 @@ def test_no_cycles_inside_an_area():
     graph = {p: set() for p in files()}
     for path in graph:
         for name in imports(path):
-            for depth in (2, 3):
+            for depth in (2, 3, 4):
                 target = PACKAGE.joinpath(*name.split(".")[1:depth]).with_suffix(".py")
                 if target in graph:
                     graph[path].add(target)
@@ -151,6 +119,8 @@ def test_readme_paths_exist():
 def test_readme_modules_presets_and_functions_exist():
     text = readme()
     modules = set(re.findall(r"python -m ((?:sprint_jax|benchmarks)\.\w+)", text))
+    commands = set(re.findall(r"python -m sprint_jax (\w+)", text))
+    assert commands <= set(__main__.COMMANDS), commands
     presets = re.findall(r"configs/sprint\.py:(\w+)", text)
     functions = re.findall(r"`((?!configs/)\w+(?:/\w+)*\.py):(\w+)`", text)
     assert modules and presets and functions

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sprint_jax.benchmarking import floors, machine, operations, rows, timing
+from benchmarks.harness import floors, machine, operations, rows, timing
 
 
 class NoPeer(Exception):

@@ -11,14 +11,15 @@ import weakref
 import jax
 import numpy as np
 
-from sprint_jax import build, weights, workdir
+from benchmarks.harness import bench as bench_lib
+from benchmarks.harness import subjects, timing, training
+from sprint_jax import build
 from sprint_jax import config as config_lib
-from sprint_jax.benchmarking import bench as bench_lib
-from sprint_jax.benchmarking import subjects, timing, training
+from sprint_jax.storage import run_files, weights
 
 
 def sample(bench, *, warm, preset="shapes"):
-    """`python -m sprint_jax.sample` of one embedded picture in one step, by a student of random weights.
+    """`python -m sprint_jax sample` of one embedded picture in one step, by a student of random weights.
 
     warm: with JAX's compilation cache filled by a run before; otherwise without a cache.
     """
@@ -27,9 +28,9 @@ def sample(bench, *, warm, preset="shapes"):
     path = pathlib.Path(folder.name)
     student = path / "student"
     student.mkdir()
-    (student / workdir.CONFIG).write_text(json.dumps(config_lib.to_dict(c)))
+    (student / run_files.CONFIG).write_text(json.dumps(config_lib.to_dict(c)))
     weights.save(
-        student / workdir.STUDENT,
+        student / run_files.STUDENT,
         jax.tree.map(np.asarray, subjects.drawn(build.student(c), "float32")),
     )
     cache = (
@@ -40,7 +41,7 @@ def sample(bench, *, warm, preset="shapes"):
     words = [
         sys.executable,
         "-m",
-        "sprint_jax.sample",
+        "sprint_jax.commands.sample",
         f"--model={student}",
         "--prompt=a red circle",
         "--steps=1",

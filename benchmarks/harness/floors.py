@@ -11,8 +11,8 @@ import math
 import jax
 
 from sprint_jax.models.dc_ae import DCAE, EFFICIENT_VIT
+from sprint_jax.models.discriminator import KERNEL
 from sprint_jax.models.gemma2 import Gemma2
-from sprint_jax.models.ladd_heads import KERNEL
 from sprint_jax.models.linear_dit import LinearDiT
 
 # Passes over N x D values of one transformer block: 11 of the self-attention, 7 of the cross-attention, 18 of the

@@ -8,8 +8,8 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from sprint_jax import revision
-from sprint_jax.benchmarking import floors, timing
+from benchmarks.harness import floors, timing
+from sprint_jax.storage import revision
 
 
 def threads() -> int:

@@ -3,8 +3,8 @@
 import dataclasses
 import json
 
-from sprint_jax import files
-from sprint_jax.benchmarking import timing
+from benchmarks.harness import timing
+from sprint_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

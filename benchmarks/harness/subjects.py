@@ -11,17 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sprint_jax import parts
-from sprint_jax.benchmarking import bench as bench_lib
-from sprint_jax.benchmarking import floors
+from benchmarks.harness import bench as bench_lib
+from benchmarks.harness import floors
 from sprint_jax.diffusion import samplers, trigflow
-from sprint_jax.kernels import backend as backends
-from sprint_jax.kernels import cross_attention as cross
-from sprint_jax.kernels import linear_attention as linear
+from sprint_jax.encoders import parts
 from sprint_jax.models.controlnet import Controlled, ControlNet
 from sprint_jax.models.dc_ae import DCAE
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.ops import backend as backends
+from sprint_jax.ops.pallas import cross_attention as cross
+from sprint_jax.ops.pallas import linear_attention as linear
 
 TEXT_TOKENS = 300  # published length of the text features
 # Published prompts stand behind an instruction of about 200 tokens; a prompt of some twenty words fits the bucket

@@ -2,12 +2,12 @@
 
 import functools
 
-from sprint_jax.benchmarking import commands, subjects, training
-from sprint_jax.benchmarking.bench import Case
-from sprint_jax.kernels import backend
+from benchmarks.harness import commands, subjects, training
+from benchmarks.harness.bench import Case
 from sprint_jax.models.dc_ae import DCAE_F32C32
 from sprint_jax.models.gemma2 import GEMMA2_2B
 from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
+from sprint_jax.ops import backend
 
 _SIZES = (("0.6b", SANA_600M), ("1.6b", SANA_1600M))
 

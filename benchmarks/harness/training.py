@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sprint_jax import build, config, inputs, run
-from sprint_jax.benchmarking import bench as bench_lib
-from sprint_jax.benchmarking import floors, timing
+from benchmarks.harness import bench as bench_lib
+from benchmarks.harness import floors, timing
+from sprint_jax import build, config
 from sprint_jax.errors import UserError
-from sprint_jax.training import loop, sharding
+from sprint_jax.training import datasets, loop, run, sharding
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 _CARD = ROOT / "configs/sprint.py"
@@ -53,7 +53,7 @@ def random_like(abstract, key):
 
 def start(c: config.Config):
     """(stage, frozen, state, batch) of random parameters and a random batch; every parameter is off its initial value."""
-    data = inputs.Abstract(c)
+    data = datasets.Abstract(c)
     data.frozen = random_like(data.frozen, jax.random.key(0))
     teacher = jax.jit(build.teacher(c).init)(jax.random.key(1))
     stage = run.sprint_stage(c, data, teacher)
@@ -66,7 +66,7 @@ def start(c: config.Config):
         stage,
         stage.frozen,
         state,
-        random_like(inputs.abstract_batch(c, c.sprint.batch), jax.random.key(2)),
+        random_like(datasets.abstract_batch(c, c.sprint.batch), jax.random.key(2)),
     )
 
 

@@ -1,4 +1,4 @@
-"""The paper's ablations in one command: python -m sprint_jax.ablate --suite=paper --scale=tiny [--only=table3,table6]
+"""The paper's ablations in one command: python -m experiments.ablations --suite=paper --scale=tiny [--only=table3,table6]
 
 --suite=followups looks into what came out against the paper. Both suites share a work directory, so what one made the other has.
 Every run has a directory under --workdir; stopped at any moment, the same command goes on. The report is written
@@ -12,9 +12,10 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli, huge_pages, workdir_flag
-from sprint_jax.ablation import grid, suite
+from experiments.ablations import grid, suite
+from sprint_jax.commands import workdir_flag
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import cli, huge_pages
 
 _SUITE = flags.DEFINE_enum(
     "suite", "paper", [s.name for s in grid.SUITES], "Which ablations.", allow_override=True
@@ -41,7 +42,7 @@ _REPORT = flags.DEFINE_string(
     "Markdown file to write, with plots in a folder beside it; default: WORKDIR/ablations.md.",
 )
 flags.adopt_module_key_flags(workdir_flag)  # --help shows it here
-_CARDS = pathlib.Path(__file__).parent.parent / "configs" / "sprint.py"
+_CARDS = pathlib.Path(__file__).parents[2] / "configs" / "sprint.py"
 
 
 def main(argv):
@@ -62,7 +63,7 @@ def main(argv):
             raise UserError(f"--report={where}: name a .md file")
         cli.no_folder(_REPORT.name, where)
         if _REPORT_ONLY.value:
-            from sprint_jax.ablation import report
+            from experiments.ablations import report
 
             rows = suite.read(workdir)
             if not rows:
@@ -92,9 +93,10 @@ def _run(asked, scale, workdir, where):
     import jax  # after the flags are known to be right
     import tqdm
 
-    from sprint_jax import compile_cache, revision
-    from sprint_jax import run as run_lib
-    from sprint_jax.ablation import experiments, report
+    from experiments.ablations import experiments, report
+    from sprint_jax.runtime import compile_cache
+    from sprint_jax.storage import revision
+    from sprint_jax.training import run as run_lib
     from sprint_jax.training.loop import Interrupted
 
     compile_cache.start()

@@ -13,15 +13,17 @@ import pathlib
 import jax
 import numpy as np
 
-from sprint_jax import build, generation, inputs, weights
+from experiments.ablations import grid
+from sprint_jax import build
 from sprint_jax import config as config_lib
-from sprint_jax import run as run_lib
-from sprint_jax import workdir as names
-from sprint_jax.ablation import grid
 from sprint_jax.diffusion import samplers, trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.heldout import Evaluator
-from sprint_jax.training import came, loop, sharding, sprint_step, state, teacher_step
+from sprint_jax.sampling import programs
+from sprint_jax.storage import run_files as names
+from sprint_jax.storage import weights
+from sprint_jax.training import came, datasets, loop, sharding, sprint_step, state, teacher_step
+from sprint_jax.training import run as run_lib
 from sprint_jax.training.records import Records
 
 # Fields of config.sprint that enter the steps as numbers alone.
@@ -102,14 +104,14 @@ class Experiments:
 
     @functools.cached_property
     def data(self):
-        return inputs.open_inputs(self._base, self._say)
+        return datasets.open_inputs(self._base, self._say)
 
     @functools.cached_property
     def teacher(self):
         """Parameters: the card's, or trained once for the whole suite and kept in its work directory."""
         c = self._base
         if c.teacher.pretrained:
-            return inputs.teacher_weights(c.teacher.pretrained, build.teacher(c))
+            return datasets.teacher_weights(c.teacher.pretrained, build.teacher(c))
         finished = self._workdir / names.TEACHER
         if not finished.exists():
             self._say("teacher: trained here, once for all runs")
@@ -129,7 +131,7 @@ class Experiments:
     # Runs
 
     def _distil(self, c, folder, seed, advance, *, transfer):
-        data = inputs.open_inputs(c, self._say)
+        data = datasets.open_inputs(c, self._say)
         final = self._train_sprint(c, data, self.teacher, folder, advance, transfer=transfer)
         params = jax.device_get(state.averaged(final))
         weights.save(pathlib.Path(folder) / names.STUDENT, params)
@@ -137,7 +139,7 @@ class Experiments:
         model = build.student(c) if transfer else Untransferred(build.student(c))
         for steps in run_lib.STUDENT_STEPS:
             times = samplers.scm_times(steps, c.evaluation.schedule)
-            make = lambda: generation.student_sampler(
+            make = lambda: programs.student_sampler(
                 model, self.data.pixels, build.latent_shape(c), times
             )
             metrics |= self._score(
@@ -153,7 +155,7 @@ class Experiments:
     def _sample(self, c, sampler, seed):
         steps, model = c.evaluation.teacher_steps, build.teacher(c)
         times = samplers.flow_times(steps) if sampler == "flow" else samplers.trig_times(steps)
-        make = lambda: generation.teacher_sampler(
+        make = lambda: programs.teacher_sampler(
             model, self.data.pixels, build.latent_shape(c), times, sampler=sampler
         )
         return self._score(
@@ -162,7 +164,7 @@ class Experiments:
 
     def _gradients(self, c, folder, advance):
         """A teacher of this kind, then generator updates alone: what the norms of Fig. 3 are read off."""
-        data = inputs.open_inputs(c, self._say)
+        data = datasets.open_inputs(c, self._say)
         teacher = self._train_teacher(c, data, folder, lambda share: advance(share / 2))
         self._train_sprint(
             c,
@@ -263,7 +265,7 @@ class Experiments:
         if key not in self._samplers:
             self._samplers[key] = make()
         null = {"text": self.data.frozen["null_text"], "mask": self.data.frozen["null_mask"]}
-        images = generation.run(
+        images = programs.run(
             self._samplers[key],
             {"transformer": params, "pixels": self.data.pixels_params},
             null,

@@ -6,8 +6,8 @@ import unicodedata
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sprint_jax import files
-from sprint_jax.ablation import verdict
+from experiments.ablations import verdict
+from sprint_jax.storage import files
 
 _SCALE = 2  # pixels for each unit below
 _LEFT, _WIDTH, _RIGHT, _ROW, _TOP, _BOTTOM = 190, 420, 30, 24, 26, 34

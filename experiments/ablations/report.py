@@ -7,8 +7,8 @@ import math
 import pathlib
 import urllib.parse
 
-from sprint_jax import files
-from sprint_jax.ablation import grid, plots, verdict
+from experiments.ablations import grid, plots, verdict
+from sprint_jax.storage import files
 
 NAMES = {
     "score": "whole caption right",
@@ -222,7 +222,7 @@ def _head(rows, suite, scale):
     return [
         f"# {suite.title} (scale `{scale.name}`)",
         "",
-        f"Made by `python -m sprint_jax.ablate --suite={suite.name} --scale={scale.name}`: {len(rows)} runs, {minutes:.0f} minutes, "
+        f"Made by `python -m experiments.ablations --suite={suite.name} --scale={scale.name}`: {len(rows)} runs, {minutes:.0f} minutes, "
         f"device {devices}, jax {', '.join(sorted({row['jax'] for row in rows}))}, commit {commits}.",
         "",
         f"Card `configs/sprint.py:{scale.preset}` with",

@@ -11,9 +11,9 @@ import time
 
 import tqdm
 
-from sprint_jax import files
-from sprint_jax.ablation import grid
+from experiments.ablations import grid
 from sprint_jax.errors import UserError
+from sprint_jax.storage import files
 
 RESULTS = "results.jsonl"
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total_fmt} runs [{elapsed} gone, {remaining} left]"

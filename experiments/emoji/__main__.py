@@ -1,6 +1,6 @@
-"""A data set of captioned emoji: python -m sprint_jax.emoji --to_dir=DIR [--side=64] [--count=20000]
+"""A data set of captioned emoji: python -m experiments.emoji --to_dir=DIR [--side=64] [--count=20000]
 
-Pictures, captions and their grammar: sprint_jax/data/emoji.py. Needs the font Noto Color Emoji (Debian:
+Pictures, captions and their grammar: experiments/emoji/dataset.py. Needs the font Noto Color Emoji (Debian:
 fonts-noto-color-emoji). Makes DIR/emoji/1.0.0 (TFDS, array_record) and DIR/preview.png; same flags, same pictures.
 """
 
@@ -13,8 +13,8 @@ import tempfile
 
 from absl import app, flags
 
-from sprint_jax import cli
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import cli
 
 _TO_DIR = flags.DEFINE_string("to_dir", None, "Folder to make the data set in.")
 _SIDE = flags.DEFINE_integer("side", 64, "Side of the emoji pictures in pixels, 64 to 128.")
@@ -42,19 +42,19 @@ def main(argv):
         nearest = next(path for path in (root, *root.parents) if path.exists())
         if not nearest.is_dir():
             raise UserError(f"--to_dir={root}: {nearest} is a file, name a folder")
-        from sprint_jax.data import emoji
+        from experiments.emoji import dataset
 
-        if not emoji.SIZES[0] <= _SIDE.value <= emoji.SIZES[1]:
+        if not dataset.SIZES[0] <= _SIDE.value <= dataset.SIZES[1]:
             raise UserError(
-                f"--side={_SIDE.value}: give {emoji.SIZES[0]} to {emoji.SIZES[1]} pixels"
+                f"--side={_SIDE.value}: give {dataset.SIZES[0]} to {dataset.SIZES[1]} pixels"
             )
-        _make(root, emoji.Glyphs(_FONT.value or emoji.FONT))
+        _make(root, dataset.Glyphs(_FONT.value or dataset.FONT))
 
 
 def _make(root, font):
-    from sprint_jax.data import emoji
+    from experiments.emoji import dataset
 
-    made = root / emoji.Emoji.name / str(emoji.Emoji.VERSION)
+    made = root / dataset.Emoji.name / str(dataset.Emoji.VERSION)
     settings = dict(seed=_DATA_SEED.value, size=_SIDE.value, count=_COUNT.value)
     if (made / "dataset_info.json").exists():
         _check_same(made, settings | {"font_sha256": font.digest})
@@ -68,7 +68,7 @@ def _make(root, font):
     if not (root / "preview.png").exists():  # of a killed command as well
         _preview(root / "preview.png", font, **settings)
         print(f"look at {root / 'preview.png'}")
-    print(f"next: python -m sprint_jax.encode --source={made}")
+    print(f"next: python -m sprint_jax encode --source={made}")
 
 
 def _check_same(made, settings):
@@ -92,7 +92,7 @@ def _build(root, font, settings):
     import tensorflow_datasets as tfds
     import tqdm
 
-    from sprint_jax.data import emoji
+    from experiments.emoji import dataset
 
     def bar(ids):
         return tqdm.tqdm(ids, unit="picture", desc="emoji", delay=5, mininterval=1.0)
@@ -101,7 +101,7 @@ def _build(root, font, settings):
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as unused:
-            builder = emoji.Emoji(font=font, each=bar, data_dir=root, **settings)
+            builder = dataset.Emoji(font=font, each=bar, data_dir=root, **settings)
             builder.download_and_prepare(download_dir=unused)
     except OSError as error:
         raise UserError(
@@ -113,11 +113,11 @@ def _preview(path, font, *, seed, size, count):
     """Writes the first pictures as one sheet."""
     import numpy as np
 
-    from sprint_jax import pictures
-    from sprint_jax.data import emoji
+    from experiments.emoji import dataset
+    from sprint_jax.storage import image_files
 
-    images = [emoji.example(font, seed, i, size)[0] for i in range(min(_PREVIEWED, count))]
-    pictures.save(path, pictures.grid(np.stack(images), columns=8))
+    images = [dataset.example(font, seed, i, size)[0] for i in range(min(_PREVIEWED, count))]
+    image_files.save(path, image_files.grid(np.stack(images), columns=8))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One student out of several: python -m sprint_jax.average --runs=DIR,DIR --averaged=DIR
+"""One student out of several: python -m sprint_jax average --runs=DIR,DIR --averaged=DIR
 
 Means of the weights of students that were distilled from one teacher with different seeds ("model soups", arXiv
 2203.05482): what a run owes to its own batches and its own discriminator falls against what all have learnt. The folder
@@ -12,8 +12,8 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import cli
 
 _RUNS = flags.DEFINE_list(
     "runs", None, "The --workdir of two or more finished runs, with commas between."
@@ -31,15 +31,15 @@ def main(argv):
             )
         if not _AVERAGED.value:
             raise UserError("--averaged is missing: name the folder to make")
-        from sprint_jax import weights, workdir
         from sprint_jax.conversion import folder
+        from sprint_jax.storage import run_files, weights
 
         params = average(runs)
         with folder.whole(_AVERAGED.value, "--averaged") as made:
-            weights.save(made / workdir.STUDENT, params)
-            shutil.copyfile(runs[0] / workdir.CONFIG, made / workdir.CONFIG)
+            weights.save(made / run_files.STUDENT, params)
+            shutil.copyfile(runs[0] / run_files.CONFIG, made / run_files.CONFIG)
         print(
-            f"wrote {_AVERAGED.value}: the mean of {len(runs)} students. It is a --model for sprint_jax.sample, evaluate and app"
+            f"wrote {_AVERAGED.value}: the mean of {len(runs)} students. It is a --model for sprint-jax sample, evaluate and app"
         )
 
 
@@ -52,7 +52,7 @@ def average(runs):
     import jax
     import numpy as np
 
-    from sprint_jax import pipeline
+    from sprint_jax.sampling import pipeline
 
     total, first = None, None
     for run in runs:

@@ -1,10 +1,10 @@
-"""Pictures to what a ControlNet is steered by: python -m sprint_jax.condition --images=DIR --kind=KIND --out=DIR
+"""Pictures to what a ControlNet is steered by: python -m sprint_jax condition --images=DIR --kind=KIND --out=DIR
 
     edges      lines where colours step; needs nothing more
     hed        --weights=ControlNetHED.pth (or .safetensors): soft edges of the published detector
     scribble   --weights as for hed: strokes along its edges, of --thickness
 
-White lines on black, one PNG a picture by its name (sprint_jax/data/conditions.py has the details). What is there is
+White lines on black, one PNG a picture by its name (sprint_jax/conditioning/sketches.py has the details). What is there is
 kept: stopped at any moment, the same command goes on; other settings in the same folder are refused. hed and scribble
 have the size that the detector saw, edges that of the picture.
 """
@@ -15,12 +15,13 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli, files
-from sprint_jax.data import conditions
+from sprint_jax.conditioning import sketches
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import cli
+from sprint_jax.storage import files
 
 _IMAGES = flags.DEFINE_string("images", None, "Folder of pictures.")
-_KIND = flags.DEFINE_enum("kind", None, conditions.KINDS, "What to make of them.")
+_KIND = flags.DEFINE_enum("kind", None, sketches.KINDS, "What to make of them.")
 _THICKNESS = flags.DEFINE_integer(
     "thickness",
     1,
@@ -29,7 +30,7 @@ _THICKNESS = flags.DEFINE_integer(
 _RESOLUTION = flags.DEFINE_integer(
     "detect_resolution", 512, "hed, scribble: short side that the detector sees, pixels."
 )
-# Named as in sprint_jax.evaluate, for the same things; one process runs one of the two commands.
+# Named as in sprint-jax evaluate, for the same things; one process runs one of the two commands.
 _WEIGHTS = flags.DEFINE_string(
     "weights", None, "hed, scribble: ControlNetHED.pth or .safetensors.", allow_override=True
 )
@@ -51,7 +52,7 @@ def main(argv):
             _save_weights()
             return
         _check_flags()
-        from sprint_jax.evaluation import picture_files
+        from sprint_jax.evaluation import image_sets
 
         source, out = pathlib.Path(_IMAGES.value), pathlib.Path(_OUT.value)
         if out.resolve().is_relative_to(source.resolve()):
@@ -59,7 +60,7 @@ def main(argv):
                 f"--out={out} lies in --images={source}, whose pictures are read: choose another"
             )
         targets = {}
-        for path in picture_files.found(source):
+        for path in image_sets.found(source):
             target = out / path.relative_to(source).with_suffix(".png")
             if target in targets:
                 raise UserError(
@@ -78,7 +79,7 @@ def main(argv):
 def _check_flags():
     wanted = (
         (_IMAGES, "a folder of pictures"),
-        (_KIND, ", ".join(conditions.KINDS)),
+        (_KIND, ", ".join(sketches.KINDS)),
         (_OUT, "the folder to make"),
     )
     for flag, what in wanted:
@@ -103,8 +104,7 @@ def _check_flags():
 
 
 def _save_weights():
-    from sprint_jax.conversion import hed as hed_weights
-    from sprint_jax.models import hed
+    from sprint_jax.conditioning import hed, hed_weights
 
     if not _WEIGHTS.value:
         raise UserError("--weights is missing: give the .pth file that --save_weights is made of")
@@ -141,8 +141,8 @@ def _make(targets, total, detect):
     """Makes {target: source}, of `total` in all. detect: of `_detector`, None for edges."""
     import tqdm
 
-    from sprint_jax import pictures
     from sprint_jax.data import sources
+    from sprint_jax.storage import image_files
 
     if not targets:
         return
@@ -153,25 +153,25 @@ def _make(targets, total, detect):
             try:
                 image = sources.load_picture(
                     path.read_bytes()
-                )  # the pixels that sprint_jax.encode --condition sees
+                )  # the pixels that sprint-jax encode --condition sees
             except (OSError, sources.BadExample) as error:
                 raise UserError(
                     f"cannot read the picture {path} ({error}): repair or remove it; what is done is kept"
                 ) from None
-            lines = detect(image) if detect else conditions.gradient_edges(image[None])[0]
+            lines = detect(image) if detect else sketches.gradient_edges(image[None])[0]
             if _KIND.value == "scribble":
-                lines = conditions.scribble(
-                    lines, thickness=_THICKNESS.value, sigma=conditions.PUBLISHED_SIGMA
+                lines = sketches.scribble(
+                    lines, thickness=_THICKNESS.value, sigma=sketches.PUBLISHED_SIGMA
                 )
             target.parent.mkdir(parents=True, exist_ok=True)
-            pictures.save(target, conditions.as_picture(lines))
+            image_files.save(target, sketches.as_picture(lines))
             bar.update()
 
 
 def _detector():
     """A function from uint8 [H, W, 3] to soft edges, uint8 [h, w]."""
-    from sprint_jax import compile_cache
-    from sprint_jax import lines as lines_lib
+    from sprint_jax.conditioning import detector as lines_lib
+    from sprint_jax.runtime import compile_cache
 
     compile_cache.start()
     detect = lines_lib.detector(_WEIGHTS.value).detect

@@ -1,4 +1,4 @@
-"""Checkpoints between diffusers' layout and ours: python -m sprint_jax.convert --from=DIR --to=DIR
+"""Checkpoints between diffusers' layout and ours: python -m sprint_jax convert --from=DIR --to=DIR
 
 from a diffusers SANA-Sprint folder      to our form (model.json and safetensors), instruction included
 from our form                            to a diffusers folder, bit-equal tensors
@@ -13,8 +13,8 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import cli
 
 _FROM = flags.DEFINE_string("from", None, "Folder or native .safetensors file to convert.")
 _TO = flags.DEFINE_string("to", None, "Folder to make; it must not exist or be empty.")
@@ -32,7 +32,8 @@ def main(argv):
             if not flag.value:
                 raise UserError(f"--{name} is missing: give a folder")
         source, target = pathlib.Path(_FROM.value), pathlib.Path(_TO.value)
-        from sprint_jax.conversion import folder, instruction
+        from sprint_jax.conversion import folder
+        from sprint_jax.encoders import instruction
 
         say = lambda message: print(message, flush=True)
         if source.is_file():
@@ -69,8 +70,8 @@ def main(argv):
 
 def _student(path):
     """(the student of a run as diffusers has it, without its log-variance head; the run's config)."""
-    from sprint_jax import pipeline
     from sprint_jax.models.controlnet import Controlled
+    from sprint_jax.sampling import pipeline
 
     model, params, config = pipeline.read_student(path)
     if isinstance(model, Controlled):

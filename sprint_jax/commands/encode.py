@@ -1,4 +1,4 @@
-"""Pictures and captions to an encoded data set: python -m sprint_jax.encode --source=DIR --encoder=DIR --encoded=DIR
+"""Pictures and captions to an encoded data set: python -m sprint_jax encode --source=DIR --encoder=DIR --encoded=DIR
 
 The encoder is a diffusers or converted folder, or FILE.py[:PRESET] for the embedded encoders of a config.
 
@@ -10,7 +10,7 @@ chunks; whichever sees the last one done writes manifest.json (`sprint_jax/data/
 Examples that cannot be used are skipped, counted and listed with the reason.
 
 For a ControlNet --condition=edges|hed|scribble adds to each example what it is steered by: lines of its picture, encoded by
-the same autoencoder (`sprint_jax/lines.py`). hed and scribble need --hed_weights=ControlNetHED.pth.
+the same autoencoder (`sprint_jax/conditioning/detector.py`). hed and scribble need --hed_weights=ControlNetHED.pth.
 """
 
 import collections
@@ -29,9 +29,11 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from sprint_jax import cli, compile_cache, files
-from sprint_jax.data import conditions, encoded
+from sprint_jax.conditioning import sketches
+from sprint_jax.data import encoded
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import cli, compile_cache
+from sprint_jax.storage import files
 
 _SOURCE = flags.DEFINE_string(
     "source", None, "Folder of captioned pictures: WebDataset tars, TFDS, or plain files."
@@ -72,11 +74,11 @@ _SIZES = flags.DEFINE_string(
 _CONDITION = flags.DEFINE_enum(
     "condition",
     encoded.NO_CONDITION,
-    (encoded.NO_CONDITION, *conditions.KINDS),
+    (encoded.NO_CONDITION, *sketches.KINDS),
     "Lines to store for a ControlNet.",
 )
 _HED = flags.DEFINE_string("hed_weights", None, "hed, scribble: ControlNetHED.pth or .safetensors.")
-# Named as in sprint_jax.condition, for the same thing; one process runs one of the two commands.
+# Named as in sprint-jax condition, for the same thing; one process runs one of the two commands.
 _THICKNESS = flags.DEFINE_integer(
     "thickness",
     None,
@@ -123,7 +125,7 @@ class Settings:
 
     source, encoder: identities. examples: in the source. text: "features" or "tokens". sizes: of pictures,
     ((height, width), ...). heldout: about how many. shard_records: examples in a chunk. condition: identity of the
-    `lines.Lines`, or "none".
+    `detector.Lines`, or "none".
     """
 
     source: str
@@ -197,8 +199,8 @@ def main(argv):
             )
         _check_condition()
         from sprint_jax.data import (
-            sources,
-        )  # libraries start here, after the flags are known to be right
+            sources,  # libraries start here, after the flags are known to be right
+        )
 
         compile_cache.start()
         source = sources.open_source(_SOURCE.value, _FIELD.value)
@@ -248,27 +250,27 @@ def _check_condition():
 
 
 def _condition():
-    """The `lines.Lines` that flags ask for, or None."""
+    """The `detector.Lines` that flags ask for, or None."""
     if _CONDITION.value == encoded.NO_CONDITION:
         return None
-    from sprint_jax import lines
+    from sprint_jax.conditioning import detector
 
     given, thickness = _THICKNESS.value, None
     if _CONDITION.value == "scribble":
-        thickness = conditions.PUBLISHED_THICKNESS if given is None else (given, given)
-    return lines.Lines(
-        _CONDITION.value, lines.detector(_HED.value) if _HED.value else None, thickness
+        thickness = sketches.PUBLISHED_THICKNESS if given is None else (given, given)
+    return detector.Lines(
+        _CONDITION.value, detector.detector(_HED.value) if _HED.value else None, thickness
     )
 
 
 def _sizes(encoders):
     """((height, width), ...) of --sizes, each once, sorted."""
-    from sprint_jax import resolutions
+    from sprint_jax.data import aspect_ratios
 
     if not _SIZES.value:
         return ((encoders.side, encoders.side),)
     if _SIZES.value == "published":
-        sizes = resolutions.BINS_1024
+        sizes = aspect_ratios.BINS_1024
     else:
         try:
             sizes = [
@@ -299,14 +301,15 @@ def _encoders(path) -> Encoders:
         return _of_config(path)
     if not pathlib.Path(path).is_dir():
         raise UserError(
-            f"no folder --encoder={path}: give a diffusers folder, one made by sprint_jax.convert, or a config file"
+            f"no folder --encoder={path}: give a diffusers folder, one made by sprint-jax convert, or a config file"
         )
     return _of_folder(path)
 
 
 def _of_config(path) -> Encoders:
     """The embedded encoders of a config, "FILE.py" or "FILE.py:PRESET"."""
-    from sprint_jax import config, inputs
+    from sprint_jax import config
+    from sprint_jax.training import datasets
 
     file, _, preset = path.partition(":")
     if not pathlib.Path(file).is_file():
@@ -317,13 +320,14 @@ def _of_config(path) -> Encoders:
             f"--encoder={path}: {file} has no get_config, it is no config file; use configs/sprint.py:PRESET"
         )
     c = config.parse(get_config(*filter(None, [preset])))
-    pixels, text, name = inputs.embedded(c)
+    pixels, text, name = datasets.embedded(c)
     return Encoders(pixels, text, {"pixels": {}, "text": {}}, name, c.data.size)
 
 
 def _of_folder(path) -> Encoders:
     """The autoencoder and the text encoder of a diffusers folder or a converted one."""
-    from sprint_jax import parts, pipeline
+    from sprint_jax.encoders import parts
+    from sprint_jax.sampling import pipeline
 
     dtype = _DTYPE.value or pipeline.default_dtype()
     say = lambda message: print(message, file=sys.stderr, flush=True)
@@ -339,7 +343,7 @@ def _of_folder(path) -> Encoders:
     if not isinstance(pipe.pixels, parts.AutoencoderPixels):
         raise UserError(
             f"--encoder={path} is a run directory: give its config file, a diffusers folder, or one made by "
-            "sprint_jax.convert"
+            "sprint_jax.commands.convert"
         )
     params = {name: pipe.params[name] for name in ("pixels", "text")}
     return Encoders(pipe.pixels, pipe.text, params, identity(pipe, path), pipe.height)
@@ -352,7 +356,7 @@ def identity(pipe, path):
     """
     import jax
 
-    from sprint_jax import weights
+    from sprint_jax.storage import weights
 
     digest = hashlib.sha256()
     for model, params in (
@@ -373,8 +377,7 @@ def identity(pipe, path):
 
 def _text_size(text, kind):
     """(D or 0, longest row) of the text that is stored."""
-    from sprint_jax import parts
-    from sprint_jax.data import prompts
+    from sprint_jax.encoders import parts, prompts
 
     if isinstance(text, parts.GemmaText):
         # With an instruction the first feature is that of <bos>, which is no token of the caption.
@@ -392,8 +395,7 @@ def _null_prompt(encoders):
     """
     import jax
 
-    from sprint_jax import parts
-    from sprint_jax.data import prompts
+    from sprint_jax.encoders import parts, prompts
 
     if isinstance(encoders.text, parts.GemmaText):
         tokens, mask = prompts.pad([np.array([prompts.BOS], np.int32)], prompts.WINDOW)
@@ -423,7 +425,7 @@ def encode(
 
     Args:
       source: of `data.sources`. encoders: `Encoders`. out: the folder. settings: `Settings`.
-      condition: the `lines.Lines` that settings.condition names; None for "none".
+      condition: the `detector.Lines` that settings.condition names; None for "none".
       batch: pictures, or captions, of a program run.
       max_bad: share of this host's examples that may be unusable; three are always forgiven.
       say: called with a line on what has been done.
@@ -431,7 +433,7 @@ def encode(
     """
     import tqdm
 
-    from sprint_jax import weights
+    from sprint_jax.storage import weights
 
     told = condition.identity if condition else encoded.NO_CONDITION
     if settings.condition != told:
@@ -712,7 +714,7 @@ class _Work:
 
     def _prepare(self, made, index):
         """Whether the text encoder takes the caption; if so, what it makes of it is in made.rows."""
-        from sprint_jax.data import prompts
+        from sprint_jax.encoders import prompts
 
         key = made.keys[index]
         with warnings.catch_warnings(record=True) as caught:
@@ -762,7 +764,7 @@ class _Work:
 
     def _texts(self, made):
         """{index: float16 [L, D] or int32 [L], without padding} of the examples that have latents."""
-        from sprint_jax.data import prompts
+        from sprint_jax.encoders import prompts
 
         indices, texts = sorted(made.latents), {}
         rows = [made.rows[index] for index in indices]

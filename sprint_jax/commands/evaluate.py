@@ -1,4 +1,4 @@
-"""The field's metrics: python -m sprint_jax.evaluate --model=DIR --suite=SUITE --out=DIR
+"""The field's metrics: python -m sprint_jax evaluate --model=DIR --suite=SUITE --out=DIR
 
     shapes       our checker of the embedded captions, GenEval's counterpart without a detector
     fid          --weights=pt_inception-2015-12-05-6726825d.pth (or .safetensors) --reference=FILE.npz or FOLDER
@@ -20,8 +20,9 @@ import warnings
 
 from absl import app, flags
 
-from sprint_jax import cli, model_flags
+from sprint_jax.commands import model_flags
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import cli
 
 _SUITES = ("shapes", "fid", "clip", "geneval", "dpg", "imagereward")
 _PROMPTS_BY_DEFAULT = 256  # held-out captions of `shapes`
@@ -100,13 +101,13 @@ def main(argv):
                 _score_records(prompts, made)
                 return
         else:
-            from sprint_jax.evaluation import picture_files
+            from sprint_jax.evaluation import image_sets
 
             made = {"folder": str(_folder())}
             if _SUITE.value == "fid":
-                paths, texts = picture_files.found(_folder()), None
+                paths, texts = image_sets.found(_folder()), None
             else:
-                paths, texts = picture_files.with_prompts(_folder(), prompts)
+                paths, texts = image_sets.with_prompts(_folder(), prompts)
         _score_pictures(paths, texts, made)
 
 
@@ -182,7 +183,7 @@ def _check_flags():
 
 def _check_inputs():
     """Raises UserError where what scores, or what it reads, is not there: pictures may take hours to make first."""
-    from sprint_jax.evaluation import dpg, extractors, fid, geneval, picture_files
+    from sprint_jax.evaluation import dpg, extractors, fid, geneval, image_sets
 
     if _HOOK.value:
         extractors.hook(_HOOK.value)
@@ -195,7 +196,7 @@ def _check_inputs():
             f"no file --weights={_WEIGHTS.value}: download {extractors.INCEPTION_FILE} (of pytorch-fid) and give its path"
         )
     if _REFERENCE.value and pathlib.Path(_REFERENCE.value).is_dir():
-        picture_files.found(_REFERENCE.value)
+        image_sets.found(_REFERENCE.value)
     elif _REFERENCE.value:
         fid.load(_REFERENCE.value)
     if _DETECTIONS.value:
@@ -258,11 +259,12 @@ def _prompts():
 
 
 def _heldout_captions():
-    from sprint_jax import pipeline, workdir
     from sprint_jax.evaluation import prompt_sets
+    from sprint_jax.sampling import pipeline
+    from sprint_jax.storage import run_files
 
     model = pathlib.Path(model_flags.MODEL.value)
-    if not (model / workdir.STUDENT).is_file():
+    if not (model / run_files.STUDENT).is_file():
         raise UserError(
             f"--prompts is missing: only a finished run has held-out captions of its own, and {model} is none"
         )
@@ -274,7 +276,7 @@ def _heldout_captions():
 
 def _made(prompts, shard):
     """Makes what is not there yet. Returns (paths, prompt of each, what the report says about the making)."""
-    from sprint_jax import gallery
+    from sprint_jax.evaluation import gallery
 
     suite, per_prompt, out = _SUITE.value, _per_prompt(), pathlib.Path(model_flags.OUT.value)
     if suite == "shapes":
@@ -313,7 +315,7 @@ def _line(fields):
 
 def _settings():
     """What decides about pixels, as asked for; None is the model's own."""
-    from sprint_jax import gallery
+    from sprint_jax.evaluation import gallery
 
     f, instruction = model_flags, model_flags.INSTRUCTION.value
     if instruction:
@@ -346,7 +348,9 @@ def _settings():
 def _make(out, units, total, claim):
     import tqdm
 
-    from sprint_jax import compile_cache, gallery, pipeline
+    from sprint_jax.evaluation import gallery
+    from sprint_jax.runtime import compile_cache
+    from sprint_jax.sampling import pipeline
 
     compile_cache.start()
     f = model_flags
@@ -381,16 +385,16 @@ def _make(out, units, total, claim):
 
 
 def _score_pictures(paths, texts, made):
-    from sprint_jax.evaluation import picture_files
+    from sprint_jax.evaluation import image_sets
 
-    sizes, formats = picture_files.inspected(paths)
+    sizes, formats = image_sets.inspected(paths)
     shown = [f"{h} x {w}" for h, w in sorted(sizes)]
     protocol = {"pictures": len(paths), "sizes": shown, "format": formats}
     if _SUITE.value == "shapes":
-        picture_files.one_size(sizes, "they are not of one model")
+        image_sets.one_size(sizes, "they are not of one model")
         scores, protocol = (
             _shapes(paths, texts),
-            protocol | {"checker": "sprint_jax.evaluation.checker"},
+            protocol | {"checker": "sprint_jax.toy.checker"},
         )
     elif _SUITE.value == "fid":
         scores, more = _fid(paths, sizes, formats)
@@ -407,8 +411,8 @@ def _score_pictures(paths, texts, made):
 def _report(scores, protocol, made, details=None):
     import jax
 
-    from sprint_jax import revision
     from sprint_jax.evaluation import report
+    from sprint_jax.storage import revision
 
     out = pathlib.Path(model_flags.OUT.value)
     try:
@@ -442,7 +446,7 @@ def _report(scores, protocol, made, details=None):
 
 
 def _captions(texts):
-    from sprint_jax.data import shapes
+    from sprint_jax.toy import shapes
 
     captions, other = [], []
     for text in texts:
@@ -460,11 +464,12 @@ def _captions(texts):
 def _shapes(paths, texts):
     import tqdm
 
-    from sprint_jax.evaluation import checker, picture_files
+    from sprint_jax.evaluation import image_sets
+    from sprint_jax.toy import checker
 
     captions = _captions(texts)
     images = (
-        picture_files.read(path) for path in tqdm.tqdm(paths, unit="picture", desc="read", delay=5)
+        image_sets.read(path) for path in tqdm.tqdm(paths, unit="picture", desc="read", delay=5)
     )
     overall, tasks = checker.score(images, captions)
     return {"overall": overall, "tasks": tasks}
@@ -474,13 +479,13 @@ def _parts(paths, name):
     """Lists of pictures read, a part at a time, with a bar; and where each begins."""
     import tqdm
 
-    from sprint_jax.evaluation import picture_files
+    from sprint_jax.evaluation import image_sets
 
     size = 4 * _SCORING_BATCH.value
     with tqdm.tqdm(total=len(paths), unit="picture", desc=name, delay=5) as bar:
         for start in range(0, len(paths), size):
             part = paths[start : start + size]
-            yield start, [picture_files.read(path) for path in part]
+            yield start, [image_sets.read(path) for path in part]
             bar.update(len(part))
 
 
@@ -522,10 +527,10 @@ def _fid(paths, sizes, formats):
 
 def _gaussian(extract, paths, sizes, name):
     """Statistics of pictures, read and put through the network part by part."""
-    from sprint_jax.evaluation import extractors, fid, picture_files
+    from sprint_jax.evaluation import extractors, fid, image_sets
 
     if _SIZE.value is None:
-        picture_files.one_size(sizes, "say --picture_size to bring them to one")
+        image_sets.one_size(sizes, "say --picture_size to bring them to one")
     fit = (
         (lambda image: image)
         if _SIZE.value is None
@@ -547,14 +552,14 @@ def _gaussian(extract, paths, sizes, name):
 
 def _reference(extract, protocol):
     """(Gaussian, what the report says about it) of --reference; (None, {}) without."""
-    from sprint_jax.evaluation import fid, picture_files
+    from sprint_jax.evaluation import fid, image_sets
 
     if not _REFERENCE.value:
         return None, {}
     path = pathlib.Path(_REFERENCE.value)
     if path.is_dir():
-        paths = picture_files.found(path)
-        sizes, formats = picture_files.inspected(paths)
+        paths = image_sets.found(path)
+        sizes, formats = image_sets.inspected(paths)
         gaussian = _gaussian(extract, paths, sizes, "reference")
         return gaussian, {
             "reference": str(path),
@@ -670,7 +675,7 @@ def _score_records(prompts=None, made=None):
 
 def _folder():
     """Where the pictures are: in --folder, of an --out of this command in its own folder of them; without, in that of --out."""
-    from sprint_jax import gallery
+    from sprint_jax.evaluation import gallery
 
     given = pathlib.Path(_FOLDER.value or model_flags.OUT.value)
     return (

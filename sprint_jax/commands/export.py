@@ -1,7 +1,7 @@
-"""Prompt to pixels as one file: python -m sprint_jax.export --model=DIR --out=FILE [--steps=1,2,4]
+"""Prompt to pixels as one file: python -m sprint_jax export --model=DIR --out=FILE [--steps=1,2,4]
 
-DIR is a folder that sprint_jax.sample takes; an exported file cannot be exported again. The file holds the traced and lowered
-programs, the weights and the tokenizer (`sprint_jax/exported.py` has the format), and `python -m sprint_jax.sample --model=FILE` draws from it without the
+DIR is a folder that sprint-jax sample takes; an exported file cannot be exported again. The file holds the traced and lowered
+programs, the weights and the tokenizer (`sprint_jax/sampling/exported.py` has the format), and `python -m sprint_jax sample --model=FILE` draws from it without the
 networks' code: exported for a CPU and drawn on it, the same pictures as from DIR, bit by bit, at equal steps, batch size
 and seed. It may also be exported for platforms that are not here; compiling is left to them.
 """
@@ -12,10 +12,11 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli, files
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import cli
+from sprint_jax.storage import files
 
-# Named as in sprint_jax.sample, for the same things; one process runs one of the two commands.
+# Named as in sprint-jax sample, for the same things; one process runs one of the two commands.
 _MODEL = flags.DEFINE_string(
     "model", None, "Diffusers folder, converted folder, or run directory.", allow_override=True
 )
@@ -85,7 +86,7 @@ def main(argv):
         import tqdm
         from jax import export as jax_export
 
-        from sprint_jax import exported, pipeline
+        from sprint_jax.sampling import exported, pipeline
 
         platforms = tuple(_PLATFORMS.value or [jax_export.default_export_platform()])
         unknown = [name for name in platforms if name not in exported.PLATFORMS]
@@ -159,14 +160,15 @@ def export(
 
     import jax
 
-    from sprint_jax import drawing, exported, revision, weights
+    from sprint_jax.sampling import exported, generation
+    from sprint_jax.storage import revision, weights
 
     height, width = (
         pipe.height if height is None else height,
         pipe.width if width is None else width,
     )
     batch_sizes = batch_sizes or [pipe.batch_size]
-    shape, schedule = drawing.latent_shape(pipe, height, width), schedule or pipe.schedule
+    shape, schedule = generation.latent_shape(pipe, height, width), schedule or pipe.schedule
     lengths = pipe.text.shapes(longest)
     programs = [
         exported.Program(count, length, batch, height, width)
@@ -238,8 +240,8 @@ def _member(name):
 
 def _text(text):
     """(header's description of a text part, the tokenizer's file or None)."""
-    from sprint_jax import parts
-    from sprint_jax.data import text as text_lib
+    from sprint_jax.encoders import parts
+    from sprint_jax.encoders import words as text_lib
 
     if isinstance(text, parts.GemmaText):
         return {
@@ -299,7 +301,7 @@ def _lowered(pipe, held, program, arrays, shape, platforms):
     import jax.numpy as jnp
     from jax import export as jax_export
 
-    from sprint_jax import pipeline
+    from sprint_jax.sampling import pipeline
 
     def draw(weights, arrays, guidance, times, seed, indices):
         params = held.unflatten(weights)

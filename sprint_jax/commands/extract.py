@@ -1,4 +1,4 @@
-"""Weights out of a run's newest checkpoint, finished or not: python -m sprint_jax.extract --run_dir=DIR --stage=sprint
+"""Weights out of a run's newest checkpoint, finished or not: python -m sprint_jax extract --run_dir=DIR --stage=sprint
 
 Reads the parameters alone (their average where there is one), on one machine, whatever the run's devices were.
 With --to_file=OTHER/student.safetensors a run that is not finished can be sampled from and converted: the run's config.json is
@@ -11,8 +11,10 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli, files, run_flag
+from sprint_jax.commands import run_flag
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import cli
+from sprint_jax.storage import files
 
 _STAGE = flags.DEFINE_enum(
     "stage", "sprint", ["teacher", "finetune", "control", "sprint"], "Whose checkpoint to read."
@@ -28,36 +30,36 @@ def main(argv):
         if not _FILE.value:
             raise UserError("--to_file is missing: name the file to write")
         cli.no_folder(_FILE.name, _FILE.value)
-        from sprint_jax import weights, workdir
+        from sprint_jax.storage import run_files, weights
 
         to_file = pathlib.Path(_FILE.value)
-        drawn = _STAGE.value == "sprint" and to_file.name == workdir.STUDENT
+        drawn = _STAGE.value == "sprint" and to_file.name == run_files.STUDENT
         check_place(run_dir, to_file, drawn)
         step, params = extract(run_dir, _STAGE.value)
         _make_folder(to_file)
         weights.save(to_file, params)
         print(f"wrote {to_file}: {_STAGE.value} after {step} steps")
         if drawn:
-            with files.whole(to_file.with_name(workdir.CONFIG)) as partial:
-                partial.write_bytes((run_dir / workdir.CONFIG).read_bytes())
+            with files.whole(to_file.with_name(run_files.CONFIG)) as partial:
+                partial.write_bytes((run_dir / run_files.CONFIG).read_bytes())
             print(
-                f"and its {workdir.CONFIG}: python -m sprint_jax.sample --model={to_file.parent} draws with it"
+                f"and its {run_files.CONFIG}: python -m sprint_jax sample --model={to_file.parent} draws with it"
             )
 
 
 def check_place(run_dir, to_file, drawn):
     """Raises UserError where a run would take the file for the end of one of its stages, or its config would replace another."""
-    from sprint_jax import workdir
+    from sprint_jax.storage import run_files
 
     if to_file.resolve().parent == run_dir.resolve() and to_file.name in (
-        workdir.TEACHER,
-        workdir.CONTROL,
-        workdir.STUDENT,
+        run_files.TEACHER,
+        run_files.CONTROL,
+        run_files.STUDENT,
     ):
         raise UserError(
             f"--to_file={to_file}: by that file the run would count as trained to its end; name one in another folder"
         )
-    ours, theirs = run_dir / workdir.CONFIG, to_file.with_name(workdir.CONFIG)
+    ours, theirs = run_dir / run_files.CONFIG, to_file.with_name(run_files.CONFIG)
     if drawn and theirs.exists() and ours.exists() and theirs.read_bytes() != ours.read_bytes():
         raise UserError(
             f"--to_file={to_file}: {theirs} is another run's; name a file in a folder of its own"
@@ -77,11 +79,12 @@ def extract(run_dir, stage):
     """(step, parameters as NumPy) of the newest whole checkpoint of a stage. Raises UserError where the run has none."""
     import jax
 
-    from sprint_jax import build, config, workdir
+    from sprint_jax import build, config
+    from sprint_jax.storage import run_files
     from sprint_jax.training import checkpoints
 
     try:
-        c = config.parse(json.loads((run_dir / workdir.CONFIG).read_text()))
+        c = config.parse(json.loads((run_dir / run_files.CONFIG).read_text()))
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(
             f"{run_dir} is no work directory of a run ({error}): give the --workdir of one"

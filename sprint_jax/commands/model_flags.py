@@ -1,4 +1,4 @@
-"""The flags of the commands that make pictures with a model: sprint_jax.sample and sprint_jax.evaluate."""
+"""The flags of the commands that make pictures with a model: sprint-jax sample and sprint_jax.commands.evaluate."""
 
 from absl import flags
 
@@ -7,10 +7,10 @@ from sprint_jax.errors import UserError
 MODEL = flags.DEFINE_string(
     "model",
     None,
-    "Diffusers folder, converted folder, run directory, or (sprint_jax.sample alone) an exported file.",
+    "Diffusers folder, converted folder, run directory, or (sprint-jax sample alone) an exported file.",
 )
 PROMPTS = flags.DEFINE_string(
-    "prompts", None, "File of prompts: text, one a line (sprint_jax.evaluate reads others too)."
+    "prompts", None, "File of prompts: text, one a line (sprint-jax evaluate reads others too)."
 )
 STEPS = flags.DEFINE_integer("steps", 2, "Network calls per picture, 1 or more.")
 SEED = flags.DEFINE_integer("seed", 0, "Names the noise.")

@@ -1,4 +1,4 @@
-"""What a configuration needs on hardware that is not here: python -m sprint_jax.plan --config=… --topology=…
+"""What a configuration needs on hardware that is not here: python -m sprint_jax plan --config=… --topology=…
 
     --topology=v5e:16x16, v5p:4x4x4, v6e:8x8     TPU pods: the true steps are compiled for them (pip install libtpu)
     --topology=h200:8x8, h100:4x8, a100:4x8      nodes x GPUs: compiled for them (pip install "jax[cuda12]", no GPU needed);
@@ -17,9 +17,11 @@ import time
 
 from absl import app, flags
 
-from sprint_jax import cli, config_flag, files
+from sprint_jax.commands import config_flag
 from sprint_jax.errors import UserError
 from sprint_jax.planning import gpus, hardware
+from sprint_jax.runtime import cli
+from sprint_jax.storage import files
 
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Device and its numbers, for example v5e:16x16 or h200:8x8."
@@ -98,11 +100,11 @@ def _steps(config, devices, say):
     """(name, times run, placed stage, function, abstract batch) of every step of the configuration."""
     import jax
 
-    from sprint_jax import build, inputs, run
-    from sprint_jax.training import loop, sharding
+    from sprint_jax import build
+    from sprint_jax.training import datasets, loop, run, sharding
 
     mesh = sharding.mesh(config.mesh.data, config.mesh.fsdp, devices)
-    data = inputs.Abstract(config)
+    data = datasets.Abstract(config)
     abstract = lambda model: jax.eval_shape(model.init, jax.random.key(0))
     stages = []
     if not config.teacher.pretrained:
@@ -125,7 +127,7 @@ def _steps(config, devices, say):
                 stage.steps // len(names),
                 placed,
                 function,
-                inputs.abstract_batch(config, stage.batch),
+                datasets.abstract_batch(config, stage.batch),
             )
 
 

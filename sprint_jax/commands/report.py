@@ -1,4 +1,4 @@
-"""The page of a run, finished or not: python -m sprint_jax.report --run_dir=DIR
+"""The page of a run, finished or not: python -m sprint_jax report --run_dir=DIR
 
 Writes DIR/report.html, as every run does at its end.
 """
@@ -7,8 +7,9 @@ import sys
 
 from absl import app, flags
 
-from sprint_jax import cli, run_flag
+from sprint_jax.commands import run_flag
 from sprint_jax.reporting import page
+from sprint_jax.runtime import cli
 
 flags.adopt_module_key_flags(run_flag)  # --help shows it here
 

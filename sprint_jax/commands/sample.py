@@ -1,7 +1,7 @@
-"""Pictures from a model: python -m sprint_jax.sample --model=DIR --prompt="…" --steps=2 --out=DIR
+"""Pictures from a model: python -m sprint_jax sample --model=DIR --prompt="…" --steps=2 --out=DIR
 
-DIR is a SANA-Sprint folder in the diffusers layout, one made by sprint_jax.convert, the --workdir of a run of
-sprint_jax.main, or a file made by sprint_jax.export.
+DIR is a SANA-Sprint folder in the diffusers layout, one made by sprint-jax convert, the --workdir of a run of
+sprint_jax.main, or a file made by sprint_jax.commands.export.
 """
 
 import json
@@ -12,8 +12,10 @@ import time
 
 from absl import app, flags
 
-from sprint_jax import cli, compile_cache, files, model_flags
+from sprint_jax.commands import model_flags
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import cli, compile_cache
+from sprint_jax.storage import files
 
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; may be repeated.")
 _BINNING = flags.DEFINE_bool(
@@ -66,12 +68,12 @@ def main(argv):
         begin = time.perf_counter()
         images = _generate(prompts)
         drawn = [prompt for prompt in prompts for _ in range(model_flags.PER_PROMPT.value)]
-        from sprint_jax import pictures
+        from sprint_jax.storage import image_files
 
         rows = []
         for i, (prompt, image) in enumerate(zip(drawn, images, strict=True)):
             name = f"{i:05d}.png"
-            pictures.save(out / name, image)
+            image_files.save(out / name, image)
             rows.append(
                 {
                     "file": name,
@@ -88,7 +90,9 @@ def main(argv):
 def _generate(prompts):
     import tqdm
 
-    from sprint_jax import drawing, pictures, resolutions
+    from sprint_jax.data import aspect_ratios
+    from sprint_jax.sampling import generation
+    from sprint_jax.storage import image_files
 
     compile_cache.start()
     flag = model_flags
@@ -105,16 +109,16 @@ def _generate(prompts):
         raise UserError(
             f"--resolution_binning is of models for 1024 x 1024, this one is for {pipe.height} x {pipe.width}: leave it out"
         )
-    made_at = resolutions.nearest(height, width) if _BINNING.value else (height, width)
-    drawing.latent_shape(pipe, *made_at)  # refuses a bad size before the picture is read
-    given = ((_IMAGE.value, pictures.WHITE), (_CONTROL.value, pictures.BLACK))
+    made_at = aspect_ratios.nearest(height, width) if _BINNING.value else (height, width)
+    generation.latent_shape(pipe, *made_at)  # refuses a bad size before the picture is read
+    given = ((_IMAGE.value, image_files.WHITE), (_CONTROL.value, image_files.BLACK))
     image, control = (
-        pictures.load(path, *made_at, ground) if path else None for path, ground in given
+        image_files.load(path, *made_at, ground) if path else None for path, ground in given
     )
     with tqdm.tqdm(
         total=len(prompts) * flag.PER_PROMPT.value, unit="picture", desc="sample", delay=5
     ) as bar:
-        images = drawing.generate(
+        images = generation.generate(
             pipe,
             prompts,
             steps=flag.STEPS.value,
@@ -132,12 +136,12 @@ def _generate(prompts):
             batch_size=flag.BATCH.value,
             say=lambda done: bar.update(done - bar.n),
         )
-    return resolutions.fit(images, height, width)
+    return aspect_ratios.fit(images, height, width)
 
 
 def _loaded(say):
     """The model of a folder."""
-    from sprint_jax import pipeline
+    from sprint_jax.sampling import pipeline
 
     flag = model_flags
     return pipeline.load(
@@ -162,9 +166,9 @@ def _exported(say):
     ):
         if flag.present:
             raise UserError(
-                f"--{flag.name} is settled in an exported file: give it to sprint_jax.export"
+                f"--{flag.name} is settled in an exported file: give it to sprint-jax export"
             )
-    from sprint_jax import exported
+    from sprint_jax.sampling import exported
 
     return exported.load(model_flags.MODEL.value, say=say)
 

@@ -1,8 +1,8 @@
-"""A page to draw on, and a JSON API: python -m sprint_jax.app --model=DIR [--port=7860]
+"""A page to draw on, and a JSON API: python -m sprint_jax serve --model=DIR [--port=7860]
 
-DIR is what sprint_jax.sample takes: a published or converted folder, the --workdir of a run, or an exported file. The
+DIR is what sprint-jax sample takes: a published or converted folder, the --workdir of a run, or an exported file. The
 page has text to image, image to image and sketch to image; programs ask POST /generate, whose schema GET /schema
-publishes. Both stand in one line before the device, and a request gives the picture that sprint_jax.sample makes of the
+publishes. Both stand in one line before the device, and a request gives the picture that sprint-jax sample makes of the
 same prompt, seed and options with --batch_size=1, whatever else is being served.
 """
 
@@ -16,10 +16,10 @@ import warnings
 import numpy as np
 from absl import app, flags
 
-from sprint_jax import cli, compile_cache
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import cli, compile_cache
 
-# Named as in sprint_jax.sample where it is the same thing; one process runs one of the commands.
+# Named as in sprint-jax sample where it is the same thing; one process runs one of the commands.
 _MODEL = flags.DEFINE_string(
     "model",
     None,
@@ -118,7 +118,7 @@ def limits_of(pipe, sizes=None, max_steps=4, max_prompt=2000):
 
     sizes: (height, width) tuples, None for the model's own. Raises UserError for a size that does not fit the model.
     """
-    from sprint_jax import drawing, exported
+    from sprint_jax.sampling import exported, generation
     from sprint_jax.serving import requests
 
     own = (pipe.height, pipe.width)
@@ -143,7 +143,7 @@ def limits_of(pipe, sizes=None, max_steps=4, max_prompt=2000):
             )
     sizes = tuple(sizes or [own])
     for height, width in sizes:
-        drawing.latent_shape(pipe, height, width)
+        generation.latent_shape(pipe, height, width)
     return requests.Limits(
         tuple(steps),
         sizes,
@@ -156,11 +156,11 @@ def limits_of(pipe, sizes=None, max_steps=4, max_prompt=2000):
 
 
 def artist(pipe, path):
-    """draw(request) -> uint8 [height, width, 3], equal to `drawing.generate` of that prompt alone.
+    """draw(request) -> uint8 [height, width, 3], equal to `generation.generate` of that prompt alone.
 
     path: of the model, whose name is left out of what strangers are told.
     """
-    from sprint_jax import drawing
+    from sprint_jax.sampling import generation
 
     batch_size = _batch_size(
         pipe
@@ -173,7 +173,7 @@ def artist(pipe, path):
             else dict(control=request.control, control_scale=request.control_scale)
         )
         try:
-            return drawing.generate(
+            return generation.generate(
                 pipe,
                 [request.prompt],
                 steps=request.steps,
@@ -227,7 +227,7 @@ def rehearsals(pipe, limits, ready_tokens=None):
 
 def _prompts(pipe, ready_tokens):
     """One prompt for each padded length that there can be; of an exported file, that it has programs for."""
-    from sprint_jax import exported
+    from sprint_jax.sampling import exported
 
     found, words = {}, 1
     with warnings.catch_warnings():
@@ -252,7 +252,7 @@ def _prompts(pipe, ready_tokens):
 
 def _batch_size(pipe):
     """Pictures per program run: one, or the least that an exported file has programs for."""
-    from sprint_jax import exported
+    from sprint_jax.sampling import exported
 
     return (
         min(p.batch_size for p in pipe.header.programs)
@@ -315,7 +315,7 @@ def _listener(host, port):
 
 
 def _load(path):
-    from sprint_jax import exported, pipeline
+    from sprint_jax.sampling import exported, pipeline
 
     compile_cache.start()
     say = lambda message: print(message, file=sys.stderr, flush=True)
@@ -323,7 +323,7 @@ def _load(path):
         for flag in (_DTYPE, _ATTENTION, _INSTRUCTION, _TILE):
             if flag.present:
                 raise UserError(
-                    f"--{flag.name} is settled in an exported file: give it to sprint_jax.export"
+                    f"--{flag.name} is settled in an exported file: give it to sprint-jax export"
                 )
         return exported.load(path, say=say)
     dtype = _DTYPE.value or pipeline.default_dtype()

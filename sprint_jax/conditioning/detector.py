@@ -7,17 +7,15 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from sprint_jax import weights
-from sprint_jax.conversion import hed as hed_weights
-from sprint_jax.data import conditions
-from sprint_jax.models import hed
+from sprint_jax.conditioning import hed, hed_weights, sketches
+from sprint_jax.storage import weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Detector:
     """Soft edges of pictures. identity: names the weights by what is in them, whichever kind of file they came from.
 
-    detect: (uint8 [H, W, 3], resolution) -> uint8 [h, w] of `conditions.detector_size`, compiled once for each size.
+    detect: (uint8 [H, W, 3], resolution) -> uint8 [h, w] of `sketches.detector_size`, compiled once for each size.
     """
 
     identity: str
@@ -32,9 +30,7 @@ def detector(path) -> Detector:
     params, apply = jax.device_put(params), jax.jit(hed.PUBLISHED.apply)
 
     def detect(image, resolution):
-        return conditions.levels(
-            apply(params, conditions.detector_picture(image, resolution)[None])[0]
-        )
+        return sketches.levels(apply(params, sketches.detector_picture(image, resolution)[None])[0])
 
     return Detector(digest.hexdigest()[:16], detect)
 
@@ -43,7 +39,7 @@ def detector(path) -> Detector:
 class Lines:
     """One kind of condition for a whole data set.
 
-    kind: of `conditions.KINDS`. detector: None for edges. thickness: (least, most) pixels of the strokes of scribbles,
+    kind: of `sketches.KINDS`. detector: None for edges. thickness: (least, most) pixels of the strokes of scribbles,
     from which each example draws by its name; None for the others.
     """
 
@@ -72,14 +68,14 @@ class Lines:
             soft = [self.detector.detect(image, min(height, width)) for image in images]
             drawn = each(self._strokes, soft, keys) if self.thickness else soft
         else:
-            drawn = each(lambda image: conditions.gradient_edges(image[None])[0], images)
-        return conditions.as_picture(
-            np.stack([conditions.resized(lines, height, width) for lines in drawn])
+            drawn = each(lambda image: sketches.gradient_edges(image[None])[0], images)
+        return sketches.as_picture(
+            np.stack([sketches.resized(lines, height, width) for lines in drawn])
         )
 
     def _strokes(self, soft, key):
-        return conditions.scribble(
-            soft, thickness=thickness_of(key, self.thickness), sigma=conditions.PUBLISHED_SIGMA
+        return sketches.scribble(
+            soft, thickness=thickness_of(key, self.thickness), sigma=sketches.PUBLISHED_SIGMA
         )
 
 

@@ -2,7 +2,7 @@
 
 Holistically-nested edge detection (Xie and Tu, arXiv 1504.06375) as lllyasviel's Apache-2.0 network: VGG's convolutions
 after a learned offset of each channel, a side output from each stage, and their mean instead of a learned fusion.
-`sprint_jax/conversion/hed.py` reads its published weights.
+`sprint_jax/conditioning/hed_weights.py` reads its published weights.
 """
 
 import dataclasses

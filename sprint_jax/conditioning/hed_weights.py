@@ -5,9 +5,11 @@ import pathlib
 import jax
 import numpy as np
 
-from sprint_jax import weights
-from sprint_jax.conversion import rules, state_dicts, tables, tensors
+from sprint_jax.conditioning.hed import HED
+from sprint_jax.conversion import rules
+from sprint_jax.conversion.rules import Row
 from sprint_jax.errors import UserError
+from sprint_jax.storage import tensors, torch_files, weights
 
 FILE = "ControlNetHED.pth"
 _GIVE = f"give {FILE} (of lllyasviel/Annotators), or what --save_weights made of it"
@@ -21,18 +23,41 @@ def load(path, model):
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"no HED weights at {path}: {_GIVE}")
-    rows, abstract = tables.hed(model), jax.eval_shape(model.init, jax.random.key(0))
+    table, abstract = rows(model), jax.eval_shape(model.init, jax.random.key(0))
     pickled, what = path.suffix != ".safetensors", f"HED detector {path}"
-    elsewhere = f"run sprint_jax.condition there with --weights={path} --save_weights=FILE.safetensors, and give that file"
-    found = state_dicts.read(path, elsewhere) if pickled else tensors.scan(path)
+    elsewhere = f"run sprint-jax condition there with --weights={path} --save_weights=FILE.safetensors, and give that file"
+    found = torch_files.read(path, elsewhere) if pickled else tensors.scan(path)
     try:
         if pickled:
-            return rules.from_arrays(rows, found, abstract, what)
-        return rules.load(rows, found, abstract, np.float32, what)
+            return rules.from_arrays(table, found, abstract, what)
+        return rules.load(table, found, abstract, np.float32, what)
     except UserError as error:
         raise UserError(f"{error}: {_GIVE}") from None
 
 
 def save(source, target, model):
     """Writes the weights of `load(source, model)` as safetensors by the published names, whole or not at all."""
-    weights.save(target, rules.export(tables.hed(model), load(source, model)))
+    weights.save(target, rules.export(rows(model), load(source, model)))
+
+
+def rows(m: HED) -> list[Row]:
+    """ControlNet's `ControlNetHED_Apache2`: blocks from 1, each with `convs` and the `projection` of its side output."""
+    table, into = [Row("norm", (1, 3, 1, 1), "offset", "channels")], 3
+    for i, (width, convs) in enumerate(zip(m.widths, m.convs, strict=True)):
+        block, stage = f"block{i + 1}", f"stages.{i}"
+        for j in range(convs):
+            table.append(
+                Row(
+                    f"{block}.convs.{j}.weight",
+                    (width, into, 3, 3),
+                    f"{stage}.convs.{j}.kernel",
+                    "conv",
+                )
+            )
+            table.append(Row(f"{block}.convs.{j}.bias", (width,), f"{stage}.convs.{j}.bias"))
+            into = width
+        table.append(
+            Row(f"{block}.projection.weight", (1, width, 1, 1), f"{stage}.side.kernel", "conv1x1")
+        )
+        table.append(Row(f"{block}.projection.bias", (1,), f"{stage}.side.bias"))
+    return table

@@ -3,7 +3,7 @@
 Three kinds (`KINDS`), all uint8 with 255 on a line and 0 beside it:
 
     edges      where colours step, by Sobel's gradient and fixed thresholds; needs no weights (the embedded default)
-    hed        soft edges of the published HED detector, by weights that the user has (sprint_jax/models/hed.py)
+    hed        soft edges of the published HED detector, by weights that the user has (sprint_jax/conditioning/hed.py)
     scribble   strokes of one thickness along the crests of soft edges, as if drawn by hand
 
 The published SANA ControlNet is trained on scribbles of HED. `scribble` is its post-processing with scipy.ndimage in the

@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from sprint_jax import weights
-from sprint_jax.conversion import configs, rules, tables, tensors
+from sprint_jax.conversion import configs, rules, tables
 from sprint_jax.errors import UserError
 from sprint_jax.models.controlnet import ControlNet
 from sprint_jax.models.dc_ae import DCAE, Stage
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.storage import tensors, weights
 
 INDEX = "model_index.json"  # diffusers
 MODEL = "model.json"  # ours

@@ -10,9 +10,8 @@ from collections import Counter
 
 import numpy as np
 
-from sprint_jax import weights
-from sprint_jax.conversion import tensors
 from sprint_jax.errors import UserError
+from sprint_jax.storage import tensors, weights
 
 # Layouts: (to ours, to theirs). Theirs are PyTorch's: Linear [out, in], Conv2d [out, in / groups, k, k].
 _LAYOUTS = {

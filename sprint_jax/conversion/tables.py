@@ -5,7 +5,6 @@ from sprint_jax.errors import UserError
 from sprint_jax.models.controlnet import ControlNet
 from sprint_jax.models.dc_ae import DCAE, EFFICIENT_VIT
 from sprint_jax.models.gemma2 import Gemma2
-from sprint_jax.models.hed import HED
 from sprint_jax.models.linear_dit import LinearDiT
 
 
@@ -297,27 +296,4 @@ def text_encoder(m: Gemma2) -> list[Row]:
             )
         for name, ours in norms.items():
             rows.append(row(f"layers.{i}.{name}.weight", (D,), f"layers.{ours}", "same", (i,)))
-    return rows
-
-
-def hed(m: HED) -> list[Row]:
-    """ControlNet's `ControlNetHED_Apache2`: blocks from 1, each with `convs` and the `projection` of its side output."""
-    rows, into = [Row("norm", (1, 3, 1, 1), "offset", "channels")], 3
-    for i, (width, convs) in enumerate(zip(m.widths, m.convs, strict=True)):
-        block, stage = f"block{i + 1}", f"stages.{i}"
-        for j in range(convs):
-            rows.append(
-                Row(
-                    f"{block}.convs.{j}.weight",
-                    (width, into, 3, 3),
-                    f"{stage}.convs.{j}.kernel",
-                    "conv",
-                )
-            )
-            rows.append(Row(f"{block}.convs.{j}.bias", (width,), f"{stage}.convs.{j}.bias"))
-            into = width
-        rows.append(
-            Row(f"{block}.projection.weight", (1, width, 1, 1), f"{stage}.side.kernel", "conv1x1")
-        )
-        rows.append(Row(f"{block}.projection.bias", (1,), f"{stage}.side.bias"))
     return rows

@@ -25,9 +25,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from sprint_jax import files
-from sprint_jax.data import conditions
+from sprint_jax.conditioning import sketches
 from sprint_jax.errors import UserError
+from sprint_jax.storage import files
 
 MANIFEST = "manifest.json"
 NULL = "null.safetensors"
@@ -139,7 +139,7 @@ def read_manifest(folder):
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"no {path}: give a folder made by sprint_jax.encode; if its work was cut short, the same command ends it"
+            f"no {path}: give a folder made by sprint-jax encode; if its work was cut short, the same command ends it"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -151,7 +151,7 @@ def read_manifest(folder):
         _check(manifest)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged ({error!r}): run its sprint_jax.encode command again"
+            f"{path} is damaged ({error!r}): run its sprint-jax encode command again"
         ) from None
     for shard in manifest["shards"]:
         file = folder / shard["file"]
@@ -159,13 +159,13 @@ def read_manifest(folder):
             size = file.stat().st_size
         except OSError as error:
             raise UserError(
-                f"cannot find the shard {file} ({error.strerror}): copy the folder again, or run its sprint_jax.encode "
+                f"cannot find the shard {file} ({error.strerror}): copy the folder again, or run its sprint-jax encode "
                 "command again, which makes what is missing"
             ) from None
         if size != shard["bytes"]:
             raise UserError(
                 f"the shard {file} has {size} bytes, {MANIFEST} says {shard['bytes']}: copy the folder again, or run "
-                "its sprint_jax.encode command again, which makes what is missing"
+                "its sprint-jax encode command again, which makes what is missing"
             )
     return manifest
 
@@ -181,9 +181,9 @@ def _check(manifest):
                 raise ValueError(f"{name} is {tree[name]!r}, not of type {kind.__name__}")
     if manifest["text"] not in KINDS:
         raise ValueError(f"text is {manifest['text']!r}, not one of {', '.join(KINDS)}")
-    if manifest["condition"] not in (NO_CONDITION, *conditions.KINDS):
+    if manifest["condition"] not in (NO_CONDITION, *sketches.KINDS):
         raise ValueError(
-            f"condition is {manifest['condition']!r}, not one of {', '.join(conditions.KINDS)}"
+            f"condition is {manifest['condition']!r}, not one of {', '.join(sketches.KINDS)}"
         )
     for shard in manifest["shards"]:
         if sum(shard["buckets"].values()) != shard["records"]:

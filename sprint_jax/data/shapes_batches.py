@@ -5,8 +5,9 @@ import threading
 
 import numpy as np
 
-from sprint_jax.data import conditions, shapes
-from sprint_jax.data import freehand as freehand_lib
+from sprint_jax.conditioning import sketches
+from sprint_jax.toy import freehand as freehand_lib
+from sprint_jax.toy import shapes
 
 
 def make_batch(
@@ -45,7 +46,7 @@ def make_batch(
         drawn = freehand_lib.sketch(
             seed, indices[row], examples[row].objects, size=size, split="train"
         )
-        shown[row] = conditions.as_picture(drawn)
+        shown[row] = sketches.as_picture(drawn)
     return rows | {"control": codec.encode(shown)}
 
 

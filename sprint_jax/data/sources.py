@@ -18,8 +18,8 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from sprint_jax import files, pictures
 from sprint_jax.errors import UserError
+from sprint_jax.storage import files, image_files
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -440,9 +440,9 @@ def load_picture(image_bytes):
     """
     try:
         with Image.open(io.BytesIO(image_bytes)) as image:
-            if image.width * image.height > pictures.MOST_PIXELS:
+            if image.width * image.height > image_files.MOST_PIXELS:
                 raise ValueError("a decompression bomb")
-            return np.array(pictures.opaque(image))
+            return np.array(image_files.opaque(image))
     except Exception:  # decoders of hostile bytes raise far more than OSError
         raise BadExample("undecodable image") from None
 

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.data import prompts as prompts_lib
-from sprint_jax.data import text as text_lib
+from sprint_jax.encoders import prompts as prompts_lib
+from sprint_jax.encoders import words as text_lib
 from sprint_jax.models.dc_ae import DCAE, tiled
 from sprint_jax.models.gemma2 import Gemma2
 

@@ -11,9 +11,9 @@ import zlib
 
 import numpy as np
 
-from sprint_jax.data import prompts as prompts_lib
-from sprint_jax.data import shapes
+from sprint_jax.encoders import prompts as prompts_lib
 from sprint_jax.errors import UserError
+from sprint_jax.toy import shapes
 
 WORDS = (
     "<pad>",

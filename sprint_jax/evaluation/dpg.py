@@ -18,7 +18,7 @@ import warnings
 import numpy as np
 
 from sprint_jax.errors import UserError
-from sprint_jax.evaluation import json_lines
+from sprint_jax.storage import json_lines
 
 PICTURES = 4
 _COLUMNS = ("item_id", "text", "proposition_id", "dependency")

@@ -15,12 +15,11 @@ import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
-from sprint_jax import files
-from sprint_jax.conversion import state_dicts
-from sprint_jax.conversion import tensors as tensors_lib
 from sprint_jax.errors import UserError
-from sprint_jax.models import clip as clip_lib
-from sprint_jax.models import inception
+from sprint_jax.evaluation.networks import clip as clip_lib
+from sprint_jax.evaluation.networks import inception
+from sprint_jax.storage import files, torch_files
+from sprint_jax.storage import tensors as tensors_lib
 
 # The first digits of the SHA-256 of pytorch-fid's weights are part of their file's name.
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -125,8 +124,8 @@ def _read_inception(path):
             raise UserError(
                 f"{path} is not a readable safetensors file ({error}): copy it again"
             ) from None
-    remedy = f"run sprint_jax.evaluate there with --weights={path} --save_weights=FILE.safetensors, and give that file"
-    return state_dicts.read(path, remedy), sha256(path)
+    remedy = f"run sprint-jax evaluate there with --weights={path} --save_weights=FILE.safetensors, and give that file"
+    return torch_files.read(path, remedy), sha256(path)
 
 
 def save_inception(source, target, *, unpublished=False):

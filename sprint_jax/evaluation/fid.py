@@ -12,8 +12,8 @@ import zipfile
 import numpy as np
 import scipy.linalg
 
-from sprint_jax import files
 from sprint_jax.errors import UserError
+from sprint_jax.storage import files
 
 # Added to both diagonals where the product of the covariances has no finite root (pytorch-fid's default).
 EPS = 1e-6

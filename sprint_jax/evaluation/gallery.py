@@ -18,9 +18,10 @@ import pathlib
 import jax
 import numpy as np
 
-from sprint_jax import files, pictures, pipeline, revision, workdir
 from sprint_jax.errors import UserError
-from sprint_jax.evaluation import dpg, picture_files
+from sprint_jax.evaluation import dpg, image_sets
+from sprint_jax.sampling import pipeline
+from sprint_jax.storage import files, image_files, revision, run_files
 
 PROTOCOL, MANIFEST, PICTURES = "protocol.json", "manifest.jsonl", "pictures"
 FORMATS = {"png": "PNG", "jpeg": "JPEG"}
@@ -72,11 +73,9 @@ def write_metadata(out, prompts, per_prompt, with_grid):
             folder / "metadata.jsonl", json.dumps(prompt.row, ensure_ascii=False) + "\n"
         )
         if with_grid:
-            images = [
-                picture_files.read(folder / f"samples/{j:05d}.png") for j in range(per_prompt)
-            ]
-            pictures.save(
-                folder / "grid.png", pictures.grid(np.stack(images), columns=per_prompt, gap=2)
+            images = [image_sets.read(folder / f"samples/{j:05d}.png") for j in range(per_prompt)]
+            image_files.save(
+                folder / "grid.png", image_files.grid(np.stack(images), columns=per_prompt, gap=2)
             )
 
 
@@ -87,8 +86,8 @@ def fingerprint(model) -> str:
         raise UserError(
             f"no directory {model}: give a diffusers folder, a converted model or the --workdir of a run"
         )
-    if (model / workdir.STUDENT).is_file():
-        paths = [model / workdir.CONFIG, model / workdir.STUDENT]
+    if (model / run_files.STUDENT).is_file():
+        paths = [model / run_files.CONFIG, model / run_files.STUDENT]
     else:
         paths = sorted(p for p in model.rglob("*") if p.suffix in (".safetensors", ".json"))
     digest = hashlib.sha256()
@@ -214,7 +213,7 @@ def make(out, units, pipe, options, *, batch, file_format, bar, claim):
             own, images = images[: len(unit.indices)], images[len(unit.indices) :]
             path = out / PICTURES / unit.file
             path.parent.mkdir(parents=True, exist_ok=True)
-            pictures.save(
+            image_files.save(
                 path, own[0] if len(own) == 1 else dpg.grid(own), file_format=FORMATS[file_format]
             )
 

@@ -20,7 +20,7 @@ import collections
 import numpy as np
 
 from sprint_jax.errors import UserError
-from sprint_jax.evaluation import json_lines
+from sprint_jax.storage import json_lines
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")

@@ -1,7 +1,8 @@
 """Scores of pictures made for held-out prompts: the checker of `shapes` where it reads them, a Fréchet distance."""
 
-from sprint_jax.data import conditions
-from sprint_jax.evaluation import checker, edges, frechet
+from sprint_jax.conditioning import sketches
+from sprint_jax.evaluation import edges
+from sprint_jax.toy import checker, frechet
 
 
 class Evaluator:
@@ -26,6 +27,6 @@ class Evaluator:
             scores["score"], scores["tasks"] = checker.score(images, self._meanings)
         if self._edges is not None:
             scores["agreement"] = float(
-                edges.agreement(conditions.gradient_edges(images), self._edges).mean()
+                edges.agreement(sketches.gradient_edges(images), self._edges).mean()
             )
         return scores

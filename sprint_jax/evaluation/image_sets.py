@@ -7,8 +7,8 @@ import pathlib
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from sprint_jax import files
 from sprint_jax.errors import UserError
+from sprint_jax.storage import files
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _UNREADABLE = (

@@ -7,10 +7,10 @@ import pathlib
 import re
 from typing import Any
 
-from sprint_jax import files
-from sprint_jax.data import shapes
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import dpg
+from sprint_jax.storage import files
+from sprint_jax.toy import shapes
 
 _ID = re.compile(r"[\w-][\w.-]*")
 

@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-from sprint_jax import files
+from sprint_jax.storage import files
 
 
 def write(out, report):

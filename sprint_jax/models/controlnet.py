@@ -13,8 +13,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.models import layers, placement
+from sprint_jax.models import layers
 from sprint_jax.models.linear_dit import LinearDiT, Output, patchify
+from sprint_jax.ops import placement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.kernels import backend, linear_attention
-from sprint_jax.models import convolutions, depthwise, layers
+from sprint_jax.models import layers
+from sprint_jax.ops import backend, convolutions, depthwise
+from sprint_jax.ops.pallas import linear_attention
 
 NORM_EPS = 1e-5
 RESIDUAL, EFFICIENT_VIT = "ResBlock", "EfficientViTBlock"  # diffusers' names
@@ -232,7 +233,7 @@ class DCAE:
     in_channels: of pictures. latent_channels: of latents. head_dim: of the attention.
     encoder, decoder: stages from the finest resolution to the coarsest.
     scaling_factor: multiplies encoded latents for the diffusion model.
-    depthwise: what computes its depthwise convolutions: "plain", or a backend of `kernels/depthwise.py`, for inference.
+    depthwise: what computes its depthwise convolutions: "plain", or a backend of `ops/pallas/depthwise.py`, for inference.
     attention: what computes its attention, one of `kernels.backend.BACKENDS`.
     """
 

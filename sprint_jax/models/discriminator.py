@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.kernels import products
+from sprint_jax.ops import matmul
 
 GROUP = 8  # BatchNormLocal: samples per normalisation group
 KERNEL = 9
@@ -81,7 +81,7 @@ def _init_head(key, width):
 def _apply_head(params, spectral, x):
     dtype = x.dtype
     weights = {name: spectral_norm(params[name]["kernel"], v) for name, v in spectral.items()}
-    conv = lambda name, x: products.dense(x.astype(dtype), weights[name]) + params[name]["bias"]
+    conv = lambda name, x: matmul.dense(x.astype(dtype), weights[name]) + params[name]["bias"]
     norm = lambda name, x: batch_norm_local(x, params[name]["scale"], params[name]["bias"])
     activate = lambda x: jax.nn.leaky_relu(x, 0.2)
     h = activate(norm("norm_in", conv("conv_in", x)))

@@ -15,7 +15,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.models import layers, placement
+from sprint_jax.models import layers
+from sprint_jax.ops import placement
 
 
 @flax.struct.dataclass

@@ -13,9 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.kernels import cross_attention, linear_attention, products
-from sprint_jax.kernels.derivatives import kept
-from sprint_jax.models import depthwise
+from sprint_jax.ops import depthwise, matmul
+from sprint_jax.ops.autodiff import kept
+from sprint_jax.ops.pallas import cross_attention, linear_attention
 
 QK_EPS = 1e-5  # of the norm of queries and keys
 
@@ -102,7 +102,7 @@ def text_by_block(params, text, dtype):
 
 
 class Dense(nn.Module):
-    """x kernel + bias in `dtype`, rounded once where the platform can (`products.affine`).
+    """x kernel + bias in `dtype`, rounded once where the platform can (`matmul.affine`).
 
     flax's layer rounds the product before it adds the bias, which costs bfloat16 about a tenth of its accuracy.
     """
@@ -117,11 +117,11 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         x = x.astype(self.dtype)
         if self.use_bias:
-            y = products.affine(
+            y = matmul.affine(
                 x, kernel, self.param("bias", nn.initializers.zeros, (self.features,))
             )
         else:
-            y = products.dense(x, kernel, rounded=True)
+            y = matmul.dense(x, kernel, rounded=True)
         return kept(y)
 
 
@@ -248,7 +248,7 @@ class CrossAttention(nn.Module):
 class GLUMBConv(nn.Module):
     """Mix-FFN: 1x1 expand, SiLU, 3x3 depthwise, value * SiLU(gate), 1x1 project (no bias).
 
-    depthwise: backend of the convolution, see `models/depthwise.py`.
+    depthwise: backend of the convolution, see `ops/depthwise.py`.
     """
 
     hidden: int

@@ -15,8 +15,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.kernels import backend, derivatives
-from sprint_jax.models import layers, placement
+from sprint_jax.models import layers
+from sprint_jax.ops import autodiff, backend, placement
 
 REMAT = ("none", "block", "cheap")
 
@@ -146,7 +146,7 @@ class LinearDiT:
     residual_dtype: of the residual stream and of the tables that modulate it: dtype, as in diffusers, or "float32", as the published
       trainer's autocast has it around products in bfloat16.
     attention: what computes both attentions, one of `kernels.backend.BACKENDS`; parameters are the same for all.
-    depthwise: what computes the Mix-FFN's convolution: "plain", or a backend of `kernels/depthwise.py`.
+    depthwise: what computes the Mix-FFN's convolution: "plain", or a backend of `ops/pallas/depthwise.py`.
     """
 
     in_channels: int
@@ -320,7 +320,7 @@ class LinearDiT:
         policy = (
             None
             if self.remat == "block"
-            else jax.checkpoint_policies.save_only_these_names(derivatives.KEPT)
+            else jax.checkpoint_policies.save_only_these_names(autodiff.KEPT)
         )
         return jax.checkpoint(body, prevent_cse=False, policy=policy)
 

@@ -4,7 +4,7 @@ Accelerators have a good `conv_general_dilated`. XLA's CPU backend does not: it 
 convolutions naively, and even shifted multiplies, one per tap, lose their time in one place, the
 reduction that gives the weight gradient. Here the value and the input gradient are fused shifted
 multiplies and the weight gradient accumulates over the batch (`benchmarks/RESULTS.md` has the ratios).
-On a GPU the input gradient is what needs a form of its own, and there are kernels (`kernels/depthwise.py`).
+On a GPU the input gradient is what needs a form of its own, and there are kernels (`ops/pallas/depthwise.py`).
 """
 
 import functools
@@ -12,8 +12,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.kernels import depthwise, derivatives
-from sprint_jax.models import placement
+from sprint_jax.ops import autodiff, placement
+from sprint_jax.ops.pallas import depthwise
 
 
 def _offsets(w_shape):
@@ -102,7 +102,7 @@ def _weight_gradient(x, g, k):
 @functools.cache
 def _map(k):
     """The convolution by stencils of k x k."""
-    return derivatives.Bilinear(_conv, _input_gradient, functools.partial(_weight_gradient, k=k))
+    return autodiff.Bilinear(_conv, _input_gradient, functools.partial(_weight_gradient, k=k))
 
 
 def depthwise_conv(x, w):
@@ -156,13 +156,13 @@ def _by_kernel(x, w, bias, gated, backend):
 def _by_kernel_jvp(gated, backend, primals, tangents):
     # By the function itself, so that a derivative around this one finds its rule.
     out = _by_kernel(*primals, gated, backend)
-    if all(map(derivatives.is_zero, tangents)):
+    if all(map(autodiff.is_zero, tangents)):
         return out, jnp.zeros_like(out)
-    if all(map(derivatives.is_zero, tangents[1:])):
+    if all(map(autodiff.is_zero, tangents[1:])):
         tangents = tangents[:1]  # sCM: parameters do not move
     along = functools.partial(_along, gated, backend)
     transpose = functools.partial(_transpose, gated, backend, len(tangents) > 1)
-    return out, derivatives.linear_map(along, transpose, primals, tangents)
+    return out, autodiff.linear_map(along, transpose, primals, tangents)
 
 
 _by_kernel.defjvp(_by_kernel_jvp, symbolic_zeros=True)

@@ -11,7 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.kernels.derivatives import Bilinear, is_zero
+from sprint_jax.ops.autodiff import Bilinear, is_zero
 
 
 def dense(x, kernel, rounded=False):

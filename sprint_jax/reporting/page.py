@@ -9,9 +9,9 @@ import json
 import math
 import pathlib
 
-from sprint_jax import files, workdir
 from sprint_jax.errors import UserError
 from sprint_jax.reporting import plots, rows
+from sprint_jax.storage import files, run_files
 
 _EMBEDDED = 2**20  # bytes of a picture; larger ones stay files of their own
 _PARTS = 4  # a run is cut into so many parts where values are shown by time
@@ -45,7 +45,7 @@ _BY_TIME = {
 def write(run_dir):
     """Renders run_dir/report.html, finished run or not, and returns its path. Raises UserError for no run."""
     run_dir = pathlib.Path(run_dir)
-    path = run_dir / workdir.REPORT
+    path = run_dir / run_files.REPORT
     page = render(run_dir)
     try:
         files.write_text(path, page)
@@ -59,10 +59,10 @@ def write(run_dir):
 def render(run_dir):
     """The page as text."""
     run_dir = pathlib.Path(run_dir)
-    config, summary = _json(run_dir / workdir.CONFIG), None
+    config, summary = _json(run_dir / run_files.CONFIG), None
     if config is None:
-        raise UserError(f"{run_dir} has no {workdir.CONFIG}: give the --workdir of a run")
-    summary = _json(run_dir / workdir.SUMMARY)
+        raise UserError(f"{run_dir} has no {run_files.CONFIG}: give the --workdir of a run")
+    summary = _json(run_dir / run_files.SUMMARY)
     stages = rows.read(run_dir)
     parts = [f"<h1>{html.escape(run_dir.resolve().name)}</h1>", _facts(config, summary, stages)]
     parts += _sheets(run_dir) + (_scores(summary) if summary else [])
@@ -175,7 +175,7 @@ def _share(value):
 
 
 def _stage(run_dir, config, stage, found):
-    strips = sorted(run_dir.glob(f"{workdir.STRIPS}/{stage}_*.png"))
+    strips = sorted(run_dir.glob(f"{run_files.STRIPS}/{stage}_*.png"))
     parts = [f"<h2>{html.escape(stage)}</h2>"]
     if strips:
         how = (

@@ -1,8 +1,8 @@
 """One file that draws: the programs of prompt to pixels, traced and lowered before, with all that they need.
 
-    exported.load(path) -> Exported, which `drawing.generate` takes like a loaded model
+    exported.load(path) -> Exported, which `generation.generate` takes like a loaded model
 
-`sprint_jax.export` writes it. Reading it traces nothing and knows no network: only this module, the host's side of
+`sprint-jax export` writes it. Reading it traces nothing and knows no network: only this module, the host's side of
 drawing and the tokens of prompts are imported. The file is a zip archive, stored and not compressed, so every
 member has a checksum and what is cut off has no directory. Its members:
 
@@ -31,10 +31,11 @@ from typing import Any
 import jax
 from jax import export as jax_export
 
-from sprint_jax import drawing, weights
-from sprint_jax.data import prompts as prompts_lib
-from sprint_jax.data import text as text_lib
+from sprint_jax.encoders import prompts as prompts_lib
+from sprint_jax.encoders import words as text_lib
 from sprint_jax.errors import UserError
+from sprint_jax.sampling import generation
+from sprint_jax.storage import weights
 
 FORMAT = "sprint_jax exported 1"
 HEADER, TOKENIZER, WEIGHTS = "header.json", "tokenizer.json", "weights.safetensors"
@@ -120,7 +121,7 @@ class _Tokenizer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Exported:
-    """An exported file in memory, for `drawing.generate`.
+    """An exported file in memory, for `generation.generate`.
 
     path: where its programs are read from, each when it is first asked for. header: of the file. text, pixels:
     the host's part of the seams (`parts.py`). params: {name: array}, on the device. programs: those read so far.
@@ -142,7 +143,7 @@ class Exported:
     dtype = property(lambda self: self.header.dtype)
     control = property(lambda self: False)
 
-    def program(self, kind: drawing.Kind):
+    def program(self, kind: generation.Kind):
         """The program of this kind. Raises UserError that names what the file has, where it has none."""
         if kind.output != "pixels" or kind.draws:
             raise UserError(
@@ -292,9 +293,9 @@ def _opened(path):
         struct.error,
     ) as error:
         raise UserError(
-            f"{path} is not a whole file of sprint_jax.export ({error}): copy it again, or export again"
+            f"{path} is not a whole file of sprint-jax export ({error}): copy it again, or export again"
         ) from None
     except OSError as error:
         raise UserError(
-            f"cannot read {path} ({error.strerror or error}): give an existing file of sprint_jax.export"
+            f"cannot read {path} ({error.strerror or error}): give an existing file of sprint-jax export"
         ) from None

@@ -11,8 +11,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from sprint_jax.data import prompts as prompts_lib
 from sprint_jax.diffusion import samplers
+from sprint_jax.encoders import prompts as prompts_lib
 from sprint_jax.errors import UserError
 
 # Img2img never starts nearer to noise than this unless strength is 1: at the published t_max nothing is

@@ -10,16 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sprint_jax import build, drawing, generation, parts, weights, workdir
+from sprint_jax import build
 from sprint_jax import config as config_lib
 from sprint_jax.conversion import folder
-from sprint_jax.conversion import instruction as instruction_lib
-from sprint_jax.data import prompts as prompts_lib
 from sprint_jax.diffusion import samplers, trigflow
+from sprint_jax.encoders import instruction as instruction_lib
+from sprint_jax.encoders import parts
+from sprint_jax.encoders import prompts as prompts_lib
 from sprint_jax.errors import UserError
-from sprint_jax.kernels import backend
 from sprint_jax.models.controlnet import Controlled
 from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.ops import backend
+from sprint_jax.sampling import generation, programs
+from sprint_jax.storage import run_files, weights
 
 DTYPES = ("bfloat16", "float32")
 
@@ -66,7 +69,7 @@ class Pipeline:
         """Whether `generate` takes a condition."""
         return isinstance(self.model, Controlled)
 
-    def program(self, kind: drawing.Kind):
+    def program(self, kind: generation.Kind):
         """The compiled way from tokens to pixels: one program per shape of its arguments, kept here; three where they run in turn."""
         if kind.output not in self.programs:
             networks = self.model, self.text, self.pixels
@@ -101,7 +104,7 @@ def load(
     platform=None,
     say=lambda message: None,
 ) -> Pipeline:
-    """A pipeline from a diffusers folder, a folder converted by `sprint_jax.convert`, or a run directory.
+    """A pipeline from a diffusers folder, a folder converted by `sprint-jax convert`, or a run directory.
 
     Args:
       dtype: "bfloat16" or "float32", of the parameters and of the computation. Latents, times and
@@ -295,16 +298,16 @@ def _place(unrolled, part, path, array):
 
 def read_config(path) -> config_lib.Config:
     """The config of a run directory. Raises UserError for anything that is not one."""
-    if not (path / workdir.CONFIG).is_file():
+    if not (path / run_files.CONFIG).is_file():
         raise UserError(
-            f"{path} has no {workdir.CONFIG}, {folder.MODEL} or {folder.INDEX}: give the --workdir of a run, a converted "
+            f"{path} has no {run_files.CONFIG}, {folder.MODEL} or {folder.INDEX}: give the --workdir of a run, a converted "
             "model or a diffusers folder"
         )
     try:
-        tree = json.loads((path / workdir.CONFIG).read_text())
+        tree = json.loads((path / run_files.CONFIG).read_text())
     except ValueError as error:
         raise UserError(
-            f"{path / workdir.CONFIG} is not JSON ({error}): restore it from the run"
+            f"{path / run_files.CONFIG} is not JSON ({error}): restore it from the run"
         ) from None
     if (
         isinstance(tree, dict) and {"_class_name", "architectures"} & tree.keys()
@@ -312,9 +315,9 @@ def read_config(path) -> config_lib.Config:
         raise UserError(
             f"{path} holds one part of a published model: give the folder above it, {path.resolve().parent}"
         )
-    if not (path / workdir.STUDENT).is_file():
+    if not (path / run_files.STUDENT).is_file():
         raise UserError(
-            f"{path} has no {workdir.STUDENT} yet: let its run finish (same sprint_jax.main command)"
+            f"{path} has no {run_files.STUDENT} yet: let its run finish (same sprint_jax.main command)"
         )
     return config_lib.parse(tree)
 
@@ -325,7 +328,7 @@ def read_student(path):
     config = read_config(path)
     model = build.student(config)
     abstract = jax.eval_shape(lambda: model.init(jax.random.key(0)))  # not even a key is computed
-    return model, weights.load(path / workdir.STUDENT, abstract), config
+    return model, weights.load(path / run_files.STUDENT, abstract), config
 
 
 def _run(path, dtype, *, platform, **options):
@@ -336,7 +339,7 @@ def _run(path, dtype, *, platform, **options):
     if config.text.vocabulary == "gemma":
         if not config.data.model:
             raise UserError(
-                f"{path} was distilled from features alone: name a folder with its text encoder and autoencoder as data.model in {workdir.CONFIG}"
+                f"{path} was distilled from features alone: name a folder with its text encoder and autoencoder as data.model in {run_files.CONFIG}"
             )
         pipe = _load(pathlib.Path(config.data.model), dtype=dtype, platform=platform, **options)
         if "transformer" in parts.block_by_block(platform):
@@ -396,8 +399,8 @@ def _spread(
 
 
 def generate(pipe, prompts, **options):
-    """Pictures of prompts in few steps: `drawing.generate`, which says what there is to ask for."""
-    return drawing.generate(pipe, prompts, **options)
+    """Pictures of prompts in few steps: `generation.generate`, which says what there is to ask for."""
+    return generation.generate(pipe, prompts, **options)
 
 
 def sample(
@@ -474,7 +477,7 @@ def _stages(model, text, pixels, output):
         shape,
     ):
         if draws is None:
-            draws = generation.noises(seed, indices, shape, times.shape[0] - 1)
+            draws = programs.noises(seed, indices, shape, times.shape[0] - 1)
         w = jnp.full(indices.shape, guidance) if model.guidance_embed else None
         cond = {"text": features, "mask": mask}
         if control is not None:

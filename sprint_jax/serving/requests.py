@@ -13,9 +13,9 @@ import unicodedata
 
 import numpy as np
 
-from sprint_jax import pictures
 from sprint_jax.serving import uploads
 from sprint_jax.serving.refused import Refused
+from sprint_jax.storage import image_files
 
 MOST_BODY = 3 * uploads.MOST_BYTES  # two pictures in base64, which makes four bytes of three
 _MOST_MARKS = 200_000  # brackets and commas, some of which a prompt may hold
@@ -167,8 +167,8 @@ def parse(body: bytes, limits: Limits) -> Request:
             400,
             "control is given and this model has no ControlNet: leave it out, or send it as image",
         )
-    image = _picture(fields, "image", height, width, pictures.WHITE)
-    control = _picture(fields, "control", height, width, pictures.BLACK)
+    image = _picture(fields, "image", height, width, image_files.WHITE)
+    control = _picture(fields, "control", height, width, image_files.BLACK)
     return Request(height=height, width=width, image=image, control=control, **wanted)
 
 

@@ -9,15 +9,15 @@ import io
 
 from PIL import Image, UnidentifiedImageError
 
-from sprint_jax import pictures
 from sprint_jax.serving.refused import Refused
+from sprint_jax.storage import image_files
 
 MOST_BYTES = 8 * 2**20
 MOST_PIXELS = 2**24  # 64 MB as RGBA
 _FORMATS = ("PNG", "JPEG", "WEBP")  # every further decoder of PIL would be one more to trust
 
 
-def picture(data: bytes, height: int, width: int, ground=pictures.WHITE):
+def picture(data: bytes, height: int, width: int, ground=image_files.WHITE):
     """An uploaded picture, scaled to cover height x width and cut to its middle: uint8 [height, width, 3].
 
     data: the file. ground: (r, g, b) behind what is transparent. Raises Refused with 400 for what is no whole picture,
@@ -34,7 +34,7 @@ def picture(data: bytes, height: int, width: int, ground=pictures.WHITE):
                     413,
                     f"the picture has {image.width} x {image.height} pixels: send at most {MOST_PIXELS}",
                 )
-            return pictures.covering(image, height, width, ground)
+            return image_files.covering(image, height, width, ground)
     except Refused:
         raise
     except Image.DecompressionBombError:

@@ -3,8 +3,8 @@
 import numpy as np
 from PIL import Image, ImageOps
 
-from sprint_jax import files
 from sprint_jax.errors import UserError
+from sprint_jax.storage import files
 
 MOST_PIXELS = 100_000_000
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)

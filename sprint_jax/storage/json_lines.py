@@ -2,8 +2,8 @@
 
 import json
 
-from sprint_jax import files
 from sprint_jax.errors import UserError
+from sprint_jax.storage import files
 
 
 def read(path, flag, parse, *, kind, form) -> dict:

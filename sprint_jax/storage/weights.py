@@ -9,8 +9,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from sprint_jax import files
 from sprint_jax.errors import UserError
+from sprint_jax.storage import files
 
 
 def flatten(tree, prefix=()):

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 from scipy import ndimage
 
-from sprint_jax.data import shapes
+from sprint_jax.toy import shapes
 
 # The parts of a caption that can be right or wrong on their own; each is GenEval's task of that name.
 TASKS = ("single_object", "two_objects", "counting", "colours", "position", "colour_attribution")

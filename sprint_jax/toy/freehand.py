@@ -10,7 +10,7 @@ import functools
 
 import numpy as np
 
-from sprint_jax.data import shapes
+from sprint_jax.toy import shapes
 
 # Shares of the picture's side, but for SCALE.
 SHIFT = 1 / 8  # half a cell: beyond it the nearest cell is another one

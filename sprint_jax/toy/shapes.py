@@ -111,7 +111,7 @@ class Example:
 def parse(text: str) -> Caption:
     """The meaning of a caption of the grammar. Raises ValueError for any other text."""
     error = ValueError(
-        f"{text!r} is not a caption of the `shapes` grammar (see sprint_jax/data/shapes.py)"
+        f"{text!r} is not a caption of the `shapes` grammar (see sprint_jax/toy/shapes.py)"
     )
     words, background = text.split(), None
     if len(words) >= 4 and words[-1] == "background" and words[-4:-2] == ["on", "a"]:

@@ -1,7 +1,7 @@
 """What a configuration learns from: its batches, its held-out examples, and the way back to pictures.
 
 Two kinds with the same face: `Shapes` draws the embedded data as they are needed, `EncodedData` reads a folder
-that `sprint_jax.encode` made. `open_inputs` chooses.
+that `sprint-jax encode` made. `open_inputs` chooses.
 """
 
 import dataclasses
@@ -14,10 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from sprint_jax import build, parts, pipeline, weights
+from sprint_jax import build
 from sprint_jax import config as config_lib
-from sprint_jax.data import batches, conditions, encoded, freehand, loader, shapes
+from sprint_jax.conditioning import sketches
+from sprint_jax.data import batches, encoded, shapes_batches
+from sprint_jax.encoders import parts
 from sprint_jax.errors import UserError
+from sprint_jax.sampling import pipeline
+from sprint_jax.storage import weights
+from sprint_jax.toy import freehand, shapes
 
 # Real pictures behind the Fréchet distance come from indices far from those of the prompts.
 _REFERENCE_START = 1_000_000
@@ -91,7 +96,7 @@ class Shapes:
 
     def batches(self, batch, start, stop, process, processes):
         """Context and iterator of this process's rows of the batches start .. stop - 1."""
-        make = lambda step: loader.make_batch(
+        make = lambda step: shapes_batches.make_batch(
             step,
             seed=self._c.data.seed,
             batch=batch,
@@ -103,7 +108,7 @@ class Shapes:
             process=process,
             processes=processes,
         )
-        return loader.Prefetch(make, start, stop)
+        return shapes_batches.Prefetch(make, start, stop)
 
     def prepare(self, frozen, batch):
         return batch
@@ -136,8 +141,8 @@ class Shapes:
                     freehand.sketch(d.eval_seed, i, e.objects, size=d.size, split="heldout")
                     for i, e in enumerate(examples)
                 ]
-                sketches, edges = np.stack(drawn), conditions.gradient_edges(images)
-            shown = self._codec.encode(conditions.as_picture(sketches))
+                sketches, edges = np.stack(drawn), sketches.gradient_edges(images)
+            shown = self._codec.encode(sketches.as_picture(sketches))
             cond |= {"control": shown, "control_scale": np.ones(count, np.float32)}
         return Heldout(
             [e.text for e in examples],
@@ -155,9 +160,9 @@ def _condition(c):
     if not c.control.depth:
         return None
     if c.control.condition == "edges":
-        return lambda images: conditions.as_picture(conditions.gradient_edges(images))
-    return lambda images: conditions.as_picture(
-        conditions.scribble(conditions.gradient_edges(images), thickness=1, sigma=_SCRIBBLE_SIGMA)
+        return lambda images: sketches.as_picture(sketches.gradient_edges(images))
+    return lambda images: sketches.as_picture(
+        sketches.scribble(sketches.gradient_edges(images), thickness=1, sigma=_SCRIBBLE_SIGMA)
     )
 
 
@@ -202,7 +207,7 @@ class EncodedData:
         path = pathlib.Path(self._c.data.encoded) / encoded.NULL
         if not path.is_file():
             raise UserError(
-                f"{path} is missing: run sprint_jax.encode on the folder again, it adds what lacks"
+                f"{path} is missing: run sprint-jax encode on the folder again, it adds what lacks"
             )
         found = safetensors.numpy.load_file(path)
         return {
@@ -333,7 +338,7 @@ def _check_condition(c, held):
 
 
 def embedded(c: config_lib.Config) -> tuple[Any, Any, str]:
-    """(pixels, text, identity) of the embedded encoders of a config, as `sprint_jax.encode` wants them."""
+    """(pixels, text, identity) of the embedded encoders of a config, as `sprint-jax encode` wants them."""
     codec, encoder = build.codec(c), build.text_encoder(c)
     if encoder is None:
         raise UserError(

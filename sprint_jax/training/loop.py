@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from sprint_jax import config as config_lib
-from sprint_jax import pictures
-from sprint_jax import workdir as names
 from sprint_jax.errors import UserError
+from sprint_jax.storage import image_files
+from sprint_jax.storage import run_files as names
 from sprint_jax.training import hosts, sharding
 from sprint_jax.training import records as records_lib
 from sprint_jax.training import state as state_lib
@@ -248,7 +248,7 @@ def _strip(stage, run, workdir, records, done, state):
         strip = stage.strip(params)
         folder = pathlib.Path(workdir) / names.STRIPS
         folder.mkdir(exist_ok=True)
-        pictures.save(folder / f"{stage.name}_{done:07d}.png", strip)
+        image_files.save(folder / f"{stage.name}_{done:07d}.png", strip)
         records.images(done, {f"strip_{stage.name}": strip})
 
 

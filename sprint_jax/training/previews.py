@@ -8,10 +8,13 @@ import functools
 
 import numpy as np
 
-from sprint_jax import build, generation, pictures, resolutions
+from sprint_jax import build
 from sprint_jax import config as config_lib
+from sprint_jax.data import aspect_ratios
 from sprint_jax.diffusion import samplers
 from sprint_jax.models.controlnet import Controlled
+from sprint_jax.sampling import programs
+from sprint_jax.storage import image_files
 
 COUNT = 8  # as many as a row of the sheets
 _LARGEST = 256  # pixels of a side; larger pictures are shown smaller
@@ -21,14 +24,14 @@ def student(c: config_lib.Config, data):
     """parameters -> uint8 [H, W, 3], for `loop.Stage.strip`; None where the data have no way to pictures."""
     times = samplers.scm_times(1, c.evaluation.schedule)
     model = build.student(c)
-    make = lambda: generation.student_sampler(model, data.pixels, build.latent_shape(c), times)
+    make = lambda: programs.student_sampler(model, data.pixels, build.latent_shape(c), times)
     return _strip(c, data, model, make, c.evaluation.student_guidance)
 
 
 def teacher(c: config_lib.Config, data, model):
     """As `student`, for a stage that trains `model`: the teacher before or after its fine-tune, or with its ControlNet."""
     times = samplers.trig_times(c.evaluation.teacher_steps)
-    make = lambda: generation.teacher_sampler(model, data.pixels, build.latent_shape(c), times)
+    make = lambda: programs.teacher_sampler(model, data.pixels, build.latent_shape(c), times)
     return _strip(c, data, model, make, c.evaluation.teacher_guidance)
 
 
@@ -51,7 +54,7 @@ def _strip(c, data, model, make_sampler, guidance):
             else {name: heldout.cond[name] for name in ("text", "mask")}
         )
         null = {"text": data.frozen["null_text"], "mask": data.frozen["null_mask"]}
-        images = generation.run(
+        images = programs.run(
             sampler,
             {"transformer": params, "pixels": data.pixels_params},
             null,
@@ -62,7 +65,7 @@ def _strip(c, data, model, make_sampler, guidance):
         )
         side = min(_LARGEST, c.data.size)
         zoom = max(1, 96 // side)
-        sheet = pictures.grid(resolutions.fit(images, side, side), columns=count)
+        sheet = image_files.grid(aspect_ratios.fit(images, side, side), columns=count)
         return np.repeat(np.repeat(sheet, zoom, 0), zoom, 1)
 
     return draw

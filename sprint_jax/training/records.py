@@ -8,7 +8,7 @@ import types
 import numpy as np
 import tqdm
 
-from sprint_jax import files
+from sprint_jax.storage import files
 
 
 class Records:

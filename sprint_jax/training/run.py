@@ -18,14 +18,26 @@ import jax
 import numpy as np
 import tqdm
 
-from sprint_jax import build, files, generation, inputs, pictures, revision, strips, weights
+from sprint_jax import build
 from sprint_jax import config as config_lib
-from sprint_jax import workdir as names
 from sprint_jax.diffusion import samplers
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.heldout import Evaluator
 from sprint_jax.reporting import page
-from sprint_jax.training import came, hosts, loop, sharding, sprint_step, state, teacher_step
+from sprint_jax.sampling import programs
+from sprint_jax.storage import files, image_files, revision, weights
+from sprint_jax.storage import run_files as names
+from sprint_jax.training import (
+    came,
+    datasets,
+    hosts,
+    loop,
+    previews,
+    sharding,
+    sprint_step,
+    state,
+    teacher_step,
+)
 from sprint_jax.training.records import Records
 
 STUDENT_STEPS = (1, 2, 4)
@@ -42,7 +54,7 @@ class _Job:
     config: config_lib.Config
     workdir: pathlib.Path
     mesh: jax.sharding.Mesh
-    data: inputs.Shapes | inputs.EncodedData
+    data: datasets.Shapes | datasets.EncodedData
     records: Records
     say: object
 
@@ -65,7 +77,7 @@ def run(config: config_lib.Config, workdir, say=_say):
             say(sentence)
         records = Records(workdir if primary else None)
         try:
-            job = _Job(config, workdir, mesh, inputs.open_inputs(config, say), records, say)
+            job = _Job(config, workdir, mesh, datasets.open_inputs(config, say), records, say)
             teacher = _control(job, _teacher(job))
             student = _sprint(job, teacher) if config.sprint.steps else None
             summary = _evaluate(job, teacher, student, begin)
@@ -88,7 +100,7 @@ def run(config: config_lib.Config, workdir, say=_say):
             else "a red apple"
         )
         say(
-            f'next: python -m sprint_jax.sample --model={workdir} --prompt="{prompt}" --steps=2 --out=pictures'
+            f'next: python -m sprint_jax sample --model={workdir} --prompt="{prompt}" --steps=2 --out=pictures'
         )
     return summary
 
@@ -97,7 +109,7 @@ def _identity(config):
     """What all processes must have in common."""
     values = {f"config.{k}": v for k, v in weights.flatten(config_lib.to_dict(config)).items()}
     source = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+    for path in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
         source.update(path.read_bytes())
     return values | {
         "the version of jax": jax.__version__,
@@ -200,13 +212,13 @@ def _teacher(job):
             job.say(
                 "teacher: told times in [0, 1]; a SANA made for [0, 1000] would draw noise, fine-tune it by configs/teacher.py first"
             )
-        return inputs.teacher_weights(t.pretrained, model)
+        return datasets.teacher_weights(t.pretrained, model)
     finished = job.workdir / names.TEACHER
     if _done(finished):
         job.say(f"teacher: done before, {finished}")
         return weights.load(finished, _abstract(model))
     params = None
-    begun = inputs.teacher_weights(t.start, build.base_teacher(job.config)) if t.start else None
+    begun = datasets.teacher_weights(t.start, build.base_teacher(job.config)) if t.start else None
     for stage in teacher_stages(job.config, job.data, begun):
         final = loop.train(
             stage(params), job.config.run, job.mesh, job.workdir, job.records, job.say
@@ -275,7 +287,7 @@ def _teacher_stage(config, data, name, model, begun, start):
         batch=t.batch,
         batches=data.batches,
         data=data.identity,
-        strip=strips.teacher(config, data, model),
+        strip=previews.teacher(config, data, model),
     )
 
 
@@ -287,7 +299,7 @@ def _control(job, teacher):
     model, finished = build.controlnet(job.config), job.workdir / names.CONTROL
     if k.pretrained:
         job.say(f"control: weights from {build.asset(k.pretrained)}")
-        return {"trunk": teacher, "control": inputs.control_weights(k.pretrained, model)}
+        return {"trunk": teacher, "control": datasets.control_weights(k.pretrained, model)}
     if _done(finished):
         job.say(f"control: done before, {finished}")
         return {"trunk": teacher, "control": weights.load(finished, _abstract(model))}
@@ -303,7 +315,7 @@ def control_stage(config, data, teacher):
     tx = state.optimizer(
         k.optimizer, k.steps, k.batch, came_rules=(came.dit_factored, came.dit_stacked)
     )
-    draw = strips.teacher(config, data, model)
+    draw = previews.teacher(config, data, model)
     return loop.Stage(
         name="control",
         steps=k.steps,
@@ -349,7 +361,7 @@ def sprint_stage(config, data, teacher):
         batch=s.batch,
         batches=data.batches,
         data=data.identity,
-        strip=strips.student(config, data),
+        strip=previews.student(config, data),
     )
 
 
@@ -413,7 +425,7 @@ def _pictures(job, teacher, student):
             mine = [
                 starts[min(jax.process_index() * share + i, len(starts) - 1)] for i in range(share)
             ]
-            made = generation.run(
+            made = programs.run(
                 sampler,
                 params,
                 null,
@@ -457,13 +469,13 @@ def _samplers(job, teacher, student):
     params = lambda transformer: {"transformer": transformer, "pixels": data.pixels_params}
     chosen = {}
     for steps in (e.teacher_steps, 1):
-        sampler = generation.teacher_sampler(
+        sampler = programs.teacher_sampler(
             build.distilled_teacher(config), data.pixels, shape, samplers.trig_times(steps)
         )
         chosen[f"teacher_{steps}"] = (sampler, params(teacher), e.teacher_guidance, {})
     for steps in STUDENT_STEPS if student is not None else ():
         times = samplers.scm_times(steps, e.schedule)
-        sampler = generation.student_sampler(build.student(config), data.pixels, shape, times)
+        sampler = programs.student_sampler(build.student(config), data.pixels, shape, times)
         chosen[f"student_{steps}"] = (sampler, params(student), e.student_guidance, {})
         if config.control.depth and steps == 1:
             chosen["student_1_free"] = (
@@ -487,8 +499,8 @@ def _save_sheets(config, workdir, sheets, records):
     made = {}
     for name, suffix in suffixes.items():
         if name in sheets:
-            sheet = pictures.grid(sheets[name][: config.evaluation.samples], columns=8)
-            pictures.save(workdir / f"samples_{suffix}.png", sheet, zoom)
+            sheet = image_files.grid(sheets[name][: config.evaluation.samples], columns=8)
+            image_files.save(workdir / f"samples_{suffix}.png", sheet, zoom)
             made[f"samples_{suffix}"] = sheet
     records.images(config.sprint.steps, made)
 

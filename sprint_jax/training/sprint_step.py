@@ -15,7 +15,7 @@ from flax import traverse_util
 from sprint_jax import config as config_lib
 from sprint_jax.diffusion import ladd, scm, trigflow
 from sprint_jax.models.controlnet import Controlled
-from sprint_jax.models.ladd_heads import LADDHeads
+from sprint_jax.models.discriminator import LADDHeads
 from sprint_jax.models.linear_dit import LinearDiT
 from sprint_jax.training import batch as batch_lib
 from sprint_jax.training import buckets

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from sprint_jax import config as config_lib
-from sprint_jax.models.ladd_heads import GROUP as SLICE
+from sprint_jax.models.discriminator import GROUP as SLICE
 from sprint_jax.training import came as came_lib
 
 

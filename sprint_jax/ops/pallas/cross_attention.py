@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from sprint_jax.kernels import backend as backends
-from sprint_jax.kernels import products
-from sprint_jax.kernels.backend import Operand, dot, single_dot
-from sprint_jax.kernels.derivatives import is_zero, kept, linear_map
+from sprint_jax.ops import backend as backends
+from sprint_jax.ops import matmul
+from sprint_jax.ops.autodiff import is_zero, kept, linear_map
+from sprint_jax.ops.backend import Operand, dot, single_dot
 
 QUERIES, KEYS = 64, 64  # at a time; a TPU takes 128 keys
 MASKED = -1e4  # added to the scores of masked keys, as published
@@ -44,7 +44,7 @@ def plain(q, k, v, mask):
     Heads lead in both products: XLA's CPU backend takes half the time of the same products as einsums.
     """
     q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
-    scores = products.batched(q, jnp.swapaxes(k, 2, 3)) / math.sqrt(q.shape[-1])
+    scores = matmul.batched(q, jnp.swapaxes(k, 2, 3)) / math.sqrt(q.shape[-1])
     bias = jnp.where(mask.astype(bool), 0.0, MASKED)[:, None, None, :]
     weights = jax.nn.softmax(scores + bias, axis=-1).astype(v.dtype)
     return jnp.swapaxes(weights @ v, 1, 2)
@@ -53,7 +53,7 @@ def plain(q, k, v, mask):
 def attention(q, k, v, mask, *, backend):
     """`plain` by kernels; same arguments and result.
 
-    backend: "interpret", "triton" or "tpu", see `kernels/backend.py`.
+    backend: "interpret", "triton" or "tpu", see `ops/backend.py`.
     Forward mode (with a cheaper kernel where k and v have no tangent, as in sCM), reverse mode, and reverse mode
     around a stopped tangent; a tangent that is not stopped gives NaN.
     """

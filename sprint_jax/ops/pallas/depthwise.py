@@ -1,6 +1,6 @@
 """Depthwise convolution with its zero padding, bias and SiLU gate inside, in one pass over memory.
 
-`models/depthwise.py` has the published arithmetic, and puts the kernels together for derivatives. Of one 1024 px picture on an H200
+`ops/depthwise.py` has the published arithmetic, and puts the kernels together for derivatives. Of one 1024 px picture on an H200
 they take 1.7 ms, where cuDNN's depthwise convolutions take 2.3 and write what the gate then reads again (`benchmarks/RESULTS.md`).
 Tangent and gradient of a gate make the convolution anew, which costs less than to read what it wrote.
 A program makes a few rows of a few channels; for each horizontal tap it reads each input row once, nearly always from a cache.
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from sprint_jax.kernels import backend as backends
-from sprint_jax.kernels.backend import Operand, rounded
+from sprint_jax.ops import backend as backends
+from sprint_jax.ops.backend import Operand, rounded
 
 # What one program makes: positions down and across, of so many channels.
 ROWS, COLUMNS, CHANNELS = 4, 16, (64, 32, 16)

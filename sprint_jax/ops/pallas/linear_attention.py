@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from sprint_jax.kernels import backend as backends
-from sprint_jax.kernels.backend import Operand, dot, rounded
-from sprint_jax.kernels.derivatives import is_zero, kept, linear_map
+from sprint_jax.ops import backend as backends
+from sprint_jax.ops.autodiff import is_zero, kept, linear_map
+from sprint_jax.ops.backend import Operand, dot, rounded
 
 CHANNELS, TOKENS = 32, 64  # at a time; a TPU takes 128 channels
 EPS = 1e-15  # of the denominator, diffusers; the official repository uses 1e-8
@@ -93,7 +93,7 @@ def attention_of_heads(qkv, *, heads, backend):
 def attention(qkv, norm_q, norm_k, *, heads, eps, backend):
     """`plain` by kernels; same arguments and result.
 
-    backend: "interpret", "triton" or "tpu", see `kernels/backend.py`. Weights of both norms, or of neither.
+    backend: "interpret", "triton" or "tpu", see `ops/backend.py`. Weights of both norms, or of neither.
     Forward mode, reverse mode, and reverse mode around a stopped tangent; a tangent that is not stopped gives NaN.
     """
     if (norm_q is None) != (norm_k is None):
