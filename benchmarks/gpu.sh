@@ -10,7 +10,7 @@
 # must be importable too (carry them as wheels where there is no network). For the peers' columns also PyTorch
 # (CUDA), diffusers and transformers; without them those columns stay empty.
 # Each part prints its own table and ends on its own time limit; a part that fails does not stop the next.
-# Parts of it have run on an H100 and an H200: benchmarks/RESULTS.md has what was measured and what is open. One part at a time: compilers
+# Parts of it have run on an H100 and an H200: docs/results/speed.md has what was measured and what is open. One part at a time: compilers
 # search for the fastest of several programs on the GPU, and beside each other they take many times as long. On an H200 one 0.6B picture with
 # both peers took 160 s, 40 to 60 of them compiling ours, and one pair of training_600m 90 to 140 s, most of them compiling. With 15 minutes, what is
 # asked most: depthwise_tests latency_06b_now training_600m_unrolled training_600m_now throughput_06b_now latency_16b_now main_shapes_64 tiles latency_06b
@@ -98,11 +98,11 @@ part depthwise 40 $python -m benchmarks.depthwise
 # Not yet run on a GPU: other tiles and numbers of warps for every kernel.
 part tiles 200 $python -m benchmarks.tiles
 part pair_shapes_64 60 $python -m benchmarks.pair --preset=shapes_64
-# Memory and time of the published sizes' training steps, 16 samples; docs/plan.md has what was predicted.
+# Memory and time of the published sizes' training steps, 16 samples; docs/results/plan.md has what was predicted.
 part pair_600m_block 120 $python -m benchmarks.pair --preset=sana_600m --batch=16 --remat=block
 part pair_600m_cheap 120 $python -m benchmarks.pair --preset=sana_600m --batch=16 --remat=cheap
 # The paper's ablations at 64 px, about an hour in all by arithmetic: give the part again, with the same OUT, until it
-# says that it wrote its report. data/emoji is made by the commands of README, "Data of your own".
+# says that it wrote its report. data/emoji is made by the commands of docs/guide/own-data.md.
 if [ -d data/emoji ]; then
   part ablate_small 540 $python -m experiments.ablations --suite=paper --scale=small --workdir="$out/ablate_small"
 fi

@@ -1,6 +1,6 @@
 """How long from a stroke's end to its picture on the screen, in a real browser? And README's picture of the page.
 
-    python -m benchmarks.strokes --model=runs/sprint [--strokes=100] [--steps=2] [--screenshot=docs/page.png]
+    python -m benchmarks.strokes --model=runs/sprint [--strokes=100] [--steps=2] [--screenshot=docs/images/page.png]
 
 Starts `sprint-jax serve` and a headless Chromium, draws strokes with the mouse and takes the time, by the browser's own
 clock, from lifting the pen to the frame after the picture is decoded and in place. Needs requirements-dev.txt and an

@@ -19,10 +19,10 @@ Presets
 
                   Hardware, hours and memory are predicted, before anything is started, by
                   python -m sprint_jax plan --config=configs/sprint.py:sana_600m --topology=h200:8x8
-                  (docs/plan.md has the tables; the evaluation wants 64 held-out pictures of 1024 x 1024, hence --heldout). By its
+                  (docs/results/plan.md has the tables; the evaluation wants 64 held-out pictures of 1024 x 1024, hence --heldout). By its
                   arithmetic 20 000 updates are 28 H200 hours (600M) and 82 (1600M) at full speed, 69 and 205 at 40 % of it.
 
-Any key can be changed on the command line: --config.sprint.steps=400. README has the measured results.
+Any key can be changed on the command line: --config.sprint.steps=400. docs/results/ has the measured results.
 """
 
 import ml_collections
@@ -179,13 +179,13 @@ def _shapes_64(config):
 
 
 def _emoji(config):
-    """See README, "Data of your own": the folder is made by two commands."""
+    """See docs/guide/own-data.md: the folder is made by two commands."""
     config.data.update(encoded="data/emoji", size=64)
     config.text.update(vocabulary="words", length=24)
     config.codec.update(block=8, scale=1.437, weights="package:emoji_codec", channels=64)
     config.model.update(width=192, depth=8, heads=6, cross_heads=6, mlp_ratio=2.5, unroll=8)
     config.teacher.update(pretrained="", steps=4000, batch=32)
-    # logvar_gradient and max_time are those that its results in benchmarks/RESULTS.md were made with.
+    # logvar_gradient and max_time are those that its results in docs/dev/lab-notebook/2026-11.md were made with.
     config.sprint.update(
         steps=1600,
         batch=16,

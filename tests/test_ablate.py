@@ -295,7 +295,7 @@ def test_the_report_renders_from_recorded_rows(tmp_path):
 @pytest.mark.parametrize("asked, name", zip(grid.SUITES, ("ablations", "followups"), strict=True))
 def test_the_reports_in_docs_say_of_their_tables_what_the_suites_say(asked, name):
     """And of seeds no more than they have: no title promises them."""
-    text = (ROOT / f"docs/{name}.md").read_text()
+    text = (ROOT / f"docs/results/{name}.md").read_text()
     for t in asked.tables:
         assert (
             f"## {t.title}\n\n{t.note}\n" in text

@@ -7,7 +7,7 @@
 
 Why Triton: it is the one GPU back end whose kernel bodies are those of the TPU and of the interpreter, and it works
 on both lines of JAX in use (0.10, 0.11). It is deprecated since 0.11; on Hopper the way forward is Mosaic GPU
-(wgmma, TMA). Measured on an H200 (`benchmarks/RESULTS.md`): a picture of the 0.6B size takes 26.5 ms with them and 27.8 without, a pair of training
+(wgmma, TMA). Measured on an H200 (`docs/results/speed.md`): a picture of the 0.6B size takes 26.5 ms with them and 27.8 without, a pair of training
 steps 1.01 s and 1.23 s, and both have become faster since. So pictures are made by them there, and training is where it is asked to: elsewhere its numbers
 were not compared with them. Mosaic GPU was not compared; Triton stays until it has been, or until a release of JAX drops it.
 """

@@ -2,7 +2,7 @@
 
 Accelerators have a library that chooses its own algorithm. XLA's CPU backend has one, a direct convolution at the
 speed of a matrix product; there wide convolutions use Winograd's F(2x2, 3x3): 16 products for four outputs instead of 36
-(`benchmarks/RESULTS.md` has the ratios).
+(`docs/results/speed.md` has the ratios).
 """
 
 import functools

@@ -3,7 +3,7 @@
 Accelerators have a good `conv_general_dilated`. XLA's CPU backend does not: it runs grouped
 convolutions naively, and even shifted multiplies, one per tap, lose their time in one place, the
 reduction that gives the weight gradient. Here the value and the input gradient are fused shifted
-multiplies and the weight gradient accumulates over the batch (`benchmarks/RESULTS.md` has the ratios).
+multiplies and the weight gradient accumulates over the batch (`docs/results/speed.md` has the ratios).
 On a GPU the input gradient is what needs a form of its own, and there are kernels (`ops/pallas/depthwise.py`).
 """
 
@@ -79,7 +79,7 @@ def _input_gradient(w, g):
     """A convolution like the forward one, with the stencil turned round.
 
     Written out: transposed by JAX it turns the stencil by `rev`, which XLA takes for a "backward data" convolution, and on an
-    H200 those took 10 ms instead of 0.2 in bfloat16, most of it in copies between layouts (`benchmarks/RESULTS.md`).
+    H200 those took 10 ms instead of 0.2 in bfloat16, most of it in copies between layouts (`docs/results/speed.md`).
     """
     return _conv(g.astype(w.dtype), _turned(w))
 

@@ -1,7 +1,7 @@
 """A training command starts itself again with the C library asking for huge pages.
 
 Each training step on a CPU takes hundreds of megabytes from the C library and hands them back, and a fifth of its time
-is the kernel clearing them again, 4 KiB by 4 KiB (`benchmarks/RESULTS.md`). In pages of 2 MiB that is a
+is the kernel clearing them again, 4 KiB by 4 KiB (`docs/results/speed.md`). In pages of 2 MiB that is a
 five-hundredth of the faults. glibc (2.35 or newer) reads the wish from GLIBC_TUNABLES when a process starts, and at no other
 time, so the process replaces itself, under the same number. Nothing happens where the variable is set, even to
 nothing, and where the machine gives huge pages to all or to none.

@@ -21,7 +21,7 @@ def start(model: LinearDiT, key, *, borders: bool):
 
     borders: raise the signal of where a token stands. SANA has no positional embedding: only the zero
       padding of the 3x3 convolutions tells, and from the usual start that is so small a part of the hidden
-      state that a small model does not find it in thousands of steps (`benchmarks/RESULTS.md`). Random
+      state that a small model does not find it in thousands of steps (`docs/dev/lab-notebook/2026-11.md`). Random
       biases before the convolution, an open gate behind it and a weaker patch embedding make it a few percent.
     """
     params = model.init(key)

@@ -1,7 +1,7 @@
 """Depthwise convolution with its zero padding, bias and SiLU gate inside, in one pass over memory.
 
 `ops/depthwise.py` has the published arithmetic, and puts the kernels together for derivatives. Of one 1024 px picture on an H200
-they take 1.7 ms, where cuDNN's depthwise convolutions take 2.3 and write what the gate then reads again (`benchmarks/RESULTS.md`).
+they take 1.7 ms, where cuDNN's depthwise convolutions take 2.3 and write what the gate then reads again (`docs/results/speed.md`).
 Tangent and gradient of a gate make the convolution anew, which costs less than to read what it wrote.
 A program makes a few rows of a few channels; for each horizontal tap it reads each input row once, nearly always from a cache.
 
