@@ -132,17 +132,17 @@ class Shapes:
         ]
         examples = draw(0, count)
         text, mask = self._encoder.encode([e.text for e in examples])
-        cond, sketches, edges = {"text": text, "mask": mask}, None, None
+        cond, lines, edges = {"text": text, "mask": mask}, None, None
         images = np.stack([e.image for e in examples])
         if self._c.control.depth:
-            sketches = edges = _condition(self._c)(images)[..., 0]
+            lines = edges = _condition(self._c)(images)[..., 0]
             if rough:
                 drawn = [
                     freehand.sketch(d.eval_seed, i, e.objects, size=d.size, split="heldout")
                     for i, e in enumerate(examples)
                 ]
-                sketches, edges = np.stack(drawn), sketches.gradient_edges(images)
-            shown = self._codec.encode(sketches.as_picture(sketches))
+                lines, edges = np.stack(drawn), sketches.gradient_edges(images)
+            shown = self._codec.encode(sketches.as_picture(lines))
             cond |= {"control": shown, "control_scale": np.ones(count, np.float32)}
         return Heldout(
             [e.text for e in examples],
@@ -150,7 +150,7 @@ class Shapes:
             images,
             np.stack([e.image for e in draw(_REFERENCE_START, reference)]),
             [e.caption for e in examples],
-            sketches,
+            lines,
             edges,
         )
 
