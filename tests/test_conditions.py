@@ -26,7 +26,7 @@ def pixels(lines):
 # --- edges ---
 
 
-@pytest.mark.parametrize("colour", [shapes.BLACK, *shapes.COLOURS.values()])
+@pytest.mark.parametrize("colour", [shapes.BLACK, *shapes.COLORS.values()])
 def test_a_flat_picture_has_no_edges(colour):
     assert not sketches.gradient_edges(flat(colour)).any()
 
@@ -73,7 +73,7 @@ def test_the_channel_that_steps_most_decides():
 def test_noise_is_no_edge():
     """Fixed thresholds: a picture of nothing stays empty, whatever its own largest gradient."""
     rng = np.random.default_rng(0)
-    for ground in (shapes.BLACK, shapes.COLOURS["blue"]):
+    for ground in (shapes.BLACK, shapes.COLORS["blue"]):
         noise = np.clip(np.rint(rng.normal(ground, 6, (64, 32, 32, 3))), 0, 255).astype(np.uint8)
         assert not sketches.gradient_edges(noise).any()
 
@@ -123,10 +123,10 @@ def test_gradient_is_sobels():
     np.testing.assert_array_equal(square, dy**2 + dx**2)
 
 
-@pytest.mark.parametrize("background", [None, *shapes.COLOURS])
+@pytest.mark.parametrize("background", [None, *shapes.COLORS])
 def test_every_object_is_outlined(background):
     """All pairs of colours, all shapes, both sizes: a closed line about the object within a pixel of its border, and nothing else."""
-    for name in shapes.COLOURS:
+    for name in shapes.COLORS:
         for shape in shapes.SHAPES:
             for half in (3 / 32, 4 / 32, 8 / 32):
                 if name == background:

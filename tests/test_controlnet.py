@@ -319,7 +319,9 @@ def test_batches_hold_the_edges_of_their_pictures(small, batch):
 
     data, rows = batch
     codec = build.codec(small)
-    usual = [i for i in range(8) if not freehand.chosen(small.data.seed, i, small.control.freehand)]
+    usual = [
+        i for i in range(8) if not freehand.is_rough(small.data.seed, i, small.control.freehand)
+    ]
     pictures = np.stack(
         [shapes.example(small.data.seed, i, size=small.data.size).image for i in usual]
     )

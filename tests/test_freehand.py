@@ -153,11 +153,11 @@ def test_sketches_are_about_their_objects():
 
 def test_the_share_of_rough_examples():
     """Of 4000 examples, and which ones is the same for any batch. Fails when `chosen` looks at the first stream."""
-    assert not any(freehand.chosen(0, i, 0.0) for i in range(100)) and all(
-        freehand.chosen(0, i, 1.0) for i in range(100)
+    assert not any(freehand.is_rough(0, i, 0.0) for i in range(100)) and all(
+        freehand.is_rough(0, i, 1.0) for i in range(100)
     )
     for share in (0.25, 0.5):
-        rough = np.array([freehand.chosen(0, i, share) for i in range(4000)])
+        rough = np.array([freehand.is_rough(0, i, share) for i in range(4000)])
         assert abs(rough.mean() - share) < 0.03
     kinds = np.array([shapes.example(0, i).caption.kind for i in range(4000)])
     assert all(abs(rough[kinds == kind].mean() - 0.5) < 0.06 for kind in ("count", "relation"))
@@ -168,7 +168,7 @@ def test_batches_hold_rough_sketches_of_clean_pictures():
     c = smoke(freehand=0.5)
     with datasets.Shapes(c).batches(16, 1, 2, 0, 1) as ahead:
         rows = next(ahead)
-    codec, rough = build.codec(c), [freehand.chosen(c.data.seed, i, 0.5) for i in range(16, 32)]
+    codec, rough = build.codec(c), [freehand.is_rough(c.data.seed, i, 0.5) for i in range(16, 32)]
     assert 0 < sum(rough) < 16
     for row, is_rough in enumerate(rough):
         e = shapes.example(c.data.seed, 16 + row, anywhere=is_rough)

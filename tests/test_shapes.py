@@ -88,9 +88,9 @@ def test_other_text_does_not_parse(bad):
 def test_heldout_captions_never_train():
     train, heldout = examples(3000), examples(600, split="heldout")
     assert not {e.text for e in train} & {e.text for e in heldout}
-    assert {e.caption.kind for e in heldout} == {"shape", "colour", "count", "relation"}
+    assert {e.caption.kind for e in heldout} == {"shape", "color", "count", "relation"}
     assert not any(
-        shapes.is_heldout(shapes.parse(f"a {c} {s}")) for c in shapes.COLOURS for s in shapes.SHAPES
+        shapes.is_heldout(shapes.parse(f"a {c} {s}")) for c in shapes.COLORS for s in shapes.SHAPES
     )
 
 

@@ -32,7 +32,7 @@ def make_batch(
     share = batch // processes
     first = step * batch + process * share
     indices = range(first, first + share)
-    rough = [condition is not None and freehand_lib.chosen(seed, i, freehand) for i in indices]
+    rough = [condition is not None and freehand_lib.is_rough(seed, i, freehand) for i in indices]
     examples = [
         shapes.example(seed, i, size=size, anywhere=r) for i, r in zip(indices, rough, strict=True)
     ]

@@ -27,7 +27,7 @@ WORDS = (
     "above",
     "below",
     *shapes.NUMBERS,
-    *shapes.COLOURS,
+    *shapes.COLORS,
     *shapes.SHAPES,
     *(s + "s" for s in shapes.SHAPES),
 )

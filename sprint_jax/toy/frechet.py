@@ -1,8 +1,11 @@
-"""A Fréchet distance on fixed, seeded, untrained features. It is not FID and is comparable only with itself.
+"""A Fréchet distance of images on the features of a fixed random network.
 
-Features are those of a small random convolutional network: means and deviations over space of three
-layers, 64 numbers a picture. Statistics are in float64.
+It is not FID: values are comparable only with each other. The network has three convolutions with
+seeded random weights. An image has 64 features, the means and standard deviations of the channels
+of each layer. Statistics are float64.
 """
+
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +14,13 @@ import scipy.linalg
 
 DIM = 64
 _SEED = 7
-_WIDTHS = (8, 12, 12)  # (8 + 12 + 12) means and as many deviations
+_WIDTHS = (8, 12, 12)  # 32 channels in all: 32 means and 32 deviations
+
+Moments: TypeAlias = tuple[np.ndarray, np.ndarray]  # mean [D], covariance [D, D]
 
 
-def _kernels():
-    # RandomState: its streams never change, so distances can be compared across versions.
+def _kernels() -> list[np.ndarray]:
+    # The streams of RandomState never change, so distances are comparable across NumPy versions.
     rng = np.random.RandomState(_SEED)
     kernels, channels = [], 3
     for width in _WIDTHS:
@@ -25,7 +30,7 @@ def _kernels():
 
 
 @jax.jit
-def _features(x, kernels):
+def _apply(x: jax.Array, kernels: list[jax.Array]) -> jax.Array:
     pooled = []
     for kernel in kernels:
         x = jax.lax.conv_general_dilated(
@@ -36,24 +41,24 @@ def _features(x, kernels):
     return jnp.concatenate(pooled, -1)
 
 
-def features(images):
-    """uint8 [B, S, S, 3] -> float64 [B, DIM]."""
+def features(images: np.ndarray) -> np.ndarray:
+    """Return the features of images, uint8 [B, S, S, 3], as float64 [B, DIM]."""
     kernels = _kernels()
     chunks = [images[i : i + 128] for i in range(0, len(images), 128)]
     scaled = (np.asarray(c, np.float32) / 127.5 - 1 for c in chunks)
-    return np.concatenate([np.asarray(_features(x, kernels), np.float64) for x in scaled])
+    return np.concatenate([np.asarray(_apply(x, kernels), np.float64) for x in scaled])
 
 
-def moments(features):
-    """[B, D] -> mean [D], covariance [D, D]."""
+def moments(features: np.ndarray) -> Moments:
+    """Return the mean [D] and the covariance [D, D] of features [B, D]."""
     return features.mean(0), np.cov(features, rowvar=False)
 
 
-def distance(a, b):
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two (mean, covariance) pairs."""
+def distance(a: Moments, b: Moments) -> float:
+    """Return |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two Gaussians."""
     (mean_a, cov_a), (mean_b, cov_b) = a, b
-    # The trace of the root of C_a C_b is the sum of the roots of its eigenvalues, which are real and
-    # not negative up to rounding, whatever the rank.
+    # The trace of the root of C_a C_b is the sum of the roots of its eigenvalues. For any rank
+    # these are real and nonnegative, except for rounding.
     eigenvalues = scipy.linalg.eigvals(cov_a @ cov_b)
-    root = np.sqrt(np.clip(eigenvalues.real, 0, None)).sum()
+    root = np.sqrt(np.clip(np.real(eigenvalues), 0, None)).sum()
     return float(np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root)
