@@ -52,12 +52,12 @@ $python -c 'import jax; print("jax", jax.__version__, jax.devices())' | tee -a "
 tests=(env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_autotune_level=0
   $python -m pytest -q -p no:cacheprovider -n 6 --dist load)
 # Not yet run on a GPU: depthwise kernels with fused multiply-adds.
-part depthwise_tests 60 "${tests[@]}" tests/test_kernels.py -k test_depthwise
+part depthwise_tests 60 "${tests[@]}" tests/ops/test_kernels.py -k test_depthwise
 # 114 s on an H200.
-part kernel_tests 240 "${tests[@]}" tests/test_kernels.py
+part kernel_tests 240 "${tests[@]}" tests/ops/test_kernels.py
 part numeric_tests 540 "${tests[@]}" \
-  tests/test_flow_trigflow.py tests/test_scm.py tests/test_ladd.py tests/test_samplers.py \
-  tests/test_linear_dit.py tests/test_products.py tests/test_steps.py tests/test_controlnet.py
+  tests/diffusion/test_flow_trigflow.py tests/diffusion/test_scm.py tests/diffusion/test_ladd.py tests/diffusion/test_samplers.py \
+  tests/models/test_linear_dit.py tests/ops/test_products.py tests/training/test_steps.py tests/models/test_controlnet.py
 # Published sizes with random weights, against diffusers with and without torch.compile and against the floors. A
 # part that its limit cuts short has written the rows of the cases it finished.
 bench() { # bench NAME SUITE CASES

@@ -33,7 +33,7 @@ WATCH = """() => {
 
 
 def main():
-    import browser
+    from helpers import browser
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)

@@ -2,7 +2,7 @@
 
 The networks are diffusers' transformers (their modules, called one by one so that features can be taken and the
 trunk can stop), the heads are written with PyTorch's spectral norm. Losses are the same ones: with the same weights
-and draws they agree to rounding (`tests/test_benchmark.py`). PyTorch chooses what is fastest for it: the tangent by
+and draws they agree to rounding (`tests/benchmarks/test_benchmark.py`). PyTorch chooses what is fastest for it: the tangent by
 `torch.func.jvp` in a pass of its own or in the pass that is differentiated, and explicit or fused attention wherever
 no tangent is taken. Optimisers: AdamW for both, fused.
 """

@@ -1,9 +1,6 @@
 """Shared fixtures: one tiny run of the main job, made once per session, and a way to call the commands."""
 
-import contextlib
 import os
-import pathlib
-import socket
 import subprocess
 import sys
 import textwrap
@@ -11,37 +8,9 @@ import textwrap
 import filelock
 import pytest
 
-from sprint_jax.runtime import quick_compile
+from helpers.runs import OLD_STYLE, QUICK, ROOT, TINY
 
-# Tests compile much and compute little: each of these flags halves XLA's compile time, here and in every subprocess. The second is
-# gone from newer versions, which refuse flags that they do not know.
-QUICK = quick_compile.flags()
-# Compiler options for tests that compare programs bit by bit: without the second flag, which rounds by the program.
-SAME_BITS = {"xla_backend_optimization_level": 0}
-if "fusion_emitters" in QUICK:
-    SAME_BITS |= {"xla_cpu_use_fusion_emitters": True}
 os.environ.setdefault("XLA_FLAGS", QUICK)
-
-ROOT = pathlib.Path(__file__).parent.parent
-SMOKE = "--config=configs/sprint.py:smoke"
-# Of a teacher that is first trained as the original SANA was.
-OLD_STYLE = (
-    "--config.teacher.base_qk_norm=False",
-    "--config.teacher.base_time_scale=1000.0",
-    "--config.teacher.finetune_steps=4",
-)
-TINY = (SMOKE, *OLD_STYLE)
-
-
-def free_port():
-    """Free, with the one behind it: below the ports that clients are given, and apart from those of the suite's other processes."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
-    for i in range(750):
-        port = 20000 + 1500 * worker + 2 * ((os.getpid() + i) % 750)
-        with socket.socket() as one, socket.socket() as two, contextlib.suppress(OSError):
-            one.bind(("", port)), two.bind(("", port + 1))
-            return port
-    raise AssertionError("no free port")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,103 @@
+"""`sprint-jax average`: the mean of students' weights, and runs whose weights have nothing in common."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from helpers.configs import card
+from sprint_jax import build, config
+from sprint_jax.commands import average
+from sprint_jax.errors import UserError
+from sprint_jax.sampling import pipeline
+from sprint_jax.storage import weights
+
+
+def run(folder, seed):
+    """A finished run from a given teacher, with random weights, as far as its student is concerned."""
+    tree = card(preset="smoke")
+    tree.teacher.pretrained = "teacher.safetensors"
+    c = config.parse(tree)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.to_dict(c)))
+    weights.save(folder / "student.safetensors", build.student(c).init(jax.random.key(seed)))
+    return folder
+
+
+def changed(folder, section, **values):
+    path = folder / "config.json"
+    tree = json.loads(path.read_text())
+    tree[section] |= values
+    path.write_text(json.dumps(tree))
+    return folder
+
+
+def test_weights_are_the_mean_and_the_folder_is_a_model(command, tmp_path):
+    """Three runs: fails when a mean is taken pairwise, when one is left out, or when the sum is not divided."""
+    runs = [run(tmp_path / str(i), i) for i in range(3)]
+    changed(runs[1], "model", unroll=2, dtype="bfloat16")
+    changed(runs[2], "sprint", steps=14)
+    made = tmp_path / "made"
+    result = command(
+        "sprint_jax.commands.average", f"--runs={','.join(map(str, runs))}", f"--averaged={made}"
+    )
+    assert result.returncode == 0 and "mean of 3 students" in result.stdout, result.stderr[-2000:]
+    each = [weights.flatten(pipeline.read_student(r)[1]) for r in runs]
+    found = weights.flatten(pipeline.read_student(made)[1])
+    for name, value in found.items():
+        np.testing.assert_allclose(
+            value, np.mean([np.float64(e[name]) for e in each], axis=0), rtol=1e-6, atol=1e-9
+        )
+    assert pipeline.read_student(made)[2] == pipeline.read_student(runs[0])[2]
+    before = sorted(p.name for p in made.iterdir())
+    again = command(
+        "sprint_jax.commands.average", f"--runs={runs[0]},{runs[1]}", f"--averaged={made}"
+    )
+    assert again.returncode == 2 and "not empty" in again.stderr and "--averaged" in again.stderr
+    assert sorted(p.name for p in made.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "section, values, message",
+    [
+        ("teacher", {"pretrained": ""}, "teacher of its own"),
+        ("teacher", {"pretrained": "another.safetensors"}, "config.teacher.pretrained"),
+        ("model", {"time_scale": 1000.0}, "config.model"),
+        ("codec", {"scale": 2.0}, "config.codec"),
+    ],
+)
+def test_refuses_what_has_nothing_in_common(section, values, message, tmp_path):
+    first, second = run(tmp_path / "a", 0), changed(run(tmp_path / "b", 1), section, **values)
+    with pytest.raises(UserError, match=message):
+        average.average([first, second])
+
+
+def test_refuses_a_controlnet_trained_in_the_run(tmp_path):
+    """Two of them begin from other weights, whatever teacher they were given."""
+    runs = [changed(run(tmp_path / str(i), i), "control", depth=1, steps=8) for i in range(2)]
+    for path in runs:
+        c = config.parse(json.loads((path / "config.json").read_text()))
+        weights.save(path / "student.safetensors", build.student(c).init(jax.random.key(0)))
+    with pytest.raises(UserError, match="ControlNet of its own"):
+        average.average(runs)
+    for path in runs:
+        changed(path, "control", pretrained="controlnet.safetensors")
+    average.average(runs)
+
+
+def test_says_what_is_missing(command, tmp_path):
+    one = command(
+        "sprint_jax.commands.average", f"--runs={tmp_path}", f"--averaged={tmp_path / 'made'}"
+    )
+    assert one.returncode == 2 and "two or more" in one.stderr
+    none = command(
+        "sprint_jax.commands.average",
+        f"--runs={tmp_path},{tmp_path}",
+        f"--averaged={tmp_path / 'made'}",
+    )
+    assert (
+        none.returncode == 2
+        and "no config.json" in none.stderr
+        and not (tmp_path / "made").exists()
+    )

@@ -1,0 +1,125 @@
+"""The planner: its table for a small configuration, its advice, and what it refuses."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from helpers.configs import card
+from helpers.runs import TINY
+from sprint_jax import build, config
+from sprint_jax.commands import plan
+from sprint_jax.errors import UserError
+from sprint_jax.planning import gpus, hardware
+from sprint_jax.training import loop
+
+
+@pytest.mark.slow
+def test_the_table_of_a_small_configuration(command, tmp_path):
+    """Parameters, batch and bytes are those of the networks; two devices hold half of what is cut each."""
+    flags = (
+        *TINY,
+        "--topology=h200:1x2",
+        "--config.mesh.fsdp=2",
+        "--config.teacher.pretrained=elsewhere",
+        "--config.model.attention=pallas",
+        f"--table={tmp_path / 'table.md'}",
+    )
+    result = command("sprint_jax.commands.plan", *flags)
+    assert result.returncode == 0, result.stderr[-3000:]
+    table = (tmp_path / "table.md").read_text()
+    assert table.strip() in result.stdout and "2 devices as data x fsdp = 1 x 2" in table
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in table.splitlines()
+        if line.startswith("| ")
+    ]
+    assert [row[0] for row in rows] == ["step", "generator", "discriminator"]
+    c = config.parse(card(preset="smoke"))
+    count = sum(
+        a.size for a in jax.tree.leaves(jax.eval_shape(build.student(c).init, jax.random.key(0)))
+    )
+    for row in rows[1:]:
+        assert row[1] == str(c.sprint.batch) and row[2] == f"{count / 1e6:.1f} M"
+    exchanged = re.search(r"generator (.*); discriminator", table).group(1)
+    assert "all-gather" in exchanged and "Everything fits." in table
+    assert "attention is planned in plain JAX" in result.stdout
+    # By the GPUs' own compiler where that is installed; elsewhere it is said how to get it.
+    assert ("compiled ahead of time for it" in table) == gpus.compiler()
+    assert (
+        ("pip install 'jax[cuda12]'" in result.stdout)
+        == ("simulated CPU devices" in table)
+        == (not gpus.compiler())
+    )
+
+
+def test_advice_follows_what_is_too_large():
+    c = config.parse(card(preset="sana_600m"))
+    device = dataclasses.replace(hardware.H200, memory=10 * 2**30)
+    step = {"name": "generator", "temporary": 20 * 2**30, "held": 2**30}
+    said = plan._fits(c, device, (step, 21 * 2**30))
+    assert (
+        "generator step needs 21.00 GiB of 10.00 GiB" in said
+        and "--config.sprint.accumulate=2" in said
+    )
+    assert "fsdp" not in said and "remat" not in said
+    without = dataclasses.replace(c, model=dataclasses.replace(c.model, remat="none"))
+    assert "--config.model.remat=block" in plan._fits(without, device, (step, 21 * 2**30))
+    held = {"name": "generator", "temporary": 2**30, "held": 20 * 2**30}
+    assert "a larger --config.mesh.fsdp (now 8)" in plan._fits(c, device, (held, 21 * 2**30))
+
+
+def test_a_batch_that_the_mesh_does_not_divide():
+    @dataclasses.dataclass
+    class Mesh:
+        size: int
+        devices: np.ndarray
+
+    @dataclasses.dataclass
+    class Stage:
+        name: str
+        batch: int
+
+    with pytest.raises(
+        UserError, match="batch of 6 does not divide by the 4 devices of the mesh 2 x 2"
+    ):
+        loop.check_batch(Stage("sprint", 6), Mesh(4, np.zeros((2, 2))))
+    loop.check_batch(Stage("sprint", 8), Mesh(4, np.zeros((2, 2))))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([*TINY], "--topology is missing"),
+        ([*TINY, "--topology=h300:8x8"], "h300"),
+        ([*TINY, "--topology=h200:8"], "2 positive numbers"),
+        ([*TINY, "--topology=h200:1x3"], "batch of 8 does not divide by the 3 devices"),
+        (["--topology=h200:1x2"], "--config is missing"),
+        ([*TINY, "--topology=h200:1x2", "--table=/tmp"], "--table=/tmp is a folder"),
+    ],
+)
+def test_the_command_refuses(command, flags, words):
+    result = command("sprint_jax.commands.plan", *flags)
+    assert "compiling" not in result.stdout
+    assert result.returncode == 2 and words in result.stderr.strip().splitlines()[-1], (
+        result.stderr[-2000:]
+    )
+    assert "Traceback" not in result.stderr
+
+
+def test_a_table_that_cannot_be_added_to_is_told_before_compiling(command, tmp_path):
+    (tmp_path / "plan.md").write_bytes(b"Zur\xfcck\n")  # Latin-1
+    result = command(
+        "sprint_jax.commands.plan", *TINY, "--topology=h200:1x2", f"--table={tmp_path / 'plan.md'}"
+    )
+    assert (
+        result.returncode == 2
+        and "compiling" not in result.stdout
+        and "Traceback" not in result.stderr
+    )
+    assert (
+        "cannot read --table=" in result.stderr.strip().splitlines()[-1]
+        and (tmp_path / "plan.md").read_bytes() == b"Zur\xfcck\n"
+    )

@@ -1,0 +1,491 @@
+"""Encoded data sets that hold a ControlNet's condition: what is stored, what is refused, and what learns from it."""
+
+import dataclasses
+import io
+import json
+import pickle
+import runpy
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+from helpers import encoding
+from helpers import inputs as input_cases
+from helpers import records as record_cases
+from helpers.encoding import CODEC, SIZES, contents, records
+from helpers.runs import ROOT
+from sprint_jax import build, config
+from sprint_jax.commands import encode
+from sprint_jax.conditioning import detector, hed, hed_weights, sketches
+from sprint_jax.data import batches, encoded, sources
+from sprint_jax.errors import UserError
+from sprint_jax.toy import shapes
+from sprint_jax.training import datasets, run
+
+EDGES = detector.Lines("edges", None, None)
+
+
+def luminance(image, resolution):
+    """In the place of the detector: brightness, at the size that the detector would see."""
+    return sketches.detector_picture(image, resolution).max(-1)
+
+
+FAKE = detector.Detector("0123456789abcdef", luminance)
+HED = detector.Lines("hed", FAKE, None)
+SCRIBBLE = detector.Lines("scribble", FAKE, sketches.PUBLISHED_THICKNESS)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """22 captioned pictures, square and wide; number 5 has no caption."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(22):
+        example = shapes.example(0, i, size=64)
+        Image.fromarray(example.image if i % 3 else example.image[22:42]).save(
+            folder / f"{i:03d}.png"
+        )
+        (folder / f"{i:03d}.txt").write_text(example.text)
+    (folder / "005.txt").unlink()
+    return folder
+
+
+def make(pictures, out, condition, **options):
+    told = condition.identity if condition else "none"
+    encoding.make(pictures, out, lines=condition, condition=told, **options)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(pictures, tmp_path_factory):
+    return make(pictures, tmp_path_factory.mktemp("encoded") / "edges", EDGES)
+
+
+def fitted(pictures):
+    """{caption: (key, picture)} of what can be used."""
+    found = {}
+    for i in set(range(22)) - {5}:
+        picture = sources.fit(
+            np.asarray(Image.open(pictures / f"{i:03d}.png")), *SIZES[0 if i % 3 else 1]
+        )
+        found[(pictures / f"{i:03d}.txt").read_text()] = f"{i:03d}.png", picture
+    return found
+
+
+def all_records(folder):
+    return records(folder, "train") | records(folder, "heldout")
+
+
+# --- what is written ---
+
+
+def test_edges_are_those_of_the_fitted_picture(pictures, whole, tmp_path):
+    """Encoded as the picture is, which itself is encoded as without a condition."""
+    found, plain = all_records(whole), all_records(make(pictures, tmp_path / "plain", None))
+    assert found.keys() == fitted(pictures).keys() == plain.keys()
+    drawn = 0
+    for caption, (_, picture) in fitted(pictures).items():
+        shown = sketches.as_picture(sketches.gradient_edges(picture[None]))
+        assert found[caption]["control"].dtype == np.float32
+        drawn += shown.any()
+        np.testing.assert_array_equal(
+            found[caption]["control"], CODEC.encode(shown)[0].astype(np.float16)
+        )
+        np.testing.assert_array_equal(found[caption]["latent"], plain[caption]["latent"])
+        np.testing.assert_array_equal(found[caption]["text"], plain[caption]["text"])
+    assert drawn > 15  # the rest have nothing in the cut
+    assert encoded.read_manifest(whole)["condition"] == "edges"
+    assert json.loads((whole / "settings.json").read_text())["condition"] == "edges"
+
+
+def test_soft_edges_and_scribbles(pictures, tmp_path):
+    """At the size that the detector sees, then brought to the picture's; strokes as thick as the example's name says."""
+    soft, drawn = (all_records(make(pictures, tmp_path / c.kind, c)) for c in (HED, SCRIBBLE))
+    thick = set()
+    for caption, (key, picture) in fitted(pictures).items():
+        height, width = picture.shape[:2]
+        seen = luminance(picture, min(height, width))
+        assert seen.shape == (64, 64)
+        thickness = detector.thickness_of(key, (0, 24))
+        thick.add(thickness)
+        strokes = sketches.scribble(seen, thickness=thickness, sigma=3.0)
+        for record, expected in ((soft[caption], seen), (drawn[caption], strokes)):
+            expected = np.asarray(
+                Image.fromarray(expected).resize((width, height), Image.Resampling.BICUBIC)
+            )
+            shown = sketches.as_picture(expected)[None]
+            np.testing.assert_array_equal(
+                record["control"], CODEC.encode(shown)[0].astype(np.float16)
+            )
+    assert len(thick) > 5
+
+
+def test_thickness_is_the_names_alone():
+    """Each of 0 to 24 as often, also among those held out, whose names are chosen by a digest too."""
+    settings = encode.Settings("", "", 20000, "features", "", (), 1000, 1, "")
+    keys = [f"{i}.png" for i in range(20000)]
+    drawn = {split: [] for split in encoded.SPLITS}
+    for key in keys:
+        drawn[settings.split(key)].append(detector.thickness_of(key, (0, 24)))
+    for values in drawn.values():
+        counts = np.bincount(values, minlength=25)
+        expected = len(values) / 25
+        assert len(counts) == 25 and np.abs(counts - expected).max() < 5 * np.sqrt(expected)
+    assert {detector.thickness_of(key, (3, 3)) for key in keys[:50]} == {3}
+    assert [detector.thickness_of(f"{i}.png", (0, 24)) for i in range(4)] == [
+        10,
+        23,
+        4,
+        0,
+    ]  # begun data sets are gone on with
+
+
+def test_batches_hosts_and_interruptions_leave_no_trace(pictures, tmp_path, monkeypatch):
+    expected = contents(make(pictures, tmp_path / "whole", SCRIBBLE))
+    assert contents(make(pictures, tmp_path / "batch", SCRIBBLE, batch=9)) == expected
+    make(pictures, tmp_path / "hosts", SCRIBBLE, hosts=2, host=1)
+    assert contents(make(pictures, tmp_path / "hosts", SCRIBBLE, hosts=2, host=0)) == expected
+    write, calls = encoded.write_shard, []
+
+    def stopping(path, chosen):
+        calls.append(path)
+        if len(calls) == 2:
+            raise encoding.Stop
+        return write(path, chosen)
+
+    monkeypatch.setattr(encoded, "write_shard", stopping)
+    with pytest.raises(encoding.Stop):
+        make(pictures, tmp_path / "stopped", SCRIBBLE)
+    assert not (tmp_path / "stopped/manifest.json").exists()
+    assert contents(make(pictures, tmp_path / "stopped", SCRIBBLE)) == expected
+
+
+def test_without_a_condition_all_is_as_before(pictures, tmp_path):
+    """The digest is that of the version without conditions; nothing says "condition", and reading it says none."""
+    plain = encode.Settings("s", "e", 10, "features", "prompt", ((32, 32),), 2, 4, "none")
+    assert plain.digest() == "e89052c73f2d0ee2e7a11d6bfa8e41613fa10e3a7c5847c7110627e6d9db3dde"
+    assert dataclasses.replace(plain, condition="edges").digest() != plain.digest()
+    out = make(pictures, tmp_path / "out", None)
+    assert not any(
+        b"condition" in path.read_bytes() or b"control" in path.read_bytes()
+        for path in out.iterdir()
+    )
+    assert encoded.read_manifest(out)["condition"] == "none"
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    "begun, then, words",
+    [
+        (EDGES, None, "begun with condition 'edges', this command has 'none'"),
+        (None, EDGES, "begun with condition 'none', this command has 'edges'"),
+        (
+            SCRIBBLE,
+            dataclasses.replace(SCRIBBLE, thickness=(1, 1)),
+            "thickness 0 to 24', this command has .*thickness 1 to 1'",
+        ),
+        (
+            HED,
+            detector.Lines("hed", detector.Detector("fedcba", luminance), None),
+            "detector 0123456789abcdef', .* 'hed, detector fedcba'",
+        ),
+    ],
+)
+def test_a_folder_keeps_to_its_condition(pictures, tmp_path, begun, then, words):
+    out = tmp_path / "out"
+    make(pictures, out, begun, hosts=3, host=2)
+    before = contents(out)
+    with pytest.raises(UserError, match=words):
+        make(pictures, out, then)
+    assert contents(out) == before
+
+
+def test_a_condition_that_settings_do_not_name(pictures, tmp_path):
+    with pytest.raises(ValueError, match="the condition is edges, settings say none"):
+        encoding.make(pictures, tmp_path / "out", lines=EDGES, condition="none")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "kind, weights, thickness, words",
+    [
+        ("hed", None, None, "--condition=hed needs --hed_weights=ControlNetHED.pth"),
+        ("scribble", None, 1, "--condition=scribble needs --hed_weights"),
+        ("edges", "x.pth", None, "--hed_weights does not belong to --condition=edges"),
+        ("none", "x.pth", None, "--hed_weights does not belong to --condition=none"),
+        ("hed", "x.pth", 0, "--thickness does not belong to --condition=hed"),
+        ("scribble", "x.pth", -1, "--thickness=-1: use 0 or more"),
+        ("scribble", "/nowhere.pth", None, "no HED weights at /nowhere.pth"),
+    ],
+)
+def test_flags(monkeypatch, kind, weights, thickness, words):
+    for name, flag, value in (
+        ("_CONDITION", "condition", kind),
+        ("_HED", "hed_weights", weights),
+        ("_THICKNESS", "thickness", thickness),
+    ):
+        monkeypatch.setattr(encode, name, type("Flag", (), {"name": flag, "value": value}))
+    with pytest.raises(UserError, match=words):
+        encode._check_condition()
+        encode._condition()
+
+
+def test_ready_latents_need_their_picture(tmp_path):
+    """Without one they are skipped; with one, latent and condition are both made of it."""
+    (tmp_path / "source").mkdir()
+    with tarfile.open(tmp_path / "source" / "0.tar", "w") as tar:
+        for i in range(4):
+            example, picture, latent = shapes.example(0, i, size=32), io.BytesIO(), io.BytesIO()
+            Image.fromarray(example.image).save(picture, "png")
+            np.save(latent, np.ones((48, 8, 8), np.float32))
+            parts = {"npy": latent.getvalue(), "txt": example.text.encode()}
+            if i:
+                parts["png"] = picture.getvalue()
+            for suffix, data in parts.items():
+                member = tarfile.TarInfo(f"{i}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    out = make(tmp_path / "source", tmp_path / "out", EDGES, heldout=0)
+    found = records(out, "train")
+    assert found.keys() == {shapes.example(0, i).text for i in (1, 2, 3)}
+    for i in (1, 2, 3):
+        picture = shapes.example(0, i, size=32).image[None]
+        np.testing.assert_array_equal(
+            found[shapes.example(0, i).text]["latent"], CODEC.encode(picture)[0].astype(np.float16)
+        )
+    reason = "it has a latent and no picture to make a condition of"
+    assert encoded.read_manifest(out)["skipped"] == [{"key": "0.tar:0", "reason": reason}]
+
+
+def test_a_condition_that_is_not_finite_is_skipped_once(pictures, tmp_path):
+    class Pixels(type(encoding.tiny().pixels)):
+        def encode(self, params, images):
+            grey = (images[..., 0] == images[..., 2]).all((1, 2))  # lines have three equal channels
+            return super().encode(params, images) * np.where(grey, np.inf, 1)[:, None, None, None]
+
+    encoders = dataclasses.replace(encoding.tiny(), pixels=Pixels(CODEC))
+    with pytest.raises(
+        UserError, match="4 of 10 examples cannot be used.*its condition is not finite in float16"
+    ):
+        make(pictures, tmp_path / "out", EDGES, encoders=encoders, max_bad=0.0)
+
+
+# --- what is read ---
+
+
+def data_set(folder, change=lambda record: record, condition="edges"):
+    """Eight examples whose condition is minus their latent; `change` makes something else of the third."""
+    made = [r | {"control": -r["latent"]} for r in map(record_cases.record, range(8))]
+    made[2] = change(made[2])
+    folder.mkdir(exist_ok=True)
+    entry = encoded.write_shard(folder / "train-00000.array_record", made)
+    described = record_cases.DESCRIBED | ({"condition": condition} if condition else {})
+    encoded.write_manifest(folder / "manifest.json", described, [entry])
+    return encoded.Encoded(folder, "train")
+
+
+@pytest.mark.parametrize(
+    "change, condition, words",
+    [
+        (
+            lambda r: {k: v for k, v in r.items() if k != "control"},
+            "edges",
+            "not latent, control, caption and tokens",
+        ),
+        (lambda r: r, None, "not latent, caption and tokens"),
+        (
+            lambda r: r | {"control": r["control"][:2]},
+            "edges",
+            r"a control float16 \(2, 4, 3\), not float16 \(4, 4, 3\)",
+        ),
+        (lambda r: r | {"control": r["control"].astype(np.float32)}, "edges", "a control float32"),
+        (lambda r: r | {"control": r["control"] * np.float16(np.nan)}, "edges", "is not finite"),
+    ],
+)
+def test_a_record_is_what_the_manifest_says(tmp_path, change, condition, words):
+    data = data_set(tmp_path, change, condition)
+    with pytest.raises(encoded.BadRecord, match=words):
+        data.read(2)
+    assert record_cases.fine(data, 3) == (condition is not None)
+
+
+def test_a_manifest_of_another_condition(tmp_path):
+    with pytest.raises(
+        UserError, match="damaged.*condition is 'sketches', not one of edges, hed, scribble"
+    ):
+        data_set(tmp_path, condition="sketches")
+
+
+def test_batches_take_the_condition_along(tmp_path):
+    """Row by row, as float32, also from a pickle; left out where it is not wanted."""
+    data = data_set(tmp_path)
+    arrays, _ = batches.Make(data, 0, 4)(0)
+    assert arrays["control"].dtype == np.float32
+    np.testing.assert_array_equal(arrays["control"], -arrays["latent"])
+    without = batches.Make(data, 0, 4, control=False)
+    for made in (without, pickle.loads(pickle.dumps(without))):
+        assert made(0)[0].keys() == {"latent", "tokens", "mask"}
+    with batches.iterate(data, seed=0, batch=4, start=0, stop=1, control=False) as read:
+        assert "control" not in next(read)
+
+
+# --- what learns ---
+
+
+def card(folder, **control):
+    """The `smoke` card of the ControlNet on an encoded folder, cut down."""
+    tree = runpy.run_path(str(ROOT / "configs/controlnet.py"))["get_config"]("smoke")
+    tree.model.depth, tree.data.encoded = 2, str(folder)
+    tree.control.update(depth=1, condition="edges", freehand=0.0)
+    tree.control.update(**control)
+    tree.control.optimizer.kind = "adamw"  # compiles sooner than the card's
+    return config.parse(tree)
+
+
+@pytest.fixture(scope="module")
+def sketched(tmp_path_factory):
+    """`shapes` pictures with edges, encoded as the `smoke` preset would make them."""
+    root = tmp_path_factory.mktemp("inputs")
+    (root / "pictures").mkdir()
+    source = sources.open_source(input_cases.pictures(root / "pictures", 48))
+    return input_cases.encoded_by(
+        input_cases.smoke(), source, root / "encoded", heldout=16, condition=EDGES
+    )
+
+
+def test_the_control_stage_on_an_encoded_folder(sketched):
+    """Three steps of what `main` runs: the condition reaches the ControlNet, which begins to move."""
+    c = card(sketched, dropout=0.0)
+    data = datasets.open_inputs(c, print)
+    assert data.identity.endswith(", with edges")
+    rng = np.random.default_rng(0)
+    random = lambda a: 0.1 * rng.standard_normal(a.shape).astype(a.dtype)  # compiles nothing
+    stage = run.control_stage(
+        c, data, jax.tree.map(random, jax.eval_shape(build.teacher(c).init, jax.random.key(0)))
+    )
+    state = stage.start(stage.frozen, {})
+    step = jax.jit(
+        lambda state, frozen, batch: stage.functions[0](
+            state, frozen, stage.prepare(frozen, batch)
+        ),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    abstract = datasets.abstract_batch(c, stage.batch)
+    with stage.batches(stage.batch, 0, 3, 0, 1) as read:
+        for batch in read:
+            assert {k: (a.shape, a.dtype) for k, a in batch.items()} == {
+                k: (a.shape, a.dtype) for k, a in abstract.items()
+            }
+            state, metrics = step(state, stage.frozen, batch)
+            assert np.isfinite(metrics["loss"])
+    assert metrics["grad_norm/zero_in/kernel"] > 0
+
+
+def test_held_out_examples_have_their_edges(sketched):
+    """Decoded from what was stored; the first of them, whose picture is known by its caption, has that picture's."""
+    heldout = datasets.open_inputs(card(sketched), print).heldout(4, 6)
+    drawn = {
+        shapes.example(3, i, size=32).text: shapes.example(3, i, size=32).image for i in range(48)
+    }
+    pictures = np.stack([drawn[caption] for caption in heldout.captions])
+    edges = sketches.gradient_edges(pictures)
+    codec = build.codec(card(sketched))
+    expected = codec.encode(sketches.as_picture(edges)).astype(np.float16)
+    np.testing.assert_array_equal(heldout.cond["control"], expected.astype(np.float32))
+    np.testing.assert_array_equal(heldout.cond["control_scale"], np.ones(4, np.float32))
+    assert (
+        heldout.edges.shape == (4, 32, 32)
+        and heldout.edges.dtype == np.uint8
+        and len(heldout.reference) == 6
+    )
+    # The codec keeps 32 of 48 numbers: lines come back blurred, where they were.
+    assert heldout.edges[edges > 0].mean() > 3 * heldout.edges[edges == 0].mean()
+
+
+def test_without_a_controlnet_the_condition_stays_behind(sketched):
+    c = card(sketched, depth=0, condition="scribble")
+    data = datasets.open_inputs(c, print)
+    assert not data.identity.endswith("edges")
+    with data.batches(8, 0, 1, 0, 1) as read:
+        assert (
+            next(read).keys() == datasets.abstract_batch(c, 8).keys() == {"latent", "text", "mask"}
+        )
+    heldout = data.heldout(2, 2)
+    assert heldout.edges is None and heldout.cond.keys() == {"text", "mask"}
+
+
+def test_another_condition_is_refused(sketched, tmp_path):
+    with pytest.raises(UserError) as refused:
+        datasets.open_inputs(card(sketched, condition="scribble"), print)
+    for words in (
+        str(sketched),
+        "condition edges",
+        "config.control.condition is scribble",
+        "--condition=scribble",
+        "--config.control.condition=edges",
+    ):
+        assert words in str(refused.value)
+    manifest = json.loads((sketched / "manifest.json").read_text())
+    manifest.pop("condition")
+    for path in sketched.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        UserError,
+        match="with condition none, config.control.condition is edges: encode .* --condition=edges$",
+    ):
+        datasets.open_inputs(card(tmp_path), print)
+
+
+# --- the command ---
+
+
+def test_the_command(command, tmp_path):
+    """Scribbles of one thickness by weights from a file; the detector sees a picture of its own size."""
+    # A picture decides its own edges: the first stage passes its red on and the others say nothing.
+    state = {row.theirs: np.zeros(row.shape, np.float32) for row in hed_weights.rows(hed.PUBLISHED)}
+    for layer in ("block1.convs.0", "block1.convs.1"):
+        state[f"{layer}.weight"][0, 0, 1, 1] = 1
+    state["block1.projection.weight"][0, 0] = 20 / 255
+    state["block1.projection.bias"][:] = -10
+    (tmp_path / "hed.safetensors").write_bytes(safetensors.numpy.save(state))
+    (tmp_path / "source").mkdir()
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[:, 20:44, 0] = 255
+    Image.fromarray(image).save(tmp_path / "source/bar.png")
+    (tmp_path / "source/bar.txt").write_text("a red square")
+    result = command(
+        "sprint_jax.commands.encode",
+        f"--source={tmp_path / 'source'}",
+        f"--encoder={ROOT / 'configs/sprint.py'}:smoke",
+        "--heldout=0",
+        f"--encoded={tmp_path / 'out'}",
+        "--sizes=64x64",
+        "--condition=scribble",
+        f"--hed_weights={tmp_path / 'hed.safetensors'}",
+        "--thickness=4",
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    dark, bright = (
+        int(255 / (1 + np.exp(-mean))) for mean in (-10 / 5, 10 / 5)
+    )  # the mean of five side outputs
+    soft = np.where(image[..., 0] > 0, bright, dark).astype(np.uint8)
+    strokes = sketches.scribble(soft, thickness=4, sigma=sketches.PUBLISHED_SIGMA)
+    assert 0 < (strokes > 0).mean() < 1
+    codec = build.codec(input_cases.smoke())
+    expected = codec.encode(sketches.as_picture(strokes)[None])[0]
+    np.testing.assert_allclose(
+        records(tmp_path / "out", "train")["a red square"]["control"],
+        expected,
+        rtol=1e-3,
+        atol=2e-3,
+    )
+    assert encoded.read_manifest(tmp_path / "out")["condition"] == "scribble"
+    assert json.loads((tmp_path / "out/settings.json").read_text())["condition"].endswith(
+        "thickness 4 to 4"
+    )

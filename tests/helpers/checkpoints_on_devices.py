@@ -1,0 +1,72 @@
+"""Run with eight simulated devices by test_checkpoints.py: checkpoints restored on fewer devices.
+
+python -m helpers.checkpoints_on_devices CHECKPOINTS OUT.json COUNT...
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from helpers import on_devices
+from sprint_jax import build
+from sprint_jax.training import datasets, loop, run, sharding
+from sprint_jax.training.checkpoints import Checkpoints, fingerprints
+
+
+def on_meshes(folder, out, counts):
+    """Two steps of the `smoke` discriminator on 1x8, saved after the first; restored and continued on fewer devices."""
+    settings = on_devices.settings()
+    data = datasets.Shapes(settings)
+    teacher = on_devices.randomised(jax.jit(build.teacher(settings).init)(jax.random.key(0)))
+    stage = run.sprint_stage(settings, data, teacher)
+    # The discriminator's step: it compiles in a third of the generator's time.
+    stage = dataclasses.replace(stage, functions=stage.functions[1:])
+    rows = on_devices.batch(settings)
+
+    def go_on(placed, state):
+        frozen = loop.place(stage.frozen, placed.frozen)
+        batch = {k: jax.device_put(a, sharding.batch(placed.mesh)) for k, a in rows.items()}
+        return placed.lower(stage.functions[0], batch).compile()(state, frozen, batch)
+
+    first = loop.Placed.on(stage, sharding.mesh(1, 8))
+    start = on_devices.randomised(jax.jit(stage.start)(stage.frozen, stage.begun).params)
+    state = loop.place(
+        jax.jit(stage.start)(stage.frozen, stage.begun).replace(params=start), first.state
+    )
+    state, _ = go_on(first, state)
+    with Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(1, state)
+    saved, numbers = jax.device_get(state), fingerprints(state)
+    _, expected = go_on(first, state)
+    found = {}
+    for count in counts:
+        shape = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[count]
+        placed = loop.Placed.on(stage, sharding.mesh(*shape, jax.devices()[:count]))
+        with Checkpoints(folder, keep=1) as checkpoints:
+            restored, step = checkpoints.restore_newest(placed.state)
+        equal = all(
+            a.tobytes() == b.tobytes()
+            for a, b in zip(jax.tree.leaves(jax.device_get(restored)), jax.tree.leaves(saved))
+        )
+        places = jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, placed.state)
+        same_numbers = fingerprints(restored) == numbers
+        _, metrics = go_on(placed, restored)
+        found[count] = {
+            "step": step,
+            "equal": equal,
+            "placed": all(jax.tree.leaves(places)),
+            "fingerprints": same_numbers,
+            "metrics": {
+                k: [float(np.max(metrics[k])), float(np.max(expected[k]))]
+                for k in ("disc", "disc_grad_norm")
+            },
+        }
+    out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    on_meshes(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), list(map(int, sys.argv[3:])))

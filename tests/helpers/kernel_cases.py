@@ -1,0 +1,148 @@
+"""What test_kernels.py and kernels_on_devices.py run kernels on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.ops.pallas import cross_attention, linear_attention
+
+EPS = 1e-5
+
+TINY = LinearDiT(
+    in_channels=3,
+    width=64,
+    depth=2,
+    heads=2,
+    cross_heads=4,
+    mlp_ratio=1.0,
+    text_dim=6,
+    patch_size=1,
+    qk_norm=True,
+    time_scale=1.0,
+    guidance_embed=False,
+    guidance_scale_factor=0.1,
+    logvar_head=False,
+    remat="block",
+    unroll=1,
+    dtype="float32",
+    residual_dtype="float32",
+    attention="plain",
+)
+
+
+def relative(a, b):
+    """Euclidean."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300)
+
+
+def worst(found, expected):
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    return max(relative(a, b) for a, b in pairs)
+
+
+def normals(seed, *shapes):
+    rng = np.random.default_rng(seed)
+    return tuple(rng.standard_normal(s).astype(np.float32) for s in shapes)
+
+
+def directions(f, primals, tangents, cotangent, scan=True):
+    """Value, jvp, vjp, and the gradient of a loss around a stopped jvp through two layers, with and without a loop."""
+
+    def scm(scales):
+        def layer(x, _):
+            moved = f(x, *(a * s for a, s in zip(primals[1:], scales[1:])))
+            return x * scales[0] + moved, None
+
+        net = lambda x: jax.lax.scan(jax.checkpoint(layer), x, None, length=2)[0]
+        value, J = jax.jvp(net, (primals[0] * scales[0],), (tangents[0],))
+        return ((value + jax.lax.stop_gradient(J - value)) ** 2 * cotangent).sum()
+
+    def run(primals, tangents, cotangent):
+        scales = jnp.ones(len(primals), primals[0].dtype)
+        return (
+            jax.jvp(f, primals, tangents),
+            jax.vjp(f, *primals)[1](cotangent),
+            jax.grad(scm)(scales) if scan else (),
+            jax.jvp(lambda x: f(x, *primals[1:]), primals[:1], tangents[:1])[1],
+        )
+
+    return jax.device_get(jax.jit(run)(primals, tangents, cotangent))
+
+
+def linear_case(seed, batch, tokens, heads, head, norm, dtype=np.float32):
+    width = heads * head
+    q, k, v, dq, dk, dv, g = normals(seed, *((batch, tokens, width),) * 7)
+    weights = tuple(1 + 0.3 * w for w in normals(seed + 1, *((width,),) * 4)) if norm else ()
+    cast = lambda arrays: tuple(jnp.asarray(a, dtype) for a in arrays)
+    return (
+        (*cast((q, k, v)), *weights[:2]),
+        (*cast((dq, dk, dv)), *weights[2:]),
+        jnp.asarray(g, dtype),
+    )
+
+
+def linear(function, heads, **options):
+    def f(q, k, v, norm_q=None, norm_k=None):
+        return function(
+            jnp.concatenate((q, k, v), -1), norm_q, norm_k, heads=heads, eps=EPS, **options
+        )
+
+    return f
+
+
+def cross_case(seed, batch, queries, keys, heads, head, dtype=np.float32):
+    q, dq, g = normals(seed, *((batch, queries, heads, head),) * 3)
+    k, v, dk, dv = normals(seed + 1, *((batch, keys, heads, head),) * 4)
+    cast = lambda arrays: tuple(jnp.asarray(a, dtype) for a in arrays)
+    return cast((q, k, v)), cast((dq, dk, dv)), jnp.asarray(g, dtype)
+
+
+def cross(function, mask, **options):
+    return lambda q, k, v: function(q, k, v, mask, **options)
+
+
+def half_hidden(batch, keys):
+    """Of the first sample all keys but one, of the others the last third."""
+    mask = np.arange(keys) < (2 * keys + 2) // 3 * np.ones((batch, 1))
+    mask[0] = np.arange(keys) == keys // 2
+    return mask.astype(np.float32)
+
+
+def published(kind, name, batch=2):
+    """(function by kernels, abstract arguments) at the widths of the published models, bfloat16."""
+    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
+    if kind == "linear":
+        heads = {1152: 36, 2240: 70}
+        width = 1152 if batch == 2 else 2240
+        weight = jax.ShapeDtypeStruct((width,), jnp.float32)
+        f = linear(linear_attention.attention, heads[width], backend=name)
+        return f, (*(shape(batch, 1024, width),) * 3, weight, weight)
+    heads, head = {32: (36, 32), 72: (16, 72), 112: (20, 112)}[kind]
+    f = cross(cross_attention.attention, np.ones((batch, 300)), backend=name)
+    return f, (shape(batch, 1024, heads, head), *(shape(batch, 300, heads, head),) * 2)
+
+
+def modes(f):
+    """{direction: function}."""
+    summed = lambda *primals: f(*primals).astype(jnp.float32).sum()
+    return {
+        "forward": f,
+        "jvp": lambda x, *rest: jax.jvp(lambda x: f(x, *rest), (x,), (x,)),
+        "grad": lambda *primals: jax.grad(summed, range(len(primals)))(*primals),
+    }
+
+
+def stencil(x, w):
+    """Depthwise cross-correlation, zeros outside. x [B, H, W, C], w [k, k, C]."""
+    out, k = np.zeros_like(x), w.shape[0]
+    _, height, width, _ = x.shape
+    for row in range(height):
+        for column in range(width):
+            for i in range(k):
+                for j in range(k):
+                    r, c = row + i - k // 2, column + j - k // 2
+                    if 0 <= r < height and 0 <= c < width:
+                        out[:, row, column] += x[:, r, c] * w[i, j]
+    return out

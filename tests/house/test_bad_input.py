@@ -1,0 +1,244 @@
+"""Bad input: one line that names the thing and the remedy, a non-zero exit, and nothing lost."""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+
+from helpers.runs import ROOT, TINY, refused
+from sprint_jax import config as config_lib
+from sprint_jax.errors import UserError
+from sprint_jax.runtime import cli
+from sprint_jax.sampling import pipeline
+from sprint_jax.training import run
+
+pytestmark = pytest.mark.second_pass
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--config=configs/sprint.py:nonsense"], ["nonsense", "shapes"]),
+        (["--config=configs/absent.py"], ["absent.py"]),
+        ([], ["--config"]),
+        (
+            [*TINY, "--config.sprint.stepz=4"],
+            ['unknown config key config.sprint.stepz: Did you mean "steps" instead of "stepz"?'],
+        ),
+        (
+            [*TINY, "--config.sprint.nope=4"],
+            ["unknown config key config.sprint.nope: see the config file"],
+        ),
+        ([*TINY, "--config.nope.steps=4"], ["unknown config key config.nope.steps"]),
+        ([*TINY, "--config.sprint.steps=many"], ["steps"]),
+        ([*TINY, "--nonsense=1"], ["nonsense"]),
+        ([*TINY, "--workdir=/proc/none"], ["/proc/none", "--workdir"]),
+        ([*TINY, "--config.sprint.steps=3"], ["config.sprint.steps", "even"]),
+        ([*TINY, "--process=1"], ["--coordinator", "--processes"]),
+        ([*TINY, "--config.mesh.fsdp=3"], ["config.mesh", "3", "devices"]),
+    ],
+)
+def test_main_refuses(command, flags, words):
+    refused(command("sprint_jax.main", *flags), *words)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--prompt=a red circle", "--steps=0"], ["steps 0"]),
+        (["--prompt="], ["empty"]),
+        (["--prompt=" + "a " * 40], ["too long"]),
+        (["--prompt=a zebra"], ["zebra", "circle"]),
+        ([], ["--prompt"]),
+        (["--prompts=/nowhere.txt"], ["/nowhere.txt"]),
+        (["--prompt=a circle", "--seed=-1"], ["--seed"]),
+        (["--prompt=a circle", "--height=0"], ["--height=0"]),
+        (["--prompt=a circle", "--strength=0.5"], ["--strength belongs to --image"]),
+        (["--prompt=a circle", "--control_scale=1"], ["--control_scale belongs to --control"]),
+        (["--prompt=a circle", "--steps=3", "--schedule=paper"], ["paper", "3"]),
+    ],
+)
+def test_sample_refuses(finished, command, tmp_path, flags, words):
+    result = command(
+        "sprint_jax.commands.sample", f"--model={finished}", f"--out={tmp_path / 'out'}", *flags
+    )
+    refused(result, *words)
+    assert not list(tmp_path.glob("out/*.png")) and not (tmp_path / "out/manifest.jsonl").exists()
+
+
+_PLUGIN = importlib.util.find_spec("jax_cuda12_plugin")
+_CUDA = pytest.param(
+    "cuda",
+    marks=pytest.mark.skipif(
+        _PLUGIN is not None, reason="there is a plug-in for CUDA here, and JAX logs what that says"
+    ),
+)
+
+
+@pytest.mark.parametrize("platforms", [_CUDA, "nonsense"])
+def test_devices_that_are_not_here_are_told_by_their_variable(
+    finished, command, tmp_path, platforms
+):
+    for module, flags in (
+        (
+            "sprint_jax.commands.sample",
+            [f"--model={finished}", "--prompt=a circle", f"--out={tmp_path}"],
+        ),
+        ("sprint_jax.main", [*TINY, f"--workdir={tmp_path / 'run'}"]),
+    ):
+        refused(
+            command(module, *flags, environment={"JAX_PLATFORMS": platforms}),
+            f"JAX_PLATFORMS={platforms}",
+            "cpu",
+        )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 69017779152 bytes."),
+        MemoryError("Unable to allocate 1 TiB"),
+    ],
+)
+def test_no_memory_is_one_line_with_a_remedy(capsys, error):
+    with pytest.raises(SystemExit), cli.user_errors():
+        raise error
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and all(
+        word in line for word in ("error: out of memory", str(error), "--batch_size=1", "--tile")
+    )
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="^a mistake$"), cli.user_errors():
+        raise RuntimeError("a mistake")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--to_file={tmp}"], ["--to_file=", "is a folder"]),
+        (["--to_file=/proc/q.safetensors"], ["/proc/q.safetensors"]),
+        (["--to_file=/proc/none/q.safetensors"], ["/proc/none/q.safetensors"]),
+        (
+            ["--to_file={tmp}/a.safetensors", "--stage=control"],
+            ["--stage=control", "teacher, finetune, sprint"],
+        ),
+    ],
+)
+def test_extract_refuses(finished, command, tmp_path, flags, words):
+    refused(
+        command(
+            "sprint_jax.commands.extract",
+            f"--run_dir={finished}",
+            *(flag.format(tmp=tmp_path) for flag in flags),
+        ),
+        *words,
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "module, flags",
+    [
+        ("report", "run_dir"),
+        ("extract", "run_dir stage"),
+        ("ablate", "workdir suite"),
+        ("plan", "config topology"),
+        ("main", "config workdir processes"),
+    ],
+)
+def test_help_shows_the_flags_that_a_command_needs(command, module, flags):
+    shown = command(f"sprint_jax.{module}", "--help").stdout
+    assert [flag for flag in flags.split() if f"\n  --{flag}:" not in shown] == []
+
+
+def test_fit_codec_refuses_a_folder(command, tmp_path):
+    refused(
+        command("experiments.fit_codec", f"--file={tmp_path}"), f"--file={tmp_path} is a folder"
+    )
+
+
+def smoke():
+    from ml_collections import config_flags  # noqa: F401 (the card is plain Python)
+
+    namespace = {}
+    exec((ROOT / "configs/sprint.py").read_text(), namespace)
+    return namespace["get_config"]("smoke")
+
+
+def test_loading_something_else(finished, tmp_path):
+    with pytest.raises(UserError, match="no directory"):
+        pipeline.load(tmp_path / "absent")
+    with pytest.raises(UserError, match="has no config.json"):
+        pipeline.load(tmp_path)
+    shutil.copy(finished / "config.json", tmp_path)
+    with pytest.raises(UserError, match="has no student.safetensors yet"):
+        pipeline.load(tmp_path)
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer/config.json").write_text(
+        json.dumps({"_class_name": "SanaTransformer2DModel", "num_layers": 28})
+    )
+    with pytest.raises(
+        UserError, match=f"one part of a published model: give the folder above it, {tmp_path}$"
+    ):
+        pipeline.load(tmp_path / "transformer")
+    (tmp_path / "student.safetensors").write_bytes(
+        (finished / "student.safetensors").read_bytes()[:1000]
+    )
+    with pytest.raises(UserError, match="not a readable safetensors"):
+        pipeline.load(tmp_path)
+
+
+def test_weights_of_another_shape(finished, tmp_path):
+    tree = json.loads((finished / "config.json").read_text())
+    tree["model"]["width"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    shutil.copy(finished / "student.safetensors", tmp_path)
+    with pytest.raises(UserError, match="has shape .* the model needs"):
+        pipeline.load(tmp_path)
+
+
+def test_workdir_of_another_config_is_left_alone(finished):
+    config = smoke()
+    config.sprint.batch = 16
+    before = (finished / "summary.json").read_bytes()
+    with pytest.raises(UserError, match="config.sprint.batch=8, now 16"):
+        run.run(config_lib.parse(config), finished)
+    assert (finished / "summary.json").read_bytes() == before
+
+
+def test_foreign_workdir_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not empty and not a run"):
+        run.run(config_lib.parse(smoke()), tmp_path)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_checkpoint_of_another_shape(tmp_path):
+    """A checkpoint that does not fit is named, not overwritten."""
+    import jax.numpy as jnp
+
+    from sprint_jax.training.checkpoints import Checkpoints
+
+    with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+        checkpoints.save(4, {"w": jnp.ones((3,))})
+    import jax
+
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for abstract in ({"w": (4,)}, {"w": (3,), "more": (2,)}):
+        target = {
+            k: jax.ShapeDtypeStruct(s, jnp.float32, sharding=sharding) for k, s in abstract.items()
+        }
+        with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+            with pytest.raises(UserError, match="does not fit the config"):
+                checkpoints.restore_newest(target)
+        assert (tmp_path / "c/4").is_dir()
+
+
+def test_missing_pretrained_weights(tmp_path):
+    config = smoke()
+    config.teacher.pretrained = str(tmp_path / "absent.safetensors")
+    with pytest.raises(UserError, match="no weights at"):
+        run.run(config_lib.parse(config), tmp_path / "run")

@@ -1,0 +1,369 @@
+"""The configuration: every field is read, unknown and missing keys are named, cards parse."""
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from helpers.configs import card, presets
+from helpers.runs import ROOT
+from sprint_jax import build, config
+from sprint_jax.errors import UserError
+from sprint_jax.models import discriminator
+from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
+from sprint_jax.storage import weights
+from sprint_jax.training import came, datasets, run, state
+
+pytestmark = pytest.mark.second_pass
+
+SECTIONS = [c for c in vars(config).values() if dataclasses.is_dataclass(c)]
+
+
+@functools.cache
+def attributes_read():
+    """Names of all attributes that the package reads outside config.py."""
+    names = set()
+    for path in (ROOT / "sprint_jax").rglob("*.py"):
+        if path.name != "config.py":
+            tree = ast.parse(path.read_text())
+            names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    return names
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.__name__)
+def test_every_field_is_read(section):
+    """By its name. Model is unpacked whole into a constructor, which refuses what it does not take."""
+    if section is not config.Model:
+        unread = {f.name for f in dataclasses.fields(section)} - attributes_read()
+        assert not unread
+
+
+def test_the_unpacked_section_reaches_its_constructor():
+    parsed = config.parse(card(preset="shapes"))
+    for name, value in dataclasses.asdict(parsed.model).items():
+        assert getattr(build.student(parsed), name) == value
+
+
+CARDS = [
+    card(file, preset) for file in ("sprint", "teacher", "controlnet") for preset in presets(file)
+]
+
+
+def noting(value, seen, path=""):
+    """A copy of a config, each of whose fields puts its dotted name into `seen` when it is read."""
+    fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    inner = {
+        n: noting(v, seen, f"{path}{n}.") if dataclasses.is_dataclass(v) else v
+        for n, v in fields.items()
+    }
+
+    def read(self, name):
+        if name in fields:
+            seen.add(f"{path}{name}")
+        return object.__getattribute__(self, name)
+
+    return type(type(value).__name__, (type(value),), {"__getattribute__": read})(**inner)
+
+
+def replaced(value, **changes):
+    """`dataclasses.replace`, which reads nothing."""
+    held = {f.name: object.__getattribute__(value, f.name) for f in dataclasses.fields(value)}
+    return type(value)(**(held | changes))
+
+
+# Not read by what is driven below: of a run, a folder or files. Of these the names alone are known to be read.
+ELSEWHERE = {
+    "data.encoded",
+    "data.model",
+    "data.workers",
+    "data.max_bad",
+    "mesh.data",
+    "mesh.fsdp",
+    "teacher.pretrained",
+    "teacher.start",
+    "control.pretrained",
+    "evaluation.prompts",
+    "evaluation.batch",
+    "evaluation.reference",
+    "evaluation.samples",
+    *(f"run.{f.name}" for f in dataclasses.fields(config.Run)),
+}
+
+
+def test_every_field_of_every_section_is_read(monkeypatch):
+    """By stages, their steps and their data. Fails when a network is trained by another's batch, rate or clipping: the names are the same."""
+    monkeypatch.setattr(dataclasses, "replace", replaced)
+    tree, seen = card("controlnet"), set()
+    tree.teacher.update(base_qk_norm=False, base_time_scale=1000.0, finetune_steps=4)
+    for kind in ("muon", "came", "adamw"):  # each has fields of its own
+        for optimizer in (
+            tree.teacher.optimizer,
+            tree.control.optimizer,
+            tree.sprint.optimizer,
+            tree.sprint.head_optimizer,
+        ):
+            optimizer.update(kind=kind, muon_lr=0.01, b1=0.9, b3=0.99)
+        c = noting(config.parse(tree), seen)
+        base, teacher, distilled = (
+            jax.eval_shape(model.init, jax.random.key(0))
+            for model in (build.base_teacher(c), build.teacher(c), build.distilled_teacher(c))
+        )
+        data = datasets.Abstract(c)
+        first, second = run.teacher_stages(c, data, None)
+        stages = (
+            first(None),
+            second(base),
+            run.control_stage(c, data, teacher),
+            run.sprint_stage(c, data, distilled),
+        )
+    for stage in stages:
+        state = jax.eval_shape(stage.start, stage.frozen, stage.begun)
+        for step in stage.functions:
+            jax.eval_shape(step, state, stage.frozen, datasets.abstract_batch(c, stage.batch))
+    drawn = datasets.Shapes(c)
+    drawn.heldout(2, 2)
+    with drawn.batches(2, 0, 1, 0, 1) as batches:
+        next(batches)
+    assert weights.flatten(config.to_dict(config.parse(tree))).keys() - seen == ELSEWHERE
+
+
+@pytest.mark.parametrize("tree", CARDS)
+def test_cards_parse_and_survive_json(tree):
+    parsed = config.parse(tree)
+    assert config.parse(config.to_dict(parsed)) == parsed
+
+
+@pytest.mark.parametrize("preset, size", [("sana_600m", SANA_600M), ("sana_1600m", SANA_1600M)])
+def test_the_published_recipe(preset, size):
+    """Numbers of the paper's appendix and of the released configuration, and the networks they are for."""
+    c = config.parse(card(preset=preset))
+    assert build.student(c) == size
+    s = c.sprint
+    assert (s.steps, s.batch, s.tangent_warmup, s.guidance) == (20000, 512, 4000, (4.0, 4.5, 5.0))
+    assert (s.p_mean, s.p_std, s.disc_mean, s.disc_std) == (0.2, 1.6, -0.6, 1.0)
+    assert (s.scm_weight, s.adv_weight, s.max_time, s.head_blocks) == (
+        1.0,
+        0.5,
+        0.5,
+        (2, 8, 14, 19),
+    )
+    for o in (s.optimizer, s.head_optimizer):
+        assert (o.kind, o.lr, o.b1, o.b2, o.b3, o.clip, o.reference_batch) == (
+            "came",
+            2e-6,
+            0.9,
+            0.999,
+            0.9999,
+            0.1,
+            256,
+        )
+    t = config.parse(card("teacher", preset)).teacher
+    assert (t.finetune_steps, t.batch, t.finetune_lr, t.base_qk_norm) == (5000, 1024, 2e-5, False)
+
+
+def test_the_square_root_rule():
+    """One update of plain AdamW is the rate itself. Fails when the ratio is upside down or the root missing."""
+    o = dataclasses.replace(
+        config.parse(card(preset="shapes")).sprint.head_optimizer, lr=1e-3, reference_batch=256
+    )
+    rules = (came.dit_factored, came.dit_stacked)
+    tx = state.optimizer(o, 100, 1024, came_rules=rules)
+    params = {"w": jnp.ones((3,))}
+    updates, _ = tx.update({"w": jnp.full((3,), 0.1)}, tx.init(params), params)
+    assert abs(float(updates["w"][0]) + 2e-3) < 1e-6
+
+
+def test_shape_that_lacks_a_key():
+    tree = card(preset="shapes").to_dict()
+    del tree["sprint"]["max_time"]
+    with pytest.raises(UserError, match="config.sprint.max_time is missing"):
+        config.parse(tree)
+
+
+def test_unknown_key_names_its_neighbour():
+    tree = card(preset="shapes").to_dict()
+    tree["teacher"]["captoin_dropout"] = 0.1
+    with pytest.raises(
+        UserError, match="captoin_dropout; did you mean config.teacher.caption_dropout"
+    ):
+        config.parse(tree)
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("data.size", 30),
+        ("codec.weights", ""),
+        ("model.heads", 3),
+        ("model.cross_heads", 3),
+        ("model.dtype", "float16"),
+        ("teacher.steps", -1),
+        ("teacher.batch", 0),
+        ("sprint.steps", 3),
+        ("sprint.uncond_mask", "x"),
+        ("sprint.weighting", "x"),
+        ("sprint.logvar_gradient", "x"),
+        ("sprint.reduction", "x"),
+        ("sprint.max_time", 1.5),
+        ("sprint.guidance", ()),
+        ("sprint.head_blocks", (3, 1)),
+        ("sprint.head_blocks", (99,)),
+        ("sprint.batch", 1),
+        ("sprint.accumulate", 3),
+        ("sprint.accumulate", 8),
+        ("teacher.accumulate", 0),
+        ("text.vocabulary", "x"),
+        ("text.dim", 7),
+        ("model.remat", "x"),
+        ("mesh.fsdp", 0),
+        ("data.workers", -1),
+        ("evaluation.schedule", "x"),
+        ("evaluation.prompts", 1),
+        ("evaluation.reference", 1),
+        ("evaluation.batch", 0),
+        ("evaluation.samples", 1000),
+        ("evaluation.teacher_steps", 0),
+        ("run.log_every", 3),
+        ("control.depth", -1),
+        ("control.depth", 7),
+        ("control.condition", "x"),
+        ("control.dropout", 1.0),
+        ("control.freehand", -0.1),
+        ("control.freehand", 1.1),
+        ("control.batch", 0),
+        ("control.optimizer.kind", "x"),
+        ("sprint.optimizer.clip", 0.0),
+        ("sprint.optimizer.muon_lr", 0.0),
+        ("teacher.optimizer.clip", -1.0),
+        ("sprint.batch", 10),
+        ("sprint.batch", 36),
+        ("sprint.accumulate", 0),
+        ("model.heads", 0),
+        ("model.cross_heads", 0),
+        ("model.patch_size", 0),
+        ("codec.block", 0),
+        ("sprint.ema", 1.0),
+        ("sprint.ema", -0.1),
+        ("teacher.ema", 1.5),
+        ("teacher.ema", math.nan),
+        ("sprint.optimizer.lr", -1e-3),
+        ("sprint.head_optimizer.lr", math.nan),
+        ("teacher.optimizer.muon_lr", math.inf),
+        ("control.optimizer.weight_decay", -1.0),
+        ("teacher.finetune_lr", math.inf),
+        ("sprint.guidance", (1.5, math.nan)),
+        ("evaluation.teacher_guidance", math.nan),
+        ("evaluation.student_guidance", math.inf),
+        ("data.seed", -1),
+        ("data.eval_seed", -1),
+        ("run.max_rejected", 0),
+        ("run.checkpoint_every", 0),
+        ("run.keep", 0),
+        ("run.strip_every", 3),
+        ("run.strip_every", -2),
+    ],
+)
+def test_values_out_of_range_are_named(path, value):
+    tree = card(preset="shapes").to_dict()
+    *sections, name = path.split(".")
+    section = functools.reduce(dict.__getitem__, sections, tree)
+    section[name] = value
+    with pytest.raises(UserError, match=f"config.*{name}"):
+        config.parse(tree)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"sprint.optimizer.kind": "came"}, "sprint.optimizer.b1 0.0, b3 0.0"),
+        (
+            {"teacher.pretrained": "", "teacher.base_time_scale": 1000.0},
+            "base_time_scale 1000.0 .* use equal ones, or finetune_steps",
+        ),
+        (
+            {"teacher.pretrained": "", "model.time_scale": 1000.0},
+            "use equal ones, or finetune_steps",
+        ),
+        ({"teacher.pretrained": "", "teacher.base_qk_norm": False}, "base_qk_norm False"),
+        (
+            {"teacher.pretrained": "", "model.qk_norm": False, "teacher.finetune_steps": 4},
+            "never takes it away",
+        ),
+        (
+            {
+                "teacher.pretrained": "",
+                "teacher.steps": 0,
+                "teacher.start": "x",
+                "teacher.finetune_steps": 4,
+            },
+            "nothing trains a teacher",
+        ),
+    ],
+)
+def test_values_that_do_not_go_together_are_named(changes, words):
+    tree = card(preset="shapes")
+    for path, value in changes.items():
+        *sections, name = path.split(".")
+        functools.reduce(lambda node, part: node[part], sections, tree)[name] = value
+    with pytest.raises(UserError, match=words):
+        config.parse(tree)
+
+
+def test_sizes_of_batches_that_normalise_in_equal_groups():
+    """Said before training of all batches that the heads would refuse, alone or with as many misaligned ones, and of no other."""
+
+    def normalises(batch):
+        try:
+            return jax.eval_shape(
+                discriminator.batch_norm_local, jnp.zeros((batch, 1, 1)), jnp.ones(1), jnp.zeros(1)
+            )
+        except ValueError:
+            return None
+
+    for batch in range(2, 65):
+        tree = card(preset="shapes")
+        tree.sprint.batch = batch
+        holds = normalises(batch) and normalises(2 * batch)
+        with (
+            contextlib.nullcontext()
+            if holds
+            else pytest.raises(UserError, match=f"sprint.batch {batch}")
+        ):
+            config.parse(tree)
+
+
+def test_a_controlnet_that_nothing_trains_or_shows_is_named():
+    tree = card(preset="shapes").to_dict()
+    tree["control"]["depth"] = 3
+    with pytest.raises(
+        UserError, match="control.pretrained is empty and config.control.steps is 0"
+    ):
+        config.parse(tree)
+    tree["control"] |= {"steps": 10, "condition": "hed"}
+    with pytest.raises(UserError, match="condition hed needs encoded pictures"):
+        config.parse(tree)
+
+
+def test_encoded_pictures_have_no_rough_sketches():
+    """Fails when the share is silently not used."""
+    tree = card(preset="emoji").to_dict()
+    config.parse(tree)
+    tree["control"]["freehand"] = 0.5
+    with pytest.raises(
+        UserError,
+        match="config.control.freehand 0.5: encoded pictures have no rough sketches, use 0",
+    ) as error:
+        config.parse(tree)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "preset, share", [("shapes", 0.5), ("smoke", 0.5), ("sana_600m", 0.0), ("sana_1600m", 0.0)]
+)
+def test_cards_of_the_controlnet_say_the_share(preset, share):
+    assert config.parse(card("controlnet", preset)).control.freehand == share

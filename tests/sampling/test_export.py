@@ -1,0 +1,360 @@
+"""Models as one file: the same pictures without the networks' code, and what a file refuses by name."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+
+from helpers.runs import ROOT
+from sprint_jax.commands import export
+from sprint_jax.errors import UserError
+from sprint_jax.sampling import exported, generation, pipeline
+from sprint_jax.storage import weights
+
+pytestmark = pytest.mark.second_pass
+
+PROMPTS = ["a red circle", "two blue squares", "a circle"]
+
+
+@pytest.fixture(scope="module")
+def pipe(finished):
+    return pipeline.load(finished, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def file(pipe, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "model.sprint"
+    export.export(pipe, path, steps=[1, 2], batch_sizes=[2])
+    return path
+
+
+def altered(file, path, change):
+    """A copy of an exported file whose header `change` has altered in place."""
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name == exported.HEADER:
+                header = json.loads(data)
+                change(header)
+                data = json.dumps(header)
+            new.writestr(name, data)
+    return path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(steps=1),
+        dict(steps=2),
+        dict(steps=2, schedule="paper", guidance_scale=2.25, seed=9),
+        dict(steps=2, timesteps=[1.5, 0.7, 0.0], images_per_prompt=2),
+    ],
+)
+def test_same_pictures_as_the_model(pipe, file, options):
+    """Fails when times, guidance, seed, indices or a weight take another way into the file's programs."""
+    read = exported.load(file)
+    expected = generation.generate(pipe, PROMPTS, batch_size=2, **options)
+    np.testing.assert_array_equal(generation.generate(read, PROMPTS, **options), expected)
+
+
+def test_the_command_draws_without_the_networks_code(finished, file, command, tmp_path):
+    """The whole way through the commands, in a process that is then asked what it imported."""
+    program = (
+        "import atexit, json, sys\n"
+        "atexit.register(lambda: print(json.dumps(sorted(sys.modules))))\n"
+        "from absl import app\n"
+        "from sprint_jax import cli, sample\n"
+        "app.run(sample.main, flags_parser=cli.parse_flags, argv=sys.argv)\n"
+    )
+    flags = [
+        "--prompt=a red circle",
+        "--prompt=a circle",
+        "--steps=2",
+        "--seed=3",
+        "--batch_size=2",
+    ]
+    result = subprocess.run(
+        [sys.executable, "-c", program, f"--model={file}", *flags, f"--out={tmp_path / 'file'}"],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    modules = json.loads(result.stdout.splitlines()[-1])
+    assert "sprint_jax.sampling.exported" in modules
+    for name in (
+        "sprint_jax.models",
+        "sprint_jax.sampling.pipeline",
+        "sprint_jax.encoders.parts",
+        "flax",
+        "transformers",
+    ):
+        assert name not in modules
+    direct = command(
+        "sprint_jax.commands.sample", f"--model={finished}", *flags, f"--out={tmp_path / 'direct'}"
+    )
+    assert direct.returncode == 0, direct.stderr[-2000:]
+    for name in ("00000.png", "00001.png", "manifest.jsonl"):
+        assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
+
+
+def test_weights_are_stored_once_and_as_they_are(pipe, file):
+    """By name and bit, none in a program, and what only training reads is left out."""
+    read = exported.load(file)
+    flat = weights.flatten(pipe.params["transformer"])
+    flat.pop("inputs.logvar.kernel", None), flat.pop("inputs.logvar.bias", None)
+    assert read.params.keys() == {f"transformer.{name}" for name in flat if "logvar" not in name}
+    for name, array in read.params.items():
+        np.testing.assert_array_equal(array, flat[name.removeprefix("transformer.")])
+    with zipfile.ZipFile(file) as archive:
+        programs = [archive.read(p.member) for p in read.header.programs]
+        kernel = np.asarray(max(flat.values(), key=lambda a: a.size)).reshape(-1)[:16].tobytes()
+        assert kernel in archive.read(exported.WEIGHTS) and not any(
+            kernel in program for program in programs
+        )
+
+
+def test_equal_exports_are_equal_files(pipe, file, tmp_path):
+    """Fails when a file has a date in it, or the lines and folders of the code that called."""
+    export.export(pipe, tmp_path / "again.sprint", steps=[1, 2], batch_sizes=[2])
+    assert (tmp_path / "again.sprint").read_bytes() == file.read_bytes()
+    assert str(ROOT).encode() not in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(steps=3), "no program for --steps=3: it has 1, 2"),
+        (dict(height=64, width=32), "no program for 64 x 32 pixels: it has 32 x 32"),
+        (dict(height=40), "no program for 40 x 32 pixels"),
+        (dict(height=36), "height 36 is not a multiple of 8"),
+        (dict(batch_size=4), "no program for --batch_size=4: it has 2"),
+        (dict(image=np.zeros((32, 32, 3), np.uint8)), "no program that starts from a picture"),
+        (dict(output="latent"), "draws pixels from a seed"),
+        (
+            dict(latents=np.zeros((1, 4, 4, 32), np.float32), step_noise=[np.zeros((1, 4, 4, 32))]),
+            "draws pixels from a seed",
+        ),
+        (dict(schedule="paper", steps=3), "'paper' has no list for 3 steps"),
+    ],
+)
+def test_what_the_file_has_no_program_for(file, options, words):
+    with pytest.raises(UserError, match=words):
+        generation.generate(exported.load(file), ["a red circle"], **options)
+
+
+def test_prompts_are_checked_as_by_the_model(file):
+    read = exported.load(file)
+    for prompt, words in (("a zebra", "zebra"), ("a " * 40, "too long"), (" ", "empty")):
+        with pytest.raises(UserError, match=words):
+            generation.generate(read, [prompt])
+
+
+def test_a_file_that_is_not_whole(file, tmp_path):
+    """Cut off anywhere, with any byte of the weights or of a program changed, or something else altogether."""
+    data, broken = file.read_bytes(), tmp_path / "broken.sprint"
+    for size in (0, 1000, len(data) // 2, len(data) - 1):
+        broken.write_bytes(data[:size])
+        with pytest.raises(
+            UserError, match="broken.sprint is not a whole file of sprint-jax export"
+        ):
+            exported.load(broken)
+    with zipfile.ZipFile(file) as archive:
+        places = {
+            info.filename: info.header_offset + info.file_size // 2 for info in archive.infolist()
+        }
+    flipped = lambda at: data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :]
+    for name in (exported.HEADER, exported.WEIGHTS):
+        broken.write_bytes(flipped(places[name] + 100))
+        with pytest.raises(UserError, match="not a whole file"):
+            exported.load(broken)
+    entry = data.index(
+        b"PK\x01\x02"
+    )  # the first of the directory, whose tenth byte says how its member is compressed
+    for method in (8, 12, 14):
+        broken.write_bytes(data[: entry + 10] + bytes([method]) + data[entry + 11 :])
+        with pytest.raises(UserError, match="not a whole file"):
+            exported.load(broken)
+    broken.write_bytes(flipped(places["programs/2_16_2_32_32.bin"] + 100))
+    with pytest.raises(UserError, match="not a whole file"):
+        generation.generate(exported.load(broken), ["a circle"], steps=2)
+    with zipfile.ZipFile(broken, "w") as archive:
+        archive.writestr("word/document.xml", "thesis")
+    with pytest.raises(UserError, match="not a whole file"):
+        exported.load(broken)
+
+
+def test_a_full_device_is_no_damaged_file(file, monkeypatch):
+    def full(array):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(jax, "device_put", full)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        exported.load(file)
+
+
+def test_other_formats_and_platforms(file, command, tmp_path):
+    newer = altered(
+        file,
+        tmp_path / "newer.sprint",
+        lambda header: header.update(format="sprint_jax exported 2"),
+    )
+    with pytest.raises(
+        UserError,
+        match="has format 'sprint_jax exported 2', this version reads 'sprint_jax exported 1'",
+    ):
+        exported.load(newer)
+    tpu = altered(
+        file, tmp_path / "tpu.sprint", lambda header: header.update(platforms=["tpu", "cuda"])
+    )
+    result = command(
+        "sprint_jax.commands.sample",
+        f"--model={tpu}",
+        "--prompt=a circle",
+        f"--out={tmp_path / 'out'}",
+    )
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].endswith(
+        "was exported for tpu, cuda and this is cpu: export it again with --platforms=cpu"
+    )
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_programs_of_a_jax_that_is_too_new(file, tmp_path):
+    """JAX's own check of its version, in one line."""
+    path = tmp_path / "later.sprint"
+    with zipfile.ZipFile(file) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.startswith("programs/"):
+                known = jax.export.deserialize(bytearray(data))
+                later = dict(vars(known)) | {"calling_convention_version": 10**4}
+                data = bytes(jax.export.Exported(**later).serialize())
+            new.writestr(name, data)
+    with pytest.raises(UserError, match="later.sprint cannot be run by jax .* export it again"):
+        generation.generate(exported.load(path), ["a circle"], steps=1)
+
+
+def test_export_for_platforms_that_are_not_here(finished, command, tmp_path):
+    """CUDA, TPU and CPU in one program, the depthwise convolution's branches included; CUDA alone is refused here."""
+    pipe = pipeline.load(finished, dtype="bfloat16", platform="")
+    both = tmp_path / "both.sprint"
+    export.export(pipe, both, steps=[2], batch_sizes=[1], platforms=("cuda", "tpu", "cpu"))
+    made = generation.generate(exported.load(both), ["a red circle"], steps=2)
+    np.testing.assert_array_equal(
+        made, generation.generate(pipe, ["a red circle"], steps=2, batch_size=1)
+    )
+    result = command(
+        "sprint_jax.commands.export",
+        f"--model={finished}",
+        f"--out={tmp_path / 'cuda'}",
+        "--steps=1",
+        "--platforms=cuda",
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "wrote" in result.stdout and "1 programs for cuda" in result.stdout
+    with zipfile.ZipFile(tmp_path / "cuda") as archive:
+        header = json.loads(archive.read(exported.HEADER))
+        (program,) = [name for name in archive.namelist() if name.startswith("programs/")]
+        lowered = jax.export.deserialize(bytearray(archive.read(program)))
+    assert header["dtype"] == "bfloat16" and lowered.platforms == ("cuda",)
+    assert "stablehlo.convolution" in lowered.mlir_module()  # the branch of accelerators
+    with pytest.raises(UserError, match="was exported for cuda and this is cpu"):
+        exported.load(tmp_path / "cuda")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], ["--model"]),
+        (["--model={finished}"], ["--out"]),
+        (["--model={finished}", "--out={tmp}"], ["--out", "file"]),
+        (["--model={finished}", "--out={tmp}/x", "--steps=two"], ["--steps=two"]),
+        (["--model={finished}", "--out={tmp}/x", "--platforms=cpu,gpu"], ["cpu,gpu", "cuda"]),
+        (["--model={finished}", "--out={tmp}/x", "--height=33"], ["height 33"]),
+        (["--model={finished}", "--out={tmp}/x", "--width=0"], ["width 0"]),
+        (
+            ["--model={finished}/config.json", "--out={tmp}/x"],
+            ["--model=", "config.json is no folder", "exported file cannot be exported again"],
+        ),
+    ],
+)
+def test_export_refuses(finished, command, tmp_path, flags, words):
+    result = command(
+        "sprint_jax.commands.export",
+        *(flag.format(finished=finished, tmp=tmp_path) for flag in flags),
+    )
+    lines = result.stderr.strip().splitlines()
+    assert (
+        result.returncode == 2
+        and "Traceback" not in result.stderr
+        and lines[-1].startswith("error: ")
+    )
+    for word in words:
+        assert word in lines[-1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_that_a_file_has_settled(file, command, tmp_path):
+    result = command(
+        "sprint_jax.commands.sample",
+        f"--model={file}",
+        "--prompt=a circle",
+        "--dtype=bfloat16",
+        f"--out={tmp_path / 'o'}",
+    )
+    assert result.returncode == 2 and "--dtype is settled in an exported file" in result.stderr
+
+
+class TestPublishedFolder:
+    """Gemma's tokens, cached instruction and padded lengths, and DC-AE, from a random diffusers folder."""
+
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory):
+        pytest.importorskip("torch")
+        fabricate = pytest.importorskip("helpers.fabricate")
+        path = tmp_path_factory.mktemp("published")
+        fabricate.pipeline().save_pretrained(path / "model")
+        (path / "instruction.txt").write_text("Draw what is asked for, in detail:\nPrompt: ")
+        return path
+
+    def test_same_pictures(self, folder):
+        """Prompts of two lengths in one call. Fails when the prefix, the tokenizer's state or a bucket differ."""
+        pipe = pipeline.load(
+            folder / "model", dtype="float32", instruction=folder / "instruction.txt"
+        )
+        assert len(pipe.text.prompts.prefix) > 5
+        path = folder / "model.sprint"
+        header = export.export(pipe, path, steps=[1], height=32, width=64, longest=20)
+        assert [p.length for p in header.programs] == [15, 31]
+        read = exported.load(path)
+        np.testing.assert_array_equal(read.text.prefix, pipe.text.prompts.prefix)
+        prompts = [
+            "gulls",
+            "A red fox in the snow, watercolour, soft light, and a lake in autumn with mist ",
+        ]
+        for ours, theirs in zip(
+            read.text.prepare(prompts), pipe.text.prepare(prompts), strict=True
+        ):
+            assert ours[0] == theirs[0]
+            np.testing.assert_array_equal(ours[1]["tokens"], theirs[1]["tokens"])
+        assert {length for length, _ in read.text.prepare(prompts)} == {15, 31}
+        options = dict(steps=1, height=32, width=64, seed=2)
+        made = generation.generate(read, prompts, **options)
+        np.testing.assert_array_equal(made, generation.generate(pipe, prompts, **options))
+        assert (made[0] != made[1]).any() and not any(
+            name.startswith("pixels.encoder") for name in read.params
+        )
+        with pytest.raises(UserError, match="padded to 127 tokens: it takes prompts of at most 31"):
+            generation.generate(read, ["a lake in the mist, " * 8], **options)
+        shutil.rmtree(folder / "model")
+        np.testing.assert_array_equal(
+            generation.generate(exported.load(path), prompts, **options), made
+        )

@@ -1,0 +1,392 @@
+"""The page in a real browser: prompt, upload and drawing to pictures, messages, two tabs, nothing from elsewhere.
+
+SPRINT_JAX_ARTEFACTS names a folder that keeps the screenshots.
+"""
+
+import base64
+import contextlib
+import io
+import os
+import pathlib
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers import browser
+from helpers.runs import free_port
+from helpers.servers import paint, served, wait_until
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        browser.chromium() is None, reason="no Chromium here (Debian: apt-get install chromium)"
+    ),
+]
+SAVE = """(image) => { const c = document.createElement('canvas'); c.width = image.naturalWidth; c.height = image.naturalHeight;
+  c.getContext('2d').drawImage(image, 0, 0); return c.toDataURL('image/png'); }"""
+
+
+IDLE = "!document.getElementById('sprint-frame').classList.contains('busy')"
+
+
+@pytest.fixture(scope="module")
+def address(command, finished):
+    """Of the real command with an untrained model."""
+    port = free_port()
+    process = command(
+        "sprint_jax.commands.serve", f"--model={finished}", f"--port={port}", background=True
+    )
+    address = f"http://127.0.0.1:{port}"
+    end = time.monotonic() + 120
+    while True:
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{address}/health").json()["ready"]:
+                break
+        time.sleep(0.3)
+    yield address
+    process.terminate()
+    assert process.wait(30) == 0
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser.started() as started:
+        yield started
+
+
+@pytest.fixture
+def page(chromium, address):
+    """A tab whose requests are in page.asked, as (method, address, JSON), and which no script error may befall."""
+    errors, page = [], chromium.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    page.asked = []
+    page.on(
+        "request",
+        lambda request: page.asked.append((request.method, request.url, request.post_data)),
+    )
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+    page.wait_for_selector("#sprint-ready:text('Ready')", timeout=60_000)
+    page.wait_for_selector("#sprint-draw-text")
+    yield page
+    page.context.close()
+    assert not errors
+
+
+@pytest.fixture
+def keep(tmp_path):
+    """keep(page, name): a screenshot."""
+    folder = pathlib.Path(os.environ.get("SPRINT_JAX_ARTEFACTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return lambda page, name: page.screenshot(path=folder / f"{name}.png")
+
+
+def posts(page):
+    return [data for method, url, data in page.asked if method == "POST"]
+
+
+def picture(page):
+    """What the page shows: uint8 [H, W, 3]."""
+    url = page.locator("#sprint-frame img").evaluate(SAVE)
+    return np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
+    )
+
+
+def answer(address, body):
+    """The picture of a request asked for by a program."""
+    reply = httpx.post(
+        f"{address}/generate", content=body, headers={"content-type": "application/json"}
+    )
+    assert reply.status_code == 200, reply.text
+    return reply.content, np.asarray(Image.open(io.BytesIO(reply.content)))
+
+
+def test_a_prompt_becomes_a_picture(page, address, keep):
+    page.fill("#sprint-prompt textarea", "a blue circle above a red square")
+    page.locator("#sprint-steps label").nth(3).click()
+    page.fill("#sprint-seed input", "11")
+    page.click("#sprint-draw-text")
+    browser.wait_for_picture(page, 0)
+    sent = posts(page)[-1]
+    assert (
+        '"prompt":"a blue circle above a red square"' in sent
+        and '"steps":4' in sent
+        and '"seed":11' in sent
+    )
+    file, expected = answer(address, sent)
+    np.testing.assert_array_equal(picture(page), expected)
+    for stage in ("waiting", "drawing", "encoding", "in all"):
+        assert f"{stage} " in page.locator("#sprint-about").inner_text()
+    with page.expect_download() as download:
+        page.click("#sprint-download")
+    assert download.value.suggested_filename == "a_blue_circle_above_a_red_square_seed11_steps4.png"
+    assert pathlib.Path(download.value.path()).read_bytes() == file
+
+    page.click("#sprint-new-seed")
+    browser.wait_for_picture(page, 1)
+    page.wait_for_function("document.querySelector('#sprint-seed input').value !== '11'")
+    gallery = page.locator("#sprint-gallery button")
+    assert gallery.count() == 2 and not np.array_equal(picture(page), expected)
+    gallery.nth(1).click()
+    np.testing.assert_array_equal(picture(page), expected)
+    keep(page, "prompt")
+    # Nothing came from elsewhere, and nothing was asked of Gradio's own endpoints.
+    assert all(url.startswith((address, "blob:", "data:")) for _, url, _ in page.asked)
+    assert not [url for _, url, _ in page.asked if "gradio_api" in url]
+
+
+def test_wrong_input_becomes_a_message(page, keep):
+    page.fill("#sprint-prompt textarea", "a zebra")
+    page.click("#sprint-draw-text")
+    message = page.locator("#sprint-message")
+    page.wait_for_function("document.getElementById('sprint-message').textContent")
+    assert "'zebra'" in message.inner_text() and "circle" in message.inner_text()
+    keep(page, "message")
+    for prompt, word in (
+        ("", "empty"),
+        ("x" * 100_000, "100000"),
+        ("a <b>circle</b>", "<b>circle</b>"),
+    ):
+        page.fill("#sprint-prompt textarea", prompt)
+        page.click("#sprint-draw-text")
+        page.wait_for_function(
+            "word => document.getElementById('sprint-message').textContent.includes(word)", arg=word
+        )
+    assert message.locator("b").count() == 0  # shown, not obeyed
+    page.fill("#sprint-prompt textarea", "a circle")
+    page.fill("#sprint-seed input", "-4")
+    page.click("#sprint-draw-text")
+    page.wait_for_function(
+        "document.getElementById('sprint-message').textContent.includes('seed is -4')"
+    )
+    page.fill("#sprint-seed input", "4")
+    page.click("#sprint-draw-text")
+    browser.wait_for_picture(page, 0)
+    assert message.inner_text() == ""
+
+
+def test_an_upload_becomes_a_picture(page, address, tmp_path, keep):
+    browser.tab(page, "Picture")
+    page.click("#sprint-draw-picture")
+    page.wait_for_function(
+        "document.getElementById('sprint-message').textContent.includes('Choose a picture')"
+    )
+    start = np.zeros((60, 40, 4), np.uint8)
+    start[:30] = (255, 0, 0, 255)
+    Image.fromarray(start).save(tmp_path / "start.png")
+    page.set_input_files("#sprint-file", tmp_path / "start.png")
+    browser.wait_for_picture(page, 0)
+    sent = posts(page)[-1]
+    assert '"strength":0.6' in sent and '"image":"data:image/png;base64,' in sent
+    np.testing.assert_array_equal(picture(page), answer(address, sent)[1])
+    keep(page, "upload")
+    (tmp_path / "lie.png").write_text("<svg onload='alert(1)'/>")
+    page.set_input_files("#sprint-file", tmp_path / "lie.png")
+    page.wait_for_function(
+        "document.getElementById('sprint-message').textContent.includes('not a PNG')"
+    )
+    (tmp_path / "large.png").write_bytes(b"x" * (8 * 2**20 + 1))
+    page.set_input_files("#sprint-file", tmp_path / "large.png")
+    page.wait_for_function(
+        "document.getElementById('sprint-message').textContent.includes('at most')"
+    )
+
+
+def test_a_drawing_becomes_a_picture_as_it_is_drawn(page, address, keep):
+    """Pictures come during a slow stroke, and at last that of the whole drawing."""
+    browser.tab(page, "Sketch")
+    browser.stroke(page, (0.2, 0.2), (0.8, 0.2), (0.8, 0.8), pause=20)
+    page.wait_for_function(IDLE)
+    sent = posts(page)
+    assert len(sent) >= 2 and browser.shown(page) >= 1
+    canvas = page.evaluate("document.getElementById('sprint-canvas').toDataURL('image/png')")
+    assert f'"image":"{canvas}"' in sent[-1] and '"strength":0.6' in sent[-1]
+    np.testing.assert_array_equal(picture(page), answer(address, sent[-1])[1])
+    assert page.locator("#sprint-gallery button").count() == 1  # of one stroke the last
+    keep(page, "sketch")
+    # Another prompt draws the same sketch again.
+    before = browser.shown(page)
+    page.fill("#sprint-prompt textarea", "a green triangle")
+    browser.wait_for_picture(page, before)
+    assert '"prompt":"a green triangle"' in posts(page)[-1]
+
+
+def test_fast_moves_are_one_request(page):
+    """A hundred moves in one go are sent once, when the pen is lifted."""
+    browser.tab(page, "Sketch")
+    page.wait_for_selector("#sprint-canvas")
+    page.evaluate("""() => {
+      const canvas = document.getElementById('sprint-canvas'), box = canvas.getBoundingClientRect();
+      canvas.setPointerCapture = () => {};  // these pointers are not real
+      const move = (kind, i) => canvas.dispatchEvent(new PointerEvent(kind, { clientX: box.left + i, clientY: box.top + i }));
+      move('pointerdown', 10);
+      for (let i = 10; i < 110; i++) move('pointermove', i);
+      move('pointerup', 110);
+    }""")
+    browser.wait_for_picture(page, 0)
+    page.wait_for_timeout(300)
+    assert len(posts(page)) == 1
+
+
+def test_the_newest_stroke_wins(page):
+    """The server's first answer is held back until after the second: it must not be shown."""
+    browser.tab(page, "Sketch")
+    page.evaluate("""() => {
+      const real = window.fetch; let count = 0; window.held = 0; window.aborted = 0;
+      window.fetch = async (url, options) => {
+        if (url !== 'generate') return real(url, options);
+        const number = ++count;
+        options.signal.addEventListener('abort', () => { window.aborted++; });
+        const reply = await real(url, { ...options, signal: undefined });
+        if (number === 1) { await new Promise((go) => { window.release = go; }); window.held = 1; }
+        return reply;
+      };
+    }""")
+    browser.stroke(page, (0.2, 0.2), (0.3, 0.2))
+    page.wait_for_function("!!window.release")  # a function alone would be called
+    browser.stroke(page, (0.2, 0.8), (0.8, 0.8))
+    browser.wait_for_picture(page, 0)
+    page.wait_for_function(IDLE)
+    last, count = picture(page), browser.shown(page)
+    page.evaluate("window.release()")
+    page.wait_for_function("window.held === 1")
+    page.wait_for_timeout(200)
+    assert page.evaluate("window.aborted") >= 1 and browser.shown(page) == count
+    np.testing.assert_array_equal(picture(page), last)
+
+
+def test_two_tabs_at_once(chromium, address, keep):
+    """Each shows its own pictures, although both draw at the same time."""
+    tabs = [browser.opened(chromium, address) for _ in range(2)]
+    expected = []
+    for number, page in enumerate(tabs):
+        page.fill("#sprint-seed input", str(100 + number))
+        page.wait_for_timeout(300)
+        body = page.evaluate(
+            "JSON.stringify({prompt: document.querySelector('#sprint-prompt textarea').value,"
+            f" seed: {100 + number}}})"
+        )
+        expected.append(answer(address, body)[1])
+    assert not np.array_equal(*expected)
+    for _ in range(3):
+        for page in tabs:
+            page.evaluate("sprint.draw()")
+    for page, right in zip(tabs, expected):
+        page.wait_for_function("document.querySelector('#sprint-frame img') && " + IDLE)
+        np.testing.assert_array_equal(picture(page), right)
+    keep(tabs[1], "two_tabs")
+    for page in tabs:
+        page.context.close()
+
+
+def test_the_page_says_how_far_compiling_is(chromium):
+    """With stand-ins for model and compiler. Who asks too early is told so; ready means ready."""
+    compiled = threading.Event()
+
+    def prepare(say):
+        say(3, 8)
+        compiled.wait(60)
+        say(8, 8)
+
+    with served(with_page=True, prepare=prepare) as (address, _):
+        page = chromium.new_page()
+        page.goto(address)
+        page.wait_for_function(
+            "document.getElementById('sprint-ready')?.textContent.includes('3 of 8')"
+        )
+        assert page.locator("#sprint-ready progress").get_attribute("value") == "3"
+        page.click("#sprint-draw-text")
+        page.wait_for_function(
+            "document.getElementById('sprint-message').textContent.includes('being compiled')"
+        )
+        compiled.set()
+        page.wait_for_selector("#sprint-ready:text('Ready')")
+        page.click("#sprint-draw-text")
+        browser.wait_for_picture(page, 0)
+        page.close()
+
+
+def test_a_closed_tab_gives_up_its_place_and_a_password_is_asked_for(chromium, gate):
+    with served(lambda request: paint(gate(request)), password="secret", with_page=True) as (
+        address,
+        queue,
+    ):
+        stranger = chromium.new_page()
+        with pytest.raises(Exception, match="ERR_INVALID_AUTH_CREDENTIALS|401"):
+            assert stranger.goto(address).status != 401, "401"
+        stranger.close()
+        tabs = [
+            browser.opened(
+                chromium, address, http_credentials={"username": "me", "password": "secret"}
+            )
+            for _ in range(2)
+        ]
+        tabs[0].click("#sprint-draw-text")
+        wait_until(lambda: gate.seen)
+        tabs[1].click("#sprint-draw-text")
+        wait_until(lambda: queue.length == 1)
+        tabs[1].context.close()
+        wait_until(lambda: queue.length == 0)
+        gate.open.set()
+        browser.wait_for_picture(tabs[0], 0)
+        tabs[0].context.close()
+        assert len(gate.seen) == 1
+
+
+def slowly(request):
+    time.sleep(0.3)
+    return paint(request)
+
+
+def test_a_slow_model_shows_pictures_on_the_way(chromium):
+    """A picture that takes longer than the pen's next move is waited for, or nothing would be shown before the end. And an end is told."""
+    with served(slowly, with_page=True) as (address, _):
+        page = browser.opened(chromium, address)
+        browser.tab(page, "Sketch")
+        page.wait_for_selector("#sprint-canvas")
+        browser.stroke(page, (0.1, 0.1), (0.9, 0.1), (0.9, 0.9), pause=100)
+        assert browser.shown(page) >= 3
+        page.wait_for_function(IDLE)
+    page.wait_for_selector("#sprint-ready:text('The server does not answer')", timeout=20_000)
+    page.context.close()
+
+
+def test_one_pen_at_a_time_on_paper_of_the_pictures_shape(chromium):
+    """A second finger and the right button draw nothing; another size reshapes the paper and keeps what is drawn on it."""
+    with served(with_page=True) as (address, _):
+        page = browser.opened(chromium, address)
+        browser.tab(page, "Sketch")
+        page.wait_for_selector("#sprint-canvas")
+        blank, first, second, shape = page.evaluate("""() => {
+          const canvas = document.getElementById('sprint-canvas'), box = canvas.getBoundingClientRect();
+          canvas.setPointerCapture = () => {};
+          const at = (kind, x, more) => canvas.dispatchEvent(
+            new PointerEvent(kind, { clientX: box.left + x, clientY: box.top + x, pointerId: 1, ...more }));
+          const blank = canvas.toDataURL();
+          at('pointerdown', 40, { button: 2 }); at('pointermove', 90, {}); at('pointerup', 90, {});
+          const right = canvas.toDataURL();
+          at('pointerdown', 40, {}); at('pointermove', 60, {});
+          const first = canvas.toDataURL();
+          at('pointerdown', 150, { pointerId: 2 }); at('pointermove', 190, { pointerId: 2 }); at('pointerup', 190, { pointerId: 2 });
+          const second = canvas.toDataURL();
+          at('pointerup', 60, {});
+          return [blank === right, first !== blank, second === first, canvas.width / canvas.height];
+        }""")
+        assert blank and first and second and shape == 1
+        browser.wait_for_picture(page, 0)
+        before = browser.shown(page)
+        page.get_by_label("Height × width").click()
+        page.get_by_role("option", name="32 × 48").click()
+        browser.wait_for_picture(page, before)
+        page.wait_for_function(IDLE)
+        sheet = page.evaluate("document.getElementById('sprint-canvas').toDataURL('image/png')")
+        drawing = np.asarray(
+            Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2]))).convert("L")
+        )
+        assert (drawing < 128).any() and picture(page).shape == (32, 48, 3)
+        page.context.close()

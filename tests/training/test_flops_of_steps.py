@@ -1,0 +1,152 @@
+"""Nothing is computed twice in a training step: products counted in the trace, under scan and remat, and by the compiler.
+
+F is the network once, Fe the part of it up to the last hooked block, H the heads, on the same batch.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from helpers.runs import ROOT
+from sprint_jax import build, config
+from sprint_jax.diffusion import scm
+from sprint_jax.planning import flops
+from sprint_jax.training import sprint_step
+
+BATCH = 8
+
+
+def card(model=(), **sprint):
+    """A small card: blocks in a loop, two heads, the last at four of six blocks."""
+    namespace = {}
+    exec((ROOT / "configs/sprint.py").read_text(), namespace)
+    tree = namespace["get_config"]("smoke")
+    tree.model.update(dict(width=64, depth=6, heads=2, cross_heads=2, unroll=1) | dict(model))
+    tree.sprint.update(dict(head_blocks=(1, 3), batch=BATCH) | sprint)
+    return config.parse(tree)
+
+
+@dataclasses.dataclass
+class Case:
+    """Steps of a card on abstract arrays. Plain descent, for Muon has products of its own."""
+
+    c: config.Config
+
+    def __post_init__(self):
+        array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+        self.nets = dataclasses.replace(
+            build.nets(self.c), tx=optax.sgd(1.0), heads_tx=optax.sgd(1.0)
+        )
+        text = self.c.text.length, self.c.text.dim
+        self.latent = build.latent_shape(self.c)
+        self.batch = {
+            "latent": array(BATCH, *self.latent),
+            "text": array(BATCH, *text),
+            "mask": array(BATCH, text[0]),
+        }
+        teacher = jax.eval_shape(self.nets.teacher.init, jax.random.key(0))
+        self.frozen = {
+            "teacher": teacher,
+            "null_text": array(1, *text),
+            "null_mask": array(1, text[0]),
+        }
+        begin = lambda p, k: sprint_step.start(p, self.nets, self.c.sprint, k)
+        self.state = jax.eval_shape(begin, teacher, jax.random.key(0))
+        self.inputs = (
+            array(BATCH, *self.latent),
+            array(BATCH),
+            self.batch["text"],
+            self.batch["mask"],
+        )
+
+    def network(self, *args, **options):
+        out = self.nets.teacher.apply(*args, **options)
+        return out.velocity, out.features
+
+    def forward(self):
+        return flops.count(self.network, self.frozen["teacher"], *self.inputs).multiplied
+
+    def features(self):
+        partial = functools.partial(
+            self.network, features=self.c.sprint.head_blocks, velocity=False
+        )
+        return flops.count(partial, self.frozen["teacher"], *self.inputs).multiplied
+
+    def heads(self):
+        tokens = jax.ShapeDtypeStruct(
+            (BATCH, self.latent[0] * self.latent[1], self.c.model.width), jnp.float32
+        )
+        return flops.count(
+            self.nets.heads.apply, self.state.heads, self.state.spectral, [tokens] * 2
+        ).multiplied
+
+    def step(self, make):
+        return make(self.nets, self.c.sprint, 0)
+
+    def count(self, make):
+        return flops.count(self.step(make), self.state, self.frozen, self.batch).multiplied
+
+
+def unshared(F, v, xt, t, *, r):
+    """`scm.consistency` as the published trainer has it: the value by a forward pass of its own."""
+    cos_sin = jnp.cos(t) * jnp.sin(t)
+    tangents = (scm.expand(cos_sin, xt) * v / scm.SIGMA_D, cos_sin)
+    F_minus, J, _ = jax.lax.stop_gradient(jax.jvp(F, (xt / scm.SIGMA_D, t), tangents, has_aux=True))
+    value, logvar = F(xt / scm.SIGMA_D, t)
+    return value, logvar, jax.lax.stop_gradient(scm.tangent(F_minus, J, v, xt, t, r))
+
+
+def test_generator_shares_the_primal(monkeypatch):
+    """sCM: teacher 2 F, value and tangent 2 F, backward 2 F; less what has no tangent (text). Unshared 1 F more."""
+    case = Case(card(adv_weight=0.0))
+    forward, counted = case.forward(), case.count(sprint_step.make_generator_step)
+    assert 5.6 * forward < counted < 6 * forward
+    monkeypatch.setattr(scm, "consistency", unshared)
+    assert case.count(sprint_step.make_generator_step) - counted == pytest.approx(forward, rel=0.05)
+
+
+@pytest.mark.parametrize("remat,again", [("none", 0), ("cheap", 0.5), ("block", 2.7)])
+def test_whole_generator(remat, again):
+    """9 F + 2 Fe + 2 H. Remat adds the blocks of two student passes and of the features once, and no tangent again."""
+    case = Case(card({"remat": remat}))
+    least = 9 * case.forward() + 2 * case.features() + 2 * case.heads()
+    counted = case.count(sprint_step.make_generator_step)
+    assert 0.93 * least < counted < least + again * case.forward()
+
+
+def test_features_end_at_the_last_hooked_block():
+    case = Case(card())
+    # Four of six blocks, and no outputs.
+    assert case.features() / case.forward() == pytest.approx(4 / 6, abs=0.03)
+
+
+def test_whole_discriminator():
+    """The student once, features of fake, misaligned and real, heads forward and backward: F + 3 Fe + 9 H."""
+    case = Case(card())
+    most = case.forward() + 3 * case.features() + 9 * case.heads()
+    assert 0.97 * most < case.count(sprint_step.make_discriminator_step) <= most
+
+
+@pytest.mark.slow
+def test_compiler_agrees():
+    """XLA's own count (a loop's body once, so without loops; elementwise work included)."""
+    case = Case(card({"depth": 2, "unroll": 2}, adv_weight=0.0, head_blocks=(1,)))
+    options = {"xla_backend_optimization_level": 0}
+
+    def compiled(function, *args):
+        return (
+            jax.jit(function)
+            .lower(*args)
+            .compile(compiler_options=options)
+            .cost_analysis()["flops"]
+        )
+
+    forward = compiled(case.network, case.frozen["teacher"], *case.inputs)
+    generator = compiled(
+        case.step(sprint_step.make_generator_step), case.state, case.frozen, case.batch
+    )
+    assert 5.6 * forward < generator < 6.4 * forward

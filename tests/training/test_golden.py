@@ -1,0 +1,77 @@
+"""One generator and one discriminator step at `smoke` size: recorded numbers next to identities.
+
+If a change of the method moves the recorded numbers on purpose, the identities must still hold; then
+record the new ones with the change that explains them.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from helpers.configs import card
+from sprint_jax import build, config
+from sprint_jax.data import shapes_batches
+from sprint_jax.training import sprint_step
+
+
+@pytest.fixture(scope="module")
+def stepped():
+    """(metrics of a generator step, of the discriminator step after it, config)."""
+    c = config.parse(card(preset="smoke"))
+    nets, encoder = build.nets(c), build.text_encoder(c)
+    teacher = nets.teacher.init(jax.random.key(0))
+    null_text, null_mask = encoder.encode([""])
+    frozen = {"teacher": teacher, "null_text": null_text, "null_mask": null_mask}
+    student = sprint_step.student_params(
+        teacher, nets, jax.random.key(1), logvar_start=c.sprint.logvar_start
+    )
+    state = sprint_step.init(student, nets, c.sprint, jax.random.key(2))
+    batch = lambda k: shapes_batches.make_batch(
+        k,
+        seed=0,
+        batch=c.sprint.batch,
+        size=c.data.size,
+        codec=build.codec(c),
+        text_encoder=encoder,
+    )
+    state, generator = jax.jit(sprint_step.make_generator_step(nets, c.sprint, 1))(
+        state, frozen, batch(0)
+    )
+    state, discriminator = jax.jit(sprint_step.make_discriminator_step(nets, c.sprint, 1))(
+        state, frozen, batch(1)
+    )
+    assert int(state.step) == 2
+    return jax.device_get(generator), jax.device_get(discriminator), c
+
+
+def test_identities(stepped):
+    """Fails when the squared norm in scm.normalize_tangent becomes a mean, or adv_weight is not applied.
+
+    With F - F- = 0 the sCM error is the normalised tangent's mean square, below 1 / D; the log-variance
+    head starts at zero; the total is the weighted sum of both losses.
+    """
+    generator, _discriminator, c = stepped
+    elements = np.prod(build.latent_shape(c))
+    assert 0.5 / elements < generator["error"] < 1 / elements
+    assert generator["logvar"] == 0
+    total = c.sprint.scm_weight * generator["scm"] + c.sprint.adv_weight * generator["adv"]
+    np.testing.assert_allclose(generator["loss"], total, rtol=1e-5)
+    norms = [v for k, v in generator.items() if k.startswith("grad_norm/")]
+    np.testing.assert_allclose(np.sqrt(np.square(norms).sum()), generator["grad_norm"], rtol=1e-5)
+
+
+def test_recorded_numbers(stepped):
+    generator, discriminator, _ = stepped
+    found = {k: float(generator[k]) for k in ("scm", "adv", "tangent_norm", "grad_norm")}
+    found |= {k: float(discriminator[k]) for k in ("disc", "disc_grad_norm")}
+    assert found == pytest.approx(GOLDEN, rel=2e-3), f"found {found!r}"
+
+
+GOLDEN = {
+    "scm": 0.0054457625,
+    "adv": -0.18165711,
+    "tangent_norm": 0.6746083,
+    "grad_norm": 1.1190751,
+    "disc": 1.0555941,
+    "disc_grad_norm": 0.5119000,
+}

@@ -1,0 +1,182 @@
+"""What all steps share: the moving average, clipping, which parameters are matrices to Muon, and the rates of a run."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from helpers.configs import card
+from sprint_jax import build, config
+from sprint_jax.training import datasets, run, state
+
+NONE = (lambda *_: False, lambda *_: False)  # rules of CAME, which nothing here is trained by
+
+
+def plain(**changes):
+    """Descent whose update of a constant gradient is the rate itself."""
+    o = config.parse(card(preset="smoke")).sprint.head_optimizer
+    usual = dict(kind="adamw", lr=0.01, warmup=0, decay_to=1.0, b1=0.0, weight_decay=0.0, clip=1e9)
+    return dataclasses.replace(o, **(usual | changes))
+
+
+def test_the_average_of_three_updates():
+    """By hand, from 1: a share of (1 + step) / (10 + step) stays, at most the decay. Fails when the two shares are swapped."""
+    ema = state.start_ema({"w": jnp.ones(2)}, 0.15)
+    for step, (value, expected) in enumerate([(2.0, 1.9), (3.0, 2.835), (5.0, 4.67525)]):
+        ema = state.update_ema(ema, {"w": jnp.full(2, value)}, 0.15, step)
+        np.testing.assert_allclose(ema["w"], expected, rtol=1e-6)
+    assert (
+        state.start_ema({"w": jnp.ones(2)}, 0.0)
+        is state.update_ema(None, {"w": jnp.ones(2)}, 0.0, 0)
+        is None
+    )
+
+
+def test_clipping_is_by_the_norm_of_the_whole_gradient():
+    """A gradient ten times too long is one as long as allowed; a shorter one is left. Fails without the clipping, and with one of each leaf.
+
+    By the second update of moments that remember the first: Adam's first does not depend on the gradient's length.
+    """
+    rng = np.random.default_rng(0)
+    long, short = (
+        {"a": rng.standard_normal(3), "b": rng.standard_normal((2, 2))} for _ in range(2)
+    )
+    of_norm = lambda g, c: jax.tree.map(
+        lambda a: jnp.float32(a * c / np.sqrt(sum(np.square(x).sum() for x in g.values()))), g
+    )
+    tx = state.optimizer(plain(b1=0.9, clip=0.3), 10, 1, came_rules=NONE)
+
+    def second(first, then):
+        params = jax.tree.map(jnp.zeros_like, first)
+        _, held = tx.update(first, tx.init(params), params)
+        return tx.update(then, held, params)[0]
+
+    expected = second(of_norm(long, 0.3), of_norm(short, 0.2))
+    found = second(of_norm(long, 3.0), of_norm(short, 0.2))
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+    raised = second(of_norm(long, 0.3), of_norm(short, 0.3))
+    assert np.abs(raised["a"] - expected["a"]).max() > 1e-4
+
+
+BLOCK = {
+    f"blocks/{name}/kernel"
+    for name in (
+        "attn1/to_qkv",
+        "attn1/to_out",
+        "attn2/to_q",
+        "attn2/to_k",
+        "attn2/to_v",
+        "attn2/to_out",
+        "ff/conv_inverted",
+        "ff/conv_point",
+    )
+}
+INPUTS = {
+    f"inputs/{name}/kernel"
+    for name in (
+        "caption/linear_1",
+        "caption/linear_2",
+        "time_embed/linear_1",
+        "time_embed/linear_2",
+        "time_proj",
+    )
+}
+GUIDANCE = {f"inputs/guidance_embed/linear_{i}/kernel" for i in (1, 2)}
+
+
+def test_which_parameters_are_matrices():
+    """Inner kernels, by their last two axes: no embedding of pixels, no output, no convolution over places, no table, no bias."""
+    student = build.student(config.parse(card("controlnet")))
+    params = jax.eval_shape(student.init, jax.random.key(0))
+    found = {}
+    jax.tree_util.tree_map_with_path(
+        lambda path, leaf, axes: found.update(
+            {jax.tree_util.keystr(path, simple=True, separator="/"): (leaf.ndim, axes)}
+        ),
+        params,
+        state._matrices(params),
+    )
+    matrices = {name: axes for name, (_, axes) in found.items() if axes is not None}
+    trunk, control = (
+        BLOCK | INPUTS | GUIDANCE,
+        BLOCK | INPUTS | {"zero_in/kernel", "zero_out/kernel"},
+    )
+    assert matrices.keys() == {f"trunk/{n}" for n in trunk} | {f"control/{n}" for n in control}
+    for name, axes in matrices.items():
+        ndim = 3 if "blocks" in name or "zero_out" in name else 2
+        assert found[name][0] == ndim and (axes.reduction_axis, axes.output_axis) == (
+            ndim - 2,
+            ndim - 1,
+        )
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (3, 12, 12)], ids=["one", "a stack"])
+def test_an_update_of_muon_turns_and_does_not_stretch(shape):
+    """Singular values near 1, of each layer. Fails when kernels are left to AdamW, and when a stack is taken for one matrix."""
+    tx = state.optimizer(plain(kind="muon", muon_lr=1.0), 10, 1, came_rules=NONE)
+    g = {
+        "dense": {
+            "kernel": jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+        }
+    }
+    updates, _ = tx.update(g, tx.init(g), g)
+    values = np.linalg.svd(np.asarray(updates["dense"]["kernel"]), compute_uv=False)
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert (np.asarray(updates["dense"]["kernel"]) * np.asarray(g["dense"]["kernel"])).sum() < 0
+
+
+def rates(tx, updates):
+    """The first ones that a `plain` optimiser moves by."""
+    params = {"w": jnp.zeros(2)}
+
+    def one(held, _):
+        step, held = tx.update({"w": jnp.full(2, 0.1)}, held, params)
+        return held, -step["w"][0]
+
+    return np.asarray(jax.lax.scan(one, tx.init(params), None, updates)[1])
+
+
+def test_rates_of_a_distillation():
+    """Rise from lr / (warmup + 1), then half a cosine down to decay_to at the last update. Each network has half of the steps."""
+    c = config.parse(card(preset="smoke"))
+    curve = dict(warmup=4, decay_to=0.1)
+    own = dict(optimizer=plain(**curve), head_optimizer=plain(**curve, lr=0.02))
+    nets = build.nets(dataclasses.replace(c, sprint=dataclasses.replace(c.sprint, steps=40, **own)))
+    share = [
+        (i + 1) / 5 if i < 4 else 0.1 + 0.9 * (1 + math.cos(math.pi * (i - 4) / 16)) / 2
+        for i in range(21)
+    ]
+    assert share[4] == 1 and share[20] == pytest.approx(0.1)
+    np.testing.assert_allclose(rates(nets.tx, 21), 0.01 * np.array(share), rtol=1e-4)
+    np.testing.assert_allclose(rates(nets.heads_tx, 21), 0.02 * np.array(share), rtol=1e-4)
+
+
+def test_rates_of_a_fine_tuning(monkeypatch):
+    """Both are lowered by the same factor, over its own steps. Fails when Muon keeps the rate of the first training."""
+    tree = card(preset="smoke")
+    tree.teacher.update(
+        base_qk_norm=False,
+        base_time_scale=1000.0,
+        finetune_steps=6,
+        finetune_lr=tree.teacher.optimizer.lr / 4,
+    )
+    c = config.parse(tree)
+    seen = []
+    monkeypatch.setattr(
+        run.state,
+        "optimizer",
+        lambda o, steps, batch, came_rules: seen.append((o, steps, batch)) or optax.sgd(0.0),
+    )
+    for stage in run.teacher_stages(c, datasets.Abstract(c), None):
+        stage({})
+    o = c.teacher.optimizer
+    slower = dataclasses.replace(o, lr=o.lr / 4, muon_lr=o.muon_lr / 4)
+    assert (
+        seen == [(o, c.teacher.steps, c.teacher.batch), (slower, 6, c.teacher.batch)]
+        and o.muon_lr > 0
+    )
