@@ -6,7 +6,6 @@ fonts-noto-color-emoji). Makes DIR/emoji/1.0.0 (TFDS, array_record) and DIR/prev
 
 import contextlib
 import io
-import json
 import pathlib
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from absl import app, flags
 
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import cli
+from sprint_jax.storage.settings import Keeper
 
 _TO_DIR = flags.DEFINE_string("to_dir", None, "Folder to make the data set in.")
 _SIDE = flags.DEFINE_integer("side", 64, "Side of the emoji pictures in pixels, 64 to 128.")
@@ -26,6 +26,13 @@ _FONT = flags.DEFINE_string(
     "font", None, "NotoColorEmoji.ttf; default: where Debian's fonts-noto-color-emoji puts it."
 )
 
+_KEEPER = Keeper(
+    file="metadata.json",  # which TFDS writes
+    flag="to_dir",
+    refusal="{folder} was made with {key} {old}, not {new}: give another --{flag}, or remove it",
+    foreign="{folder} was not made by this command: give another --{flag}",
+    unreadable="{folder} was not made by this command: give another --{flag}",
+)
 _PREVIEWED = 64
 
 
@@ -57,7 +64,7 @@ def _make(root, font):
     made = root / dataset.Emoji.name / str(dataset.Emoji.VERSION)
     settings = dict(seed=_DATA_SEED.value, size=_SIDE.value, count=_COUNT.value)
     if (made / "dataset_info.json").exists():
-        _check_same(made, settings | {"font_sha256": font.digest})
+        _KEEPER.check(made, settings | {"font_sha256": font.digest})
         print(f"{made} is there already, nothing to do")
     else:
         (root / "preview.png").unlink(missing_ok=True)
@@ -69,23 +76,6 @@ def _make(root, font):
         _preview(root / "preview.png", font, **settings)
         print(f"look at {root / 'preview.png'}")
     print(f"next: python -m sprint_jax encode --source={made}")
-
-
-def _check_same(made, settings):
-    """Refuses what is there if it was made with other settings."""
-    try:
-        have = json.loads((made / "metadata.json").read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{made} was not made by this command: give another --to_dir") from None
-    other = [
-        f"{name} {have.get(name)}, not {value}"
-        for name, value in settings.items()
-        if have.get(name) != value
-    ]
-    if other:
-        raise UserError(
-            f"{made} was made with {'; '.join(other)}: give another --to_dir, or remove it"
-        )
 
 
 def _build(root, font, settings):

@@ -8,9 +8,7 @@ A folder keeps to its settings: other ones are refused by name. What is there is
 pictures are there, so that a command that ends before them locks nothing.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import pathlib
@@ -22,9 +20,11 @@ from sprint_jax.errors import UserError
 from sprint_jax.evaluation import dpg, image_sets
 from sprint_jax.sampling import pipeline
 from sprint_jax.storage import files, image_files, revision, run_files
+from sprint_jax.storage.settings import Keeper
 
 PROTOCOL, MANIFEST, PICTURES = "protocol.json", "manifest.jsonl", "pictures"
 FORMATS = {"png": "PNG", "jpeg": "JPEG"}
+_KEEPER = Keeper(file=PROTOCOL, flag="out", section="settings")
 _WINDOW = 8  # batches whose pictures are made before they are written
 _ENDS = 1 << 20  # bytes at each end of a file that go into its fingerprint
 
@@ -103,54 +103,39 @@ def fingerprint(model) -> str:
 
 
 def check(out, settings, units):
-    """Raises UserError where `claim` would, and claims nothing. Makes the folder, which is so known to be writable."""
-    out, asked = pathlib.Path(out), json.loads(json.dumps(settings))
-    with _writing(out):
-        _check_settings(out, asked)
+    """Raise UserError where `claim` would; claim nothing.
+
+    The folder is made, so that one that cannot be written is refused as well.
+    """
+    out = pathlib.Path(out)
+    with _KEEPER.hold(out):
+        _check_settings(out, settings)
         _rows(out, units)
 
 
 def claim(out, settings, units):
-    """Makes the folder belong to these settings. Raises UserError naming the first setting or prompt that differs.
+    """Make the folder belong to these settings.
 
     settings: plain values that decide about pixels. Several processes may claim one folder at once.
+    Raises UserError naming the first setting or image that differs.
     """
-    out, asked = pathlib.Path(out), json.loads(json.dumps(settings))
-    with _writing(out):
-        _check_settings(out, asked)
-        if not (out / PROTOCOL).exists():
-            files.write_text(
-                out / PROTOCOL, json.dumps({"settings": asked, "made_by": []}, indent=2) + "\n"
-            )
+    out = pathlib.Path(out)
+    with _KEEPER.hold(out):
+        _check_settings(out, settings)
+        _KEEPER.claim(out, settings)
         rows = _rows(out, units).values()
-        files.write_text(
-            out / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        )
+        with _KEEPER.writing(out):
+            (out / PICTURES).mkdir(exist_ok=True)
+            files.write_text(
+                out / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            )
 
 
-@contextlib.contextmanager
-def _writing(out):
-    """One process at a time in the folder, which is made. Raises UserError where it cannot be written."""
-    try:
-        (out / PICTURES).mkdir(parents=True, exist_ok=True)
-        with _alone(out):
-            yield
-    except OSError as error:
-        raise UserError(f"cannot write in --out={out} ({error.strerror}): choose another") from None
-
-
-def _check_settings(out, asked):
-    if (out / PROTOCOL).exists():
-        known = _read_json(out / PROTOCOL)["settings"]
-        for name in sorted(known.keys() | asked.keys()):
-            if known.get(name) != asked.get(name):
-                raise UserError(
-                    f"{out} was made with {name}={known.get(name)}, now {asked.get(name)}: use the same, or another --out"
-                )
-    elif any((out / PICTURES).iterdir()):
-        raise UserError(
-            f"{out / PICTURES} holds pictures and {PROTOCOL} is missing: choose another --out"
-        )
+def _check_settings(out, settings):
+    _KEEPER.check(out, settings)
+    images = out / PICTURES
+    if not (out / PROTOCOL).exists() and images.is_dir() and any(images.iterdir()):
+        raise UserError(f"{images} holds images and {PROTOCOL} is missing: choose another --out")
 
 
 def _rows(out, units):
@@ -219,28 +204,18 @@ def make(out, units, pipe, options, *, batch, file_format, bar, claim):
 
 
 def _record(out, maker):
-    with _alone(out):
-        known = _read_json(out / PROTOCOL)
+    with _KEEPER.hold(out):
+        known = protocol(out)
         if maker not in known["made_by"]:
             known["made_by"].append(maker)
             files.write_text(out / PROTOCOL, json.dumps(known, indent=2) + "\n")
 
 
 def protocol(out) -> dict:
-    """{"settings", "made_by"} of a folder."""
-    return _read_json(pathlib.Path(out) / PROTOCOL)
-
-
-def _read_json(path):
+    """Return {"settings", "made_by"} of a folder."""
+    path = pathlib.Path(out) / PROTOCOL
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): choose another --out") from None
-
-
-@contextlib.contextmanager
-def _alone(out):
-    """One process at a time: several may make parts of one folder."""
-    with open(out / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    return {"settings": known["settings"], "made_by": known.get("made_by", [])}

@@ -11,27 +11,7 @@ import safetensors.numpy
 
 from sprint_jax.errors import UserError
 from sprint_jax.storage import files
-
-
-def flatten(tree, prefix=()):
-    """Nested dict -> {"a.b.c": leaf}."""
-    flat = {}
-    for name, child in tree.items():
-        path = (*prefix, name)
-        flat |= flatten(child, path) if isinstance(child, dict) else {".".join(path): child}
-    return flat
-
-
-def unflatten(flat):
-    """The inverse of `flatten`."""
-    tree = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split(".")
-        node = tree
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = leaf
-    return tree
+from sprint_jax.storage.trees import flatten, unflatten
 
 
 def feed(digest, params):

@@ -1,0 +1,172 @@
+"""A folder that keeps to its settings.
+
+A command writes the settings that decide about its output into a JSON file of its output folder.
+A later command with other settings is refused: one line names the first setting that differs, both
+values and the remedy. Each command describes its own folder once, as a `Keeper`:
+
+    _KEEPER = settings.Keeper(file="condition.json", flag="out")
+
+    with _KEEPER.hold(folder):                    # if only one process may write at a time
+        _KEEPER.claim(folder, {"kind": "edges"})  # or `check`, which writes nothing
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sprint_jax.errors import UserError
+from sprint_jax.storage import files, trees
+
+LOCK = ".lock"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keeper:
+    """How the folder of one command keeps to its settings.
+
+    The last five fields are error lines, templates of `str.format`. All of them may use {folder},
+    {path} (of the JSON file) and {flag}; `refusal` may use {key}, {old} and {new}, where {key} has
+    dots between the names of nested settings and a missing value is None; `foreign` may use {found},
+    a name in the folder; `unreadable` and `unwritable` may use {why}.
+    """
+
+    # Name of the JSON file in the folder.
+    file: str
+    # Name of the flag that gives the folder, without dashes.
+    flag: str
+    # Key of the JSON file under which the settings are; None if they are the whole file. `claim`
+    # then leaves the file's other keys alone.
+    section: str | None = None
+    # Keys that the settings must have. A file without them belongs to another program.
+    required: frozenset[str] = frozenset()
+    # Values of settings that older files lack.
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Beginnings of dotted keys whose values may differ. `claim` records the new values.
+    free: tuple[str, ...] = ()
+    # Names in the folder that are no output, besides the JSON file and the lock.
+    no_output: tuple[str, ...] = ()
+    # Whether other settings may have the folder as long as it holds no output.
+    reclaimable: bool = False
+    refusal: str = (
+        "{folder} was made with {key}={old}, now {new}: use the same, or another --{flag}"
+    )
+    # For a folder that has output and no JSON file; None accepts it.
+    foreign: str | None = None
+    unreadable: str = "{path} cannot be read ({why}): choose another --{flag}"
+    unwritable: str = "cannot write in {folder} ({why}): choose another --{flag}"
+    # For a folder that another process holds; None waits for that process.
+    busy: str | None = None
+
+    @contextlib.contextmanager
+    def hold(self, folder: pathlib.Path) -> Iterator[None]:
+        """Make the folder, and lock it for this process while the context lasts.
+
+        Raises UserError if the folder cannot be written, or is locked and `busy` is a text.
+        """
+        with self.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / LOCK).open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if self.busy else 0))
+            except OSError:
+                raise self._error(self.busy or self.unwritable, folder, why="no locks") from None
+            yield
+
+    def check(self, folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
+        """Raise UserError where `claim` would, except for a folder that cannot be written."""
+        recorded = self.recorded(folder)
+        output = self._output(folder)
+        if recorded is None:
+            if output is not None and self.foreign is not None:
+                raise self._error(self.foreign, folder, found=output)
+        elif output is not None or not self.reclaimable:
+            for key, old, new in _differences({**self.defaults, **recorded}, _plain(settings)):
+                if not key.startswith(self.free):
+                    raise self._error(self.refusal, folder, key=key, old=old, new=new)
+
+    def claim(self, folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
+        """Make the folder belong to these settings, which are values that JSON can hold.
+
+        The file is written whole, through a name of this process, so several processes may claim
+        one folder at once. Raises UserError for a folder of other settings, for a foreign one and
+        for one that cannot be written.
+        """
+        with self.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.check(folder, settings)
+        if self.recorded(folder) != _plain(settings):
+            self._write(folder, settings)
+        self.check(folder, settings)  # another process may have claimed it in the meantime
+
+    def recorded(self, folder: pathlib.Path) -> dict[str, Any] | None:
+        """Return the settings that the folder keeps to, None if it has none yet.
+
+        Raises UserError if the file is not one of this command.
+        """
+        path = folder / self.file
+        if not path.exists():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            settings = content if self.section is None else content[self.section]
+            missing = sorted(self.required - settings.keys())
+            why = f"it lacks {missing[0]}" if missing else None
+        except (OSError, ValueError) as error:
+            why = str(error)
+        except (AttributeError, KeyError, TypeError):
+            why = "it holds no settings"
+        if why is not None:
+            raise self._error(self.unreadable, folder, why=why)
+        return settings
+
+    @contextlib.contextmanager
+    def writing(self, folder: pathlib.Path) -> Iterator[None]:
+        """Turn an OSError inside the context into the line for a folder that cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise self._error(self.unwritable, folder, why=why) from None
+
+    def _write(self, folder, settings):
+        path = folder / self.file
+        content = _plain(settings)
+        if self.section is not None:
+            others = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            content = {**others, self.section: content}
+        own = path.with_name(f"{self.file}.{socket.gethostname()}.{os.getpid()}")
+        with self.writing(folder):
+            files.write_text(own, json.dumps(content, indent=2) + "\n")
+            os.replace(own, path)
+
+    def _output(self, folder):
+        """Return a name in the folder that is output of a command, None if there is none."""
+        if not folder.is_dir():
+            return None
+        known = (LOCK, *self.no_output)
+        names = sorted(child.name for child in folder.iterdir())
+        return next((n for n in names if n not in known and not n.startswith(self.file)), None)
+
+    def _error(self, template, folder, **values):
+        path = folder / self.file
+        return UserError(template.format(folder=folder, path=path, flag=self.flag, **values))
+
+
+def _plain(settings):
+    """Return the settings as JSON gives them back: tuples are lists."""
+    return dict(settings)
+
+
+def _differences(old, new):
+    """Yield (dotted key, old, new) of all leaves that differ, sorted; a missing value is None."""
+    old, new = trees.flatten(old), trees.flatten(new)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            yield key, old.get(key), new.get(key)
