@@ -161,7 +161,7 @@ class Keeper:
 
 def _plain(settings):
     """Return the settings as JSON gives them back: tuples are lists."""
-    return dict(settings)
+    return json.loads(json.dumps(dict(settings)))
 
 
 def _differences(old, new):
