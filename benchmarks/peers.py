@@ -10,6 +10,7 @@ import time
 
 import diffusers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
@@ -17,7 +18,6 @@ import transformers
 from benchmarks.harness import bench as bench_lib
 from benchmarks.harness import machine, timing
 from sprint_jax.conversion import tables
-from sprint_jax.models import layers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -51,13 +51,21 @@ def numpy_nhwc(x):
     return np.moveaxis(x.detach().float().cpu().numpy(), 1, -1)
 
 
+def split_text_projections(blocks, fused):
+    """Invert `layers.fuse_text_projections` and return a list of whole blocks."""
+    names = ("to_k", "to_v")
+    parts = {leaf: iter(jnp.split(a, len(names) * len(blocks), -1)) for leaf, a in fused.items()}
+    own = [{name: {leaf: next(a) for leaf, a in parts.items()} for name in names} for _ in blocks]
+    return [block | {"attn2": block["attn2"] | its} for block, its in zip(blocks, own, strict=True)]
+
+
 def filled(module, table, params, device, prefix=""):
     """A module made on the meta device, with our parameters in it; only names below `prefix` are filled.
 
     params: blocks stacked or as a list. One tensor at a time: a second copy of the whole tree is not needed.
     """
     if "text" in params:
-        params = params | {"blocks": layers.text_apart(params["blocks"], params["text"])}
+        params = params | {"blocks": split_text_projections(params["blocks"], params["text"])}
     table = [row for row in table if row.theirs.startswith(prefix)]
     state = {
         row.theirs: tensor(row.to_theirs(np.asarray(_place(params, row))), device) for row in table

@@ -4,7 +4,7 @@
 
 For each choice the value, the value with its tangent and the value with its gradients, bfloat16, heads of the 0.6B size; one line each with the median of
 back-to-back runs, its ratio to the first line and the difference of its results from the first line's. What does not compile says why.
-To take another choice over, change the constant of that name in `sprint_jax/kernels`.
+To take another choice over, change the constant of that name in `sprint_jax/ops/pallas`.
 """
 
 import argparse
@@ -15,15 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.harness import bench, timing
-from sprint_jax.ops import backend, depthwise
-from sprint_jax.ops.pallas import cross_attention, linear_attention
+from sprint_jax.ops import cross_attention, depthwise, linear_attention
+from sprint_jax.ops.pallas import cross_attention as cross_kernel
 from sprint_jax.ops.pallas import depthwise as depthwise_kernel
+from sprint_jax.ops.pallas import kernel as kernel_lib
+from sprint_jax.ops.pallas import linear_attention as linear_kernel
 
 ROUNDS, SHORTEST = 5, 0.02  # seconds of runs back to back
-# {kernel: (module, its constants by choice)}, the choice in use first. WARPS and STAGES are those of `ops/backend.py`.
+# {kernel: (module, its constants by choice)}, the choice in use first. WARPS and STAGES are those of `ops/pallas/kernel.py`.
 CHOICES = {
     "cross": (
-        cross_attention,
+        cross_kernel,
         [
             {},
             {"QUERIES": 128, "WARPS": 8},
@@ -37,7 +39,7 @@ CHOICES = {
         ],
     ),
     "linear": (
-        linear_attention,
+        linear_kernel,
         [
             {},
             {"CHANNELS": 64},
@@ -89,14 +91,14 @@ def subject(kernel, backend, samples, tokens=1024, text=300, width=1152, hidden=
             normal(i, samples, n, width // 72, 72) for i, n in enumerate((tokens, text, text))
         )
         mask = jnp.ones((samples, text))
-        return lambda q, k, v: cross_attention.attention(q, k, v, mask, backend=backend), (q, k, v)
+        return lambda q, k, v: cross_attention.attend(q, k, v, mask, backend=backend), (q, k, v)
     if kernel == "linear":
-        run = lambda qkv, *norms: linear_attention.attention(
+        run = lambda qkv, *norms: linear_attention.attend(
             qkv, *norms, heads=width // 32, eps=1e-5, backend=backend
         )
         return run, (normal(0, samples, tokens, 3 * width), jnp.ones(width), jnp.ones(width))
     side = round(tokens**0.5)
-    run = lambda x, w, bias: depthwise.smooth(x, w, bias, True, backend)
+    run = lambda x, w, bias: depthwise.conv(x, w, bias, True, backend)
     return run, (normal(0, samples, side, side, hidden), normal(1, 3, 3, hidden), jnp.zeros(hidden))
 
 
@@ -135,12 +137,12 @@ def search(kernel, subject, say, rounds=ROUNDS, shortest=SHORTEST):
 
 @contextlib.contextmanager
 def _chosen(module, choice):
-    """With some constants of a kernel's module, or of `ops/backend.py`, changed."""
+    """With some constants of a kernel's module, or of `ops/pallas/kernel.py`, changed."""
     jax.clear_caches()  # kernels are traced once for each shape
     with contextlib.ExitStack() as stack:
         for name, value in choice.items():
             stack.enter_context(
-                mock.patch.object(module if hasattr(module, name) else backend, name, value)
+                mock.patch.object(module if hasattr(module, name) else kernel_lib, name, value)
             )
         yield
     jax.clear_caches()

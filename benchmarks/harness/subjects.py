@@ -20,8 +20,8 @@ from sprint_jax.models.dc_ae import DCAE
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
 from sprint_jax.ops import backend as backends
-from sprint_jax.ops.pallas import cross_attention as cross
-from sprint_jax.ops.pallas import linear_attention as linear
+from sprint_jax.ops import cross_attention as cross
+from sprint_jax.ops import linear_attention as linear
 
 TEXT_TOKENS = 300  # published length of the text features
 # Published prompts stand behind an instruction of about 200 tokens; a prompt of some twenty words fits the bucket
@@ -366,13 +366,13 @@ _NORM_EPS = 1e-5
 def linear_attention(bench, size: LinearDiT, N, *, dtype, batch, derivative, backend):
     """The self-attention with its norms of queries and keys at published shapes, all of q, k and v with a tangent.
 
-    backend: of `kernels.backend`; anything but "plain" has plain XLA as its peer.
+    backend: of `ops.backend.BACKENDS`; anything but "plain" has plain XLA as its peer.
     """
     head = size.width // size.heads
     options = dict(heads=size.heads, eps=_NORM_EPS)
     weights = [1 + 0.1 * _normal(20 + i, (size.width,)) for i in range(2)]
-    plain = lambda qkv: linear.plain(qkv, *weights, **options)
-    kernels = lambda qkv: linear.attention(qkv, *weights, **options, backend=backend)
+    plain = lambda qkv: linear.attend(qkv, *weights, **options)
+    kernels = lambda qkv: linear.attend(qkv, *weights, **options, backend=backend)
     work = floors.linear_attention(N, size.width, head, batch=batch, itemsize=_itemsize(dtype))
     _, times = _DERIVATIVES[derivative]
     shapes = [(batch, N, 3 * size.width)]
@@ -393,8 +393,8 @@ def cross_attention(
     """The cross-attention at published shapes, no text masked, a tangent in q alone as in sCM. backend: as above."""
     head = size.width // size.cross_heads
     mask = jnp.ones((batch, tokens))
-    plain = lambda q, k, v: cross.plain(q, k, v, mask)
-    kernels = lambda q, k, v: cross.attention(q, k, v, mask, backend=backend)
+    plain = lambda q, k, v: cross.attend(q, k, v, mask)
+    kernels = lambda q, k, v: cross.attend(q, k, v, mask, backend=backend)
     work = floors.cross_attention(N, tokens, size.width, batch=batch, itemsize=_itemsize(dtype))
     _, times = _DERIVATIVES[derivative]
     q, kv = (batch, N, size.cross_heads, head), (batch, tokens, size.cross_heads, head)

@@ -65,10 +65,12 @@ class ControlNet:
                 f"control has shape {control.shape} and x {x.shape}: they must be equal"
             )
         h, _, modulation, text, _ = net.inputs(params["inputs"], x, t, text, None)
-        embed = placement.gathered(params["inputs"]["patch_embed"], dtype)
+        embed = placement.gather_weights(params["inputs"]["patch_embed"], dtype)
         hint = _dense(embed, patchify(control, net.patch_size), dtype)
         h = h + _dense(
-            placement.gathered(params["zero_in"], dtype), placement.split_over_devices(hint), dtype
+            placement.gather_weights(params["zero_in"], dtype),
+            placement.split_over_devices(hint),
+            dtype,
         )
         scale = scale[:, None, None, None].astype(h.dtype)
 
@@ -77,7 +79,7 @@ class ControlNet:
         def body(h, block_and_zero, text=text):
             block, zero = block_and_zero
             h = net.block(block, h, modulation, text, mask)
-            return h, scale * _dense(placement.gathered(zero, dtype), h, dtype)
+            return h, scale * _dense(placement.gather_weights(zero, dtype), h, dtype)
 
         stack = (params["blocks"], params["zero_out"])
         if isinstance(params["blocks"], list):
@@ -87,16 +89,16 @@ class ControlNet:
                 found.append(residual)
             return jnp.stack(found)
         _, residuals = jax.lax.scan(
-            net.remembering(body), h, stack, unroll=min(net.unroll, self.depth)
+            net.with_remat(body), h, stack, unroll=min(net.unroll, self.depth)
         )
         return residuals
 
     def unstack(self, params):
         """As `LinearDiT.unstack`."""
         blocks, zero_out = (
-            layers.unstacked(params[name], self.depth) for name in ("blocks", "zero_out")
+            layers.unstack_layers(params[name], self.depth) for name in ("blocks", "zero_out")
         )
-        blocks, text = layers.text_joined(blocks)
+        blocks, text = layers.fuse_text_projections(blocks)
         return params | {"blocks": blocks, "text": text, "zero_out": zero_out}
 
 

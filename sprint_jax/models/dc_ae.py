@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from sprint_jax.models import layers
-from sprint_jax.ops import backend, convolutions, depthwise
-from sprint_jax.ops.pallas import linear_attention
+from sprint_jax.ops import backend, conv3x3, depthwise, linear_attention
+from sprint_jax.ops.norms import rms_norm
 
 NORM_EPS = 1e-5
 RESIDUAL, EFFICIENT_VIT = "ResBlock", "EfficientViTBlock"  # diffusers' names
@@ -58,9 +58,9 @@ class _Conv(nn.Module):
             "kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.channels)
         )
         y = (
-            convolutions.upsample_conv3x3(x, kernel)
+            conv3x3.upsample_conv(x, kernel)
             if self.upsample
-            else convolutions.conv3x3(x, kernel, self.stride)
+            else conv3x3.conv(x, kernel, self.stride)
         )
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.channels,)).astype(y.dtype)
@@ -75,7 +75,7 @@ class _Norm(nn.Module):
         channels = x.shape[-1]
         weight = self.param("weight", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        return linear_attention.rms_norm(x, weight, NORM_EPS) + bias.astype(x.dtype)
+        return rms_norm(x, weight, NORM_EPS) + bias.astype(x.dtype)
 
 
 class _Residual(nn.Module):
@@ -111,7 +111,7 @@ class _MultiscaleAttention(nn.Module):
                 nn.initializers.lecun_normal(),
                 (3 * channels // group, group, group),
             )
-            smooth = depthwise.smooth(qkv, stencil.astype(x.dtype), backend=self.ae.depthwise)
+            smooth = depthwise.conv(qkv, stencil.astype(x.dtype), backend=self.ae.depthwise)
             grouped = smooth.reshape(*smooth.shape[:3], -1, group)
             copies.append(
                 jnp.einsum("bhwgi,gio->bhwgo", grouped, mixing.astype(x.dtype)).reshape(qkv.shape)
@@ -125,12 +125,11 @@ class _MultiscaleAttention(nn.Module):
     def _attend(self, copies):
         """Of copies [B, N, 3 C] -> [B, N, copies C]."""
         group = 3 * self.ae.head_dim
-        if self.ae.attention == "plain":
-            heads = jnp.concatenate(copies, -1)
-            return linear_attention.plain_of_heads(heads, heads=heads.shape[-1] // group)
-        attend = lambda a: linear_attention.attention_of_heads(
+        attend = lambda a: linear_attention.attend_interleaved(
             a, heads=a.shape[-1] // group, backend=self.ae.attention
         )
+        if self.ae.attention == "plain":
+            return attend(jnp.concatenate(copies, -1))
         return jnp.concatenate([attend(a) for a in copies], -1)
 
 

@@ -101,7 +101,7 @@ class Gemma2:
 
     def unstack(self, params):
         """The same parameters with a list of layers, as `LinearDiT.unstack`."""
-        return params | {"layers": layers.unstacked(params["layers"], self.depth)}
+        return params | {"layers": layers.unstack_layers(params["layers"], self.depth)}
 
     def apply(self, params, tokens, mask, prefix: Prefix | None = None):
         """Last hidden states.
@@ -131,7 +131,7 @@ class Gemma2:
 
         def layer(x, inputs):
             p, past, local = inputs
-            p = placement.gathered(p, x.dtype)
+            p = placement.gather_weights(p, x.dtype)
             allowed = jnp.where(local, windowed, everything)
             attended, k, v = self._attention(
                 p, _rms_norm(x, p["input_norm"], self.eps), here, allowed, past

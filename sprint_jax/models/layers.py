@@ -13,23 +13,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sprint_jax.ops import depthwise, matmul
-from sprint_jax.ops.autodiff import kept
-from sprint_jax.ops.pallas import cross_attention, linear_attention
+from sprint_jax.ops import cross_attention, depthwise, linear_attention, matmul
+from sprint_jax.ops.autodiff import mark_expensive
+from sprint_jax.ops.norms import rms_norm
 
 QK_EPS = 1e-5  # of the norm of queries and keys
 
 xavier = nn.initializers.xavier_uniform()
 small = nn.initializers.normal(0.02)
-
-
-def layer_norm(x, eps=1e-6):
-    """LayerNorm without affine parameters. [..., D] -> [..., D], computed in float32."""
-    x32 = x.astype(jnp.float32)
-    mean = x32.mean(-1, keepdims=True)
-    centred = x32 - mean
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + eps)).astype(x.dtype)
 
 
 def modulate(x, shift, scale):
@@ -56,45 +47,39 @@ def gelu(x):
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
-def unstacked(stack, depth):
+def unstack_layers(stack, depth):
     """A stack of layers as a list of them. Its leaves have a leading axis of `depth`, or are lists of their layers already."""
     is_list = lambda a: isinstance(a, list)
     return [jax.tree.map(lambda a: a[i], stack, is_leaf=is_list) for i in range(depth)]
 
 
-_OF_TEXT = ("to_k", "to_v")
+_TEXT_PROJECTIONS = ("to_k", "to_v")
 
 
-def text_joined(blocks):
+def fuse_text_projections(blocks):
     """(blocks without their keys' and values' projections of the text, these as one, {"kernel" [D, 2 n D], "bias" [2 n D]}) of a list
     of n blocks. One product instead of 2 n small ones, for which XLA would put the kernels beside each other in every run."""
     attentions = [block["attn2"] for block in blocks]
     joined = {
         leaf: jnp.concatenate(
-            [attention[name][leaf] for attention in attentions for name in _OF_TEXT], -1
+            [attention[name][leaf] for attention in attentions for name in _TEXT_PROJECTIONS], -1
         )
         for leaf in ("kernel", "bias")
     }
     without = [
-        block | {"attn2": {name: a for name, a in block["attn2"].items() if name not in _OF_TEXT}}
+        block
+        | {
+            "attn2": {
+                name: a for name, a in block["attn2"].items() if name not in _TEXT_PROJECTIONS
+            }
+        }
         for block in blocks
     ]
     return without, joined
 
 
-def text_apart(blocks, joined):
-    """The inverse of `text_joined`: a list of whole blocks."""
-    parts = {
-        leaf: iter(jnp.split(a, len(_OF_TEXT) * len(blocks), -1)) for leaf, a in joined.items()
-    }
-    its = [
-        {name: {leaf: next(a) for leaf, a in parts.items()} for name in _OF_TEXT} for _ in blocks
-    ]
-    return [block | {"attn2": block["attn2"] | own} for block, own in zip(blocks, its, strict=True)]
-
-
-def text_by_block(params, text, dtype):
-    """A list of (keys, values) [B, L, D], as `CrossAttention` takes them, by what `text_joined` made."""
+def project_text(params, text, dtype):
+    """A list of (keys, values) [B, L, D], as `CrossAttention` takes them, by what `fuse_text_projections` made."""
     D = text.shape[-1]
     both = Dense(params["kernel"].shape[-1], dtype=dtype).apply({"params": params}, text)
     parts = [both[..., i : i + D] for i in range(0, both.shape[-1], D)]
@@ -122,7 +107,7 @@ class Dense(nn.Module):
             )
         else:
             y = matmul.dense(x, kernel, rounded=True)
-        return kept(y)
+        return mark_expensive(y)
 
 
 class RMSNorm(nn.Module):
@@ -134,7 +119,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         weight = self.param("weight", nn.initializers.constant(self.init), (x.shape[-1],))
-        return linear_attention.rms_norm(x, weight, self.eps)
+        return rms_norm(x, weight, self.eps)
 
 
 class NormWeight(nn.Module):
@@ -200,13 +185,12 @@ class SelfAttention(nn.Module):
             NormWeight(width, name=name)() if self.qk_norm else None
             for name in ("norm_q", "norm_k")
         ]
-        if self.attention == "plain":
-            out = linear_attention.plain(qkv, *norms, heads=self.heads, eps=QK_EPS)
-        else:
-            out = linear_attention.attention(
-                qkv, *norms, heads=self.heads, eps=QK_EPS, backend=self.attention
-            )
-        return Dense(width, dtype=self.dtype, kernel_init=xavier, name="to_out")(kept(out))
+        out = linear_attention.attend(
+            qkv, *norms, heads=self.heads, eps=QK_EPS, backend=self.attention
+        )
+        return Dense(width, dtype=self.dtype, kernel_init=xavier, name="to_out")(
+            mark_expensive(out)
+        )
 
 
 def _xavier_thirds(key, shape, dtype=jnp.float32):
@@ -219,7 +203,7 @@ def _xavier_thirds(key, shape, dtype=jnp.float32):
 class CrossAttention(nn.Module):
     """Masked softmax attention over the text, QK RMSNorm over all channels, no outer norm or gate.
 
-    text: [B, L, D], or its keys and values, of `text_by_block`.
+    text: [B, L, D], or its keys and values, of `project_text`.
     attention: one of `kernels.backend.BACKENDS`.
     """
 
@@ -233,16 +217,15 @@ class CrossAttention(nn.Module):
         width = x.shape[-1]
         dense = lambda name: Dense(width, dtype=self.dtype, kernel_init=xavier, name=name)
         q = dense("to_q")(x)
-        k, v = text if isinstance(text, tuple) else [dense(name)(text) for name in _OF_TEXT]
+        k, v = (
+            text if isinstance(text, tuple) else [dense(name)(text) for name in _TEXT_PROJECTIONS]
+        )
         if self.qk_norm:
             q = RMSNorm(eps=QK_EPS, name="norm_q")(q)
             k = RMSNorm(eps=QK_EPS, name="norm_k")(k)
         q, k, v = (a.reshape(*a.shape[:2], self.heads, -1) for a in (q, k, v))
-        if self.attention == "plain":
-            out = cross_attention.plain(q, k, v, mask)
-        else:
-            out = cross_attention.attention(q, k, v, mask, backend=self.attention)
-        return dense("to_out")(kept(out.reshape(x.shape)))
+        out = cross_attention.attend(q, k, v, mask, backend=self.attention)
+        return dense("to_out")(mark_expensive(out.reshape(x.shape)))
 
 
 class GLUMBConv(nn.Module):
@@ -262,11 +245,11 @@ class GLUMBConv(nn.Module):
         x = silu(x)
         stencil = self.param("conv_depth_kernel", _depthwise_init, (3, 3, inner))
         bias = self.param("conv_depth_bias", nn.initializers.zeros, (inner,))
-        x = depthwise.smooth(x, stencil.astype(x.dtype), bias, gated=True, backend=self.depthwise)
+        x = depthwise.conv(x, stencil.astype(x.dtype), bias, gated=True, backend=self.depthwise)
         if (
             self.depthwise != "plain"
         ):  # whose gradient does not need what is between convolution and gate
-            x = kept(x)
+            x = mark_expensive(x)
         return Dense(
             width, use_bias=False, dtype=self.dtype, kernel_init=xavier, name="conv_point"
         )(x)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from sprint_jax.models import layers
 from sprint_jax.ops import autodiff, backend, placement
+from sprint_jax.ops.norms import layer_norm
 
 REMAT = ("none", "block", "cheap")
 
@@ -77,14 +78,14 @@ class _Block(nn.Module):
         rows = jnp.split(table.astype(x.dtype) + modulation, 6, axis=1)
         shift1, scale1, gate1, shift2, scale2, gate2 = rows  # [B, 1, D] each
         x = x.reshape(batch, -1, c.width)
-        z = layers.modulate(layers.layer_norm(x), shift1, scale1)
+        z = layers.modulate(layer_norm(x), shift1, scale1)
         x = x + gate1 * layers.SelfAttention(
             c.heads, c.qk_norm, c.compute_dtype, c.attention, name="attn1"
         )(z)
         x = x + layers.CrossAttention(
             c.cross_heads, c.qk_norm, c.compute_dtype, c.attention, name="attn2"
         )(x, text, mask)
-        z = layers.modulate(layers.layer_norm(x), shift2, scale2)
+        z = layers.modulate(layer_norm(x), shift2, scale2)
         z = z.reshape(batch, height, width, c.width)
         z = layers.GLUMBConv(int(c.mlp_ratio * c.width), c.compute_dtype, c.depthwise, name="ff")(z)
         x = x + gate2 * z.reshape(batch, -1, c.width)
@@ -102,7 +103,7 @@ class _Outputs(nn.Module):
         batch, height, width, _ = x.shape
         table = self.param("scale_shift_table", _table_init, (2, c.width))
         shift, scale = jnp.split(table.astype(x.dtype) + conditioning[:, None], 2, axis=1)
-        x = layers.modulate(layers.layer_norm(x.reshape(batch, -1, c.width)), shift, scale)
+        x = layers.modulate(layer_norm(x.reshape(batch, -1, c.width)), shift, scale)
         channels = c.patch_size**2 * c.in_channels
         x = layers.Dense(
             channels, dtype=c.compute_dtype, kernel_init=layers.xavier, name="proj_out"
@@ -258,7 +259,7 @@ class LinearDiT:
             start = end
         out = None
         if velocity:
-            outputs = placement.gathered(params["outputs"], self.compute_dtype)
+            outputs = placement.gather_weights(params["outputs"], self.compute_dtype)
             out = _Outputs(self).apply({"params": outputs}, h, cond).astype(jnp.float32)
         return Output(velocity=out, logvar=logvar, features=tuple(collected[f] for f in features))
 
@@ -268,7 +269,9 @@ class LinearDiT:
         A loop copies each block's slice of the stack before its products, a twentieth of a CPU's time and a fifth of a
         GPU's; compilation takes longer in return. For inference: steps and checkpoints know the stack alone.
         """
-        blocks, text = layers.text_joined(layers.unstacked(params["blocks"], self.depth))
+        blocks, text = layers.fuse_text_projections(
+            layers.unstack_layers(params["blocks"], self.depth)
+        )
         return params | {"blocks": blocks, "text": text}
 
     def _run_blocks(self, blocks, start, end, h, modulation, text, mask, residuals=None):
@@ -287,7 +290,7 @@ class LinearDiT:
             return h
         segment = jax.tree.map(lambda a: a[start:end], blocks)
         h, _ = jax.lax.scan(
-            self.remembering(body), h, (segment, residuals), unroll=min(self.unroll, end - start)
+            self.with_remat(body), h, (segment, residuals), unroll=min(self.unroll, end - start)
         )
         return h
 
@@ -295,32 +298,32 @@ class LinearDiT:
         """What each block has of the projected text [B, L, D]: that itself, or of `unstack`ed parameters a list of keys and values."""
         if "text" not in params:
             return text
-        return layers.text_by_block(
-            placement.gathered(params["text"], self.compute_dtype), text, self.compute_dtype
+        return layers.project_text(
+            placement.gather_weights(params["text"], self.compute_dtype), text, self.compute_dtype
         )
 
     def block(self, params, h, modulation, text, mask):
         """One block on h [B, H, W, D]. params: of one layer, not of the stack. text: of that layer, see `text`."""
-        params = placement.gathered(params, self.compute_dtype)
+        params = placement.gather_weights(params, self.compute_dtype)
         return placement.split_over_devices(
             _Block(self).apply({"params": params}, h, modulation, text, mask)
         )
 
     def inputs(self, params, x, t, text, guidance):
         """(tokens [B, H, W, D] in residual_dtype, conditioning, modulation, text, logvar): everything before the blocks."""
-        params = placement.gathered(params, self.compute_dtype)
+        params = placement.gather_weights(params, self.compute_dtype)
         tokens, *arrays, logvar = _Inputs(self).apply({"params": params}, x, t, text, guidance)
         arrays = (tokens.astype(self.residual_dtype), *arrays)
         return (*(placement.split_over_devices(a) for a in arrays), logvar)
 
-    def remembering(self, body):
+    def with_remat(self, body):
         """The body of a scan over blocks, under the policy of `remat`."""
         if self.remat == "none":
             return body
         policy = (
             None
             if self.remat == "block"
-            else jax.checkpoint_policies.save_only_these_names(autodiff.KEPT)
+            else jax.checkpoint_policies.save_only_these_names(autodiff.EXPENSIVE)
         )
         return jax.checkpoint(body, prevent_cse=False, policy=policy)
 

@@ -1,57 +1,65 @@
-"""Maps with transposes of our own, which forward and reverse mode both understand: linear ones and bilinear ones."""
+"""Linear and bilinear maps with hand-written transposes, for forward and reverse mode."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero, linear_call
 
-# Name of what takes long to compute again - results of products with weights, of attentions, of convolutions: a backward pass that
-# recomputes only cheap things keeps it.
-KEPT = "kept"
+# Checkpoint name of results that are expensive to recompute: products with weights, attentions and
+# convolutions. A backward pass that recomputes only cheap operations saves exactly these.
+EXPENSIVE = "expensive"
 
 
-def kept(a):
-    """The array, by that name."""
-    return checkpoint_name(a, KEPT)
+def mark_expensive(a: Array) -> Array:
+    """Return the array under the checkpoint name `EXPENSIVE`."""
+    return checkpoint_name(a, EXPENSIVE)
 
 
-def is_zero(tangent):
-    """Whether JAX knows a tangent to be zero without computing it."""
+def is_zero(tangent: Any) -> bool:
+    """Return whether JAX knows a tangent to be zero without computing it."""
     return isinstance(tangent, SymbolicZero)
 
 
-def linear_map(tangent, transpose, residuals, tangents):
-    """tangent(residuals, tangents), whose transpose is transpose(residuals, cotangent).
+def linear_map(
+    tangent: Callable[[Any, tuple[Array, ...]], Array],
+    transpose: Callable[[Any, Array], tuple[Array, ...]],
+    residuals: tuple[Array, ...],
+    tangents: Sequence[Any],
+) -> Array:
+    """Return tangent(residuals, tangents), whose transpose is transpose(residuals, cotangent).
+
+    The map itself has no derivative, since sCM stops the network's tangent before the loss sees
+    it. Without stop_gradient every affected gradient is NaN, rather than silently missing a term.
 
     Args:
       tangent: (residuals, tangents) -> array, linear in tangents.
       transpose: (residuals, cotangent) -> tuple like tangents.
       residuals: tuple of arrays.
-      tangents: tuple of arrays and `SymbolicZero`s, not all of the latter. Functions get zeros for these: transposition
-        wants to know what is linear, and a constant zero is not.
-
-    The map itself has no derivative: sCM stops the tangent of the network before the loss sees it. Who forgets to
-    stop it gets NaN in every gradient that would have come this way, rather than a gradient that lacks a term.
+      tangents: arrays and `SymbolicZero`s, at least one of them an array. The functions get zeros
+        for `SymbolicZero`s, which transposition then treats as constants.
     """
     present = tuple(i for i, d in enumerate(tangents) if not is_zero(d))
     shapes = tuple((d.shape, d.dtype) for d in tangents)
 
-    def filled(residuals, given):
+    def tangent_of_present(residuals, given):
         found = dict(zip(present, given, strict=True))
         return tangent(
             residuals,
             tuple(found[i] if i in found else jnp.zeros(*s) for i, s in enumerate(shapes)),
         )
 
-    def chosen(residuals, cotangent):
+    def transpose_of_present(residuals, cotangent):
         found = transpose(residuals, cotangent)
         return tuple(found[i] for i in present)
 
-    return _map(filled, chosen, residuals, tuple(tangents[i] for i in present))
+    given = tuple(tangents[i] for i in present)
+    return _map(tangent_of_present, transpose_of_present, residuals, given)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -66,8 +74,11 @@ def _refuse(tangent, transpose, primals, tangents):
 
 
 def _poison(shape, dtype, tangents):
-    """NaN, formally linear in the tangents. Its transpose gives NaN where a cotangent arrives, and zero where none
-    does, as in a loop that carries tangents nobody asks after."""
+    """Return NaN that is formally linear in the tangents.
+
+    Its transpose gives NaN where a cotangent arrives, and zero where none does, as in a loop that
+    carries unused tangents.
+    """
     like = tuple((d.shape, d.dtype) for d in tangents)
 
     def forward(_, tangents):
@@ -82,57 +93,67 @@ def _poison(shape, dtype, tangents):
 
 _map.defjvp(_refuse, symbolic_zeros=True)
 
+Product = Callable[[Array, Array], Array]
+
 
 @dataclasses.dataclass(frozen=True)
 class Bilinear:
-    """A map that is linear in either argument, and how cotangents go back. Call it with two arrays.
+    """A map that is linear in either argument, with the rules that take cotangents back.
 
-    value: (a, b) -> array. to_a: (b, g) -> cotangent of a, to_b: (a, g) -> cotangent of b, each in any dtype; it is rounded to
-    that of its argument. A map is made once for each use, so that the same program compares equal and is traced once.
+    Call it with two arrays. Both modes work, in any order and depth, since the derivative in one
+    argument is the map itself with a tangent there. Construct a map once for each use, so that
+    equal programs compare equal and are traced once.
 
-    Both modes work, in any order and depth: the derivative in one argument is the map itself with a tangent there.
+    value: (a, b) -> array.
+    to_a: (b, g) -> cotangent of a, in any dtype; it is rounded to a's.
+    to_b: (a, g) -> cotangent of b, likewise.
     """
 
-    value: Callable[[jax.Array, jax.Array], jax.Array]
-    to_a: Callable[[jax.Array, jax.Array], jax.Array]
-    to_b: Callable[[jax.Array, jax.Array], jax.Array]
+    value: Product
+    to_a: Product
+    to_b: Product
 
-    def __call__(self, a, b):
+    def __call__(self, a: Array, b: Array) -> Array:
+        """Return value(a, b)."""
         return _bilinear(self, a, b)
 
-    def tangent(self, primals, tangents):
-        """Of value(a, b), for (a, b) and tangents of which some may be `SymbolicZero`; None where all are."""
+    def tangent(self, primals: tuple[Array, Array], tangents: Sequence[Any]) -> Array | None:
+        """Return the tangent of value(a, b) at the primals (a, b).
+
+        Tangents may be `SymbolicZero`; the result is None if all are.
+        """
         return _product_rule(self, primals, tangents)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _bilinear(f, a, b):
+def _bilinear(f: Bilinear, a: Array, b: Array) -> Array:
     return f.value(a, b)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _along_a(f, b, a):
-    """f(a, b) as a linear map of a."""
+def _along_a(f: Bilinear, b: Array, a: Array) -> Array:
+    """Return f(a, b) as a linear map of a."""
     return linear_call(lambda b, a: f.value(a, b), lambda b, g: f.to_a(b, g).astype(a.dtype), b, a)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _along_b(f, a, b):
+def _along_b(f: Bilinear, a: Array, b: Array) -> Array:
+    """Return f(a, b) as a linear map of b."""
     return linear_call(f.value, lambda a, g: f.to_b(a, g).astype(b.dtype), a, b)
 
 
-def _product_rule(f, primals, tangents):
-    """Of f(a, b), for (a, b) in this order."""
+def _product_rule(f: Bilinear, primals: Sequence[Array], tangents: Sequence[Any]) -> Array | None:
+    """Return the tangent of f(a, b) for primals (a, b) in this order, or None if it is zero."""
     (a, b), (da, db), terms = primals, tangents, []
     if not is_zero(da):
         terms.append(_along_a(f, b, da))
     if not is_zero(db):
         terms.append(_along_b(f, a, db))
-    return sum(terms) if terms else None
+    return cast(Array, sum(terms)) if terms else None
 
 
-def _derived(apply, in_order):
-    """The rule of one of the three functions above. in_order: its two arguments as (a, b)."""
+def _define_rule(apply, in_order):
+    """Define the rule of one of the functions above. in_order: its two arguments as (a, b)."""
 
     def rule(f, primals, tangents):
         out = apply(f, *primals)
@@ -142,6 +163,6 @@ def _derived(apply, in_order):
     apply.defjvp(rule, symbolic_zeros=True)
 
 
-_derived(_bilinear, lambda pair: pair)
-_derived(_along_a, lambda pair: pair[::-1])
-_derived(_along_b, lambda pair: pair)
+_define_rule(_bilinear, lambda pair: pair)
+_define_rule(_along_a, lambda pair: pair[::-1])
+_define_rule(_along_b, lambda pair: pair)

@@ -1,41 +1,47 @@
 """Depthwise convolution, written so that every direction of it is fast on every platform.
 
-Accelerators have a good `conv_general_dilated`. XLA's CPU backend does not: it runs grouped
-convolutions naively, and even shifted multiplies, one per tap, lose their time in one place, the
-reduction that gives the weight gradient. Here the value and the input gradient are fused shifted
-multiplies and the weight gradient accumulates over the batch (`docs/results/speed.md` has the ratios).
-On a GPU the input gradient is what needs a form of its own, and there are kernels (`ops/pallas/depthwise.py`).
+Accelerators have a good `conv_general_dilated`. XLA's CPU backend runs grouped convolutions
+naively, and even shifted multiplies, one per tap, are slow in the reduction that gives the weight
+gradient. Here the value and the input gradient are fused shifted multiplies on a CPU, and the
+weight gradient accumulates over the batch. On a GPU the input gradient needs a form of its own,
+and there are kernels (`ops/pallas/depthwise.py`).
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from sprint_jax.ops import autodiff, placement
-from sprint_jax.ops.pallas import depthwise
+from sprint_jax.ops.pallas import depthwise as kernels
 
 
-def _offsets(w_shape):
-    """((i, j), ...) of a square stencil [k, k, C], row by row."""
-    return [(i, j) for i in range(w_shape[0]) for j in range(w_shape[1])]
+def _offsets(shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the offsets ((i, j), ...) of a square stencil [k, k, C], row by row."""
+    return [(i, j) for i in range(shape[0]) for j in range(shape[1])]
 
 
-def _pad(x, k):
+def _pad(x: Array, k: int) -> Array:
     return jnp.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
 
 
-def _shifts(x, w):
-    """One shifted multiply per tap. x [B, H, W, C], w [k, k, C] -> [B, H, W, C] of at least float32."""
+def _shifts(x: Array, w: Array) -> Array:
+    """Convolve by one shifted multiply per tap, in at least float32.
+
+    x [B, H, W, C], w [k, k, C] -> [B, H, W, C].
+    """
     height, width = x.shape[1:3]
     wide = jnp.promote_types(x.dtype, jnp.float32)
     padded, w = _pad(x, w.shape[0]).astype(wide), w.astype(wide)
     taps = (padded[:, i : i + height, j : j + width] * w[i, j] for i, j in _offsets(w.shape))
-    return sum(taps)
+    return cast(Array, sum(taps))
 
 
-def _grouped_conv(x, w):
-    """The library convolution. Same shapes as `_shifts`."""
+def _grouped_conv(x: Array, w: Array) -> Array:
+    """Convolve by the library's grouped convolution. The shapes are those of `_shifts`."""
     y = jax.lax.conv_general_dilated(
         x,
         w[:, :, None, :],
@@ -47,14 +53,14 @@ def _grouped_conv(x, w):
     return y.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _conv(x, w):
+def _conv(x: Array, w: Array) -> Array:
     return jax.lax.platform_dependent(x, w, cpu=_shifts, default=_grouped_conv)
 
 
-def _weight_gradient_by_batch(x, g, k):
-    """Accumulates sample by sample: the running sums [H, W, C] stay in cache."""
+def _weight_gradient_by_batch(x: Array, g: Array, k: int) -> Array:
+    """Accumulate the weight gradient over samples: the running sums [H, W, C] stay in cache."""
     _, height, width, channels = x.shape
-    padded, g = placement.samples_first(_pad(x, k)), placement.samples_first(g)
+    padded, g = placement.scan_over_samples(_pad(x, k)), placement.scan_over_samples(g)
     offsets = _offsets((k, k))
 
     def add(sums, samples):
@@ -68,29 +74,29 @@ def _weight_gradient_by_batch(x, g, k):
     return jnp.stack([s.sum((0, 1, 2)) for s in sums]).reshape(k, k, channels).astype(x.dtype)
 
 
-def _weight_gradient_by_conv(x, g, k):
-    """The transpose of `_grouped_conv` in its weights."""
+def _weight_gradient_by_conv(x: Array, g: Array, k: int) -> Array:
+    """Return the transpose of `_grouped_conv` in its weights."""
     shape = jax.ShapeDtypeStruct((k, k, x.shape[-1]), x.dtype)
     (dw,) = jax.linear_transpose(lambda w: _grouped_conv(x, w), shape)(g)
     return dw
 
 
-def _input_gradient(w, g):
-    """A convolution like the forward one, with the stencil turned round.
+def _input_gradient(w: Array, g: Array) -> Array:
+    """Convolve like the forward pass, with the stencil rotated by 180 degrees.
 
-    Written out: transposed by JAX it turns the stencil by `rev`, which XLA takes for a "backward data" convolution, and on an
-    H200 those took 10 ms instead of 0.2 in bfloat16, most of it in copies between layouts (`docs/results/speed.md`).
+    JAX's transpose rotates the stencil by `rev`, which XLA takes for a "backward data"
+    convolution. On a GPU in bfloat16 those are many times slower, mostly in copies between layouts.
     """
-    return _conv(g.astype(w.dtype), _turned(w))
+    return _conv(g.astype(w.dtype), _rotate(w))
 
 
-def _turned(w):
-    """The stencil turned round."""
+def _rotate(w: Array) -> Array:
+    """Return the stencil rotated by 180 degrees."""
     return jnp.stack([w[i, j] for i, j in reversed(_offsets(w.shape))]).reshape(w.shape)
 
 
-def _weight_gradient(x, g, k):
-    """g: of at least float32."""
+def _weight_gradient(x: Array, g: Array, k: int) -> Array:
+    """Return the cotangent of the stencil. g: of at least float32."""
     return jax.lax.platform_dependent(
         x,
         g,
@@ -100,47 +106,54 @@ def _weight_gradient(x, g, k):
 
 
 @functools.cache
-def _map(k):
-    """The convolution by stencils of k x k."""
+def _map(k: int) -> autodiff.Bilinear:
+    """Return the convolution by stencils of k x k."""
     return autodiff.Bilinear(_conv, _input_gradient, functools.partial(_weight_gradient, k=k))
 
 
-def depthwise_conv(x, w):
-    """Depthwise k x k convolution, zero-padded to the same size, stride 1 (cross-correlation, as in PyTorch).
+def depthwise_conv(x: Array, w: Array) -> Array:
+    """Return the depthwise k x k convolution, zero-padded to the same size, with stride 1.
+
+    It is a cross-correlation, as in PyTorch. Forward mode, reverse mode and any mixture of them
+    work.
 
     Args:
       x: [B, H, W, C].
       w: [k, k, C], k odd, same dtype.
-    Returns:
-      [B, H, W, C], of at least float32: whoever adds a bias rounds once, after it.
 
-    Forward mode, reverse mode, and any mixture of them work.
+    Returns:
+      [B, H, W, C] of at least float32, so that a bias can be added before the one rounding.
     """
     return _map(w.shape[0])(x, w)
 
 
-def smooth(x, w, bias=None, gated=False, backend="plain"):
-    """Depthwise convolution with a bias, and with a gate: value * SiLU(gate), halves of the channels.
+def conv(
+    x: Array, w: Array, bias: Array | None = None, gated: bool = False, backend: str = "plain"
+) -> Array:
+    """Return the depthwise convolution with a bias and, if asked for, a gate: value * SiLU(gate).
+
+    The convolution with its bias is rounded once, and so are the SiLU and the product.
+
+    "plain" has derivatives of any order and mode. Kernels support forward mode, reverse mode, and
+    reverse mode around a stopped tangent. A tangent that is not stopped gives NaN.
 
     Args:
       x: [B, H, W, C].
       w: [k, k, C], k odd, same dtype.
       bias: [C], or None.
-      backend: "plain", or what `kernels.depthwise.conv` takes, for the shapes that it takes.
-    Returns:
-      [B, H, W, C], or C / 2 channels with a gate, in x's dtype. The convolution with its bias is rounded once, so are the SiLU
-      and the product.
+      gated: whether the second half of the channels gates the first.
+      backend: one of `backend.DEPTHWISE`. Shapes that the kernel does not take use "plain".
 
-    "plain" has derivatives of any order and mode. By kernels forward mode, reverse mode, and reverse mode around a stopped tangent
-    work; a tangent that is not stopped gives NaN.
+    Returns:
+      [B, H, W, C], or C / 2 channels with a gate, in x's dtype.
     """
     bias = jnp.zeros(x.shape[-1], x.dtype) if bias is None else bias
-    if backend == "plain" or depthwise.tile(x.shape, x.dtype, gated) is None:
+    if backend == "plain" or kernels.tile(x.shape, x.dtype, gated) is None:
         return _formula(x, w, bias, gated)
     return _by_kernel(x, w, bias, gated, backend)
 
 
-def _formula(x, w, bias, gated):
+def _formula(x: Array, w: Array, bias: Array, gated: bool) -> Array:
     y = (depthwise_conv(x, w) + bias).astype(x.dtype)
     if not gated:
         return y
@@ -149,12 +162,12 @@ def _formula(x, w, bias, gated):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _by_kernel(x, w, bias, gated, backend):
-    return depthwise.conv(x, w, bias, gated=gated, backend=backend)
+def _by_kernel(x: Array, w: Array, bias: Array, gated: bool, backend: str) -> Array:
+    return kernels.conv(x, w, bias, gated=gated, backend=backend)
 
 
-def _by_kernel_jvp(gated, backend, primals, tangents):
-    # By the function itself, so that a derivative around this one finds its rule.
+def _by_kernel_jvp(gated: bool, backend: str, primals: Any, tangents: Any) -> Any:
+    # Call the function, not its implementation, so that an outer derivative finds the custom rule.
     out = _by_kernel(*primals, gated, backend)
     if all(map(autodiff.is_zero, tangents)):
         return out, jnp.zeros_like(out)
@@ -168,22 +181,24 @@ def _by_kernel_jvp(gated, backend, primals, tangents):
 _by_kernel.defjvp(_by_kernel_jvp, symbolic_zeros=True)
 
 
-def _along(gated, backend, primals, tangents):
-    """Tangent of `_by_kernel`."""
+def _along(gated: bool, backend: str, primals: Any, tangents: Any) -> Array:
+    """Return the tangent of `_by_kernel`."""
     x, w, bias = primals
     if len(tangents) > 1:
         return jax.jvp(functools.partial(_formula, gated=gated), primals, tangents)[1]
     if gated:
-        return depthwise.gated_tangent(x, *tangents, w, bias, backend=backend)
-    return depthwise.conv(*tangents, w, jnp.zeros_like(bias), gated=False, backend=backend)
+        return kernels.gated_tangent(x, *tangents, w, bias, backend=backend)
+    return kernels.conv(*tangents, w, jnp.zeros_like(bias), gated=False, backend=backend)
 
 
-def _transpose(gated, backend, with_parameters, primals, g):
-    """Cotangents of x, and of w and bias."""
+def _transpose(
+    gated: bool, backend: str, with_parameters: bool, primals: Any, g: Array
+) -> tuple[Array, ...]:
+    """Return the cotangents of x and, if asked for, of w and bias."""
     x, w, bias = primals
     if gated:
-        g = depthwise.gate_gradient(x, g, w, bias, backend=backend)
-    of_x = depthwise.conv(g, _turned(w), jnp.zeros_like(bias), gated=False, backend=backend)
+        g = kernels.gate_gradient(x, g, w, bias, backend=backend)
+    of_x = kernels.conv(g, _rotate(w), jnp.zeros_like(bias), gated=False, backend=backend)
     if not with_parameters:
         return (of_x,)
     wide = g.astype(jnp.promote_types(g.dtype, jnp.float32))

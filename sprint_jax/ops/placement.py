@@ -1,17 +1,21 @@
-"""What a network says about devices: samples are split over them, weights are whole where they are used.
+"""Where networks split samples over devices and gather weights.
 
-None of this does anything outside a mesh (`jax.set_mesh`), so networks run as they are on one device.
+Outside a mesh (`jax.set_mesh`) nothing here has an effect, so networks run on one device as they
+are.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import PartitionSpec
 
 
-def split_over_devices(x):
-    """Keeps the leading (sample) axis over all devices of the mesh in use, if there is one.
+def split_over_devices(x: Array) -> Array:
+    """Return x with its leading (sample) axis split over all devices of the mesh in use, if any.
 
-    Without it the compiler may follow the weights' partition instead and gather whole activations.
+    Without this the compiler may follow the sharding of the weights and gather whole activations.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -19,26 +23,24 @@ def split_over_devices(x):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(mesh.axis_names))
 
 
-def samples_first(x):
-    """[B, ...] -> [B / n, n, ...] for the n devices of the mesh in use, each with its own samples; n = 1 outside.
+def scan_over_samples(x: Array) -> Array:
+    """Reshape [B, ...] to [B / n, n, ...] for the n devices of the mesh in use, 1 outside a mesh.
 
     A loop over the first axis then works on all devices at once, and no sample leaves its device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     count = 1 if mesh.empty or x.shape[0] % mesh.size else mesh.size
     x = jnp.swapaxes(x.reshape(count, -1, *x.shape[1:]), 0, 1)
-    return (
-        x
-        if count == 1
-        else jax.lax.with_sharding_constraint(x, PartitionSpec(None, mesh.axis_names))
-    )
+    if count == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, mesh.axis_names))
 
 
-def gathered(params, dtype):
-    """Weights whole on every device of the mesh in use, if there is one: what sharded parameters are before use.
+def gather_weights(params: Any, dtype: Any) -> Any:
+    """Return a tree of weights that every device of the mesh in use holds entirely.
 
-    Said outright, because the compiler may else cut activations by the weights' partition. Kernels travel
-    in the compute dtype, to which their layers cast them anyway.
+    Stated explicitly; otherwise the compiler may shard activations like the weights. Leaves whose
+    names end in "kernel" are moved in `dtype`, to which their layers cast them anyway.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

@@ -14,8 +14,8 @@ from benchmarks.harness import bench as bench_lib
 from benchmarks.harness import floors, machine, operations, rows, subjects, suites, timing, training
 from sprint_jax.models import dc_ae, linear_dit
 from sprint_jax.models.gemma2 import GEMMA2_2B
-from sprint_jax.ops import backend
-from sprint_jax.ops.pallas import cross_attention, linear_attention
+from sprint_jax.ops import cross_attention, linear_attention
+from sprint_jax.ops.pallas import kernel as kernel_lib
 from sprint_jax.planning import flops
 
 SANA_600M = dataclasses.replace(linear_dit.SANA_600M, logvar_head=False)
@@ -147,13 +147,13 @@ def test_attention_floors_count_what_the_programs_do(derivative):
     """Also that a stopped tangent's own backward pass is not computed: it would be several more."""
     derive, times = subjects._DERIVATIVES[derivative]
     tokens, weights = array(2, 64, 96), jnp.ones(32)
-    plain = lambda qkv: linear_attention.plain(qkv, weights, weights, heads=4, eps=1e-5)
+    plain = lambda qkv: linear_attention.attend(qkv, weights, weights, heads=4, eps=1e-5)
     counted = flops.count(derive(plain, 1), tokens, tokens).multiplied
     assert floors.linear_attention(64, 32, 8, batch=2, itemsize=4).flop * times[2] == pytest.approx(
         counted, rel=0.15
     )
     texts = [array(2, 64, 4, 8), array(2, 24, 4, 8), array(2, 24, 4, 8)]
-    plain = lambda q, k, v: cross_attention.plain(q, k, v, jnp.ones((2, 24)))
+    plain = lambda q, k, v: cross_attention.attend(q, k, v, jnp.ones((2, 24)))
     forward = floors.cross_attention(64, 24, 32, batch=2, itemsize=4).flop
     for sides, moving in ((1, 1), (2, 3)):
         counted = flops.count(derive(plain, 3), *texts, *texts[:moving]).multiplied
@@ -506,7 +506,7 @@ def test_a_picture_by_kernels():
     build = functools.partial(
         subjects.picture, bench(), text, TINY, TINY_AE, 3, 1, dtype="float32", prefix=5, tokens=7
     )
-    with mock.patch.object(backend, "launch", wraps=backend.launch) as launch:
+    with mock.patch.object(kernel_lib, "launch", wraps=kernel_lib.launch) as launch:
         plain, kernels = build(), build(attention="interpret")
     names = {call.kwargs["name"] for call in launch.call_args_list}
     assert (
@@ -554,7 +554,7 @@ def test_every_tile_gives_the_same(kernel):
         assert all(choice in every for choice in choices)
     small = tiles.subject(kernel, "interpret", 1, tokens=324, text=150, width=288, hidden=128)
     with (
-        mock.patch.object(backend, "launch", wraps=backend.launch) as launch,
+        mock.patch.object(kernel_lib, "launch", wraps=kernel_lib.launch) as launch,
         mock.patch.dict(tiles.CHOICES, {kernel: (module, choices)}),
     ):
         found = tiles.search(kernel, small, lambda line: None, rounds=1, shortest=0)

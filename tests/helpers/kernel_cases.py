@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sprint_jax.models.linear_dit import LinearDiT
-from sprint_jax.ops.pallas import cross_attention, linear_attention
+from sprint_jax.ops import cross_attention, linear_attention
 
 EPS = 1e-5
 
@@ -117,10 +117,10 @@ def published(kind, name, batch=2):
         heads = {1152: 36, 2240: 70}
         width = 1152 if batch == 2 else 2240
         weight = jax.ShapeDtypeStruct((width,), jnp.float32)
-        f = linear(linear_attention.attention, heads[width], backend=name)
+        f = linear(linear_attention.attend, heads[width], backend=name)
         return f, (*(shape(batch, 1024, width),) * 3, weight, weight)
     heads, head = {32: (36, 32), 72: (16, 72), 112: (20, 112)}[kind]
-    f = cross(cross_attention.attention, np.ones((batch, 300)), backend=name)
+    f = cross(cross_attention.attend, np.ones((batch, 300)), backend=name)
     return f, (shape(batch, 1024, heads, head), *(shape(batch, 300, heads, head),) * 2)
 
 

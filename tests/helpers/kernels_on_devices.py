@@ -23,8 +23,7 @@ from helpers.kernel_cases import (
     published,
     worst,
 )
-from sprint_jax.ops import depthwise
-from sprint_jax.ops.pallas import cross_attention, linear_attention
+from sprint_jax.ops import cross_attention, depthwise, linear_attention
 
 
 def mesh_of(devices, *sizes):
@@ -42,14 +41,14 @@ def on_mesh():
     )
     cases = {}
     for name, batch in (("linear", 8), ("linear 3 samples", 3)):
-        f = lambda q, k, v, a, b, mask: linear(linear_attention.attention, 2, backend="interpret")(
+        f = lambda q, k, v, a, b, mask: linear(linear_attention.attend, 2, backend="interpret")(
             q, k, v, a, b
         )
         cases[name] = (f, *linear_case(0, batch, 20, 2, 32, True), np.ones((batch, 1)))
-    f = lambda q, k, v, mask: cross_attention.attention(q, k, v, mask, backend="interpret")
+    f = lambda q, k, v, mask: cross_attention.attend(q, k, v, mask, backend="interpret")
     cases["cross"] = (f, *cross_case(0, 8, 20, 11, 2, 16), half_hidden(8, 11))
     shapes = (8, 6, 16, 32), (3, 3, 32), (32,)
-    f = lambda x, w, bias, mask: depthwise.smooth(x, w, bias, True, "interpret")
+    f = lambda x, w, bias, mask: depthwise.conv(x, w, bias, True, "interpret")
     cases["depthwise"] = (
         f,
         normals(0, *shapes),

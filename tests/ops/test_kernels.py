@@ -36,10 +36,8 @@ from sprint_jax import build, config
 from sprint_jax.encoders import parts
 from sprint_jax.errors import UserError
 from sprint_jax.models.dc_ae import DCAE_F32C32
-from sprint_jax.ops import backend
-from sprint_jax.ops import depthwise as models_depthwise
-from sprint_jax.ops.pallas import cross_attention, linear_attention
-from sprint_jax.ops.pallas import depthwise as kernels_depthwise
+from sprint_jax.ops import backend, cross_attention, depthwise, linear_attention, norms
+from sprint_jax.ops.pallas import depthwise as depthwise_kernel
 from sprint_jax.sampling import pipeline
 
 pytestmark = pytest.mark.second_pass
@@ -99,7 +97,7 @@ def test_linear_attention(batch, tokens, heads, head, norm):
     if head > backend.LARGEST_LINEAR_HEAD.get(HERE, head):
         pytest.skip(f"{HERE} has no kernel for heads of {head}")
     case = linear_case(0, batch, tokens, heads, head, norm)
-    found = directions(linear(linear_attention.attention, heads, backend=HERE), *case)
+    found = directions(linear(linear_attention.attend, heads, backend=HERE), *case)
     assert worst(found, in_float64(functools.partial(exact_linear, heads), *case)) < 1e-5
 
 
@@ -107,7 +105,7 @@ def test_linear_attention(batch, tokens, heads, head, norm):
 def test_linear_attention_of_one_token(norm):
     """What it attends to is itself: values and their tangents come back, queries and keys have no gradient. Latents of 1 x 1, and corners of tiles."""
     (q, k, v, *weights), (dq, dk, dv, *dweights), g = linear_case(0, 2, 1, 2, 32, norm)
-    f = linear(linear_attention.attention, 2, backend=HERE)
+    f = linear(linear_attention.attend, 2, backend=HERE)
     value, moved = jax.jvp(f, (q, k, v, *weights), (dq, dk, dv, *dweights))
     gradients = jax.vjp(f, q, k, v, *weights)[1](g)
     for found, expected in (
@@ -122,12 +120,12 @@ def test_linear_attention_of_one_token(norm):
 @pytest.mark.parametrize(("tokens", "head"), [(128, 32), (45, 32), slow(2200, 16)])
 def test_linear_attention_of_heads(tokens, head):
     """With q, k and v of a head beside each other: as they lie in memory, filled up, and in so many parts that the sums are made between
-    the kernels. Fails when heads are 3 d apart in place of 3 blocks, and when `joined` puts q, k and v of all heads together."""
+    the kernels. Fails when heads are 3 d apart in place of 3 blocks, and when `join` puts q, k and v of all heads together."""
     primals, tangents, g = linear_case(3, 1, tokens, 3, head, False)
     by_head = lambda q, k, v: jnp.stack(
         [x.reshape(*x.shape[:2], 3, -1) for x in (q, k, v)], 3
     ).reshape(*q.shape[:2], -1)
-    f = lambda *qkv: linear_attention.attention_of_heads(by_head(*qkv), heads=3, backend=HERE)
+    f = lambda *qkv: linear_attention.attend_interleaved(by_head(*qkv), heads=3, backend=HERE)
     assert (
         worst(
             directions(f, primals, tangents, g),
@@ -135,10 +133,10 @@ def test_linear_attention_of_heads(tokens, head):
         )
         < 1e-5
     )
-    plain = lambda *qkv: linear_attention.plain_of_heads(by_head(*qkv), heads=3)
+    plain = lambda *qkv: linear_attention.attend_interleaved(by_head(*qkv), heads=3)
     assert relative(plain(*primals), f(*primals)) < 1e-5
     with pytest.raises(ValueError, match="not three times the width of 4 heads"):
-        linear_attention.attention_of_heads(jnp.zeros((1, 4, 90)), heads=4, backend=HERE)
+        linear_attention.attend_interleaved(jnp.zeros((1, 4, 90)), heads=4, backend=HERE)
 
 
 @pytest.mark.parametrize("kind", ["queries", "keys", "both", "large"])
@@ -156,8 +154,8 @@ def test_linear_attention_without_weight(kind):
     if kind in ("keys", "both"):
         k[:] = np.where(np.arange(20)[:, None] % 3 == 0, 0, -np.abs(k))
     case = ((q, k, v), tangents, g)
-    found = directions(linear(linear_attention.attention, 2, backend=HERE), *case, scan=False)
-    expected = directions(linear(linear_attention.plain, 2), *case, scan=False)
+    found = directions(linear(linear_attention.attend, 2, backend=HERE), *case, scan=False)
+    expected = directions(linear(linear_attention.attend, 2), *case, scan=False)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.isfinite(a).all()
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1e-6, np.abs(b).max()))
@@ -165,13 +163,13 @@ def test_linear_attention_without_weight(kind):
 
 def test_linear_attention_refuses():
     qkv, w = jnp.zeros((1, 4, 96)), jnp.ones(32)
-    run = functools.partial(linear_attention.attention, heads=2, eps=EPS, backend=HERE)
+    run = functools.partial(linear_attention.attend, heads=2, eps=EPS, backend=HERE)
     with pytest.raises(ValueError, match="both norms, or of neither"):
         run(qkv, w, None)
     with pytest.raises(ValueError, match="not three times the width of 2 heads"):
         run(qkv[..., :64], w, w)
     with pytest.raises(ValueError, match="backend 'cuda'"):
-        linear_attention.attention(qkv, w, w, heads=2, eps=EPS, backend="cuda")
+        linear_attention.attend(qkv, w, w, heads=2, eps=EPS, backend="cuda")
 
 
 # ------------------------------------------------------------------------------------------------- cross-attention
@@ -194,7 +192,7 @@ def test_cross_attention(batch, queries, keys, heads, head):
     """Fails when keys that fill a block weigh like masked ones, `shrink` is left off the sum or the mean off s', when
     the kernel without tangents of k and v is taken with them, and when only the last part of the queries counts."""
     case, mask = cross_case(0, batch, queries, keys, heads, head), half_hidden(batch, keys)
-    found = directions(cross(cross_attention.attention, mask, backend=HERE), *case)
+    found = directions(cross(cross_attention.attend, mask, backend=HERE), *case)
     assert worst(found, in_float64(functools.partial(exact_cross, mask), *case)) < 1e-5
 
 
@@ -204,7 +202,7 @@ def test_cross_attention_of_hidden_text():
     (q, k, v), tangents, g = cross_case(3, 1, 9, 19, 2, 64)
     case = ((jnp.sign(q), jnp.sign(k), v), tangents, g)
     mask = np.zeros((1, 19))
-    found = directions(cross(cross_attention.attention, mask, backend=HERE), *case, scan=False)
+    found = directions(cross(cross_attention.attend, mask, backend=HERE), *case, scan=False)
     expected = in_float64(functools.partial(exact_cross, mask), *case, scan=False)
     assert worst(found, expected) < 1e-5
     shown = in_float64(functools.partial(exact_cross, mask + 1), *case, scan=False)
@@ -216,7 +214,7 @@ def test_cross_attention_of_large_scores():
     (q, k, v), tangents, g = cross_case(4, 2, 20, 40, 1, 32)
     case = ((100 * jnp.round(4 * q), jnp.round(4 * k), v), tangents, g)
     mask = half_hidden(2, 40)
-    found = directions(cross(cross_attention.attention, mask, backend=HERE), *case, scan=False)
+    found = directions(cross(cross_attention.attend, mask, backend=HERE), *case, scan=False)
     expected = in_float64(functools.partial(exact_cross, mask), *case, scan=False)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-3 * max(1e-3, np.abs(b).max()))
@@ -230,8 +228,8 @@ def both_kinds():
     linear_primals, *_ = linear_case(0, 1, 16, 1, 32, True)
     cross_primals, *_ = cross_case(0, 1, 16, 16, 1, 32)
     return (
-        (linear(linear_attention.attention, 1, backend=HERE), linear_primals),
-        (cross(cross_attention.attention, np.ones((1, 16)), backend=HERE), cross_primals),
+        (linear(linear_attention.attend, 1, backend=HERE), linear_primals),
+        (cross(cross_attention.attend, np.ones((1, 16)), backend=HERE), cross_primals),
     )
 
 
@@ -263,7 +261,7 @@ def test_a_norm_rounds_as_its_weight_says(weight):
     unit = exact / np.sqrt(np.square(exact).mean(-1, keepdims=True) + EPS)
     unit = np.asarray(unit.astype(weight), np.float64)
     expected = (unit * np.asarray(w, np.float64)).astype("bfloat16")
-    found = np.asarray(jax.jit(linear_attention.rms_norm, static_argnums=2)(x, w, EPS))
+    found = np.asarray(jax.jit(norms.rms_norm, static_argnums=2)(x, w, EPS))
     assert np.mean(found != expected) < 0.01
 
 
@@ -272,8 +270,8 @@ def test_kernels_round_norms_as_plain():
     for weight in ("float32", "bfloat16"):
         arrays, _, _ = linear_case(7, 1, 64, 2, 32, True, jnp.bfloat16)
         arrays = (*arrays[:3], *(jnp.asarray(a, weight) for a in arrays[3:]))
-        plain = linear(linear_attention.plain, 2)(*arrays)
-        found = linear(linear_attention.attention, 2, backend=HERE)(*arrays)
+        plain = linear(linear_attention.attend, 2)(*arrays)
+        found = linear(linear_attention.attend, 2, backend=HERE)(*arrays)
         assert np.mean(found != plain) < 0.05
 
 
@@ -288,14 +286,14 @@ def test_bfloat16_is_as_good_as_plain():
     kinds = (
         (
             lambda seed: linear_case(seed, 2, 128, 2, 32, True, jnp.bfloat16),
-            linear(linear_attention.plain, 2),
-            linear(linear_attention.attention, 2, backend=HERE),
+            linear(linear_attention.attend, 2),
+            linear(linear_attention.attend, 2, backend=HERE),
             functools.partial(exact_linear, 2),
         ),
         (
             lambda seed: cross_case(seed, 2, 128, 50, 2, 72, jnp.bfloat16),
-            cross(cross_attention.plain, mask),
-            cross(cross_attention.attention, mask, backend=HERE),
+            cross(cross_attention.attend, mask),
+            cross(cross_attention.attend, mask, backend=HERE),
             functools.partial(exact_cross, mask),
         ),
     )
@@ -382,12 +380,12 @@ def test_depthwise(shape, k, gated):
     expected = exact_depthwise(x, w, bias, gated)
     for dtype, most in (("float32", 1e-6), ("bfloat16", 7e-3)):
         arrays = [jnp.asarray(a, dtype) for a in (x, w, bias)]
-        found = models_depthwise.smooth(*arrays, gated, backend=HERE)
+        found = depthwise.conv(*arrays, gated, backend=HERE)
         assert found.dtype == dtype and relative(found, expected) < most
         # No worse than the formula, which rounds as often.
         assert (
             relative(found, expected)
-            < 1.2 * relative(models_depthwise.smooth(*arrays, gated), expected) + 1e-7
+            < 1.2 * relative(depthwise.conv(*arrays, gated), expected) + 1e-7
         )
 
 
@@ -413,7 +411,7 @@ def test_depthwise_derivatives(gated):
     )
 
     def directions(kind):
-        f = lambda x, w, bias: models_depthwise.smooth(x, w, bias, gated, backend=kind)
+        f = lambda x, w, bias: depthwise.conv(x, w, bias, gated, backend=kind)
         along = lambda x, w, bias: jax.jvp(lambda x: f(x, w, bias), (x,), (dx,))
 
         def scm(*primals):
@@ -432,7 +430,7 @@ def test_depthwise_derivatives(gated):
     assert worst(directions(HERE), directions("plain")) < 1e-6
     # A tangent that is not stopped gives NaN, as attention's.
     moved = lambda s: jax.jvp(
-        lambda x: models_depthwise.smooth(x, w, bias, gated, backend=HERE), (s * x,), (dx,)
+        lambda x: depthwise.conv(x, w, bias, gated, backend=HERE), (s * x,), (dx,)
     )[1].sum()
     assert np.isnan(jax.jit(jax.grad(moved))(1.0))
 
@@ -448,7 +446,7 @@ def test_depthwise_derivatives_in_bfloat16():
 
         def directions(kind, dtype):
             x, w, bias, dx, g = (jnp.asarray(a, dtype) for a in arrays)
-            f = lambda x, w, bias: models_depthwise.smooth(x, w, bias, True, backend=kind)
+            f = lambda x, w, bias: depthwise.conv(x, w, bias, True, backend=kind)
             return jax.jit(
                 lambda x, w, bias: (
                     jax.jvp(lambda x: f(x, w, bias), (x,), (dx,))[1],
@@ -470,7 +468,7 @@ def test_depthwise_derivatives_in_bfloat16():
 
 def test_depthwise_goes_by_what_the_kernel_takes():
     """Small pictures, odd channels, other dtypes, and arrays beyond 32-bit offsets take the formula. Fails when one is let through."""
-    tile = kernels_depthwise.tile
+    tile = depthwise_kernel.tile
     assert (
         tile((1, 32, 32, 5760), "bfloat16", True) == 64
         and tile((1, 32, 32, 48), "float32", False) == 16
@@ -485,11 +483,11 @@ def test_depthwise_goes_by_what_the_kernel_takes():
     ]:
         assert tile(shape, dtype, gated) is None, shape
     with pytest.raises(ValueError, match="no depthwise kernel"):
-        kernels_depthwise.conv(
+        depthwise_kernel.conv(
             *normals(0, (1, 3, 3, 16), (3, 3, 16), (16,)), gated=False, backend="interpret"
         )
     with pytest.raises(ValueError, match="use interpret or triton"):
-        kernels_depthwise.conv(
+        depthwise_kernel.conv(
             *normals(0, (1, 4, 16, 16), (3, 3, 16), (16,)), gated=False, backend="tpu"
         )
     assert [backend.depthwise(p) for p in ("gpu", "cuda", "cpu", "tpu")] == [
@@ -548,7 +546,7 @@ def test_depthwise_lowers(shape, k, gated):
     arguments = [
         jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in (shape, (k, k, shape[-1]), shape[-1:])
     ]
-    f = lambda *a: models_depthwise.smooth(*a, gated, backend="triton")
+    f = lambda *a: depthwise.conv(*a, gated, backend="triton")
     with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(f).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
     assert text.count(f"custom_call @{target}(") == 1 and "stablehlo.convolution" not in text

@@ -14,7 +14,7 @@ from sprint_jax.encoders import parts
 from sprint_jax.encoders import prompts as prompts_lib
 from sprint_jax.errors import UserError
 from sprint_jax.models import dc_ae
-from sprint_jax.ops import convolutions
+from sprint_jax.ops import conv3x3
 from sprint_jax.planning import flops
 from sprint_jax.sampling import generation, pipeline
 from sprint_jax.storage import image_files
@@ -122,8 +122,8 @@ def test_upsample_is_nearest_then_convolution():
     """Values of the long way. Fails when two phases change places or a tap falls into the wrong sum."""
     x, kernel = normals(2, 3, 5, 4), normals(3, 3, 4, 6, seed=1)
     doubled = np.repeat(np.repeat(x, 2, 1), 2, 2)
-    expected = convolutions.conv3x3(jnp.asarray(doubled), jnp.asarray(kernel))
-    got = convolutions.upsample_conv3x3(jnp.asarray(x), jnp.asarray(kernel))
+    expected = conv3x3.conv(jnp.asarray(doubled), jnp.asarray(kernel))
+    got = conv3x3.upsample_conv(jnp.asarray(x), jnp.asarray(kernel))
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -137,20 +137,20 @@ def test_winograd_is_the_direct_sum(shape, channels):
         padded[:, i : i + shape[1], j : j + shape[2]] @ kernel[i, j].astype(np.float64)
         for i, j in taps
     )
-    np.testing.assert_allclose(jax.jit(convolutions.winograd)(x, kernel), expected, atol=5e-6)
-    np.testing.assert_allclose(jax.jit(convolutions.conv3x3)(x, kernel), expected, atol=5e-6)
+    np.testing.assert_allclose(jax.jit(conv3x3.winograd)(x, kernel), expected, atol=5e-6)
+    np.testing.assert_allclose(jax.jit(conv3x3.conv)(x, kernel), expected, atol=5e-6)
 
 
 def test_wide_convolutions_are_winograd_where_they_can_be():
     """On a CPU, of wide float32 pictures with even sides. It needs 16 products for four outputs, not 36."""
     array = lambda side, channels, dtype: jax.ShapeDtypeStruct((1, side, side, channels), dtype)
     kernel = jax.ShapeDtypeStruct((3, 3, 256, 8), "float32")
-    counted = flops.count(convolutions.winograd, array(8, 256, "float32"), kernel)
+    counted = flops.count(conv3x3.winograd, array(8, 256, "float32"), kernel)
     assert counted.matmul == 2 * 16 * (8 * 8 // 4) * 256 * 8 and counted.convolution == 0
 
     def lowered(side, channels, dtype):
         narrow = jax.ShapeDtypeStruct((3, 3, channels, 8), "float32")
-        return jax.jit(convolutions.conv3x3).lower(array(side, channels, dtype), narrow).as_text()
+        return jax.jit(conv3x3.conv).lower(array(side, channels, dtype), narrow).as_text()
 
     assert "convolution" not in lowered(8, 256, "float32")
     for other in ((8, 128, "float32"), (9, 256, "float32"), (8, 256, "bfloat16")):

@@ -1,8 +1,8 @@
-"""3x3 convolutions of the autoencoder, each the way its platform runs it fastest.
+"""3x3 convolutions, each computed in the way that is fastest on its platform.
 
-Accelerators have a library that chooses its own algorithm. XLA's CPU backend has one, a direct convolution at the
-speed of a matrix product; there wide convolutions use Winograd's F(2x2, 3x3): 16 products for four outputs instead of 36
-(`docs/results/speed.md` has the ratios).
+Accelerators have a library that chooses its own algorithm. XLA's CPU backend has a direct
+convolution at the speed of a matrix product. Wide convolutions on a CPU use Winograd's
+F(2x2, 3x3) instead, with 16 products for four outputs instead of 36.
 """
 
 import functools
@@ -10,32 +10,37 @@ import functools
 import einops
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-# Channels from which the saved products outweigh the transforms on a CPU: at 128 both cost the same.
+# From this many channels on the saved products outweigh the transforms on a CPU.
 WINOGRAD_CHANNELS = 256
 # Output rows that are transformed at a time, so that 16 transformed copies stay in the cache.
 _ROWS = {256: 8, 512: 16}
 _DEFAULT_ROWS = 16
 
 
-def conv3x3(x, kernel, stride=1):
-    """3x3 convolution, padding 1. x [B, H, W, Cin], kernel [3, 3, Cin, Cout] -> [B, H', W', Cout] float32, see `_library`."""
+def conv(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """Return the 3x3 convolution of x with padding 1, in float32.
+
+    x [B, H, W, Cin], kernel [3, 3, Cin, Cout] -> [B, H', W', Cout]. `_library` says how bfloat16
+    is rounded.
+    """
     height, width, channels = x.shape[1:]
-    whole = height % 2 == 0 and width % 2 == 0
-    if stride == 1 and whole and x.dtype == jnp.float32 and channels >= WINOGRAD_CHANNELS:
+    even = height % 2 == 0 and width % 2 == 0
+    if stride == 1 and even and x.dtype == jnp.float32 and channels >= WINOGRAD_CHANNELS:
         return jax.lax.platform_dependent(x, kernel, cpu=winograd, default=_conv)
     return _conv(x, kernel, stride)
 
 
-def _conv(x, kernel, stride=1):
+def _conv(x: Array, kernel: Array, stride: int = 1) -> Array:
     return _library(x, kernel.astype(x.dtype), (stride, stride))
 
 
-def _library(x, kernel, strides):
-    """The library's convolution, padding 1, summed in float32 -> float32.
+def _library(x: Array, kernel: Array, strides: tuple[int, int]) -> Array:
+    """Return the library's convolution with padding 1, summed in float32, in float32.
 
-    cuDNN has none from bfloat16 to float32: asked for one, XLA converts both operands and convolves in TF32, at half the
-    speed. So an NVIDIA GPU rounds the sums to bfloat16, as PyTorch does.
+    cuDNN has no convolution from bfloat16 to float32. XLA would convert both operands and convolve
+    in TF32, at half the speed. So an NVIDIA GPU rounds the sums to bfloat16, as PyTorch does.
     """
 
     def convolve(out, x, kernel):
@@ -57,11 +62,11 @@ def _library(x, kernel, strides):
     )
 
 
-def winograd(x, kernel):
-    """`conv3x3` of stride 1 by Winograd's F(2x2, 3x3) (Lavin and Gray, arXiv 1509.09308, section 4.1).
+def winograd(x: Array, kernel: Array) -> Array:
+    """Return `conv` of stride 1 by Winograd's F(2x2, 3x3) (Lavin and Gray, arXiv 1509.09308, 4.1).
 
-    Y = A' [(G g G') * (B' d B)] A on tiles d of 4x4 inputs, each giving 2x2 outputs; the products over channels are 16
-    matrix products. Rounding is a few times that of the direct sum.
+    Y = A' [(G g G') * (B' d B)] A on tiles d of 4x4 inputs, each giving 2x2 outputs. The products
+    over channels are 16 matrix products. The rounding error is a few times that of the direct sum.
 
     x [B, H, W, Cin] float32, H and W even, kernel [3, 3, Cin, Cout] -> [B, H, W, Cout] float32.
     """
@@ -79,26 +84,27 @@ def winograd(x, kernel):
     return jnp.moveaxis(strips, 0, 1).reshape(batch, height, width, -1)
 
 
-def _kernel_transform(g):
-    """G g G': [3, 3, Cin, Cout] -> 16 matrices [Cin, Cout], row by row."""
+def _kernel_transform(g: Array) -> list[Array]:
+    """Return G g G' of [3, 3, Cin, Cout] as 16 matrices [Cin, Cout], row by row."""
     once = lambda v: (v[0], 0.5 * (v[0] + v[1] + v[2]), 0.5 * (v[0] - v[1] + v[2]), v[2])
     return [u for row in once(g) for u in once(row)]
 
 
-def _input_transform(d):
-    """B' along a list of four."""
+def _input_transform(d: list[Array]) -> tuple[Array, Array, Array, Array]:
+    """Apply B' along a list of four."""
     return d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]
 
 
-def _output_transform(m):
-    """A' along a list of four."""
+def _output_transform(m: list[Array]) -> tuple[Array, Array]:
+    """Apply A' along a list of four."""
     return m[0] + m[1] + m[2], m[1] - m[2] - m[3]
 
 
-def _tiles(padded, weights):
-    """All tiles of [B, H + 2, W + 2, Cin] -> [B, H, W, Cout].
+def _tiles(padded: Array, weights: list[Array]) -> Array:
+    """Convolve all tiles of [B, H + 2, W + 2, Cin], to [B, H, W, Cout].
 
-    Barriers keep the transforms out of each other: fused into one, each of 16 results reads all its inputs again.
+    Barriers keep the transforms apart. Fused into one, each of the 16 results would read all its
+    inputs again.
     """
     batch, height, width, channels = padded.shape
     height, width = height - 2, width - 2
@@ -119,28 +125,26 @@ def _tiles(padded, weights):
     return jnp.concatenate(rows, 2).reshape(batch, height, width, -1)
 
 
-def upsample_conv3x3(x, kernel):
-    """Nearest x2 then a 3x3 convolution, exactly, at 4/9 of its multiplications.
+def upsample_conv(x: Array, kernel: Array) -> Array:
+    """Return a nearest-neighbor upsampling by 2 followed by a 3x3 convolution, in float32.
 
-    Of the 3x3 taps of an output pixel only 2x2 differ in the small picture, so each of the four output
-    phases is a 2x2 convolution by sums of taps. One VALID convolution makes all four.
+    It is exact, at 4/9 of the multiplications. Of the 3x3 taps of an output pixel only 2x2 differ
+    in the small image, so each of the four output phases is a 2x2 convolution by sums of taps. One
+    VALID convolution computes all four.
 
-    x [B, H, W, Cin], kernel [3, 3, Cin, Cout] -> [B, 2H, 2W, Cout] float32.
+    x [B, H, W, Cin], kernel [3, 3, Cin, Cout] -> [B, 2H, 2W, Cout].
     """
     height, width = x.shape[1:3]
     first, middle, last = kernel.astype(jnp.float32)
-    rows = (
-        jnp.stack([first, middle + last]),
-        jnp.stack([first + middle, last]),
-    )  # by phase: [2, 3, ...]
+    # By phase, [2, 3, ...].
+    rows = jnp.stack([first, middle + last]), jnp.stack([first + middle, last])
     phases = []
     for row in rows:
-        left, centre, right = row[:, 0], row[:, 1], row[:, 2]
-        phases += [jnp.stack([left, centre + right], 1), jnp.stack([left + centre, right], 1)]
+        left, center, right = row[:, 0], row[:, 1], row[:, 2]
+        phases += [jnp.stack([left, center + right], 1), jnp.stack([left + center, right], 1)]
     taps = jnp.concatenate(phases, -1).astype(x.dtype)  # [2, 2, Cin, 4 Cout]
-    y = _library(
-        x, taps, (1, 1)
-    )  # [B, H + 1, W + 1, 4 Cout]; phase (p, q) of cell (i, j) is at (i + p, j + q)
+    # [B, H + 1, W + 1, 4 Cout]; phase (p, q) of cell (i, j) is at (i + p, j + q).
+    y = _library(x, taps, (1, 1))
     y = y.reshape(*y.shape[:3], 2, 2, -1)
     shifted = [[y[:, p : p + height, q : q + width, p, q] for q in (0, 1)] for p in (0, 1)]
     y = jnp.stack([jnp.stack(row, 3) for row in shifted], 3)  # [B, H, W, 2, 2, Cout]
