@@ -11,17 +11,17 @@ Presets
   smoke       the same cut down to seconds.
   sana_600m, sana_1600m
               seven copied blocks and scribbles of HED, as published for the multi-step ControlNet; its rate and warm-up
-              are those of the released files, whose batch of 16 is that of one GPU: the rate is 1e-4 times sqrt(control.batch / 256),
+              are those of the released files, whose batch of 16 is that of one GPU: the rate is 1e-4 times sqrt(phases.control.batch / 256),
               by the released trainer's rule, 2.5e-5 at the 16 that stand here. The paper's distilled one was never released: its phase is
               configs/sprint.py:sana_600m with the condition given to teacher and student. It needs a teacher with
-              QK-norm (configs/teacher.py), at most 16 devices or a larger control.batch, and data encoded with the condition:
+              QK-norm (configs/teacher.py), at most 16 devices or a larger phases.control.batch, and data encoded with the condition:
 
     python -m sprint_jax encode --source=PICTURES --encoder=SANA_SPRINT_FOLDER --encoded=data/sketched \\
         --condition=scribble --hed_weights=ControlNetHED.pth
     python -m sprint_jax.main --config=configs/controlnet.py:sana_600m --config.data.encoded=data/sketched \\
         --config.data.model=SANA_SPRINT_FOLDER --config.teacher.pretrained=TEACHER_FOLDER --workdir=SHARED_DIR
 
-Any key can be changed on the command line: --config.control.steps=400.
+Any key can be changed on the command line: --config.phases.control.steps=400.
 """
 
 import math
@@ -40,19 +40,18 @@ def get_config(preset="shapes"):
     config = _SPRINT["get_config"](preset)
     if preset.startswith("sana_"):
         # Steps: the released files train until stopped; 20 000 updates are this project's choice.
-        config.control.update(depth=7, condition="scribble", steps=20000)
+        config.control.update(depth=7, condition="scribble")
+        config.phases.control.steps = 20000
         return config
     if preset == "smoke":
-        config.control.update(depth=1, steps=8, batch=8, freehand=0.5)
+        config.control.update(depth=1, freehand=0.5)
+        config.phases.control.update(steps=8, batch=8)
         return config
-    config.control.update(depth=3, steps=600, freehand=0.5)
+    config.control.update(depth=3, freehand=0.5)
+    config.phases.control.steps = 600
     # sCM weighed against LADD as by a log-variance that has arrived: errors are below 1 / D for latents of D = 4 x 4 x 32.
-    config.sprint.update(
-        steps=1600,
-        batch=16,
-        weighting="paper",
-        logvar_start=-math.log(512),
-        adv_weight=25.0,
-        head_blocks=(1, 3, 5),
+    config.phases.sprint.update(steps=1600, batch=16)
+    config.phases.sprint.objective.update(
+        weighting="paper", logvar_start=-math.log(512), adv_weight=25.0, head_blocks=(1, 3, 5)
     )
     return config

@@ -74,63 +74,75 @@ def _shapes():
     )
     config.mesh = dict(data=-1, fsdp=1)
     config.teacher = dict(
-        pretrained="package:shapes_teacher",
-        start="",
-        steps=10000,
-        batch=64,
-        accumulate=1,
-        ema=0.998,
-        caption_dropout=0.1,
-        border_start=True,
-        time_mean=0.0,
-        time_std=1.0,
-        time_shift=3.0,
-        base_qk_norm=True,
-        base_time_scale=1.0,
-        finetune_steps=0,
-        finetune_lr=3e-4,
-        optimizer=_muon(
-            lr=2e-3, muon_lr=0.02, warmup=100, decay_to=0.02, b1=0.9, weight_decay=0.01, clip=1.0
-        ),
+        pretrained="package:shapes_teacher", start="", base_qk_norm=True, base_time_scale=1.0
     )
-    config.control = dict(
-        depth=0,
-        condition="edges",
-        pretrained="",
-        steps=0,
-        batch=64,
-        dropout=0.1,
-        freehand=0.0,
-        optimizer=_muon(
-            lr=2e-3, muon_lr=0.02, warmup=50, decay_to=0.05, b1=0.9, weight_decay=0.01, clip=1.0
+    config.control = dict(depth=0, condition="edges", pretrained="", freehand=0.0)
+    config.order = ("teacher", "finetune", "control", "sprint")
+    config.phases = dict(
+        teacher=dict(
+            network="base",
+            seed=0,
+            steps=10000,
+            batch=64,
+            accumulate=1,
+            ema=0.998,
+            optimizers=dict(network=_muon(lr=2e-3, muon_lr=0.02, warmup=100, decay_to=0.02)),
+            objective=_flow_matching(border_start=True),
         ),
-    )
-    config.sprint = dict(
-        steps=2400,
-        batch=32,
-        accumulate=1,
-        ema=0.99,
-        guidance=(1.25, 1.5, 2.0),
-        uncond_mask="cond",
-        p_mean=-0.4,
-        p_std=1.4,
-        tangent_warmup=300,
-        tangent_normalize=True,
-        weighting="code",
-        logvar_gradient="head",
-        logvar_start=0.0,
-        scm_weight=1.0,
-        adv_weight=5.0,
-        max_time=0.7,
-        disc_mean=-0.6,
-        disc_std=1.0,
-        reduction="code",
-        misaligned=True,
-        head_blocks=(0, 2, 4, 6),
-        optimizer=_muon(
-            lr=2e-4, muon_lr=0.005, warmup=20, decay_to=0.1, b1=0.0, weight_decay=0.0, clip=0.5
+        finetune=dict(
+            network="teacher",
+            seed=0,
+            steps=0,
+            batch=64,
+            accumulate=1,
+            ema=0.998,
+            optimizers=dict(network=_muon(lr=3e-4, muon_lr=0.003, warmup=100, decay_to=0.02)),
+            objective=_flow_matching(border_start=False),
         ),
-        head_optimizer=_adamw(lr=5e-4, warmup=0, decay_to=1.0, b1=0.0, weight_decay=0.0, clip=0.5),
+        control=dict(
+            network="control",
+            seed=2,
+            steps=0,
+            batch=64,
+            accumulate=1,
+            ema=0.998,
+            optimizers=dict(network=_muon(lr=2e-3, muon_lr=0.02, warmup=50, decay_to=0.05)),
+            objective=_flow_matching(border_start=False),
+        ),
+        sprint=dict(
+            network="student",
+            seed=1,
+            steps=2400,
+            batch=32,
+            accumulate=1,
+            ema=0.99,
+            optimizers=dict(
+                student=_muon(lr=2e-4, muon_lr=0.005, warmup=20, b1=0.0, weight_decay=0.0, clip=0.5)
+                | dict(decay_to=0.1),
+                heads=_adamw(lr=5e-4, warmup=0, decay_to=1.0),
+            ),
+            objective=dict(
+                kind="scm_ladd",
+                guidance=(1.25, 1.5, 2.0),
+                uncond_mask="cond",
+                control_dropout=0.1,
+                p_mean=-0.4,
+                p_std=1.4,
+                tangent_warmup=300,
+                tangent_normalize=True,
+                weighting="code",
+                logvar_gradient="head",
+                logvar_start=0.0,
+                scm_weight=1.0,
+                adv_weight=5.0,
+                max_time=0.7,
+                disc_mean=-0.6,
+                disc_std=1.0,
+                reduction="code",
+                misaligned=True,
+                head_blocks=(0, 2, 4, 6),
+            ),
+        ),
     )
     config.evaluation = dict(
         prompts=256,
@@ -145,7 +157,7 @@ def _shapes():
     config.run = dict(
         log_every=20,
         checkpoint_every=200,
-        strip_every=200,
+        preview_every=200,
         keep=2,
         max_rejected=10,
         quick_compile=False,
@@ -154,19 +166,33 @@ def _shapes():
 
 
 def _adamw(**values):
-    return dict(kind="adamw", muon_lr=0.0, reference_batch=0, b2=0.99, b3=0.0) | values
+    """Settings of AdamW as the discriminator's heads have it."""
+    base = dict(kind="adamw", muon_lr=0.0, reference_batch=0, b1=0.0, b2=0.99, b3=0.0)
+    return base | dict(weight_decay=0.0, clip=0.5) | values
 
 
 def _muon(**values):
-    return dict(kind="muon", reference_batch=0, b2=0.99, b3=0.0) | values
+    """Settings of Muon as the embedded teachers have it."""
+    base = dict(kind="muon", reference_batch=0, b1=0.9, b2=0.99, b3=0.0)
+    return base | dict(weight_decay=0.01, clip=1.0) | values
+
+
+def _flow_matching(**values):
+    """Settings of flow matching on the embedded data."""
+    times = dict(time_mean=0.0, time_std=1.0, time_shift=3.0)
+    return dict(kind="flow_matching", caption_dropout=0.1) | times | values
 
 
 def _smoke(config):
     config.model.update(width=32, depth=2, heads=2, cross_heads=2, unroll=1)
-    config.teacher.update(pretrained="", steps=12, batch=8)
-    config.sprint.update(steps=12, batch=8, tangent_warmup=6, head_blocks=(0, 1))
+    config.teacher.pretrained = ""
+    for name in ("teacher", "finetune"):
+        config.phases[name].batch = 8
+    config.phases.teacher.steps = 12
+    config.phases.sprint.update(steps=12, batch=8)
+    config.phases.sprint.objective.update(tangent_warmup=6, head_blocks=(0, 1))
     config.evaluation.update(prompts=16, batch=16, reference=64, samples=16)
-    config.run.update(log_every=2, checkpoint_every=4, strip_every=6, quick_compile=True)
+    config.run.update(log_every=2, checkpoint_every=4, preview_every=6, quick_compile=True)
 
 
 def _shapes_64(config):
@@ -174,8 +200,10 @@ def _shapes_64(config):
     config.data.size = 64
     config.codec.update(block=16, scale=1.049, weights="package:shapes_64_codec", channels=48)
     config.model.update(width=192, depth=8, heads=6, cross_heads=3, mlp_ratio=2.5, unroll=8)
-    config.teacher.update(pretrained="", steps=3600)
-    config.sprint.update(steps=3600, head_blocks=(1, 3, 5, 7))
+    config.teacher.pretrained = ""
+    config.phases.teacher.steps = 3600
+    config.phases.sprint.steps = 3600
+    config.phases.sprint.objective.head_blocks = (1, 3, 5, 7)
 
 
 def _emoji(config):
@@ -184,11 +212,11 @@ def _emoji(config):
     config.text.update(vocabulary="words", length=24)
     config.codec.update(block=8, scale=1.437, weights="package:emoji_codec", channels=64)
     config.model.update(width=192, depth=8, heads=6, cross_heads=6, mlp_ratio=2.5, unroll=8)
-    config.teacher.update(pretrained="", steps=4000, batch=32)
-    # logvar_gradient and max_time are those that its results in docs/dev/lab-notebook/2026-11.md were made with.
-    config.sprint.update(
-        steps=1600,
-        batch=16,
+    config.teacher.pretrained = ""
+    config.phases.teacher.update(steps=4000, batch=32)
+    config.phases.sprint.update(steps=1600, batch=16)
+    # logvar_gradient and max_time are those that its published results were made with.
+    config.phases.sprint.objective.update(
         guidance=(1.5, 2.0, 2.5),
         head_blocks=(1, 3, 5, 7),
         logvar_gradient="network",
@@ -233,57 +261,51 @@ def sana(preset):
     )
     config.mesh = dict(data=-1, fsdp=8)
     config.teacher = dict(
-        pretrained="models/teacher",
-        start="",
-        steps=0,
-        batch=1024,
-        accumulate=1,
-        ema=0.0,
-        caption_dropout=0.1,
-        border_start=False,
-        time_mean=0.0,
-        time_std=1.0,
-        time_shift=4.0 if preset == "sana_600m" else 3.0,
-        base_qk_norm=True,
-        base_time_scale=1.0,
-        finetune_steps=0,
-        finetune_lr=2e-5,
-        optimizer=came(lr=2e-5, reference_batch=0, warmup=2000),
+        pretrained="models/teacher", start="", base_qk_norm=True, base_time_scale=1.0
     )
-    config.control = dict(  # see configs/controlnet.py
-        depth=0,
-        condition="hed",
-        pretrained="",
-        steps=0,
-        batch=16,
-        dropout=0.0,
-        freehand=0.0,
-        optimizer=came(lr=1e-4, reference_batch=256, warmup=30),
-    )
-    config.sprint = dict(
-        steps=20000,
-        batch=512,
-        accumulate=1,
-        ema=0.0,
-        guidance=(4.0, 4.5, 5.0),
-        uncond_mask="cond",
-        p_mean=0.2,
-        p_std=1.6,
-        tangent_warmup=4000,
-        tangent_normalize=True,
-        weighting="code",
-        logvar_gradient="network",
-        logvar_start=0.0,
-        scm_weight=1.0,
-        adv_weight=0.5,
-        max_time=0.5,
-        disc_mean=-0.6,
-        disc_std=1.0,
-        reduction="code",
-        misaligned=True,
-        head_blocks=(2, 8, 14, 19),
-        optimizer=came(lr=2e-6, reference_batch=256, warmup=156),
-        head_optimizer=came(lr=2e-6, reference_batch=256, warmup=0),
+    config.control = dict(depth=0, condition="hed", pretrained="", freehand=0.0)
+    shift = 4.0 if preset == "sana_600m" else 3.0
+    config.order = ("teacher", "finetune", "control", "sprint")
+    config.phases = dict(
+        teacher=_sana_flow("base", 0, 1024, came(lr=2e-5, reference_batch=0, warmup=2000), shift),
+        finetune=_sana_flow(
+            "teacher", 0, 1024, came(lr=2e-5, reference_batch=0, warmup=2000), shift
+        ),
+        # See configs/controlnet.py.
+        control=_sana_flow("control", 2, 16, came(lr=1e-4, reference_batch=256, warmup=30), shift),
+        sprint=dict(
+            network="student",
+            seed=1,
+            steps=20000,
+            batch=512,
+            accumulate=1,
+            ema=0.0,
+            optimizers=dict(
+                student=came(lr=2e-6, reference_batch=256, warmup=156),
+                heads=came(lr=2e-6, reference_batch=256, warmup=0),
+            ),
+            objective=dict(
+                kind="scm_ladd",
+                guidance=(4.0, 4.5, 5.0),
+                uncond_mask="cond",
+                control_dropout=0.0,
+                p_mean=0.2,
+                p_std=1.6,
+                tangent_warmup=4000,
+                tangent_normalize=True,
+                weighting="code",
+                logvar_gradient="network",
+                logvar_start=0.0,
+                scm_weight=1.0,
+                adv_weight=0.5,
+                max_time=0.5,
+                disc_mean=-0.6,
+                disc_std=1.0,
+                reduction="code",
+                misaligned=True,
+                head_blocks=(2, 8, 14, 19),
+            ),
+        ),
     )
     config.evaluation = dict(
         prompts=64,
@@ -299,7 +321,7 @@ def sana(preset):
     config.run = dict(
         log_every=20,
         checkpoint_every=500,
-        strip_every=0,
+        preview_every=0,
         keep=3,
         max_rejected=100,
         quick_compile=False,
@@ -321,4 +343,18 @@ def came(**values):
             clip=0.1,
         )
         | values
+    )
+
+
+def _sana_flow(network, seed, batch, optimizer, shift):
+    """A phase of flow matching at the published sizes, left out until it has steps."""
+    return dict(
+        network=network,
+        seed=seed,
+        steps=0,
+        batch=batch,
+        accumulate=1,
+        ema=0.0,
+        optimizers=dict(network=optimizer),
+        objective=_flow_matching(border_start=False, time_shift=shift),
     )

@@ -9,7 +9,7 @@ Presets
   sana_600m, sana_1600m
               fine-tunes a SANA without QK-norm and with times in [0, 1000]: 5 000 updates of 1 024 samples at
               2e-5 (the paper's value, taken as it stands: by the released trainer's rule, sqrt(batch / 256), a file
-              that says 2e-5 gives 4e-5, --config.teacher.optimizer.reference_batch=256), as plain flow matching. Give the model to begin from and
+              that says 2e-5 gives 4e-5, --config.phases.finetune.optimizers.network.reference_batch=256), as plain flow matching. Give the model to begin from and
               the data: --config.teacher.start=SANA_FOLDER --config.data.encoded=data/sana. One update is about
               3 forward passes of a sample, three tenths of a generator's: `sprint-jax plan` has the hours.
 
@@ -30,10 +30,9 @@ def get_config(preset="shapes"):
         raise UserError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
     config = _SPRINT["get_config"](preset)
     config.teacher.pretrained = ""
-    config.sprint.steps = 0
+    config.phases.sprint.steps = 0
     if preset.startswith("sana_"):
-        config.teacher.update(
-            start="models/sana", base_qk_norm=False, base_time_scale=1000.0, finetune_steps=5000
-        )
+        config.teacher.update(start="models/sana", base_qk_norm=False, base_time_scale=1000.0)
+        config.phases.finetune.steps = 5000
         config.run.log_every = 20
     return config

@@ -11,11 +11,9 @@ from sprint_jax.conversion import folder
 from sprint_jax.encoders import patches, words
 from sprint_jax.errors import UserError
 from sprint_jax.models.controlnet import Controlled, ControlNet
-from sprint_jax.models.discriminator import LADDHeads
 from sprint_jax.models.linear_dit import LinearDiT
 from sprint_jax.ops import backend
 from sprint_jax.storage import weights
-from sprint_jax.training import came, sprint_step, state
 
 _PACKAGE = "package:"
 
@@ -108,10 +106,6 @@ def base_teacher(c: config_lib.Config) -> LinearDiT:
     )
 
 
-def needs_finetune(c: config_lib.Config) -> bool:
-    return base_teacher(c) != teacher(c)
-
-
 def published_transformer(path, model: LinearDiT):
     """Parameters of `model` from a folder with a diffusers transformer, as NumPy float32.
 
@@ -169,21 +163,3 @@ def _same(path, what, found, model):
             f"{path} holds a {what} with {name}={getattr(found, name)}, the config asks for {getattr(model, name)}: "
             "change config.model, or give another folder"
         )
-
-
-def nets(c: config_lib.Config) -> sprint_step.Nets:
-    s = c.sprint
-    return sprint_step.Nets(
-        teacher=distilled_teacher(c),
-        student=student(c),
-        heads=LADDHeads(width=c.model.width, count=len(s.head_blocks), dtype=c.model.dtype),
-        tx=state.optimizer(
-            s.optimizer, s.steps // 2, s.batch, came_rules=(came.dit_factored, came.dit_stacked)
-        ),
-        heads_tx=state.optimizer(
-            s.head_optimizer,
-            s.steps // 2,
-            s.batch,
-            came_rules=(came.heads_factored, came.heads_stacked),
-        ),
-    )

@@ -1,299 +1,435 @@
 """The configuration as frozen dataclasses: every field is written out, has a type and is read somewhere.
 
 A card in `configs/` makes an `ml_collections.ConfigDict`; `parse` turns it into `Config`. There are no
-defaults here: a key that is missing or unknown is an error that names it.
+defaults here: a key that is missing or unknown is an error that names it, and so is a value of the wrong type.
 """
 
 import dataclasses
 import difflib
+import importlib
 import math
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import ml_collections
 
-from sprint_jax.conditioning import sketches
 from sprint_jax.encoders import words
 from sprint_jax.errors import UserError
-from sprint_jax.models.discriminator import GROUP
-from sprint_jax.models.linear_dit import REMAT
-from sprint_jax.ops import backend
+from sprint_jax.objectives.base import Settings
+from sprint_jax.objectives.flow_matching import FlowMatching
+from sprint_jax.objectives.ladd import Ladd
+from sprint_jax.objectives.scm import Scm
+from sprint_jax.objectives.scm_ladd import ScmLadd
+from sprint_jax.optim.optimizers import Optimizer
+
+Problems = Iterator[tuple[str, str]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
-    """What is learnt from.
-
-    encoded: folder made by `sprint-jax encode`; "" draws the embedded `shapes` as they are needed.
-    model: diffusers or converted folder whose autoencoder and text encoder made that folder; "" for the
-      embedded codec and text encoder of this config.
-    size: picture side in pixels (the middle one of aspect-ratio buckets).
-    seed: names the training order, and the pictures drawn. eval_seed: the held-out ones, and their noise.
-    workers: processes that read an encoded folder, per host; 0 reads in threads.
-    max_bad: share of unreadable records at which training stops.
-    """
+    """The data set."""
 
     encoded: str
+    """Folder made by `sprint-jax encode`; "" draws the embedded shapes as they are needed."""
     model: str
+    """Folder (diffusers or converted) of the autoencoder and text encoder that made it; "" for this config's."""
     size: int
+    """Image side in pixels (the middle one of aspect-ratio buckets)."""
     seed: int
+    """Names the training order, and the drawn images."""
     eval_seed: int
+    """Names the held-out images and their noise."""
     workers: int
+    """Processes that read an encoded folder, per host; 0 reads in threads."""
     max_bad: float
+    """Share of unreadable records at which training stops."""
+
+    def problems(self) -> Problems:
+        """Yield (field, what to use instead) for each value out of range."""
+        yield from _positive(self, "size")
+        if self.seed < 0:
+            yield "seed", "use 0 or more"
+        if not 0 <= self.eval_seed < 2**30:
+            yield "eval_seed", "use 0 to 2^30 - 1"
+        if self.workers < 0:
+            yield "workers", "use 0 or more"
+        if not 0 <= self.max_bad <= 1:
+            yield "max_bad", "use a share in [0, 1]"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
-    """What the network reads: see `sprint_jax.encoders.words` and `sprint_jax.encoders.parts`.
+    """The text features that the network reads; see `sprint_jax.encoders`."""
 
-    vocabulary: "shapes", "words" (any words, hashed) or "gemma" (of data.model, or features in data.encoded).
-    length: tokens of a caption, padded. dim: width of their features.
-    """
-
-    vocabulary: str
+    vocabulary: Literal["shapes", "words", "gemma"]
+    """The shapes' own words, any words (hashed), or Gemma-2 of data.model."""
     length: int
+    """Tokens of a caption, padded."""
     dim: int
+    """Width of their features."""
+
+    def problems(self) -> Problems:
+        """Yield (field, what to use instead) for each value out of range."""
+        if self.vocabulary == "shapes" and self.length != words.LENGTH:
+            yield "length", f"vocabulary shapes has length {words.LENGTH}"
+        if self.vocabulary in ("shapes", "words") and self.dim != words.DIM:
+            yield "dim", f"vocabulary {self.vocabulary} has dim {words.DIM}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Devices as data x fsdp: see `training/sharding.py`. data = -1 takes what fsdp leaves."""
+    """Devices as data x fsdp; see `training/sharding.py`."""
 
     data: int
+    """Devices along the batch; -1 takes what fsdp leaves."""
     fsdp: int
+    """Devices along which parameters are cut."""
+
+    def problems(self) -> Problems:
+        """Yield (field, what to use instead) for each value out of range."""
+        yield from _positive(self, "fsdp")
+        if self.data < 1 and self.data != -1:
+            yield "data", "use 1 or more, or -1 for what fsdp leaves"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codec:
-    """Pixel seam: see `sprint_jax.encoders.patches`; with data.model its DC-AE, of this block and channels.
-
-    block: pixels per latent cell along each side. scale: makes the latents' root mean square near one.
-    weights: principal components, a .safetensors file or "package:NAME"; "" keeps every pixel value.
-    channels: components in that file (3 block^2 without one).
-    """
+    """The embedded pixel codec; with data.model its autoencoder has this block and these channels."""
 
     block: int
+    """Pixels per latent cell along each side."""
     scale: float
+    """Makes the latents' root mean square near one."""
     weights: str
+    """Principal components, a .safetensors file or "package:NAME"; "" keeps every pixel value."""
     channels: int
+    """Components in that file (3 block^2 without one)."""
+
+    def problems(self) -> Problems:
+        """Yield (field, what to use instead) for each value out of range."""
+        yield from _positive(self, "block", "channels")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
-    """Network shared by teacher and student: see `sprint_jax.models.linear_dit.LinearDiT`.
-
-    attention: "plain", or "pallas" for kernels where the device has them (`sprint_jax.ops.backend.resolve`), on an NVIDIA GPU those of
-      the Mix-FFN's convolution too.
-    """
+    """The network shared by teacher and student; see `sprint_jax.models.linear_dit.LinearDiT`."""
 
     width: int
+    """Channels of the residual stream."""
     depth: int
+    """Blocks."""
     heads: int
+    """Heads of linear self-attention."""
     cross_heads: int
+    """Heads of cross-attention."""
     mlp_ratio: float
+    """Hidden width of the Mix-FFN over width."""
     patch_size: int
+    """Latent cells of a token along each side."""
     qk_norm: bool
+    """RMSNorm of queries and keys."""
     time_scale: float
+    """Factor of flow times before their embedding: 1 for dense times (Eq. 10), 1000 as in SANA."""
     guidance_embed: bool
+    """Condition the student on the guidance scale."""
     guidance_scale_factor: float
-    remat: str
+    """Factor of the scale before its embedding."""
+    remat: Literal["none", "block", "cheap"]
+    """What a backward pass computes again: nothing, whole blocks, or what is cheap."""
     unroll: int
-    dtype: str
-    residual_dtype: str
-    attention: str
+    """Blocks per iteration of the loop over blocks."""
+    dtype: Literal["float32", "bfloat16"]
+    """Operands of matrix products."""
+    residual_dtype: Literal["float32", "bfloat16"]
+    """The residual stream."""
+    attention: Literal["plain", "pallas"]
+    """Plain JAX, or kernels where the device has them; on NVIDIA GPUs also for the Mix-FFN's convolution."""
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """kind: "adamw", "came", or "muon" (with AdamW for what is no matrix).
-
-    lr: of AdamW or CAME. muon_lr: of Muon's matrices. reference_batch: both are multiplied by
-    sqrt(batch / reference_batch), 0 leaves them (the published trainer has 256).
-    warmup: updates of linear warm-up; decay_to: final share of the rates under a cosine (1 = constant).
-    b1, b2: of the moments of AdamW and CAME (Muon's matrices keep optax's 0.95); b3: of CAME's instability. clip: global norm of the gradient.
-    """
-
-    kind: str
-    lr: float
-    muon_lr: float
-    reference_batch: int
-    warmup: int
-    decay_to: float
-    b1: float
-    b2: float
-    b3: float
-    weight_decay: float
-    clip: float
+    def problems(self) -> Problems:
+        """Yield (field, what to use instead) for each value out of range."""
+        names = ("width", "depth", "heads", "cross_heads", "patch_size", "unroll")
+        yield from _positive(self, *names)
+        if any(getattr(self, name) < 1 for name in names):
+            return
+        for name in ("heads", "cross_heads"):
+            if self.width % getattr(self, name):
+                yield "width", f"use a multiple of {name} {getattr(self, name)}"
+        if self.residual_dtype not in ("float32", self.dtype):
+            yield "residual_dtype", f"use float32, or model.dtype, which is {self.dtype}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """Flow-matching teacher.
-
-    pretrained: weights to use instead of training: a .safetensors file, "package:NAME" for one shipped
-      with the code, a diffusers or converted folder, "" to train here.
-    start: weights that training here begins from, as for pretrained; "" begins from random ones.
-    steps, batch, ema, caption_dropout: training; ema is the decay (0: none).
-    accumulate: parts of a batch whose gradients are averaged one after the other, to save memory.
-    border_start: begin from parameters in which zero padding shows (`training/teacher_step.py`).
-    time_mean, time_std, time_shift: logit-normal time sampling.
-    base_qk_norm, base_time_scale: what the teacher is first trained with. Where they differ from
-      model.qk_norm and model.time_scale, finetune_steps more steps follow with the missing parts added.
-    """
+    """The network that is distilled: where it comes from, and what it is first trained as."""
 
     pretrained: str
+    """Weights to use instead of training: a .safetensors file, "package:NAME" or a folder; "" trains here."""
     start: str
-    steps: int
-    batch: int
-    accumulate: int
-    ema: float
-    caption_dropout: float
-    border_start: bool
-    time_mean: float
-    time_std: float
-    time_shift: float
+    """Weights that training here begins from, as for pretrained; "" begins from random ones."""
     base_qk_norm: bool
+    """Whether the base network, which a fine-tune begins from, has QK-norm."""
     base_time_scale: float
-    finetune_steps: int
-    finetune_lr: float
-    optimizer: Optimizer
+    """The base network's time scale."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Control:
-    """ControlNet around the teacher and the student: see `sprint_jax.models.controlnet`.
-
-    depth: blocks that it copies; 0 for none, and nothing else here counts then.
-    condition: what is made of each picture, "edges", "scribble" or "hed" (`sprint_jax.conditioning.sketches`; encoded data
-      must hold the same).
-    pretrained: weights of a multi-step ControlNet to use instead of training: a .safetensors file, or a folder with a
-      diffusers ControlNet; "" to train it here around the frozen teacher.
-    steps, batch: of that training; times, dropped captions and average are those of `teacher`.
-    dropout: share of samples that go without the condition in the sprint, whose student so learns to draw with and without.
-    freehand: probability that an example of the embedded data has its objects anywhere and is shown by a rough sketch, as a
-      person draws (`sprint_jax.toy.freehand`), instead of by `condition`; 0 for encoded data.
-    optimizer: of that training.
-    """
+    """A ControlNet around the teacher and the student; see `sprint_jax.models.controlnet`."""
 
     depth: int
-    condition: str
+    """Blocks that it copies; 0 for none, and then nothing else here counts."""
+    condition: Literal["edges", "scribble", "hed"]
+    """What is made of each image (encoded data must hold the same); see `sprint_jax.conditioning`."""
     pretrained: str
-    steps: int
-    batch: int
-    dropout: float
+    """Weights of a multi-step ControlNet to use instead of training; "" trains it here."""
     freehand: float
-    optimizer: Optimizer
+    """Probability that a drawn example has its objects anywhere and a rough sketch, as a person draws."""
+
+    def problems(self) -> Problems:
+        """Yield (field, what to use instead) for each value out of range."""
+        if self.depth < 0:
+            yield "depth", "use 0 (no ControlNet) or more"
+        if not 0 <= self.freehand <= 1:
+            yield "freehand", "use a probability in [0, 1]"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sprint:
-    """sCM + LADD distillation. Steps count generator and discriminator updates, which alternate.
+class Phase:
+    """One phase of a run: an objective trains one network on the data of the run."""
 
-    accumulate: as for the teacher; no random draw and no normalisation group depends on it.
-    guidance: scales drawn per sample for the teacher and told to the student.
-    uncond_mask: "cond" (code: the prompt's own mask on null features) or "null" (the null prompt's mask).
-    p_mean, p_std: time sampler of the generator; disc_mean, disc_std: of the renoising.
-    tangent_warmup: H. tangent_normalize, weighting, reduction: see `diffusion.scm` and `diffusion.ladd`.
-    logvar_gradient: what the adaptive weight's log-variance trains, "network" (code: its head and the time embedding
-      that the head reads) or "head" alone. logvar_start: its value before training (code: 0); a normalised tangent's
-      error is below 1 / D for latents of D numbers, so -log D is about where it ends.
-    scm_weight, adv_weight: factors of the two losses (lambda is the second); 0 leaves that loss out.
-    max_time: probability p of the max-time weighting. misaligned: real pictures with wrong text as fakes.
-    head_blocks: teacher blocks with a discriminator head, 0-based.
-    """
-
+    network: Literal["base", "teacher", "control", "student"]
+    """The network that it trains: the teacher as it is first trained, the teacher, its ControlNet, the student."""
+    seed: int
+    """Added to the config's seed, so that phases draw different numbers."""
     steps: int
+    """Updates of all roles together; 0 leaves the phase out."""
     batch: int
+    """Samples of a global batch."""
     accumulate: int
+    """Parts of a batch whose gradients are averaged one after the other, to save memory; no draw depends on it."""
     ema: float
-    guidance: tuple[float, ...]
-    uncond_mask: str
-    p_mean: float
-    p_std: float
-    tangent_warmup: int
-    tangent_normalize: bool
-    weighting: str
-    logvar_gradient: str
-    logvar_start: float
-    scm_weight: float
-    adv_weight: float
-    max_time: float
-    disc_mean: float
-    disc_std: float
-    reduction: str
-    misaligned: bool
-    head_blocks: tuple[int, ...]
-    optimizer: Optimizer
-    head_optimizer: Optimizer
+    """Decay of the moving average that the phase ends with; 0 for none."""
+    optimizers: dict[str, Optimizer]
+    """One for each role of the objective."""
+    objective: Settings
+    """The method: `kind` names it, or is "module:Class" of a settings class outside this package."""
+
+    def problems(self) -> Problems:
+        """Yield (field, what to use instead) for each value out of range."""
+        yield from _positive(self, "batch", "accumulate")
+        if self.steps < 0:
+            yield "steps", "use 0 or more"
+        if self.accumulate > 0 and self.batch % self.accumulate:
+            yield "accumulate", f"use a divisor of batch {self.batch}"
+        if not 0 <= self.ema < 1:
+            yield "ema", "use a decay from 0 (none) to below 1"
+        roles = sorted(set(self.objective.round))
+        if sorted(self.optimizers) != roles:
+            yield "optimizers", f"give one for each of {', '.join(roles)}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """prompts: held-out prompts scored. batch: pictures at a time. teacher_steps: of the full teacher.
-
-    teacher_guidance: CFG scale of the teacher. student_guidance: embedded scale of the student.
-    schedule: time list of the student, "code" or "paper". reference: real pictures behind the Fréchet
-    distance. samples: pictures in each samples_*.png.
-    """
+    """What is scored at the end of a run."""
 
     prompts: int
+    """Held-out prompts."""
     batch: int
+    """Images generated at a time."""
     teacher_steps: int
+    """Steps of the full teacher."""
     teacher_guidance: float
+    """Its classifier-free guidance scale."""
     student_guidance: float
-    schedule: str
+    """The scale that the student is conditioned on."""
+    schedule: Literal["code", "paper"]
+    """Time list of the student."""
     reference: int
+    """Real images behind the Fréchet distance."""
     samples: int
+    """Images in each samples_*.png."""
+
+    def problems(self) -> Problems:
+        """Yield (field, what to use instead) for each value out of range."""
+        yield from _positive(self, "batch", "teacher_steps")
+        for name in ("prompts", "reference"):
+            if getattr(self, name) < 2:
+                yield name, "use 2 or more, one image has no covariance"
+        if self.samples > self.prompts:
+            yield "samples", f"use at most evaluation.prompts {self.prompts}"
+        for name in ("teacher_guidance", "student_guidance"):
+            if not math.isfinite(getattr(self, name)):
+                yield name, "use a finite scale"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """log_every, checkpoint_every: in steps. keep: checkpoints kept. max_rejected: non-finite in a row.
-
-    strip_every: steps between pictures of a few held-out prompts on the way, 0 for none. Drawing them holds the whole
-      network on one device, beside what training holds there.
-    quick_compile: on a CPU, programs compile in a third of the time, side by side, and run slower (`sprint_jax/runtime/quick_compile.py`).
-    """
+    """Logs and checkpoints."""
 
     log_every: int
+    """Steps between rows of metrics."""
     checkpoint_every: int
-    strip_every: int
+    """Steps between checkpoints."""
+    preview_every: int
+    """Steps between previews of a few held-out prompts, 0 for none. A preview holds the network on one device."""
     keep: int
+    """Checkpoints kept."""
     max_rejected: int
+    """Non-finite updates in a row that end a run."""
     quick_compile: bool
+    """On a CPU, compile in a third of the time, side by side, to slower programs."""
+
+    def problems(self) -> Problems:
+        """Yield (field, what to use instead) for each value out of range."""
+        yield from _positive(self, "log_every", "checkpoint_every", "keep", "max_rejected")
+        if self.preview_every < 0:
+            yield "preview_every", "use 0 (none) or more"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """seed: of parameters and training noise. The rest: see each section."""
+    """A whole run."""
 
     seed: int
+    """Names parameters and training noise."""
     data: Data
+    """The data set."""
     text: Text
+    """The text features."""
     codec: Codec
+    """The embedded pixel codec."""
     model: Model
+    """The network."""
     mesh: Mesh
+    """Devices."""
     teacher: Teacher
+    """The network that is distilled."""
     control: Control
-    sprint: Sprint
+    """Its ControlNet."""
+    order: tuple[str, ...]
+    """Names of phases in the order in which they run."""
+    phases: dict[str, Phase]
+    """The phases by name."""
     evaluation: Evaluation
+    """What is scored."""
     run: Run
+    """Logs and checkpoints."""
+
+
+def active(c: Config) -> tuple[str, ...]:
+    """Return the names of the phases that run: those with steps, whose network is wanted and not given."""
+    given = {
+        "base": bool(c.teacher.pretrained),
+        "teacher": bool(c.teacher.pretrained),
+        "control": not c.control.depth or bool(c.control.pretrained),
+        "student": False,
+    }
+    return tuple(n for n in c.order if c.phases[n].steps and not given[c.phases[n].network])
 
 
 def parse(tree: ml_collections.ConfigDict | dict) -> Config:
-    """ConfigDict -> Config. Raises UserError for unknown or missing keys and for values out of range."""
+    """Turn a ConfigDict or a nested dict into a `Config`.
+
+    Raises UserError for unknown or missing keys, values of the wrong type, and values out of range.
+    """
     if isinstance(tree, ml_collections.ConfigDict):
         tree = tree.to_dict()
-    config = _build(Config, tree, "config")
-    _check(config)
+    _refuse_renamed(tree)
+    config = _section(Config, tree, "config")
+    for holds, message in _rules(config):
+        if not holds:
+            raise UserError(message)
     return config
 
 
 def to_dict(config: Config) -> dict:
-    """Config -> nested dict of plain values, the inverse of `parse`."""
+    """Return nested dicts of plain values, the inverse of `parse`."""
     return dataclasses.asdict(config)
 
 
-def _build(kind, tree, path):
-    fields = {f.name: f.type for f in dataclasses.fields(kind)}
+# Keys of version 0.1 and where they are now; the longest prefix counts.
+RENAMED = {
+    "teacher.steps": "phases.teacher.steps",
+    "teacher.batch": "phases.teacher.batch",
+    "teacher.accumulate": "phases.teacher.accumulate",
+    "teacher.ema": "phases.teacher.ema",
+    "teacher.optimizer": "phases.teacher.optimizers.network",
+    "teacher.caption_dropout": "phases.teacher.objective.caption_dropout",
+    "teacher.border_start": "phases.teacher.objective.border_start",
+    "teacher.time_mean": "phases.teacher.objective.time_mean",
+    "teacher.time_std": "phases.teacher.objective.time_std",
+    "teacher.time_shift": "phases.teacher.objective.time_shift",
+    "teacher.finetune_steps": "phases.finetune.steps",
+    "teacher.finetune_lr": "phases.finetune.optimizers.network.lr",
+    "run.strip_every": "run.preview_every",
+    "control.steps": "phases.control.steps",
+    "control.batch": "phases.control.batch",
+    "control.optimizer": "phases.control.optimizers.network",
+    "control.dropout": "phases.sprint.objective.control_dropout",
+    "sprint": "phases.sprint.objective",
+    "sprint.steps": "phases.sprint.steps",
+    "sprint.batch": "phases.sprint.batch",
+    "sprint.accumulate": "phases.sprint.accumulate",
+    "sprint.ema": "phases.sprint.ema",
+    "sprint.optimizer": "phases.sprint.optimizers.student",
+    "sprint.head_optimizer": "phases.sprint.optimizers.heads",
+}
+
+
+def renamed(key: str) -> str | None:
+    """Return today's name of a dotted key of version 0.1, without "config."; None for any other key."""
+    words_of_key = key.split(".")
+    for length in range(len(words_of_key), 0, -1):
+        old = ".".join(words_of_key[:length])
+        if old in RENAMED:
+            return ".".join([RENAMED[old], *words_of_key[length:]])
+    return None
+
+
+def _refuse_renamed(tree: dict) -> None:
+    if "sprint" in tree and "phases" not in tree:
+        raise UserError(
+            "this config is of version 0.1, whose training keys have other names "
+            f"(config.sprint.steps is now config.{RENAMED['sprint.steps']}): start from a card in configs/"
+        )
+
+
+def objective_class(kind: str, path: str = "config") -> type:
+    """Return the settings class of an objective by its kind, or by "module:Class". Raises UserError."""
+    match kind:
+        case "flow_matching":
+            return FlowMatching
+        case "scm":
+            return Scm
+        case "ladd":
+            return Ladd
+        case "scm_ladd":
+            return ScmLadd
+    module, colon, name = str(kind).partition(":")
+    if not colon:
+        raise UserError(
+            f"{path}.kind {kind!r}: use flow_matching, scm, ladd, scm_ladd, or module:Class"
+        )
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{path}.kind {kind!r} cannot be imported ({error})") from None
+
+
+def _positive(section: Any, *names: str) -> Problems:
+    for name in names:
+        if getattr(section, name) < 1:
+            yield name, "use 1 or more"
+
+
+def _section(kind: type, tree: Any, path: str) -> Any:
+    """Build a dataclass from a dict, checking names, types and the section's own rules."""
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} {tree!r}: give a section with keys")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
     for name in tree:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
@@ -302,282 +438,177 @@ def _build(kind, tree, path):
     missing = [name for name in fields if name not in tree]
     if missing:
         raise UserError(f"config key {path}.{missing[0]} is missing: add it to the config file")
-    values = {}
-    for name, field in fields.items():
-        value = tree[name]
-        if dataclasses.is_dataclass(field):
-            value = _build(field, value, f"{path}.{name}")
-        elif isinstance(value, list):
-            value = tuple(value)
-        values[name] = value
-    return kind(**values)
+    values = {name: _value(hint, tree[name], f"{path}.{name}") for name, hint in fields.items()}
+    section = kind(**values)
+    for field, advice in getattr(section, "problems", tuple)():
+        raise UserError(f"{path}.{field} {_shown(getattr(section, field))}: {advice}")
+    return section
 
 
-def _check(c: Config):
-    s, t, m, k = c.sprint, c.teacher, c.model, c.control
-    counts = {
-        "data.size": c.data.size,
-        "codec.block": c.codec.block,
-        "model.patch_size": m.patch_size,
-        "model.width": m.width,
-        "model.depth": m.depth,
-        "model.heads": m.heads,
-        "model.cross_heads": m.cross_heads,
-        "model.unroll": m.unroll,
-        "teacher.batch": t.batch,
-        "teacher.accumulate": t.accumulate,
-        "control.batch": k.batch,
-        "sprint.batch": s.batch,
-        "sprint.accumulate": s.accumulate,
-        "evaluation.batch": c.evaluation.batch,
-        "evaluation.teacher_steps": c.evaluation.teacher_steps,
-        "run.keep": c.run.keep,
-        "run.max_rejected": c.run.max_rejected,
-    }
-    for name, value in counts.items():  # first: rules divide by them
-        if value < 1:
-            raise UserError(f"config.{name} {value}: use 1 or more")
-    cell = c.codec.block * m.patch_size
-    # One teacher becomes another by a fine-tune that adds QK-norm or changes times, never by itself.
-    other_base = (t.base_qk_norm, t.base_time_scale) != (m.qk_norm, m.time_scale)
-    optimizers = (
-        ("teacher.optimizer", t.optimizer),
-        ("control.optimizer", k.optimizer),
-        ("sprint.optimizer", s.optimizer),
-        ("sprint.head_optimizer", s.head_optimizer),
+def _shown(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, dict) else repr(value)
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    """Check one value against its type. Raises UserError naming the key, the value and the type."""
+    if hint is Settings:
+        kind = value.get("kind", "") if isinstance(value, dict) else value
+        return _section(objective_class(kind, path), value, path)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _section(hint, value, path)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is dict and isinstance(value, dict):
+        return {name: _value(arguments[1], v, f"{path}.{name}") for name, v in value.items()}
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_value(arguments[0], v, path) for v in value)
+    if origin is Literal and value in arguments:
+        return value
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        raise TypeError(f"{path}: {hint} is not a type of config values")
+    raise UserError(f"{path} {value!r}: use {_named(hint)}")
+
+
+def _named(hint: Any) -> str:
+    """Name a type for people."""
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each {_named(typing.get_args(hint)[0])}"
+    return names.get(hint, "a section with keys")
+
+
+_NETWORKS = ("base", "teacher", "control", "student")
+
+
+def _rules(c: Config) -> Iterator[tuple[bool, str]]:
+    """Yield (whether a rule between sections holds, what to say where it does not)."""
+    for name in c.order:
+        yield name in c.phases, f"config.order names {name!r}: use names of config.phases"
+    yield from _data_rules(c)
+    yield from _teacher_rules(c)
+    yield from _control_rules(c)
+    yield from _phase_rules(c)
+    rounds = math.lcm(*(len(c.phases[name].objective.round) for name in c.order))
+    for name in ("log_every", "checkpoint_every", "preview_every"):
+        value = getattr(c.run, name)
+        yield (
+            value % rounds == 0,
+            f"config.run.{name} {value}: use a multiple of {rounds}, a round of updates",
+        )
+
+
+def _data_rules(c: Config) -> Iterator[tuple[bool, str]]:
+    cell = c.codec.block * c.model.patch_size
+    yield (
+        c.data.size % cell == 0,
+        f"config.data.size {c.data.size}: use a multiple of {cell} (codec.block x patch_size)",
     )
-    require = [
-        (
-            c.text.vocabulary in ("shapes", "words", "gemma"),
-            f"config.text.vocabulary {c.text.vocabulary!r}: use shapes, words or gemma",
-        ),
-        (
-            c.text.vocabulary != "shapes"
-            or (c.text.length, c.text.dim) == (words.LENGTH, words.DIM),
-            f"config.text {c.text.length} x {c.text.dim}: vocabulary shapes has length {words.LENGTH} and dim {words.DIM}",
-        ),
-        (
-            c.text.vocabulary != "words" or c.text.dim == words.DIM,
-            f"config.text.dim {c.text.dim}: vocabulary words has {words.DIM}",
-        ),
-        (
-            c.data.encoded or c.text.vocabulary == "shapes",
-            f"config.data.encoded is empty: captions in {c.text.vocabulary} need a folder made by sprint-jax encode",
-        ),
-        (
-            c.data.seed >= 0 and 0 <= c.data.eval_seed < 2**30,
-            "config.data.seed: use 0 or more, config.data.eval_seed: 0 to 2^30 - 1",
-        ),
-        (
-            c.data.workers >= 0 and 0 <= c.data.max_bad <= 1,
-            "config.data.workers: use 0 or more; config.data.max_bad: a share in [0, 1]",
-        ),
-        (
-            c.mesh.fsdp >= 1 and (c.mesh.data >= 1 or c.mesh.data == -1),
-            f"config.mesh.data {c.mesh.data}, config.mesh.fsdp {c.mesh.fsdp}: use 1 or more, data=-1 for what is left",
-        ),
-        (
-            c.data.size % cell == 0,
-            f"config.data.size {c.data.size}: use a multiple of {cell} (codec.block x patch_size)",
-        ),
-        (
-            c.codec.weights
-            or c.text.vocabulary == "gemma"
-            or c.codec.channels == 3 * c.codec.block**2,
-            f"config.codec.channels {c.codec.channels}: without codec.weights it is 3 x block^2 = {3 * c.codec.block**2}",
-        ),
-        (
-            m.width % m.heads == 0,
-            f"config.model.width {m.width}: use a multiple of heads {m.heads}",
-        ),
-        (
-            m.width % m.cross_heads == 0,
-            f"config.model.width {m.width}: use a multiple of cross_heads {m.cross_heads}",
-        ),
-        (m.remat in REMAT, f"config.model.remat {m.remat!r}: use one of {', '.join(REMAT)}"),
-        (
-            m.dtype in ("float32", "bfloat16"),
-            f"config.model.dtype {m.dtype!r}: use float32 or bfloat16",
-        ),
-        (
-            m.residual_dtype in ("float32", m.dtype),
-            f"config.model.residual_dtype {m.residual_dtype!r}: use float32, or model.dtype, which is {m.dtype}",
-        ),
-        (
-            m.attention in backend.WANTED,
-            f"config.model.attention {m.attention!r}: use {' or '.join(backend.WANTED)}",
-        ),
-        (
-            t.steps >= 0 and t.finetune_steps >= 0,
-            "config.teacher.steps and finetune_steps: use 0 or more",
-        ),
-        (
-            t.pretrained or t.steps > 0 or (t.start and t.finetune_steps > 0 and other_base),
-            "config.teacher.pretrained is empty and nothing trains a teacher: give it, or teacher.steps, or teacher.start with finetune_steps and another base_qk_norm or base_time_scale than model's",
-        ),
-        (
-            t.pretrained or not other_base or t.finetune_steps > 0,
-            f"config.teacher.base_qk_norm {t.base_qk_norm}, base_time_scale {t.base_time_scale} and config.model.qk_norm {m.qk_norm}, time_scale {m.time_scale}: use equal ones, or finetune_steps",
-        ),
-        (
-            t.pretrained or m.qk_norm or not t.base_qk_norm,
-            "config.teacher.base_qk_norm is True and config.model.qk_norm False: a fine-tune adds QK-norm and never takes it away",
-        ),
-        (
-            0 <= k.depth < m.depth,
-            f"config.control.depth {k.depth}: use 0 (no ControlNet) to {m.depth - 1}, below model.depth",
-        ),
-        (
-            k.condition in sketches.KINDS,
-            f"config.control.condition {k.condition!r}: use one of {', '.join(sketches.KINDS)}",
-        ),
-        (
-            not k.depth or c.data.encoded or k.condition != "hed",
-            "config.control.condition hed needs encoded pictures: use edges or scribble, or name config.data.encoded",
-        ),
-        (
-            not k.depth or k.pretrained or k.steps > 0,
-            "config.control.pretrained is empty and config.control.steps is 0: nothing trains the ControlNet",
-        ),
-        (0 <= k.dropout < 1, f"config.control.dropout {k.dropout}: use a share from 0 to below 1"),
-        (
-            0 <= k.freehand <= 1,
-            f"config.control.freehand {k.freehand}: use a probability in [0, 1]",
-        ),
-        (
-            not k.freehand or not c.data.encoded,
-            f"config.control.freehand {k.freehand}: encoded pictures have no rough sketches, use 0 with config.data.encoded",
-        ),
-        *(
-            (
-                x.batch % x.accumulate == 0,
-                f"config.{n}.accumulate {x.accumulate}: use a divisor of {n}.batch {x.batch}",
-            )
-            for n, x in (("teacher", t), ("sprint", s))
-        ),
-        (
-            k.batch % t.accumulate == 0,
-            f"config.control.batch {k.batch}: use a multiple of config.teacher.accumulate {t.accumulate}",
-        ),
-        (
-            s.accumulate == 1 or s.batch % (GROUP * s.accumulate) == 0,
-            f"config.sprint.batch {s.batch}: with accumulate {s.accumulate} use a multiple of {GROUP * s.accumulate} (normalisation groups of {GROUP})",
-        ),
-        (
-            s.accumulate > 1
-            or all(
-                n % math.ceil(n / GROUP) == 0
-                for n in (s.batch, *((2 * s.batch,) if s.misaligned else ()))
-            ),
-            f"config.sprint.batch {s.batch}: the discriminator normalises in equal groups of at most {GROUP} samples, use a multiple of {GROUP}",
-        ),
-        *(
-            (
-                o.kind in ("adamw", "muon", "came"),
-                f"config.{n}.kind {o.kind!r}: use adamw, muon or came",
-            )
-            for n, o in optimizers
-        ),
-        *((o.clip > 0, f"config.{n}.clip {o.clip}: use a norm above 0") for n, o in optimizers),
-        *(
-            (
-                o.kind != "muon" or o.muon_lr > 0,
-                f"config.{n}.muon_lr {o.muon_lr}: kind muon needs a rate above 0 for its matrices",
-            )
-            for n, o in optimizers
-        ),
-        *(
-            (
-                o.kind != "came" or (0 < o.b1 < 1 and 0 < o.b3 < 1),
-                f"config.{n}.b1 {o.b1}, b3 {o.b3}: kind came needs values between 0 and 1",
-            )
-            for n, o in optimizers
-        ),
-        *(
-            (0 <= rate < math.inf, f"config.{n} {rate}: use a finite rate of 0 or more")
-            for n, rate in (
-                *(
-                    (f"{n}.{name}", getattr(o, name))
-                    for n, o in optimizers
-                    for name in ("lr", "muon_lr", "weight_decay")
-                ),
-                ("teacher.finetune_lr", t.finetune_lr),
-            )
-        ),
-        *(
-            (0 <= x.ema < 1, f"config.{n}.ema {x.ema}: use a decay from 0 (none) to below 1")
-            for n, x in (("teacher", t), ("sprint", s))
-        ),
-        (
-            s.steps >= 0 and s.steps % 2 == 0,
-            f"config.sprint.steps {s.steps}: use an even number (generator and discriminator alternate), 0 for a teacher alone",
-        ),
-        (
-            s.uncond_mask in ("cond", "null"),
-            f"config.sprint.uncond_mask {s.uncond_mask!r}: use cond or null",
-        ),
-        (
-            s.weighting in ("code", "paper"),
-            f"config.sprint.weighting {s.weighting!r}: use code or paper",
-        ),
-        (
-            s.logvar_gradient in ("network", "head"),
-            f"config.sprint.logvar_gradient {s.logvar_gradient!r}: use network or head",
-        ),
-        (
-            s.reduction in ("code", "paper"),
-            f"config.sprint.reduction {s.reduction!r}: use code or paper",
-        ),
-        (
-            s.scm_weight > 0 or s.adv_weight > 0,
-            "config.sprint.scm_weight and adv_weight are both 0: nothing to train",
-        ),
-        (0 <= s.max_time <= 1, f"config.sprint.max_time {s.max_time}: use a probability in [0, 1]"),
-        (len(s.guidance) > 0, "config.sprint.guidance is empty: give at least one scale"),
-        *(
-            (math.isfinite(scale), f"config.{n} {scale}: use a finite scale")
-            for n, scale in (
-                *(("sprint.guidance", scale) for scale in s.guidance),
-                ("evaluation.teacher_guidance", c.evaluation.teacher_guidance),
-                ("evaluation.student_guidance", c.evaluation.student_guidance),
-            )
-        ),
-        (
-            len(s.head_blocks) > 0
-            and list(s.head_blocks) == sorted(set(s.head_blocks))
-            and s.head_blocks[0] >= 0
-            and s.head_blocks[-1] < m.depth,
-            f"config.sprint.head_blocks {s.head_blocks}: use increasing block numbers within 0..{m.depth - 1}",
-        ),
-        (
-            not s.misaligned or s.batch > 1,
-            "config.sprint.misaligned needs config.sprint.batch of 2 or more",
-        ),
-        (
-            c.evaluation.schedule in ("code", "paper"),
-            f"config.evaluation.schedule {c.evaluation.schedule!r}: use code or paper",
-        ),
-        (
-            c.evaluation.prompts >= 2 and c.evaluation.reference >= 2,
-            "config.evaluation.prompts and reference: use 2 or more, one picture has no covariance",
-        ),
-        (
-            c.evaluation.samples <= c.evaluation.prompts,
-            f"config.evaluation.samples {c.evaluation.samples}: use at most evaluation.prompts {c.evaluation.prompts}",
-        ),
-        (
-            c.run.log_every % 2 == 0 and c.run.log_every > 0,
-            f"config.run.log_every {c.run.log_every}: use an even number",
-        ),
-        (
-            c.run.checkpoint_every > 0 and c.run.checkpoint_every % 2 == 0,
-            f"config.run.checkpoint_every {c.run.checkpoint_every}: use an even number",
-        ),
-        (
-            c.run.strip_every >= 0 and c.run.strip_every % 2 == 0,
-            f"config.run.strip_every {c.run.strip_every}: use an even number, 0 for none",
-        ),
-    ]
-    for holds, message in require:
-        if not holds:
-            raise UserError(message)
+    pixels = 3 * c.codec.block**2
+    yield (
+        bool(c.codec.weights) or c.text.vocabulary == "gemma" or c.codec.channels == pixels,
+        f"config.codec.channels {c.codec.channels}: without codec.weights it is 3 x block^2 = {pixels}",
+    )
+    yield (
+        bool(c.data.encoded) or c.text.vocabulary == "shapes",
+        f"config.data.encoded is empty: captions in {c.text.vocabulary} need a folder made by "
+        "sprint-jax encode",
+    )
+
+
+def _teacher_rules(c: Config) -> Iterator[tuple[bool, str]]:
+    t, m, running = c.teacher, c.model, [c.phases[n].network for n in active(c)]
+    # One teacher becomes another by a fine-tune that adds QK-norm or changes times, never by itself.
+    other = (t.base_qk_norm, t.base_time_scale) != (m.qk_norm, m.time_scale)
+    base = f"config.teacher.base_qk_norm {t.base_qk_norm}, base_time_scale {t.base_time_scale}"
+    yield (
+        bool(t.pretrained) or m.qk_norm or not t.base_qk_norm,
+        "config.teacher.base_qk_norm is True and config.model.qk_norm False: a fine-tune adds QK-norm "
+        "and never takes it away",
+    )
+    yield (
+        bool(t.pretrained)
+        or "base" in running
+        or (bool(t.start) and "teacher" in running and other),
+        "config.teacher.pretrained is empty and nothing trains a teacher: give it, or "
+        "phases.teacher.steps, or teacher.start with phases.finetune.steps and another base_qk_norm or "
+        "base_time_scale than model's",
+    )
+    yield (
+        bool(t.pretrained) or not other or "teacher" in running,
+        f"{base} and config.model.qk_norm {m.qk_norm}, time_scale {m.time_scale}: use equal ones, or "
+        "phases.finetune.steps",
+    )
+
+
+def _control_rules(c: Config) -> Iterator[tuple[bool, str]]:
+    k = c.control
+    yield (
+        k.depth < c.model.depth,
+        f"config.control.depth {k.depth}: use 0 (no ControlNet) to {c.model.depth - 1}, below "
+        "model.depth",
+    )
+    yield (
+        not k.depth or bool(c.data.encoded) or k.condition != "hed",
+        "config.control.condition hed needs encoded images: use edges or scribble, or set "
+        "config.data.encoded",
+    )
+    trained = any(c.phases[name].network == "control" for name in active(c))
+    yield (
+        not k.depth or bool(k.pretrained) or trained,
+        "config.control.pretrained is empty and config.phases.control.steps is 0: nothing trains the "
+        "ControlNet",
+    )
+    yield (
+        not k.freehand or not c.data.encoded,
+        f"config.control.freehand {k.freehand}: encoded images have no rough sketches, use 0 with "
+        "config.data.encoded",
+    )
+
+
+def _phase_rules(c: Config) -> Iterator[tuple[bool, str]]:
+    """Yield the rules of each phase, among them what its objective needs of the run around it."""
+    ranks = [_NETWORKS.index(c.phases[name].network) for name in c.order]
+    yield (
+        ranks == sorted(ranks) and len(set(c.order)) == len(c.order),
+        f"config.order {', '.join(c.order)}: name each phase once, in the order of their networks "
+        f"({', '.join(_NETWORKS)})",
+    )
+    for name in c.order:
+        yield from _needs(c.phases[name], c.model.depth, f"config.phases.{name}")
+
+
+def _needs(phase: Phase, depth: int, at: str) -> Iterator[tuple[bool, str]]:
+    needs, batch, parts = phase.objective.needs(), phase.batch, phase.accumulate
+    kind, length = phase.objective.kind, len(phase.objective.round)
+    yield (
+        phase.steps % length == 0,
+        f"{at}.steps {phase.steps}: use a multiple of {length} "
+        f"({' and '.join(phase.objective.round)} take turns), 0 leaves the phase out",
+    )
+    yield (
+        phase.network in needs.network,
+        f"{at}.network {phase.network}: {kind} trains {' or '.join(needs.network)}",
+    )
+    yield (
+        all(block < depth for block in needs.blocks),
+        f"{at}.objective.head_blocks {needs.blocks}: use block numbers within 0..{depth - 1}",
+    )
+    yield batch >= needs.batch, f"{at}.batch {batch}: {kind} needs {needs.batch} or more"
+    if needs.group == 1:
+        return
+    yield (
+        parts == 1 or batch % (needs.group * parts) == 0,
+        f"{at}.batch {batch}: with accumulate {parts} use a multiple of {needs.group * parts} "
+        f"(normalization groups of {needs.group})",
+    )
+    sizes = [batch * times for times in needs.groups_of]
+    yield (
+        parts > 1 or all(n % math.ceil(n / needs.group) == 0 for n in sizes),
+        f"{at}.batch {batch}: the discriminator normalizes in equal groups of at most {needs.group} "
+        f"samples, use a multiple of {needs.group}",
+    )

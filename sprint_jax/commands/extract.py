@@ -5,7 +5,6 @@ With --to_file=OTHER/student.safetensors a run that is not finished can be sampl
 written beside it, and --model=OTHER reads both. Not into the run's own folder, which would count as finished by such a file.
 """
 
-import json
 import pathlib
 import sys
 
@@ -76,36 +75,20 @@ def _make_folder(to_file):
 
 
 def extract(run_dir, stage):
-    """(step, parameters as NumPy) of the newest whole checkpoint of a stage. Raises UserError where the run has none."""
-    import jax
+    """Return (step, parameters as NumPy) of the newest whole checkpoint of a phase. Raises UserError without one."""
+    from sprint_jax.training import checkpoints, run, stages
 
-    from sprint_jax import build, config
-    from sprint_jax.storage import run_files
-    from sprint_jax.training import checkpoints
-
-    try:
-        c = config.parse(json.loads((run_dir / run_files.CONFIG).read_text()))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{run_dir} is no work directory of a run ({error}): give the --workdir of one"
-        ) from None
-    made = {
-        "teacher": build.base_teacher,
-        "finetune": build.teacher,
-        "control": build.controlnet,
-        "sprint": build.student,
-    }
-    there = [name for name in made if (run_dir / "checkpoints" / name).is_dir()]
+    c = run.read_config(run_dir)
+    there = [name for name in c.phases if (run_dir / "checkpoints" / name).is_dir()]
     if stage not in there:
         raise UserError(
             f"{run_dir} has no checkpoint of --stage={stage}: it has {', '.join(there) or 'none of any stage yet'}"
         )
-    model = made[stage](c)
-    averaged = bool(c.sprint.ema if stage == "sprint" else c.teacher.ema)
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
-    return checkpoints.read_part(
-        run_dir / "checkpoints" / stage, "ema" if averaged else "params", abstract
-    )
+    phase = c.phases[stage]
+    made = stages.networks(c, phase)
+    model = made.trained.control if phase.network == "control" else made.trained
+    part = ("roles", phase.objective.objective(made).main, "ema" if phase.ema else "params")
+    return checkpoints.read_part(run_dir / "checkpoints" / stage, part, run.abstract(model))
 
 
 if __name__ == "__main__":

@@ -97,38 +97,18 @@ def _devices(device, shape):
 
 
 def _steps(config, devices, say):
-    """(name, times run, placed stage, function, abstract batch) of every step of the configuration."""
-    import jax
-
-    from sprint_jax import build
-    from sprint_jax.training import datasets, loop, run, sharding
+    """Yield (label, times run, placed stage, function, abstract batch) of every step of the configuration."""
+    from sprint_jax.training import datasets, plans, sharding
+    from sprint_jax.training.stage import Placed, check_batch
 
     mesh = sharding.mesh(config.mesh.data, config.mesh.fsdp, devices)
-    data = datasets.Abstract(config)
-    abstract = lambda model: jax.eval_shape(model.init, jax.random.key(0))
-    stages = []
-    if not config.teacher.pretrained:
-        begun = abstract(build.base_teacher(config)) if config.teacher.start else None
-        stages += [
-            stage(abstract(build.base_teacher(config)))
-            for stage in run.teacher_stages(config, data, begun)
-        ]
-    if config.control.depth and not config.control.pretrained:
-        stages.append(run.control_stage(config, data, abstract(build.teacher(config))))
-    if config.sprint.steps:
-        stages.append(run.sprint_stage(config, data, abstract(build.distilled_teacher(config))))
-    for stage in stages:
-        loop.check_batch(stage, mesh)
-        placed = loop.Placed.on(stage, mesh, say)
-        names = ("generator", "discriminator") if stage.name == "sprint" else (stage.name,)
-        for name, function in zip(names, stage.functions, strict=True):
-            yield (
-                name,
-                stage.steps // len(names),
-                placed,
-                function,
-                datasets.abstract_batch(config, stage.batch),
-            )
+    for stage in plans.abstract_stages(config):
+        check_batch(stage, mesh)
+        placed, batch = Placed.on(stage, mesh, say), datasets.abstract_batch(config, stage.batch)
+        for label, function in dict(zip(stage.labels, stage.functions, strict=True)).items():
+            share = stage.labels.count(label) / len(stage.labels)
+            name = stage.name if len(stage.labels) == 1 else f"{stage.name} {label}"
+            yield (name, round(stage.steps * share), placed, function, batch)
 
 
 def _measure(name, times, placed, function, batch, say):
@@ -149,7 +129,7 @@ def _measure(name, times, placed, function, batch, say):
         "name": name,
         "times": times,
         "batch": batch["latent"].shape[0],
-        "parameters": sum(a.size for a in jax.tree.leaves(state.params)),
+        "parameters": sum(a.size for a in jax.tree.leaves(state.roles[placed.stage.main].params)),
         "state": sharding.per_device_bytes(state),
         "frozen": sharding.per_device_bytes(placed.frozen),
         "held": held,
@@ -161,6 +141,8 @@ def _measure(name, times, placed, function, batch, say):
 
 def _report(config, name, device, shape, steps):
     """Markdown."""
+    from sprint_jax import config as config_lib
+
     mesh, count = config.mesh, math.prod(shape)
     data = count // mesh.fsdp if mesh.data == -1 else mesh.data
     kind = (
@@ -171,11 +153,13 @@ def _report(config, name, device, shape, steps):
             "collectives are upper bounds"
         )
     )
+    running = [config.phases[n] for n in config_lib.active(config)]
+    accumulate = ", ".join(str(phase.accumulate) for phase in running)
     lines = [
         f"### {name} on {_TOPOLOGY.value}",
         "",
-        f"{count} devices as data x fsdp = {data} x {mesh.fsdp}, model.remat={config.model.remat}, sprint.accumulate="
-        f"{config.sprint.accumulate}; {kind}. Predictions, nothing was run.",
+        f"{count} devices as data x fsdp = {data} x {mesh.fsdp}, model.remat={config.model.remat}, accumulate="
+        f"{accumulate}; {kind}. Predictions, nothing was run.",
         "",
         "| step | batch | parameters | state a device | frozen a device | temporary a device | peak of memory | TFLOP | "
         "least time: arithmetic | collectives |",
@@ -234,14 +218,11 @@ def _fits(config, device, first):
     changes = []
     if config.model.remat != "block":
         changes.append("--config.model.remat=block")
-    name = "sprint" if step["name"] in ("generator", "discriminator") else "teacher"
-    section = config.sprint if name == "sprint" else config.teacher
+    name = step["name"].partition(" ")[0]
     if step["temporary"] > 0.5 * peak:
-        batch = (
-            "control" if step["name"] == "control" else name
-        )  # which accumulates as the teacher does
+        parts = 2 * config.phases[name].accumulate
         changes.append(
-            f"--config.{name}.accumulate={2 * section.accumulate}, or a smaller --config.{batch}.batch"
+            f"--config.phases.{name}.accumulate={parts}, or a smaller --config.phases.{name}.batch"
         )
     if step["held"] > 0.4 * device.memory:
         changes.append(f"a larger --config.mesh.fsdp (now {config.mesh.fsdp})")

@@ -54,3 +54,17 @@ def loss(v, x0, z, t):
 def guided(v_uncond, v_cond, w):
     """Classifier-free guidance v_u + w (v_c - v_u), w [B]."""
     return v_uncond + expand(w, v_cond) * (v_cond - v_uncond)
+
+
+def guided_halves(f, w):
+    """Return x, t -> guided f, evaluating both halves of the guidance in one call.
+
+    f: callable on 2B samples, whose conditions are B unconditional ones and then B conditional ones. w: [B].
+    """
+
+    def guided_f(x, t):
+        both = f(jnp.concatenate([x, x]), jnp.concatenate([t, t]))
+        uncond, cond = jnp.split(both, 2)
+        return guided(uncond, cond, w)
+
+    return guided_f

@@ -175,7 +175,7 @@ def _share(value):
 
 
 def _stage(run_dir, config, stage, found):
-    strips = sorted(run_dir.glob(f"{run_files.STRIPS}/{stage}_*.png"))
+    strips = sorted(run_dir.glob(f"{run_files.PREVIEWS}/{stage}_*.png"))
     parts = [f"<h2>{html.escape(stage)}</h2>"]
     if strips:
         how = (

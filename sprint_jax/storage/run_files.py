@@ -2,4 +2,4 @@
 
 CONFIG, SUMMARY = "config.json", "summary.json"
 TEACHER, CONTROL, STUDENT = "teacher.safetensors", "controlnet.safetensors", "student.safetensors"
-REPORT, STRIPS = "report.html", "strips"
+REPORT, PREVIEWS = "report.html", "previews"

@@ -5,6 +5,7 @@ the array is cut, so that a checkpoint from eight devices is checked as well on 
 or whose bits changed, is set aside with a loud message and the one before it is used.
 """
 
+import functools
 import pathlib
 
 import jax
@@ -216,15 +217,18 @@ def _line(error):
     return " ".join(str(error).split())[:300]
 
 
-def read_part(directory, part, abstract):
-    """(step, NumPy tree) of one part of the newest checkpoint that holds it whole, by any number of devices.
+def read_part(directory, part: tuple[str, ...], abstract):
+    """Return (step, NumPy tree) of one part of the newest checkpoint that holds it whole, by any number of devices.
 
-    part: a field of the state. abstract: its shapes. Raises UserError where there is none.
+    part: names from the state down, as ("roles", "student", "ema"). abstract: its shapes. Raises UserError
+    where there is none.
     """
     directory = pathlib.Path(directory).absolute()
     steps = sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True)
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-    wanted = {part: abstract}
+    wanted = abstract
+    for name in reversed(part):
+        wanted = {name: wanted}
     plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     state = ocp.args.PyTreeRestore(wanted, restore_args=plain, partial_restore=True)
     reasons = []
@@ -242,8 +246,8 @@ def read_part(directory, part, abstract):
             name for name, number in fingerprints(found["state"]).items() if saved[name] != number
         ]
         if not changed:
-            return step, found["state"][part]
+            return step, functools.reduce(lambda tree, name: tree[name], part, found["state"])
         reasons.append(f"step {step}: {changed[0]} changed on disk")
     raise UserError(
-        f"no whole checkpoint with {part} in {directory} ({'; '.join(reasons) or 'it holds none'})"
+        f"no whole checkpoint with {'/'.join(part)} in {directory} ({'; '.join(reasons) or 'it holds none'})"
     )

@@ -1,7 +1,7 @@
 """What a configuration learns from: its batches, its held-out examples, and the way back to pictures.
 
 Two kinds with the same face: `Shapes` draws the embedded data as they are needed, `EncodedData` reads a folder
-that `sprint-jax encode` made. `open_inputs` chooses.
+that `sprint-jax encode` made. `open_dataset` chooses.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from sprint_jax.conditioning import sketches
 from sprint_jax.data import batches, encoded, shapes_batches
 from sprint_jax.encoders import parts
 from sprint_jax.errors import UserError
+from sprint_jax.objectives.base import Frozen
 from sprint_jax.sampling import pipeline
 from sprint_jax.storage import weights
 from sprint_jax.toy import freehand, shapes
@@ -62,7 +63,7 @@ def abstract_batch(c: config_lib.Config, batch: int) -> dict:
     return rows | {"control": latent} if c.control.depth else rows
 
 
-def open_inputs(c: config_lib.Config, say):
+def open_dataset(c: config_lib.Config, say):
     """The data of a configuration. Raises UserError where they do not fit it."""
     return EncodedData(c, say) if c.data.encoded else Shapes(c)
 
@@ -72,10 +73,9 @@ class Abstract:
 
     def __init__(self, c: config_lib.Config):
         f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-        self.frozen = {
-            "null_text": f32(1, c.text.length, c.text.dim),
-            "null_mask": f32(1, c.text.length),
-        }
+        self.frozen = Frozen(
+            null_text=f32(1, c.text.length, c.text.dim), null_mask=f32(1, c.text.length)
+        )
         self.batches, self.identity, self.pixels = None, "", None
 
     def prepare(self, frozen, batch):
@@ -92,7 +92,7 @@ class Shapes:
         self.identity = "drawn shapes"
         if c.control.depth and c.control.freehand:
             self.identity += f", {c.control.freehand} of them by rough sketches"
-        self.frozen = {"null_text": text, "null_mask": mask}
+        self.frozen = Frozen(null_text=text, null_mask=mask)
 
     def batches(self, batch, start, stop, process, processes):
         """Context and iterator of this process's rows of the batches start .. stop - 1."""
@@ -189,7 +189,7 @@ class EncodedData:
                 pipe.params["pixels"],
             )
             if self._tokens:
-                self.frozen["text_encoder"] = pipe.params["text"]
+                self.frozen = self.frozen.replace(text_encoder=pipe.params["text"])
         elif c.text.vocabulary != "gemma":
             self.pixels, _, identity = embedded(c)
             self.pixels_params = {}
@@ -210,10 +210,10 @@ class EncodedData:
                 f"{path} is missing: run sprint-jax encode on the folder again, it adds what lacks"
             )
         found = safetensors.numpy.load_file(path)
-        return {
-            "null_text": found["text"].astype(np.float32)[None],
-            "null_mask": found["mask"].astype(np.float32)[None],
-        }
+        return Frozen(
+            null_text=found["text"].astype(np.float32)[None],
+            null_mask=found["mask"].astype(np.float32)[None],
+        )
 
     def batches(self, batch, start, stop, process, processes):
         """As `Shapes.batches`. With token ids instead of features, "tokens" stands for "text".
@@ -240,7 +240,7 @@ class EncodedData:
         if not self._tokens:
             return batch
         arrays = {"tokens": batch["tokens"], "mask": batch["mask"]}
-        text, mask = self._text.features(frozen["text_encoder"], arrays)
+        text, mask = self._text.features(frozen.text_encoder, arrays)
         kept = {name: batch[name] for name in ("latent", "control") if name in batch}
         return kept | {"text": text.astype(jnp.float32), "mask": mask}
 

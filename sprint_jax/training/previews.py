@@ -1,10 +1,12 @@
-"""Pictures on the way: a few held-out prompts, always the same noise, by the parameters of the moment.
+"""Previews: images of a few held-out prompts, always with the same noise, by the current parameters.
 
-The prompts and seeds are the first ones of the evaluation, so the last strip and the first row of its sheets
-show the same pictures. A student draws in one step, a teacher as it is evaluated.
+The prompts and seeds are the first ones of the evaluation, so the last preview and the first row of its grids
+show the same images. A student draws in one step, a teacher as it is evaluated.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -16,56 +18,56 @@ from sprint_jax.models.controlnet import Controlled
 from sprint_jax.sampling import programs
 from sprint_jax.storage import image_files
 
-COUNT = 8  # as many as a row of the sheets
-_LARGEST = 256  # pixels of a side; larger pictures are shown smaller
+COUNT = 8  # as many as a row of the grids
+_LARGEST = 256  # pixels of a side; larger images are shown smaller
 
 
-def student(c: config_lib.Config, data):
-    """parameters -> uint8 [H, W, 3], for `loop.Stage.strip`; None where the data have no way to pictures."""
-    times = samplers.scm_times(1, c.evaluation.schedule)
-    model = build.student(c)
-    make = lambda: programs.student_sampler(model, data.pixels, build.latent_shape(c), times)
-    return _strip(c, data, model, make, c.evaluation.student_guidance)
+def make(
+    c: config_lib.Config, data: Any, model: Any, sampler: str
+) -> Callable[[Any], np.ndarray] | None:
+    """Return a function parameters of `model` -> uint8 [H, W, 3]; None where the data cannot be decoded.
 
-
-def teacher(c: config_lib.Config, data, model):
-    """As `student`, for a stage that trains `model`: the teacher before or after its fine-tune, or with its ControlNet."""
-    times = samplers.trig_times(c.evaluation.teacher_steps)
-    make = lambda: programs.teacher_sampler(model, data.pixels, build.latent_shape(c), times)
-    return _strip(c, data, model, make, c.evaluation.teacher_guidance)
-
-
-def _strip(c, data, model, make_sampler, guidance):
+    sampler: of `objectives.base.Objective`.
+    """
     if data.pixels is None:
         return None
-    count = min(COUNT, c.evaluation.prompts)
+    e, shape = c.evaluation, build.latent_shape(c)
+    count, guidance = min(COUNT, e.prompts), _guidance(c, sampler)
 
     @functools.cache
     def prepared():
-        """Once, with the first strip: what is drawn, and the program that draws it."""
-        return data.heldout(count, 1), make_sampler()
+        """Prepare once, for the first preview: what is drawn, and the program that draws it."""
+        if sampler == "renoise":
+            times = samplers.scm_times(1, e.schedule)
+            draw = programs.student_sampler(model, data.pixels, shape, times)
+        else:
+            times = samplers.trig_times(e.teacher_steps)
+            draw = programs.teacher_sampler(model, data.pixels, shape, times)
+        return data.heldout(count, 1), draw
 
-    def draw(params):
-        heldout, sampler = prepared()
-        # A teacher that is trained before its ControlNet is not told the condition.
-        told = (
-            heldout.cond
-            if isinstance(model, Controlled)
-            else {name: heldout.cond[name] for name in ("text", "mask")}
-        )
-        null = {"text": data.frozen["null_text"], "mask": data.frozen["null_mask"]}
+    def preview(params):
+        heldout, draw = prepared()
+        # A teacher that is trained before its ControlNet does not see the condition.
+        cond = heldout.cond
+        if not isinstance(model, Controlled):
+            cond = {name: cond[name] for name in ("text", "mask")}
         images = programs.run(
-            sampler,
+            draw,
             {"transformer": params, "pixels": data.pixels_params},
-            null,
-            told,
+            programs.null_of(data.frozen),
+            cond,
             guidance=guidance,
             seed=c.data.eval_seed,
-            batch=min(count, c.evaluation.batch),
+            batch=min(count, e.batch),
         )
         side = min(_LARGEST, c.data.size)
         zoom = max(1, 96 // side)
-        sheet = image_files.grid(aspect_ratios.fit(images, side, side), columns=count)
-        return np.repeat(np.repeat(sheet, zoom, 0), zoom, 1)
+        grid = image_files.grid(aspect_ratios.fit(images, side, side), columns=count)
+        return np.repeat(np.repeat(grid, zoom, 0), zoom, 1)
 
-    return draw
+    return preview
+
+
+def _guidance(c: config_lib.Config, sampler: str) -> float:
+    e = c.evaluation
+    return e.student_guidance if sampler == "renoise" else e.teacher_guidance

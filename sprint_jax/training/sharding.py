@@ -22,7 +22,7 @@ _FACTORED = "({0}|res_({0}))/(trunk/|control/)?({1})$".format
 # its average, its gradients' moments and the frozen copies. Of a matrix the axis that is cut is never the
 # stack's (layers are taken one by one) and matters little else: it is gathered before use.
 RULES = (
-    (r"(step|rejected|count)$", P()),
+    (r"(step|rejected|count|updates)$", P()),
     (
         _FACTORED("row|col", "blocks/.*kernel|zero_out/kernel"),
         P(None, FSDP),

@@ -17,7 +17,8 @@ A leaf of a stack of layers is one tensor per layer, as in the published network
 are taken layer by layer, so stacking changes nothing.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -149,8 +150,19 @@ def over_root(x, row, col):
     return x * scale[..., None] * jax.lax.rsqrt(col)[..., None, :]
 
 
-def dit_factored(path, leaf):
-    """Matrices of a LinearDiT: kernels and the modulation tables.
+class Rules(NamedTuple):
+    """How CAME sees the parameters of one network.
+
+    factored: (path, leaf) -> whether the leaf is a matrix with row and column means. stacked: (path, leaf) -> how
+    many leading axes of another leaf are layers.
+    """
+
+    factored: Callable[[tuple[str, ...], Any], bool]
+    stacked: Callable[[tuple[str, ...], Any], int]
+
+
+def _dit_factored(path, leaf):
+    """Return whether a leaf of a LinearDiT is a matrix: kernels and the modulation tables are.
 
     SANA factors weights with two axes and 1x1 convolutions, so tables [6, D] and [2, D] as well, but no
     3x3 convolution (`conv_depth_kernel`).
@@ -158,19 +170,14 @@ def dit_factored(path, leaf):
     return path[-1] in ("kernel", "scale_shift_table")
 
 
-def dit_stacked(path, leaf):
-    """Leading layer axes in the parameters of a LinearDiT or a ControlNet: one in the blocks, none outside."""
+def _dit_stacked(path, leaf):
+    """Return 1 for the stacked blocks of a LinearDiT or a ControlNet, else 0."""
     return int("blocks" in path or "zero_out" in path)
 
 
-def heads_factored(path, leaf):
-    """Matrices of LADDHeads: none. Its kernels are one-dimensional convolutions, which SANA does not factor."""
-    return False
-
-
-def heads_stacked(path, leaf):
-    """Leading axes in the parameters of LADDHeads: one, the heads."""
-    return 1
+# The heads' kernels are one-dimensional convolutions, which SANA does not factor; their leading axis counts heads.
+LINEAR_DIT = Rules(_dit_factored, _dit_stacked)
+HEADS = Rules(lambda path, leaf: False, lambda path, leaf: 1)
 
 
 def _names(path):

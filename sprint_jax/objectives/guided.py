@@ -1,0 +1,56 @@
+"""Settings and draws that every distillation of a guided teacher shares."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from sprint_jax.diffusion import trigflow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Guided:
+    """Settings of a distillation from a guided teacher."""
+
+    guidance: tuple[float, ...]
+    """Scales drawn per sample, for the teacher; the student is conditioned on the scale."""
+    uncond_mask: Literal["cond", "null"]
+    """Mask of the null features: the prompt's own (code) or the null prompt's (diffusers)."""
+    control_dropout: float
+    """Share of samples without a ControlNet's condition, so that one student draws with it and without."""
+    p_mean: float
+    """Mean of the student's time sampler, t = arctan(e^n / sigma_d)."""
+    p_std: float
+    """Standard deviation of n."""
+    logvar_start: float
+    """Log-variance of the student before training (code: 0).
+
+    The error of a normalized tangent is below 1 / D for latents of D numbers, so -log D is about where it ends.
+    """
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield (field, what to use instead) for each value out of range."""
+        if not self.guidance:
+            yield "guidance", "give at least one scale"
+        if not all(math.isfinite(scale) for scale in self.guidance):
+            yield "guidance", "use finite scales"
+        if not 0 <= self.control_dropout < 1:
+            yield "control_dropout", "use a share from 0 to below 1"
+
+
+def noise(key: jax.Array, x0: jax.Array) -> jax.Array:
+    """Draw N(0, sigma_d^2) noise of the shape of x0."""
+    return trigflow.SIGMA_D * jax.random.normal(key, x0.shape)
+
+
+def scales(key: jax.Array, guidance: tuple[float, ...], n: int) -> jax.Array:
+    """Draw a guidance scale for each of n samples."""
+    return jax.random.choice(key, jnp.asarray(guidance, jnp.float32), (n,))
+
+
+def times(key: jax.Array, settings: Any, n: int) -> jax.Array:
+    """Draw the student's times [n] by p_mean and p_std."""
+    return trigflow.sample_time(key, n, mean=settings.p_mean, std=settings.p_std)

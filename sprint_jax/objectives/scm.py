@@ -1,0 +1,125 @@
+"""sCM alone: continuous-time consistency distillation of the guided teacher (paper Eq. 4, 5, 9)."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+
+from sprint_jax.diffusion import scm, trigflow
+from sprint_jax.objectives import guided, views
+from sprint_jax.objectives.base import (
+    Aux,
+    Draws,
+    Frozen,
+    Needs,
+    Networks,
+    Objective,
+    PyTree,
+    Start,
+    State,
+    Update,
+)
+from sprint_jax.objectives.by_time import by_time
+from sprint_jax.objectives.conditions import conditions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScmTerm(guided.Guided):
+    """Settings of the consistency loss."""
+
+    tangent_warmup: int
+    """H: the tangent's second bracket is scaled by min(1, step / H); steps count updates of all roles."""
+    tangent_normalize: bool
+    """Divide the tangent by its norm, as paper and code do."""
+    weighting: Literal["code", "paper"]
+    """See `diffusion.scm`."""
+    logvar_gradient: Literal["network", "head"]
+    """What the log-variance trains: its head and the time embedding that it reads (code), or the head alone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scm(ScmTerm):
+    """Settings of sCM alone."""
+
+    kind: Literal["scm"]
+    """Names this objective."""
+
+    @property
+    def round(self) -> tuple[str, ...]:
+        """The student alone."""
+        return ("student",)
+
+    def needs(self) -> Needs:
+        """Return what sCM asks of a run: a teacher."""
+        return Needs(teacher=True)
+
+    def objective(self, networks: Networks) -> Objective:
+        """Build the objective."""
+
+        def loss(params, draws, state, frozen):
+            per_sample, aux = term(self, networks, params, draws, state, frozen)
+            return per_sample.mean(), aux
+
+        update = Update(
+            role="student", draw=lambda key, batch, frozen: draw(self, key, batch), loss=loss
+        )
+        return Objective(
+            main="student",
+            round=self.round,
+            updates={"student": update},
+            start=lambda frozen, begin, key: {
+                "student": Start(begin_student(self, networks, frozen, begin, key))
+            },
+            sampler="renoise",
+        )
+
+
+def begin_student(
+    settings: guided.Guided, networks: Networks, frozen: Frozen, begin: PyTree, key: jax.Array
+) -> PyTree:
+    """Return the parameters that a student begins from: those given, or the teacher's, completed."""
+    if begin is not None:
+        return begin
+    return views.student_params(
+        frozen.teacher, networks.trained, key, logvar_start=settings.logvar_start
+    )
+
+
+def draw(settings: guided.Guided, key: jax.Array, batch: Any) -> dict[str, Any]:
+    """Draw guidance scale w [B], time t [B] and noise z for the data x0 of a batch, with their conditions."""
+    k_w, k_t, k_z, *_ = jax.random.split(key, 7)
+    x0 = trigflow.SIGMA_D * batch["latent"]
+    n = x0.shape[0]
+    return {
+        "x0": x0,
+        "cond": conditions(batch, key, settings.control_dropout),
+        "w": guided.scales(k_w, settings.guidance, n),
+        "t": guided.times(k_t, settings, n),
+        "z": guided.noise(k_z, x0),
+    }
+
+
+def term(
+    settings: Any, networks: Networks, params: PyTree, draws: Draws, state: State, frozen: Frozen
+) -> tuple[jax.Array, Aux]:
+    """Return the sCM loss of each sample [B], and its statistics.
+
+    settings: a `ScmTerm`. draws: of `draw`.
+    """
+    cond, w = draws["cond"], draws["w"]
+    per_sample, aux = scm.loss(
+        views.student_F(
+            networks.trained, params, cond, w, logvar_gradient=settings.logvar_gradient
+        ),
+        views.teacher_velocity(networks, frozen, cond, w, settings.uncond_mask),
+        draws["x0"],
+        draws["z"],
+        draws["t"],
+        r=scm.tangent_warmup(state.step + 1, settings.tangent_warmup),
+        weighting=settings.weighting,
+        normalize=settings.tangent_normalize,
+    )
+    scalars = {"scm": per_sample.mean()} | {k: v.mean() for k, v in aux.items()}
+    return per_sample, Aux(
+        scalars=scalars, by_time=by_time(draws["t"], trigflow.T_MAX, {"scm": per_sample} | aux)
+    )

@@ -1,0 +1,100 @@
+"""Networks as callables: the student as a TrigFlow network, the guided teacher as a velocity.
+
+Objectives see networks through these alone, at unit scale and in angles; see `diffusion.trigflow`.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+
+from sprint_jax.diffusion import flow, trigflow
+from sprint_jax.objectives import conditions
+from sprint_jax.objectives.base import Frozen, Network, Networks, PyTree
+from sprint_jax.objectives.conditions import Conditions
+
+Field = Callable[[jax.Array, jax.Array], jax.Array]
+WithLogvar = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def student_params(
+    teacher: PyTree, student: Network, key: jax.Array, *, logvar_start: float
+) -> PyTree:
+    """Copy the teacher's parameters and add fresh ones for what only the student has.
+
+    The guidance embedding ends in zeros, so the student starts as the teacher exactly, with a log-variance of
+    `logvar_start` everywhere.
+    """
+    fresh = traverse_util.flatten_dict(student.init(key))
+    for path, leaf in fresh.items():
+        if path[-2:] == ("logvar", "bias"):
+            fresh[path] = jnp.full_like(leaf, logvar_start)
+    merged = fresh | traverse_util.flatten_dict(teacher)
+    return jax.tree.map(jnp.copy, traverse_util.unflatten_dict(merged))
+
+
+def student_F(
+    student: Network,
+    params: PyTree,
+    cond: Conditions,
+    w: jax.Array,
+    *,
+    logvar_gradient: str = "network",
+) -> WithLogvar:
+    """Return the student as a TrigFlow network (u, t) -> (F, logvar), closed over conditions and guidance w [B].
+
+    logvar_gradient: what the gradient of logvar trains, "network" (code: the head, and through it the embedding of
+      time and guidance that it reads) or "head" alone. Values do not depend on it.
+    """
+    guidance = w if student.guidance_embed else None
+
+    def F(u, t):
+        t_fm = trigflow.to_flow_time(t)
+        x_fm = trigflow.to_flow_state(u, t)
+        out = student.apply(params, x_fm, t_fm, guidance=guidance, **cond)
+        logvar = out.logvar
+        if logvar_gradient == "head":
+            # Once more without blocks, from parameters of which only the head's get a gradient.
+            plain = {"text": cond["text"], "mask": cond["mask"]}
+            alone = student.apply(
+                _head_alone(params), x_fm, t_fm, guidance=guidance, **plain, velocity=False
+            )
+            logvar = alone.logvar
+        return trigflow.from_flow_velocity(out.velocity, x_fm, t_fm), logvar
+
+    return F
+
+
+def _head_alone(params: PyTree) -> PyTree:
+    """Stop the gradient of all parameters but those of the log-variance head."""
+    flat = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict(
+        {
+            path: leaf if "logvar" in path else jax.lax.stop_gradient(leaf)
+            for path, leaf in flat.items()
+        }
+    )
+
+
+def teacher_velocity(
+    networks: Networks, frozen: Frozen, cond: Conditions, w: jax.Array, uncond_mask: str
+) -> Field:
+    """Return dx_t/dt of the guided teacher, both halves of the guidance in one call on 2B samples.
+
+    uncond_mask: "cond" (code: the prompt's own mask on null features) or "null" (the null prompt's mask).
+    A student that is not conditioned on the scale learns the unguided teacher, as in the published code.
+    """
+    teacher = networks.teacher
+    if not networks.trained.guidance_embed:
+        F = trigflow.from_flow(lambda x, t: teacher.apply(frozen.teacher, x, t, **cond).velocity)
+    else:
+        uncond = conditions.unconditional(cond, frozen.null_text)
+        if uncond_mask == "null":
+            uncond["mask"] = jnp.broadcast_to(frozen.null_mask, cond["mask"].shape)
+        both = conditions.concatenate(uncond, cond)
+        F = flow.guided_halves(
+            trigflow.from_flow(lambda x, t: teacher.apply(frozen.teacher, x, t, **both).velocity),
+            w,
+        )
+    return lambda xt, t: trigflow.SIGMA_D * F(xt / trigflow.SIGMA_D, t)

@@ -1,0 +1,113 @@
+"""Optimizers: the settings of one, and the optax transformation that they describe."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import optax
+
+from sprint_jax.optim import came
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """The optimizer of one role, with its schedule."""
+
+    kind: Literal["adamw", "muon", "came"]
+    """Muon uses AdamW for all parameters that are not matrices."""
+    lr: float
+    """Learning rate of AdamW or CAME."""
+    muon_lr: float
+    """Learning rate of Muon's matrices."""
+    reference_batch: int
+    """Both rates are multiplied by sqrt(batch / reference_batch); 0 leaves them (the published trainer has 256)."""
+    warmup: int
+    """Updates of linear warm-up."""
+    decay_to: float
+    """Final share of the rates under a cosine; 1 keeps them constant."""
+    b1: float
+    """Decay of the first moment (Muon's matrices keep optax's 0.95)."""
+    b2: float
+    """Decay of the second moment."""
+    b3: float
+    """Decay of CAME's instability."""
+    weight_decay: float
+    """Decoupled weight decay."""
+    clip: float
+    """Largest global norm of the gradient."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield (field, what to use instead) for each value out of range."""
+        if self.clip <= 0:
+            yield "clip", "use a norm above 0"
+        if self.kind == "muon" and self.muon_lr <= 0:
+            yield "muon_lr", "kind muon needs a rate above 0 for its matrices"
+        if self.kind == "came" and not (0 < self.b1 < 1 and 0 < self.b3 < 1):
+            yield "b1", f"kind came needs b1 and b3 ({self.b3}) between 0 and 1"
+        for name in ("lr", "muon_lr", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                yield name, "use a finite rate of 0 or more"
+
+
+def make(
+    settings: Optimizer, *, updates: int, batch: int, rules: came.Rules
+) -> optax.GradientTransformation:
+    """Build global-norm clipping and then the optimizer, with linear warm-up and a cosine over `updates`.
+
+    batch: samples of a global batch, for the square-root rule of the rate. rules: how CAME sees the parameters.
+    """
+    factor = math.sqrt(batch / settings.reference_batch) if settings.reference_batch else 1.0
+
+    def schedule(lr: float) -> optax.Schedule:
+        lr = factor * lr
+        steps = max(1, updates - settings.warmup)
+        cosine = optax.cosine_decay_schedule(lr, steps, alpha=settings.decay_to)
+        # The first update already moves: warm-up runs from lr / (warmup + 1) to lr.
+        rise = optax.linear_schedule(lr / (settings.warmup + 1), lr, settings.warmup)
+        return optax.join_schedules([rise, cosine], [settings.warmup])
+
+    match settings.kind:
+        case "muon":
+            update = optax.contrib.muon(
+                schedule(settings.muon_lr),
+                weight_decay=settings.weight_decay,
+                adam_b1=settings.b1,
+                adam_b2=settings.b2,
+                adam_weight_decay=settings.weight_decay,
+                adam_learning_rate=schedule(settings.lr),
+                muon_weight_dimension_numbers=_matrices,
+            )
+        case "came":
+            update = came.came(
+                schedule(settings.lr),
+                b1=settings.b1,
+                b2=settings.b2,
+                b3=settings.b3,
+                weight_decay=settings.weight_decay,
+                factored=rules.factored,
+                stacked=rules.stacked,
+            )
+        case "adamw":
+            update = optax.adamw(
+                schedule(settings.lr),
+                b1=settings.b1,
+                b2=settings.b2,
+                weight_decay=settings.weight_decay,
+            )
+    return optax.chain(optax.clip_by_global_norm(settings.clip), update)
+
+
+def _matrices(params: Any) -> Any:
+    """Return the axes of each parameter that Muon treats as a matrix: inner kernels, layer by layer of a stack."""
+
+    def axes(path, leaf):
+        names = [str(key.key) for key in path]
+        if names[-1] != "kernel" or names[-2] in ("patch_embed", "proj_out", "logvar"):
+            return None
+        return optax.contrib.MuonDimensionNumbers(
+            reduction_axis=leaf.ndim - 2, output_axis=leaf.ndim - 1
+        )
+
+    return jax.tree_util.tree_map_with_path(axes, params)

@@ -1,0 +1,110 @@
+"""Phases of a config as stages of the loop: the one place that puts objective, networks, data and optimizers together."""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from sprint_jax import build
+from sprint_jax import config as config_lib
+from sprint_jax.objectives import step
+from sprint_jax.objectives.base import Frozen, Networks, Objective, PyTree
+from sprint_jax.optim import optimizers
+from sprint_jax.training import previews
+from sprint_jax.training.stage import Stage
+
+
+def networks(c: config_lib.Config, phase: config_lib.Phase) -> Networks:
+    """Return the networks of a phase."""
+    match phase.network:
+        case "base":
+            trained: Any = build.base_teacher(c)
+        case "teacher":
+            trained = build.teacher(c)
+        case "control":
+            trained = build.distilled_teacher(c)
+        case "student":
+            trained = build.student(c)
+    return Networks(
+        trained=trained,
+        teacher=build.distilled_teacher(c),
+        width=c.model.width,
+        dtype=c.model.dtype,
+    )
+
+
+def make(
+    c: config_lib.Config,
+    name: str,
+    data: Any,
+    *,
+    teacher: PyTree = None,
+    begin: PyTree = None,
+) -> Stage:
+    """Make the stage of the phase of this name.
+
+    data: of `training.datasets`. teacher: parameters of `Frozen.teacher`, or their shapes. begin: parameters that the
+    main role begins from, or their shapes; None for the objective's own beginning.
+    """
+    phase = c.phases[name]
+    made = networks(c, phase)
+    objective = phase.objective.objective(made)
+    txs, seed = transformations(phase, objective), c.seed + phase.seed
+    steps = {
+        role: step.make_step(
+            update,
+            txs[role],
+            ema=phase.ema if role == objective.main else 0.0,
+            accumulate=phase.accumulate,
+            seed=seed,
+        )
+        for role, update in objective.updates.items()
+    }
+
+    def start(frozen: Frozen, begin: PyTree):
+        key = jax.random.key(seed)
+        return step.start(objective, txs, ema=phase.ema, frozen=frozen, begin=begin, key=key)
+
+    return Stage(
+        name=name,
+        steps=phase.steps,
+        start=start,
+        init_arrays=begin,
+        functions=tuple(steps[role] for role in objective.round),
+        labels=objective.round,
+        frozen=data.frozen.replace(teacher=teacher),
+        prepare=data.prepare,
+        batch=phase.batch,
+        batches=data.batches,
+        data=data.identity,
+        main=objective.main,
+        result=lambda state: step.result(state, objective),
+        preview=_preview(c, phase, objective, made, data, teacher),
+    )
+
+
+def transformations(phase: config_lib.Phase, objective: Objective) -> dict[str, Any]:
+    """Return the optimizer of each role, with a schedule over the updates that the role gets."""
+    share = {role: objective.round.count(role) / len(objective.round) for role in objective.updates}
+    return {
+        role: optimizers.make(
+            phase.optimizers[role],
+            updates=round(phase.steps * share[role]),
+            batch=phase.batch,
+            rules=update.rules,
+        )
+        for role, update in objective.updates.items()
+    }
+
+
+def _preview(c, phase, objective, made, data, teacher):
+    draw = previews.make(c, data, made.trained, objective.sampler)
+    if draw is None or phase.network != "control":
+        return draw
+    return lambda control: draw({"trunk": teacher, "control": control})
+
+
+def with_phase(c: config_lib.Config, name: str, **changes: Any) -> config_lib.Config:
+    """Return a config in which one phase is changed."""
+    phase = dataclasses.replace(c.phases[name], **changes)
+    return dataclasses.replace(c, phases=c.phases | {name: phase})
