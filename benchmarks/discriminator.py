@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from sprint_jax import build, config
+from sprint_jax import config
 from sprint_jax.diffusion import ladd, trigflow
 from sprint_jax.errors import UserError
+from sprint_jax.objectives import ladd as ladd_objective
 from sprint_jax.runtime import cli
 from sprint_jax.sampling import pipeline
-from sprint_jax.training import datasets, sprint_step
+from sprint_jax.training import datasets, stages
 
 NOISE = (0.05, 0.2, 0.55, 1.0)  # tan s
 BATCH = 64
@@ -46,17 +47,17 @@ def main():
     )
     options = parser.parse_args()
     c = _config(options)
-    nets, data = build.nets(c), datasets.open_inputs(c, print)
-    frozen = {"teacher": datasets.teacher_weights(c.teacher.pretrained, nets.teacher)} | data.frozen
-    student = pipeline.read_student(options.run)[1]
-    state = sprint_step.init(
-        jax.tree.map(jnp.asarray, student), nets, c.sprint, jax.random.key(c.seed)
-    )
-    discriminator = sprint_step.make_discriminator_step(nets, c.sprint, c.seed)
+    phase, data = c.phases["sprint"], datasets.open_dataset(c, print)
+    nets = stages.networks(c, phase)
+    teacher = datasets.teacher_weights(c.teacher.pretrained, nets.teacher)
+    student = jax.tree.map(jnp.asarray, pipeline.read_student(options.run)[1])
+    stage = stages.make(c, "sprint", data, teacher=teacher, begin=student)
+    frozen, state = stage.frozen, stage.start(stage.frozen, student)
+    discriminator = stage.functions[stage.labels.index("heads")]
     step = jax.jit(
         lambda state, frozen, batch: discriminator(state, frozen, data.prepare(frozen, batch))[0]
     )
-    with data.batches(c.sprint.batch, 0, options.updates, 0, 1) as batches:
+    with data.batches(phase.batch, 0, options.updates, 0, 1) as batches:
         for _ in tqdm.trange(options.updates, desc="heads", mininterval=1.0):
             state = step(state, frozen, next(batches))
     heldout = data.heldout(options.count, 64)
@@ -91,12 +92,12 @@ def _config(options):
             f"{options.run} is no text-to-image run from a given teacher (config.teacher.pretrained): give such a run"
         )
     tree = config.to_dict(c)
-    tree["sprint"]["head_optimizer"] |= {
+    tree["phases"]["sprint"]["optimizers"]["heads"] |= {
         k: v for k in ("kind", "lr", "muon_lr") if (v := getattr(options, k)) is not None
     }
     if options.head_blocks:
-        tree["sprint"]["head_blocks"] = options.head_blocks
-    tree["sprint"]["misaligned"] &= not options.no_misaligned
+        tree["phases"]["sprint"]["objective"]["head_blocks"] = options.head_blocks
+    tree["phases"]["sprint"]["objective"]["misaligned"] &= not options.no_misaligned
     return config.parse(tree)
 
 
@@ -111,13 +112,20 @@ def _logits(nets, c, frozen, state, index, x0, cond):
     )
     noise = lambda key: trigflow.SIGMA_D * jax.random.normal(key, x0.shape)
     start = {"t": jnp.full((n,), trigflow.T_MAX), "z": noise(k_start)}
-    batch = {"x0": x0, "cond": cond, "w": jnp.full((n,), c.evaluation.student_guidance)}
-    fake, z = sprint_step.generate(nets, state.params, batch, start), noise(k_renoise)
+    w = jnp.full((n,), c.evaluation.student_guidance)
+    draws = {"x0": x0, "cond": cond, "w": w, "start": start}
+    student, heads = state.roles["student"], state.roles["heads"]
+    fake, z = ladd_objective.generate(nets, student.params, draws), noise(k_renoise)
 
     def judge(x, level):
         s = jnp.full((n,), jnp.arctan(level))
-        every = sprint_step.discriminate(
-            nets, frozen, state.heads, state.spectral, c.sprint, cond, ladd.renoise(x, z, s), s
+        every = ladd_objective.discriminate(
+            c.phases["sprint"].objective,
+            nets,
+            frozen.teacher,
+            (heads.params, heads.extra["real"]),
+            cond,
+            (ladd.renoise(x, z, s), s),
         )
         return jnp.stack(every).mean((0, 2))
 

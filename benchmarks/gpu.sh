@@ -109,7 +109,7 @@ fi
 # The main job at 64 px, teacher included, with a network of 22 M parameters instead of the card's 5. Not yet run on a GPU.
 part main_shapes_64 420 $python -m sprint_jax.main --config=configs/sprint.py:shapes_64 --config.model.width=384 --config.model.depth=12 \
   --config.model.heads=12 --config.model.cross_heads=6 --config.model.unroll=1 --config.model.dtype=bfloat16 \
-  --config.sprint.head_blocks="(2,5,8,11)" --workdir="$out/shapes_64"
+  --config.phases.sprint.objective.head_blocks="(2,5,8,11)" --workdir="$out/shapes_64"
 cp "$out"/shapes_64/*.png "$out"/shapes_64/summary.json "$out" 2>/dev/null
 
 echo

@@ -136,23 +136,22 @@ def _pair(options, device):
 
     from benchmarks.harness import suites
     from sprint_jax import build
-    from sprint_jax.training import datasets, loop, run, sharding
+    from sprint_jax.training import datasets, run, sharding, stages
+    from sprint_jax.training.stage import Placed
 
     preset = "sana_600m" if options.size == "0.6b" else "sana_1600m"
     with mock.patch.object(jax, "default_backend", lambda: "gpu"):  # what kernels are chosen by
         c = suites.published_card(
             preset, options.remat, options.attention, options.unroll, options.residual
         )
-        what = f"of {preset}, {c.sprint.batch} samples, remat {options.remat}, attention {options.attention}, residual {options.residual}"
-        stage = run.sprint_stage(
-            c,
-            datasets.Abstract(c),
-            jax.eval_shape(build.distilled_teacher(c).init, jax.random.key(0)),
-        )
-        placed = loop.Placed.on(stage, sharding.mesh(1, 1, gpus.devices(device, 1, 1)))
-        batch = datasets.abstract_batch(c, c.sprint.batch)
-        for name, function in zip(("generator", "discriminator"), stage.functions, strict=True):
-            yield f"{name} {what}", placed.lower(function, batch).compile()
+        batch = c.phases["sprint"].batch
+        what = f"of {preset}, {batch} samples, remat {options.remat}, attention {options.attention}, residual {options.residual}"
+        teacher = run.abstract(build.distilled_teacher(c))
+        stage = stages.make(c, "sprint", datasets.Abstract(c), teacher=teacher)
+        placed = Placed.on(stage, sharding.mesh(1, 1, gpus.devices(device, 1, 1)))
+        rows = datasets.abstract_batch(c, batch)
+        for name, function in zip(stage.labels, stage.functions, strict=True):
+            yield f"{name} {what}", placed.lower(function, rows).compile()
 
 
 if __name__ == "__main__":

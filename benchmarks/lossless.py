@@ -35,7 +35,7 @@ def main():
     path = ROOT / "sprint_jax/assets/shapes_teacher.safetensors"
     params = jax.device_put(weights.load(path, jax.eval_shape(model.init, jax.random.key(0))))
     prompts = data.heldout(options.count, 1)
-    null = {"text": data.frozen["null_text"], "mask": data.frozen["null_mask"]}
+    null = {"text": data.frozen.null_text, "mask": data.frozen.null_mask}
     angles = samplers.trig_times(options.steps)
     matched = (np.sin(angles) / (np.sin(angles) + np.cos(angles))).astype(np.float32)
     roads = {

@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sprint_jax import build
 from sprint_jax.diffusion import trigflow
 from sprint_jax.evaluation.heldout import Evaluator
+from sprint_jax.objectives import views
 from sprint_jax.runtime import cli
 from sprint_jax.sampling import pipeline
-from sprint_jax.training import datasets, sprint_step
+from sprint_jax.training import datasets, stages
 
 ANGLES = (0.3, 0.6, 0.9, 1.2, 1.4, 1.5, trigflow.T_MAX)
 SIGMA_D = trigflow.SIGMA_D
@@ -47,12 +47,14 @@ def main():
             sys.exit(
                 f"{path} is no text-to-image run from a given teacher (config.teacher.pretrained) and with the model of {options.runs[0]}: give such runs"
             )
-    nets, data, n = build.nets(c), datasets.open_inputs(c, print), options.count
-    frozen = {"teacher": datasets.teacher_weights(c.teacher.pretrained, nets.teacher)} | data.frozen
+    phase = c.phases["sprint"]
+    nets, data, n = stages.networks(c, phase), datasets.open_dataset(c, print), options.count
+    teacher = datasets.teacher_weights(c.teacher.pretrained, nets.teacher)
+    frozen = data.frozen.replace(teacher=teacher)
     heldout = data.heldout(n, 64)
     evaluator = Evaluator(heldout)
     cond, w = jax.tree.map(jnp.asarray, heldout.cond), jnp.full((n,), c.evaluation.student_guidance)
-    velocity = sprint_step.teacher_velocity(nets, frozen, cond, w, c.sprint.uncond_mask)
+    velocity = views.teacher_velocity(nets, frozen, cond, w, phase.objective.uncond_mask)
     x0 = SIGMA_D * jnp.asarray(data.pixels.encode({}, heldout.images))
     z = SIGMA_D * jax.random.normal(jax.random.key(c.data.eval_seed), x0.shape)
     states = [trigflow.interpolate(x0, z, jnp.full((n,), t)) for t in ANGLES]
@@ -85,13 +87,13 @@ def main():
     @jax.jit
     def denoise(params, xt, t):
         return trigflow.denoise(
-            sprint_step.student_F(nets, params, cond, w)(xt / SIGMA_D, t)[0], xt, t
+            views.student_F(nets.trained, params, cond, w)(xt / SIGMA_D, t)[0], xt, t
         )
 
     for path in options.runs:
         params = pipeline.read_student(path)[1]
         report(str(path), functools.partial(denoise, params))
-        moved, along = embedding(nets, frozen["teacher"], params, w[0])
+        moved, along = embedding(nets, frozen.teacher, params, w[0])
         _line("embedding moved", moved, ".2f")
         _line("along the head", along, ".0%")
 

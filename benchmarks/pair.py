@@ -12,7 +12,8 @@ import time
 import jax
 
 from benchmarks.harness import training
-from sprint_jax.training import loop, sharding
+from sprint_jax.training import sharding
+from sprint_jax.training.stage import Placed
 
 REPEATS = 9
 
@@ -25,18 +26,19 @@ def main():
     options = parser.parse_args()
 
     def change(tree):
-        tree.sprint.batch = options.batch or tree.sprint.batch
+        tree.phases.sprint.batch = options.batch or tree.phases.sprint.batch
         tree.model.remat = options.remat or tree.model.remat
 
     c = training.card(options.preset, change)
     stage, frozen, state, batch = training.start(c)
-    placed = loop.Placed.on(stage, sharding.mesh(1, 1, jax.devices()[:1]))
+    count = c.phases["sprint"].batch
+    placed = Placed.on(stage, sharding.mesh(1, 1, jax.devices()[:1]))
     total = 0.0
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, preset {options.preset}, batch {c.sprint.batch}, "
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, preset {options.preset}, batch {count}, "
         f"remat {c.model.remat}, median of {REPEATS}"
     )
-    for name, function in zip(("generator", "discriminator"), stage.functions, strict=True):
+    for name, function in zip(stage.labels, stage.functions, strict=True):
         begin = time.perf_counter()
         step = placed.lower(function, batch).compile()
         compile_seconds, seconds = time.perf_counter() - begin, []
@@ -50,7 +52,7 @@ def main():
         print(
             f"{name:14} {1e3 * middle:9.1f} ms   temporaries {memory:7.0f} MiB   compiled in {compile_seconds:.0f} s"
         )
-    print(f"{'pair':14} {1e3 * total:9.1f} ms   {c.sprint.batch / total:.1f} pictures/s")
+    print(f"{'pair':14} {1e3 * total:9.1f} ms   {count / total:.1f} pictures/s")
     used = jax.devices()[0].memory_stats()
     if used:
         print(f"peak memory of the device {used['peak_bytes_in_use'] / 2**30:.1f} GiB")

@@ -174,7 +174,8 @@ class Pair:
     """Networks, optimisers and the two steps. autocast: PyTorch's bfloat16 products around float32 weights."""
 
     def __init__(self, c, teacher, student, heads, null_text, choice, autocast=False):
-        self.c, self.teacher, self.student, self.heads = c.sprint, teacher, student, heads
+        self.c, self.phase = c.phases["sprint"].objective, c.phases["sprint"]
+        self.teacher, self.student, self.heads = teacher, student, heads
         self.null_text, self.step = null_text, 0
         self.autocast = (
             (lambda: torch.autocast(null_text.device.type, torch.bfloat16))
@@ -191,9 +192,9 @@ class Pair:
             weight_decay=o.weight_decay,
             fused=True,
         )
-        self.optimizer = adamw(self.trained, c.sprint.optimizer)
-        self.heads_optimizer = adamw(heads.parameters(), c.sprint.head_optimizer)
-        self.ema = [p.detach().clone() for p in self.trained] if c.sprint.ema else None
+        self.optimizer = adamw(self.trained, c.phases["sprint"].optimizers["student"])
+        self.heads_optimizer = adamw(heads.parameters(), c.phases["sprint"].optimizers["heads"])
+        self.ema = [p.detach().clone() for p in self.trained] if c.phases["sprint"].ema else None
 
     def set(self, choice):
         self.choice = choice
@@ -325,16 +326,16 @@ class Pair:
 
     def generator_step(self, batch):
         loss = self.generator_loss(batch, self.draw_generator(batch["x0"]))
-        self._update(loss, self.trained, self.optimizer, self.c.optimizer.clip)
+        self._update(loss, self.trained, self.optimizer, self.phase.optimizers["student"].clip)
         if self.ema is not None:
             with torch.no_grad():
-                torch._foreach_lerp_(self.ema, [p.detach() for p in self.trained], 1 - self.c.ema)
+                torch._foreach_lerp_(self.ema, [p.detach() for p in self.trained], 1 - self.phase.ema)
         return loss.detach()
 
     def discriminator_step(self, batch):
         loss = self.discriminator_loss(batch, self.draw_discriminator(batch["x0"]))
         self._update(
-            loss, list(self.heads.parameters()), self.heads_optimizer, self.c.head_optimizer.clip
+            loss, list(self.heads.parameters()), self.heads_optimizer, self.phase.optimizers["heads"].clip
         )
         return loss.detach()
 
@@ -391,16 +392,17 @@ def _head(width, params, spectral):
 def of_ours(c, frozen, state, choice, on=torch.device("cpu")):
     """A Pair with the weights of a `SprintState`."""
     one = lambda tree, i: jax.tree.map(lambda a: np.asarray(a)[i], tree)
-    heads = [
-        _head(c.model.width, one(state.heads, i), one(state.spectral, i))
-        for i in range(len(c.sprint.head_blocks))
+    student, heads = state.roles["student"], state.roles["heads"]
+    torch_heads = [
+        _head(c.model.width, one(heads.params, i), one(heads.extra["real"], i))
+        for i in range(len(c.phases["sprint"].objective.head_blocks))
     ]
     return Pair(
         c,
-        _network(build.teacher(c), frozen["teacher"], on, False),
-        _network(build.student(c), state.params, on, True),
-        nn.ModuleList(heads).to(on),
-        peers.tensor(frozen["null_text"], on),
+        _network(build.teacher(c), frozen.teacher, on, False),
+        _network(build.student(c), student.params, on, True),
+        nn.ModuleList(torch_heads).to(on),
+        peers.tensor(frozen.null_text, on),
         choice,
         autocast=c.model.dtype == "bfloat16",
     )
@@ -417,10 +419,10 @@ def batch_of_ours(batch, on=torch.device("cpu")):
 
 def draws_of_ours(c, step, x0, name):
     """What the step of this number draws in JAX for x0 NHWC. name: "generator" or "discriminator"."""
-    s, n = c.sprint, x0.shape[0]
+    s, n = c.phases["sprint"].objective, x0.shape[0]
     keys = jax.random.split(
-        jax.random.fold_in(jax.random.key(c.seed + 1), step), 7
-    )  # the seed of run.sprint_stage
+        jax.random.fold_in(jax.random.key(c.seed + c.phases["sprint"].seed), step), 7
+    )
     noise = lambda key: SIGMA_D * jax.random.normal(key, x0.shape)
     choice = lambda key: jax.random.choice(key, np.asarray(s.guidance, np.float32), (n,))
 
@@ -469,16 +471,16 @@ def _seconds(pair, choice, batch, wait):
 
 def program(bench, c, frozen, state, batch):
     """Both steps on `batch`, in the fastest of CHOICES. Raises NoPeer for a config that is written only in JAX."""
-    s = c.sprint
+    phase = c.phases["sprint"]
     published = dict(
         weighting="code",
         logvar_gradient="network",
         reduction="code",
         uncond_mask="cond",
         misaligned=True,
-        accumulate=1,
     )
-    if any(getattr(s, name) != value for name, value in published.items()):
+    same = all(getattr(phase.objective, name) == value for name, value in published.items())
+    if phase.accumulate != 1 or not same:
         raise bench_lib.NoPeer("no peer: benchmarks/torch_pair.py has the published losses alone")
     on = peers.device(bench)
     ours = batch_of_ours(batch, on)

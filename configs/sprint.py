@@ -22,7 +22,7 @@ Presets
                   (docs/results/plan.md has the tables; the evaluation wants 64 held-out pictures of 1024 x 1024, hence --heldout). By its
                   arithmetic 20 000 updates are 28 H200 hours (600M) and 82 (1600M) at full speed, 69 and 205 at 40 % of it.
 
-Any key can be changed on the command line: --config.sprint.steps=400. docs/results/ has the measured results.
+Any key can be changed on the command line: --config.phases.sprint.steps=400. docs/results/ has the measured results.
 """
 
 import ml_collections
@@ -330,7 +330,7 @@ def sana(preset):
 
 
 def came(**values):
-    """CAME as published. AdamW instead: --config.sprint.optimizer.kind=adamw --config.sprint.optimizer.b2=0.95"""
+    """CAME as published. AdamW instead: --config.phases.sprint.optimizers.student.kind=adamw --config.phases.sprint.optimizers.student.b2=0.95"""
     return (
         dict(
             kind="came",

@@ -388,8 +388,13 @@ def renamed(key: str) -> str | None:
     return None
 
 
+def is_old(tree: Any) -> bool:
+    """Return whether a nested dict is a config of version 0.1."""
+    return isinstance(tree, dict) and "sprint" in tree and "phases" not in tree
+
+
 def _refuse_renamed(tree: dict) -> None:
-    if "sprint" in tree and "phases" not in tree:
+    if is_old(tree):
         raise UserError(
             "this config is of version 0.1, whose training keys have other names "
             f"(config.sprint.steps is now config.{RENAMED['sprint.steps']}): start from a card in configs/"

@@ -22,7 +22,7 @@ def embedded_pair(bench, change=lambda tree: None):
 
     def changes(tree):
         training.published_losses(tree)
-        tree.sprint.batch = 32
+        tree.phases.sprint.batch = 32
         change(tree)
 
     return training.pair(bench, training.card("shapes", changes))
@@ -146,7 +146,7 @@ def published_card(preset, remat, attention="plain", unroll=1, residual="float32
     unroll of the depth removes loops."""
 
     def change(tree):
-        tree.sprint.batch = 16
+        tree.phases.sprint.batch = 16
         tree.model.update(remat=remat, attention=attention, unroll=unroll, residual_dtype=residual)
 
     return training.card(preset, change)

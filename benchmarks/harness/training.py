@@ -13,7 +13,8 @@ from benchmarks.harness import bench as bench_lib
 from benchmarks.harness import floors, timing
 from sprint_jax import build, config
 from sprint_jax.errors import UserError
-from sprint_jax.training import datasets, loop, run, sharding
+from sprint_jax.training import datasets, sharding, stages
+from sprint_jax.training.stage import Placed
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 _CARD = ROOT / "configs/sprint.py"
@@ -31,13 +32,15 @@ def card(preset, change=lambda tree: None) -> config.Config:
 
 def with_adamw(tree):
     """AdamW for both networks."""
-    tree.sprint.optimizer.update(kind="adamw", muon_lr=0.0, b2=0.99, b3=0.0)
-    tree.sprint.head_optimizer.update(kind="adamw", muon_lr=0.0, b2=0.99, b3=0.0)
+    tree.phases.sprint.optimizers.student.update(kind="adamw", muon_lr=0.0, b2=0.99, b3=0.0)
+    tree.phases.sprint.optimizers.heads.update(kind="adamw", muon_lr=0.0, b2=0.99, b3=0.0)
 
 
 def published_losses(tree):
     """The losses that the PyTorch peer has."""
-    tree.sprint.update(weighting="code", logvar_gradient="network", logvar_start=0.0)
+    tree.phases.sprint.objective.update(
+        weighting="code", logvar_gradient="network", logvar_start=0.0
+    )
 
 
 def random_like(abstract, key):
@@ -54,19 +57,22 @@ def random_like(abstract, key):
 def start(c: config.Config):
     """(stage, frozen, state, batch) of random parameters and a random batch; every parameter is off its initial value."""
     data = datasets.Abstract(c)
-    data.frozen = random_like(data.frozen, jax.random.key(0))
+    null = {"null_text": data.frozen.null_text, "null_mask": data.frozen.null_mask}
+    data.frozen = data.frozen.replace(**random_like(null, jax.random.key(0)))
     teacher = jax.jit(build.teacher(c).init)(jax.random.key(1))
-    stage = run.sprint_stage(c, data, teacher)
-    state = jax.jit(stage.start)(stage.frozen, stage.begun)
-    leaves, tree = jax.tree.flatten(state.params)
+    stage = stages.make(c, "sprint", data, teacher=teacher)
+    state = jax.jit(stage.start)(stage.frozen, stage.init_arrays)
+    student = state.roles["student"]
+    leaves, tree = jax.tree.flatten(student.params)
     keys = jax.random.split(jax.random.key(3), len(leaves))
     moved = [a + 0.02 * jax.random.normal(k, a.shape) for k, a in zip(keys, leaves, strict=True)]
-    state = state.replace(params=jax.tree.unflatten(tree, moved))
+    student = student.replace(params=jax.tree.unflatten(tree, moved))
+    state = state.replace(roles=state.roles | {"student": student})
     return (
         stage,
         stage.frozen,
         state,
-        random_like(datasets.abstract_batch(c, c.sprint.batch), jax.random.key(2)),
+        random_like(datasets.abstract_batch(c, c.phases["sprint"].batch), jax.random.key(2)),
     )
 
 
@@ -76,7 +82,7 @@ def pair(bench, c: config.Config) -> bench_lib.Subject:
     The peer is PyTorch without torch.compile.
     """
     stage, frozen, state, batch = start(c)
-    placed = loop.Placed.on(stage, sharding.mesh(1, 1, jax.devices()[:1]))
+    placed = Placed.on(stage, sharding.mesh(1, 1, jax.devices()[:1]))
     names = "generator", "discriminator"
     steps, compile_s = [], 0.0
     for function in stage.functions:
@@ -91,15 +97,16 @@ def pair(bench, c: config.Config) -> bench_lib.Subject:
 
     def losses():
         firsts = [step(jax.tree.map(jnp.copy, state), frozen, batch)[1] for step in steps]
-        return np.array([firsts[0]["loss"], firsts[1]["disc"]], np.float64)
+        return np.array([firsts[0].scalars["loss"], firsts[1].scalars["disc"]], np.float64)
 
     calls = {
         name: timing.Call(functools.partial(advance, step), jax.block_until_ready)
         for name, step in zip(names, steps, strict=True)
     }
     side, _, _ = build.latent_shape(c)
-    N, m, s = (side // c.model.patch_size) ** 2, build.student(c), c.sprint
-    options = dict(batch=s.batch, itemsize=jnp.dtype(c.model.dtype).itemsize)
+    N, m, phase = (side // c.model.patch_size) ** 2, build.student(c), c.phases["sprint"]
+    s = phase.objective
+    options = dict(batch=phase.batch, itemsize=jnp.dtype(c.model.dtype).itemsize)
     work = floors.generator_step(m, N, c.text.length, s.head_blocks, **options)
     work += floors.discriminator_step(
         m, N, c.text.length, s.head_blocks, misaligned=s.misaligned, **options
@@ -108,12 +115,13 @@ def pair(bench, c: config.Config) -> bench_lib.Subject:
     def peer():
         return bench.peers("torch_pair").program(bench, c, frozen, state, batch)
 
-    optimisers = f"{s.optimizer.kind} for the student, {s.head_optimizer.kind} for the heads; the peer has AdamW for both"
+    kinds = {role: optimizer.kind for role, optimizer in phase.optimizers.items()}
+    optimisers = f"{kinds['student']} for the student, {kinds['heads']} for the heads; the peer has AdamW for both"
     return bench_lib.Subject(
         timing.Program(calls, losses),
         compile_s,
         c.model.dtype,
         work,
         (("PyTorch", peer),),
-        note=f"batch {s.batch}, {optimisers}",
+        note=f"batch {phase.batch}, {optimisers}",
     )

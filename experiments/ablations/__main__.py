@@ -96,7 +96,7 @@ def _run(asked, scale, workdir, where):
     from experiments.ablations import experiments, report
     from sprint_jax.runtime import compile_cache
     from sprint_jax.storage import revision
-    from sprint_jax.training import run as run_lib
+    from sprint_jax.training import workdirs
     from sprint_jax.training.loop import Interrupted
 
     compile_cache.start()
@@ -106,7 +106,7 @@ def _run(asked, scale, workdir, where):
         sys.stdout.flush()
 
     runs, seeds = grid.runs_of(asked.tables), _SEEDS.value
-    with run_lib.claim(workdir):
+    with workdirs.claim(workdir):
         work = experiments.Experiments(card, scale, workdir, say)
         say(
             f"ablations: {len(runs)} configurations x {seeds} seeds in {workdir}; "

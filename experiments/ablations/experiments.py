@@ -19,12 +19,12 @@ from sprint_jax import config as config_lib
 from sprint_jax.diffusion import samplers, trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.heldout import Evaluator
+from sprint_jax.objectives import step
 from sprint_jax.sampling import programs
-from sprint_jax.storage import run_files as names
-from sprint_jax.storage import weights
-from sprint_jax.training import came, datasets, loop, sharding, sprint_step, state, teacher_step
-from sprint_jax.training import run as run_lib
+from sprint_jax.storage import run_files, weights
+from sprint_jax.training import datasets, loop, scores, sharding, stages, workdirs
 from sprint_jax.training.records import Records
+from sprint_jax.training.stage import Stage
 
 # Fields of config.sprint that enter the steps as numbers alone.
 KNOBS = ("p_mean", "p_std", "max_time", "disc_mean", "disc_std")
@@ -95,7 +95,7 @@ class Experiments:
     def __call__(self, r: grid.Run, seed: int, folder, advance) -> dict:
         """{metric: number} of one run. folder: its work directory. advance: called with the share of it that is done."""
         c = configuration(self._card, self._scale, r, seed)
-        run_lib.write_config(c, folder)
+        workdirs.write_config(c, folder)
         if r.kind == "gradients":
             return self._gradients(c, folder, advance)
         if r.kind.startswith("sample_"):
@@ -104,7 +104,7 @@ class Experiments:
 
     @functools.cached_property
     def data(self):
-        return datasets.open_inputs(self._base, self._say)
+        return datasets.open_dataset(self._base, self._say)
 
     @functools.cached_property
     def teacher(self):
@@ -112,7 +112,7 @@ class Experiments:
         c = self._base
         if c.teacher.pretrained:
             return datasets.teacher_weights(c.teacher.pretrained, build.teacher(c))
-        finished = self._workdir / names.TEACHER
+        finished = self._workdir / run_files.TEACHER
         if not finished.exists():
             self._say("teacher: trained here, once for all runs")
             folder = self._workdir / "runs" / "the_teacher"
@@ -131,25 +131,21 @@ class Experiments:
     # Runs
 
     def _distil(self, c, folder, seed, advance, *, transfer):
-        data = datasets.open_inputs(c, self._say)
-        final = self._train_sprint(c, data, self.teacher, folder, advance, transfer=transfer)
-        params = jax.device_get(state.averaged(final))
-        weights.save(pathlib.Path(folder) / names.STUDENT, params)
-        metrics = {"rejected": float(final.rejected[-1])}
+        data = datasets.open_dataset(c, self._say)
+        stage, compiled = self._stage("sprint", c, data, teacher=self.teacher, transfer=transfer)
+        final = self._train(stage, c, folder, compiled, advance)
+        params = jax.device_get(stage.result(final))
+        weights.save(pathlib.Path(folder) / run_files.STUDENT, params)
+        metrics = {"rejected": float(sum(role.rejected[1] for role in final.roles.values()))}
         model = build.student(c) if transfer else Untransferred(build.student(c))
-        for steps in run_lib.STUDENT_STEPS:
+        for steps in scores.STUDENT_STEPS:
             times = samplers.scm_times(steps, c.evaluation.schedule)
             make = lambda: programs.student_sampler(
                 model, self.data.pixels, build.latent_shape(c), times
             )
-            metrics |= self._score(
-                ("student", model, steps),
-                make,
-                params,
-                c.evaluation.student_guidance,
-                seed,
-                str(steps),
-            )
+            guidance = c.evaluation.student_guidance
+            key = ("student", model, steps)
+            metrics |= self._score(key, make, params, guidance, seed, str(steps))
         return metrics
 
     def _sample(self, c, sampler, seed):
@@ -164,17 +160,15 @@ class Experiments:
 
     def _gradients(self, c, folder, advance):
         """A teacher of this kind, then generator updates alone: what the norms of Fig. 3 are read off."""
-        data = datasets.open_inputs(c, self._say)
+        data = datasets.open_dataset(c, self._say)
         teacher = self._train_teacher(c, data, folder, lambda share: advance(share / 2))
-        self._train_sprint(
-            c,
-            data,
-            teacher,
-            folder,
-            lambda share: advance((1 + share) / 2),
-            name="gradients",
-            functions=slice(1),
+        stage, compiled = self._stage("sprint", c, data, teacher=teacher)
+        alone = dataclasses.replace(
+            stage, name="gradients", functions=stage.functions[:1], labels=stage.labels[:1]
         )
+        # Programs of the generator alone: not those of whole rounds.
+        compiled = self._programs.setdefault(("gradients", _structure(c)), {})
+        self._train(alone, c, folder, compiled, lambda share: advance((1 + share) / 2))
         rows = {
             stage: [row for row in _rows(folder) if row["stage"] == stage]
             for stage in ("teacher", "gradients")
@@ -189,58 +183,25 @@ class Experiments:
         }
 
     def _train_teacher(self, c, data, folder, advance, bar=False):
-        start, functions, compiled = self._shared(
-            ("teacher", _structure(c)), lambda: _teacher_programs(c)
-        )
-        stage = loop.Stage(
-            name="teacher",
-            steps=c.teacher.steps,
-            start=start,
-            begun={},
-            functions=functions,
-            frozen={"knobs": _knobs(c)} | data.frozen,
-            prepare=self.data.prepare,
-            batch=c.teacher.batch,
-            batches=data.batches,
-            data=data.identity,
-        )
+        stage, compiled = self._stage("teacher", c, data)
         final = self._train(stage, c, folder, compiled, advance, bar)
-        return jax.device_get(state.averaged(final))
+        return jax.device_get(stage.result(final))
 
-    def _train_sprint(
-        self,
-        c,
-        data,
-        teacher,
-        folder,
-        advance,
-        *,
-        name="sprint",
-        transfer=True,
-        functions=slice(None),
-    ):
-        start, made, compiled = self._shared(
-            (name, transfer, _structure(c)), lambda: _sprint_programs(c, transfer)
-        )
-        stage = loop.Stage(
-            name=name,
-            steps=c.sprint.steps,
-            start=start,
-            begun={},
-            functions=made[functions],
-            frozen={"teacher": teacher, "knobs": _knobs(c)} | data.frozen,
-            prepare=self.data.prepare,
-            batch=c.sprint.batch,
+    def _stage(self, name, c, data, *, teacher=None, transfer=True):
+        """Return (stage, {shapes: compiled steps}) of a phase; programs are shared by all runs of one structure."""
+        key = (name, transfer, _structure(c))
+        if key not in self._programs:
+            self._programs[key] = (_stage(c, name, self.data, transfer), {})
+        shared, compiled = self._programs[key]
+        frozen = data.frozen.replace(teacher=teacher, numbers=_knobs(c, name))
+        stage = dataclasses.replace(
+            shared,
+            steps=c.phases[name].steps,
+            frozen=frozen,
             batches=data.batches,
             data=data.identity,
         )
-        return self._train(stage, c, folder, compiled, advance)
-
-    def _shared(self, key, make):
-        """(start, step functions, {shapes: compiled steps}), made once for each structure."""
-        if key not in self._programs:
-            self._programs[key] = (*make(), {})
-        return self._programs[key]
+        return stage, compiled
 
     def _train(self, stage, c, folder, compiled, advance, bar=False):
         records = _Watched(folder, stage.steps, advance)
@@ -264,11 +225,10 @@ class Experiments:
         heldout, evaluator = self._heldout
         if key not in self._samplers:
             self._samplers[key] = make()
-        null = {"text": self.data.frozen["null_text"], "mask": self.data.frozen["null_mask"]}
         images = programs.run(
             self._samplers[key],
             {"transformer": params, "pixels": self.data.pixels_params},
-            null,
+            programs.null_of(self.data.frozen),
             heldout.cond,
             guidance=guidance,
             seed=self._base.data.eval_seed + seed,
@@ -290,58 +250,61 @@ class _Watched(Records):
         self._advance(step / self._steps)
 
 
-def _structure(c: config_lib.Config):
-    """What a compiled program depends on: the config without what is an argument of it."""
-    sprint = dataclasses.replace(c.sprint, **dict.fromkeys(KNOBS, 0.0))
-    return dataclasses.replace(c, seed=0, data=dataclasses.replace(c.data, seed=0), sprint=sprint)
+def _structure(c: config_lib.Config) -> str:
+    """Name what a compiled program depends on: the config without what is an argument of it."""
+    sprint = c.phases["sprint"]
+    objective = dataclasses.replace(sprint.objective, **dict.fromkeys(KNOBS, 0.0))
+    c = stages.with_phase(c, "sprint", objective=objective)
+    return repr(dataclasses.replace(c, seed=0, data=dataclasses.replace(c.data, seed=0)))
 
 
-def _knobs(c: config_lib.Config):
-    """Arguments of the programs. The seed is that of the sprint in `run.sprint_stage`."""
-    return {"seed": np.int32(c.seed + 1)} | {
-        name: np.float32(getattr(c.sprint, name)) for name in KNOBS
-    }
+def _knobs(c: config_lib.Config, name: str) -> dict[str, np.generic]:
+    """Return the numbers that the programs read as arguments; the seed is that of the run's student in both phases."""
+    objective = c.phases["sprint"].objective
+    seed = c.seed + c.phases["sprint"].seed
+    return {"seed": np.int32(seed)} | {k: np.float32(getattr(objective, k)) for k in KNOBS}
 
 
-def _sprint_programs(c: config_lib.Config, transfer: bool):
-    """(start, (generator step, discriminator step)) as in `run.sprint_stage`, with the knobs read from `frozen`."""
-    nets = build.nets(c)
+def _stage(c: config_lib.Config, name: str, data, transfer: bool) -> Stage:
+    """Return the stage of a phase whose seed and knobs are read from `Frozen.numbers`."""
+    phase = c.phases[name]
+    networks = stages.networks(c, phase)
     if not transfer:
-        nets = dataclasses.replace(
-            nets, teacher=Untransferred(nets.teacher), student=Untransferred(nets.student)
+        networks = dataclasses.replace(
+            networks,
+            teacher=Untransferred(networks.teacher),
+            trained=Untransferred(networks.trained),
         )
+    txs = stages.transformations(phase, phase.objective.objective(networks))
 
-    def start(frozen, begun):
-        return sprint_step.start(
-            frozen["teacher"], nets, c.sprint, jax.random.key(frozen["knobs"]["seed"])
-        )
+    def objective(numbers):
+        settings = phase.objective
+        if name == "sprint":
+            settings = dataclasses.replace(settings, **{k: numbers[k] for k in KNOBS})
+        return settings.objective(networks)
 
-    def told(make):
-        def step(current, frozen, batch):
-            knobs = frozen["knobs"]
-            settings = dataclasses.replace(c.sprint, **{name: knobs[name] for name in KNOBS})
-            return make(nets, settings, knobs["seed"])(current, frozen, batch)
+    def start(frozen, begin):
+        key = jax.random.key(frozen.numbers["seed"])
+        made = objective(frozen.numbers)
+        return step.start(made, txs, ema=phase.ema, frozen=frozen, begin=begin, key=key)
 
-        return step
+    def taking(role):
+        def one(state, frozen, batch):
+            made = objective(frozen.numbers)
+            return step.make_step(
+                made.updates[role],
+                txs[role],
+                ema=phase.ema if role == made.main else 0.0,
+                accumulate=phase.accumulate,
+                seed=frozen.numbers["seed"],
+            )(state, frozen, batch)
 
-    return start, (told(sprint_step.make_generator_step), told(sprint_step.make_discriminator_step))
+        return one
 
-
-def _teacher_programs(c: config_lib.Config):
-    """(start, (step,)) of a teacher from nothing, as in `run.teacher_stages` with its seed read from `frozen`."""
-    model, t = build.teacher(c), c.teacher
-    tx = state.optimizer(
-        t.optimizer, t.steps, t.batch, came_rules=(came.dit_factored, came.dit_stacked)
-    )
-
-    def start(frozen, begun):
-        key = jax.random.key(frozen["knobs"]["seed"])
-        return teacher_step.init(teacher_step.start(model, key, borders=t.border_start), tx, t)
-
-    def step(current, frozen, batch):
-        return teacher_step.make_step(model, tx, t, frozen["knobs"]["seed"])(current, frozen, batch)
-
-    return start, (step,)
+    plain = stages.make(c, name, data)
+    steps = {role: taking(role) for role in plain.labels}
+    functions = tuple(steps[role] for role in plain.labels)
+    return dataclasses.replace(plain, start=start, functions=functions, preview=None)
 
 
 def geometric_mean(values):

@@ -66,40 +66,68 @@ HIGHER = ("score",)
 
 _OFF = {"model.qk_norm": False, "teacher.base_qk_norm": False}
 _SPARSE = {"model.time_scale": 1000.0, "teacher.base_time_scale": 1000.0}
-_HEAD = {"sprint.logvar_gradient": "head"}
-_FREE = {"sprint.tangent_normalize": False}
+_HEAD = {"phases.sprint.objective.logvar_gradient": "head"}
+_FREE = {"phases.sprint.objective.tangent_normalize": False}
 
 RUNS = (
     Run("base", "distil", {}),
-    Run("scm", "distil", {"sprint.adv_weight": 0.0}),
-    Run("ladd", "distil", {"sprint.scm_weight": 0.0}),
-    Run("max_time_0", "distil", {"sprint.max_time": 0.0}),
-    Run("max_time_70", "distil", {"sprint.max_time": 0.7}),
-    Run("lambda_1", "distil", {"sprint.adv_weight": 1.0}),
-    Run("lambda_05", "distil", {"sprint.adv_weight": 0.5}),
-    Run("lambda_01", "distil", {"sprint.adv_weight": 0.1}),
+    Run("scm", "distil", {"phases.sprint.objective.adv_weight": 0.0}),
+    Run("ladd", "distil", {"phases.sprint.objective.scm_weight": 0.0}),
+    Run("max_time_0", "distil", {"phases.sprint.objective.max_time": 0.0}),
+    Run("max_time_70", "distil", {"phases.sprint.objective.max_time": 0.7}),
+    Run("lambda_1", "distil", {"phases.sprint.objective.adv_weight": 1.0}),
+    Run("lambda_05", "distil", {"phases.sprint.objective.adv_weight": 0.5}),
+    Run("lambda_01", "distil", {"phases.sprint.objective.adv_weight": 0.1}),
     Run("no_embed", "distil", {"model.guidance_embed": False}),
     *(Run(f"norms_{size}", "gradients", {}, size) for size in ("narrow", "wide")),
     *(Run(f"no_qk_norm_{size}", "gradients", _OFF, size) for size in ("narrow", "wide")),
     *(Run(f"time_1000_{size}", "gradients", _SPARSE, size) for size in ("narrow", "wide")),
     Run("no_transfer", "distil_untransferred", {}),
     Run("teacher", "sample_trigflow", {}),
-    Run("p_mean_0", "distil", {"sprint.p_mean": 0.0, "sprint.p_std": 1.6}),
-    Run("p_mean_low", "distil", {"sprint.p_mean": -0.8, "sprint.p_std": 1.6}),
-    Run("p_mean_high", "distil", {"sprint.p_mean": 0.4, "sprint.p_std": 1.6}),
-    Run("disc_high", "distil", {"sprint.disc_mean": 0.6}),
-    Run("disc_wide", "distil", {"sprint.disc_std": 2.0}),
+    Run(
+        "p_mean_0",
+        "distil",
+        {"phases.sprint.objective.p_mean": 0.0, "phases.sprint.objective.p_std": 1.6},
+    ),
+    Run(
+        "p_mean_low",
+        "distil",
+        {"phases.sprint.objective.p_mean": -0.8, "phases.sprint.objective.p_std": 1.6},
+    ),
+    Run(
+        "p_mean_high",
+        "distil",
+        {"phases.sprint.objective.p_mean": 0.4, "phases.sprint.objective.p_std": 1.6},
+    ),
+    Run("disc_high", "distil", {"phases.sprint.objective.disc_mean": 0.6}),
+    Run("disc_wide", "distil", {"phases.sprint.objective.disc_std": 2.0}),
     Run("flow_50", "sample_flow", {"evaluation.teacher_steps": 50}),
     Run("trigflow_50", "sample_trigflow", {"evaluation.teacher_steps": 50}),
     # Of the follow-ups alone.
-    Run("scm_warm", "distil", {"sprint.adv_weight": 0.0, "sprint.tangent_warmup": 80}),
-    Run("scm_long", "distil", {"sprint.adv_weight": 0.0, "sprint.steps": 640}),
-    Run("ladd_long", "distil", {"sprint.scm_weight": 0.0, "sprint.steps": 640}),
-    Run("scm_head", "distil", _HEAD | {"sprint.adv_weight": 0.0}),
+    Run(
+        "scm_warm",
+        "distil",
+        {"phases.sprint.objective.adv_weight": 0.0, "phases.sprint.objective.tangent_warmup": 80},
+    ),
+    Run(
+        "scm_long",
+        "distil",
+        {"phases.sprint.objective.adv_weight": 0.0, "phases.sprint.steps": 640},
+    ),
+    Run(
+        "ladd_long",
+        "distil",
+        {"phases.sprint.objective.scm_weight": 0.0, "phases.sprint.steps": 640},
+    ),
+    Run("scm_head", "distil", _HEAD | {"phases.sprint.objective.adv_weight": 0.0}),
     Run("both_head", "distil", _HEAD),
-    Run("scm_long_head", "distil", _HEAD | {"sprint.adv_weight": 0.0, "sprint.steps": 640}),
-    Run("norms_late", "gradients", {"teacher.steps": 900}, "wide"),
-    Run("no_qk_norm_late", "gradients", _OFF | {"teacher.steps": 900}, "wide"),
+    Run(
+        "scm_long_head",
+        "distil",
+        _HEAD | {"phases.sprint.objective.adv_weight": 0.0, "phases.sprint.steps": 640},
+    ),
+    Run("norms_late", "gradients", {"phases.teacher.steps": 900}, "wide"),
+    Run("no_qk_norm_late", "gradients", _OFF | {"phases.teacher.steps": 900}, "wide"),
     *(
         Run(f"{name}_free_{size}", "gradients", changes | _FREE, size)
         for size in ("narrow", "wide")
@@ -356,8 +384,8 @@ class Scale:
 
 
 _SHORT = {
-    "sprint.adv_weight": 0.0,
-    "sprint.tangent_warmup": 1,
+    "phases.sprint.objective.adv_weight": 0.0,
+    "phases.sprint.objective.tangent_warmup": 1,
     "teacher.pretrained": "",
     "run.max_rejected": 1_000_000,
 }
@@ -367,23 +395,23 @@ TINY = Scale(
     "shapes",
     # From logvar_gradient on as the suite was run; the embedded default has had others since.
     {
-        "sprint.steps": 320,
-        "sprint.batch": 16,
+        "phases.sprint.steps": 320,
+        "phases.sprint.batch": 16,
         "run.checkpoint_every": 80,
         "run.keep": 1,
         "run.max_rejected": 1_000_000,
-        "sprint.logvar_gradient": "network",
-        "sprint.logvar_start": 0.0,
-        "sprint.max_time": 0.5,
-        "sprint.head_blocks": (1, 3, 5),
+        "phases.sprint.objective.logvar_gradient": "network",
+        "phases.sprint.objective.logvar_start": 0.0,
+        "phases.sprint.objective.max_time": 0.5,
+        "phases.sprint.objective.head_blocks": (1, 3, 5),
     },
     _SHORT
     | {
-        "teacher.steps": 300,
-        "teacher.batch": 32,
-        "teacher.optimizer.warmup": 30,
-        "sprint.steps": 40,
-        "sprint.batch": 16,
+        "phases.teacher.steps": 300,
+        "phases.teacher.batch": 32,
+        "phases.teacher.optimizers.network.warmup": 30,
+        "phases.sprint.steps": 40,
+        "phases.sprint.batch": 16,
         "run.log_every": 2,
         "run.checkpoint_every": 150,
         "model.unroll": 1,
@@ -394,14 +422,14 @@ TINY = Scale(
             "model.depth": 4,
             "model.heads": 2,
             "model.cross_heads": 2,
-            "sprint.head_blocks": (1, 3),
+            "phases.sprint.objective.head_blocks": (1, 3),
         },
         "wide": {
             "model.width": 128,
             "model.depth": 4,
             "model.heads": 4,
             "model.cross_heads": 4,
-            "sprint.head_blocks": (1, 3),
+            "phases.sprint.objective.head_blocks": (1, 3),
         },
     },
     "about 90 on one CPU core",
@@ -417,11 +445,11 @@ SMALL = Scale(
         "model.cross_heads": 6,
         "model.unroll": 1,
         "model.dtype": "bfloat16",
-        "teacher.steps": 6000,
-        "teacher.batch": 128,
-        "sprint.steps": 1600,
-        "sprint.batch": 64,
-        "sprint.head_blocks": (2, 5, 8, 11),
+        "phases.teacher.steps": 6000,
+        "phases.teacher.batch": 128,
+        "phases.sprint.steps": 1600,
+        "phases.sprint.batch": 64,
+        "phases.sprint.objective.head_blocks": (2, 5, 8, 11),
         "evaluation.prompts": 192,
         "evaluation.batch": 96,
         "evaluation.reference": 256,
@@ -430,7 +458,7 @@ SMALL = Scale(
         "run.keep": 1,
         "run.max_rejected": 1_000_000,
     },
-    _SHORT | {"teacher.steps": 800, "sprint.steps": 80, "run.log_every": 2},
+    _SHORT | {"phases.teacher.steps": 800, "phases.sprint.steps": 80, "run.log_every": 2},
     {"narrow": {"model.width": 192, "model.heads": 6}, "wide": {}},
     "not yet run; by arithmetic some 60 on one GPU, of which the teacher, once, 10 and --only=table3 another 10",
 )

@@ -239,7 +239,7 @@ def _head(rows, suite, scale):
         "",
         "Everything is varied around the embedded baseline, which differs from the published recipe: lambda is 5 (published "
         "0.5), P_mean, P_std -0.4, 1.4 (0.0 or 0.2, 1.6), the optimiser Muon (CAME), the tangent warm-up H = 300 of "
-        f"{scale.base['sprint.steps']} updates (4000 of 20 000), and the batch is small. So a row says what the change does "
+        f"{scale.base['phases.sprint.steps']} updates (4000 of 20 000), and the batch is small. So a row says what the change does "
         "here; whether it goes the paper's way is the verdict.",
         "",
         "Whole caption right is the share of held-out prompts whose every word is drawn (the paper has a CLIP score and "

@@ -42,7 +42,7 @@ def test_the_table_of_a_small_configuration(command, tmp_path):
         a.size for a in jax.tree.leaves(jax.eval_shape(build.student(c).init, jax.random.key(0)))
     )
     for row in rows[1:]:
-        assert row[1] == str(c.sprint.batch) and row[2] == f"{count / 1e6:.1f} M"
+        assert row[1] == str(c.phases["sprint"].batch) and row[2] == f"{count / 1e6:.1f} M"
     exchanged = re.search(r"generator (.*); discriminator", table).group(1)
     assert "all-gather" in exchanged and "Everything fits." in table
     assert "attention is planned in plain JAX" in result.stdout
@@ -62,7 +62,7 @@ def test_advice_follows_what_is_too_large():
     said = plan._fits(c, device, (step, 21 * 2**30))
     assert (
         "generator step needs 21.00 GiB of 10.00 GiB" in said
-        and "--config.sprint.accumulate=2" in said
+        and "--config.phases.sprint.accumulate=2" in said
     )
     assert "fsdp" not in said and "remat" not in said
     without = dataclasses.replace(c, model=dataclasses.replace(c.model, remat="none"))

@@ -343,7 +343,7 @@ def card(folder, **control):
     tree.model.depth, tree.data.encoded = 2, str(folder)
     tree.control.update(depth=1, condition="edges", freehand=0.0)
     tree.control.update(**control)
-    tree.control.optimizer.kind = "adamw"  # compiles sooner than the card's
+    tree.phases.control.optimizers.network.kind = "adamw"  # compiles sooner than the card's
     return config.parse(tree)
 
 
@@ -361,7 +361,7 @@ def sketched(tmp_path_factory):
 def test_the_control_stage_on_an_encoded_folder(sketched):
     """Three steps of what `main` runs: the condition reaches the ControlNet, which begins to move."""
     c = card(sketched, dropout=0.0)
-    data = datasets.open_inputs(c, print)
+    data = datasets.open_dataset(c, print)
     assert data.identity.endswith(", with edges")
     rng = np.random.default_rng(0)
     random = lambda a: 0.1 * rng.standard_normal(a.shape).astype(a.dtype)  # compiles nothing
@@ -388,7 +388,7 @@ def test_the_control_stage_on_an_encoded_folder(sketched):
 
 def test_held_out_examples_have_their_edges(sketched):
     """Decoded from what was stored; the first of them, whose picture is known by its caption, has that picture's."""
-    heldout = datasets.open_inputs(card(sketched), print).heldout(4, 6)
+    heldout = datasets.open_dataset(card(sketched), print).heldout(4, 6)
     drawn = {
         shapes.example(3, i, size=32).text: shapes.example(3, i, size=32).image for i in range(48)
     }
@@ -409,7 +409,7 @@ def test_held_out_examples_have_their_edges(sketched):
 
 def test_without_a_controlnet_the_condition_stays_behind(sketched):
     c = card(sketched, depth=0, condition="scribble")
-    data = datasets.open_inputs(c, print)
+    data = datasets.open_dataset(c, print)
     assert not data.identity.endswith("edges")
     with data.batches(8, 0, 1, 0, 1) as read:
         assert (
@@ -421,7 +421,7 @@ def test_without_a_controlnet_the_condition_stays_behind(sketched):
 
 def test_another_condition_is_refused(sketched, tmp_path):
     with pytest.raises(UserError) as refused:
-        datasets.open_inputs(card(sketched, condition="scribble"), print)
+        datasets.open_dataset(card(sketched, condition="scribble"), print)
     for words in (
         str(sketched),
         "condition edges",
@@ -439,7 +439,7 @@ def test_another_condition_is_refused(sketched, tmp_path):
         UserError,
         match="with condition none, config.control.condition is edges: encode .* --condition=edges$",
     ):
-        datasets.open_inputs(card(tmp_path), print)
+        datasets.open_dataset(card(tmp_path), print)
 
 
 # --- the command ---

@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 def test_encoded_batches_hold_what_drawing_would(folder):
     """By caption, up to float16; fails when the mask or the null prompt is another's."""
     c = smoke(encoded=str(folder))
-    data, codec, encoder = datasets.open_inputs(c, print), build.codec(c), build.text_encoder(c)
+    data, codec, encoder = datasets.open_dataset(c, print), build.codec(c), build.text_encoder(c)
     drawn = {}
     for i in range(96):
         example = shapes.example(3, i, size=32)
@@ -48,8 +48,8 @@ def test_encoded_batches_hold_what_drawing_would(folder):
         )
         assert np.isin(batch["mask"], (0, 1)).all() and (batch["mask"].sum(1) >= 3).all()
     text_, mask = encoder.encode([""])
-    np.testing.assert_allclose(data.frozen["null_text"], text_, rtol=1e-6)
-    np.testing.assert_array_equal(data.frozen["null_mask"], mask)
+    np.testing.assert_allclose(data.frozen.null_text, text_, rtol=1e-6)
+    np.testing.assert_array_equal(data.frozen.null_mask, mask)
     heldout = data.heldout(4, 8)
     again, masks = encoder.encode(heldout.captions)
     np.testing.assert_allclose(
@@ -62,7 +62,7 @@ def test_encoded_batches_hold_what_drawing_would(folder):
 
 
 def test_two_processes_share_a_batch(folder):
-    data = datasets.open_inputs(smoke(encoded=str(folder)), print)
+    data = datasets.open_dataset(smoke(encoded=str(folder)), print)
     take = lambda process, processes: next(iter(data.batches(8, 5, 6, process, processes)))
     whole, first, second = take(0, 1), take(0, 2), take(1, 2)
     for name in whole:
@@ -82,7 +82,7 @@ def test_a_folder_that_does_not_fit(folder, changes, words):
     for section, values in changes.items():
         c = dataclasses.replace(c, **{section: dataclasses.replace(getattr(c, section), **values)})
     with pytest.raises(UserError, match=words):
-        datasets.open_inputs(c, print)
+        datasets.open_dataset(c, print)
 
 
 def test_more_held_out_than_there_are(folder):
@@ -90,13 +90,13 @@ def test_more_held_out_than_there_are(folder):
     c = smoke(encoded=str(folder))
     c = dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, prompts=90))
     with pytest.raises(UserError, match="config.evaluation.prompts is 90"):
-        datasets.open_inputs(c, print)
+        datasets.open_dataset(c, print)
 
 
 def test_a_damaged_held_out_example_is_left_out_and_told(folder, monkeypatch):
     """As one of training is. Fails when it ends the evaluation, which comes after the training."""
     c, said = smoke(encoded=str(folder)), []
-    whole = datasets.open_inputs(c, print).heldout(5, 5)
+    whole = datasets.open_dataset(c, print).heldout(5, 5)
     read = encoded.Encoded.read
 
     def damaged(self, i):
@@ -105,7 +105,7 @@ def test_a_damaged_held_out_example_is_left_out_and_told(folder, monkeypatch):
         return read(self, i)
 
     monkeypatch.setattr(encoded.Encoded, "read", damaged)
-    data = datasets.open_inputs(c, said.append)
+    data = datasets.open_dataset(c, said.append)
     assert data.heldout(4, 4).captions == [whole.captions[i] for i in (0, 2, 3, 4)]
     assert any(
         "1 held-out examples cannot be used, first 1 (is not finite)" in line for line in said
@@ -191,7 +191,7 @@ def test_token_ids_become_the_features(tmp_path_factory, tmp_path):
             condition="none",
         )
         encode.encode(source, encoders, tmp_path / kind, kept, batch=4)
-        data = datasets.open_inputs(
+        data = datasets.open_dataset(
             published_card(path, tmp_path / kind, pipe.model), lambda line: None
         )
         assert isinstance(data.pixels, parts.AutoencoderPixels)

@@ -46,8 +46,8 @@ def test_every_change_is_a_key_and_changes_exactly_what_it_says(scale):
 
 
 def test_an_unknown_key_is_refused():
-    with pytest.raises(UserError, match="sprint.lamda"):
-        experiments.with_changes(CARD(), {"sprint.lamda": 1.0})
+    with pytest.raises(UserError, match="phases.sprint.objective.lamda"):
+        experiments.with_changes(CARD(), {"phases.sprint.objective.lamda": 1.0})
 
 
 def test_the_tables_of_the_paper_are_covered_and_every_run_is_used():
@@ -189,7 +189,7 @@ def test_a_line_cut_off_is_done_again_and_other_settings_are_refused(tmp_path):
     go(tmp_path, again)
     assert again.calls == [("base", 1)]
     assert len(suite.read(tmp_path)) == 6
-    other = dataclasses.replace(SCALE, base=SCALE.base | {"sprint.steps": 2})
+    other = dataclasses.replace(SCALE, base=SCALE.base | {"phases.sprint.steps": 2})
     with pytest.raises(UserError, match="other settings"):
         go(tmp_path, Fake(), scale=other)
 

@@ -28,10 +28,10 @@ def settings():
     # Rates at which an update is no larger than the gradient it came from, so that a difference shows.
     plain = dict(kind="adamw", lr=1e-3, muon_lr=0.0, b1=0.9, b2=0.99, warmup=0, decay_to=1.0)
     tree.teacher.update(batch=BATCH, pretrained="none")
-    tree.teacher.optimizer.update(plain)
-    tree.sprint.update(batch=BATCH)
-    tree.sprint.optimizer.update(plain)
-    tree.sprint.head_optimizer.update(plain)
+    tree.phases.teacher.optimizers.network.update(plain)
+    tree.phases.sprint.objective.update(batch=BATCH)
+    tree.phases.sprint.optimizers.student.update(plain)
+    tree.phases.sprint.optimizers.heads.update(plain)
     return config.parse(tree)
 
 

@@ -25,7 +25,7 @@ SMOKE = "--config=configs/sprint.py:smoke"
 OLD_STYLE = (
     "--config.teacher.base_qk_norm=False",
     "--config.teacher.base_time_scale=1000.0",
-    "--config.teacher.finetune_steps=4",
+    "--config.phases.finetune.steps=4",
 )
 TINY = (SMOKE, *OLD_STYLE)
 

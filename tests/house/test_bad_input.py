@@ -23,18 +23,20 @@ pytestmark = pytest.mark.second_pass
         (["--config=configs/absent.py"], ["absent.py"]),
         ([], ["--config"]),
         (
-            [*TINY, "--config.sprint.stepz=4"],
-            ['unknown config key config.sprint.stepz: Did you mean "steps" instead of "stepz"?'],
+            [*TINY, "--config.phases.sprint.objective.stepz=4"],
+            [
+                'unknown config key config.phases.sprint.objective.stepz: Did you mean "steps" instead of "stepz"?'
+            ],
         ),
         (
-            [*TINY, "--config.sprint.nope=4"],
-            ["unknown config key config.sprint.nope: see the config file"],
+            [*TINY, "--config.phases.sprint.objective.nope=4"],
+            ["unknown config key config.phases.sprint.objective.nope: see the config file"],
         ),
         ([*TINY, "--config.nope.steps=4"], ["unknown config key config.nope.steps"]),
-        ([*TINY, "--config.sprint.steps=many"], ["steps"]),
+        ([*TINY, "--config.phases.sprint.steps=many"], ["steps"]),
         ([*TINY, "--nonsense=1"], ["nonsense"]),
         ([*TINY, "--workdir=/proc/none"], ["/proc/none", "--workdir"]),
-        ([*TINY, "--config.sprint.steps=3"], ["config.sprint.steps", "even"]),
+        ([*TINY, "--config.phases.sprint.steps=3"], ["config.phases.sprint.steps", "even"]),
         ([*TINY, "--process=1"], ["--coordinator", "--processes"]),
         ([*TINY, "--config.mesh.fsdp=3"], ["config.mesh", "3", "devices"]),
     ],
@@ -202,9 +204,9 @@ def test_weights_of_another_shape(finished, tmp_path):
 
 def test_workdir_of_another_config_is_left_alone(finished):
     config = smoke()
-    config.sprint.batch = 16
+    config.phases.sprint.batch = 16
     before = (finished / "summary.json").read_bytes()
-    with pytest.raises(UserError, match="config.sprint.batch=8, now 16"):
+    with pytest.raises(UserError, match="config.phases.sprint.batch=8, now 16"):
         run.run(config_lib.parse(config), finished)
     assert (finished / "summary.json").read_bytes() == before
 

@@ -102,10 +102,10 @@ def test_every_field_of_every_section_is_read(monkeypatch):
     tree.teacher.update(base_qk_norm=False, base_time_scale=1000.0, finetune_steps=4)
     for kind in ("muon", "came", "adamw"):  # each has fields of its own
         for optimizer in (
-            tree.teacher.optimizer,
-            tree.control.optimizer,
-            tree.sprint.optimizer,
-            tree.sprint.head_optimizer,
+            tree.phases.teacher.optimizers.network,
+            tree.phases.control.optimizers.network,
+            tree.phases.sprint.optimizers.student,
+            tree.phases.sprint.optimizers.heads,
         ):
             optimizer.update(kind=kind, muon_lr=0.01, b1=0.9, b3=0.99)
         c = noting(config.parse(tree), seen)
@@ -181,7 +181,7 @@ def test_the_square_root_rule():
 def test_shape_that_lacks_a_key():
     tree = card(preset="shapes").to_dict()
     del tree["sprint"]["max_time"]
-    with pytest.raises(UserError, match="config.sprint.max_time is missing"):
+    with pytest.raises(UserError, match="config.phases.sprint.objective.max_time is missing"):
         config.parse(tree)
 
 
@@ -189,7 +189,8 @@ def test_unknown_key_names_its_neighbour():
     tree = card(preset="shapes").to_dict()
     tree["teacher"]["captoin_dropout"] = 0.1
     with pytest.raises(
-        UserError, match="captoin_dropout; did you mean config.teacher.caption_dropout"
+        UserError,
+        match="captoin_dropout; did you mean config.phases.teacher.objective.caption_dropout",
     ):
         config.parse(tree)
 
@@ -202,21 +203,21 @@ def test_unknown_key_names_its_neighbour():
         ("model.heads", 3),
         ("model.cross_heads", 3),
         ("model.dtype", "float16"),
-        ("teacher.steps", -1),
-        ("teacher.batch", 0),
-        ("sprint.steps", 3),
-        ("sprint.uncond_mask", "x"),
-        ("sprint.weighting", "x"),
-        ("sprint.logvar_gradient", "x"),
-        ("sprint.reduction", "x"),
-        ("sprint.max_time", 1.5),
-        ("sprint.guidance", ()),
-        ("sprint.head_blocks", (3, 1)),
-        ("sprint.head_blocks", (99,)),
-        ("sprint.batch", 1),
-        ("sprint.accumulate", 3),
-        ("sprint.accumulate", 8),
-        ("teacher.accumulate", 0),
+        ("phases.teacher.steps", -1),
+        ("phases.teacher.batch", 0),
+        ("phases.sprint.steps", 3),
+        ("phases.sprint.objective.uncond_mask", "x"),
+        ("phases.sprint.objective.weighting", "x"),
+        ("phases.sprint.objective.logvar_gradient", "x"),
+        ("phases.sprint.objective.reduction", "x"),
+        ("phases.sprint.objective.max_time", 1.5),
+        ("phases.sprint.objective.guidance", ()),
+        ("phases.sprint.objective.head_blocks", (3, 1)),
+        ("phases.sprint.objective.head_blocks", (99,)),
+        ("phases.sprint.batch", 1),
+        ("phases.sprint.accumulate", 3),
+        ("phases.sprint.accumulate", 8),
+        ("phases.teacher.accumulate", 0),
         ("text.vocabulary", "x"),
         ("text.dim", 7),
         ("model.remat", "x"),
@@ -232,31 +233,31 @@ def test_unknown_key_names_its_neighbour():
         ("control.depth", -1),
         ("control.depth", 7),
         ("control.condition", "x"),
-        ("control.dropout", 1.0),
+        ("phases.sprint.objective.control_dropout", 1.0),
         ("control.freehand", -0.1),
         ("control.freehand", 1.1),
-        ("control.batch", 0),
-        ("control.optimizer.kind", "x"),
-        ("sprint.optimizer.clip", 0.0),
-        ("sprint.optimizer.muon_lr", 0.0),
-        ("teacher.optimizer.clip", -1.0),
-        ("sprint.batch", 10),
-        ("sprint.batch", 36),
-        ("sprint.accumulate", 0),
+        ("phases.control.batch", 0),
+        ("phases.control.optimizers.network.kind", "x"),
+        ("phases.sprint.optimizers.student.clip", 0.0),
+        ("phases.sprint.optimizers.student.muon_lr", 0.0),
+        ("phases.teacher.optimizers.network.clip", -1.0),
+        ("phases.sprint.batch", 10),
+        ("phases.sprint.batch", 36),
+        ("phases.sprint.accumulate", 0),
         ("model.heads", 0),
         ("model.cross_heads", 0),
         ("model.patch_size", 0),
         ("codec.block", 0),
-        ("sprint.ema", 1.0),
-        ("sprint.ema", -0.1),
-        ("teacher.ema", 1.5),
-        ("teacher.ema", math.nan),
-        ("sprint.optimizer.lr", -1e-3),
-        ("sprint.head_optimizer.lr", math.nan),
-        ("teacher.optimizer.muon_lr", math.inf),
-        ("control.optimizer.weight_decay", -1.0),
-        ("teacher.finetune_lr", math.inf),
-        ("sprint.guidance", (1.5, math.nan)),
+        ("phases.sprint.ema", 1.0),
+        ("phases.sprint.ema", -0.1),
+        ("phases.teacher.ema", 1.5),
+        ("phases.teacher.ema", math.nan),
+        ("phases.sprint.optimizers.student.lr", -1e-3),
+        ("phases.sprint.optimizers.heads.lr", math.nan),
+        ("phases.teacher.optimizers.network.muon_lr", math.inf),
+        ("phases.control.optimizers.network.weight_decay", -1.0),
+        ("phases.finetune.optimizers.network.lr", math.inf),
+        ("phases.sprint.objective.guidance", (1.5, math.nan)),
         ("evaluation.teacher_guidance", math.nan),
         ("evaluation.student_guidance", math.inf),
         ("data.seed", -1),
@@ -264,8 +265,8 @@ def test_unknown_key_names_its_neighbour():
         ("run.max_rejected", 0),
         ("run.checkpoint_every", 0),
         ("run.keep", 0),
-        ("run.strip_every", 3),
-        ("run.strip_every", -2),
+        ("run.preview_every", 3),
+        ("run.preview_every", -2),
     ],
 )
 def test_values_out_of_range_are_named(path, value):
@@ -280,7 +281,10 @@ def test_values_out_of_range_are_named(path, value):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"sprint.optimizer.kind": "came"}, "sprint.optimizer.b1 0.0, b3 0.0"),
+        (
+            {"phases.sprint.optimizers.student.kind": "came"},
+            "phases.sprint.optimizers.student.b1 0.0, b3 0.0",
+        ),
         (
             {"teacher.pretrained": "", "teacher.base_time_scale": 1000.0},
             "base_time_scale 1000.0 .* use equal ones, or finetune_steps",
@@ -291,15 +295,15 @@ def test_values_out_of_range_are_named(path, value):
         ),
         ({"teacher.pretrained": "", "teacher.base_qk_norm": False}, "base_qk_norm False"),
         (
-            {"teacher.pretrained": "", "model.qk_norm": False, "teacher.finetune_steps": 4},
+            {"teacher.pretrained": "", "model.qk_norm": False, "phases.finetune.steps": 4},
             "never takes it away",
         ),
         (
             {
                 "teacher.pretrained": "",
-                "teacher.steps": 0,
+                "phases.teacher.steps": 0,
                 "teacher.start": "x",
-                "teacher.finetune_steps": 4,
+                "phases.finetune.steps": 4,
             },
             "nothing trains a teacher",
         ),
@@ -327,7 +331,7 @@ def test_sizes_of_batches_that_normalise_in_equal_groups():
 
     for batch in range(2, 65):
         tree = card(preset="shapes")
-        tree.sprint.batch = batch
+        tree.phases.sprint.batch = batch
         holds = normalises(batch) and normalises(2 * batch)
         with (
             contextlib.nullcontext()
@@ -341,7 +345,7 @@ def test_a_controlnet_that_nothing_trains_or_shows_is_named():
     tree = card(preset="shapes").to_dict()
     tree["control"]["depth"] = 3
     with pytest.raises(
-        UserError, match="control.pretrained is empty and config.control.steps is 0"
+        UserError, match="control.pretrained is empty and config.phases.control.steps is 0"
     ):
         config.parse(tree)
     tree["control"] |= {"steps": 10, "condition": "hed"}

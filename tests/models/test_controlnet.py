@@ -420,7 +420,9 @@ def test_who_always_goes_without_the_sketch_teaches_the_controlnet_nothing(small
 
 def test_every_new_parameter_has_a_sharding_rule(small):
     """Cut over fsdp in the state of both phases, CAME's factored moments included; nothing is left to the default."""
-    came = dataclasses.replace(small.control.optimizer, kind="came", b3=0.9999)
+    came = dataclasses.replace(
+        small.phases["control"].optimizers["network"], kind="came", b3=0.9999
+    )
     c = dataclasses.replace(
         small,
         control=dataclasses.replace(small.control, optimizer=came),

@@ -203,7 +203,12 @@ def test_rows_and_strips_outlive_a_kill(tmp_path, where):
     Fails when the window is not kept beside the checkpoint, and when strips are drawn after it.
     """
     run = config.Run(
-        log_every=6, checkpoint_every=4, strip_every=4, keep=2, max_rejected=10, quick_compile=False
+        log_every=6,
+        checkpoint_every=4,
+        preview_every=4,
+        keep=2,
+        max_rejected=10,
+        quick_compile=False,
     )
     mesh = sharding.mesh(1, 1, jax.devices()[:1])
     drawn = lambda params: np.full((4, 4, 3), 7, np.uint8)
@@ -239,7 +244,12 @@ def test_who_is_stopped_at_the_end_of_a_stage_starts_no_other(tmp_path, monkeypa
     """The state is saved, and the same command goes on from it with what follows. Several processes agree on what they had asked for a
     round ago: fails when the answer after the last save is asked for once."""
     run = config.Run(
-        log_every=6, checkpoint_every=4, strip_every=4, keep=2, max_rejected=10, quick_compile=False
+        log_every=6,
+        checkpoint_every=4,
+        preview_every=4,
+        keep=2,
+        max_rejected=10,
+        quick_compile=False,
     )
     mesh, left = sharding.mesh(1, 1, jax.devices()[:1]), [12, 8, 4, 0]
     stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
@@ -272,7 +282,12 @@ def test_who_is_stopped_at_the_end_of_a_stage_starts_no_other(tmp_path, monkeypa
 def test_a_network_that_fails_in_every_round_ends_the_run(tmp_path):
     """Whichever of the counters it is, and however often the other network's updates are good."""
     run = config.Run(
-        log_every=2, checkpoint_every=4, strip_every=0, keep=2, max_rejected=3, quick_compile=False
+        log_every=2,
+        checkpoint_every=4,
+        preview_every=0,
+        keep=2,
+        max_rejected=3,
+        quick_compile=False,
     )
 
     def failing(now, frozen, batch):

@@ -26,7 +26,7 @@ def card(model=(), **sprint):
     exec((ROOT / "configs/sprint.py").read_text(), namespace)
     tree = namespace["get_config"]("smoke")
     tree.model.update(dict(width=64, depth=6, heads=2, cross_heads=2, unroll=1) | dict(model))
-    tree.sprint.update(dict(head_blocks=(1, 3), batch=BATCH) | sprint)
+    tree.phases.sprint.objective.update(dict(head_blocks=(1, 3), batch=BATCH) | sprint)
     return config.parse(tree)
 
 
@@ -68,13 +68,13 @@ class Case:
         return out.velocity, out.features
 
     def forward(self):
-        return flops.count(self.network, self.frozen["teacher"], *self.inputs).multiplied
+        return flops.count(self.network, self.frozen.teacher, *self.inputs).multiplied
 
     def features(self):
         partial = functools.partial(
             self.network, features=self.c.sprint.head_blocks, velocity=False
         )
-        return flops.count(partial, self.frozen["teacher"], *self.inputs).multiplied
+        return flops.count(partial, self.frozen.teacher, *self.inputs).multiplied
 
     def heads(self):
         tokens = jax.ShapeDtypeStruct(
@@ -145,7 +145,7 @@ def test_compiler_agrees():
             .cost_analysis()["flops"]
         )
 
-    forward = compiled(case.network, case.frozen["teacher"], *case.inputs)
+    forward = compiled(case.network, case.frozen.teacher, *case.inputs)
     generator = compiled(
         case.step(sprint_step.make_generator_step), case.state, case.frozen, case.batch
     )

@@ -23,13 +23,13 @@ def stepped():
     null_text, null_mask = encoder.encode([""])
     frozen = {"teacher": teacher, "null_text": null_text, "null_mask": null_mask}
     student = sprint_step.student_params(
-        teacher, nets, jax.random.key(1), logvar_start=c.sprint.logvar_start
+        teacher, nets, jax.random.key(1), logvar_start=c.phases["sprint"].objective.logvar_start
     )
     state = sprint_step.init(student, nets, c.sprint, jax.random.key(2))
     batch = lambda k: shapes_batches.make_batch(
         k,
         seed=0,
-        batch=c.sprint.batch,
+        batch=c.phases["sprint"].batch,
         size=c.data.size,
         codec=build.codec(c),
         text_encoder=encoder,
@@ -54,7 +54,10 @@ def test_identities(stepped):
     elements = np.prod(build.latent_shape(c))
     assert 0.5 / elements < generator["error"] < 1 / elements
     assert generator["logvar"] == 0
-    total = c.sprint.scm_weight * generator["scm"] + c.sprint.adv_weight * generator["adv"]
+    total = (
+        c.phases["sprint"].objective.scm_weight * generator["scm"]
+        + c.phases["sprint"].objective.adv_weight * generator["adv"]
+    )
     np.testing.assert_allclose(generator["loss"], total, rtol=1e-5)
     norms = [v for k, v in generator.items() if k.startswith("grad_norm/")]
     np.testing.assert_allclose(np.sqrt(np.square(norms).sum()), generator["grad_norm"], rtol=1e-5)

@@ -27,16 +27,16 @@ HERE = socket.gethostname()
 # suite's runs are of a teacher alone; the same with the student takes minutes (-m long).
 SMALL = (
     SMOKE,
-    "--config.teacher.steps=16",
-    "--config.teacher.optimizer.kind=adamw",
-    "--config.teacher.optimizer.lr=1e-3",
-    "--config.sprint.steps=16",
-    "--config.sprint.optimizer.kind=adamw",
+    "--config.phases.teacher.steps=16",
+    "--config.phases.teacher.optimizers.network.kind=adamw",
+    "--config.phases.teacher.optimizers.network.lr=1e-3",
+    "--config.phases.sprint.steps=16",
+    "--config.phases.sprint.optimizers.student.kind=adamw",
     "--config.run.checkpoint_every=4",
     "--config.evaluation.teacher_steps=1",
     "--config.evaluation.batch=8",
 )
-ALONE = ("--config.sprint.steps=0",)
+ALONE = ("--config.phases.sprint.steps=0",)
 # Left out of comparisons of sums in another order: zero but for rounding, in front of a normalisation.
 ROUNDING = ("disc_grad_norm/conv_in/bias", "disc_grad_norm/conv_mid/bias")
 

@@ -188,7 +188,7 @@ def test_killed_between_checkpoints_then_resumed_is_bit_equal(finished, command,
 
 
 def test_sigterm_saves_and_says_how_to_go_on(command, tmp_path):
-    flags = (*TINY, f"--workdir={tmp_path / 'run'}", "--config.teacher.steps=4000")
+    flags = (*TINY, f"--workdir={tmp_path / 'run'}", "--config.phases.teacher.steps=4000")
     process = command("sprint_jax.main", *flags, background=True)
     wait_for(tmp_path / "run", "teacher", 6, process)
     process.send_signal(signal.SIGTERM)
@@ -202,7 +202,7 @@ def test_sigterm_saves_and_says_how_to_go_on(command, tmp_path):
 
 
 def test_two_runs_in_one_workdir(command, tmp_path):
-    flags = (*TINY, f"--workdir={tmp_path / 'run'}", "--config.teacher.steps=4000")
+    flags = (*TINY, f"--workdir={tmp_path / 'run'}", "--config.phases.teacher.steps=4000")
     first = command("sprint_jax.main", *flags, background=True)
     wait_for(tmp_path / "run", "teacher", 2, first)
     second = command("sprint_jax.main", *flags)

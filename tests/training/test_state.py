@@ -163,7 +163,7 @@ def test_rates_of_a_fine_tuning(monkeypatch):
         base_qk_norm=False,
         base_time_scale=1000.0,
         finetune_steps=6,
-        finetune_lr=tree.teacher.optimizer.lr / 4,
+        finetune_lr=tree.phases.teacher.optimizers.network.lr / 4,
     )
     c = config.parse(tree)
     seen = []
@@ -174,9 +174,13 @@ def test_rates_of_a_fine_tuning(monkeypatch):
     )
     for stage in run.teacher_stages(c, datasets.Abstract(c), None):
         stage({})
-    o = c.teacher.optimizer
+    o = c.phases["teacher"].optimizers["network"]
     slower = dataclasses.replace(o, lr=o.lr / 4, muon_lr=o.muon_lr / 4)
     assert (
-        seen == [(o, c.teacher.steps, c.teacher.batch), (slower, 6, c.teacher.batch)]
+        seen
+        == [
+            (o, c.phases["teacher"].steps, c.phases["teacher"].batch),
+            (slower, 6, c.phases["teacher"].batch),
+        ]
         and o.muon_lr > 0
     )

@@ -32,8 +32,8 @@ def card():
     tree = namespace["get_config"]("smoke")
     tree.data.size = SIDE * tree.codec.block
     tree.model.update(width=16, unroll=1)
-    tree.teacher.optimizer.update(lr=3e-3, warmup=0)
-    tree.sprint.update(
+    tree.phases.teacher.optimizers.network.update(lr=3e-3, warmup=0)
+    tree.phases.sprint.objective.update(
         head_blocks=(1,), scm_weight=1.0, adv_weight=0.5, misaligned=True, reduction="code"
     )
     return config.parse(tree)
