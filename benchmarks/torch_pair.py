@@ -329,13 +329,18 @@ class Pair:
         self._update(loss, self.trained, self.optimizer, self.phase.optimizers["student"].clip)
         if self.ema is not None:
             with torch.no_grad():
-                torch._foreach_lerp_(self.ema, [p.detach() for p in self.trained], 1 - self.phase.ema)
+                torch._foreach_lerp_(
+                    self.ema, [p.detach() for p in self.trained], 1 - self.phase.ema
+                )
         return loss.detach()
 
     def discriminator_step(self, batch):
         loss = self.discriminator_loss(batch, self.draw_discriminator(batch["x0"]))
         self._update(
-            loss, list(self.heads.parameters()), self.heads_optimizer, self.phase.optimizers["heads"].clip
+            loss,
+            list(self.heads.parameters()),
+            self.heads_optimizer,
+            self.phase.optimizers["heads"].clip,
         )
         return loss.detach()
 
