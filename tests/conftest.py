@@ -1,4 +1,4 @@
-"""Shared fixtures: one tiny run of the main job, made once per session, and a way to call the commands."""
+"""Fixtures of all tests: a way to call commands, and tiny runs that the tests of a session share."""
 
 import os
 import subprocess
@@ -8,14 +8,15 @@ import textwrap
 import filelock
 import pytest
 
-from helpers.runs import OLD_STYLE, QUICK, ROOT, TINY
+from helpers.compiler import XLA_FLAGS
+from helpers.runs import OLD_TEACHER_FLAGS, ROOT, TINY_FLAGS
 
-os.environ.setdefault("XLA_FLAGS", QUICK)
+os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
 
 
 @pytest.fixture(scope="session")
-def common(tmp_path_factory):
-    """A folder of the whole session, also where several processes share its tests."""
+def session_folder(tmp_path_factory):
+    """Return a folder of the whole session, the same in all of its processes."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "common"
     folder.mkdir(exist_ok=True)
@@ -23,11 +24,13 @@ def common(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def command(common):
-    """run(module, *flags) -> CompletedProcess; a compilation cache is shared by all calls of a session.
+def command(session_folder):
+    """Return a function run(module, *flags) -> CompletedProcess.
 
-    before: Python that the process runs ahead of the module."""
-    cache = common / "jax_cache"
+    All calls of a session share a compilation cache. With background=True the function returns a
+    Popen. `before` is Python code that the process executes before the module.
+    """
+    cache = session_folder / "jax_cache"
     shared = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -56,21 +59,24 @@ def command(common):
 
 
 @pytest.fixture(scope="session")
-def finished(command, common):
-    """Work directory of an uninterrupted `smoke` run; tests copy it, or leave it as it is."""
-    return _run_once(command, common / "finished", *TINY)
+def finished(command, session_folder):
+    """Return the work directory of an uninterrupted `smoke` run. Tests must not change it."""
+    return _run_once(command, session_folder / "finished", *TINY_FLAGS)
 
 
 @pytest.fixture(scope="session")
-def sketched(command, common):
-    """As `finished`, of a student with a ControlNet."""
+def finished_controlnet(command, session_folder):
+    """Return the work directory of a `smoke` run with a ControlNet. Tests must not change it."""
     return _run_once(
-        command, common / "sketched", "--config=configs/controlnet.py:smoke", *OLD_STYLE
+        command,
+        session_folder / "finished_controlnet",
+        "--config=configs/controlnet.py:smoke",
+        *OLD_TEACHER_FLAGS,
     )
 
 
 def _run_once(command, workdir, *flags):
-    with filelock.FileLock(f"{workdir}.lock"):  # the next process finds it finished
+    with filelock.FileLock(f"{workdir}.lock"):  # other processes of the session wait
         if not (workdir / "report.html").exists():
             result = command("sprint_jax.main", *flags, f"--workdir={workdir}")
             assert result.returncode == 0, result.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""The benchmark command: its arithmetic against known tables, its rows, and that its peers do the same computation."""
+"""The benchmark command: its arithmetic against known tables, its rows, and its peers."""
 
 import dataclasses
 import functools
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.harness import bench as bench_lib
 from benchmarks.harness import floors, machine, operations, rows, subjects, suites, timing, training
+from benchmarks.harness import make_bench as bench_lib
 from sprint_jax.models import dc_ae, linear_dit
 from sprint_jax.models.gemma2 import GEMMA2_2B
 from sprint_jax.ops import cross_attention, linear_attention
@@ -23,11 +23,11 @@ SANA_1600M = dataclasses.replace(linear_dit.SANA_1600M, logvar_head=False)
 HEADS = (2, 8, 14, 19)
 
 
-# ---- Floors. The published sizes at 1024 px and 300 text tokens, summed by hand, term by term.
+# --- floors: the published sizes at 1024 px and 300 text tokens, summed by hand ---
 
 
-def near(value):
-    """Hand-made tables are rounded to three or four digits."""
+def near_table(value):
+    """Return an approximation: tables by hand are rounded to three or four digits."""
     return pytest.approx(value, rel=2e-3)
 
 
@@ -37,29 +37,31 @@ def near(value):
 )
 def test_transformer_floor(model, gigaflop, weights, activations):
     work = floors.transformer(model, 1024, 300, itemsize=2)
-    assert work.flop == near(gigaflop * 1e9)
+    assert work.flop == near_table(gigaflop * 1e9)
     assert 2 * floors.parameters(model) == pytest.approx(weights, rel=0.01)
     assert work.bytes == pytest.approx(weights + activations, rel=0.015)
     ten = floors.transformer(model, 1024, 300, batch=10, itemsize=2)
-    assert ten.flop == 10 * work.flop and ten.bytes < 10 * work.bytes  # weights are read once
+    assert ten.flop == 10 * work.flop
+    assert ten.bytes < 10 * work.bytes  # weights are read once
 
 
 def test_decoder_floor():
     decode = lambda **options: floors.decoder(dc_ae.DCAE_F32C32, 32, 32, itemsize=2, **options)
     plain = decode(subpixel=False)
-    assert plain.flop == near(8369e9) and plain.bytes == pytest.approx(12.4e9, rel=0.01)
+    assert plain.flop == near_table(8369e9)
+    assert plain.bytes == pytest.approx(12.4e9, rel=0.01)
     ups = 2 * (38.7 + 77.3 + 154.6 + 309.2 + 309.2) * 1e9
-    assert decode().flop == near(8369e9 - 5 / 9 * ups)
-    assert floors.parameters(dc_ae.DCAE_F32C32, "decoder") == near(159e6)
-    # Everything happens per latent cell.
+    assert decode().flop == near_table(8369e9 - 5 / 9 * ups)
+    assert floors.parameters(dc_ae.DCAE_F32C32, "decoder") == near_table(159e6)
+    # All work is proportional to the latent cells.
     assert floors.decoder(dc_ae.DCAE_F32C32, 16, 16, itemsize=2).flop == pytest.approx(
         decode().flop / 4
     )
 
 
 def test_text_floor():
-    assert floors.gemma(GEMMA2_2B, 300, itemsize=2).flop == near(1234e9)
-    assert floors.gemma(GEMMA2_2B, 512, itemsize=2).flop == near(2129e9)
+    assert floors.gemma(GEMMA2_2B, 300, itemsize=2).flop == near_table(1234e9)
+    assert floors.gemma(GEMMA2_2B, 512, itemsize=2).flop == near_table(2129e9)
     behind = floors.gemma(GEMMA2_2B, 312, prefix=200, itemsize=2).flop
     assert (
         behind
@@ -72,7 +74,7 @@ def test_text_floor():
     "model,generator,discriminator", [(SANA_600M, 11.9, 4.48), (SANA_1600M, 33.5, 15.44)]
 )
 def test_training_floor(model, generator, discriminator):
-    """TFLOP a sample, the tangent sharing its value with the pass that is differentiated."""
+    """TFLOP for each sample. The tangent shares its value with the differentiated pass."""
     made = lambda step: step(model, 1024, 300, HEADS, batch=16, itemsize=2).flop / 16e12
     assert made(floors.generator_step) == pytest.approx(generator, rel=5e-3)
     assert made(floors.discriminator_step) == pytest.approx(discriminator, rel=5e-3)
@@ -82,7 +84,8 @@ def test_floor_is_the_slower_of_arithmetic_and_memory():
     rates = floors.Rates(flop=100.0, bytes=10.0)
     assert floors.seconds(floors.Work(200.0, 10.0), rates) == 2.0
     assert floors.seconds(floors.Work(200.0, 50.0), rates) == 5.0
-    # The published one-step picture at 300 text tokens on an H200: 13.6 ms with plain up-convolutions.
+    # The published one-step picture at 300 text tokens on an H200: 13.6 ms with plain
+    # up-convolutions.
     stages = (
         floors.transformer(SANA_600M, 1024, 300, itemsize=2),
         floors.gemma(GEMMA2_2B, 300, itemsize=2),
@@ -122,11 +125,12 @@ TINY_AE = dc_ae.DCAE(
 
 
 def array(*shape):
+    """Return an abstract float32 array."""
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def test_floors_count_what_the_programs_do():
-    """The formulas against the traced operations of networks of other shapes."""
+    """Compare the formulas with the traced operations of networks of other shapes."""
     params = jax.eval_shape(TINY.init, jax.random.key(0))
     run = lambda *args: TINY.apply(*args).velocity
     counted = flops.count(
@@ -137,14 +141,15 @@ def test_floors_count_what_the_programs_do():
     )
     params = jax.eval_shape(TINY_AE.init, jax.random.key(0))
     counted = flops.count(TINY_AE.decode, params, array(2, 8, 8, 8))
-    # The sub-pixel convolutions make one row and one column more than they need.
+    # The sub-pixel convolutions compute one row and one column more than needed.
     made = floors.decoder(TINY_AE, 8, 8, batch=2, itemsize=4).flop
-    assert made <= counted.multiplied and made == pytest.approx(counted.multiplied, rel=0.05)
+    assert made <= counted.multiplied
+    assert made == pytest.approx(counted.multiplied, rel=0.05)
 
 
 @pytest.mark.parametrize("derivative", ["forward", "jvp", "sprint"])
 def test_attention_floors_count_what_the_programs_do(derivative):
-    """Also that a stopped tangent's own backward pass is not computed: it would be several more."""
+    """The backward pass of a stopped tangent is not computed; it would be several more."""
     derive, times = subjects._DERIVATIVES[derivative]
     tokens, weights = array(2, 64, 96), jnp.ones(32)
     plain = lambda qkv: linear_attention.attend(qkv, weights, weights, heads=4, eps=1e-5)
@@ -160,11 +165,14 @@ def test_attention_floors_count_what_the_programs_do(derivative):
         assert forward * times[sides] == pytest.approx(counted, rel=0.01)
 
 
-# ---- Times and rows.
+# --- times and rows ---
 
 
-def scripted(durations):
-    """(clock, programs): a clock that each call moves on by its next duration; programs by name."""
+def scripted_clock(durations):
+    """Return (clock, programs by name).
+
+    Each call moves the clock by its next duration.
+    """
     now, order = [0.0], []
 
     def call(name):
@@ -178,23 +186,23 @@ def scripted(durations):
 
 
 def test_programs_take_turns_and_warm_up_is_left_out():
-    clock, call, order = scripted({"a": [50.0, 1.0, 4.0, 2.0], "b": [60.0, 8.0, 6.0, 7.0]})
+    clock, call, order = scripted_clock({"a": [50.0, 1.0, 4.0, 2.0], "b": [60.0, 8.0, 6.0, 7.0]})
     programs = {name: timing.Program({"": call(name)}) for name in "ab"}
     times = timing.alternate(programs, 3, clock=clock)
     assert order == list("ab" * 4)
-    assert times["a"].total == [1.0, 4.0, 2.0] and timing.middle(times["a"].total) == 2.0
-    assert timing.spread(times["b"].total) == [6.0, 8.0] and timing.middle(times["b"].total) == 7.0
+    assert times["a"].total == [1.0, 4.0, 2.0]
+    assert timing.middle(times["a"].total) == 2.0
+    assert timing.spread(times["b"].total) == [6.0, 8.0]
+    assert timing.middle(times["b"].total) == 7.0
 
 
 def test_short_calls_are_repeated_back_to_back():
-    clock, call, order = scripted({"a": [9.0, 0.5, *[0.25] * 8]})
+    clock, call, order = scripted_clock({"a": [9.0, 0.5, *[0.25] * 8]})
     times = timing.alternate({"a": timing.Program({"": call("a")})}, 2, shortest=2.0, clock=clock)
     assert times["a"].total == [0.25, 0.25] and len(order) == 10
-    assert (
-        timing.burst(0.3, 1.0) == 4
-        and timing.burst(5.0, 1.0) == 1
-        and timing.burst(0.0, 1.0) == 200
-    )
+    assert timing.burst(0.3, 1.0) == 4
+    assert timing.burst(5.0, 1.0) == 1
+    assert timing.burst(0.0, 1.0) == 200
 
 
 def test_a_program_of_several_calls_is_their_sum():
@@ -205,7 +213,7 @@ def test_a_program_of_several_calls_is_their_sum():
 WHERE = dict(device="a device", threads=2, jax="0", commit="abc")
 
 
-def test_rows_hold_what_was_promised(tmp_path):
+def test_rows_have_all_keys(tmp_path):
     ours, peer = timing.Times({"": [2.0, 3.0, 9.0]}), timing.Times({"": [4.0, 5.0, 6.0]})
     row = rows.filled(rows.empty("x", WHERE, peer="theirs", floor_s=1.5), ours, peer)
     assert (row.ours_s, row.peer_s, row.ratio, row.spread) == (3.0, 5.0, 0.6, [2.0, 9.0])
@@ -226,25 +234,29 @@ def test_rows_hold_what_was_promised(tmp_path):
         "error",
     }
     assert promised <= first.keys() == second.keys()
-    assert first["ratio"] == 0.6 and first["floor_s"] == 1.5 and first["error"] is None
+    assert first["ratio"] == 0.6
+    assert first["floor_s"] == 1.5
+    assert first["error"] is None
     assert second["peer"] is second["peer_s"] is second["ratio"] is second["floor_s"] is None
     assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
     table = rows.table([row, alone]).splitlines()
     assert "| x | 3 s | 2 s to 9 s | theirs | 5 s | 0.60 | 1.5 s | 2.0 |  |" in table
 
 
-def still(result):
+def without_times(result):
+    """Return a result without its times."""
     return timing.Program({"": timing.Call(lambda: None, lambda r: None)}, lambda: np.array(result))
 
 
-def bench(**changes):
+def make_bench(**changes):
+    """Return a bench with changes."""
     made = bench_lib.Bench(2)
     made.rates = lambda dtype: floors.Rates(1e9, 1e9)
     vars(made).update(changes)
     return made
 
 
-def test_failures_are_rows_and_the_rest_goes_on():
+def test_failures_are_rows_and_other_cases_continue():
     def broken():
         raise RuntimeError("out of memory\nand a second line")
 
@@ -254,40 +266,40 @@ def test_failures_are_rows_and_the_rest_goes_on():
     def case(*peers):
         work = floors.Work(2e9, 0.0)
         return bench_lib.Case(
-            "c", lambda bench: bench_lib.Subject(still([3.0, 4.0]), 0.5, "float32", work, peers)
+            "c",
+            lambda make_bench: bench_lib.Subject(
+                without_times([3.0, 4.0]), 0.5, "float32", work, peers
+            ),
         )
 
     def measured(*peers):
-        return bench_lib.measure(case(*peers), bench())
+        return bench_lib.measure(case(*peers), make_bench())
 
-    good = "good", lambda: still([3.0, 5.0])
+    good = "good", lambda: without_times([3.0, 5.0])
     failed, whole = measured(("bad", broken), good)
-    assert (
-        failed.error == "RuntimeError: out of memory"
-        and failed.ours_s is not None
-        and failed.peer_s is None
-    )
-    assert (
-        whole.error is None
-        and whole.ratio is not None
-        and whole.floor_s == 2.0
-        and whole.compile_s == 0.5
-    )
+    assert failed.error == "RuntimeError: out of memory"
+    assert failed.ours_s is not None
+    assert failed.peer_s is None
+    assert whole.error is None
+    assert whole.ratio is not None
+    assert whole.floor_s == 2.0
+    assert whole.compile_s == 0.5
     assert whole.difference == pytest.approx(1 / 34**0.5)
     (alone,) = measured(("one", absent), ("two", absent))
-    assert (
-        alone.peer is None
-        and alone.note == "no peer: nothing here"
-        and alone.error is None
-        and alone.ours_s is not None
-    )
-    (gone,) = bench_lib.measure(bench_lib.Case("c", lambda bench: broken()), bench())
+    assert alone.peer is None
+    assert alone.note == "no peer: nothing here"
+    assert alone.error is None
+    assert alone.ours_s is not None
+    (gone,) = bench_lib.measure(bench_lib.Case("c", lambda make_bench: broken()), make_bench())
     assert gone.error == "RuntimeError: out of memory" and gone.ours_s is None
 
 
-def test_a_peer_that_fails_late_leaves_ours():
-    """A peer that runs once and then no more, and one whose second step fails. Fails when what a peer raises between the measurements ends them,
-    and when a peer is built before ours has run."""
+def test_a_peer_that_fails_late_keeps_our_times():
+    """One peer runs once and then fails, and the second step of another fails.
+
+    Fails when an error of a peer between the measurements ends them, and when a peer is built
+    before ours has run.
+    """
     order = []
 
     def ours():
@@ -315,16 +327,19 @@ def test_a_peer_that_fails_late_leaves_ours():
         None,
         (("two steps", lambda: timing.Program(steps)), ("tires", lambda: later(1))),
     )
-    second, tired = bench_lib.measure(bench_lib.Case("c", lambda bench: subject), bench())
+    second, tired = bench_lib.measure(bench_lib.Case("c", lambda make_bench: subject), make_bench())
     assert order == ["ours", "peer"]
-    assert second.error == "RuntimeError: no memory for a step" and tired.error.startswith(
-        "StopIteration"
-    )
-    assert None not in (second.ours_s, tired.ours_s) and second.peer_s is tired.peer_s is None
+    assert second.error == "RuntimeError: no memory for a step"
+    assert tired.error.startswith("StopIteration")
+    assert None not in (second.ours_s, tired.ours_s)
+    assert second.peer_s is tired.peer_s is None
 
 
 def test_operations_are_summed_by_name():
-    """Two streams overlap: what runs at once is busy once, and what lies between is waiting. Fails when busy is the sum, or a wait begins where the last stream to start ended."""
+    """Two streams overlap: parallel operations count as busy once, and gaps as waiting.
+
+    Fails when busy is the sum, and when a wait begins where the last stream to start ended.
+    """
     events = [("b", 3.0, 4.0), ("a", 0.0, 2.0), ("b", 1.0, 2.5), ("a", 6.0, 7.0)]
     found = operations.summary(events, runs=2)
     assert (found.busy, found.wall) == (4.5 / 2, 7.0 / 2)
@@ -333,44 +348,49 @@ def test_operations_are_summed_by_name():
         operations.Operation("a", 1.5, 1.0),
         operations.Operation("b", 1.25, 1.0),
     )
-    assert "| a | 1.5e+03 | 66.7% | 1 |" in operations.table(
-        found, 1
-    ) and "| b |" not in operations.table(found, 1)
+    assert "| a | 1.5e+03 | 66.7% | 1 |" in operations.table(found, 1)
+    assert "| b |" not in operations.table(found, 1)
     with pytest.raises(ValueError, match="no operation"):
         operations.summary([], 1)
 
 
-def test_operations_of_a_program_are_told():
-    """A product of this size is most of its program's time, whatever XLA calls it. Fails when host events are counted."""
+def test_operations_of_a_program_are_found():
+    """A product of this size is most of its program's time, whatever XLA calls it.
+
+    Fails when host events are counted.
+    """
     a = jax.random.normal(jax.random.key(0), (600, 600))
     f, told = jax.jit(lambda a: (a @ a).sum()), []
-    subject = lambda bench: bench_lib.Subject(bench_lib.program(f, a), None, "float32", None)
+    subject = lambda make_bench: bench_lib.Subject(bench_lib.program(f, a), None, "float32", None)
     (row,) = bench_lib.measure(
-        bench_lib.Case("product", subject), bench(operations=3, say=told.append)
+        bench_lib.Case("product", subject), make_bench(operations=3, say=told.append)
     )
-    assert row.error is None and len(told) == 1 and told[0].startswith("product: device busy")
+    assert row.error is None
+    assert len(told) == 1
+    assert told[0].startswith("product: device busy")
     found = operations.profile(lambda: jax.block_until_ready(f(a)), runs=4)
-    assert (
-        found.operations[0].count == pytest.approx(1, abs=0.3)
-        and found.operations[0].seconds > 0.3 * found.busy
-    )
+    assert found.operations[0].count == pytest.approx(1, abs=0.3)
+    assert found.operations[0].seconds > 0.3 * found.busy
     assert not [o for o in found.operations if "Execute" in o.name or "python" in o.name]
 
 
-def test_how_long_a_call_takes_to_start():
-    """By a clock that a start moves by 2 and a wait by 5; three in a row wait once. Fails when a run alone is counted from its end of starting."""
+def test_launch_time_of_a_call():
+    """A start moves the clock by 2 and a wait by 5; three in a row wait once.
+
+    Fails when a single run is counted from the end of its start.
+    """
     now = [0.0]
     moved = lambda by: now.__setitem__(0, now[0] + by)
     call = timing.Call(lambda: moved(2.0), lambda result: moved(5.0))
     assert timing.launching(call, 3, clock=lambda: now[0]) == timing.Launching(2.0, 7.0, 11 / 3)
 
 
-def test_peers_that_are_missing_are_a_sentence():
+def test_missing_peers_are_one_sentence():
     with pytest.raises(bench_lib.NoPeer, match="benchmarks/ folder"):
-        bench().peers("no_such_module")
+        make_bench().peers("no_such_module")
 
 
-def test_suites_have_the_names_that_others_look_for():
+def test_suites_have_their_documented_names():
     names = {case.name for case in suites.cpu()}
     assert {"transformer_0.6b", "dcae_decode_512", "sprint_pair_embedded"} <= names
     assert {"transformer_0.6b", "dcae_decode_512", "sprint_pair_embedded"} <= {
@@ -399,7 +419,8 @@ def test_bad_flags_are_one_line(command, tmp_path):
     for named, words in flags.items():
         result = command("benchmarks", *words)
         assert result.returncode == 2 and result.stdout == "", words
-        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+        assert result.stderr.startswith("error: "), result.stderr
+        assert result.stderr.count("\n") == 1, result.stderr
         assert named in result.stderr
     assert not list(tmp_path.iterdir())
 
@@ -416,26 +437,26 @@ def test_the_command_writes_its_rows(command, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     (row,) = json.loads(out.read_text())
-    assert (
-        row["name"] == "linear_attention_0.6b_1024_forward_batch1"
-        and row["ours_s"] > 0
-        and row["floor_s"] > 0
-    )
+    assert row["name"] == "linear_attention_0.6b_1024_forward_batch1"
+    assert row["ours_s"] > 0
+    assert row["floor_s"] > 0
     assert "| linear_attention_0.6b_1024_forward_batch1 |" in result.stdout
 
 
-# ---- The peers compute what we compute.
+# --- the peers compute the same ---
 
 
 @pytest.fixture
 def one_thread(monkeypatch):
+    """Let PyTorch use one thread."""
     monkeypatch.setattr(machine, "threads", lambda: 1)
 
 
 def difference(case):
+    """Return the relative difference between our result and the peer's."""
     pytest.importorskip("torch")
     pytest.importorskip("diffusers")
-    (row,) = bench_lib.measure(bench_lib.Case("c", case), bench())
+    (row,) = bench_lib.measure(bench_lib.Case("c", case), make_bench())
     assert row.error is None and row.ratio is not None, row
     return row.difference
 
@@ -448,8 +469,11 @@ def test_peers_of_the_components(one_thread):
     assert difference(lambda b: subjects.decoder(b, TINY_AE, 3, dtype="float32", batch=2)) < 1e-5
 
 
-def test_peer_of_the_whole_picture(one_thread):
-    """Text behind its cached prefix against the padded full pass, two steps, decoder; pixels may round either way."""
+def test_peer_of_the_whole_image(one_thread):
+    """Text after its cached prefix against the padded full pass, two steps and the decoder.
+
+    Pixels may round either way.
+    """
     text = dataclasses.replace(
         GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40
     )
@@ -458,7 +482,9 @@ def test_peer_of_the_whole_picture(one_thread):
 
 
 def test_layers_are_compiled_in_a_copy(monkeypatch):
-    """The peer without torch.compile is timed beside the one with it: its own layers must stay as they are."""
+    """The peer without torch.compile is timed beside the compiled one, so its own layers must not
+    change.
+    """
     torch = pytest.importorskip("torch")
     peers = pytest.importorskip("benchmarks.peers")
     seen = []
@@ -473,15 +499,17 @@ def test_layers_are_compiled_in_a_copy(monkeypatch):
 
 
 def test_a_sketch_is_encoded_and_its_copies_are_counted(one_thread):
-    """A ControlNet of one of two blocks: measured without a peer, with half a transformer more in the floor."""
+    """A ControlNet with one of two blocks: measured without a peer, with half a transformer more in
+    the floor.
+    """
     text = dataclasses.replace(
         GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40
     )
     short = dict(dtype="float32", prefix=5, tokens=7)
     with mock.patch.object(
         bench_lib, "compiled", return_value=(None, 0.0)
-    ):  # its work is said without
-        plain = subjects.picture(bench(), text, TINY, TINY_AE, 3, 1, **short).work
+    ):  # its work is counted without it
+        plain = subjects.picture(make_bench(), text, TINY, TINY_AE, 3, 1, **short).work
     built = []
     case = bench_lib.Case(
         "c",
@@ -490,65 +518,81 @@ def test_a_sketch_is_encoded_and_its_copies_are_counted(one_thread):
             or built[-1]
         ),
     )
-    (row,) = bench_lib.measure(case, bench())
-    assert row.error is None and row.peer is None and row.ours_s > 0
+    (row,) = bench_lib.measure(case, make_bench())
+    assert row.error is None
+    assert row.peer is None
+    assert row.ours_s > 0
     copies = floors.transformer(
         dataclasses.replace(TINY, guidance_embed=False), 9, 8, itemsize=4, blocks=1
     )
     assert built[-1].work.flop == pytest.approx(plain.flop + copies.flop)
 
 
-def test_a_picture_by_kernels():
-    """Transformer and autoencoder both; it has no peer. Fails when one of them stays plain, and when heads of the autoencoder are mixed."""
+def test_an_image_by_kernels():
+    """Both transformer and autoencoder; there is no peer.
+
+    Fails when one of them stays plain, and when heads of the autoencoder are mixed.
+    """
     text = dataclasses.replace(
         GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40
     )
     build = functools.partial(
-        subjects.picture, bench(), text, TINY, TINY_AE, 3, 1, dtype="float32", prefix=5, tokens=7
+        subjects.picture,
+        make_bench(),
+        text,
+        TINY,
+        TINY_AE,
+        3,
+        1,
+        dtype="float32",
+        prefix=5,
+        tokens=7,
     )
     with mock.patch.object(kernel_lib, "launch", wraps=kernel_lib.launch) as launch:
         plain, kernels = build(), build(attention="interpret")
     names = {call.kwargs["name"] for call in launch.call_args_list}
-    assert (
-        names == {"cross_attention", "linear_attention_state", "linear_attention_out"}
-        and not kernels.peers
-    )
+    assert names == {"cross_attention", "linear_attention_state", "linear_attention_out"}
+    assert not kernels.peers
     widths = {
         call.args[3]["out"].array.shape[-1]
         for call in launch.call_args_list
         if call.kwargs["name"] == "linear_attention_out"
     }
-    assert len(widths) > 1  # the transformer's and the autoencoder's
+    assert len(widths) > 1  # of the transformer and of the autoencoder
     assert (
         np.abs(plain.program.result().astype(int) - kernels.program.result().astype(int)).max() <= 1
     )
 
 
-def test_three_programs_make_the_same_picture():
-    """With a ControlNet, whose sketch the autoencoder reads. Fails when one of them is given another's parameters."""
+def test_three_programs_generate_the_same_image():
+    """With a ControlNet, whose sketch the autoencoder encodes.
+
+    Fails when one gets the parameters of another.
+    """
     text = dataclasses.replace(
         GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40
     )
     short = dict(dtype="float32", prefix=5, tokens=7, control_depth=1)
-    build = functools.partial(subjects.picture, bench(), text, TINY, TINY_AE, 3, 2, **short)
+    build = functools.partial(subjects.picture, make_bench(), text, TINY, TINY_AE, 3, 2, **short)
     one, three = build(), build(in_turn=True)
-    assert (
-        not three.peers
-        and np.abs(one.program.result().astype(int) - three.program.result().astype(int)).max() <= 1
-    )
+    assert not three.peers
+    assert np.abs(one.program.result().astype(int) - three.program.result().astype(int)).max() <= 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["cross", "linear", "depthwise"])
-def test_every_tile_gives_the_same(kernel):
-    """Interpreted, at sizes that the larger ones do not divide: what a search on a GPU may choose. Fails when a kernel counts on the tiles in use,
-    and when a choice does not reach its kernel."""
+def test_every_tile_gives_the_same_result(kernel):
+    """Interpreted, at sizes that the larger tiles do not divide: all that a search on a GPU may
+    choose.
+
+    Fails when a kernel relies on the tiles in use, and when a choice does not reach its kernel.
+    """
     from benchmarks import tiles
 
     module, every = tiles.CHOICES[kernel]
     choices = [choice for choice in every if not {"WARPS", "STAGES"} & set(choice)][
         :3
-    ]  # an interpreter has neither
+    ]  # an interpreter has none
     if kernel == "depthwise":
         choices = [{}, {"ROWS": 8, "CHANNELS": (32, 16)}]
         assert all(choice in every for choice in choices)
@@ -566,7 +610,9 @@ def test_every_tile_gives_the_same(kernel):
 
 @pytest.mark.slow
 def test_the_torch_pair_is_the_same_computation():
-    """Losses and gradients' norms of both steps, with our weights and draws, in every way PyTorch may choose."""
+    """Compare losses and gradient norms of both steps with our weights and draws, for each variant
+    of PyTorch.
+    """
     torch = pytest.importorskip("torch")
     pytest.importorskip("diffusers")
     from benchmarks import torch_pair

@@ -7,7 +7,10 @@ from benchmarks import ode_distance
 
 
 def test_heun_solves_a_linear_ode_to_second_order():
-    """dx/dt = x cos(t) from t = 1.2 has x exp(-sin 1.2) at 0. Fails when the second slope is taken at the wrong time."""
+    """dx/dt = x cos(t) from t = 1.2 ends at x exp(-sin 1.2).
+
+    Fails when the second slope is at the wrong time.
+    """
     x = np.float32([[1.0, -2.0], [0.5, 3.0]])
     velocity = lambda x, t: x * jnp.cos(t)[:, None]
     errors = []

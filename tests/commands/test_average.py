@@ -1,4 +1,4 @@
-"""`sprint-jax average`: the mean of students' weights, and runs whose weights have nothing in common."""
+"""`sprint-jax average`: the mean of students' weights, and runs that cannot be averaged."""
 
 import json
 
@@ -14,9 +14,11 @@ from sprint_jax.sampling import pipeline
 from sprint_jax.storage import weights
 
 
-def run(folder, seed):
-    """A finished run from a given teacher, with random weights, as far as its student is concerned."""
-    tree = card(preset="smoke")
+def write_run(folder, seed):
+    """Write a finished run from a given teacher, with random weights, as far as its student needs
+    it.
+    """
+    tree = card()
     tree.teacher.pretrained = "teacher.safetensors"
     c = config.parse(tree)
     folder.mkdir()
@@ -25,7 +27,8 @@ def run(folder, seed):
     return folder
 
 
-def changed(folder, section, **values):
+def change_config(folder, section, **values):
+    """Change values of one section of a run's config."""
     path = folder / "config.json"
     tree = json.loads(path.read_text())
     tree[section] |= values
@@ -34,15 +37,19 @@ def changed(folder, section, **values):
 
 
 def test_weights_are_the_mean_and_the_folder_is_a_model(command, tmp_path):
-    """Three runs: fails when a mean is taken pairwise, when one is left out, or when the sum is not divided."""
-    runs = [run(tmp_path / str(i), i) for i in range(3)]
-    changed(runs[1], "model", unroll=2, dtype="bfloat16")
-    changed(runs[2], "sprint", steps=14)
+    """Take three runs.
+
+    Fails when a mean is taken pairwise, when a run is left out, and when the sum is not divided.
+    """
+    runs = [write_run(tmp_path / str(i), i) for i in range(3)]
+    change_config(runs[1], "model", unroll=2, dtype="bfloat16")
+    change_config(runs[2], "sprint", steps=14)
     made = tmp_path / "made"
     result = command(
         "sprint_jax.commands.average", f"--runs={','.join(map(str, runs))}", f"--averaged={made}"
     )
-    assert result.returncode == 0 and "mean of 3 students" in result.stdout, result.stderr[-2000:]
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "mean of 3 students" in result.stdout, result.stderr[-2000:]
     each = [weights.flatten(pipeline.read_student(r)[1]) for r in runs]
     found = weights.flatten(pipeline.read_student(made)[1])
     for name, value in found.items():
@@ -54,7 +61,9 @@ def test_weights_are_the_mean_and_the_folder_is_a_model(command, tmp_path):
     again = command(
         "sprint_jax.commands.average", f"--runs={runs[0]},{runs[1]}", f"--averaged={made}"
     )
-    assert again.returncode == 2 and "not empty" in again.stderr and "--averaged" in again.stderr
+    assert again.returncode == 2
+    assert "not empty" in again.stderr
+    assert "--averaged" in again.stderr
     assert sorted(p.name for p in made.iterdir()) == before
 
 
@@ -67,26 +76,32 @@ def test_weights_are_the_mean_and_the_folder_is_a_model(command, tmp_path):
         ("codec", {"scale": 2.0}, "config.codec"),
     ],
 )
-def test_refuses_what_has_nothing_in_common(section, values, message, tmp_path):
-    first, second = run(tmp_path / "a", 0), changed(run(tmp_path / "b", 1), section, **values)
+def test_refuses_runs_that_have_nothing_in_common(section, values, message, tmp_path):
+    first, second = (
+        write_run(tmp_path / "a", 0),
+        change_config(write_run(tmp_path / "b", 1), section, **values),
+    )
     with pytest.raises(UserError, match=message):
         average.average([first, second])
 
 
 def test_refuses_a_controlnet_trained_in_the_run(tmp_path):
-    """Two of them begin from other weights, whatever teacher they were given."""
-    runs = [changed(run(tmp_path / str(i), i), "control", depth=1, steps=8) for i in range(2)]
+    """Two ControlNets begin from different weights, even with one teacher."""
+    runs = [
+        change_config(write_run(tmp_path / str(i), i), "control", depth=1, steps=8)
+        for i in range(2)
+    ]
     for path in runs:
         c = config.parse(json.loads((path / "config.json").read_text()))
         weights.save(path / "student.safetensors", build.student(c).init(jax.random.key(0)))
     with pytest.raises(UserError, match="ControlNet of its own"):
         average.average(runs)
     for path in runs:
-        changed(path, "control", pretrained="controlnet.safetensors")
+        change_config(path, "control", pretrained="controlnet.safetensors")
     average.average(runs)
 
 
-def test_says_what_is_missing(command, tmp_path):
+def test_names_what_is_missing(command, tmp_path):
     one = command(
         "sprint_jax.commands.average", f"--runs={tmp_path}", f"--averaged={tmp_path / 'made'}"
     )
@@ -96,8 +111,6 @@ def test_says_what_is_missing(command, tmp_path):
         f"--runs={tmp_path},{tmp_path}",
         f"--averaged={tmp_path / 'made'}",
     )
-    assert (
-        none.returncode == 2
-        and "no config.json" in none.stderr
-        and not (tmp_path / "made").exists()
-    )
+    assert none.returncode == 2
+    assert "no config.json" in none.stderr
+    assert not (tmp_path / "made").exists()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from helpers.configs import card
-from helpers.runs import TINY
+from helpers.runs import TINY_FLAGS
 from sprint_jax import build, config
 from sprint_jax.commands import plan
 from sprint_jax.errors import UserError
@@ -18,9 +18,11 @@ from sprint_jax.training import loop
 
 @pytest.mark.slow
 def test_the_table_of_a_small_configuration(command, tmp_path):
-    """Parameters, batch and bytes are those of the networks; two devices hold half of what is cut each."""
+    """Parameters, batch and bytes are those of the networks; each of two devices holds half of what
+    is sharded.
+    """
     flags = (
-        *TINY,
+        *TINY_FLAGS,
         "--topology=h200:1x2",
         "--config.mesh.fsdp=2",
         "--config.teacher.pretrained=elsewhere",
@@ -30,14 +32,15 @@ def test_the_table_of_a_small_configuration(command, tmp_path):
     result = command("sprint_jax.commands.plan", *flags)
     assert result.returncode == 0, result.stderr[-3000:]
     table = (tmp_path / "table.md").read_text()
-    assert table.strip() in result.stdout and "2 devices as data x fsdp = 1 x 2" in table
+    assert table.strip() in result.stdout
+    assert "2 devices as data x fsdp = 1 x 2" in table
     rows = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in table.splitlines()
         if line.startswith("| ")
     ]
     assert [row[0] for row in rows] == ["step", "generator", "discriminator"]
-    c = config.parse(card(preset="smoke"))
+    c = config.parse(card())
     count = sum(
         a.size for a in jax.tree.leaves(jax.eval_shape(build.student(c).init, jax.random.key(0)))
     )
@@ -46,7 +49,7 @@ def test_the_table_of_a_small_configuration(command, tmp_path):
     exchanged = re.search(r"generator (.*); discriminator", table).group(1)
     assert "all-gather" in exchanged and "Everything fits." in table
     assert "attention is planned in plain JAX" in result.stdout
-    # By the GPUs' own compiler where that is installed; elsewhere it is said how to get it.
+    # With the compiler of the GPUs if it is installed; otherwise a message says how to get it.
     assert ("compiled ahead of time for it" in table) == gpus.compiler()
     assert (
         ("pip install 'jax[cuda12]'" in result.stdout)
@@ -60,10 +63,8 @@ def test_advice_follows_what_is_too_large():
     device = dataclasses.replace(hardware.H200, memory=10 * 2**30)
     step = {"name": "generator", "temporary": 20 * 2**30, "held": 2**30}
     said = plan._fits(c, device, (step, 21 * 2**30))
-    assert (
-        "generator step needs 21.00 GiB of 10.00 GiB" in said
-        and "--config.phases.sprint.accumulate=2" in said
-    )
+    assert "generator step needs 21.00 GiB of 10.00 GiB" in said
+    assert "--config.phases.sprint.accumulate=2" in said
     assert "fsdp" not in said and "remat" not in said
     without = dataclasses.replace(c, model=dataclasses.replace(c.model, remat="none"))
     assert "--config.model.remat=block" in plan._fits(without, device, (step, 21 * 2**30))
@@ -92,34 +93,32 @@ def test_a_batch_that_the_mesh_does_not_divide():
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ([*TINY], "--topology is missing"),
-        ([*TINY, "--topology=h300:8x8"], "h300"),
-        ([*TINY, "--topology=h200:8"], "2 positive numbers"),
-        ([*TINY, "--topology=h200:1x3"], "batch of 8 does not divide by the 3 devices"),
+        ([*TINY_FLAGS], "--topology is missing"),
+        ([*TINY_FLAGS, "--topology=h300:8x8"], "h300"),
+        ([*TINY_FLAGS, "--topology=h200:8"], "2 positive numbers"),
+        ([*TINY_FLAGS, "--topology=h200:1x3"], "batch of 8 does not divide by the 3 devices"),
         (["--topology=h200:1x2"], "--config is missing"),
-        ([*TINY, "--topology=h200:1x2", "--table=/tmp"], "--table=/tmp is a folder"),
+        ([*TINY_FLAGS, "--topology=h200:1x2", "--table=/tmp"], "--table=/tmp is a folder"),
     ],
 )
 def test_the_command_refuses(command, flags, words):
     result = command("sprint_jax.commands.plan", *flags)
     assert "compiling" not in result.stdout
-    assert result.returncode == 2 and words in result.stderr.strip().splitlines()[-1], (
-        result.stderr[-2000:]
-    )
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert words in result.stderr.strip().splitlines()[-1], result.stderr[-2000:]
     assert "Traceback" not in result.stderr
 
 
-def test_a_table_that_cannot_be_added_to_is_told_before_compiling(command, tmp_path):
+def test_an_unwritable_table_is_refused_before_compiling(command, tmp_path):
     (tmp_path / "plan.md").write_bytes(b"Zur\xfcck\n")  # Latin-1
     result = command(
-        "sprint_jax.commands.plan", *TINY, "--topology=h200:1x2", f"--table={tmp_path / 'plan.md'}"
+        "sprint_jax.commands.plan",
+        *TINY_FLAGS,
+        "--topology=h200:1x2",
+        f"--table={tmp_path / 'plan.md'}",
     )
-    assert (
-        result.returncode == 2
-        and "compiling" not in result.stdout
-        and "Traceback" not in result.stderr
-    )
-    assert (
-        "cannot read --table=" in result.stderr.strip().splitlines()[-1]
-        and (tmp_path / "plan.md").read_bytes() == b"Zur\xfcck\n"
-    )
+    assert result.returncode == 2
+    assert "compiling" not in result.stdout
+    assert "Traceback" not in result.stderr
+    assert "cannot read --table=" in result.stderr.strip().splitlines()[-1]
+    assert (tmp_path / "plan.md").read_bytes() == b"Zur\xfcck\n"

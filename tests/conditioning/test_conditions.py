@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from helpers.runs import refused
+from helpers.runs import assert_refused
 from sprint_jax.conditioning import sketches
 from sprint_jax.data import sources
 from sprint_jax.evaluation import edges
@@ -374,7 +374,7 @@ def test_command_makes_edges_and_keeps_them(command, folder, tmp_path):
     assert (tmp_path / "out/a.png").exists() and (
         tmp_path / "out/more/b.png"
     ).read_bytes() == b"kept"
-    refused(
+    assert_refused(
         command("sprint_jax.commands.condition", *flags, "--kind=hed", "--weights=w.pth"),
         "kind edges, not hed",
         "--out",
@@ -393,7 +393,7 @@ def test_command_makes_edges_and_keeps_them(command, folder, tmp_path):
     ],
 )
 def test_command_refuses(command, folder, tmp_path, flags, words):
-    refused(
+    assert_refused(
         command(
             "sprint_jax.commands.condition",
             f"--images={folder}",
@@ -408,7 +408,7 @@ def test_command_refuses(command, folder, tmp_path, flags, words):
 
 
 def test_command_refuses_its_own_output(command, folder):
-    refused(
+    assert_refused(
         command(
             "sprint_jax.commands.condition",
             f"--images={folder}",
@@ -419,7 +419,7 @@ def test_command_refuses_its_own_output(command, folder):
         "--images",
     )
     (folder / "a.jpg").write_bytes((folder / "a.png").read_bytes())
-    refused(
+    assert_refused(
         command(
             "sprint_jax.commands.condition",
             f"--images={folder}",

@@ -1,4 +1,4 @@
-"""Folders in and out: bit-equal round trips, what diffusers makes of our exports, and what is refused."""
+"""Folders in and out: bit-equal round trips, our exports in diffusers, and refusals."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ PARTS = {
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A diffusers folder whose parts have different dtypes, the transformer in shards."""
+    """Return a diffusers folder whose parts have different dtypes, the transformer in shards."""
     path = tmp_path_factory.mktemp("source") / "model"
     theirs = fabricate.pipeline()
     theirs.text_encoder.to(torch.bfloat16)
@@ -41,8 +41,8 @@ def source(tmp_path_factory):
     return path
 
 
-def raw(path, stem):
-    """{name: (dtype, bytes)} of a part, read by the safetensors library."""
+def read_raw(path, stem):
+    """Return {name: (dtype, bytes)} of a part, read by the safetensors library."""
     out = {}
     for file in sorted(path.glob(f"{stem}*.safetensors")):
         for name, array in safetensors.numpy.load_file(file).items():
@@ -51,12 +51,15 @@ def raw(path, stem):
 
 
 def test_round_trip_is_bit_equal_and_diffusers_loads_it(source, command, tmp_path):
-    """Through the command, both ways. Fails when q, k and v change places or a layout is not undone."""
+    """Through the command, both ways.
+
+    Fails when q, k and v are swapped and when a layout is not undone.
+    """
     for origin, target in ((source, tmp_path / "ours"), (tmp_path / "ours", tmp_path / "back")):
         result = command("sprint_jax.commands.convert", f"--from={origin}", f"--to={target}")
         assert result.returncode == 0, result.stderr
     for part, stem in PARTS.items():
-        first, again = raw(source / part, stem), raw(tmp_path / "back" / part, stem)
+        first, again = read_raw(source / part, stem), read_raw(tmp_path / "back" / part, stem)
         assert first.keys() == again.keys()
         assert all(first[name] == again[name] for name in first)
     assert json.loads((tmp_path / "ours" / "model.json").read_text())["instruction"] == "\n".join(
@@ -79,7 +82,7 @@ def test_round_trip_is_bit_equal_and_diffusers_loads_it(source, command, tmp_pat
 
 
 def test_run_becomes_a_transformer_that_diffusers_runs(finished, command, tmp_path):
-    """The student of a run: same velocity there as here."""
+    """The student of a run has the same velocity in diffusers."""
     result = command(
         "sprint_jax.commands.convert", f"--from={finished}", f"--to={tmp_path / 'out'}"
     )
@@ -111,7 +114,9 @@ def test_run_becomes_a_transformer_that_diffusers_runs(finished, command, tmp_pa
 
 
 def test_native_names(tmp_path):
-    """The official repository's names for the same weights, q|k|v and k|v in one tensor, extras dropped."""
+    """The official repository names the same weights differently: q|k|v and k|v are one tensor
+    each, and extras are dropped.
+    """
     theirs = fabricate.transformer(
         num_attention_heads=36,
         attention_head_dim=32,
@@ -139,7 +144,7 @@ def test_native_names(tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     read = folder.read_native(tmp_path / "native.safetensors")
     folder.write_diffusers(tmp_path / "out", read)
-    assert raw(tmp_path / "out" / "transformer", PARTS["transformer"]) == raw(
+    assert read_raw(tmp_path / "out" / "transformer", PARTS["transformer"]) == read_raw(
         tmp_path / "theirs", PARTS["transformer"]
     )
     assert configs.read_json(tmp_path / "out/transformer/config.json")["guidance_embeds"] is True
@@ -181,7 +186,7 @@ NATIVE = _native_names()
 
 
 def test_published_configs():
-    """Configs as published (facts of their files) give the published sizes, and survive the way back."""
+    """Configs as published give the published sizes and survive the way back."""
     sprint = configs.transformer_json(dataclasses.replace(SANA_600M, logvar_head=False))
     sprint |= {"_diffusers_version": "0.33.0.dev0"}
     for absent in ("guidance_embeds_scale", "timestep_scale"):
@@ -200,7 +205,7 @@ def test_published_configs():
 
 
 def test_published_counts():
-    """Tensors and parameters of the published files."""
+    """Compare the numbers of tensors and parameters with those of the published files."""
     import jax
 
     from sprint_jax.conversion import tables
@@ -227,30 +232,35 @@ def test_published_counts():
 
 def test_instruction_is_read_without_importing_diffusers(command):
     assert instruction.published() == "\n".join(fabricate.INSTRUCTION)
-    program = "import sys; from sprint_jax.conversion import instruction; instruction.published(); print('torch' in sys.modules)"
     import subprocess
     import sys
 
+    call = "from sprint_jax.conversion import instruction; instruction.published()"
+    program = f"import sys; {call}; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout.strip() == "False", result.stderr
 
 
-def copy(source, tmp_path):
+def copy_folder(source, tmp_path):
+    """Return a copy of the folder."""
     target = tmp_path / "copy"
     shutil.copytree(source, target)
     return target
 
 
-def edit(path, **changes):
+def edit_json(path, **changes):
+    """Change keys of a JSON file."""
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | changes))
 
 
-def shard(path):
+def first_shard(path):
+    """Return the first shard of the transformer."""
     return sorted((path / "transformer").glob("*.safetensors"))[0]
 
 
-def rewrite(file, change):
+def rewrite_tensors(file, change):
+    """Apply `change` to the tensors of a file."""
     loaded = safetensors.numpy.load_file(file)
     change(loaded)
     safetensors.numpy.save_file(loaded, file, metadata={"format": "pt"})
@@ -279,48 +289,50 @@ BROKEN = {
         "has no diffusion_pytorch_model",
     ),
     "truncated": (
-        lambda p: shard(p).write_bytes(shard(p).read_bytes()[:-10]),
+        lambda p: first_shard(p).write_bytes(first_shard(p).read_bytes()[:-10]),
         "not a whole safetensors file",
     ),
-    "empty": (lambda p: shard(p).write_bytes(b""), "not a whole safetensors file"),
-    "header": (lambda p: _extra_header(shard(p)), "not JSON"),
-    "lost shard": (lambda p: shard(p).unlink(), "give an existing file"),
+    "empty": (lambda p: first_shard(p).write_bytes(b""), "not a whole safetensors file"),
+    "header": (lambda p: _extra_header(first_shard(p)), "not JSON"),
+    "lost shard": (lambda p: first_shard(p).unlink(), "give an existing file"),
     "other pipeline": (
-        lambda p: edit(p / "model_index.json", _class_name="SanaPipeline"),
+        lambda p: edit_json(p / "model_index.json", _class_name="SanaPipeline"),
         "not a SANA-Sprint pipeline",
     ),
     "other class": (
-        lambda p: edit(p / "transformer/config.json", _class_name="PixArtTransformer2DModel"),
+        lambda p: edit_json(p / "transformer/config.json", _class_name="PixArtTransformer2DModel"),
         "only SanaTransformer2DModel",
     ),
     "other scheduler": (
-        lambda p: edit(
+        lambda p: edit_json(
             p / "scheduler/scheduler_config.json", _class_name="DPMSolverMultistepScheduler"
         ),
         "multi-step SANA",
     ),
     "position": (
-        lambda p: edit(p / "transformer/config.json", interpolation_scale=1.0),
+        lambda p: edit_json(p / "transformer/config.json", interpolation_scale=1.0),
         "interpolation_scale=1.0",
     ),
-    "unknown field": (lambda p: edit(p / "vae/config.json", colour="red"), "colour='red'"),
+    "unknown field": (lambda p: edit_json(p / "vae/config.json", colour="red"), "colour='red'"),
     "other width": (
-        lambda p: edit(p / "transformer/config.json", caption_channels=64),
+        lambda p: edit_json(p / "transformer/config.json", caption_channels=64),
         "text features 64 wide",
     ),
     "other depth": (
-        lambda p: edit(p / "transformer/config.json", num_layers=2),
+        lambda p: edit_json(p / "transformer/config.json", num_layers=2),
         "unexpected: transformer_blocks.2",
     ),
     "missing": (
-        lambda p: edit(p / "transformer/config.json", num_layers=4),
+        lambda p: edit_json(p / "transformer/config.json", num_layers=4),
         "missing: transformer_blocks.3",
     ),
-    "misshapen": (lambda p: edit(p / "transformer/config.json", mlp_ratio=2.0), "misshapen"),
-    "overflow": (lambda p: rewrite(shard(p), _overflow), "infinite or not numbers"),
+    "misshapen": (lambda p: edit_json(p / "transformer/config.json", mlp_ratio=2.0), "misshapen"),
+    "overflow": (lambda p: rewrite_tensors(first_shard(p), _overflow), "infinite or not numbers"),
     "no JSON": (lambda p: (p / "vae/config.json").write_text("{"), "is not JSON"),
     "activation": (
-        lambda p: edit(p / "text_encoder/config.json", hidden_activation="silu", hidden_act=None),
+        lambda p: edit_json(
+            p / "text_encoder/config.json", hidden_activation="silu", hidden_act=None
+        ),
         "hidden_activation='silu'",
     ),
 }
@@ -328,9 +340,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_folders_are_refused(source, name, tmp_path):
-    """One sentence that names the thing; nothing half-written."""
+    """One sentence names the fault, and no partial output remains."""
     change, words = BROKEN[name]
-    broken = copy(source, tmp_path)
+    broken = copy_folder(source, tmp_path)
     change(broken)
     with pytest.raises(UserError, match=".") as caught:
         checkpoint = folder.read_diffusers(broken, dtype=None, instruction="")
@@ -340,9 +352,9 @@ def test_broken_folders_are_refused(source, name, tmp_path):
 
 
 def test_doubled_names_and_pickles_are_refused(source, tmp_path):
-    broken = copy(source, tmp_path)
+    broken = copy_folder(source, tmp_path)
     file = next((broken / "text_encoder").glob("*.safetensors"))
-    rewrite(
+    rewrite_tensors(
         file,
         lambda t: t.update(
             {"model.norm.weight": next(a for n, a in t.items() if "norm.weight" in n).copy()}
@@ -350,7 +362,7 @@ def test_doubled_names_and_pickles_are_refused(source, tmp_path):
     )
     index = broken / "text_encoder" / "model.safetensors.index.json"
     if index.exists():
-        edit(
+        edit_json(
             index,
             weight_map=json.loads(index.read_text())["weight_map"]
             | {"model.norm.weight": file.name},
@@ -364,7 +376,7 @@ def test_doubled_names_and_pickles_are_refused(source, tmp_path):
         tensors.find(broken / "vae", "diffusion_pytorch_model")
 
 
-def test_an_export_appears_whole_or_not_at_all(source, tmp_path, monkeypatch):
+def test_an_export_is_complete_or_absent(source, tmp_path, monkeypatch):
     checkpoint = folder.read_diffusers(source, dtype=None, instruction="")
 
     def full(*arguments, **options):
@@ -382,8 +394,8 @@ def test_an_export_appears_whole_or_not_at_all(source, tmp_path, monkeypatch):
     assert (tmp_path / "taken" / "file").read_text() == "precious"
 
 
-def test_empty_folders_that_are_links_mounts_or_here(tmp_path, monkeypatch):
-    """A conversion of hours is not lost over the name of its folder."""
+def test_empty_folders_that_are_links_mounts_or_current(tmp_path, monkeypatch):
+    """A conversion of hours must not be lost because of its folder's name."""
     target, link, mount, here = (tmp_path / name for name in ("target", "link", "mount", "here"))
     for empty in (target, mount, here):
         empty.mkdir()
@@ -397,30 +409,25 @@ def test_empty_folders_that_are_links_mounts_or_here(tmp_path, monkeypatch):
             (partial / "part" / "file").write_text("whole")
         assert (place / "part" / "file").read_text() == "whole"
     assert link.is_symlink() and not list(tmp_path.glob("*.partial"))
-    assert all(place.stat().st_ino == known for place, known in places.items()) and list(
-        pathlib.Path().iterdir()
-    )
+    assert all(place.stat().st_ino == known for place, known in places.items())
+    assert list(pathlib.Path().iterdir())
 
 
 def test_the_widest_of_two_half_precisions():
-    """NumPy has no common dtype of bfloat16 and float16; float32 holds both."""
+    """NumPy has no common dtype of bfloat16 and float16, and float32 holds both."""
     import ml_dtypes
 
     half, brain, double = (np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float64))
-    assert (
-        rules._widest({half, brain}) == np.float32
-        and rules._widest({half, brain, double}) == double
-    )
-    assert (
-        rules._widest({brain}) == brain
-        and rules._widest({half, np.dtype(np.float32)}) == np.float32
-    )
+    assert rules._widest({half, brain}) == np.float32
+    assert rules._widest({half, brain, double}) == double
+    assert rules._widest({brain}) == brain
+    assert rules._widest({half, np.dtype(np.float32)}) == np.float32
 
 
 def test_weights_of_integers_are_refused(source, tmp_path):
-    broken = copy(source, tmp_path)
+    broken = copy_folder(source, tmp_path)
     for file in (broken / "transformer").glob("*.safetensors"):
-        rewrite(
+        rewrite_tensors(
             file,
             lambda t: t.update(
                 {n: np.ones_like(a, np.int8) for n, a in t.items() if n == "proj_out.weight"}
@@ -432,8 +439,10 @@ def test_weights_of_integers_are_refused(source, tmp_path):
         folder.read_diffusers(broken, dtype=None, instruction="")
 
 
-def test_requests_that_cannot_be_met(source):
-    """Sizes, times, latents and strengths that do not fit: one sentence each, before anything is drawn."""
+def test_impossible_requests_are_refused(source):
+    """Sizes, times, latents and strengths that do not fit get one sentence each, before any
+    sampling.
+    """
     pipe = pipeline.load(source, dtype="float32")
     small = dict(height=64, width=64)
     image = np.zeros((64, 64, 3), np.uint8)
@@ -456,7 +465,7 @@ def test_requests_that_cannot_be_met(source):
         pipeline.generate(pipe, "gulls")
     with pytest.raises(
         UserError, match="prompt 1 is empty"
-    ):  # as the embedded model says, and sprint-jax serve
+    ):  # the wording of the embedded model and of sprint-jax serve
         pipeline.generate(pipe, ["gulls", " \t"], **small)
 
 
@@ -477,10 +486,12 @@ def test_the_command_warns_in_one_line(source, command, tmp_path):
         f"--out={tmp_path}",
     )
     lines = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
-    assert result.returncode == 0 and len(lines) == 1 and "cut off" in lines[0], result.stderr
+    assert result.returncode == 0, result.stderr
+    assert len(lines) == 1, result.stderr
+    assert "cut off" in lines[0], result.stderr
 
 
-def test_pictures_do_not_depend_on_company(source):
+def test_images_do_not_depend_on_the_rest_of_the_batch(source):
     """Alone, in a batch, and beside a prompt of another length: equal to the last bit."""
     pipe = pipeline.load(source, dtype="float32")
     options = dict(steps=2, height=64, width=96, seed=5, batch_size=2)
@@ -531,8 +542,6 @@ def test_sample_command_on_a_folder(source, command, tmp_path):
         "--height=65",
         f"--out={tmp_path / 'no'}",
     )
-    assert (
-        result.returncode == 2
-        and "use 64" in result.stderr
-        and not list(pathlib.Path(tmp_path / "no").glob("*"))
-    )
+    assert result.returncode == 2
+    assert "use 64" in result.stderr
+    assert not list(pathlib.Path(tmp_path / "no").glob("*"))

@@ -1,10 +1,9 @@
-"""Encoded data sets that hold a ControlNet's condition: what is stored, what is refused, and what learns from it."""
+"""Encoded data sets with a ControlNet's condition: what is stored, refused and learned from."""
 
 import dataclasses
 import io
 import json
 import pickle
-import runpy
 import tarfile
 
 import jax
@@ -14,9 +13,10 @@ import safetensors.numpy
 from PIL import Image
 
 from helpers import encoding
-from helpers import inputs as input_cases
-from helpers import records as record_cases
-from helpers.encoding import CODEC, SIZES, contents, records
+from helpers.configs import card, smoke_config
+from helpers.encoding import CODEC, SIZES, folder_contents, records_by_caption
+from helpers.inputs import encode_shapes, write_images
+from helpers.records import MANIFEST_FIELDS, is_readable, numbered_record
 from helpers.runs import ROOT
 from sprint_jax import build, config
 from sprint_jax.commands import encode
@@ -30,7 +30,7 @@ EDGES = detector.Lines("edges", None, None)
 
 
 def luminance(image, resolution):
-    """In the place of the detector: brightness, at the size that the detector would see."""
+    """Return brightness at the resolution of the detector, in place of the detector."""
     return sketches.detector_picture(image, resolution).max(-1)
 
 
@@ -40,8 +40,8 @@ SCRIBBLE = detector.Lines("scribble", FAKE, sketches.PUBLISHED_THICKNESS)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """22 captioned pictures, square and wide; number 5 has no caption."""
+def images(tmp_path_factory):
+    """Return a folder of 22 captioned images, square and wide; number 5 has no caption."""
     folder = tmp_path_factory.mktemp("pictures")
     for i in range(22):
         example = shapes.example(0, i, size=64)
@@ -53,41 +53,47 @@ def pictures(tmp_path_factory):
     return folder
 
 
-def make(pictures, out, condition, **options):
+def encode_with(images, out, condition, **options):
+    """Encode a folder with a condition and return the folder `out`."""
     told = condition.identity if condition else "none"
-    encoding.make(pictures, out, lines=condition, condition=told, **options)
+    encoding.encode_folder(images, out, lines=condition, condition=told, **options)
     return out
 
 
 @pytest.fixture(scope="module")
-def whole(pictures, tmp_path_factory):
-    return make(pictures, tmp_path_factory.mktemp("encoded") / "edges", EDGES)
+def with_edges(images, tmp_path_factory):
+    """Return an encoding with edges."""
+    return encode_with(images, tmp_path_factory.mktemp("encoded") / "edges", EDGES)
 
 
-def fitted(pictures):
-    """{caption: (key, picture)} of what can be used."""
+def fitted_images(images):
+    """Return {caption: (key, image)} of the usable examples."""
     found = {}
     for i in set(range(22)) - {5}:
         picture = sources.fit(
-            np.asarray(Image.open(pictures / f"{i:03d}.png")), *SIZES[0 if i % 3 else 1]
+            np.asarray(Image.open(images / f"{i:03d}.png")), *SIZES[0 if i % 3 else 1]
         )
-        found[(pictures / f"{i:03d}.txt").read_text()] = f"{i:03d}.png", picture
+        found[(images / f"{i:03d}.txt").read_text()] = f"{i:03d}.png", picture
     return found
 
 
 def all_records(folder):
-    return records(folder, "train") | records(folder, "heldout")
+    """Return {caption: record} of both splits."""
+    return records_by_caption(folder, "train") | records_by_caption(folder, "heldout")
 
 
 # --- what is written ---
 
 
-def test_edges_are_those_of_the_fitted_picture(pictures, whole, tmp_path):
-    """Encoded as the picture is, which itself is encoded as without a condition."""
-    found, plain = all_records(whole), all_records(make(pictures, tmp_path / "plain", None))
-    assert found.keys() == fitted(pictures).keys() == plain.keys()
+def test_edges_are_those_of_the_fitted_image(images, with_edges, tmp_path):
+    """They are encoded like the image, which is itself encoded as without a condition."""
+    found, plain = (
+        all_records(with_edges),
+        all_records(encode_with(images, tmp_path / "plain", None)),
+    )
+    assert found.keys() == fitted_images(images).keys() == plain.keys()
     drawn = 0
-    for caption, (_, picture) in fitted(pictures).items():
+    for caption, (_, picture) in fitted_images(images).items():
         shown = sketches.as_picture(sketches.gradient_edges(picture[None]))
         assert found[caption]["control"].dtype == np.float32
         drawn += shown.any()
@@ -96,16 +102,18 @@ def test_edges_are_those_of_the_fitted_picture(pictures, whole, tmp_path):
         )
         np.testing.assert_array_equal(found[caption]["latent"], plain[caption]["latent"])
         np.testing.assert_array_equal(found[caption]["text"], plain[caption]["text"])
-    assert drawn > 15  # the rest have nothing in the cut
-    assert encoded.read_manifest(whole)["condition"] == "edges"
-    assert json.loads((whole / "settings.json").read_text())["condition"] == "edges"
+    assert drawn > 15  # the others have no object in the crop
+    assert encoded.read_manifest(with_edges)["condition"] == "edges"
+    assert json.loads((with_edges / "settings.json").read_text())["condition"] == "edges"
 
 
-def test_soft_edges_and_scribbles(pictures, tmp_path):
-    """At the size that the detector sees, then brought to the picture's; strokes as thick as the example's name says."""
-    soft, drawn = (all_records(make(pictures, tmp_path / c.kind, c)) for c in (HED, SCRIBBLE))
+def test_soft_edges_and_scribbles(images, tmp_path):
+    """They are made at the detector's size and resized to the image; the name of an example decides
+    the thickness.
+    """
+    soft, drawn = (all_records(encode_with(images, tmp_path / c.kind, c)) for c in (HED, SCRIBBLE))
     thick = set()
-    for caption, (key, picture) in fitted(pictures).items():
+    for caption, (key, picture) in fitted_images(images).items():
         height, width = picture.shape[:2]
         seen = luminance(picture, min(height, width))
         assert seen.shape == (64, 64)
@@ -123,8 +131,10 @@ def test_soft_edges_and_scribbles(pictures, tmp_path):
     assert len(thick) > 5
 
 
-def test_thickness_is_the_names_alone():
-    """Each of 0 to 24 as often, also among those held out, whose names are chosen by a digest too."""
+def test_thickness_depends_on_the_name_alone():
+    """Each of 0 to 24 is equally frequent, also among held-out examples, whose names a digest
+    chooses too.
+    """
     settings = encode.Settings("", "", 20000, "features", "", (), 1000, 1, "")
     keys = [f"{i}.png" for i in range(20000)]
     drawn = {split: [] for split in encoded.SPLITS}
@@ -133,42 +143,49 @@ def test_thickness_is_the_names_alone():
     for values in drawn.values():
         counts = np.bincount(values, minlength=25)
         expected = len(values) / 25
-        assert len(counts) == 25 and np.abs(counts - expected).max() < 5 * np.sqrt(expected)
+        assert len(counts) == 25
+        assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
     assert {detector.thickness_of(key, (3, 3)) for key in keys[:50]} == {3}
     assert [detector.thickness_of(f"{i}.png", (0, 24)) for i in range(4)] == [
         10,
         23,
         4,
         0,
-    ]  # begun data sets are gone on with
+    ]  # encodings that began are continued
 
 
-def test_batches_hosts_and_interruptions_leave_no_trace(pictures, tmp_path, monkeypatch):
-    expected = contents(make(pictures, tmp_path / "whole", SCRIBBLE))
-    assert contents(make(pictures, tmp_path / "batch", SCRIBBLE, batch=9)) == expected
-    make(pictures, tmp_path / "hosts", SCRIBBLE, hosts=2, host=1)
-    assert contents(make(pictures, tmp_path / "hosts", SCRIBBLE, hosts=2, host=0)) == expected
+def test_batches_hosts_and_interruptions_change_nothing(images, tmp_path, monkeypatch):
+    expected = folder_contents(encode_with(images, tmp_path / "whole", SCRIBBLE))
+    assert folder_contents(encode_with(images, tmp_path / "batch", SCRIBBLE, batch=9)) == expected
+    encode_with(images, tmp_path / "hosts", SCRIBBLE, hosts=2, host=1)
+    assert (
+        folder_contents(encode_with(images, tmp_path / "hosts", SCRIBBLE, hosts=2, host=0))
+        == expected
+    )
     write, calls = encoded.write_shard, []
 
     def stopping(path, chosen):
         calls.append(path)
         if len(calls) == 2:
-            raise encoding.Stop
+            raise encoding.Interrupted
         return write(path, chosen)
 
     monkeypatch.setattr(encoded, "write_shard", stopping)
-    with pytest.raises(encoding.Stop):
-        make(pictures, tmp_path / "stopped", SCRIBBLE)
+    with pytest.raises(encoding.Interrupted):
+        encode_with(images, tmp_path / "stopped", SCRIBBLE)
     assert not (tmp_path / "stopped/manifest.json").exists()
-    assert contents(make(pictures, tmp_path / "stopped", SCRIBBLE)) == expected
+    assert folder_contents(encode_with(images, tmp_path / "stopped", SCRIBBLE)) == expected
 
 
-def test_without_a_condition_all_is_as_before(pictures, tmp_path):
-    """The digest is that of the version without conditions; nothing says "condition", and reading it says none."""
+def test_without_a_condition_nothing_changes(images, tmp_path):
+    """The digest is that of the version without conditions.
+
+    No file contains "condition", and a reader takes it as none.
+    """
     plain = encode.Settings("s", "e", 10, "features", "prompt", ((32, 32),), 2, 4, "none")
     assert plain.digest() == "e89052c73f2d0ee2e7a11d6bfa8e41613fa10e3a7c5847c7110627e6d9db3dde"
     assert dataclasses.replace(plain, condition="edges").digest() != plain.digest()
-    out = make(pictures, tmp_path / "out", None)
+    out = encode_with(images, tmp_path / "out", None)
     assert not any(
         b"condition" in path.read_bytes() or b"control" in path.read_bytes()
         for path in out.iterdir()
@@ -196,18 +213,18 @@ def test_without_a_condition_all_is_as_before(pictures, tmp_path):
         ),
     ],
 )
-def test_a_folder_keeps_to_its_condition(pictures, tmp_path, begun, then, words):
+def test_a_folder_keeps_to_its_condition(images, tmp_path, begun, then, words):
     out = tmp_path / "out"
-    make(pictures, out, begun, hosts=3, host=2)
-    before = contents(out)
+    encode_with(images, out, begun, hosts=3, host=2)
+    before = folder_contents(out)
     with pytest.raises(UserError, match=words):
-        make(pictures, out, then)
-    assert contents(out) == before
+        encode_with(images, out, then)
+    assert folder_contents(out) == before
 
 
-def test_a_condition_that_settings_do_not_name(pictures, tmp_path):
+def test_a_condition_that_settings_do_not_name(images, tmp_path):
     with pytest.raises(ValueError, match="the condition is edges, settings say none"):
-        encoding.make(pictures, tmp_path / "out", lines=EDGES, condition="none")
+        encoding.encode_folder(images, tmp_path / "out", lines=EDGES, condition="none")
     assert not (tmp_path / "out").exists()
 
 
@@ -223,7 +240,7 @@ def test_a_condition_that_settings_do_not_name(pictures, tmp_path):
         ("scribble", "/nowhere.pth", None, "no HED weights at /nowhere.pth"),
     ],
 )
-def test_flags(monkeypatch, kind, weights, thickness, words):
+def test_flags_of_conditions(monkeypatch, kind, weights, thickness, words):
     for name, flag, value in (
         ("_CONDITION", "condition", kind),
         ("_HED", "hed_weights", weights),
@@ -235,8 +252,11 @@ def test_flags(monkeypatch, kind, weights, thickness, words):
         encode._condition()
 
 
-def test_ready_latents_need_their_picture(tmp_path):
-    """Without one they are skipped; with one, latent and condition are both made of it."""
+def test_ready_latents_need_their_image(tmp_path):
+    """Without an image they are skipped.
+
+    With one, latent and condition are both computed from it.
+    """
     (tmp_path / "source").mkdir()
     with tarfile.open(tmp_path / "source" / "0.tar", "w") as tar:
         for i in range(4):
@@ -250,8 +270,8 @@ def test_ready_latents_need_their_picture(tmp_path):
                 member = tarfile.TarInfo(f"{i}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    out = make(tmp_path / "source", tmp_path / "out", EDGES, heldout=0)
-    found = records(out, "train")
+    out = encode_with(tmp_path / "source", tmp_path / "out", EDGES, heldout=0)
+    found = records_by_caption(out, "train")
     assert found.keys() == {shapes.example(0, i).text for i in (1, 2, 3)}
     for i in (1, 2, 3):
         picture = shapes.example(0, i, size=32).image[None]
@@ -262,29 +282,30 @@ def test_ready_latents_need_their_picture(tmp_path):
     assert encoded.read_manifest(out)["skipped"] == [{"key": "0.tar:0", "reason": reason}]
 
 
-def test_a_condition_that_is_not_finite_is_skipped_once(pictures, tmp_path):
-    class Pixels(type(encoding.tiny().pixels)):
+def test_a_condition_that_is_not_finite_is_skipped_once(images, tmp_path):
+    class Pixels(type(encoding.embedded_encoders().pixels)):
         def encode(self, params, images):
+            """Encode a folder with a condition and return the folder `out`."""
             grey = (images[..., 0] == images[..., 2]).all((1, 2))  # lines have three equal channels
             return super().encode(params, images) * np.where(grey, np.inf, 1)[:, None, None, None]
 
-    encoders = dataclasses.replace(encoding.tiny(), pixels=Pixels(CODEC))
+    encoders = dataclasses.replace(encoding.embedded_encoders(), pixels=Pixels(CODEC))
     with pytest.raises(
         UserError, match="4 of 10 examples cannot be used.*its condition is not finite in float16"
     ):
-        make(pictures, tmp_path / "out", EDGES, encoders=encoders, max_bad=0.0)
+        encode_with(images, tmp_path / "out", EDGES, encoders=encoders, max_bad=0.0)
 
 
 # --- what is read ---
 
 
 def data_set(folder, change=lambda record: record, condition="edges"):
-    """Eight examples whose condition is minus their latent; `change` makes something else of the third."""
-    made = [r | {"control": -r["latent"]} for r in map(record_cases.record, range(8))]
+    """Write eight examples whose condition is minus their latent; `change` replaces the third."""
+    made = [r | {"control": -r["latent"]} for r in map(numbered_record, range(8))]
     made[2] = change(made[2])
     folder.mkdir(exist_ok=True)
     entry = encoded.write_shard(folder / "train-00000.array_record", made)
-    described = record_cases.DESCRIBED | ({"condition": condition} if condition else {})
+    described = MANIFEST_FIELDS | ({"condition": condition} if condition else {})
     encoded.write_manifest(folder / "manifest.json", described, [entry])
     return encoded.Encoded(folder, "train")
 
@@ -307,11 +328,11 @@ def data_set(folder, change=lambda record: record, condition="edges"):
         (lambda r: r | {"control": r["control"] * np.float16(np.nan)}, "edges", "is not finite"),
     ],
 )
-def test_a_record_is_what_the_manifest_says(tmp_path, change, condition, words):
+def test_a_record_that_contradicts_the_manifest(tmp_path, change, condition, words):
     data = data_set(tmp_path, change, condition)
     with pytest.raises(encoded.BadRecord, match=words):
         data.read(2)
-    assert record_cases.fine(data, 3) == (condition is not None)
+    assert is_readable(data, 3) == (condition is not None)
 
 
 def test_a_manifest_of_another_condition(tmp_path):
@@ -321,7 +342,7 @@ def test_a_manifest_of_another_condition(tmp_path):
         data_set(tmp_path, condition="sketches")
 
 
-def test_batches_take_the_condition_along(tmp_path):
+def test_batches_contain_the_condition(tmp_path):
     """Row by row, as float32, also from a pickle; left out where it is not wanted."""
     data = data_set(tmp_path)
     arrays, _ = batches.Make(data, 0, 4)(0)
@@ -337,30 +358,28 @@ def test_batches_take_the_condition_along(tmp_path):
 # --- what learns ---
 
 
-def card(folder, **control):
-    """The `smoke` card of the ControlNet on an encoded folder, cut down."""
-    tree = runpy.run_path(str(ROOT / "configs/controlnet.py"))["get_config"]("smoke")
+def controlnet_config(folder, **control):
+    """Return the `smoke` config of the ControlNet for an encoded folder, reduced in depth."""
+    tree = card("controlnet")
     tree.model.depth, tree.data.encoded = 2, str(folder)
     tree.control.update(depth=1, condition="edges", freehand=0.0)
     tree.control.update(**control)
-    tree.phases.control.optimizers.network.kind = "adamw"  # compiles sooner than the card's
+    tree.phases.control.optimizers.network.kind = "adamw"  # compiles faster than that of the card
     return config.parse(tree)
 
 
 @pytest.fixture(scope="module")
-def sketched(tmp_path_factory):
-    """`shapes` pictures with edges, encoded as the `smoke` preset would make them."""
+def encoded_edges(tmp_path_factory):
+    """Return `shapes` images with edges, encoded as the `smoke` preset does."""
     root = tmp_path_factory.mktemp("inputs")
     (root / "pictures").mkdir()
-    source = sources.open_source(input_cases.pictures(root / "pictures", 48))
-    return input_cases.encoded_by(
-        input_cases.smoke(), source, root / "encoded", heldout=16, condition=EDGES
-    )
+    source = sources.open_source(write_images(root / "pictures", 48))
+    return encode_shapes(smoke_config(), source, root / "encoded", heldout=16, condition=EDGES)
 
 
-def test_the_control_stage_on_an_encoded_folder(sketched):
-    """Three steps of what `main` runs: the condition reaches the ControlNet, which begins to move."""
-    c = card(sketched, dropout=0.0)
+def test_the_control_stage_on_an_encoded_folder(encoded_edges):
+    """Three steps of `main`: the condition reaches the ControlNet, which begins to change."""
+    c = controlnet_config(encoded_edges, dropout=0.0)
     data = datasets.open_dataset(c, print)
     assert data.identity.endswith(", with edges")
     rng = np.random.default_rng(0)
@@ -386,29 +405,30 @@ def test_the_control_stage_on_an_encoded_folder(sketched):
     assert metrics["grad_norm/zero_in/kernel"] > 0
 
 
-def test_held_out_examples_have_their_edges(sketched):
-    """Decoded from what was stored; the first of them, whose picture is known by its caption, has that picture's."""
-    heldout = datasets.open_dataset(card(sketched), print).heldout(4, 6)
+def test_held_out_examples_have_their_edges(encoded_edges):
+    """They are decoded from the stored arrays.
+
+    The caption identifies the image of the first example, and its edges are those of that image.
+    """
+    heldout = datasets.open_dataset(controlnet_config(encoded_edges), print).heldout(4, 6)
     drawn = {
         shapes.example(3, i, size=32).text: shapes.example(3, i, size=32).image for i in range(48)
     }
-    pictures = np.stack([drawn[caption] for caption in heldout.captions])
-    edges = sketches.gradient_edges(pictures)
-    codec = build.codec(card(sketched))
+    images = np.stack([drawn[caption] for caption in heldout.captions])
+    edges = sketches.gradient_edges(images)
+    codec = build.codec(controlnet_config(encoded_edges))
     expected = codec.encode(sketches.as_picture(edges)).astype(np.float16)
     np.testing.assert_array_equal(heldout.cond["control"], expected.astype(np.float32))
     np.testing.assert_array_equal(heldout.cond["control_scale"], np.ones(4, np.float32))
-    assert (
-        heldout.edges.shape == (4, 32, 32)
-        and heldout.edges.dtype == np.uint8
-        and len(heldout.reference) == 6
-    )
-    # The codec keeps 32 of 48 numbers: lines come back blurred, where they were.
+    assert heldout.edges.shape == (4, 32, 32)
+    assert heldout.edges.dtype == np.uint8
+    assert len(heldout.reference) == 6
+    # The codec keeps 32 of 48 numbers: lines come back blurred, in the same places.
     assert heldout.edges[edges > 0].mean() > 3 * heldout.edges[edges == 0].mean()
 
 
-def test_without_a_controlnet_the_condition_stays_behind(sketched):
-    c = card(sketched, depth=0, condition="scribble")
+def test_without_a_controlnet_the_condition_is_left_out(encoded_edges):
+    c = controlnet_config(encoded_edges, depth=0, condition="scribble")
     data = datasets.open_dataset(c, print)
     assert not data.identity.endswith("edges")
     with data.batches(8, 0, 1, 0, 1) as read:
@@ -419,35 +439,35 @@ def test_without_a_controlnet_the_condition_stays_behind(sketched):
     assert heldout.edges is None and heldout.cond.keys() == {"text", "mask"}
 
 
-def test_another_condition_is_refused(sketched, tmp_path):
+def test_another_condition_is_refused(encoded_edges, tmp_path):
     with pytest.raises(UserError) as refused:
-        datasets.open_dataset(card(sketched, condition="scribble"), print)
+        datasets.open_dataset(controlnet_config(encoded_edges, condition="scribble"), print)
     for words in (
-        str(sketched),
+        str(encoded_edges),
         "condition edges",
         "config.control.condition is scribble",
         "--condition=scribble",
         "--config.control.condition=edges",
     ):
         assert words in str(refused.value)
-    manifest = json.loads((sketched / "manifest.json").read_text())
+    manifest = json.loads((encoded_edges / "manifest.json").read_text())
     manifest.pop("condition")
-    for path in sketched.iterdir():
+    for path in encoded_edges.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        UserError,
-        match="with condition none, config.control.condition is edges: encode .* --condition=edges$",
-    ):
-        datasets.open_dataset(card(tmp_path), print)
+    message = "with condition none, config.control.condition is edges: encode .* --condition=edges$"
+    with pytest.raises(UserError, match=message):
+        datasets.open_dataset(controlnet_config(tmp_path), print)
 
 
 # --- the command ---
 
 
-def test_the_command(command, tmp_path):
-    """Scribbles of one thickness by weights from a file; the detector sees a picture of its own size."""
-    # A picture decides its own edges: the first stage passes its red on and the others say nothing.
+def test_the_command_writes_scribbles(command, tmp_path):
+    """Scribbles of one thickness by weights from a file; the detector sees an image of its own
+    size.
+    """
+    # The image decides its own edges: the first stage passes its red channel and the others are 0.
     state = {row.theirs: np.zeros(row.shape, np.float32) for row in hed_weights.rows(hed.PUBLISHED)}
     for layer in ("block1.convs.0", "block1.convs.1"):
         state[f"{layer}.weight"][0, 0, 1, 1] = 1
@@ -477,10 +497,10 @@ def test_the_command(command, tmp_path):
     soft = np.where(image[..., 0] > 0, bright, dark).astype(np.uint8)
     strokes = sketches.scribble(soft, thickness=4, sigma=sketches.PUBLISHED_SIGMA)
     assert 0 < (strokes > 0).mean() < 1
-    codec = build.codec(input_cases.smoke())
+    codec = build.codec(smoke_config())
     expected = codec.encode(sketches.as_picture(strokes)[None])[0]
     np.testing.assert_allclose(
-        records(tmp_path / "out", "train")["a red square"]["control"],
+        records_by_caption(tmp_path / "out", "train")["a red square"]["control"],
         expected,
         rtol=1e-3,
         atol=2e-3,

@@ -1,4 +1,4 @@
-"""What stages learn from: the drawn pictures, and encoded folders with features or with token ids."""
+"""Inputs of training: drawn images, and encoded folders with features or with token ids."""
 
 import dataclasses
 import json
@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from helpers.configs import card
-from helpers.inputs import encoded_by, pictures, smoke
-from helpers.runs import TINY
+from helpers.configs import card, smoke_config
+from helpers.inputs import encode_shapes, write_images
+from helpers.runs import TINY_FLAGS
 from sprint_jax import build, config
 from sprint_jax.commands import encode
 from sprint_jax.data import encoded, sources
@@ -24,16 +24,19 @@ pytestmark = pytest.mark.second_pass
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`shapes` pictures, encoded as the `smoke` preset would make them."""
+    """Return `shapes` images, encoded as the `smoke` preset does."""
     root = tmp_path_factory.mktemp("inputs")
     (root / "pictures").mkdir()
-    source = sources.open_source(pictures(root / "pictures", 96))
-    return encoded_by(smoke(), source, root / "encoded")
+    source = sources.open_source(write_images(root / "pictures", 96))
+    return encode_shapes(smoke_config(), source, root / "encoded")
 
 
-def test_encoded_batches_hold_what_drawing_would(folder):
-    """By caption, up to float16; fails when the mask or the null prompt is another's."""
-    c = smoke(encoded=str(folder))
+def test_encoded_batches_equal_drawn_ones(folder):
+    """By caption, up to float16.
+
+    Fails when the mask or the null prompt belongs to another example.
+    """
+    c = smoke_config(encoded=str(folder))
     data, codec, encoder = datasets.open_dataset(c, print), build.codec(c), build.text_encoder(c)
     drawn = {}
     for i in range(96):
@@ -42,11 +45,10 @@ def test_encoded_batches_hold_what_drawing_would(folder):
     with data.batches(8, 0, 3, 0, 1) as batches:
         seen = [next(batches) for _ in range(3)]
     for batch in seen:
-        assert (
-            batch["latent"].shape == (8, *build.latent_shape(c))
-            and batch["text"].dtype == np.float32
-        )
-        assert np.isin(batch["mask"], (0, 1)).all() and (batch["mask"].sum(1) >= 3).all()
+        assert batch["latent"].shape == (8, *build.latent_shape(c))
+        assert batch["text"].dtype == np.float32
+        assert np.isin(batch["mask"], (0, 1)).all()
+        assert (batch["mask"].sum(1) >= 3).all()
     text_, mask = encoder.encode([""])
     np.testing.assert_allclose(data.frozen.null_text, text_, rtol=1e-6)
     np.testing.assert_array_equal(data.frozen.null_mask, mask)
@@ -62,7 +64,7 @@ def test_encoded_batches_hold_what_drawing_would(folder):
 
 
 def test_two_processes_share_a_batch(folder):
-    data = datasets.open_dataset(smoke(encoded=str(folder)), print)
+    data = datasets.open_dataset(smoke_config(encoded=str(folder)), print)
     take = lambda process, processes: next(iter(data.batches(8, 5, 6, process, processes)))
     whole, first, second = take(0, 1), take(0, 2), take(1, 2)
     for name in whole:
@@ -78,28 +80,32 @@ def test_two_processes_share_a_batch(folder):
     ],
 )
 def test_a_folder_that_does_not_fit(folder, changes, words):
-    c = smoke(encoded=str(folder))
+    c = smoke_config(encoded=str(folder))
     for section, values in changes.items():
         c = dataclasses.replace(c, **{section: dataclasses.replace(getattr(c, section), **values)})
     with pytest.raises(UserError, match=words):
         datasets.open_dataset(c, print)
 
 
-def test_more_held_out_than_there_are(folder):
-    """Said before training, for the evaluation comes after it."""
-    c = smoke(encoded=str(folder))
+def test_too_many_held_out_examples_are_refused(folder):
+    """The error comes before training, because the evaluation comes after it."""
+    c = smoke_config(encoded=str(folder))
     c = dataclasses.replace(c, evaluation=dataclasses.replace(c.evaluation, prompts=90))
     with pytest.raises(UserError, match="config.evaluation.prompts is 90"):
         datasets.open_dataset(c, print)
 
 
-def test_a_damaged_held_out_example_is_left_out_and_told(folder, monkeypatch):
-    """As one of training is. Fails when it ends the evaluation, which comes after the training."""
-    c, said = smoke(encoded=str(folder)), []
+def test_a_damaged_held_out_example_is_skipped_and_reported(folder, monkeypatch):
+    """The same holds in training.
+
+    Fails when it ends the evaluation, which comes after the training.
+    """
+    c, said = smoke_config(encoded=str(folder)), []
     whole = datasets.open_dataset(c, print).heldout(5, 5)
     read = encoded.Encoded.read
 
     def damaged(self, i):
+        """Raise an error for one example."""
         if self.manifest["counts"]["heldout"] == len(self) and i == 1:
             raise encoded.BadRecord("is not finite")
         return read(self, i)
@@ -115,13 +121,17 @@ def test_a_damaged_held_out_example_is_left_out_and_told(folder, monkeypatch):
 
 
 def test_the_main_job_on_an_encoded_folder(finished, folder, command, tmp_path):
-    """The programs are those of the drawn data; only what flows through them differs."""
+    """The programs are those of the drawn data; only the arrays differ."""
     result = command(
-        "sprint_jax.main", *TINY, f"--workdir={tmp_path / 'run'}", f"--config.data.encoded={folder}"
+        "sprint_jax.main",
+        *TINY_FLAGS,
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.encoded={folder}",
     )
     assert result.returncode == 0, result.stderr[-3000:]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["scores"] == {} and set(summary["frechet"]) >= {
+    assert summary["scores"] == {}
+    assert set(summary["frechet"]) >= {
         "real",
         "teacher_20",
         "student_1",
@@ -129,11 +139,12 @@ def test_the_main_job_on_an_encoded_folder(finished, folder, command, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     others = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [(r["stage"], r["step"]) for r in rows] == [(r["stage"], r["step"]) for r in others]
-    assert rows[0]["loss"] != others[0]["loss"] and all(np.isfinite(r["loss"]) for r in rows)
+    assert rows[0]["loss"] != others[0]["loss"]
+    assert all(np.isfinite(r["loss"]) for r in rows)
 
 
-def test_words_are_read_whatever_they_are():
-    """Fails when padding or punctuation becomes a word, or two words share a token."""
+def test_any_words_are_read():
+    """Fails when padding or punctuation becomes a word, and when two words share a token."""
     encoder = words.WordsText(8)
     features, mask = encoder.encode(
         ["A grinning face!", "a grinning face", "a winking face", "", "w " * 20]
@@ -144,6 +155,7 @@ def test_words_are_read_whatever_they_are():
 
 
 def published(tmp_path_factory):
+    """Return a random folder of diffusers."""
     fabricate = pytest.importorskip("helpers.fabricate", exc_type=ImportError)
     path = tmp_path_factory.mktemp("models") / "published"
     fabricate.pipeline().save_pretrained(path)
@@ -151,8 +163,8 @@ def published(tmp_path_factory):
 
 
 def published_card(path, out, transformer):
-    """The `smoke` card on encoded data of a published model."""
-    c = config.parse(card(preset="smoke"))
+    """Return the `smoke` card for encoded data of a published model."""
+    c = config.parse(card())
     return dataclasses.replace(
         c,
         data=dataclasses.replace(c.data, encoded=str(out), model=str(path)),
@@ -163,12 +175,15 @@ def published_card(path, out, transformer):
 
 
 def test_token_ids_become_the_features(tmp_path_factory, tmp_path):
-    """The same captions stored as features and as ids. Fails when the mask of the first token is dropped."""
+    """The same captions are stored as features and as ids.
+
+    Fails when the mask of the first token is dropped.
+    """
     path = published(tmp_path_factory)
     from sprint_jax.sampling import pipeline
 
     (tmp_path / "pictures").mkdir()
-    source = sources.open_source(pictures(tmp_path / "pictures", 12, size=32))
+    source = sources.open_source(write_images(tmp_path / "pictures", 12, size=32))
     pipe = pipeline.load(path, dtype="float32")
     encoders = encode.Encoders(
         pipe.pixels,
@@ -209,7 +224,9 @@ def test_token_ids_become_the_features(tmp_path_factory, tmp_path):
 
 
 def test_a_published_transformer_as_teacher(tmp_path_factory):
-    """A folder of diffusers is read where it is what the config describes, else the difference is named."""
+    """A folder of diffusers is read if the config describes it; otherwise the difference is
+    named.
+    """
     from sprint_jax.conversion import folder as folders
 
     path = published(tmp_path_factory)
@@ -219,7 +236,7 @@ def test_a_published_transformer_as_teacher(tmp_path_factory):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(UserError, match=f"depth={model.depth}, the config asks for 9"):
         datasets.teacher_weights(str(path), dataclasses.replace(model, depth=9))
-    # A scale of a thousandth is that of times in [0, 1] told in thousandths.
+    # A scale of a thousandth belongs to times in [0, 1] given in thousandths.
     told = tmp_path_factory.mktemp("told") / "transformer"
     shutil.copytree(path / "transformer", told)
     described = json.loads((told / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Samplers against data whose ODE is solved by hand: a single point and a Gaussian."""
+"""Samplers on data whose ODE has a closed-form solution: a single point and a Gaussian."""
 
 import itertools
 import math
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.arrays import max_error, normals
 from sprint_jax.diffusion import samplers, trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import programs
@@ -19,47 +20,45 @@ S = 0.2
 SHAPE = (3, 4, 2, 5)
 
 
-def normals(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def wide(t):
+def to_column(t):
+    """Return times [B] as [B, 1, 1, 1]."""
     return jnp.reshape(t, (-1, 1, 1, 1))
 
 
-def error(value, expected):
-    value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
-    return np.abs(value - expected).max() / np.abs(expected).max()
-
-
-def spread(t):
-    """Standard deviation of x_t for data N(0, S^2)."""
+def std_at(t):
+    """Return the standard deviation of x_t for data N(0, S^2)."""
     return jnp.sqrt(jnp.cos(t) ** 2 * S**2 + jnp.sin(t) ** 2 * SIGMA_D**2)
 
 
 def gaussian_F(u, t):
-    """The velocity of the PF-ODE over sigma_d; the solution scales with `spread`."""
-    t = wide(t)
-    return jnp.sin(t) * jnp.cos(t) * (SIGMA_D**2 - S**2) / spread(t) ** 2 * u
+    """Return the velocity of the PF-ODE over sigma_d; the solution scales with `std_at`."""
+    t = to_column(t)
+    return jnp.sin(t) * jnp.cos(t) * (SIGMA_D**2 - S**2) / std_at(t) ** 2 * u
 
 
 def gaussian_v(x, t):
-    """The same in flow time at unit scale: variance b^2 = (1 - t)^2 (S / sigma_d)^2 + t^2, v = b'/b x."""
-    t, unit = wide(t), S / SIGMA_D
+    """Return the same velocity in flow time at unit scale.
+
+    The variance is b^2 = (1 - t)^2 (S / sigma_d)^2 + t^2, and v = b'/b x.
+    """
+    t, unit = to_column(t), S / SIGMA_D
     return (t - (1 - t) * unit**2) / ((1 - t) ** 2 * unit**2 + t**2) * x
 
 
 def consistency_F(u, t):
-    """The network whose one-step answer is the end of the ODE, S x / spread."""
-    t = wide(t)
-    return u * (jnp.cos(t) - S / spread(t)) / jnp.sin(t)
+    """Return the output of a network whose single step ends where the ODE does, at S x / std_at."""
+    t = to_column(t)
+    return u * (jnp.cos(t) - S / std_at(t)) / jnp.sin(t)
 
 
 def point_F(target):
-    """The exact velocity for data that is one point: the noise is known from the state."""
+    """Return the network with the exact velocity for data that is one point.
+
+    The state determines the noise.
+    """
 
     def F(u, t):
-        t = wide(t)
+        t = to_column(t)
         z = (u - jnp.cos(t) * target) / jnp.sin(t)
         return jnp.cos(t) * z - jnp.sin(t) * target
 
@@ -67,11 +66,12 @@ def point_F(target):
 
 
 def odd_F(u, t):
-    return jnp.sin(2 * u + wide(t)) + 0.3 * u * wide(t)
+    """Return a nonlinear velocity that belongs to no data."""
+    return jnp.sin(2 * u + to_column(t)) + 0.3 * u * to_column(t)
 
 
 def sample(F, times, seed=0):
-    """(latents, start, step noise) of the few-step sampler."""
+    """Return (latents, start, step noise) of the few-step sampler."""
     noise, steps = normals(*SHAPE, seed=seed), normals(len(times) - 2, *SHAPE, seed=seed + 1)
     return jax.jit(lambda: samplers.scm(F, noise, steps, times))(), noise, steps
 
@@ -89,15 +89,20 @@ SCHEDULES = [
 
 @pytest.mark.parametrize(("schedule", "steps"), SCHEDULES)
 def test_few_steps_land_on_a_point(schedule, steps):
-    """Fails when trigflow.denoise adds the sine term and when scm forgets to divide the state by sigma_d."""
+    """Fails when trigflow.denoise adds the sine term and when scm does not divide the state by
+    sigma_d.
+    """
     target = normals(*SHAPE, seed=7)
     latents, _, _ = sample(point_F(target), samplers.scm_times(steps, schedule))
-    assert error(latents, target) < 1e-5
+    assert max_error(latents, target) < 1e-5
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 def test_few_steps_follow_their_recursion(steps):
-    """For Gaussian data each step scales by S / spread. Fails when scm adds noise without its sigma_d."""
+    """For Gaussian data each step scales by S / std_at.
+
+    Fails when scm adds noise without its sigma_d.
+    """
     times = samplers.scm_times(steps)
     latents, noise, step_noise = sample(consistency_F, times)
     x = 0.5 * noise.astype(np.float64)
@@ -106,13 +111,16 @@ def test_few_steps_follow_their_recursion(steps):
         clean = S * x / np.sqrt(np.cos(s) ** 2 * 0.04 + np.sin(s) ** 2 * 0.25)
         if i < steps - 1:
             x = np.cos(t) * clean + np.sin(t) * 0.5 * step_noise[i]
-    assert error(latents, clean / 0.5) < 1e-5
+    assert max_error(latents, clean / 0.5) < 1e-5
     if steps == 1:
-        assert error(latents, 0.4 * noise) < 1e-5
+        assert max_error(latents, 0.4 * noise) < 1e-5
 
 
 def test_few_steps_of_any_network():
-    """Three steps written out. Fails when scm swaps sine and cosine between steps or takes times[1:]."""
+    """Three steps are written out.
+
+    Fails when scm swaps sine and cosine between steps or takes times[1:].
+    """
     times = samplers.scm_times(3)
     latents, noise, step_noise = sample(odd_F, times)
     x = 0.5 * noise.astype(np.float64)
@@ -120,7 +128,7 @@ def test_few_steps_of_any_network():
         F = np.sin(2 * x / 0.5 + s) + 0.3 * x / 0.5 * s
         clean = np.cos(s) * x - np.sin(s) * 0.5 * F
         x = np.cos(t) * clean + np.sin(t) * 0.5 * (step_noise[i] if i < 2 else 0)
-    assert error(latents, x / 0.5) < 1e-5
+    assert max_error(latents, x / 0.5) < 1e-5
 
 
 def test_step_noise_is_counted():
@@ -132,7 +140,10 @@ def test_step_noise_is_counted():
 
 
 def test_published_schedules():
-    """Released sampler and paper Table 7. Fails when PUBLISHED_T_MAX is pi / 2 or 1.3 is 1.0."""
+    """Compare with the released sampler and the paper's Table 7.
+
+    Fails when PUBLISHED_T_MAX is pi / 2 or 1.3 is 1.0.
+    """
     expected = {
         ("code", 1): [1.57080, 0],
         ("code", 2): [1.57080, 1.3, 0],
@@ -154,11 +165,13 @@ def test_every_schedule_falls_to_zero():
         (steps, samplers.flow_times(steps, shift)) for steps in (1, 2, 7) for shift in (1.0, 3.0)
     ]
     for steps, times in lists:
-        assert len(times) == steps + 1 and times[-1] == 0 and (np.diff(times) < 0).all()
+        assert len(times) == steps + 1
+        assert times[-1] == 0
+        assert (np.diff(times) < 0).all()
 
 
 def test_impossible_schedules_are_refused():
-    """Fails when steps < 1 is made steps < 0."""
+    """Fails when steps < 1 becomes steps < 0."""
     with pytest.raises(UserError, match="steps 0: use 1 or more"):
         samplers.scm_times(0)
     with pytest.raises(UserError, match="no list for 3 steps"):
@@ -168,7 +181,7 @@ def test_impossible_schedules_are_refused():
 
 
 def test_evenly_spaced_times():
-    """Fails when flow_times shifts towards data instead (shift in place of 1 / shift)."""
+    """Fails when flow_times shifts towards the data (shift instead of 1 / shift)."""
     np.testing.assert_allclose(samplers.trig_times(2), [math.pi / 2, math.pi / 4, 0], rtol=1e-6)
     np.testing.assert_allclose(samplers.flow_times(4), [1, 0.75, 0.5, 0.25, 0], rtol=1e-6)
     np.testing.assert_allclose(samplers.flow_times(4, 3.0), [1, 0.9, 0.75, 0.5, 0], rtol=1e-6)
@@ -184,40 +197,45 @@ ODE = {
 
 @pytest.mark.parametrize("name", ODE)
 def test_euler_is_first_order(name):
-    """The ODE ends in (S / sigma_d) noise and the error halves with the step.
+    """The ODE ends at (S / sigma_d) noise and the error halves with the step.
 
-    Fails when trigflow_euler's minus is made plus or its sine gets a factor 0.9, and when flow_euler takes
-    (s - t).
+    Fails when the minus of trigflow_euler becomes plus or its sine gets a factor 0.9, and when
+    flow_euler takes (s - t).
     """
     noise = normals(*SHAPE)
     run = jax.jit(ODE[name], static_argnums=1)
-    errors = [error(run(noise, n), S / SIGMA_D * noise) for n in (32, 64, 128)]
+    errors = [max_error(run(noise, n), S / SIGMA_D * noise) for n in (32, 64, 128)]
     assert errors[2] < 0.03
     for coarse, fine in itertools.pairwise(errors):
         assert 1.85 < coarse / fine < 2.15
 
 
-def test_trigflow_rotation_is_exact_where_the_ode_rotates():
-    """One point as data: one rotation of any length is exact. Fails when the cosine takes s + t."""
+def test_trigflow_step_is_exact_for_a_single_point():
+    """For data that is one point the ODE is a rotation, so one step of any length is exact.
+
+    Fails when the cosine takes s + t.
+    """
     target, noise = normals(*SHAPE, seed=7), normals(*SHAPE)
     times = np.float32([math.pi / 2, 0.8, 0.3])
     latents = samplers.trigflow_euler(point_F(target), noise, times)
-    assert error(latents, math.cos(0.3) * target + math.sin(0.3) * noise) < 1e-5
+    assert max_error(latents, math.cos(0.3) * target + math.sin(0.3) * noise) < 1e-5
 
 
 def test_both_euler_samplers_agree_on_one_network():
-    """A flow network and its TrigFlow form have one ODE. Fails when Eq. (6) is read without its sine."""
+    """A flow network and its TrigFlow form have one ODE. Fails when Eq. (6) loses its sine."""
     noise = normals(*SHAPE)
-    v = lambda x, t: jnp.tanh(x) * (1 - 2 * wide(t)) + 0.5 * jnp.roll(x, 1, 2)
+    v = lambda x, t: jnp.tanh(x) * (1 - 2 * to_column(t)) + 0.5 * jnp.roll(x, 1, 2)
     one = jax.jit(lambda: samplers.flow_euler(v, noise, samplers.flow_times(2000)))()
     F = trigflow.from_flow(v)
     other = jax.jit(lambda: samplers.trigflow_euler(F, noise, samplers.trig_times(2000)))()
-    assert error(other, one) < 5e-3
-    assert error(noise, one) > 0.1  # the ODE does move
+    assert max_error(other, one) < 5e-3
+    assert max_error(noise, one) > 0.1  # the ODE is not constant
 
 
-def test_noises_of_seeds_pictures_and_steps_have_nothing_in_common():
-    """Fails when a key is a sum, so that seed 1 picture 0 is seed 0 picture 1, and when a draw repeats for the next step."""
+def test_noise_differs_between_seeds_images_and_steps():
+    """Fails when a key is a sum, so that seed 1 image 0 is seed 0 image 1, and when the next step
+    repeats a draw.
+    """
     draw = jax.jit(lambda seed: programs.noises(seed, jnp.arange(4), (16, 16, 64), 3))
     drawn = np.concatenate(
         [np.asarray(draw(seed), np.float64).reshape(12, -1) for seed in range(4)]

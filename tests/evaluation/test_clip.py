@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
+from helpers.arrays import relative_error
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import extractors
 from sprint_jax.evaluation.networks import clip as clip_lib
@@ -20,8 +21,11 @@ torch.set_num_threads(1)
 START, END = 60, 61
 
 
-def words():
-    """A tokenizer of CLIP's kind (byte pairs with </w>, start and end tokens) that knows single letters."""
+def write_tokenizer():
+    """Return a tokenizer like CLIP's that knows single letters.
+
+    It has byte pairs with </w>, and start and end tokens.
+    """
     letters = [f"{c}{end}" for c in "abcdefghijklmnopqrstuvwxyz,." for end in ("", "</w>")]
     vocab = {token: i for i, token in enumerate(letters)}
     vocab |= {"<|startoftext|>": START, "<|endoftext|>": END}
@@ -30,7 +34,7 @@ def words():
 
 @pytest.fixture(scope="module", params=["own end token", "largest id"])
 def folder(request, tmp_path_factory):
-    """A random CLIP with its tokenizer, as transformers saves them."""
+    """Return the folder of a random CLIP with its tokenizer, as transformers saves them."""
     path = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
     end = END if request.param == "own end token" else 2
@@ -58,8 +62,8 @@ def folder(request, tmp_path_factory):
     model = transformers.CLIPModel(
         transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
     )
-    fabricate.randomise(model, 0, 0.3).save_pretrained(path)
-    file = path / "model.safetensors"  # the published file holds buffers of integers besides
+    fabricate.randomize(model, 0, 0.3).save_pretrained(path)
+    file = path / "model.safetensors"  # the published file also has integer buffers
     buffers = {
         "text_model.embeddings.position_ids": np.arange(12)[None],
         "vision_model.embeddings.position_ids": np.arange(17)[None],
@@ -67,22 +71,19 @@ def folder(request, tmp_path_factory):
     safetensors.numpy.save_file(
         safetensors.numpy.load_file(file) | buffers, file, metadata={"format": "pt"}
     )
-    words().save_pretrained(path)
+    write_tokenizer().save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="module")
 def peer(folder):
+    """Return the model of transformers."""
     return transformers.CLIPModel.from_pretrained(folder).eval()
 
 
 def pooled(result):
-    """transformers 5 gives an output object, earlier ones a tensor."""
+    """Return the features: transformers 5 gives an output object, earlier versions a tensor."""
     return (result if torch.is_tensor(result) else result.pooler_output).detach().numpy()
-
-
-def relative(found, expected):
-    return np.linalg.norm(found - expected) / np.linalg.norm(expected)
 
 
 TEXTS = ["a red fox", "an oil painting of a lighthouse at dusk, with gulls", "z"]
@@ -92,10 +93,11 @@ def test_text_features_match_transformers(folder, peer):
     clip, _ = extractors.load_clip(folder, batch=2)
     tokens = clip.tokens(TEXTS)
     assert tokens.shape == (3, 12)
-    assert tokens[1, 0] == START and tokens[1, -1] == END  # cut, with the end token kept
+    assert tokens[1, 0] == START
+    assert tokens[1, -1] == END  # truncated, with the end token kept
     with torch.no_grad():
         expected = pooled(peer.get_text_features(torch.tensor(tokens).long()))
-    assert relative(clip.texts(TEXTS), expected) < 1e-5
+    assert relative_error(clip.texts(TEXTS), expected) < 1e-5
 
 
 def test_image_features_match_transformers(folder, peer):
@@ -106,12 +108,14 @@ def test_image_features_match_transformers(folder, peer):
         expected = pooled(
             peer.get_image_features(torch.tensor(x, dtype=torch.float32).permute(0, 3, 1, 2))
         )
-    assert relative(clip.images(list(images)), expected) < 1e-5
+    assert relative_error(clip.images(list(images)), expected) < 1e-5
     assert clip.logit_scale == pytest.approx(peer.logit_scale.item())
 
 
 def test_score_of_pairs_matches_transformers(folder, peer, command, tmp_path):
-    """From picture files and prompts: the diagonal of transformers' own logits is exp(logit_scale) x cosine."""
+    """From image files and prompts: the diagonal of transformers' own logits is exp(logit_scale) x
+    cosine.
+    """
     clip, digest = extractors.load_clip(folder, batch=4)
     images = np.random.RandomState(1).randint(0, 256, (3, 28, 28, 3)).astype(np.uint8)
     x = (images / 255 - np.array(clip_lib.MEAN)) / np.array(clip_lib.DEVIATION)
@@ -148,7 +152,7 @@ def test_score_of_pairs_matches_transformers(folder, peer, command, tmp_path):
 
 
 def test_preprocessing_matches_transformers():
-    """Resize of the shorter side and centre crop of a large odd picture, as CLIP's own image processor."""
+    """Compare the resized shorter side and the center crop of a large image with odd sides."""
     processor = transformers.CLIPImageProcessor(do_normalize=False, do_rescale=False)
     rng = np.random.RandomState(0)
     for shape in ((301, 517, 3), (640, 333, 3), (100, 100, 3)):

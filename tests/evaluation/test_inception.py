@@ -1,4 +1,4 @@
-"""The FID Inception against PyTorch layers built from its published description, on random weights."""
+"""The FID Inception against PyTorch layers from its published description, on random weights."""
 
 import hashlib
 import pathlib
@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from helpers.runs import refused
+from helpers.runs import assert_refused
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import extractors, fid
 from sprint_jax.evaluation.networks import inception
@@ -20,7 +20,10 @@ torch.set_num_threads(1)
 
 
 def random_state(seed=0):
-    """A state dict by pytorch-fid's names, float32 NumPy: activations stay near one through the whole depth."""
+    """Return a state dict with the names of pytorch-fid, float32.
+
+    Activations stay near one through the whole depth.
+    """
     rng, state = np.random.RandomState(seed), {}
     for layer, (height, width, into, out) in inception.layer_shapes().items():
         draw = lambda low, high: rng.uniform(low, high, out).astype(np.float32)
@@ -40,7 +43,7 @@ def state():
 
 
 class Peer:
-    """The network in PyTorch's functions. x: [B, 3, H, W] in -1..1."""
+    """The network in functions of PyTorch, for x [B, 3, H, W] in -1..1."""
 
     def __init__(self, state):
         self.state = {name: torch.tensor(value) for name, value in state.items()}
@@ -54,7 +57,7 @@ class Peer:
         return F.relu(x)
 
     def chain(self, x, block, *layers):
-        """layers: (name, padding) or (name, padding, stride)."""
+        """Apply layers given as (name, padding) or (name, padding, stride)."""
         for name, padding, *stride in layers:
             x = self.conv(x, f"{block}.{name}", padding=padding, stride=stride[0] if stride else 1)
         return x
@@ -142,13 +145,15 @@ class Peer:
 
 
 def test_features_match_pytorch(state):
-    """Fails when Mixed_7c's maximum is taken for a mean, or when average pooling counts padding (each 1e-2)."""
+    """Fails when the maximum of Mixed_7c becomes a mean, and when average pooling counts padding
+    (each 1e-2).
+    """
     x = np.random.RandomState(1).uniform(-1, 1, (2, 107, 91, 3)).astype(np.float32)
     with torch.no_grad():
         expected = Peer(state).features(torch.tensor(x).permute(0, 3, 1, 2)).numpy()
     found = np.asarray(jax.jit(inception.features)(inception.params_of(state), x))
     assert found.shape == (2, inception.FEATURES)
-    assert np.std(expected) > 0.05  # something is left to compare
+    assert np.std(expected) > 0.05  # the features are not all zero
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
 
 
@@ -163,7 +168,9 @@ def test_resize_matches_pytorch(height, width):
 
 
 def test_statistics_of_a_folder_match_pytorch(state, command, tmp_path):
-    """The door from picture files to mu and sigma, in batches that do not divide the pictures."""
+    """The command's way from image files to mu and sigma, in batches that do not divide the
+    images.
+    """
     images = np.random.RandomState(2).randint(0, 256, (3, 24, 40, 3)).astype(np.uint8)
     (tmp_path / "pictures").mkdir()
     for i, image in enumerate(images):
@@ -192,9 +199,8 @@ def test_statistics_of_a_folder_match_pytorch(state, command, tmp_path):
     )
     covariance = np.cov(expected, rowvar=False)
     assert np.linalg.norm(gaussian.covariance - covariance) / np.linalg.norm(covariance) < 1e-3
-    assert (
-        protocol["features"] == "Inception of other weights" and protocol["resize"] == "pytorch-fid"
-    )
+    assert protocol["features"] == "Inception of other weights"
+    assert protocol["resize"] == "pytorch-fid"
     assert protocol["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     result = command(
         "sprint_jax.commands.evaluate",
@@ -206,11 +212,13 @@ def test_statistics_of_a_folder_match_pytorch(state, command, tmp_path):
         f"--reference={stats}",
         f"--out={tmp_path}",
     )
-    refused(result, "resize=pytorch-fid", "now clean-fid")
+    assert_refused(result, "resize=pytorch-fid", "now clean-fid")
 
 
-def test_published_files_are_told_from_others(tmp_path, monkeypatch, state):
-    """A .pth file and the safetensors made of it give equal parameters; another digest is refused."""
+def test_published_files_are_recognized(tmp_path, monkeypatch, state):
+    """A .pth file and the safetensors made of it give equal parameters; another digest is
+    refused.
+    """
     full = {k: torch.tensor(v) for k, v in state.items()} | {
         "fc.weight": torch.zeros(1008, 2048),
         "Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(0),

@@ -1,4 +1,6 @@
-"""Statistics and rule engines of the metrics: recorded numbers of the official packages, and cases done by hand."""
+"""Statistics and rules of the metrics: recorded numbers of the official packages, and cases by
+hand.
+"""
 
 import json
 
@@ -11,40 +13,48 @@ from sprint_jax.toy import checker, frechet
 
 
 def features(seed, count, shift, scale, dim=64):
+    """Return normal features [count, dim] with a shift and a scale."""
     rng = np.random.RandomState(seed)
     mix = rng.randn(dim, dim) / np.sqrt(dim)
     return np.abs(rng.randn(count, dim) @ mix) * scale + shift
 
 
 def gaussian(x):
+    """Return (mean, covariance) of features."""
     return fid.Moments.of(x).gaussian()
 
 
-# What calculate_frechet_distance of pytorch-fid 0.3.0 and frechet_distance of clean-fid 0.1.35 gave (both the same,
-# to the last digit) on mean and np.cov of these features, NumPy 2.4.6, SciPy 1.17.1.
+# Results of calculate_frechet_distance of pytorch-fid 0.3.0 and frechet_distance of clean-fid
+# 0.1.35, equal to the last digit, on mean and np.cov of these features. NumPy 2.4.6, SciPy 1.17.1.
 RECORDED = {600: 13.43088923898884, 40: 38.89231522434642}
 
 
 @pytest.mark.parametrize("count", RECORDED)
-def test_fid_is_that_of_the_official_packages(count):
-    """40 features of 64 numbers: the product of the covariances is singular. Fails for a divisor of N instead of N - 1."""
+def test_fid_equals_that_of_the_official_packages(count):
+    """With 40 features of 64 numbers the product of the covariances is singular.
+
+    Fails for a divisor of N instead of N - 1.
+    """
     a, b = features(0, count, 0.0, 1.0), features(1, count, 0.1, 1.3)
     assert a[0, 0] == pytest.approx(
         1.1924016184953699, rel=1e-14
-    )  # the features are those of the record
+    )  # the features are the recorded ones
     assert fid.distance(gaussian(a), gaussian(b)) == pytest.approx(RECORDED[count], rel=1e-9)
 
 
 def test_fid_of_singular_covariances():
-    """Recorded as above, of covariances whose product is zero."""
+    """Recorded as above, for covariances whose product is zero."""
     zero, one, other = np.zeros(8), np.diag([1.0] + [0] * 7), np.diag([0, 1.0] + [0] * 6)
     of = lambda mean, covariance: fid.Gaussian(mean, covariance, 0)
     assert fid.distance(of(zero, one), of(zero + 0.5, other)) == pytest.approx(4.0, rel=1e-9)
     assert fid.distance(of(zero, one), of(zero + 0.5, 0 * one)) == pytest.approx(3.0, rel=1e-9)
 
 
-def test_fid_adds_to_the_diagonals_where_there_is_no_root(monkeypatch):
-    """A product whose root is not finite: 1e-6 on both diagonals, of the root alone (closed form of diagonals)."""
+def test_fid_adds_to_the_diagonals_without_a_finite_root(monkeypatch):
+    """If the root of the product is not finite, 1e-6 is added to both diagonals, in the root alone.
+
+    The expected value is the closed form for diagonal matrices.
+    """
     a, b, roots = np.array([1.0, 0.0, 2.0]), np.array([0.0, 0.0, 3.0]), [np.full((3, 3), np.nan)]
     true = fid._root
     monkeypatch.setattr(fid, "_root", lambda matrix: roots.pop() if roots else true(matrix))
@@ -57,8 +67,10 @@ def test_fid_adds_to_the_diagonals_where_there_is_no_root(monkeypatch):
     )
 
 
-def test_a_root_that_is_not_real_is_refused(monkeypatch):
-    """Imaginary parts up to 1e-3 on the diagonal are rounding, as in pytorch-fid; more is an error."""
+def test_a_complex_root_is_refused(monkeypatch):
+    """Imaginary parts up to 1e-3 on the diagonal are rounding, as in pytorch-fid; larger ones are
+    an error.
+    """
     one = fid.Gaussian(np.zeros(2), np.eye(2), 0)
     monkeypatch.setattr(fid, "_root", lambda matrix: np.eye(2) + np.diag([0.9e-3j, 0]))
     assert fid.distance(one, one) == 0
@@ -85,7 +97,10 @@ def test_both_distances_agree():
 
 
 def test_parts_merge_to_the_whole():
-    """Any cut and any order, at a mean of 1000 standard deviations; fails where `between` is left out."""
+    """Any split in any order, with a mean of 1000 standard deviations.
+
+    Fails where `between` is left out.
+    """
     x = np.random.RandomState(0).randn(301, 6) + 1000
     cuts = np.split(x, [1, 40, 41, 200])
     merged = fid.merge(fid.Moments.of(part) for part in cuts)
@@ -99,7 +114,7 @@ def test_parts_merge_to_the_whole():
         )
 
 
-def test_statistics_come_back_from_a_file(tmp_path):
+def test_statistics_survive_a_file(tmp_path):
     path = tmp_path / "stats.npz"
     fid.save(
         path,
@@ -110,12 +125,15 @@ def test_statistics_come_back_from_a_file(tmp_path):
     expected = gaussian(features(0, 20, 0, 1, dim=5))
     np.testing.assert_array_equal(found.covariance, expected.covariance)
     np.testing.assert_array_equal(found.mean, expected.mean)
-    assert found.count == 20 and protocol == {"resize": "pytorch-fid", "picture_size": ""}
+    assert found.count == 20
+    assert protocol == {"resize": "pytorch-fid", "picture_size": ""}
     np.savez(
         tmp_path / "foreign.npz", mu=np.zeros(3, np.float32), sigma=np.eye(3, dtype=np.float32)
     )
     found, protocol = fid.load(tmp_path / "foreign.npz")
-    assert found.count == 0 and protocol == {} and found.covariance.dtype == np.float64
+    assert found.count == 0
+    assert protocol == {}
+    assert found.covariance.dtype == np.float64
 
 
 @pytest.mark.parametrize(
@@ -151,13 +169,15 @@ def test_bad_comparisons_are_named(tmp_path):
 
 
 def test_clip_scores():
-    """Recorded from torchmetrics 1.9.0 with a model that returns these features: the mean, and 0 for opposites."""
+    """Recorded from torchmetrics 1.9.0 with a model that returns these features: the mean, and 0
+    for opposites.
+    """
     rng = np.random.RandomState(3)
     image = rng.randn(6, 16)
     text = rng.randn(6, 16) + 0.3 * image
     found = clip_score.cosines(image, text)
     assert clip_score.torchmetrics(found) == pytest.approx(39.83364231682234, rel=1e-9)
-    # Printed there to seven digits.
+    # torchmetrics prints seven digits.
     np.testing.assert_allclose(
         100 * found, [15.2384, 8.7046, 45.4586, 48.8646, 45.8129, 74.9228], rtol=2e-6, atol=5e-5
     )
@@ -166,29 +186,33 @@ def test_clip_scores():
     opposite = clip_score.cosines(image, -image)
     assert clip_score.torchmetrics(opposite) == 0
     assert clip_score.sana(opposite, np.log(100)) == pytest.approx(-100)
-    # One pair below zero lowers the mean in both: pairs are not clipped on their own.
+    # One pair below zero lowers the mean in both: single pairs are not clipped.
     assert clip_score.torchmetrics([0.5, -0.25]) == pytest.approx(12.5)
 
 
-def seen(name, confidence=0.9, box=(0, 0, 10, 10), colour=None):
+def detection(name, confidence=0.9, box=(0, 0, 10, 10), colour=None):
+    """Return a detected object."""
     return {"class": name, "box": list(box), "confidence": confidence} | (
         {"colour": colour} if colour else {}
     )
 
 
-def asked(tag, *include, exclude=()):
+def requirement(tag, *include, exclude=()):
+    """Return a GenEval prompt."""
     return {"tag": tag, "include": list(include), "exclude": list(exclude)}
 
 
-ONE_DOG = asked("single_object", {"class": "dog", "count": 1})
-THREE_DOGS = asked("counting", {"class": "dog", "count": 3}, exclude=[{"class": "dog", "count": 4}])
-RED_DOG = asked("colors", {"class": "dog", "count": 1, "color": "red"})
-DOG_RIGHT_OF_CAT = asked(
+ONE_DOG = requirement("single_object", {"class": "dog", "count": 1})
+THREE_DOGS = requirement(
+    "counting", {"class": "dog", "count": 3}, exclude=[{"class": "dog", "count": 4}]
+)
+RED_DOG = requirement("colors", {"class": "dog", "count": 1, "color": "red"})
+DOG_RIGHT_OF_CAT = requirement(
     "position",
     {"class": "cat", "count": 1},
     {"class": "dog", "count": 1, "position": ["right of", 0]},
 )
-RED_DOG_BLUE_CAT = asked(
+RED_DOG_BLUE_CAT = requirement(
     "color_attr",
     {"class": "dog", "count": 1, "color": "red"},
     {"class": "cat", "count": 1, "color": "blue"},
@@ -198,37 +222,51 @@ RED_DOG_BLUE_CAT = asked(
 @pytest.mark.parametrize(
     "metadata, objects, right",
     [
-        (ONE_DOG, [seen("dog", 0.31)], True),
-        (ONE_DOG, [seen("dog", 0.3)], False),  # above the threshold, not at it
-        (ONE_DOG, [seen("cat")], False),
+        (ONE_DOG, [detection("dog", 0.31)], True),
+        (ONE_DOG, [detection("dog", 0.3)], False),  # above the threshold, not at it
+        (ONE_DOG, [detection("cat")], False),
         (
             ONE_DOG,
-            [seen("dog"), seen("dog"), seen("cat")],
+            [detection("dog"), detection("dog"), detection("cat")],
             True,
-        ),  # more does not hurt without exclude
+        ),  # more objects are allowed without exclude
         (ONE_DOG, [], False),
-        (THREE_DOGS, [seen("dog", 0.91)] * 3, True),
-        (THREE_DOGS, [seen("dog", 0.91)] * 2 + [seen("dog", 0.89)], False),  # counting asks for 0.9
-        (THREE_DOGS, [seen("dog", 0.91)] * 3 + [seen("dog", 0.89)], True),
-        (THREE_DOGS, [seen("dog", 0.95)] * 4, False),  # excluded
-        (RED_DOG, [seen("dog", colour="red")], True),
-        (RED_DOG, [seen("dog", colour="blue")], False),
-        # Only the most confident dog is asked for its colour.
-        (RED_DOG, [seen("dog", 0.5, colour="red"), seen("dog", 0.8, colour="blue")], False),
-        (RED_DOG, [seen("dog", 0.5, colour="blue"), seen("dog", 0.8, colour="red")], True),
+        (THREE_DOGS, [detection("dog", 0.91)] * 3, True),
+        # counting needs a confidence of 0.9
+        (THREE_DOGS, [detection("dog", 0.91)] * 2 + [detection("dog", 0.89)], False),
+        (THREE_DOGS, [detection("dog", 0.91)] * 3 + [detection("dog", 0.89)], True),
+        (THREE_DOGS, [detection("dog", 0.95)] * 4, False),  # excluded
+        (RED_DOG, [detection("dog", colour="red")], True),
+        (RED_DOG, [detection("dog", colour="blue")], False),
+        # Only the color of the most confident dog counts.
         (
-            DOG_RIGHT_OF_CAT,
-            [seen("cat", box=(0, 0, 10, 10)), seen("dog", box=(30, 0, 40, 10))],
-            True,
-        ),
-        (
-            DOG_RIGHT_OF_CAT,
-            [seen("cat", box=(30, 0, 40, 10)), seen("dog", box=(0, 0, 10, 10))],
+            RED_DOG,
+            [detection("dog", 0.5, colour="red"), detection("dog", 0.8, colour="blue")],
             False,
         ),
-        (DOG_RIGHT_OF_CAT, [seen("dog", box=(30, 0, 40, 10))], False),  # nothing to be right of
-        (RED_DOG_BLUE_CAT, [seen("dog", colour="red"), seen("cat", colour="blue")], True),
-        (RED_DOG_BLUE_CAT, [seen("dog", colour="blue"), seen("cat", colour="red")], False),
+        (
+            RED_DOG,
+            [detection("dog", 0.5, colour="blue"), detection("dog", 0.8, colour="red")],
+            True,
+        ),
+        (
+            DOG_RIGHT_OF_CAT,
+            [detection("cat", box=(0, 0, 10, 10)), detection("dog", box=(30, 0, 40, 10))],
+            True,
+        ),
+        (
+            DOG_RIGHT_OF_CAT,
+            [detection("cat", box=(30, 0, 40, 10)), detection("dog", box=(0, 0, 10, 10))],
+            False,
+        ),
+        # no object to be right of
+        (DOG_RIGHT_OF_CAT, [detection("dog", box=(30, 0, 40, 10))], False),
+        (RED_DOG_BLUE_CAT, [detection("dog", colour="red"), detection("cat", colour="blue")], True),
+        (
+            RED_DOG_BLUE_CAT,
+            [detection("dog", colour="blue"), detection("cat", colour="red")],
+            False,
+        ),
     ],
 )
 def test_geneval_cases_by_hand(metadata, objects, right):
@@ -240,13 +278,13 @@ def test_geneval_cases_by_hand(metadata, objects, right):
 @pytest.mark.parametrize(
     "box, other, expected",
     [
-        ((30, 0, 40, 10), (0, 0, 10, 10), {"right of"}),  # 30 apart, 2 taken off: 28/30
+        ((30, 0, 40, 10), (0, 0, 10, 10), {"right of"}),  # distance 30, 2 subtracted: 28/30
         ((0, 0, 10, 10), (30, 0, 40, 10), {"left of"}),
         ((0, 0, 10, 10), (0, 30, 10, 40), {"above"}),  # y grows downwards
         ((0, 30, 10, 40), (0, 0, 10, 10), {"below"}),
         ((20, 20, 30, 30), (0, 0, 10, 10), {"right of", "below"}),  # 18/28.28 = 0.64 on both axes
-        ((2, 0, 12, 10), (0, 0, 10, 10), set()),  # 2 apart, all of it margin
-        ((3, 0, 13, 10), (0, 0, 10, 10), set()),  # 1/3 is left
+        ((2, 0, 12, 10), (0, 0, 10, 10), set()),  # distance 2, all of it margin
+        ((3, 0, 13, 10), (0, 0, 10, 10), set()),  # 1/3 remains
         ((5, 0, 15, 10), (0, 0, 10, 10), {"right of"}),  # 3/5
         ((4, 0, 14, 10), (0, 0, 10, 10), set()),  # 2/4 is not more than half
         ((10, 20, 20, 30), (0, 0, 10, 10), {"below"}),  # 18/22.4 = 0.80 against 8/22.4 = 0.36
@@ -259,7 +297,8 @@ def test_geneval_relations_by_hand(box, other, expected):
 
 def test_geneval_keeps_sixteen_of_a_class():
     found = geneval.kept(
-        [seen("dog", 0.5 + i / 100) for i in range(20)] + [seen("cat", 0.2)], "single_object"
+        [detection("dog", 0.5 + i / 100) for i in range(20)] + [detection("cat", 0.2)],
+        "single_object",
     )
     assert [round(o["confidence"], 2) for o in found["dog"]] == [
         round(0.69 - i / 100, 2) for i in range(16)
@@ -268,24 +307,24 @@ def test_geneval_keeps_sixteen_of_a_class():
 
 
 def test_geneval_overall_is_the_mean_of_tasks():
-    """Two of three colours and one of one object: 0.8333, where the mean over pictures is 0.75."""
+    """Two of three colors and one of one object give 0.8333; the mean over images would be 0.75."""
     pictures = [("a", RED_DOG), ("b", RED_DOG), ("c", RED_DOG), ("d", ONE_DOG)]
-    detections = {n: [seen("dog", colour="red")] for n in "abd"} | {"c": []}
+    detections = {n: [detection("dog", colour="red")] for n in "abd"} | {"c": []}
     found = geneval.score(detections, pictures)
     assert found["tasks"] == {"single_object": 1.0, "colors": pytest.approx(2 / 3)}
     assert found["overall"] == pytest.approx((1 + 2 / 3) / 2)
     assert found["wrong"] == {"c": ["expected 1 dog, found 0"]}
 
 
-def test_geneval_gaps_are_named(tmp_path):
+def test_geneval_missing_images_are_named(tmp_path):
     with pytest.raises(UserError, match="1 of 2 pictures have no detections, first b"):
         geneval.score({"a": []}, [("a", ONE_DOG), ("b", ONE_DOG)])
     with pytest.raises(UserError, match="detections of a lack a colour"):
-        geneval.score({"a": [seen("dog")]}, [("a", RED_DOG)])
+        geneval.score({"a": [detection("dog")]}, [("a", RED_DOG)])
     for row, words in (
         ({"file": "a"}, "line 2"),
         ({"file": "a", "objects": [{"class": "dog", "box": [1, 2, 3], "confidence": 1}]}, "line 2"),
-        ({"file": "a", "objects": [seen("dog", colour="mauve")]}, "mauve"),
+        ({"file": "a", "objects": [detection("dog", colour="mauve")]}, "mauve"),
         ({"file": "first", "objects": []}, "has a line already"),
     ):
         path = tmp_path / "detections.jsonl"
@@ -315,18 +354,20 @@ def test_geneval_gaps_are_named(tmp_path):
     )
     with pytest.raises(UserError, match="earlier index"):
         geneval.check_metadata(
-            asked("position", {"class": "dog", "count": 1, "position": ["left of", 0]}), "prompt 7"
+            requirement("position", {"class": "dog", "count": 1, "position": ["left of", 0]}),
+            "prompt 7",
         )
 
 
-def test_dpg_zeroes_what_depends_on_a_no():
-    """2 depends on 1, 3 on 2, 4 on nothing: a no to 1 takes 2 and, through it, 3."""
+def test_dpg_zeroes_questions_that_depend_on_a_no():
+    """2 depends on 1, 3 on 2, and 4 on nothing: a no to 1 zeroes 2 and, through it, 3."""
     parents = {1: (), 2: (1,), 3: (2,), 4: ()}
     assert dpg.picture_score({1: True, 2: True, 3: True, 4: True}, parents) == 1
     assert dpg.picture_score({1: False, 2: True, 3: True, 4: True}, parents) == 0.25
     assert dpg.picture_score({1: True, 2: False, 3: True, 4: True}, parents) == 0.5
     assert dpg.picture_score({1: True, 2: True, 3: True, 4: False}, parents) == 0.75
-    # A question that comes before the one it depends on is judged by the answer itself, as officially.
+    # A question that comes before its dependency is judged by the answer itself, as in the
+    # original.
     assert dpg.picture_score(
         {1: False, 2: True, 3: True}, {3: (2,), 2: (1,), 1: ()}
     ) == pytest.approx(1 / 3)
@@ -340,7 +381,10 @@ fox,a red fox,,1,0,entity
 
 
 def test_dpg_from_files(tmp_path):
-    """lake: 1, 1, 0 and 0.5 over four pictures; fox: all right. Mean over prompts, times 100."""
+    """lake:
+
+    1, 1, 0 and 0.5 over four images; fox: all right. The score is the mean over prompts, times 100.
+    """
     (tmp_path / "q.csv").write_text(QUESTIONS)
     items = dpg.read_questions(tmp_path / "q.csv")
     assert [(i.id, i.prompt, i.parents) for i in items] == [
@@ -358,7 +402,8 @@ def test_dpg_from_files(tmp_path):
     )
     write(rows)
     found = dpg.score(dpg.read_answers(tmp_path / "a.jsonl"), items)
-    assert found["items"] == {"lake": 0.625, "fox": 1.0} and found["score"] == pytest.approx(81.25)
+    assert found["items"] == {"lake": 0.625, "fox": 1.0}
+    assert found["score"] == pytest.approx(81.25)
     write(rows[:-1])
     with pytest.raises(UserError, match="1 of 8 pictures have no answers, first picture 3 of fox"):
         dpg.score(dpg.read_answers(tmp_path / "a.jsonl"), items)
@@ -389,13 +434,13 @@ def test_dpg_questions_that_do_not_fit_are_named(tmp_path):
         dpg.read_questions(path)
 
 
-def test_grids_are_cut_where_they_were_joined():
+def test_grids_are_split_where_they_were_joined():
     images = np.random.RandomState(0).randint(0, 256, (4, 6, 8, 3)).astype(np.uint8)
     sheet = dpg.grid(images)
     assert sheet.shape == (12, 16, 3)
     np.testing.assert_array_equal(
         sheet[:6, 8:], images[1]
-    )  # reading order: the second is top right
+    )  # reading order: the second is at the top right
     np.testing.assert_array_equal(dpg.crops(sheet), images)
     with pytest.raises(UserError, match="11 x 16"):
         dpg.crops(sheet[:11])
@@ -411,9 +456,8 @@ def test_prompt_files(tmp_path):
         ("00001", "two"),
     ]
     rows = read("a.jsonl", '{"prompt": "one", "tag": "x"}\n{"id": "b", "prompt": "two"}\n')
-    assert [(p.id, p.text) for p in rows] == [("00000", "one"), ("b", "two")] and rows[0].row[
-        "tag"
-    ] == "x"
+    assert [(p.id, p.text) for p in rows] == [("00000", "one"), ("b", "two")]
+    assert rows[0].row["tag"] == "x"
     assert [
         (p.id, p.text) for p in read("a.json", '{"k": {"prompt": "one", "category": "c"}}')
     ] == [("k", "one")]
@@ -421,7 +465,7 @@ def test_prompt_files(tmp_path):
         ("lake", "a lake, at dusk"),
         ("fox", "a red fox"),
     ]
-    mark = "\ufeff"  # as Windows' editors begin UTF-8
+    mark = "\ufeff"  # the byte order mark of editors on Windows
     for name, text in (
         ("m.txt", "one"),
         ("m.jsonl", '{"prompt": "one"}'),
@@ -429,7 +473,7 @@ def test_prompt_files(tmp_path):
     ):
         assert [p.text for p in read(name, mark + text)] == ["one"]
     assert [p.id for p in read("m.csv", mark + QUESTIONS)] == ["lake", "fox"]
-    odd = "a\u2028b \x85 c"  # no new lines, though str.splitlines takes them for such
+    odd = "a\u2028b \x85 c"  # not line ends, although str.splitlines splits at them
     assert (
         [p.text for p in read("o.txt", f"{odd}\ntwo")]
         == [
@@ -461,7 +505,7 @@ def test_prompt_files(tmp_path):
 
 
 def test_held_out_captions_are_those_of_a_run():
-    """And each picture of them is judged right by its own caption."""
+    """Each image is judged right by its own caption."""
     from sprint_jax.toy import shapes
 
     prompts = prompt_sets.heldout_captions(5, 12, 32)
@@ -470,7 +514,7 @@ def test_held_out_captions_are_those_of_a_run():
     assert overall == 1.0
 
 
-def test_report_reads_well():
+def test_the_report_text():
     text = report.readable(
         {
             "suite": "geneval",
@@ -480,4 +524,6 @@ def test_report_reads_well():
         }
     )
     assert "| overall | 0.5 |" in text and "| tasks: colors | 0.25 |" in text
-    assert "## protocol" in text and "| sizes | 32 x 32 |" in text and "details" not in text
+    assert "## protocol" in text
+    assert "| sizes | 32 x 32 |" in text
+    assert "details" not in text

@@ -1,10 +1,9 @@
-"""The ablations: the grid is whole, verdicts follow their rule, finished runs are not run again, reports render."""
+"""The ablations: the grid, the rule of the verdicts, resuming, and reports."""
 
 import dataclasses
 import json
 import math
 import re
-import runpy
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from PIL import Image, ImageFont
 
 from experiments.ablations import experiments, grid, plots, report, suite, verdict
+from helpers.configs import card
 from helpers.runs import ROOT
 from sprint_jax import build, config
 from sprint_jax.diffusion import trigflow
@@ -21,33 +21,35 @@ from sprint_jax.storage import weights
 from sprint_jax.training import datasets
 from sprint_jax.training import run as run_lib
 
-CARD = runpy.run_path(str(ROOT / "configs/sprint.py"))["get_config"]
 SCALE = dataclasses.replace(grid.TINY, name="test")
 
 
-def plain(c):
+def flat_config(c):
+    """Return {dotted key: value} of a config."""
     return weights.flatten(json.loads(json.dumps(config.to_dict(c))))
 
 
 @pytest.mark.parametrize("scale", grid.SCALES, ids=lambda s: s.name)
-def test_every_change_is_a_key_and_changes_exactly_what_it_says(scale):
-    card = CARD(scale.preset)
+def test_every_run_changes_exactly_its_keys(scale):
+    tree = card(preset=scale.preset)
     by_content = {}
     for r in grid.RUNS:
         assert r.kind in grid.KINDS
-        before = plain(experiments.configuration(card, scale, grid.Run("", r.kind, {}, r.size), 0))
-        after = plain(experiments.configuration(card, scale, r, 0))
+        before = flat_config(
+            experiments.configuration(tree, scale, grid.Run("", r.kind, {}, r.size), 0)
+        )
+        after = flat_config(experiments.configuration(tree, scale, r, 0))
         assert {k for k in before if before[k] != after[k]} == set(r.changes), r.name
         assert (
             by_content.setdefault((r.kind, repr(sorted(after.items()))), r.name) == r.name
-        )  # no run twice
-        again = plain(experiments.configuration(card, scale, r, 2))
+        )  # no run occurs twice
+        again = flat_config(experiments.configuration(tree, scale, r, 2))
         assert {k for k in after if after[k] != again[k]} == {"seed", "data.seed"}
 
 
 def test_an_unknown_key_is_refused():
     with pytest.raises(UserError, match="phases.sprint.objective.lamda"):
-        experiments.with_changes(CARD(), {"phases.sprint.objective.lamda": 1.0})
+        experiments.with_changes(card(preset="shapes"), {"phases.sprint.objective.lamda": 1.0})
 
 
 def test_the_tables_of_the_paper_are_covered_and_every_run_is_used():
@@ -71,11 +73,12 @@ def test_the_tables_of_the_paper_are_covered_and_every_run_is_used():
     for t in every:
         labels = [row.label for row in t.rows]
         assert len(set(labels)) == len(labels)
-        assert t.claims and {label for pair in t.claims for label in pair} <= set(labels)
+        assert t.claims
+        assert {label for pair in t.claims for label in pair} <= set(labels)
         assert t.rule in ("paper", "better", "equal")
 
 
-def test_shared_runs_are_made_once_and_table_three_comes_first():
+def test_shared_runs_occur_once_and_table_three_comes_first():
     runs = [r.name for r in grid.runs_of(grid.TABLES)]
     assert runs[:3] == ["scm", "ladd", "base"] and runs.count("base") == 1
     assert [r.name for r in grid.runs_of([t for t in grid.TABLES if t.name == "table6"])] == [
@@ -85,7 +88,8 @@ def test_shared_runs_are_made_once_and_table_three_comes_first():
     ]
 
 
-# By hand: means 3 and 1, variances 1 and 1, three seeds: SE = sqrt(2/3), 4 degrees of freedom, bound 2.1318 SE = 1.741.
+# By hand: means 3 and 1, variances 1 and 1, three seeds. SE = sqrt(2/3), 4 degrees of freedom,
+# bound 2.1318 SE = 1.741.
 HIGH, LOW = [2.0, 3.0, 4.0], [0.0, 1.0, 2.0]
 
 
@@ -100,14 +104,16 @@ def test_verdicts_by_hand():
     assert verdict.compare([x + 1.75 for x in LOW], LOW, higher=True).word == verdict.AGREES
     assert verdict.compare(LOW, near, higher=True).word == verdict.UNRESOLVED
     one = verdict.compare([3.0], LOW, higher=True)
-    assert one.word == verdict.UNRESOLVED and math.isnan(one.error) and one.seeds is None
+    assert one.word == verdict.UNRESOLVED
+    assert math.isnan(one.error)
+    assert one.seeds is None
     assert verdict.compare([3.0, math.inf], LOW, higher=True).word == verdict.UNRESOLVED
     assert experiments.geometric_mean([1.0, 100.0, math.nan]) == pytest.approx(10.0)
     assert experiments.geometric_mean([math.nan]) == math.inf
 
 
-def test_unequal_spreads_have_welchs_degrees_of_freedom():
-    # Variances 0 and 1: two degrees of freedom, bound 2.9200 / sqrt(3) = 1.686 (of four it would be 1.231).
+def test_unequal_variances_have_welchs_degrees_of_freedom():
+    # Variances 0 and 1: two degrees of freedom, bound 2.9200 / sqrt(3) = 1.686 (1.231 with four).
     assert verdict.compare([2.6] * 3, LOW, higher=True).word == verdict.UNRESOLVED
     assert verdict.compare([2.7] * 3, LOW, higher=True).word == verdict.AGREES
 
@@ -121,22 +127,23 @@ def test_equality_by_hand():
     assert verdict.equal(HIGH, LOW, higher=True).word == verdict.DISAGREES
 
 
-def test_power_is_what_simulation_finds():
+def test_power_agrees_with_simulation():
     rng = np.random.RandomState(0)
     one, other = 1.5 + rng.randn(1500, 5), rng.randn(1500, 5)
     found = np.mean(
         [verdict.compare(a, b, higher=True).word == verdict.AGREES for a, b in zip(one, other)]
     )
     assert verdict.power(1.5, 2.0, 5) == pytest.approx(found, abs=0.04)
-    # Difference of one standard deviation: 13.9 by Student's test (tables of two-sample sizes at 5 % one-sided, 80 %).
+    # Difference of one standard deviation: 13.9 by Student's test (two-sample sizes, 5 % one-sided,
+    # 80 %).
     assert verdict.seeds_to_resolve([0.0, math.sqrt(2)], [1.0, 1 + math.sqrt(2)]) == 14
     assert verdict.seeds_to_resolve(LOW, LOW) is None
     assert verdict.seeds_to_resolve([1.0, 1.0], [2.0, 2.0]) == 2
     assert verdict.seeds_to_resolve([0.0, 1.0], [0.001, 1.001]) is None
 
 
-class Fake:
-    """A runner that counts its calls; stops like a person at the call numbered `stop`."""
+class FakeRunner:
+    """A runner that counts its calls and is interrupted at the call numbered `stop`."""
 
     def __init__(self, stop=None):
         self.calls, self._stop = [], stop
@@ -154,54 +161,54 @@ RUNS = grid.runs_of(grid.TABLES)[:3]
 ABOUT = {"commit": "0123456789", "device": "cpu", "jax": "0"}
 
 
-def go(workdir, fake, seeds=2, scale=SCALE, **more):
+def run_suite(workdir, fake, seeds=2, scale=SCALE, **more):
+    """Run the suite with a fake runner."""
     return suite.go(RUNS, seeds, scale, workdir, fake, about=ABOUT, say=lambda line: None, **more)
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):
-    first, second, third = Fake(stop=3), Fake(), Fake()
+    first, second, third = FakeRunner(stop=3), FakeRunner(), FakeRunner()
     with pytest.raises(KeyboardInterrupt):
-        go(tmp_path, first)
+        run_suite(tmp_path, first)
     begun = tmp_path / "runs" / "ladd_1" / "checkpoints"
-    begun.mkdir()  # the run in progress keeps what it has saved
+    begun.mkdir()  # the current run keeps its files
     assert not (tmp_path / "runs" / "ladd_0" / "checkpoints").exists()
     begun.rmdir()
-    rows = go(tmp_path, second)
+    rows = run_suite(tmp_path, second)
     assert first.calls + second.calls == [(r.name, seed) for r in RUNS for seed in (0, 1)]
     assert [(row["run"], row["seed"]) for row in rows] == first.calls + second.calls
     assert suite.read(tmp_path) == rows
-    assert go(tmp_path, third) == rows and not third.calls
-    go(tmp_path, third, seeds=3)
+    assert run_suite(tmp_path, third) == rows and not third.calls
+    run_suite(tmp_path, third, seeds=3)
     assert third.calls == [(r.name, 2) for r in RUNS]
 
 
-def test_a_line_cut_off_is_done_again_and_other_settings_are_refused(tmp_path):
-    go(tmp_path, Fake())
+def test_a_truncated_row_is_run_again_and_other_settings_are_refused(tmp_path):
+    run_suite(tmp_path, FakeRunner())
     path = tmp_path / suite.RESULTS
     path.write_text(path.read_text()[:-20])
     cut = path.read_bytes()
-    assert (
-        len(suite.read(tmp_path)) == 5 and path.read_bytes() == cut
-    )  # reading changes nothing under a running suite
-    again = Fake()
+    assert len(suite.read(tmp_path)) == 5
+    assert path.read_bytes() == cut  # reading does not change a running suite
+    again = FakeRunner()
     (tmp_path / "runs" / "base_1" / "checkpoints").mkdir(exist_ok=True)
     (tmp_path / "runs" / "base_1" / "checkpoints").rmdir()
-    go(tmp_path, again)
+    run_suite(tmp_path, again)
     assert again.calls == [("base", 1)]
     assert len(suite.read(tmp_path)) == 6
     other = dataclasses.replace(SCALE, base=SCALE.base | {"phases.sprint.steps": 2})
     with pytest.raises(UserError, match="other settings"):
-        go(tmp_path, Fake(), scale=other)
+        run_suite(tmp_path, FakeRunner(), scale=other)
 
 
-def test_after_each_configuration_the_report_is_told(tmp_path):
+def test_the_report_is_written_after_each_configuration(tmp_path):
     seen = []
-    go(tmp_path, Fake(), after=lambda rows: seen.append(len(rows)))
+    run_suite(tmp_path, FakeRunner(), after=lambda rows: seen.append(len(rows)))
     assert seen == [2, 4, 6]
 
 
-def recorded(numbers):
-    """Rows from {run: {metric: values over seeds}}."""
+def make_rows(numbers):
+    """Return rows from {run: {metric: values over seeds}}."""
     for name, metrics in numbers.items():
         for seed in range(len(next(iter(metrics.values())))):
             yield {
@@ -214,7 +221,7 @@ def recorded(numbers):
 
 
 ROWS = list(
-    recorded(
+    make_rows(
         {
             "scm": {"score2": [0.30, 0.32, 0.31], "frechet2": [0.20, 0.22, 0.21]},
             "ladd": {"score2": [0.40, 0.20, 0.30], "frechet2": [0.10, 0.12, 0.11]},
@@ -232,10 +239,11 @@ ROWS = list(
 
 
 def table(name):
+    """Return a table of the grid."""
     return next(t for t in grid.TABLES if t.name == name)
 
 
-def test_claims_go_the_way_of_the_papers_numbers():
+def test_claims_agree_with_the_papers_numbers():
     found = {(m, a, b): v.word for m, a, b, v in report.judge(table("table3"), ROWS)}
     assert found == {
         ("score2", "sCM + LADD", "sCM"): verdict.AGREES,
@@ -245,9 +253,9 @@ def test_claims_go_the_way_of_the_papers_numbers():
         ("frechet2", "sCM + LADD", "LADD"): verdict.UNRESOLVED,
         ("frechet2", "sCM", "LADD"): verdict.DISAGREES,
     }
-    # Table 5: by FID 1 : 0.5 is better than 1 : 1, by CLIP it is the other way round.
+    # Table 5: by FID 1 : 0.5 is better than 1 : 1, and by CLIP it is the reverse.
     rows = list(
-        recorded(
+        make_rows(
             {
                 "lambda_05": {"score2": [0.1, 0.2], "frechet2": [1.0, 1.1]},
                 "lambda_1": {"score2": [0.7, 0.8], "frechet2": [5.0, 5.1]},
@@ -260,14 +268,13 @@ def test_claims_go_the_way_of_the_papers_numbers():
         ("frechet2", "1 : 0.5", "1 : 1", verdict.AGREES),
     ]
     norms = {m: v for m, _, _, v in report.judge(table("figure3a"), ROWS)}
-    assert norms["grad_norm"].word == verdict.AGREES and norms[
-        "grad_norm"
-    ].difference == pytest.approx(2.0)
+    assert norms["grad_norm"].word == verdict.AGREES
+    assert norms["grad_norm"].difference == pytest.approx(2.0)
     assert norms["tangent_norm"].word == verdict.UNRESOLVED
     assert {v.word for *_, v in report.judge(table("table1"), ROWS)} == {verdict.AGREES}
     assert [
         m for m, *_ in report.judge(table("disc_samplers"), ROWS)
-    ] == []  # FID alone, and one row of three
+    ] == []  # FID only, and one row of three
 
 
 def test_the_report_renders_from_recorded_rows(tmp_path):
@@ -277,14 +284,10 @@ def test_the_report_renders_from_recorded_rows(tmp_path):
     text = path.read_text()
     assert "| sCM + LADD |  | 51.0 ± 0.6 % |" not in text  # no empty column for one step
     assert "| sCM + LADD | 51.0 ± 0.6 % | 0.1100 ± 0.0058 | 3 | 8.11 | 28.02 |" in text
-    assert (
-        "| whole caption right, 2 steps | sCM + LADD better than sCM | +20.0 ± 0.8 points | agrees |"
-        in text
-    )
-    assert (
-        "| gradient norm | with, narrow better than without, narrow | factor 100 (× or ÷ 1.76) | agrees |"
-        in text
-    )
+    claim = "whole caption right, 2 steps | sCM + LADD better than sCM"
+    assert f"| {claim} | +20.0 ± 0.8 points | agrees |" in text
+    claim = "gradient norm | with, narrow better than without, narrow"
+    assert f"| {claim} | factor 100 (× or ÷ 1.76) | agrees |" in text
     assert "flow Euler equals TrigFlow" in text
     assert "Nothing to judge yet." in text and "`sprint.steps` = 320" in text
     for name in re.findall(r"\]\((ablations/[\w.]+)\)", text):
@@ -293,19 +296,20 @@ def test_the_report_renders_from_recorded_rows(tmp_path):
 
 
 @pytest.mark.parametrize("asked, name", zip(grid.SUITES, ("ablations", "followups"), strict=True))
-def test_the_reports_in_docs_say_of_their_tables_what_the_suites_say(asked, name):
-    """And of seeds no more than they have: no title promises them."""
+def test_reports_in_docs_agree_with_the_suites(asked, name):
+    """They promise no more seeds than they have."""
     text = (ROOT / f"docs/results/{name}.md").read_text()
     for t in asked.tables:
-        assert (
-            f"## {t.title}\n\n{t.note}\n" in text
-            and f"| {t.title} |" in text
-            and "seeds" not in t.title
-        )
+        assert f"## {t.title}\n\n{t.note}\n" in text
+        assert f"| {t.title} |" in text
+        assert "seeds" not in t.title
 
 
-def test_plots_have_letters_for_all_that_they_say():
-    """Of every title and label of both suites. Fails when a box stands for a letter that the font has not."""
+def test_plots_have_glyphs_for_all_their_text():
+    """Check each title and label of both suites.
+
+    Fails when a box replaces a letter that the font lacks.
+    """
     font = ImageFont.load_default(22)
     said = set(
         "".join(
@@ -323,9 +327,8 @@ def test_plots_have_letters_for_all_that_they_say():
 
 def test_a_plot_shows_a_value_where_its_axis_says():
     low, high, ticks = plots.axis([1.0, 1000.0], True)
-    assert low < 0 < 3 < high and (
-        ticks == [0.0, 1.0, 2.0, 3.0] or ticks == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
-    )
+    assert low < 0 < 3 < high
+    assert ticks == [0.0, 1.0, 2.0, 3.0] or ticks == [0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
     image = np.asarray(plots.dots([("t", False, [("a", [0.0, 0.0]), ("b", [1.0, 1.0])])])).astype(
         int
     )
@@ -335,11 +338,11 @@ def test_a_plot_shows_a_value_where_its_axis_says():
     assert np.flatnonzero(upper.any(0)).mean() < 450 < 1000 < np.flatnonzero(lower.any(0)).mean()
     assert (
         plots.axis([math.inf, 0.0], True)[:2] == plots.axis([], True)[:2]
-    )  # nothing to show is no error
+    )  # an empty plot is no error
 
 
-def test_without_transfer_the_network_is_taken_for_a_trigflow_one():
-    """F made from it is the network at the state and angle themselves."""
+def test_without_transfer_the_network_is_a_trigflow_network():
+    """Its F is the network at the state and angle themselves."""
     model = LinearDiT(
         in_channels=2,
         text_dim=4,
@@ -381,15 +384,15 @@ def test_without_transfer_the_network_is_taken_for_a_trigflow_one():
         np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=2e-5)
 
 
-def test_runs_of_one_structure_share_programs_that_are_told_the_rest(monkeypatch):
-    """What two configurations of one structure differ in reaches the steps as arguments."""
+def test_runs_of_one_structure_share_programs(monkeypatch):
+    """Differences between two such configurations reach the steps as arguments."""
     for name in ("make_generator_step", "make_discriminator_step"):
         told = lambda nets, c, seed: lambda state, frozen, batch: (c, seed)
         monkeypatch.setattr(experiments.sprint_step, name, told)
     by_structure = {}
     for r in (r for r in grid.RUNS if r.kind == "distil"):
         for seed in (0, 1):
-            c = experiments.configuration(CARD(), grid.TINY, r, seed)
+            c = experiments.configuration(card(preset="shapes"), grid.TINY, r, seed)
             _, functions = by_structure.setdefault(
                 experiments._structure(c), experiments._sprint_programs(c, True)
             )
@@ -400,15 +403,16 @@ def test_runs_of_one_structure_share_programs_that_are_told_the_rest(monkeypatch
                     assert value == (
                         np.float32(expected) if field.name in experiments.KNOBS else expected
                     ), (r.name, field.name)
-                assert key == c.seed + 1  # as run.sprint_stage has it
-    # Both losses, either alone, three weights, no embedding; the follow-ups: a warm-up, two lengths, three with the head alone.
+                assert key == c.seed + 1  # as in run.sprint_stage
+    # Both losses, either alone, three weights, no embedding. Follow-ups: a warm-up, two lengths,
+    # three with the head alone.
     assert len(by_structure) == 13
 
 
 @pytest.mark.long
 def test_a_run_takes_the_updates_of_the_main_job():
-    """Seed and times as arguments of the program give what they give as constants in it."""
-    c = config.parse(CARD("smoke"))
+    """Seed and times as arguments of the program give the same as constants in it."""
+    c = config.parse(card())
     c = dataclasses.replace(
         c,
         seed=3,
@@ -454,5 +458,6 @@ def test_a_run_takes_the_updates_of_the_main_job():
 def test_bad_input_is_one_line(command, tmp_path, flags, words):
     (tmp_path / "a.md").mkdir()
     result = command("experiments.ablations", *(flag.format(tmp_path / "a") for flag in flags))
-    assert result.returncode == 2 and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert all(word in result.stderr for word in words), result.stderr

@@ -1,4 +1,4 @@
-"""The emoji data set: pure pictures that show what their captions say, and the command that writes them."""
+"""The emoji data set: deterministic images that match their captions, and the command."""
 
 import hashlib
 import re
@@ -15,10 +15,14 @@ SIZE = 64
 
 
 def test_candidates_are_the_same_under_every_python():
-    """Unicode names never change, but Python learns new ones; a change here makes other data of every seed."""
+    """Unicode names never change, but Python learns new ones; a change here changes the data of
+    each seed.
+    """
     listed = dataset.candidates()
     names = [name for _, name in listed]
-    assert len(set(names)) == len(names) and "grinning face" in names and "unicorn face" in names
+    assert len(set(names)) == len(names)
+    assert "grinning face" in names
+    assert "unicorn face" in names
     unwanted = re.compile(
         "modifier|component|regional|keycap|variation|^two |^three |^grapes$|^eyes$"
     )
@@ -57,8 +61,8 @@ def test_a_missing_font_names_the_package_and_the_flag(tmp_path):
         dataset.Glyphs(tmp_path / "garbage.ttf")
 
 
-def test_what_a_font_draws_for_characters_it_lacks_is_no_emoji():
-    """An outline font with a few dozen of them has a box for all others."""
+def test_missing_glyphs_are_not_emoji():
+    """An outline font with a few dozen emoji draws a box for all others."""
     matplotlib = pytest.importorskip("matplotlib")
     few = dataset.Glyphs(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf")
     drawn = {few.picture(name).tobytes() for name in few.names}
@@ -67,6 +71,7 @@ def test_what_a_font_draws_for_characters_it_lacks_is_no_emoji():
 
 @pytest.fixture(scope="module")
 def font():
+    """Return the emoji font; skip the test without one."""
     try:
         return dataset.Glyphs()
     except UserError as error:
@@ -74,57 +79,59 @@ def font():
 
 
 def examples(font, count, seed=0, size=SIZE):
+    """Return examples of the data set."""
     return [dataset.example(font, seed, i, size) for i in range(count)]
 
 
 @pytest.fixture(scope="module")
-def made(font):
+def default_examples(font):
+    """Return examples at the default size."""
     return examples(font, 600)
 
 
 def test_glyphs_are_what_the_font_draws(font):
-    assert (
-        len(font.names) > 1000 and "black droplet" not in font.names
-    )  # named, and not in this font
+    assert len(font.names) > 1000
+    assert "black droplet" not in font.names  # has a name and is not in this font
     face = font.picture("grinning face")
-    assert face.dtype == np.uint8 and face.shape[2] == 4 and min(face.shape[:2]) > 90
-    assert (
-        face[0, :, 3].any()
-        and face[-1, :, 3].any()
-        and face[:, 0, 3].any()
-        and face[:, -1, 3].any()
-    )
+    assert face.dtype == np.uint8
+    assert face.shape[2] == 4
+    assert min(face.shape[:2]) > 90
+    assert face[0, :, 3].any()
+    assert face[-1, :, 3].any()
+    assert face[:, 0, 3].any()
+    assert face[:, -1, 3].any()
     middle = face[face.shape[0] // 2 - 20, face.shape[1] // 2, :3].astype(int)
-    assert (
-        middle[0] > 200 and middle[1] > 150 and middle[2] < 130
-    )  # yellow: colours, not the outline in black
+    assert middle[0] > 200
+    assert middle[1] > 150
+    assert middle[2] < 130  # yellow: a color glyph, not a black outline
     assert font.picture("grinning face") is face
     for name in font.names[::100]:
         assert font.picture(name)[..., 3].max() > 200, name
 
 
-def test_examples_are_pure_and_differ(font, made):
+def test_examples_are_pure_and_differ(font, default_examples):
     for index in (0, 7, 599):
         image, caption = dataset.example(font, 0, index, SIZE)
-        np.testing.assert_array_equal(image, made[index][0])
-        assert (
-            caption == made[index][1] and image.shape == (SIZE, SIZE, 3) and image.dtype == np.uint8
-        )
-    assert len({image.tobytes() for image, _ in made}) == len(made)
-    assert [c for _, c in examples(font, 5, seed=1)] != [c for _, c in made[:5]]
+        np.testing.assert_array_equal(image, default_examples[index][0])
+        assert caption == default_examples[index][1]
+        assert image.shape == (SIZE, SIZE, 3)
+        assert image.dtype == np.uint8
+    assert len({image.tobytes() for image, _ in default_examples}) == len(default_examples)
+    assert [c for _, c in examples(font, 5, seed=1)] != [c for _, c in default_examples[:5]]
     again = dataset.Glyphs()
-    np.testing.assert_array_equal(dataset.example(again, 0, 3, SIZE)[0], made[3][0])
+    np.testing.assert_array_equal(dataset.example(again, 0, 3, SIZE)[0], default_examples[3][0])
 
 
-def test_size_changes_the_scale_alone(font, made):
+def test_size_changes_the_scale_alone(font, default_examples):
     for index in range(20):
         large, caption = dataset.example(font, 0, index, 2 * SIZE)
-        assert caption == made[index][1]
+        assert caption == default_examples[index][1]
         halved = large.reshape(SIZE, 2, SIZE, 2, 3).mean((1, 3))
-        assert np.abs(halved - made[index][0]).mean() < 12, index
+        assert np.abs(halved - default_examples[index][0]).mean() < 12, index
 
 
-def grammar(font):
+def caption_pattern(font):
+    """Return the pattern of all captions."""
     one = "|".join(re.escape(f"{dataset.article(n)} {n}") for n in font.names)
     several = "|".join(re.escape(dataset.plural(n)) for n in font.names)
     colour = "|".join(dataset.COLOURS)
@@ -139,21 +146,20 @@ def grammar(font):
     )
 
 
-def test_captions_follow_the_grammar(font, made):
-    pattern = grammar(font)
-    read = [pattern.fullmatch(caption) for _, caption in made]
+def test_captions_follow_the_grammar(font, default_examples):
+    pattern = caption_pattern(font)
+    read = [pattern.fullmatch(caption) for _, caption in default_examples]
     assert all(read), [
-        caption for (_, caption), match in zip(made, read, strict=True) if not match
+        caption for (_, caption), match in zip(default_examples, read, strict=True) if not match
     ][:5]
     assert not any(
         re.search(r"\ba (?!european |one)[aeio]|\ban (?!x-ray)[^aeiou]", caption)
-        for _, caption in made
+        for _, caption in default_examples
     )
     share = lambda has: np.mean([bool(has(match)) for match in read])
     assert 0.5 < share(lambda m: m["first"] and not m["second"]) < 0.7
-    assert (
-        0.12 < share(lambda m: m["relation"]) < 0.28 and 0.12 < share(lambda m: m["number"]) < 0.28
-    )
+    assert 0.12 < share(lambda m: m["relation"]) < 0.28
+    assert 0.12 < share(lambda m: m["number"]) < 0.28
     assert 0.42 < share(lambda m: m["ground"]) < 0.58
     assert {m["relation"] for m in read} == {*dataset.RELATIONS, None}
     assert {m["number"] for m in read} == {"two", "three", None}
@@ -162,27 +168,28 @@ def test_captions_follow_the_grammar(font, made):
 
 
 def without_glyphs(font, index, monkeypatch):
-    """The same example with nothing drawn on its background."""
+    """Return the same example with nothing drawn on its background."""
     with monkeypatch.context() as patched:
         patched.setattr(dataset, "_put", lambda *_: None)
         return dataset.example(font, 0, index, SIZE)[0]
 
 
-def test_the_background_is_the_one_named(font, made, monkeypatch):
+def test_the_background_is_the_named_color(font, default_examples, monkeypatch):
     plain = re.compile(" on an? (" + "|".join(dataset.COLOURS) + ") background$")
     patterned = re.compile(
         " on an? (striped|dotted|checked) (" + "|".join(dataset.COLOURS) + ") background$"
     )
     gradient = re.compile(" on an? ([a-z ]+) to ([a-z ]+) gradient background$")
     seen = set()
-    for index, (_, caption) in enumerate(made):
+    for index, (_, caption) in enumerate(default_examples):
         ground = without_glyphs(font, index, monkeypatch).astype(int)
         shades = len(np.unique(ground.reshape(-1, 3), axis=0))
         if match := plain.search(caption):
             assert (ground == dataset.COLOURS[match[1]]).all()
             seen.add("plain")
         elif match := patterned.search(caption):
-            assert shades == 2 and (ground == dataset.COLOURS[match[2]]).all(-1).mean() > 0.4
+            assert shades == 2
+            assert (ground == dataset.COLOURS[match[2]]).all(-1).mean() > 0.4
             seen.add(match[1])
         elif match := gradient.search(caption):
             corners = ground[0, 0], ground[-1, -1]
@@ -193,8 +200,11 @@ def test_the_background_is_the_one_named(font, made, monkeypatch):
     assert seen == {"plain", "gradient", *dataset.PATTERNS}
 
 
-def regions(font, index, monkeypatch):
-    """What is drawn: [(name, mask [S, S])], from the example drawn with all glyphs but one left out in turn."""
+def drawn_regions(font, index, monkeypatch):
+    """Return [(name, mask [S, S])] of what is drawn.
+
+    Each mask is from the example drawn with all glyphs but one left out.
+    """
     put, drawn = dataset._put, []
     names = {id(font.picture(name)): name for name in font.names}
 
@@ -209,11 +219,13 @@ def regions(font, index, monkeypatch):
     return drawn
 
 
-def test_pictures_show_what_the_caption_says(font, made, monkeypatch):
-    """Number, names and sides, and that the pixels which differ from the background are those of the glyphs."""
-    pattern, relations = grammar(font), set()
-    for index, (image, caption) in enumerate(made[:200]):
-        match, drawn = pattern.fullmatch(caption), regions(font, index, monkeypatch)
+def test_images_show_what_the_caption_says(font, default_examples, monkeypatch):
+    """Check number, names and sides, and that pixels which differ from the background belong to
+    glyphs.
+    """
+    pattern, relations = caption_pattern(font), set()
+    for index, (image, caption) in enumerate(default_examples[:200]):
+        match, drawn = pattern.fullmatch(caption), drawn_regions(font, index, monkeypatch)
         assert all(mask.sum() > 0.01 * SIZE**2 for _, mask in drawn), caption
         changed = (image != without_glyphs(font, index, monkeypatch)).any(-1)
         shown = np.any([mask for _, mask in drawn], 0)
@@ -225,9 +237,9 @@ def test_pictures_show_what_the_caption_says(font, made, monkeypatch):
             assert {dataset.plural(name) for name, _ in drawn} == {match["several"]}
         elif match["relation"]:
             (first, _), (second, _) = drawn
-            assert (
-                overlap == 1 and match["first"].endswith(first) and match["second"].endswith(second)
-            )
+            assert overlap == 1
+            assert match["first"].endswith(first)
+            assert match["second"].endswith(second)
             (y0, x0), (y1, x1) = centres
             along = {"left of": x1 - x0, "right of": x0 - x1, "above": y1 - y0, "below": y0 - y1}[
                 match["relation"]
@@ -240,7 +252,7 @@ def test_pictures_show_what_the_caption_says(font, made, monkeypatch):
     assert relations == set(dataset.RELATIONS)
 
 
-def test_the_set_reads_back(font, tmp_path):
+def test_the_data_set_can_be_read(font, tmp_path):
     import tensorflow_datasets as tfds
 
     tfds.disable_progress_bar()
@@ -260,23 +272,22 @@ def test_the_command(font, tmp_path, command):
     first = command("experiments.emoji", *flags)
     assert first.returncode == 0, first.stderr
     lines = first.stdout.strip().splitlines()
-    assert len(lines) == 3 and "70 captioned pictures of 64 px" in lines[0], first.stdout
+    assert len(lines) == 3, first.stdout
+    assert "70 captioned pictures of 64 px" in lines[0], first.stdout
     assert lines[-1] == f"next: python -m sprint_jax encode --source={target}/emoji/1.0.0"
     sheet = np.asarray(Image.open(target / "preview.png"))
     assert sheet.shape == (8 * 66 + 2, 8 * 66 + 2, 3)
     np.testing.assert_array_equal(sheet[2:66, 68:132], dataset.example(font, 5, 1, 64)[0])
     identity = sources.open_source(target / "emoji/1.0.0").identity()
     again = command("experiments.emoji", *flags)
-    assert (
-        again.returncode == 0
-        and "there already" in again.stdout
-        and again.stdout.endswith(lines[-1] + "\n")
-    )
+    assert again.returncode == 0
+    assert "there already" in again.stdout
+    assert again.stdout.endswith(lines[-1] + "\n")
     assert sources.open_source(target / "emoji/1.0.0").identity() == identity
     other = command("experiments.emoji", *flags, "--count=71")
-    assert (
-        other.returncode == 2 and "count 70, not 71" in other.stderr and "--to_dir" in other.stderr
-    )
+    assert other.returncode == 2
+    assert "count 70, not 71" in other.stderr
+    assert "--to_dir" in other.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Run with eight simulated devices by test_checkpoints.py: checkpoints restored on fewer devices.
+"""A checkpoint of eight simulated devices, restored on fewer; run by test_checkpoints.py.
 
-python -m helpers.checkpoints_on_devices CHECKPOINTS OUT.json COUNT...
+PYTHONPATH=tests python -m helpers.checkpoints_on_devices CHECKPOINTS OUT.json COUNT...
 """
 
 import dataclasses
@@ -17,31 +17,34 @@ from sprint_jax.training import datasets, loop, run, sharding
 from sprint_jax.training.checkpoints import Checkpoints, fingerprints
 
 
-def on_meshes(folder, out, counts):
-    """Two steps of the `smoke` discriminator on 1x8, saved after the first; restored and continued on fewer devices."""
-    settings = on_devices.settings()
+def restore_on(folder: pathlib.Path, out: pathlib.Path, counts: list[int]) -> None:
+    """Save a step of the `smoke` discriminator on a 1x8 mesh, then restore and continue it.
+
+    Writes to `out`, for each count of devices, what was restored and the metrics of the next step.
+    """
+    settings = on_devices.parse_config()
     data = datasets.Shapes(settings)
-    teacher = on_devices.randomised(jax.jit(build.teacher(settings).init)(jax.random.key(0)))
+    teacher = on_devices.randomize(jax.jit(build.teacher(settings).init)(jax.random.key(0)))
     stage = run.sprint_stage(settings, data, teacher)
     # The discriminator's step: it compiles in a third of the generator's time.
     stage = dataclasses.replace(stage, functions=stage.functions[1:])
-    rows = on_devices.batch(settings)
+    rows = on_devices.random_batch(settings)
 
-    def go_on(placed, state):
+    def next_step(placed, state):
         frozen = loop.place(stage.frozen, placed.frozen)
         batch = {k: jax.device_put(a, sharding.batch(placed.mesh)) for k, a in rows.items()}
         return placed.lower(stage.functions[0], batch).compile()(state, frozen, batch)
 
     first = loop.Placed.on(stage, sharding.mesh(1, 8))
-    start = on_devices.randomised(jax.jit(stage.start)(stage.frozen, stage.begun).params)
+    start = on_devices.randomize(jax.jit(stage.start)(stage.frozen, stage.begun).params)
     state = loop.place(
         jax.jit(stage.start)(stage.frozen, stage.begun).replace(params=start), first.state
     )
-    state, _ = go_on(first, state)
+    state, _ = next_step(first, state)
     with Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(1, state)
     saved, numbers = jax.device_get(state), fingerprints(state)
-    _, expected = go_on(first, state)
+    _, expected = next_step(first, state)
     found = {}
     for count in counts:
         shape = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[count]
@@ -54,7 +57,7 @@ def on_meshes(folder, out, counts):
         )
         places = jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, placed.state)
         same_numbers = fingerprints(restored) == numbers
-        _, metrics = go_on(placed, restored)
+        _, metrics = next_step(placed, restored)
         found[count] = {
             "step": step,
             "equal": equal,
@@ -69,4 +72,4 @@ def on_meshes(folder, out, counts):
 
 
 if __name__ == "__main__":
-    on_meshes(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), list(map(int, sys.argv[3:])))
+    restore_on(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), list(map(int, sys.argv[3:])))

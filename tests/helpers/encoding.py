@@ -1,6 +1,8 @@
-"""Encoding pictures into data sets with the embedded encoders."""
+"""Encoding folders of captioned images with the embedded encoders, which need no weights."""
 
 import dataclasses
+import pathlib
+from typing import Any
 
 from sprint_jax.commands import encode
 from sprint_jax.data import encoded, sources
@@ -10,15 +12,15 @@ CODEC, TEXT = patches.SpaceToDepth(4, 1.28), words.ShapesText()
 SIZES = ((32, 32), (16, 48))
 
 
-def tiny():
-    """The embedded encoders, which need no weights."""
+def embedded_encoders() -> encode.Encoders:
+    """Return the embedded codec and text encoder."""
     params = {"pixels": {}, "text": {}}
-    return encode.Encoders(
-        parts.EmbeddedPixels(CODEC), parts.EmbeddedText(TEXT), params, "tiny", 32
-    )
+    pixels, text = parts.EmbeddedPixels(CODEC), parts.EmbeddedText(TEXT)
+    return encode.Encoders(pixels, text, params, "tiny", 32)
 
 
-def settings(source, **changes):
+def encode_settings(source: Any, **changes: Any) -> encode.Settings:
+    """Return the settings of an encoding of `source` in small shards."""
     fields = dict(
         source=source.identity(),
         encoder="tiny",
@@ -33,30 +35,41 @@ def settings(source, **changes):
     return encode.Settings(**fields | changes)
 
 
-def make(pictures, out, said=None, encoders=None, lines=None, **options):
-    source = sources.open_source(pictures)
-    changes = {
-        k: options.pop(k)
-        for k in list(options)
-        if k in {f.name for f in dataclasses.fields(encode.Settings)}
-    }
+def encode_folder(
+    images: pathlib.Path,
+    out: pathlib.Path | str,
+    said: list[str] | None = None,
+    encoders: encode.Encoders | None = None,
+    lines: Any = None,
+    **options: Any,
+) -> None:
+    """Encode a folder of images and captions into the folder `out`.
+
+    Messages are appended to `said`. `lines` is the condition. Further options are fields of
+    encode.Settings or keywords of encode.encode.
+    """
+    source = sources.open_source(images)
+    names = {f.name for f in dataclasses.fields(encode.Settings)}
+    changes = {k: options.pop(k) for k in list(options) if k in names}
     say = (lambda message: None) if said is None else said.append
     options = dict(batch=4, max_bad=0.2, say=say) | options
+    settings = encode_settings(source, **changes)
     encode.encode(
-        source, encoders or tiny(), out, settings(source, **changes), condition=lines, **options
+        source, encoders or embedded_encoders(), out, settings, condition=lines, **options
     )
 
 
-def contents(folder):
+def folder_contents(folder: pathlib.Path) -> dict[str, bytes]:
+    """Return {name: content} of the files of a folder."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def records(folder, split):
-    """{caption: record} of a split."""
+def records_by_caption(folder: pathlib.Path, split: str) -> dict[str, dict[str, Any]]:
+    """Return {caption: record} of a split."""
     data = encoded.Encoded(folder, split)
     read = [data.read(i) for i in range(len(data))]
     return {r["caption"].tobytes().decode(): r for r in read}
 
 
-class Stop(Exception):
-    pass
+class Interrupted(Exception):
+    """Raised by tests in the middle of an encoding."""

@@ -1,13 +1,16 @@
-"""Random-weight SANA-Sprint folders, made offline by the real libraries (PyTorch, diffusers, transformers).
+"""SANA-Sprint folders with random weights, made offline by PyTorch, diffusers and transformers.
 
-Every parameter is moved away from its initial value, so that no zero or one hides a branch.
-Also a command: python tests/helpers/fabricate.py DIR [tiny|0.6b], for README's walk through a folder of real size.
+Every parameter is moved away from its initial value, so that no zero or one hides a branch. This file
+is also a command, which writes a folder of real size:
+
+    python tests/helpers/fabricate.py DIR [tiny|0.6b]
 """
 
 import inspect
 import json
 import os
 import sys
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -83,7 +86,7 @@ _TEXT = {
         head_dim=16,
         query_pre_attn_scalar=20,
     ),
-    # The published width on one thin layer: the transformer keeps its shapes, the folder stays small.
+    # The published width in one thin layer: the transformer keeps its shapes and the folder is small.
     "0.6b": dict(
         hidden_size=2304,
         intermediate_size=256,
@@ -96,8 +99,8 @@ _TEXT = {
 }
 
 
-def randomise(module, seed, amount=0.1):
-    """Adds normal noise to every parameter, in proportion to its spread where it has one."""
+def randomize(module: torch.nn.Module, seed: int, amount: float = 0.1) -> Any:
+    """Add normal noise to every parameter, in proportion to its spread if it has one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -107,7 +110,10 @@ def randomise(module, seed, amount=0.1):
     return module.eval()
 
 
-def transformer(size="tiny", seed=0, **changes):
+def transformer(
+    size: str = "tiny", seed: int = 0, **changes: Any
+) -> diffusers.SanaTransformer2DModel:
+    """Return a random transformer."""
     torch.manual_seed(seed)
     fields = dict(
         caption_channels=_TEXT[size]["hidden_size"],
@@ -116,15 +122,18 @@ def transformer(size="tiny", seed=0, **changes):
         qk_norm="rms_norm_across_heads",
         interpolation_scale=None,
     )
-    return randomise(
+    return randomize(
         diffusers.SanaTransformer2DModel(**TRANSFORMERS[size] | fields | changes), seed
     )
 
 
-def controlnet(seed=1, **changes):
-    """A random ControlNet beside the tiny transformer, of two blocks; its zero projections are moved as well."""
+def controlnet(seed: int = 1, **changes: Any) -> diffusers.SanaControlNetModel:
+    """Return a random ControlNet of two blocks for the tiny transformer.
+
+    Its zero projections are randomized as well.
+    """
     torch.manual_seed(seed)
-    return randomise(
+    return randomize(
         diffusers.SanaControlNetModel(
             **TRANSFORMERS["tiny"] | dict(num_layers=2, caption_channels=48) | changes
         ),
@@ -132,7 +141,8 @@ def controlnet(seed=1, **changes):
     )
 
 
-def autoencoder(size="tiny", seed=0, **changes):
+def autoencoder(size: str = "tiny", seed: int = 0, **changes: Any) -> diffusers.AutoencoderDC:
+    """Return a random DC-AE."""
     torch.manual_seed(seed)
     scales = [[], [], [], [5], [5], [5]]
     fields = dict(
@@ -146,10 +156,13 @@ def autoencoder(size="tiny", seed=0, **changes):
         decoder_act_fns="silu",
         scaling_factor=0.41407,
     )
-    return randomise(diffusers.AutoencoderDC(**_AUTOENCODERS[size] | fields | changes), seed)
+    return randomize(diffusers.AutoencoderDC(**_AUTOENCODERS[size] | fields | changes), seed)
 
 
-def text_encoder(vocab, size="tiny", seed=0, **changes):
+def text_encoder(
+    vocab: int, size: str = "tiny", seed: int = 0, **changes: Any
+) -> transformers.Gemma2Model:
+    """Return a random Gemma-2 for `vocab` tokens."""
     torch.manual_seed(seed)
     config = transformers.Gemma2Config(
         vocab_size=vocab,
@@ -160,11 +173,14 @@ def text_encoder(vocab, size="tiny", seed=0, **changes):
         bos_token_id=2,
         **_TEXT[size] | dict(sliding_window=4096) | changes,
     )
-    return randomise(transformers.Gemma2Model(config), seed, 0.3)
+    return randomize(transformers.Gemma2Model(config), seed, 0.3)
 
 
-def tokenizer():
-    """A byte-fallback BPE with Gemma's special tokens and handling of spaces, trained on a few sentences."""
+def tokenizer() -> transformers.GemmaTokenizer:
+    """Return a byte-fallback BPE tokenizer, trained on a few sentences.
+
+    Its special tokens and its handling of spaces are those of Gemma.
+    """
     raw = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     raw.normalizer = normalizers.Replace(" ", "\u2581")
     raw.decoder = decoders.Sequence(
@@ -189,8 +205,8 @@ def tokenizer():
     )
 
 
-def pipeline(size="tiny"):
-    """A whole random diffusers pipeline."""
+def pipeline(size: str = "tiny") -> diffusers.SanaSprintPipeline:
+    """Return a whole random pipeline."""
     tok = tokenizer()
     return diffusers.SanaSprintPipeline(
         tokenizer=tok,

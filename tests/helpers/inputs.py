@@ -1,17 +1,18 @@
-"""Folders of captioned pictures, and what the `smoke` preset encodes them to."""
+"""Folders of `shapes` images, and the data sets that the config encodes them to."""
 
-import dataclasses
+import pathlib
+from typing import Any
 
 from PIL import Image
 
-from helpers.configs import card
 from sprint_jax import config
 from sprint_jax.commands import encode
 from sprint_jax.toy import shapes
 from sprint_jax.training import datasets
 
 
-def pictures(folder, count, size=32):
+def write_images(folder: pathlib.Path, count: int, size: int = 32) -> pathlib.Path:
+    """Write `count` images of `shapes` and their captions to a folder and return the folder."""
     for i in range(count):
         example = shapes.example(3, i, size=size)
         Image.fromarray(example.image).save(folder / f"{i:03d}.png")
@@ -19,10 +20,13 @@ def pictures(folder, count, size=32):
     return folder
 
 
-def encoded_by(c, source, out, heldout=24, condition=None):
+def encode_shapes(
+    c: config.Config, source: Any, out: pathlib.Path, heldout: int = 24, condition: Any = None
+) -> pathlib.Path:
+    """Encode a source with the embedded encoders of a config and return the folder `out`."""
     pixels, words, name = datasets.embedded(c)
     encoders = encode.Encoders(pixels, words, {"pixels": {}, "text": {}}, name, c.data.size)
-    kept = encode.Settings(
+    settings = encode.Settings(
         source=source.identity(),
         encoder=name,
         examples=len(source),
@@ -33,10 +37,5 @@ def encoded_by(c, source, out, heldout=24, condition=None):
         shard_records=64,
         condition=condition.identity if condition else "none",
     )
-    encode.encode(source, encoders, out, kept, condition=condition)
+    encode.encode(source, encoders, out, settings, condition=condition)
     return out
-
-
-def smoke(**data):
-    c = config.parse(card(preset="smoke"))
-    return dataclasses.replace(c, data=dataclasses.replace(c.data, **data))

@@ -1,8 +1,8 @@
-"""Run by test_sharding.py with eight simulated devices: steps of the `smoke` models on several meshes.
+"""Steps of the `smoke` models on several meshes of simulated devices, run by test_sharding.py.
 
     PYTHONPATH=tests python -m helpers.on_devices OUT.json [4x2 ...]
 
-Compares on each mesh what one device computes, and writes what it measured.
+Compares the result on each mesh with that on one device and writes the differences.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import json
 import pathlib
 import re
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,9 +24,12 @@ BATCH = 16
 MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
 
 
-def settings():
-    tree = card(preset="smoke")
-    # Rates at which an update is no larger than the gradient it came from, so that a difference shows.
+def parse_config() -> config.Config:
+    """Return the `smoke` config with plain AdamW.
+
+    At its rate no update is larger than the gradient it came from, so that a difference shows.
+    """
+    tree = card()
     plain = dict(kind="adamw", lr=1e-3, muon_lr=0.0, b1=0.9, b2=0.99, warmup=0, decay_to=1.0)
     tree.teacher.update(batch=BATCH, pretrained="none")
     tree.phases.teacher.optimizers.network.update(plain)
@@ -35,25 +39,24 @@ def settings():
     return config.parse(tree)
 
 
-def batch(c):
-    """Random latents in a fixed order: what a codec makes is not the subject."""
+def random_batch(c: config.Config) -> dict[str, np.ndarray]:
+    """Return random latents and text, with masks of several lengths; always the same."""
     rng = np.random.default_rng(0)
     shapes = datasets.abstract_batch(c, BATCH)
-    made = {k: rng.standard_normal(a.shape).astype(np.float32) for k, a in shapes.items()}
-    return made | {
-        "mask": (np.arange(c.text.length) < 5 + np.arange(BATCH)[:, None] % 8).astype(np.float32)
-    }
+    arrays = {k: rng.standard_normal(a.shape).astype(np.float32) for k, a in shapes.items()}
+    lengths = 5 + np.arange(BATCH)[:, None] % 8
+    return arrays | {"mask": (np.arange(c.text.length) < lengths).astype(np.float32)}
 
 
-def relative(a, b):
-    """Largest relative difference of the leaves of two trees, each by its Euclidean norm.
+def tree_difference(tree: Any, expected: Any) -> float:
+    """Return the largest relative difference of the leaves, each by its Euclidean norm.
 
-    Left out are biases in front of a normalisation: their gradient is zero but for rounding, which Adam
-    makes as large as any other update.
+    Biases in front of a normalization are left out: their gradient is zero but for rounding, which
+    Adam makes as large as any other update.
     """
     worst = 0.0
     for (path, x), y in zip(
-        jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True
+        jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(expected), strict=True
     ):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if x.size and not re.search("conv_(in|mid)/bias", name):
@@ -62,65 +65,66 @@ def relative(a, b):
     return float(worst)
 
 
-def stepped(stage, mesh, one_batch, moved):
-    """([(metrics, state)] of each function from a state whose every leaf is random, what was measured).
+def run_functions(
+    stage: Any, mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], start: Any
+) -> tuple[list, dict[str, float]]:
+    """Run each function of a stage once and return ([(metrics, state)], measurements).
 
-    share: of the state's bytes that one device holds. gathered: the largest all-gather, over the largest leaf.
+    `share` is the share of the state's bytes that one device holds. `gathered` is the size of the
+    largest all-gather divided by that of the largest leaf.
     """
     placed = loop.Placed.on(stage, mesh)
-    state = loop.place(moved, placed.state)
+    state = loop.place(start, placed.state)
     frozen = loop.place(stage.frozen, placed.frozen)
     split = sharding.batch(mesh)
     results, gathered = [], 0
     for function in stage.functions:
-        arrays = jax.tree.map(lambda a: jax.device_put(a, split), one_batch)
+        arrays = jax.tree.map(lambda a: jax.device_put(a, split), batch)
         compiled = placed.lower(function, arrays).compile()
         found = collectives.parse(compiled.as_text())
         gathered = max([gathered, *(c.bytes for c in found if c.kind == "all-gather")])
         state, metrics = compiled(state, frozen, arrays)
         results.append(jax.device_get((metrics, state)))
-    bytes_ = [a.size * a.dtype.itemsize for a in jax.tree.leaves(placed.state)]
+    sizes = [a.size * a.dtype.itemsize for a in jax.tree.leaves(placed.state)]
     measured = {
-        "share": sharding.per_device_bytes(placed.state) / sum(bytes_),
-        "gathered": gathered / max(bytes_),
+        "share": sharding.per_device_bytes(placed.state) / sum(sizes),
+        "gathered": gathered / max(sizes),
     }
     return results, measured
 
 
-def randomised(tree):
+def randomize(tree: Any) -> Any:
+    """Return a tree as NumPy arrays with noise added to every float32 leaf."""
     rng = np.random.default_rng(1)
-    move = lambda a: (
-        a + (0.05 * rng.standard_normal(a.shape)).astype(a.dtype) if a.dtype == np.float32 else a
-    )
+    noisy = lambda a: a + (0.05 * rng.standard_normal(a.shape)).astype(a.dtype)
+    move = lambda a: noisy(a) if a.dtype == np.float32 else a
     return jax.tree.map(move, jax.tree.map(np.asarray, tree))
 
 
-def main():
-    c = settings()
+def main() -> None:
+    c = parse_config()
     chosen = [tuple(map(int, name.split("x"))) for name in sys.argv[2:]] or MESHES
     data = datasets.Shapes(c)
     one = sharding.mesh(1, 1, jax.devices()[:1])
-    teacher = randomised(jax.jit(build.teacher(c).init)(jax.random.key(0)))
+    teacher = randomize(jax.jit(build.teacher(c).init)(jax.random.key(0)))
+    scratch = dataclasses.replace(c, teacher=dataclasses.replace(c.teacher, pretrained=""))
     stages = {
-        "teacher": run.teacher_stages(
-            dataclasses.replace(c, teacher=dataclasses.replace(c.teacher, pretrained="")),
-            data,
-            None,
-        )[0](None),
+        "teacher": run.teacher_stages(scratch, data, None)[0](None),
         "sprint": run.sprint_stage(c, data, teacher),
     }
     found = {}
     for name, stage in stages.items():
         fresh = jax.jit(stage.start)(stage.frozen, stage.begun)
-        moved = fresh.replace(params=randomised(fresh.params))
-        moved = jax.tree.map(np.asarray, moved)
-        expected, _ = stepped(stage, one, batch(c), moved)
+        start = fresh.replace(params=randomize(fresh.params))
+        start = jax.tree.map(np.asarray, start)
+        expected, _ = run_functions(stage, one, random_batch(c), start)
         for data_axis, fsdp in chosen:
             mesh = sharding.mesh(data_axis, fsdp)
-            results, measured = stepped(stage, mesh, batch(c), moved)
+            results, measured = run_functions(stage, mesh, random_batch(c), start)
+            pairs = list(zip(results, expected, strict=True))
             found[f"{name} {data_axis}x{fsdp}"] = {
-                "metrics": [relative(r[0], e[0]) for r, e in zip(results, expected)],
-                "state": [relative(r[1], e[1]) for r, e in zip(results, expected)],
+                "metrics": [tree_difference(r[0], e[0]) for r, e in pairs],
+                "state": [tree_difference(r[1], e[1]) for r, e in pairs],
                 **measured,
             }
     pathlib.Path(sys.argv[1]).write_text(json.dumps(found, indent=1))

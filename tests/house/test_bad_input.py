@@ -1,4 +1,4 @@
-"""Bad input: one line that names the thing and the remedy, a non-zero exit, and nothing lost."""
+"""Bad input: one line that names the value and the remedy, a non-zero exit, and no lost files."""
 
 import importlib.util
 import json
@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from helpers.runs import ROOT, TINY, refused
+from helpers.configs import card
+from helpers.runs import TINY_FLAGS, assert_refused
 from sprint_jax import config as config_lib
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import cli
@@ -23,26 +24,27 @@ pytestmark = pytest.mark.second_pass
         (["--config=configs/absent.py"], ["absent.py"]),
         ([], ["--config"]),
         (
-            [*TINY, "--config.phases.sprint.objective.stepz=4"],
+            [*TINY_FLAGS, "--config.phases.sprint.objective.stepz=4"],
             [
-                'unknown config key config.phases.sprint.objective.stepz: Did you mean "steps" instead of "stepz"?'
+                "unknown config key config.phases.sprint.objective.stepz: "
+                'Did you mean "steps" instead of "stepz"?'
             ],
         ),
         (
-            [*TINY, "--config.phases.sprint.objective.nope=4"],
+            [*TINY_FLAGS, "--config.phases.sprint.objective.nope=4"],
             ["unknown config key config.phases.sprint.objective.nope: see the config file"],
         ),
-        ([*TINY, "--config.nope.steps=4"], ["unknown config key config.nope.steps"]),
-        ([*TINY, "--config.phases.sprint.steps=many"], ["steps"]),
-        ([*TINY, "--nonsense=1"], ["nonsense"]),
-        ([*TINY, "--workdir=/proc/none"], ["/proc/none", "--workdir"]),
-        ([*TINY, "--config.phases.sprint.steps=3"], ["config.phases.sprint.steps", "even"]),
-        ([*TINY, "--process=1"], ["--coordinator", "--processes"]),
-        ([*TINY, "--config.mesh.fsdp=3"], ["config.mesh", "3", "devices"]),
+        ([*TINY_FLAGS, "--config.nope.steps=4"], ["unknown config key config.nope.steps"]),
+        ([*TINY_FLAGS, "--config.phases.sprint.steps=many"], ["steps"]),
+        ([*TINY_FLAGS, "--nonsense=1"], ["nonsense"]),
+        ([*TINY_FLAGS, "--workdir=/proc/none"], ["/proc/none", "--workdir"]),
+        ([*TINY_FLAGS, "--config.phases.sprint.steps=3"], ["config.phases.sprint.steps", "even"]),
+        ([*TINY_FLAGS, "--process=1"], ["--coordinator", "--processes"]),
+        ([*TINY_FLAGS, "--config.mesh.fsdp=3"], ["config.mesh", "3", "devices"]),
     ],
 )
 def test_main_refuses(command, flags, words):
-    refused(command("sprint_jax.main", *flags), *words)
+    assert_refused(command("sprint_jax.main", *flags), *words)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +67,9 @@ def test_sample_refuses(finished, command, tmp_path, flags, words):
     result = command(
         "sprint_jax.commands.sample", f"--model={finished}", f"--out={tmp_path / 'out'}", *flags
     )
-    refused(result, *words)
-    assert not list(tmp_path.glob("out/*.png")) and not (tmp_path / "out/manifest.jsonl").exists()
+    assert_refused(result, *words)
+    assert not list(tmp_path.glob("out/*.png"))
+    assert not (tmp_path / "out/manifest.jsonl").exists()
 
 
 _PLUGIN = importlib.util.find_spec("jax_cuda12_plugin")
@@ -79,17 +82,15 @@ _CUDA = pytest.param(
 
 
 @pytest.mark.parametrize("platforms", [_CUDA, "nonsense"])
-def test_devices_that_are_not_here_are_told_by_their_variable(
-    finished, command, tmp_path, platforms
-):
+def test_absent_devices_are_named_by_their_variable(finished, command, tmp_path, platforms):
     for module, flags in (
         (
             "sprint_jax.commands.sample",
             [f"--model={finished}", "--prompt=a circle", f"--out={tmp_path}"],
         ),
-        ("sprint_jax.main", [*TINY, f"--workdir={tmp_path / 'run'}"]),
+        ("sprint_jax.main", [*TINY_FLAGS, f"--workdir={tmp_path / 'run'}"]),
     ):
-        refused(
+        assert_refused(
             command(module, *flags, environment={"JAX_PLATFORMS": platforms}),
             f"JAX_PLATFORMS={platforms}",
             "cpu",
@@ -107,7 +108,8 @@ def test_no_memory_is_one_line_with_a_remedy(capsys, error):
     with pytest.raises(SystemExit), cli.user_errors():
         raise error
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and all(
+    assert line.count("\n") == 1
+    assert all(
         word in line for word in ("error: out of memory", str(error), "--batch_size=1", "--tile")
     )
 
@@ -130,7 +132,7 @@ def test_other_errors_keep_their_traceback():
     ],
 )
 def test_extract_refuses(finished, command, tmp_path, flags, words):
-    refused(
+    assert_refused(
         command(
             "sprint_jax.commands.extract",
             f"--run_dir={finished}",
@@ -157,20 +159,12 @@ def test_help_shows_the_flags_that_a_command_needs(command, module, flags):
 
 
 def test_fit_codec_refuses_a_folder(command, tmp_path):
-    refused(
+    assert_refused(
         command("experiments.fit_codec", f"--file={tmp_path}"), f"--file={tmp_path} is a folder"
     )
 
 
-def smoke():
-    from ml_collections import config_flags  # noqa: F401 (the card is plain Python)
-
-    namespace = {}
-    exec((ROOT / "configs/sprint.py").read_text(), namespace)
-    return namespace["get_config"]("smoke")
-
-
-def test_loading_something_else(finished, tmp_path):
+def test_loading_what_is_not_a_model(finished, tmp_path):
     with pytest.raises(UserError, match="no directory"):
         pipeline.load(tmp_path / "absent")
     with pytest.raises(UserError, match="has no config.json"):
@@ -203,7 +197,7 @@ def test_weights_of_another_shape(finished, tmp_path):
 
 
 def test_workdir_of_another_config_is_left_alone(finished):
-    config = smoke()
+    config = card()
     config.phases.sprint.batch = 16
     before = (finished / "summary.json").read_bytes()
     with pytest.raises(UserError, match="config.phases.sprint.batch=8, now 16"):
@@ -214,12 +208,12 @@ def test_workdir_of_another_config_is_left_alone(finished):
 def test_foreign_workdir_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match="not empty and not a run"):
-        run.run(config_lib.parse(smoke()), tmp_path)
+        run.run(config_lib.parse(card()), tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 def test_checkpoint_of_another_shape(tmp_path):
-    """A checkpoint that does not fit is named, not overwritten."""
+    """A checkpoint that does not fit is named and not overwritten."""
     import jax.numpy as jnp
 
     from sprint_jax.training.checkpoints import Checkpoints
@@ -240,7 +234,7 @@ def test_checkpoint_of_another_shape(tmp_path):
 
 
 def test_missing_pretrained_weights(tmp_path):
-    config = smoke()
+    config = card()
     config.teacher.pretrained = str(tmp_path / "absent.safetensors")
     with pytest.raises(UserError, match="no weights at"):
         run.run(config_lib.parse(config), tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The configuration: every field is read, unknown and missing keys are named, cards parse."""
+"""The configuration: all fields are read, unknown and missing keys are named, cards parse."""
 
 import ast
 import contextlib
@@ -26,7 +26,7 @@ SECTIONS = [c for c in vars(config).values() if dataclasses.is_dataclass(c)]
 
 @functools.cache
 def attributes_read():
-    """Names of all attributes that the package reads outside config.py."""
+    """Return the names of all attributes that the package reads outside config.py."""
     names = set()
     for path in (ROOT / "sprint_jax").rglob("*.py"):
         if path.name != "config.py":
@@ -37,7 +37,7 @@ def attributes_read():
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.__name__)
 def test_every_field_is_read(section):
-    """By its name. Model is unpacked whole into a constructor, which refuses what it does not take."""
+    """By its name. Model is unpacked whole into a constructor, which refuses unknown fields."""
     if section is not config.Model:
         unread = {f.name for f in dataclasses.fields(section)} - attributes_read()
         assert not unread
@@ -54,11 +54,13 @@ CARDS = [
 ]
 
 
-def noting(value, seen, path=""):
-    """A copy of a config, each of whose fields puts its dotted name into `seen` when it is read."""
+def recording(value, seen, path=""):
+    """Return a copy of a config whose fields add their dotted names to `seen` when they are
+    read.
+    """
     fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     inner = {
-        n: noting(v, seen, f"{path}{n}.") if dataclasses.is_dataclass(v) else v
+        n: recording(v, seen, f"{path}{n}.") if dataclasses.is_dataclass(v) else v
         for n, v in fields.items()
     }
 
@@ -70,13 +72,14 @@ def noting(value, seen, path=""):
     return type(type(value).__name__, (type(value),), {"__getattribute__": read})(**inner)
 
 
-def replaced(value, **changes):
-    """`dataclasses.replace`, which reads nothing."""
+def replace_fields(value, **changes):
+    """Apply `dataclasses.replace`, which would read all fields, without reading any."""
     held = {f.name: object.__getattribute__(value, f.name) for f in dataclasses.fields(value)}
     return type(value)(**(held | changes))
 
 
-# Not read by what is driven below: of a run, a folder or files. Of these the names alone are known to be read.
+# These belong to a run, a folder or files, and the test below does not read them. Only their names
+# are checked.
 ELSEWHERE = {
     "data.encoded",
     "data.model",
@@ -96,11 +99,15 @@ ELSEWHERE = {
 
 
 def test_every_field_of_every_section_is_read(monkeypatch):
-    """By stages, their steps and their data. Fails when a network is trained by another's batch, rate or clipping: the names are the same."""
-    monkeypatch.setattr(dataclasses, "replace", replaced)
+    """By stages, their steps and their data.
+
+    Fails when a network is trained with the batch, rate or clipping of another: the names are the
+    same.
+    """
+    monkeypatch.setattr(dataclasses, "replace", replace_fields)
     tree, seen = card("controlnet"), set()
     tree.teacher.update(base_qk_norm=False, base_time_scale=1000.0, finetune_steps=4)
-    for kind in ("muon", "came", "adamw"):  # each has fields of its own
+    for kind in ("muon", "came", "adamw"):  # each kind has fields of its own
         for optimizer in (
             tree.phases.teacher.optimizers.network,
             tree.phases.control.optimizers.network,
@@ -108,7 +115,7 @@ def test_every_field_of_every_section_is_read(monkeypatch):
             tree.phases.sprint.optimizers.heads,
         ):
             optimizer.update(kind=kind, muon_lr=0.01, b1=0.9, b3=0.99)
-        c = noting(config.parse(tree), seen)
+        c = recording(config.parse(tree), seen)
         base, teacher, distilled = (
             jax.eval_shape(model.init, jax.random.key(0))
             for model in (build.base_teacher(c), build.teacher(c), build.distilled_teacher(c))
@@ -140,7 +147,7 @@ def test_cards_parse_and_survive_json(tree):
 
 @pytest.mark.parametrize("preset, size", [("sana_600m", SANA_600M), ("sana_1600m", SANA_1600M)])
 def test_the_published_recipe(preset, size):
-    """Numbers of the paper's appendix and of the released configuration, and the networks they are for."""
+    """Numbers of the paper's appendix and of the released configuration, with their networks."""
     c = config.parse(card(preset=preset))
     assert build.student(c) == size
     s = c.sprint
@@ -167,7 +174,10 @@ def test_the_published_recipe(preset, size):
 
 
 def test_the_square_root_rule():
-    """One update of plain AdamW is the rate itself. Fails when the ratio is upside down or the root missing."""
+    """One update of plain AdamW is the rate itself.
+
+    Fails when the ratio is inverted and when the root is missing.
+    """
     o = dataclasses.replace(
         config.parse(card(preset="shapes")).sprint.head_optimizer, lr=1e-3, reference_batch=256
     )
@@ -318,10 +328,15 @@ def test_values_that_do_not_go_together_are_named(changes, words):
         config.parse(tree)
 
 
-def test_sizes_of_batches_that_normalise_in_equal_groups():
-    """Said before training of all batches that the heads would refuse, alone or with as many misaligned ones, and of no other."""
+def test_batches_that_normalize_in_unequal_groups_are_refused():
+    """The error comes before training, for all batches that the heads would refuse, alone or with
+    misaligned ones.
 
-    def normalises(batch):
+    No other batch is refused.
+    """
+
+    def normalizes(batch):
+        """Return whether the heads accept a batch."""
         try:
             return jax.eval_shape(
                 discriminator.batch_norm_local, jnp.zeros((batch, 1, 1)), jnp.ones(1), jnp.zeros(1)
@@ -332,7 +347,7 @@ def test_sizes_of_batches_that_normalise_in_equal_groups():
     for batch in range(2, 65):
         tree = card(preset="shapes")
         tree.phases.sprint.batch = batch
-        holds = normalises(batch) and normalises(2 * batch)
+        holds = normalizes(batch) and normalizes(2 * batch)
         with (
             contextlib.nullcontext()
             if holds
@@ -353,7 +368,7 @@ def test_a_controlnet_that_nothing_trains_or_shows_is_named():
         config.parse(tree)
 
 
-def test_encoded_pictures_have_no_rough_sketches():
+def test_encoded_images_have_no_rough_sketches():
     """Fails when the share is silently not used."""
     tree = card(preset="emoji").to_dict()
     config.parse(tree)
@@ -369,5 +384,5 @@ def test_encoded_pictures_have_no_rough_sketches():
 @pytest.mark.parametrize(
     "preset, share", [("shapes", 0.5), ("smoke", 0.5), ("sana_600m", 0.0), ("sana_1600m", 0.0)]
 )
-def test_cards_of_the_controlnet_say_the_share(preset, share):
+def test_cards_of_the_controlnet_set_the_share(preset, share):
     assert config.parse(card("controlnet", preset)).control.freehand == share

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from helpers import configs
 from helpers.runs import ROOT
 from sprint_jax import __main__
 
@@ -131,10 +132,8 @@ def test_readme_modules_presets_and_functions_exist():
     assert modules and presets and functions
     for module in modules:
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
-    namespace = {}
-    exec((ROOT / "configs/sprint.py").read_text(), namespace)
     for preset in presets:
-        assert preset in namespace["PRESETS"]
+        assert preset in configs.presets()
     for file, function in functions:
         source = (PACKAGE / file).read_text()
         assert re.search(rf"^(?:def|class) {function}\b", source, re.M), f"{file}:{function}"

@@ -1,8 +1,7 @@
-"""ControlNet: identities, diffusers' modules and pipeline on random weights, and what its training leaves alone."""
+"""ControlNet: identities, parity with diffusers on random weights, what its training changes."""
 
 import dataclasses
 import json
-import runpy
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.runs import ROOT, SAME_BITS
+from helpers.arrays import normals, relative_error
+from helpers.compiler import SAME_BITS
+from helpers.configs import card
 from sprint_jax import build, config
 from sprint_jax.diffusion import samplers
 from sprint_jax.errors import UserError
@@ -45,12 +46,8 @@ NET = dataclasses.replace(TRUNK, guidance_embed=False)
 MODEL = Controlled(trunk=TRUNK, control=ControlNet(net=NET, depth=2))
 
 
-def normals(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def moved(params, seed=0):
-    """Every parameter away from its initial value."""
+def randomize(params, seed=0):
+    """Return the parameters with noise added to each."""
     leaves, tree = jax.tree.flatten(params)
     return tree.unflatten(
         [a + 0.1 * normals(*a.shape, seed=seed + i) for i, a in enumerate(leaves)]
@@ -58,6 +55,7 @@ def moved(params, seed=0):
 
 
 def arguments(batch=3):
+    """Return keyword arguments of `apply` for a batch of up to three samples."""
     mask = (np.arange(5) < np.array([5, 3, 1])[:batch, None]).astype(np.float32)
     told = dict(
         text=normals(batch, 5, 10, seed=1), mask=mask, guidance=np.float32([4.5, 1.0, 2.0][:batch])
@@ -66,20 +64,21 @@ def arguments(batch=3):
 
 
 def apply(model, params, **kwargs):
+    """Return model.apply, compiled so that equal programs give equal bits."""
     return jax.jit(lambda p, k: model.apply(p, **k), compiler_options=SAME_BITS)(params, kwargs)
 
 
-def test_changes_nothing_at_the_start():
-    """Zero projections: the trunk with a fresh ControlNet is the trunk, whatever the condition."""
-    trunk = moved(TRUNK.init(jax.random.key(0)))
+def test_a_fresh_controlnet_changes_nothing():
+    """With zero projections the steered transformer equals the trunk, whatever the condition."""
+    trunk = randomize(TRUNK.init(jax.random.key(0)))
     params = {"trunk": trunk, "control": MODEL.control.start(trunk)}
     given = dict(control=normals(3, 4, 6, 4, seed=2), control_scale=np.ones(3, np.float32))
     steered = apply(MODEL, params, **arguments(), **given).velocity
     np.testing.assert_allclose(steered, apply(TRUNK, trunk, **arguments()).velocity, atol=1e-6)
 
 
-def test_without_a_condition_or_at_scale_zero_it_is_the_trunk():
-    params = moved(MODEL.init(jax.random.key(0)))
+def test_no_condition_and_scale_zero_give_the_trunk():
+    params = randomize(MODEL.init(jax.random.key(0)))
     alone = apply(TRUNK, params["trunk"], **arguments()).velocity
     np.testing.assert_array_equal(apply(MODEL, params, **arguments()).velocity, alone)
     control = normals(3, 4, 6, 4, seed=2)
@@ -87,7 +86,7 @@ def test_without_a_condition_or_at_scale_zero_it_is_the_trunk():
         MODEL, params, **arguments(), control=control, control_scale=np.zeros(3, np.float32)
     ).velocity
     np.testing.assert_allclose(zero, alone, atol=1e-6)
-    # A scale is each sample's own.
+    # Each sample has a scale of its own.
     some = apply(
         MODEL, params, **arguments(), control=control, control_scale=np.float32([0, 1, 0])
     ).velocity
@@ -103,9 +102,12 @@ def test_without_a_condition_or_at_scale_zero_it_is_the_trunk():
     assert np.abs(some[1] - alone[1]).max() > 1e-2
 
 
-def test_residuals_enter_behind_blocks_one_and_two():
-    """By features: block 0 is untouched, block 1 differs by the first residual alone; a list of blocks gives the same."""
-    params = moved(TRUNK.init(jax.random.key(0)))
+def test_residuals_are_added_after_blocks_one_and_two():
+    """Block 0 is unchanged and block 1 differs by the first residual alone.
+
+    Checked by features; a list of blocks gives the same result.
+    """
+    params = randomize(TRUNK.init(jax.random.key(0)))
     residuals = normals(2, 3, 4, 6, 24, seed=3)
     plain = apply_features(params, None)
     given = apply_features(params, residuals)
@@ -124,7 +126,9 @@ def apply_features(params, residuals):
 
 
 def test_without_residuals_all_blocks_are_one_loop():
-    """And with two of them three: before, while and after they are added."""
+    """With two residuals there are three loops: before, during and after the blocks that
+    add them.
+    """
     params = TRUNK.init(jax.random.key(0))
     loops = lambda r: str(
         jax.make_jaxpr(lambda p: TRUNK.apply(p, **arguments(), residuals=r).velocity)(params)
@@ -144,10 +148,12 @@ def test_too_many_residuals_and_wrong_conditions_are_refused():
 
 
 def test_parity_with_diffusers(tmp_path):
-    """Residuals, and the steered transformer, of random weights; bit-equal tensors on the way back."""
+    """Residuals and the steered transformer agree on random weights, and exported tensors are
+    bit-equal.
+    """
     torch = pytest.importorskip("torch")
     from helpers import fabricate
-    from helpers.torch_models import converted, from_torch, relative, to_torch
+    from helpers.torch_models import converted, from_torch, to_torch
     from sprint_jax.conversion import configs, folder, rules, tables
     from sprint_jax.storage import tensors
 
@@ -155,7 +161,9 @@ def test_parity_with_diffusers(tmp_path):
     model, params = converted(
         theirs, "controlnet", lambda c: configs.controlnet(c, "float32"), tmp_path / "controlnet"
     )
-    assert model.net.time_scale == 1000.0 and not model.net.qk_norm and model.depth == 2
+    assert model.net.time_scale == 1000.0
+    assert not model.net.qk_norm
+    assert model.depth == 2
     x, control, text = normals(3, 4, 6, 8), normals(3, 4, 6, 8, seed=5), normals(3, 9, 48, seed=1)
     mask = (np.arange(9) < np.array([9, 4, 1])[:, None]).astype(np.float32)
     t = np.float32([0.9, 0.4, 0.03])
@@ -173,7 +181,7 @@ def test_parity_with_diffusers(tmp_path):
             encoder_attention_mask=torch.tensor(mask),
         ).controlnet_block_samples
     for residual, other in zip(ours, expected, strict=True):
-        assert relative(residual.reshape(3, 24, 32), other.numpy()) < 1e-5
+        assert relative_error(residual.reshape(3, 24, 32), other.numpy()) < 1e-5
 
     trunk = fabricate.transformer(guidance_embeds=False).eval()
     description, trunk_params = converted(
@@ -199,9 +207,9 @@ def test_parity_with_diffusers(tmp_path):
             encoder_attention_mask=torch.tensor(mask),
             controlnet_block_samples=tuple(expected),
         ).sample
-    assert relative(made, from_torch(reference)) < 1e-5
+    assert relative_error(made, from_torch(reference)) < 1e-5
 
-    # And back, as they were.
+    # The export restores the tensors.
     back = rules.export(tables.controlnet(model), params)
     found = tensors.find(tmp_path / "controlnet", "diffusion_pytorch_model")
     assert back.keys() == found.keys()
@@ -213,16 +221,19 @@ def test_parity_with_diffusers(tmp_path):
     )
     assert configs.controlnet_json(dense)["_class_name"] == "SprintControlNetModel"
     assert configs.controlnet(configs.controlnet_json(dense), "float32") == dense
-    assert folder.read_controlnet(tmp_path)[0] == model  # of a whole pipeline's folder
+    assert folder.read_controlnet(tmp_path)[0] == model  # the folder of a whole pipeline
 
 
-def test_multi_step_pipeline_of_diffusers(tmp_path):
-    """Our guided flow sampler with a ControlNet against SanaControlNetPipeline, same noise: latents of four steps."""
+def test_multi_step_pipeline_agrees_with_diffusers(tmp_path):
+    """Compare latents of our guided flow sampler with a ControlNet to SanaControlNetPipeline.
+
+    Both make four steps from the same noise.
+    """
     torch = pytest.importorskip("torch")
     import diffusers
 
     from helpers import fabricate
-    from helpers.torch_models import converted, from_torch, relative, to_torch
+    from helpers.torch_models import converted, from_torch, to_torch
     from sprint_jax.conversion import configs
 
     tok = fabricate.tokenizer()
@@ -244,7 +255,7 @@ def test_multi_step_pipeline_of_diffusers(tmp_path):
     noise, hint = normals(2, 3, 5, 8, seed=3), normals(2, 3, 5, 8, seed=4)
     theirs.prepare_image = lambda **kwargs: to_torch(
         np.concatenate([hint, hint])
-    )  # latents, past the autoencoder
+    )  # latents, without the autoencoder
     theirs.vae.encode = lambda image: type(
         "Encoded", (), {"latent": image / theirs.vae.config.scaling_factor}
     )()
@@ -287,11 +298,11 @@ def test_multi_step_pipeline_of_diffusers(tmp_path):
         made = sampler(params, {"text": null, "mask": mask}, cond, 4.5, 0, np.arange(2))
     finally:
         programs.noises = fixed
-    assert relative(made, from_torch(expected)) < 1e-5
+    assert relative_error(made, from_torch(expected)) < 1e-5
 
 
 class _Latents:
-    """Pixels that are latents."""
+    """A codec whose pixels are latents."""
 
     def decode(self, params, latents):
         return latents
@@ -299,20 +310,24 @@ class _Latents:
 
 @pytest.fixture(scope="module")
 def small():
-    tree = runpy.run_path(str(ROOT / "configs/controlnet.py"))["get_config"]("smoke")
+    """Return the config of a shallow model with a ControlNet."""
+    tree = card("controlnet")
     tree.control.depth, tree.model.depth = 1, 2
     return config.parse(tree)
 
 
 @pytest.fixture(scope="module")
 def batch(small):
+    """Return (data set, batch of 8)."""
     data = datasets.Shapes(small)
     with data.batches(8, 0, 1, 0, 1) as batches:
         return data, next(batches)
 
 
-def test_batches_hold_the_edges_of_their_pictures(small, batch):
-    """The condition is the encoded edge map of the very picture, for training and held-out ones."""
+def test_batches_hold_the_edges_of_their_images(small, batch):
+    """The condition is the encoded edge map of the same image, in training and in the
+    held-out set.
+    """
     from sprint_jax.conditioning import sketches
     from sprint_jax.toy import freehand
 
@@ -332,9 +347,9 @@ def test_batches_hold_the_edges_of_their_pictures(small, batch):
 
 
 def test_control_stage_trains_the_controlnet_alone(small, batch):
-    """The trunk is an argument and not in the state."""
+    """The trunk is an argument and not part of the state."""
     data, rows = batch
-    teacher = moved(build.teacher(small).init(jax.random.key(0)))
+    teacher = randomize(build.teacher(small).init(jax.random.key(0)))
     stage = run.control_stage(small, data, teacher)
     assert jax.tree.structure(stage.frozen["trunk"]) == jax.tree.structure(teacher)
     state = stage.start(stage.frozen, {})
@@ -345,13 +360,17 @@ def test_control_stage_trains_the_controlnet_alone(small, batch):
     new, metrics = jax.jit(stage.functions[0], compiler_options=SAME_BITS)(
         state, stage.frozen, rows
     )
-    # At the start only the outer zero projection has a gradient; the inner parts follow once it has moved.
-    assert metrics["grad_norm/zero_out/kernel"] > 0 and metrics["grad_norm/zero_in/kernel"] == 0
+    # At first only the outer zero projection has a gradient. The inner parts follow once it
+    # changed.
+    assert metrics["grad_norm/zero_out/kernel"] > 0
+    assert metrics["grad_norm/zero_in/kernel"] == 0
     assert np.abs(new.params["zero_out"]["kernel"]).max() > 0
 
 
 def test_a_dropped_condition_is_no_condition(small, batch):
-    """The sprint's share of samples without the sketch; other draws of a step do not depend on it."""
+    """The sprint drops the sketch of its share of samples; other draws of a step do not depend on
+    it.
+    """
     from sprint_jax.training import batch as batch_lib
 
     _, rows = batch
@@ -366,11 +385,14 @@ def test_a_dropped_condition_is_no_condition(small, batch):
     }
 
 
-def test_student_starts_as_teacher_and_both_are_told_the_condition(small, batch):
-    """sCM's velocity and the student's prediction depend on the condition; without dropout all samples have it."""
+def test_student_and_teacher_both_receive_the_condition(small, batch):
+    """The velocity of sCM and the student's prediction depend on the condition.
+
+    The student starts as the teacher. Without dropout all samples have the condition.
+    """
     data, rows = batch
     nets = build.nets(small)
-    teacher = moved(nets.teacher.init(jax.random.key(0)))
+    teacher = randomize(nets.teacher.init(jax.random.key(0)))
     params = sprint_step.student_params(teacher, nets, jax.random.key(1), logvar_start=0.0)
     assert isinstance(nets.teacher, Controlled) and isinstance(nets.student, Controlled)
     cond = {
@@ -394,14 +416,18 @@ def test_student_starts_as_teacher_and_both_are_told_the_condition(small, batch)
     F, velocity = both(cond)
     np.testing.assert_allclose(F, velocity, atol=1e-4)
     other = both(cond | {"control": np.roll(rows["control"], 1, 0)})
-    assert np.abs(other[0] - F).max() > 1e-2 and np.abs(other[1] - velocity).max() > 1e-2
+    assert np.abs(other[0] - F).max() > 1e-2
+    assert np.abs(other[1] - velocity).max() > 1e-2
 
 
-def test_who_always_goes_without_the_sketch_teaches_the_controlnet_nothing(small, batch):
-    """The share is that of the config: at 1 its gradient is zero, at 0 it is not. Fails when the stage's steps are not told it."""
+def test_dropping_every_condition_gives_the_controlnet_no_gradient(small, batch):
+    """The gradient is zero at a share of 1 and not at 0.
+
+    Fails when the steps of the stage ignore the config's share.
+    """
     data, rows = batch
     small = dataclasses.replace(small, sprint=dataclasses.replace(small.sprint, scm_weight=0.0))
-    teacher = moved(jax.jit(build.distilled_teacher(small).init)(jax.random.key(0)))
+    teacher = randomize(jax.jit(build.distilled_teacher(small).init)(jax.random.key(0)))
     of = lambda share: run.sprint_stage(
         dataclasses.replace(small, control=dataclasses.replace(small.control, dropout=share)),
         data,
@@ -410,7 +436,7 @@ def test_who_always_goes_without_the_sketch_teaches_the_controlnet_nothing(small
     start = jax.jit(of(0.0).start)(of(0.0).frozen, {})
     metrics_of = jax.jit(
         lambda share, *args: of(share).functions[0](*args)[1]
-    )  # one program for every share
+    )  # one program for all shares
     for share, taught in ((0.0, True), (1.0, False)):
         metrics = metrics_of(share, start, of(0.0).frozen, rows)
         norms = [float(v) for name, v in metrics.items() if name.startswith("grad_norm/control")]
@@ -419,7 +445,9 @@ def test_who_always_goes_without_the_sketch_teaches_the_controlnet_nothing(small
 
 
 def test_every_new_parameter_has_a_sharding_rule(small):
-    """Cut over fsdp in the state of both phases, CAME's factored moments included; nothing is left to the default."""
+    """All are sharded over fsdp in the state of both phases, with CAME's factored moments; none
+    takes the default.
+    """
     came = dataclasses.replace(
         small.phases["control"].optimizers["network"], kind="came", b3=0.9999
     )
@@ -449,11 +477,14 @@ def test_every_new_parameter_has_a_sharding_rule(small):
     assert checked == {"control", "sprint"}
 
 
-def test_generate_follows_and_refuses(small):
-    """A model without ControlNet refuses a sketch by name; with one, the sketch changes the picture and scale 0 does not."""
+def test_generate_follows_a_sketch_or_refuses_it(small):
+    """A model without a ControlNet refuses a sketch by name.
+
+    With one, the sketch changes the image and scale 0 does not.
+    """
     from sprint_jax.encoders import parts
 
-    params = moved(build.student(small).init(jax.random.key(0)))
+    params = randomize(build.student(small).init(jax.random.key(0)))
     pipe = pipeline.Pipeline(
         build.student(small),
         parts.EmbeddedText(build.text_encoder(small)),
@@ -502,20 +533,26 @@ def test_generate_follows_and_refuses(small):
     assert np.abs(np.asarray(again, int) - make(control=sketch)).max() <= 1
 
 
-# ---- Through the doors.
+# --- commands ---
 
 
 @pytest.mark.slow
-def test_the_main_job_trains_distils_and_scores(sketched):
-    """Every stage is there; real pictures agree with their sketches wholly, those of other prompts do not."""
-    rows = [json.loads(line) for line in (sketched / "metrics.jsonl").read_text().splitlines()]
+def test_the_main_job_trains_distils_and_scores(finished_controlnet):
+    """Every stage is present.
+
+    Real images agree completely with their own sketches and not with those of other prompts.
+    """
+    rows = [
+        json.loads(line)
+        for line in (finished_controlnet / "metrics.jsonl").read_text().splitlines()
+    ]
     assert list(dict.fromkeys(row["stage"] for row in rows)) == [
         "teacher",
         "finetune",
         "control",
         "sprint",
     ]
-    summary = json.loads((sketched / "summary.json").read_text())
+    summary = json.loads((finished_controlnet / "summary.json").read_text())
     names = {
         "real",
         "mismatched",
@@ -528,42 +565,40 @@ def test_the_main_job_trains_distils_and_scores(sketched):
     }
     names |= {"teacher_freehand", "student_1_freehand"}
     assert summary["agreement"].keys() == names == summary["scores"].keys()
-    assert summary["agreement"]["real"] == 1.0 and summary["agreement"]["mismatched"] < 0.5
+    assert summary["agreement"]["real"] == 1.0
+    assert summary["agreement"]["mismatched"] < 0.5
     with (
-        Image.open(sketched / "samples_control.png") as sheet,
-        Image.open(sketched / "samples_real.png") as real,
+        Image.open(finished_controlnet / "samples_control.png") as sheet,
+        Image.open(finished_controlnet / "samples_real.png") as real,
     ):
         assert sheet.size == real.size
         assert set(np.unique(np.asarray(sheet))) <= {
             0,
             255,
             96,
-        }  # lines, ground, and the grid's grey
+        }  # lines, background, and the grid's gray
     with (
-        Image.open(sketched / "samples_freehand_sketches.png") as sheet,
-        Image.open(sketched / "samples_freehand.png") as made,
+        Image.open(finished_controlnet / "samples_freehand_sketches.png") as sheet,
+        Image.open(finished_controlnet / "samples_freehand.png") as made,
     ):
-        assert (
-            sheet.size == made.size and len(np.unique(np.asarray(sheet))) > 3
-        )  # strokes are grey at their borders
-    report = (sketched / "report.html").read_text()
-    assert (
-        "edges as asked" in report
-        and "by the rough sketches" in report
-        and "<td>student_1_freehand</td>" in report
-    )
+        assert sheet.size == made.size
+        assert len(np.unique(np.asarray(sheet))) > 3  # strokes are gray at their borders
+    report = (finished_controlnet / "report.html").read_text()
+    assert "edges as asked" in report
+    assert "by the rough sketches" in report
+    assert "<td>student_1_freehand</td>" in report
 
 
 @pytest.mark.slow
-def test_sample_takes_a_sketch(sketched, command, tmp_path):
-    """And none; a size that differs is fitted, as pictures to start from are."""
+def test_sample_takes_a_sketch(finished_controlnet, command, tmp_path):
+    """The sketch may be absent. A sketch of another size is fitted like an initial image."""
     sketch = np.zeros((64, 64, 3), np.uint8)
     sketch[20:44, 20] = sketch[20:44, 44] = 255
     Image.fromarray(sketch).save(tmp_path / "sketch.png")
     made = []
     for name, flags in (("free", []), ("held", [f"--control={tmp_path / 'sketch.png'}"])):
         flags += [
-            f"--model={sketched}",
+            f"--model={finished_controlnet}",
             "--prompt=a red square",
             "--steps=1",
             f"--out={tmp_path / name}",
@@ -571,7 +606,7 @@ def test_sample_takes_a_sketch(sketched, command, tmp_path):
         result = command("sprint_jax.commands.sample", *flags)
         assert result.returncode == 0, result.stderr
         made.append(np.asarray(Image.open(tmp_path / name / "00000.png"), int))
-    pipe = pipeline.load(sketched, dtype="float32")
+    pipe = pipeline.load(finished_controlnet, dtype="float32")
     again = pipeline.generate(
         pipe, ["a red square"], steps=1, control=image_files.load(tmp_path / "sketch.png", 32, 32)
     )[0]
@@ -580,28 +615,28 @@ def test_sample_takes_a_sketch(sketched, command, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_becomes_folders_and_its_stages_are_extracted(sketched, command, tmp_path):
+def test_runs_are_converted_and_their_stages_extracted(finished_controlnet, command, tmp_path):
     from sprint_jax.conversion import folder
 
     result = command(
-        "sprint_jax.commands.convert", f"--from={sketched}", f"--to={tmp_path / 'out'}"
+        "sprint_jax.commands.convert", f"--from={finished_controlnet}", f"--to={tmp_path / 'out'}"
     )
     assert result.returncode == 0, result.stderr
     model, params = folder.read_controlnet(tmp_path / "out")
-    found, whole, _ = pipeline.read_student(sketched)
+    found, whole, _ = pipeline.read_student(finished_controlnet)
     assert dataclasses.replace(model.net, depth=2, remat="none", unroll=1) == dataclasses.replace(
         found.control.net, remat="none", unroll=1
     )
     jax.tree.map(np.testing.assert_array_equal, params, whole["control"])
     result = command(
         "sprint_jax.commands.extract",
-        f"--run_dir={sketched}",
+        f"--run_dir={finished_controlnet}",
         "--stage=control",
         f"--to_file={tmp_path / 'c.safetensors'}",
     )
     assert result.returncode == 0, result.stderr
     abstract = jax.eval_shape(found.control.init, jax.random.key(0))
-    kept = weights.load(sketched / "controlnet.safetensors", abstract)
+    kept = weights.load(finished_controlnet / "controlnet.safetensors", abstract)
     jax.tree.map(
         np.testing.assert_array_equal, weights.load(tmp_path / "c.safetensors", abstract), kept
     )
@@ -616,7 +651,5 @@ def test_a_model_without_a_controlnet_refuses_sketches(finished, command, tmp_pa
         f"--out={tmp_path / 'out'}",
     ]
     result = command("sprint_jax.commands.sample", *flags)
-    assert (
-        result.returncode != 0
-        and result.stderr.strip().splitlines()[-1].count("has no ControlNet") == 1
-    )
+    assert result.returncode != 0
+    assert result.stderr.strip().splitlines()[-1].count("has no ControlNet") == 1

@@ -1,4 +1,4 @@
-"""The Linear-DiT: a float64 NumPy forward of the whole network, published sizes, identities and variants."""
+"""The Linear-DiT: a float64 NumPy forward pass, published sizes, identities and variants."""
 
 import dataclasses
 import functools
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers.arrays import max_error, normals
+from helpers.compiler import UNOPTIMIZED
 from helpers.kernel_cases import stencil
 from sprint_jax.models import layers
 from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M, LinearDiT, patchify, unpatchify
@@ -36,21 +38,11 @@ MODEL = LinearDiT(
     residual_dtype="float32",
     attention="plain",
 )
-QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time here
 BATCH, HEIGHT, WIDE, LENGTH = 3, 4, 6, 5
 
 
-def normals(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def error(value, expected):
-    value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
-    return np.abs(value - expected).max() / np.abs(expected).max()
-
-
 def inputs():
-    """(x, t, text, mask, guidance); every prompt has a padded end."""
+    """Return (x, t, text, mask, guidance). Every prompt has a padded end."""
     mask = np.arange(LENGTH) < np.array([2, 4, 3])[:, None]
     return (
         normals(BATCH, HEIGHT, WIDE, 3),
@@ -62,15 +54,17 @@ def inputs():
 
 
 @functools.cache
-def started():
-    """Parameters as `init` makes them."""
-    return jax.tree.map(np.asarray, jax.jit(MODEL.init, compiler_options=QUICK)(jax.random.key(0)))
+def initial_params():
+    """Return parameters as `init` makes them."""
+    return jax.tree.map(
+        np.asarray, jax.jit(MODEL.init, compiler_options=UNOPTIMIZED)(jax.random.key(0))
+    )
 
 
 @functools.cache
-def randomised():
-    """All parameters moved away from their initial values, zeros and ones included."""
-    leaves, tree = jax.tree.flatten(started())
+def random_params():
+    """Return parameters that all differ from their initial values, zeros and ones included."""
+    leaves, tree = jax.tree.flatten(initial_params())
     moved = [
         a + 0.3 / math.sqrt(a.shape[-1] / 4) * normals(*a.shape, seed=i)
         for i, a in enumerate(leaves)
@@ -79,17 +73,18 @@ def randomised():
 
 
 @functools.cache
-def run(model=MODEL, features=(), velocity=True):
-    """model.apply, compiled once for each variant."""
+def apply(model=MODEL, features=(), velocity=True):
+    """Return model.apply, compiled once for each variant."""
     apply = functools.partial(model.apply, features=features, velocity=velocity)
-    return jax.jit(apply, compiler_options=QUICK)
+    return jax.jit(apply, compiler_options=UNOPTIMIZED)
 
 
 def variant(**changes):
+    """Return the model with changed fields."""
     return dataclasses.replace(MODEL, **changes)
 
 
-# The network once more, in NumPy and float64.
+# --- the network in NumPy, float64 ---
 
 
 def silu(x):
@@ -101,7 +96,7 @@ def affine(p, x):
 
 
 def norm(x):
-    """LayerNorm without parameters."""
+    """Apply LayerNorm without parameters."""
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
 
 
@@ -110,6 +105,7 @@ def rms(p, x):
 
 
 def embedding(p, value):
+    """Return the embedding of times or guidance scales."""
     angles = np.outer(value, 10000.0 ** (-np.arange(128) / 128))
     return affine(
         p["linear_2"], silu(affine(p["linear_1"], np.hstack([np.cos(angles), np.sin(angles)])))
@@ -117,16 +113,17 @@ def embedding(p, value):
 
 
 def heads_of(x, heads):
-    """[B, N, D] -> [B, h, N, d]."""
+    """Return [B, N, D] as [B, h, N, d]."""
     return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
 
 
 def tokens_of(x):
+    """Return [B, h, N, d] as [B, N, D]."""
     return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)
 
 
 def self_attention(p, x, heads):
-    """Written as the quadratic form the linear attention is equal to: weights relu(q) . relu(k)."""
+    """Compute the quadratic form of linear attention, with weights relu(q) . relu(k)."""
     q, k, v = np.split(x @ p["to_qkv"]["kernel"], 3, -1)
     q, k = np.maximum(rms(p["norm_q"], q), 0), np.maximum(rms(p["norm_k"], k), 0)
     q, k, v = (heads_of(a, heads) for a in (q, k, v))
@@ -150,7 +147,7 @@ def mix_ffn(p, x):
 
 
 def numpy_forward(params, x, t, text, mask, guidance):
-    """(velocity, logvar, output of every block)."""
+    """Return (velocity, logvar, output of every block)."""
     params, x, t, text, mask, guidance = jax.tree.map(
         lambda a: np.asarray(a, np.float64), (params, x, t, text, mask, guidance)
     )
@@ -190,22 +187,25 @@ def numpy_forward(params, x, t, text, mask, guidance):
 
 
 def test_whole_network_against_numpy():
-    """Velocity, logvar and every block. Fails when the gate and value of the Mix-FFN are swapped, when any of
-    shift1, scale1, gate1 are exchanged, when the final layer takes silu(condition), when the sinusoid puts
-    sine first, when linear_attention.EPS is 1e-2, and when a norm's epsilon is 1e-3."""
-    out = run(features=(0, 1))(randomised(), *inputs())
-    velocity, logvar, blocks = numpy_forward(randomised(), *inputs())
-    assert error(out.velocity, velocity) < 1e-5
-    assert error(out.logvar, logvar) < 1e-5
+    """Compare velocity, logvar and every block.
+
+    Fails when the gate and value of the Mix-FFN are swapped, when any two of shift1, scale1 and
+    gate1 are swapped, when the final layer takes silu(condition), when the sinusoid has its sine
+    first, when linear_attention.EPS is 1e-2, and when the epsilon of a norm is 1e-3.
+    """
+    out = apply(features=(0, 1))(random_params(), *inputs())
+    velocity, logvar, blocks = numpy_forward(random_params(), *inputs())
+    assert max_error(out.velocity, velocity) < 1e-5
+    assert max_error(out.logvar, logvar) < 1e-5
     for value, expected in zip(out.features, blocks, strict=True):
-        assert error(value, expected) < 1e-5
+        assert max_error(value, expected) < 1e-5
 
 
 @pytest.mark.parametrize(
     ("model", "published"), [(SANA_600M, 593_501_216), (SANA_1600M, 1_610_237_472)]
 )
 def test_published_sizes(model, published):
-    """The logvar head adds D + 1. Fails when to_qkv gets a bias or conv_point one."""
+    """The logvar head adds D + 1 parameters. Fails when to_qkv or conv_point gets a bias."""
     count = lambda m: sum(
         a.size for a in jax.tree.leaves(jax.eval_shape(m.init, jax.random.key(0)))
     )
@@ -214,8 +214,11 @@ def test_published_sizes(model, published):
 
 
 def test_block_without_gates_is_the_identity():
-    """Gates and cross-attention projection zero: tokens pass. Fails when gate1 is made (1 + gate1)."""
-    params = jax.tree.map(np.copy, randomised())
+    """Tokens pass where gates and the cross-attention projection are zero.
+
+    Fails when gate1 becomes (1 + gate1).
+    """
+    params = jax.tree.map(np.copy, random_params())
     for leaf in params["inputs"]["time_proj"].values():
         leaf[:] = 0
     for leaf in params["blocks"]["attn2"]["to_out"].values():
@@ -224,57 +227,63 @@ def test_block_without_gates_is_the_identity():
     x = inputs()[0]
     embed = params["inputs"]["patch_embed"]
     tokens = patchify(x, 2).reshape(BATCH, -1, 12) @ embed["kernel"] + embed["bias"]
-    for feature in run(features=(0, 1))(params, *inputs()).features:
-        assert error(feature, tokens) < 1e-6
+    for feature in apply(features=(0, 1))(params, *inputs()).features:
+        assert max_error(feature, tokens) < 1e-6
     params["blocks"]["scale_shift_table"][:, 5] = 1
-    assert error(run(features=(0, 1))(params, *inputs()).features[0], tokens) > 0.01
+    assert max_error(apply(features=(0, 1))(params, *inputs()).features[0], tokens) > 0.01
 
 
 def test_features_need_nothing_after_them():
-    """A run that stops early gives the features of the whole run, and later blocks play no part in it.
+    """A run that stops early gives the features of the whole run, whatever the later blocks.
 
     Fails when a segment starts one block late.
     """
-    whole = run(features=(0, 1))(randomised(), *inputs())
-    params = jax.tree.map(np.copy, randomised())
+    whole = apply(features=(0, 1))(random_params(), *inputs())
+    params = jax.tree.map(np.copy, random_params())
     for leaf in jax.tree.leaves(params["blocks"]):
         leaf[1] = np.nan
-    early = run(features=(0,), velocity=False)(params, *inputs())
+    early = apply(features=(0,), velocity=False)(params, *inputs())
     assert early.velocity is None
-    assert error(early.features[0], whole.features[0]) < 1e-6
-    assert error(run()(randomised(), *inputs()).velocity, whole.velocity) < 1e-6
+    assert max_error(early.features[0], whole.features[0]) < 1e-6
+    assert max_error(apply()(random_params(), *inputs()).velocity, whole.velocity) < 1e-6
     with pytest.raises(ValueError, match="must increase"):
-        MODEL.apply(randomised(), *inputs(), features=(1, 0))
+        MODEL.apply(random_params(), *inputs(), features=(1, 0))
 
 
 @pytest.mark.parametrize("remat", ["block", "cheap"])
 def test_loop_variants_change_nothing(remat):
-    """Value and parameter gradient. Fails when the scan runs in reverse for unroll < depth."""
+    """Compare value and parameter gradient.
+
+    Fails when the scan runs in reverse for unroll < depth.
+    """
 
     def loss(model):
         value = lambda p: jnp.square(model.apply(p, *inputs()).velocity).mean()
-        return jax.jit(jax.value_and_grad(value), compiler_options=QUICK)(randomised())
+        return jax.jit(jax.value_and_grad(value), compiler_options=UNOPTIMIZED)(random_params())
 
     value, slope = loss(MODEL)
     other_value, other_slope = loss(variant(unroll=2, remat=remat))
-    assert error(other_value, value) < 1e-5
+    assert max_error(other_value, value) < 1e-5
     for one, other in zip(jax.tree.leaves(slope), jax.tree.leaves(other_slope), strict=True):
         assert np.abs(one - other).max() < 1e-4 * max(np.abs(one).max(), 1e-3)
 
 
 def test_bfloat16_is_close():
     """Fails when the velocity keeps the compute dtype."""
-    out = run(variant(dtype="bfloat16", residual_dtype="bfloat16"))(randomised(), *inputs())
-    exact = run()(randomised(), *inputs())
+    out = apply(variant(dtype="bfloat16", residual_dtype="bfloat16"))(random_params(), *inputs())
+    exact = apply()(random_params(), *inputs())
     assert out.velocity.dtype == out.logvar.dtype == jnp.float32
-    assert 1e-4 < error(out.velocity, exact.velocity) < 0.1
+    assert 1e-4 < max_error(out.velocity, exact.velocity) < 0.1
 
 
 def test_a_float32_residual_stream_rounds_less():
-    """A bfloat16 network of 24 blocks against the float32 one. Fails when tokens, or what a block adds to them, are rounded on the way."""
+    """Compare a bfloat16 network of 24 blocks with the float32 one.
+
+    Fails when tokens, or what a block adds to them, are rounded on the way.
+    """
     x, t, text, mask, guidance = inputs()
     deep = jax.tree.map(
-        lambda a: 0.3 * np.tile(a, (12,) + (1,) * (a.ndim - 1)), randomised()["blocks"]
+        lambda a: 0.3 * np.tile(a, (12,) + (1,) * (a.ndim - 1)), random_params()["blocks"]
     )
     distance = lambda a, b: (
         np.linalg.norm(np.float64(a) - np.float64(b)) / np.linalg.norm(np.float64(b))
@@ -285,13 +294,13 @@ def test_a_float32_residual_stream_rounds_less():
 
         def outputs(x, t):
             out = model.apply(
-                randomised() | {"blocks": deep}, x, t, text, mask, guidance, features=(1,)
+                random_params() | {"blocks": deep}, x, t, text, mask, guidance, features=(1,)
             )
             return out.velocity, out.features[0]
 
         return jax.jit(
             lambda: jax.jvp(outputs, (x, t), (normals(*x.shape, seed=5), np.ones_like(t))),
-            compiler_options=QUICK,
+            compiler_options=UNOPTIMIZED,
         )()
 
     (exact, _), (exact_tangent, _) = results(dtype="float32")
@@ -299,59 +308,68 @@ def test_a_float32_residual_stream_rounds_less():
     (narrow, _), (narrow_tangent, _) = results(dtype="bfloat16", residual_dtype="bfloat16")
     assert distance(wide, exact) < 0.5 * distance(narrow, exact)
     assert distance(wide_tangent, exact_tangent) < 0.8 * distance(narrow_tangent, exact_tangent)
-    assert (
-        features.dtype == jnp.float32 and np.mean(features == features.astype(jnp.bfloat16)) < 0.1
-    )
+    assert features.dtype == jnp.float32
+    assert np.mean(features == features.astype(jnp.bfloat16)) < 0.1
 
 
 def test_padded_text_has_no_influence():
     """Fails when cross_attention.MASKED is 0."""
     x, t, text, mask, guidance = inputs()
-    plain = run()(randomised(), x, t, text, mask, guidance).velocity
+    plain = apply()(random_params(), x, t, text, mask, guidance).velocity
     padded = np.where(mask[..., None] == 0, 50 * normals(*text.shape, seed=9), text)
-    np.testing.assert_array_equal(run()(randomised(), x, t, padded, mask, guidance).velocity, plain)
+    np.testing.assert_array_equal(
+        apply()(random_params(), x, t, padded, mask, guidance).velocity, plain
+    )
     seen = text + mask[..., None]
-    assert error(run()(randomised(), x, t, seen, mask, guidance).velocity, plain) > 1e-2
+    assert max_error(apply()(random_params(), x, t, seen, mask, guidance).velocity, plain) > 1e-2
 
 
 def test_guidance_embedding_starts_at_zero():
     """Fails when zero_last is left out of the guidance embedding."""
     *rest, guidance = inputs()
-    at = lambda params, w: run()(params, *rest, w).velocity
-    np.testing.assert_array_equal(at(started(), guidance), at(started(), guidance + 3))
-    assert error(at(randomised(), guidance + 3), at(randomised(), guidance)) > 1e-2
+    at = lambda params, w: apply()(params, *rest, w).velocity
+    np.testing.assert_array_equal(
+        at(initial_params(), guidance), at(initial_params(), guidance + 3)
+    )
+    assert max_error(at(random_params(), guidance + 3), at(random_params(), guidance)) > 1e-2
     without = {
-        **started(),
-        "inputs": {k: v for k, v in started()["inputs"].items() if k != "guidance_embed"},
+        **initial_params(),
+        "inputs": {k: v for k, v in initial_params()["inputs"].items() if k != "guidance_embed"},
     }
-    told_nothing = run(variant(guidance_embed=False))(without, *rest).velocity
-    np.testing.assert_array_equal(told_nothing, at(started(), guidance))
+    told_nothing = apply(variant(guidance_embed=False))(without, *rest).velocity
+    np.testing.assert_array_equal(told_nothing, at(initial_params(), guidance))
     with pytest.raises(ValueError, match="guidance must be given exactly"):
-        MODEL.apply(started(), *rest)
+        MODEL.apply(initial_params(), *rest)
 
 
 def test_time_scale():
     """Fails when _Inputs ignores time_scale."""
     x, t, *rest = inputs()
-    scaled = run(variant(time_scale=1000.0))(randomised(), x, t, *rest).velocity
-    assert error(scaled, run()(randomised(), x, 1000 * t, *rest).velocity) < 1e-6
-    assert error(scaled, run()(randomised(), x, t, *rest).velocity) > 1e-2
+    scaled = apply(variant(time_scale=1000.0))(random_params(), x, t, *rest).velocity
+    assert max_error(scaled, apply()(random_params(), x, 1000 * t, *rest).velocity) < 1e-6
+    assert max_error(scaled, apply()(random_params(), x, t, *rest).velocity) > 1e-2
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
-def test_qk_norm_forgets_the_scale_of_queries(qk_norm):
-    """With the norm alone. Fails when CrossAttention normalises neither, or k in place of q."""
+def test_qk_norm_ignores_the_scale_of_queries(qk_norm):
+    """This holds only with the norm.
+
+    Fails when CrossAttention normalizes neither, and when it normalizes k instead of q.
+    """
     attention = layers.CrossAttention(2, qk_norm, jnp.float32, "plain")
     x, text, mask = normals(2, 6, 16), normals(2, 4, 16, seed=1), np.ones((2, 4))
     params = jax.tree.map(np.asarray, attention.init(jax.random.key(0), x, text, mask)["params"])
     scaled = {**params, "to_q": {k: 5 * v for k, v in params["to_q"].items()}}
     apply = jax.jit(lambda p: attention.apply({"params": p}, x, text, mask))
-    change = error(apply(scaled), apply(params))
+    change = max_error(apply(scaled), apply(params))
     assert change < 1e-4 if qk_norm else change > 0.1
 
 
 def test_patches():
-    """Row-major patches, row-major inside, channels last. Fails when patchify transposes the patches."""
+    """Patches are row-major, row-major inside, with channels last.
+
+    Fails when patchify transposes them.
+    """
     x = normals(2, 4, 6, 3)
     patches = np.asarray(patchify(x, 2))
     for row in range(2):
@@ -362,6 +380,7 @@ def test_patches():
 
 
 def library_conv(x, w):
+    """Return the depthwise convolution of XLA."""
     return jax.lax.conv_general_dilated(
         x,
         w[:, :, None, :],
@@ -372,42 +391,52 @@ def library_conv(x, w):
     )
 
 
-def test_unstacked_parameters_give_the_same():
-    """With the features of both blocks, so that segments are tried; fails when a segment starts at 0."""
+def test_unstacked_parameters_give_the_same_result():
+    """Take features of both blocks, so that segments are covered.
+
+    Fails when a segment starts at 0.
+    """
     x, t, text, mask, w = inputs()
-    program = run(MODEL, features=(0, 1))
+    program = apply(MODEL, features=(0, 1))
     stacked, listed = (
-        program(p, x, t, text, mask, w) for p in (randomised(), MODEL.unstack(randomised()))
+        program(p, x, t, text, mask, w) for p in (random_params(), MODEL.unstack(random_params()))
     )
     for a, b in zip(jax.tree.leaves(stacked), jax.tree.leaves(listed), strict=True):
-        assert error(b, a) < 1e-6
+        assert max_error(b, a) < 1e-6
 
 
 @pytest.mark.parametrize("k", [3, 5])
 def test_depthwise_value_and_jvp(k):
-    """Against the library and against loops. Fails when _shifts swaps w[i, j] for w[j, i], and when _jvp
-    returns the first of its two terms alone."""
+    """Compare with the library and with loops.
+
+    Fails when _shifts swaps w[i, j] and w[j, i], and when _jvp returns only the first of its two
+    terms.
+    """
     x, dx = normals(2, 4, 5, 6), normals(2, 4, 5, 6, seed=1)
     w, dw = normals(k, k, 6), normals(k, k, 6, seed=1)
     ours = depthwise.depthwise_conv
-    assert error(jax.jit(ours)(x, w), stencil(x.astype(np.float64), w.astype(np.float64))) < 1e-6
+    assert (
+        max_error(jax.jit(ours)(x, w), stencil(x.astype(np.float64), w.astype(np.float64))) < 1e-6
+    )
     for primals, tangents in (((x, w), (dx, dw)), ((x, w), (dx, 0 * w)), ((x, w), (0 * x, dw))):
         pair = [
             jax.jit(lambda p, t, f=f: jax.jvp(f, p, t))(primals, tangents)
             for f in (ours, library_conv)
         ]
-        assert error(pair[0][0], pair[1][0]) < 1e-6
-        assert error(pair[0][1], pair[1][1]) < 1e-5
+        assert max_error(pair[0][0], pair[1][0]) < 1e-6
+        assert max_error(pair[0][1], pair[1][1]) < 1e-5
     along_w = lambda f: jax.jit(lambda w: jax.jvp(lambda w: f(x, w), (w,), (dw,))[1])(w)
-    assert error(along_w(ours), along_w(library_conv)) < 1e-5
+    assert max_error(along_w(ours), along_w(library_conv)) < 1e-5
 
 
 @pytest.mark.parametrize("k", [3, 5])
 def test_depthwise_gradients(k):
-    """Of both arguments, alone, around a stopped forward-mode derivative, as sCM needs them, and through one that is not stopped.
+    """Compare gradients by both arguments.
 
-    Fails when _weight_gradient_by_batch forgets the last sample or its padding is (0, 2), when _input_gradient does not turn the
-    stencil, and when _product_rule leaves a term out.
+    They are taken alone, around a stopped forward-mode derivative as in sCM, and through one that
+    is not stopped. Fails when _weight_gradient_by_batch leaves out the last sample or its padding
+    is (0, 2), when _input_gradient does not flip the stencil, and when _product_rule leaves out a
+    term.
     """
     x, dx, w = normals(2, 4, 5, 6), normals(2, 4, 5, 6, seed=1), normals(k, k, 6)
 
@@ -429,5 +458,5 @@ def test_depthwise_gradients(k):
             jax.jit(jax.grad(lambda x, w, f=f: loss(f, x, w), (0, 1)))(x, w)
             for f in (depthwise.depthwise_conv, library_conv)
         ]
-        assert error(slopes[0][0], slopes[1][0]) < 1e-5
-        assert error(slopes[0][1], slopes[1][1]) < 1e-5
+        assert max_error(slopes[0][0], slopes[1][0]) < 1e-5
+        assert max_error(slopes[0][1], slopes[1][1]) < 1e-5

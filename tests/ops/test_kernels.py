@@ -652,7 +652,7 @@ def test_kernels_by_card(monkeypatch, capability, chosen):
 def test_config_chooses(monkeypatch):
     """Fails when build leaves the config's wish in the model, or a folder's weights are refused for it."""
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    tree = card(preset="smoke")
+    tree = card()
     assert (
         build.student(config.parse(tree)).attention
         == build.student(config.parse(tree)).depthwise

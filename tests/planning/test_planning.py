@@ -1,4 +1,7 @@
-"""Estimates made without the machine: FLOP of traced functions, collectives of compiled ones, data sheets."""
+"""Estimates without the machine:
+
+FLOP of traced functions, collectives of compiled ones, data sheets.
+"""
 
 import functools
 import json
@@ -18,14 +21,16 @@ from sprint_jax.planning import collectives, flops, hardware
 
 
 def array(*shape):
+    """Return an abstract float32 array."""
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def multiplied(function, *args):
+def count_flop(function, *args):
+    """Return the FLOP of products in a function."""
     return flops.count(function, *args).multiplied
 
 
-# ---- FLOP. A product [B, K] [K, N] is 2 B K N.
+# --- FLOP: a product [B, K] [K, N] is 2 B K N ---
 
 PRODUCT = 2 * 8 * 16 * 16
 
@@ -34,7 +39,7 @@ def test_matmul():
     assert flops.count(jnp.matmul, array(8, 16), array(16, 32)) == flops.Flops(
         matmul=2 * 8 * 16 * 32
     )
-    assert multiplied(
+    assert count_flop(
         lambda a, b: jnp.einsum("bnhd,bmhd->bhnm", a, b), array(2, 5, 3, 7), array(2, 11, 3, 7)
     ) == (2 * 2 * 3 * 5 * 11 * 7)
 
@@ -63,42 +68,46 @@ def conv(x, w, stride=1, groups=1):
 
 
 def test_convolutions():
-    """Outputs x taps x input channels of the group, twice."""
+    """The count is twice outputs x taps x input channels of the group."""
     assert (
         flops.count(conv, array(2, 8, 8, 6), array(3, 3, 6, 10)).convolution
         == 2 * (2 * 8 * 8 * 10) * 9 * 6
     )
     strided = functools.partial(conv, stride=2)
     assert (
-        multiplied(strided, array(2, 8, 8, 6), array(3, 3, 6, 10)) == 2 * (2 * 4 * 4 * 10) * 9 * 6
+        count_flop(strided, array(2, 8, 8, 6), array(3, 3, 6, 10)) == 2 * (2 * 4 * 4 * 10) * 9 * 6
     )
     grouped = functools.partial(conv, groups=3)
     assert (
-        multiplied(grouped, array(2, 8, 8, 6), array(3, 3, 2, 12)) == 2 * (2 * 8 * 8 * 12) * 9 * 2
+        count_flop(grouped, array(2, 8, 8, 6), array(3, 3, 2, 12)) == 2 * (2 * 8 * 8 * 12) * 9 * 2
     )
 
 
 @pytest.mark.parametrize("stride,groups", [(1, 1), (2, 1), (1, 6)])
 def test_gradient_of_a_convolution_is_three(stride, groups):
-    """Forward, input and weights cost the same, also through strides and groups."""
+    """Forward pass, input gradient and weight gradient cost the same, also with strides and
+    groups.
+    """
     loss = lambda x, w: jnp.square(conv(x, w, stride, groups)).sum()
     args = array(2, 8, 8, 6), array(3, 3, 6 // groups, 6)
-    assert multiplied(jax.value_and_grad(loss, (0, 1)), *args) == 3 * multiplied(loss, *args)
+    assert count_flop(jax.value_and_grad(loss, (0, 1)), *args) == 3 * count_flop(loss, *args)
 
 
 def test_gradient_of_the_depthwise_layer_is_three():
-    """Its rule in the weights is a linear call with a transpose of its own, and has a branch per platform."""
+    """The rule for its weights is a linear call with a transpose of its own and a branch for each
+    platform.
+    """
     loss = lambda x, w: jnp.square(depthwise.depthwise_conv(x, w)).sum()
     args = array(2, 8, 8, 6), array(3, 3, 6)
     assert flops.count(loss, *args).convolution == 2 * (2 * 8 * 8 * 6) * 9
-    assert multiplied(jax.value_and_grad(loss, (0, 1)), *args) == 3 * multiplied(loss, *args)
-    assert multiplied(lambda x, w: jax.jvp(loss, (x, w), (x, w)), *args) == 3 * multiplied(
+    assert count_flop(jax.value_and_grad(loss, (0, 1)), *args) == 3 * count_flop(loss, *args)
+    assert count_flop(lambda x, w: jax.jvp(loss, (x, w), (x, w)), *args) == 3 * count_flop(
         loss, *args
     )
 
 
 def test_scan_gradient_and_remat():
-    """Five layers; their gradient takes three times as much, and recomputing them one more."""
+    """Five layers: their gradient takes three times as much, and recomputing them one more."""
 
     def loss(x, w, remat):
         layer = lambda x, w: (jnp.tanh(x @ w), None)
@@ -106,13 +115,15 @@ def test_scan_gradient_and_remat():
 
     args = array(8, 16), array(5, 16, 16)
     plain, remat = (functools.partial(loss, remat=r) for r in (False, True))
-    assert multiplied(plain, *args) == multiplied(remat, *args) == 5 * PRODUCT
-    assert multiplied(jax.value_and_grad(plain, (0, 1)), *args) == 3 * 5 * PRODUCT
-    assert multiplied(jax.value_and_grad(remat, (0, 1)), *args) == 4 * 5 * PRODUCT
+    assert count_flop(plain, *args) == count_flop(remat, *args) == 5 * PRODUCT
+    assert count_flop(jax.value_and_grad(plain, (0, 1)), *args) == 3 * 5 * PRODUCT
+    assert count_flop(jax.value_and_grad(remat, (0, 1)), *args) == 4 * 5 * PRODUCT
 
 
 def test_gradient_beside_a_stopped_jvp():
-    """sCM's form over 3 recomputed layers: primal and tangent, then forward, recomputed and backward: 2 + 4."""
+    """The form of sCM over 3 recomputed layers: primal and tangent, then forward, recomputed and
+    backward: 2 + 4.
+    """
     layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
     net = lambda w, x: jax.lax.scan(layer, x, w)[0]
     stop = jax.lax.stop_gradient
@@ -123,22 +134,22 @@ def test_gradient_beside_a_stopped_jvp():
         return jnp.square(out - stop(out) - stop(tangent)).mean()
 
     args = array(3, 16, 16), array(8, 16), array(8, 16)
-    assert multiplied(jax.jit(jax.value_and_grad(loss)), *args) == 6 * 3 * PRODUCT
+    assert count_flop(jax.jit(jax.value_and_grad(loss)), *args) == 6 * 3 * PRODUCT
 
 
-def test_what_nothing_depends_on_is_not_counted():
+def test_unused_results_are_not_counted():
     def wasteful(a, b):
         _ = jax.jit(jnp.matmul)(a, b)
         return a @ b
 
-    assert multiplied(wasteful, array(8, 16), array(16, 16)) == PRODUCT
+    assert count_flop(wasteful, array(8, 16), array(16, 16)) == PRODUCT
 
 
 def test_branches_loops_and_custom_rules():
     a, w = array(8, 16), array(16, 16)
     dear = lambda a, w: a @ w @ w
     assert (
-        multiplied(lambda a, w: jax.lax.cond(a[0, 0] > 0, jnp.matmul, dear, a, w), a, w)
+        count_flop(lambda a, w: jax.lax.cond(a[0, 0] > 0, jnp.matmul, dear, a, w), a, w)
         == 2 * PRODUCT
     )
 
@@ -147,9 +158,9 @@ def test_branches_loops_and_custom_rules():
         return a @ w
 
     custom.defvjp(lambda a, w: (a @ w, (a, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
-    assert multiplied(custom, a, w) == PRODUCT
+    assert count_flop(custom, a, w) == PRODUCT
     assert (
-        multiplied(jax.value_and_grad(lambda a, w: jnp.square(custom(a, w)).sum(), (0, 1)), a, w)
+        count_flop(jax.value_and_grad(lambda a, w: jnp.square(custom(a, w)).sum(), (0, 1)), a, w)
         == 3 * PRODUCT
     )
 
@@ -162,7 +173,7 @@ def test_branches_loops_and_custom_rules():
 
 
 def test_shard_map_counts_all_devices():
-    """The trace holds one device's part; the count is the whole program's."""
+    """The trace contains the part of one device; the count is that of the whole program."""
     mesh = jax.sharding.AbstractMesh(
         (4, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2
     )
@@ -170,8 +181,8 @@ def test_shard_map_counts_all_devices():
     mapped = jax.shard_map(
         jnp.matmul, mesh=mesh, in_specs=(spec, jax.P()), out_specs=spec, axis_names={"data"}
     )
-    # Only "data" is manual: along "fsdp" the body is still the whole.
-    assert multiplied(mapped, array(8, 16), array(16, 16)) == PRODUCT
+    # Only "data" is manual: along "fsdp" the body is still whole.
+    assert count_flop(mapped, array(8, 16), array(16, 16)) == PRODUCT
 
 
 def test_unknown_repetition_is_refused():
@@ -183,24 +194,25 @@ def test_unknown_repetition_is_refused():
 
 
 def test_published_network():
-    """One step of SANA-Sprint 0.6B at 1024 px and 300 text tokens: 560.7 GMAC, summed by hand term by term."""
+    """One step of SANA-Sprint 0.6B at 1024 px and 300 text tokens: 560.7 GMAC, summed by hand."""
     net = linear_dit.SANA_600M
     params = jax.eval_shape(net.init, jax.random.key(0))
     run = lambda p, x, t, text, mask, guidance: net.apply(p, x, t, text, mask, guidance).velocity
     args = array(1, 32, 32, 32), array(1), array(1, 300, 2304), array(1, 300), array(1)
     counted = flops.count(run, params, *args)
     assert counted.multiplied == pytest.approx(2 * 560.7e9, rel=0.01)
-    # 45 multiply-adds per token and channel: the depthwise convolution.
+    # The depthwise convolution takes 45 multiply-adds for each token and channel.
     assert counted.convolution == 2 * 45 * 1024 * 1152 * 28
 
 
-# ---- Collectives.
+# --- collectives ---
 
 PROGRAM = """
 import json, jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-placed = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+sharded = lambda *spec: NamedSharding(mesh, P(*spec))
+placed = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharded(*spec))
 whole = NamedSharding(mesh, P())
 
 def fsdp(x, w):
@@ -209,7 +221,8 @@ def fsdp(x, w):
     return jax.lax.scan(layer, x, w)[0]
 
 def manual(function, *axes):
-    return jax.shard_map(function, mesh=mesh, in_specs=P(("data", "fsdp")), out_specs=P(*axes), check_vma=False)
+    options = dict(mesh=mesh, in_specs=P(("data", "fsdp")), check_vma=False)
+    return jax.shard_map(function, out_specs=P(*axes), **options)
 
 def rotated(x):
     return jax.lax.ppermute(x, "fsdp", [(0, 1), (1, 2), (2, 3), (3, 0)])
@@ -223,13 +236,14 @@ programs = dict(
               placed((512,), ("data", "fsdp"))),
     shift=(manual(rotated, ("data", "fsdp")), placed((512,), ("data", "fsdp"))),
 )
-print(json.dumps({name: jax.jit(f).lower(*args).compile().as_text() for name, (f, *args) in programs.items()}))
+compiled = {name: jax.jit(f).lower(*args).compile() for name, (f, *args) in programs.items()}
+print(json.dumps({name: program.as_text() for name, program in compiled.items()}))
 """
 
 
 @functools.cache
 def compiled():
-    """HLO text of programs for 8 simulated devices, mesh data 2 x fsdp 4."""
+    """Return the HLO text of programs for 8 simulated devices, mesh data 2 x fsdp 4."""
     quick = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}
     result = subprocess.run(
@@ -248,7 +262,7 @@ def test_fsdp_gathers_each_layer_in_the_loop():
     expected = [collectives.Collective("all-gather", 32 * 32 * 4, times=5, group_size=4)]
     assert collectives.parse(text) == expected
     assert collectives.totals(expected) == {"all-gather": 5 * 32 * 32 * 4}
-    # The same from the loop's condition, and a loop nobody can read.
+    # The trip count from the loop's condition, and a loop without a readable count.
     unnoted = text.replace('"known_trip_count":{"n":"5"}', '"other":{}')
     assert unnoted != text and collectives.parse(unnoted) == expected
     unread = unnoted.replace("direction=LT", "direction=NE")
@@ -270,7 +284,7 @@ def test_single_collectives(name, kind, size, group):
     assert collectives.parse(compiled()[name]) == [collectives.Collective(kind, size, 1, group)]
 
 
-# As TPU's compiler writes, shortened: 16 devices as data 2 x fsdp 8.
+# Output of the TPU compiler, shortened: 16 devices as data 2 x fsdp 8.
 TPU = """HloModule jit_step, is_scheduled=true, num_partitions=16
 
 %add (a: bf16[], b: bf16[]) -> bf16[] {
@@ -301,14 +315,18 @@ replica_groups={{0,1,2,3,4,5,6,7},{8,9,10,11,12,13,14,15}}, to_apply=%add
 dynamic_slice_sizes={128,1024}
 }
 
-%wide.body (state: (s32[], bf16[128,1024], /*index=2*/bf16[1024,1024])) -> (s32[], bf16[128,1024], bf16[1024,1024]) {
+%wide.body (state: (s32[], bf16[128,1024], /*index=2*/bf16[1024,1024])) -> (s32[], \
+bf16[128,1024], bf16[1024,1024]) {
   %state = (s32[]{:T(128)}, bf16[128,1024]{1,0}, /*index=2*/bf16[1024,1024]{1,0}) parameter(0)
   %async-collective-start = (bf16[1,128,1024]{2,1,0:T(8,128)(2,1)S(1)}, \
 /*index=1*/bf16[1,1024,1024]{2,1,0:T(8,128)(2,1)S(1)}) fusion(%shard), kind=kCustom, \
 output_to_operand_aliasing={{0}: (0, {})}, calls=%start.1
-  %async-collective-done = bf16[1,1024,1024]{2,1,0:T(8,128)(2,1)S(1)} fusion(%other), kind=kCustom, calls=%done.1
-  %fusion.38 = bf16[128,1024]{1,0:T(8,128)(2,1)S(1)} fusion(%grad), kind=kCustom, calls=%all-reduce-scatter.clone.1
-  ROOT %next = (s32[]{:T(128)}, bf16[128,1024]{1,0}, /*index=2*/bf16[1024,1024]{1,0}) tuple(%i, %fusion.38, %w)
+  %async-collective-done = bf16[1,1024,1024]{2,1,0:T(8,128)(2,1)S(1)} fusion(%other), \
+kind=kCustom, calls=%done.1
+  %fusion.38 = bf16[128,1024]{1,0:T(8,128)(2,1)S(1)} fusion(%grad), kind=kCustom, \
+calls=%all-reduce-scatter.clone.1
+  ROOT %next = (s32[]{:T(128)}, bf16[128,1024]{1,0}, /*index=2*/bf16[1024,1024]{1,0}) tuple(%i, \
+%fusion.38, %w)
 }
 
 %wide.condition (state.1: (s32[], bf16[128,1024], /*index=2*/bf16[1024,1024])) -> pred[] {
@@ -325,7 +343,8 @@ output_to_operand_aliasing={{0}: (0, {})}, calls=%start.1
 
 %scattered (v: f32[64]) -> f32[16] {
   %v = f32[64]{0:T(256)} parameter(0)
-  ROOT %rs = f32[16]{0:T(256)} reduce-scatter(%v), channel_id=9, replica_groups=[4,4]<=[16], dimensions={0}, \
+  ROOT %rs = f32[16]{0:T(256)} reduce-scatter(%v), channel_id=9, replica_groups=[4,4]<=[16], \
+dimensions={0}, \
 to_apply=%add
 }
 
@@ -342,18 +361,24 @@ ENTRY %main.3_spmd (param: f32[4096,128]) -> f32[4096,128] {
   %param = f32[4096,128]{1,0:T(8,128)} parameter(0)
   %outer = (s32[]{:T(128)}) while(%init.1), condition=%unread, body=%twice.body, \
 backend_config={"known_trip_count":{"n":"2"}}
-  %collective-permute-start = (f32[4096,128]{1,0:T(8,128)}, f32[4096,128]{1,0:T(8,128)S(1)}, u32[]{:S(2)}, \
+  %collective-permute-start = (f32[4096,128]{1,0:T(8,128)}, f32[4096,128]{1,0:T(8,128)S(1)}, \
+u32[]{:S(2)}, \
 u32[]{:S(2)}) collective-permute-start(%param), channel_id=1, source_target_pairs={{0,1},{1,0}}
-  %collective-permute-done = f32[4096,128]{1,0:T(8,128)S(1)} collective-permute-done(%collective-permute-start)
-  %all-gather-start = ((bf16[16]{0}, u8[2,3]{1,0}), (bf16[128]{0}, u8[16,3]{1,0})) all-gather-start(%x, %y), \
+  %collective-permute-done = f32[4096,128]{1,0:T(8,128)S(1)} \
+collective-permute-done(%collective-permute-start)
+  %all-gather-start = ((bf16[16]{0}, u8[2,3]{1,0}), (bf16[128]{0}, \
+u8[16,3]{1,0})) all-gather-start(%x, %y), \
 channel_id=2, replica_groups=mesh['data'=2,'fsdp'=8] {'data','fsdp':(2)4}, dimensions={0}
   %all-gather-done = (bf16[128]{0}, u8[16,3]{1,0}) all-gather-done(%all-gather-start)
-  %all-reduce-start = (f32[8]{0}, s4[8]{0}) all-reduce-start(%m, %n), channel_id=3, replica_groups={{0,8}}, \
+  %all-reduce-start = (f32[8]{0}, s4[8]{0}) all-reduce-start(%m, %n), channel_id=3, \
+replica_groups={{0,8}}, \
 to_apply=%add
   %all-reduce-done = (f32[8]{0}, s4[8]{0}) all-reduce-done(%all-reduce-start)
-  %rs-start = ((f32[64]{0:T(256)}), f32[16]{0:T(256)}, u32[]{:S(2)}) async-start(%k), calls=%scattered
+  %rs-start = ((f32[64]{0:T(256)}), f32[16]{0:T(256)}, u32[]{:S(2)}) async-start(%k), \
+calls=%scattered
   %rs-done = f32[16]{0:T(256)} async-done(%rs-start), calls=%scattered
-  %rs-start.1 = ((f32[64]{0:T(256)}), f32[16]{0:T(256)}, u32[]{:S(2)}) async-start(%rs-done), calls=%scattered
+  %rs-start.1 = ((f32[64]{0:T(256)}), f32[16]{0:T(256)}, u32[]{:S(2)}) async-start(%rs-done), \
+calls=%scattered
   %rs-done.1 = f32[16]{0:T(256)} async-done(%rs-start.1), calls=%scattered
   ROOT %chosen = pred[100]{0} conditional(%which, %g, %h), branch_computations={%rare, %never}
 }
@@ -367,9 +392,9 @@ def test_text_of_a_tpu():
         one("all-gather", 2 * 1024 * 1024, 2 * 28, 8),  # a chain of fusions on one channel
         one("reduce-scatter", 2 * 1024 * 1024, 2 * 28, 8),
         one("collective-permute", 4 * 4096 * 128, 1, 2),
-        one("all-gather", 2 * 128 + 16 * 3, 1, 8),  # the result of the start's (operands, results)
+        one("all-gather", 2 * 128 + 16 * 3, 1, 8),  # the result in (operands, results) of the start
         one("all-reduce", 4 * 8 + 8 // 2, 1, 2),
-        one("reduce-scatter", 4 * 64, 1, 4),  # two calls of one computation are two
+        one("reduce-scatter", 4 * 64, 1, 4),  # two calls of one computation count twice
         one("reduce-scatter", 4 * 64, 1, 4),
         one("all-reduce", 100, 1, 16, known=False),  # in one branch of two
     ]
@@ -419,10 +444,14 @@ def test_unknown_devices_are_refused_with_the_known():
         hardware.parse_topology("v9:4x4")
 
 
-def test_data_sheets_are_in_the_units_they_say():
-    """Within the range of today's machines: a figure in GB, TFLOP or Gbit would be far outside."""
+def test_data_sheets_have_plausible_units():
+    """They are within the range of today's machines: a value in GB, TFLOP or Gbit would be far
+    outside.
+    """
     for d in hardware.DEVICES:
-        assert 1e14 < d.peak_bf16 < 1e16 and 1e10 < d.memory < 1e12 and 5e11 < d.bandwidth < 1e13, d
+        assert 1e14 < d.peak_bf16 < 1e16, d
+        assert 1e10 < d.memory < 1e12, d
+        assert 5e11 < d.bandwidth < 1e13, d
         assert 1e10 < d.outside <= d.link < d.bandwidth, d
         assert 100 < d.peak_bf16 / d.bandwidth < 1000, d
 
@@ -432,10 +461,12 @@ GPU_SUM = """HloModule jit_step, num_partitions=8
 ENTRY %main (p: f32[100], q: bf16[7]) -> f32[100] {
   %p = f32[100]{0} parameter(0)
   %q = bf16[7]{0} parameter(1)
-  %all-reduce-start.1 = ((f32[100]{0}, bf16[7]{0}), (f32[100]{0}, bf16[7]{0})) all-reduce-start(%p, %q), channel_id=1, \
+  %all-reduce-start.1 = ((f32[100]{0}, bf16[7]{0}), (f32[100]{0}, \
+bf16[7]{0})) all-reduce-start(%p, %q), channel_id=1, \
 replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp'}, to_apply=%add
   %all-reduce-done.1 = (f32[100]{0}, bf16[7]{0}) all-reduce-done(%all-reduce-start.1)
-  %all-reduce-start.2 = (f32[100]{0}, bf16[7]{0}) all-reduce-start(%p, %q), channel_id=2, replica_groups={}, to_apply=%add
+  %all-reduce-start.2 = (f32[100]{0}, bf16[7]{0}) all-reduce-start(%p, %q), channel_id=2, \
+replica_groups={}, to_apply=%add
   %all-reduce-done.2 = (f32[100]{0}, bf16[7]{0}) all-reduce-done(%all-reduce-start.2)
   ROOT %out = f32[100]{0} get-tuple-element(%all-reduce-done.1), index=0
 }
@@ -443,12 +474,15 @@ replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp'}, to_apply=%add
 
 
 def test_sums_of_gpus_are_not_counted_twice():
-    """A GPU's start has operands and results, another's results alone. Fails when both count."""
+    """The start of one GPU has operands and results, and that of another only results.
+
+    Fails when both count.
+    """
     found = [c.bytes for c in collectives.parse(GPU_SUM)]
     assert found == [414, 414]
 
 
-# ---- Launches of a GPU's program.
+# --- launches of a program on a GPU ---
 
 
 GPU_TEXT = """HloModule jit_run, entry_computation_layout={()->f32[]}
@@ -484,7 +518,8 @@ GPU_TEXT = """HloModule jit_run, entry_computation_layout={()->f32[]}
   %i = s32[] get-tuple-element(%state), index=0
   %stack = f32[5,16]{1,0} get-tuple-element(%state), index=1
   %one = f32[1,16]{1,0} fusion(%stack, %i), kind=kLoop, calls=%fused_slice
-  %start = ((f32[5,16]{1,0}, f32[1,16]{1,0}, s32[]), f32[5,16]{1,0}, u32[]) fusion-start(%stack, %one, %i), kind=kLoop, calls=%fused_update
+  %start = ((f32[5,16]{1,0}, f32[1,16]{1,0}, s32[]), f32[5,16]{1,0}, u32[]) fusion-start(%stack, \
+%one, %i), kind=kLoop, calls=%fused_update
   %done = f32[5,16]{1,0} fusion-done(%start)
   ROOT %next = (s32[], f32[5,16]{1,0}) tuple(%i, %done)
 }
@@ -499,19 +534,27 @@ ENTRY %main (x: bf16[8,4], w: bf16[4,4], b: f32[4], stack: (s32[], f32[5,16])) -
   %w = bf16[4,4]{1,0} parameter(1)
   %b = f32[4]{0} parameter(2)
   %stack.2 = (s32[], f32[5,16]{1,0}) parameter(3)
-  %a = (f32[8,4]{1,0}, s8[64]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(run)/dot_general"}
-  %c = f32[8,4]{1,0} fusion(%x, %w), kind=kCustom, calls=%gemm_computation, backend_config={"kind":"__triton_nested_gemm_fusion"}
+  %a = (f32[8,4]{1,0}, s8[64]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", \
+metadata={op_name="jit(run)/dot_general"}
+  %c = f32[8,4]{1,0} fusion(%x, %w), kind=kCustom, calls=%gemm_computation, \
+backend_config={"kind":"__triton_nested_gemm_fusion"}
   %d = bf16[8,4]{1,0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton"
-  %e = bf16[8,4]{1,0} fusion(%x, %b), kind=kLoop, calls=%fused_silu, metadata={op_name="jit(run)/silu"}
+  %e = bf16[8,4]{1,0} fusion(%x, %b), kind=kLoop, calls=%fused_silu, \
+metadata={op_name="jit(run)/silu"}
   %f = (bf16[8,4]{1,0}, u8[0]{0}) custom-call(%x, %w), custom_call_target="__cudnn$convForward"
-  %loop = (s32[], f32[5,16]{1,0}) while(%stack.2), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  %loop = (s32[], f32[5,16]{1,0}) while(%stack.2), condition=%condition, body=%body, \
+backend_config={"known_trip_count":{"n":"7"}}
   ROOT %out = f32[5,16]{1,0} get-tuple-element(%loop), index=1
 }
 """
 
 
 def test_launches():
-    """Bytes by hand. Fails when a slice counts as the whole, what is unread as read, a start and its done as two, or a loop once."""
+    """Bytes are computed by hand.
+
+    Fails when a slice counts as the whole, unread data as read, a start and its done as two, and a
+    loop once.
+    """
     found = launches.parse(GPU_TEXT)
     x, w, wide, row = 8 * 4 * 2, 4 * 4 * 2, 8 * 4 * 4, 16 * 4
     assert [(f.kind, f.bytes, f.times) for f in found] == [

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: losses by time, strips, and the page that shows them."""
+"""The report of a run: losses by time, preview strips, and the page that shows them."""
 
 import base64
 import dataclasses
@@ -25,19 +25,21 @@ from sprint_jax.reporting import page, plots
 from sprint_jax.reporting import rows as rows_lib
 from sprint_jax.training import buckets, datasets, loop, previews, records, sharding, state
 
-# By time
+# --- sums by time ---
 
 
-def oracle(t, top, value):
-    """[(mean, count)] of each bucket, one sample after the other in float64."""
+def bucket_means(t, top, value):
+    """Return [(mean, count)] of each bucket, one sample after the other in float64."""
     held = [[] for _ in range(buckets.COUNT)]
     for one, v in zip(t, value, strict=True):
         held[min(int(float(one) * buckets.COUNT / top), buckets.COUNT - 1)].append(float(v))
     return [(np.mean(h) if h else None, len(h)) for h in held]
 
 
-def sampled(n=48):
-    """Times with the third bucket empty and one at the very end, and a value that grows with them."""
+def sampled_times(n=48):
+    """Return times with an empty third bucket and one at the very end, and a value that grows with
+    them.
+    """
     t = np.random.default_rng(0).uniform(0, math.pi / 2, n).astype(np.float32)
     width = math.pi / 2 / buckets.COUNT
     t[(t >= 2 * width) & (t < 3 * width)] = 3.5 * width
@@ -45,14 +47,15 @@ def sampled(n=48):
     return t, (3 + t + np.random.default_rng(1).standard_normal(n)).astype(np.float32)
 
 
-def as_row(by_time):
+def to_row(by_time):
+    """Return the sums as entries of a row."""
     return {"stage": "sprint", "step": 2} | {
         f"by_time/{k}/{i}": float(v) for k, row in by_time.items() for i, v in enumerate(row)
     }
 
 
 def test_a_dropped_update_leaves_no_gap():
-    """Its sums are not finite; the other rows of the same part of a run still say what the bucket holds."""
+    """Its sums are not finite; the other rows of the same part of the run still fill the bucket."""
     row = lambda value: {
         "by_time/error/0": value,
         "by_time/share/0": 0.5,
@@ -64,28 +67,34 @@ def test_a_dropped_update_leaves_no_gap():
     assert math.isnan(rows_lib.by_time("teacher", [row(math.inf)], "error")[1][0])
 
 
-def test_buckets_against_an_oracle():
-    """Fails when the bucket's edge moves, when the last instant is lost, and when an empty bucket reads as zero."""
-    t, value = sampled()
+def test_buckets_against_a_loop():
+    """Fails when the edge of a bucket moves, when the last instant is lost, and when an empty
+    bucket reads as zero.
+    """
+    t, value = sampled_times()
     found = jax.jit(lambda t, v: buckets.by_time(t, math.pi / 2, {"error": v}))(t, value)
-    expected = oracle(t, math.pi / 2, value)
+    expected = bucket_means(t, math.pi / 2, value)
     np.testing.assert_allclose(found["share"] * len(t), [n for _, n in expected], atol=1e-5)
     assert expected[2][1] == 0 and found["error"][2] == 0
-    times, means = rows_lib.by_time("sprint", [as_row(found)], "error")
+    times, means = rows_lib.by_time("sprint", [to_row(found)], "error")
     assert (
-        rows_lib.by_time("gradients", [as_row(found)], "error")[0] == times
-    )  # students of the ablations
-    assert rows_lib.by_time("teacher", [as_row(found)], "error")[0] == pytest.approx(
+        rows_lib.by_time("gradients", [to_row(found)], "error")[0] == times
+    )  # the students of the ablations
+    assert rows_lib.by_time("teacher", [to_row(found)], "error")[0] == pytest.approx(
         [t * 2 / math.pi for t in times]
     )
-    assert math.isnan(means[2]) and times[2] == pytest.approx(2.5 * math.pi / 2 / buckets.COUNT)
+    assert math.isnan(means[2])
+    assert times[2] == pytest.approx(2.5 * math.pi / 2 / buckets.COUNT)
     for mean, (wanted, count) in zip(means, expected, strict=True):
         assert math.isnan(mean) if count == 0 else mean == pytest.approx(wanted, rel=1e-5)
 
 
 def test_parts_of_a_batch_and_rows_add_up():
-    """Through `state.value_and_grad` in four parts, and in two rows. Fails when parts report means of their own."""
-    t, value = sampled()
+    """Through `state.value_and_grad` in four parts, and in two rows.
+
+    Fails when parts report means of their own.
+    """
+    t, value = sampled_times()
 
     def loss(scale, part):
         return (scale * part["v"]).mean(), buckets.by_time(
@@ -97,31 +106,36 @@ def test_parts_of_a_batch_and_rows_add_up():
     for name in ("share", "error"):
         np.testing.assert_allclose(parted[name], whole[name], rtol=1e-5, atol=1e-7)
     halves = [
-        as_row(
+        to_row(
             buckets.by_time(jnp.asarray(t[i::2]), math.pi / 2, {"error": jnp.asarray(value[i::2])})
         )
         for i in (0, 1)
     ]
-    _, expected = rows_lib.by_time("sprint", [as_row(whole)], "error")
+    _, expected = rows_lib.by_time("sprint", [to_row(whole)], "error")
     np.testing.assert_allclose(rows_lib.by_time("sprint", halves, "error")[1], expected, rtol=1e-5)
 
 
 def test_a_bad_value_stays_in_its_bucket():
-    t, value = sampled()
+    t, value = sampled_times()
     value[0] = np.nan  # at pi/2
     found = buckets.by_time(jnp.asarray(t), math.pi / 2, {"error": jnp.asarray(value)})
     assert np.isnan(found["error"]).tolist() == [False] * (buckets.COUNT - 1) + [True]
 
 
-# Windows of rounds: the loop around a stage that trains nothing
+# --- windows of rounds: the loop around a stage that trains nothing ---
 
 
 class Killed(Exception):
+    """Stands for the end of a killed process."""
+
     pass
 
 
-def kill(checkpoint):
-    """Once the checkpoint is whole: its writing would go on in this process, as it would not in a killed one."""
+def kill_after(checkpoint):
+    """Raise Killed once the checkpoint is complete.
+
+    Its writing would continue in this process, but not in a killed one.
+    """
     for _ in range(600):
         if checkpoint.is_dir():
             raise Killed
@@ -131,7 +145,7 @@ def kill(checkpoint):
 
 @dataclasses.dataclass
 class Rows:
-    """Stands for `Records`."""
+    """Stands in for `Records`."""
 
     written: list
 
@@ -148,7 +162,10 @@ class Rows:
 
 
 def counting_stage(strip, reading=lambda count: None):
-    """Twelve rounds whose sum by time is the number of the step. reading: called with the number of every read."""
+    """Return a stage of twelve rounds whose sum by time is the number of the step.
+
+    `reading` is called with the number of each read.
+    """
 
     def step(now, frozen, batch):
         now = now.replace(step=now.step + 1)
@@ -197,8 +214,9 @@ def counting_stage(strip, reading=lambda count: None):
 
 
 @pytest.mark.parametrize("where", ["between checkpoints", "while drawing"])
-def test_rows_and_strips_outlive_a_kill(tmp_path, where):
-    """Rows of six steps, checkpoints of four: a run that goes on in the middle of a row writes the same rows and strips.
+def test_rows_and_strips_survive_a_kill(tmp_path, where):
+    """With rows of six steps and checkpoints of four, a run resumed inside a row writes the same
+    rows and strips.
 
     Fails when the window is not kept beside the checkpoint, and when strips are drawn after it.
     """
@@ -211,27 +229,27 @@ def test_rows_and_strips_outlive_a_kill(tmp_path, where):
         quick_compile=False,
     )
     mesh = sharding.mesh(1, 1, jax.devices()[:1])
-    drawn = lambda params: np.full((4, 4, 3), 7, np.uint8)
+    parse_plot = lambda params: np.full((4, 4, 3), 7, np.uint8)
     saved, left = tmp_path / "parted/checkpoints/teacher", [8, 4, 0]
-    killed_at_8 = lambda params: kill(saved / "4") if left.pop() == 8 else drawn(params)
-    killed_at_11 = lambda count: kill(saved / "8") if count == 11 else None
+    killed_at_8 = lambda params: kill_after(saved / "4") if left.pop() == 8 else parse_plot(params)
+    killed_at_11 = lambda count: kill_after(saved / "8") if count == 11 else None
     first = (
-        counting_stage(drawn, killed_at_11)
+        counting_stage(parse_plot, killed_at_11)
         if where == "between checkpoints"
         else counting_stage(killed_at_8)
     )
     whole, parted = Rows([]), Rows([])
-    loop.train(counting_stage(drawn), run, mesh, tmp_path / "whole", whole, print)
+    loop.train(counting_stage(parse_plot), run, mesh, tmp_path / "whole", whole, print)
     (tmp_path / "parted").mkdir()
     with pytest.raises(Killed):
         loop.train(first, run, mesh, tmp_path / "parted", parted, print)
     assert [row["step"] for row in parted.written] == [6]
-    loop.train(counting_stage(drawn), run, mesh, tmp_path / "parted", parted, print)
+    loop.train(counting_stage(parse_plot), run, mesh, tmp_path / "parted", parted, print)
     assert parted.written == whole.written
     assert [row["by_time/loss/0"] for row in whole.written] == [
         3.5,
         9.5,
-    ]  # means of 1..6 and of 7..12
+    ]  # the means of 1..6 and of 7..12
     assert whole.written[1]["by_time/loss/1"] == 9.5 / 4
     names = [
         [p.name for p in sorted((tmp_path / d / "strips").iterdir())] for d in ("whole", "parted")
@@ -240,9 +258,12 @@ def test_rows_and_strips_outlive_a_kill(tmp_path, where):
 
 
 @pytest.mark.parametrize("where", ["last round", "last save", "last save, agreed a round late"])
-def test_who_is_stopped_at_the_end_of_a_stage_starts_no_other(tmp_path, monkeypatch, where):
-    """The state is saved, and the same command goes on from it with what follows. Several processes agree on what they had asked for a
-    round ago: fails when the answer after the last save is asked for once."""
+def test_a_stop_at_the_end_of_a_stage_starts_no_other_stage(tmp_path, monkeypatch, where):
+    """The state is saved, and the same command continues with the next stage.
+
+    Several processes agree on the requests of the previous round. Fails when the answer after the
+    last save is asked for only once.
+    """
     run = config.Run(
         log_every=6,
         checkpoint_every=4,
@@ -280,7 +301,7 @@ def test_who_is_stopped_at_the_end_of_a_stage_starts_no_other(tmp_path, monkeypa
 
 
 def test_a_network_that_fails_in_every_round_ends_the_run(tmp_path):
-    """Whichever of the counters it is, and however often the other network's updates are good."""
+    """Either counter does, however often the updates of the other network are finite."""
     run = config.Run(
         log_every=2,
         checkpoint_every=4,
@@ -305,11 +326,14 @@ def test_a_network_that_fails_in_every_round_ends_the_run(tmp_path):
         loop.train(stage, run, sharding.mesh(1, 1, jax.devices()[:1]), tmp_path, Rows([]), print)
 
 
-# Strips
+# --- preview strips ---
 
 
-def test_strips_are_the_first_pictures_of_the_sheets(finished):
-    """The last strip of the student is the first row of its one-step sheet. Fails for other seeds, prompts or guidance."""
+def test_strips_are_the_first_images_of_the_sheets(finished):
+    """The last strip of the student is the first row of its one-step sheet.
+
+    Fails for other seeds, prompts or guidance.
+    """
     with (
         Image.open(finished / "strips/sprint_0000012.png") as last,
         Image.open(finished / "samples_1.png") as sheet,
@@ -323,15 +347,15 @@ def test_strips_are_the_first_pictures_of_the_sheets(finished):
 
 
 def test_no_strips_without_pixels():
-    c = config.parse(card(preset="smoke"))
+    c = config.parse(card())
     assert previews.student(c, datasets.Abstract(c)) is None
 
 
-# Plots
+# --- plots ---
 
 
-def drawn(svg):
-    """{text} and [[(x, y)]] of the paths of an SVG element."""
+def parse_plot(svg):
+    """Return {text} and the paths [[(x, y)]] of an SVG element."""
     root = xml.etree.ElementTree.fromstring(svg)
     paths = [e.get("d") for e in root.iter("path") if e.get("class") == "line"]
     points = [
@@ -342,37 +366,34 @@ def drawn(svg):
 
 
 def test_a_plot_shows_its_points():
-    """Straight lines stay straight, downwards is downwards, and a gap is a gap."""
+    """Straight lines stay straight, falling values fall, and a gap stays a gap."""
     lines = [
         plots.Line("rising", [0, 10, 20], [0.0, 5.0, 10.0]),
         plots.Line("a < b", [0, 10, 20], [1.0, math.nan, 3.0]),
     ]
-    words, (rising, gap), paths = drawn(plots.plot("x & y", lines, x_label="step"))
+    words, (rising, gap), paths = parse_plot(plots.plot("x & y", lines, x_label="step"))
     (x0, y0), (x1, y1), (x2, y2) = rising
-    assert (
-        x2 - x1 == pytest.approx(x1 - x0, abs=0.2)
-        and y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
-        and y0 > y2
-        and x0 < x2
-    )
+    assert x2 - x1 == pytest.approx(x1 - x0, abs=0.2)
+    assert y0 - y1 == pytest.approx(y1 - y2, abs=0.2)
+    assert y0 > y2
+    assert x0 < x2
     assert len(gap) == 2 and paths[1].count("M") == 2
     assert {"x & y", "step", "rising", "a < b", "0", "10", "20"} <= set(words)
 
 
 def test_a_logarithmic_plot():
-    """Powers of ten are equally far apart; what is not positive is left out."""
+    """Powers of ten have equal distances, and values that are not positive are left out."""
     line = plots.Line("all", [0, 1, 2, 3, 4], [1.0, 10.0, 100.0, 0.0, 1000.0])
-    words, [points], _ = drawn(plots.plot("norms", [line], x_label="step", log=True))
+    words, [points], _ = parse_plot(plots.plot("norms", [line], x_label="step", log=True))
     heights = [y for _, y in points]
-    assert len(points) == 4 and np.diff(heights) == pytest.approx(
-        [heights[1] - heights[0]] * 3, abs=0.2
-    )
+    assert len(points) == 4
+    assert np.diff(heights) == pytest.approx([heights[1] - heights[0]] * 3, abs=0.2)
     assert {"1", "10", "100", "1e+03"} <= set(words)
 
 
 @pytest.mark.parametrize("values", [[], [math.nan], [0.25], [0.25, 0.25]])
-def test_plots_of_little(values):
-    words, lines, _ = drawn(
+def test_plots_of_few_points(values):
+    words, lines, _ = parse_plot(
         plots.plot("loss", [plots.Line("one", list(range(len(values))), values)], x_label="step")
     )
     assert ("no values" in words) == (not np.isfinite(values).any())
@@ -382,18 +403,20 @@ def test_plots_of_little(values):
 @pytest.mark.parametrize("low, high", [(0, 1), (-3.2, 4.1), (1e-6, 1.1e-6), (12, 2400)])
 def test_ticks_are_round_and_inside(low, high):
     found = plots.ticks(low, high)
-    assert 3 <= len(found) <= 8 and min(found) >= low - 1e-9 and max(found) <= high + 1e-9
+    assert 3 <= len(found) <= 8
+    assert min(found) >= low - 1e-9
+    assert max(found) <= high + 1e-9
     step = found[1] - found[0]
     assert float(f"{step:.6e}".split("e")[0]) in (1, 2, 5)
     found = plots.log_ticks(math.log10(low + 4), math.log10(high + 4))
     assert 2 <= len(found) <= 8
 
 
-# The page
+# --- the page ---
 
 
 class Page(html.parser.HTMLParser):
-    """What a reader sees: headings, plot titles, pictures with their captions, words."""
+    """What a reader sees: headings, titles of plots, images with their captions, and words."""
 
     def __init__(self, text):
         super().__init__()
@@ -426,7 +449,8 @@ class Page(html.parser.HTMLParser):
         self.words.append(data)
 
 
-def pixels(source):
+def decode_image(source):
+    """Return the pixels of an embedded image."""
     return np.asarray(
         Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
     )
@@ -454,7 +478,7 @@ SPRINT = [
 
 
 def test_the_page_of_a_run(finished):
-    """Written by the run itself, whole in one file: all stages, pictures bit for bit, scores as in the summary."""
+    """The run writes it in one file: all stages, images bit for bit, scores as in the summary."""
     found = Page((finished / "report.html").read_text())
     assert found.headings == [
         "Held-out prompts, the same noise in each sheet",
@@ -473,23 +497,21 @@ def test_the_page_of_a_run(finished):
         "student, 4 steps",
     ]
     np.testing.assert_array_equal(
-        pixels(found.pictures["student, 2 steps"]),
+        decode_image(found.pictures["student, 2 steps"]),
         np.asarray(Image.open(finished / "samples_2.png")),
     )
     summary, words = json.loads((finished / "summary.json").read_text()), " ".join(found.words)
     for name in ("real", "student_1"):
-        assert (
-            f"{100 * summary['scores'][name]:.1f} %" in words
-            and f"{summary['frechet'][name]:.4f}" in words
-        )
-    assert (
-        "teacher 12 of 12 steps, finetune 4 of 4 steps, sprint 12 of 12 steps" in words
-        and summary["commit"] in words
-    )
+        assert f"{100 * summary['scores'][name]:.1f} %" in words
+        assert f"{summary['frechet'][name]:.4f}" in words
+    assert "teacher 12 of 12 steps, finetune 4 of 4 steps, sprint 12 of 12 steps" in words
+    assert summary["commit"] in words
 
 
-def copied(finished, folder, stages, last):
-    """A work directory as it is in the middle of a run: rows of some stages up to a step, and a line half written."""
+def copy_unfinished(finished, folder, stages, last):
+    """Write a work directory as it is during a run: rows up to a step, the last of them
+    truncated.
+    """
     folder.mkdir()
     (folder / "config.json").write_bytes((finished / "config.json").read_bytes())
     kept = [
@@ -502,22 +524,22 @@ def copied(finished, folder, stages, last):
 
 
 def test_unfinished_runs_and_runs_without_a_student(finished, command, tmp_path):
-    folder = copied(finished, tmp_path / "a<b>", ("teacher",), 6)
+    folder = copy_unfinished(finished, tmp_path / "a<b>", ("teacher",), 6)
     result = command("sprint_jax.commands.report", f"--run_dir={folder}")
     assert result.returncode == 0 and "report.html" in result.stdout, result.stderr
     found = Page((folder / "report.html").read_text())
-    assert found.headings == ["teacher", "Config"] and found.plots == TEACHER and not found.pictures
-    assert (
-        "not finished" in found.words
-        and "teacher 6 of 12 steps" in found.words
-        and "a<b>" in found.words
-    )
+    assert found.headings == ["teacher", "Config"]
+    assert found.plots == TEACHER
+    assert not found.pictures
+    assert "not finished" in found.words
+    assert "teacher 6 of 12 steps" in found.words
+    assert "a<b>" in found.words
     (folder / "metrics.jsonl").unlink()
     assert "No row of metrics is written yet." in Page(page.render(folder)).words
 
 
-def test_a_damaged_row_is_left_out_as_one_that_was_cut_off(tmp_path):
-    """By the page, and by the run that goes on."""
+def test_a_damaged_row_is_left_out_like_a_truncated_one(tmp_path):
+    """By the page, and by the run that resumes."""
     rows = [{"stage": "teacher", "step": step, "loss": 0.5} for step in (2, 4, 6)]
     lines = [json.dumps(row).encode() for row in rows]
     damaged = b"\n".join([lines[0], lines[1].replace(b"loss", b"lo\xffs"), lines[2], lines[0][:9]])
@@ -529,8 +551,8 @@ def test_a_damaged_row_is_left_out_as_one_that_was_cut_off(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines[0] + b"\n"
 
 
-def test_large_pictures_are_linked(finished, tmp_path, monkeypatch):
-    folder = copied(finished, tmp_path / "run", ("sprint",), 12)
+def test_large_images_are_linked(finished, tmp_path, monkeypatch):
+    folder = copy_unfinished(finished, tmp_path / "run", ("sprint",), 12)
     (folder / "strips").mkdir()
     for step in (0, 12):
         name = f"strips/sprint_{step:07d}.png"
@@ -541,17 +563,15 @@ def test_large_pictures_are_linked(finished, tmp_path, monkeypatch):
     }
 
 
-def test_report_refuses_what_is_no_run(command, tmp_path):
+def test_report_refuses_what_is_not_a_run(command, tmp_path):
     for flags, words in (
         ([], "--run_dir is missing"),
         ([f"--run_dir={tmp_path}"], "has no config.json"),
     ):
         result = command("sprint_jax.commands.report", *flags)
-        assert (
-            result.returncode == 2
-            and words in result.stderr
-            and len(result.stderr.splitlines()) == 1
-        )
+        assert result.returncode == 2
+        assert words in result.stderr
+        assert len(result.stderr.splitlines()) == 1
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot read .*config.json"):
         page.write(tmp_path)
@@ -559,7 +579,9 @@ def test_report_refuses_what_is_no_run(command, tmp_path):
 
 
 def test_values_by_time_of_a_run(finished):
-    """The rows of a real run: every sample is in one bucket, and the buckets together are the losses themselves."""
+    """In the rows of a real run each sample is in one bucket, and the buckets together give the
+    losses.
+    """
     stages = rows_lib.read(finished)
     assert {stage: rows_lib.timed(found) for stage, found in stages.items()} == {
         "teacher": ["loss"],
@@ -570,7 +592,7 @@ def test_values_by_time_of_a_run(finished):
         assert sum(row[f"by_time/share/{i}"] for i in range(buckets.COUNT)) == pytest.approx(
             1, abs=1e-6
         )
-    for row in stages["sprint"]:  # a round a row
+    for row in stages["sprint"]:  # one round in each row
         for name in ("error", "logvar", "scm", "tangent_norm"):
             total = sum(row[f"by_time/{name}/{i}"] for i in range(buckets.COUNT))
             assert total == pytest.approx(row[name], rel=1e-5, abs=1e-9)

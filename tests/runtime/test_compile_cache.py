@@ -1,4 +1,6 @@
-"""Compiled programs between processes: where they are kept, that they are found, and that nothing depends on it."""
+"""Compiled programs between processes: where they are kept, found, and that nothing depends
+on it.
+"""
 
 import os
 import subprocess
@@ -12,22 +14,26 @@ from sprint_jax.runtime import compile_cache
 
 pytestmark = pytest.mark.second_pass
 
-# A command's beginning, and one program. Prints what JAX's own events say.
+# The start of a command and one program. Prints the counts of JAX's own events.
 PROGRAM = """
 import jax
-from sprint_jax import compile_cache
+from sprint_jax.runtime import compile_cache
 events = []
 jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
 compile_cache.start()
 jax.jit(lambda x: x * {factor} + 1)(3.0).block_until_ready()
-print(events.count("/jax/compilation_cache/cache_hits"), events.count("/jax/compilation_cache/cache_misses"))
+count = lambda name: events.count("/jax/compilation_cache/cache_" + name)
+print(count("hits"), count("misses"))
 print(jax.config.jax_compilation_cache_dir)
 """
 
 
 @pytest.fixture
 def start(tmp_path):
-    """run(factor, **variables) -> ([hits, misses], directory or "None", stderr); HOME is a fresh folder."""
+    """Return run(factor, **variables) -> ([hits, misses], directory or "None", stderr).
+
+    HOME is a fresh folder.
+    """
     (tmp_path / "home").mkdir()
     mine = ("JAX_", "XDG_CACHE_HOME")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(mine)}
@@ -44,18 +50,23 @@ def start(tmp_path):
 
 
 def test_the_second_process_compiles_nothing(start, tmp_path):
-    """Fails when small or quick programs are left out, as JAX does unless told."""
+    """Fails when small or fast programs are left out, as JAX does by default."""
     place = tmp_path / "home/.cache/sprint_jax/xla"
     first, where, _ = start()
-    assert where == str(place) and first[0] == 0 and first[1] >= 1
+    assert where == str(place)
+    assert first[0] == 0
+    assert first[1] >= 1
     assert len(list(place.glob("*-cache"))) == first[1]
     assert start()[0] == [first[1], 0]
     other, _, _ = start(factor=3)
-    assert other[1] >= 1  # another program is not taken for this one
+    assert other[1] >= 1  # another program is not mistaken for this one
 
 
-def test_an_entry_that_was_left_half_written_is_replaced(start, tmp_path):
-    """JAX keeps an entry it cannot read for good; ours ends with the next command, without a warning from then on."""
+def test_a_truncated_entry_is_replaced(start, tmp_path):
+    """JAX keeps an unreadable entry forever.
+
+    Ours is replaced by the next command, and later ones do not warn.
+    """
     place = tmp_path / "home/.cache/sprint_jax/xla"
     start()
     for entry in place.glob("*-cache"):
@@ -63,15 +74,18 @@ def test_an_entry_that_was_left_half_written_is_replaced(start, tmp_path):
         entry.with_name(entry.name.replace("-cache", "-atime")).unlink()
         os.utime(entry, (time.time() - 1000,) * 2)
     again, _, said = start()
-    assert again[0] == 0 and again[1] >= 1 and said == ""
+    assert again[0] == 0
+    assert again[1] >= 1
+    assert said == ""
     assert start()[0][1] == 0
 
 
-def test_variables_win(start, tmp_path):
+def test_environment_variables_take_precedence(start, tmp_path):
     _, where, _ = start(JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))
     assert where == str(tmp_path / "mine") and list((tmp_path / "mine").iterdir())
     _, where, _ = start(XDG_CACHE_HOME=str(tmp_path / "xdg"))
-    assert where == str(tmp_path / "xdg/sprint_jax/xla") and not (tmp_path / "home/.cache").exists()
+    assert where == str(tmp_path / "xdg/sprint_jax/xla")
+    assert not (tmp_path / "home/.cache").exists()
     assert (
         start(
             JAX_COMPILATION_CACHE_DIR=str(tmp_path / "slow"),
@@ -82,25 +96,27 @@ def test_variables_win(start, tmp_path):
     assert not list((tmp_path / "slow").glob("*-cache"))
 
 
-def test_off(start, tmp_path):
+def test_the_cache_can_be_switched_off(start, tmp_path):
     counts, where, said = start(JAX_ENABLE_COMPILATION_CACHE="false")
-    assert counts == [0, 0] and where == "None" and said == ""
+    assert counts == [0, 0]
+    assert where == "None"
+    assert said == ""
     assert not list((tmp_path / "home").iterdir())
 
 
-def test_a_place_that_cannot_be_written(start, tmp_path):
-    """One line, and the work goes on."""
+def test_a_folder_that_cannot_be_written(start, tmp_path):
+    """One line is printed and the work continues."""
     (tmp_path / "file").write_text("")
     _counts, where, said = start(XDG_CACHE_HOME=str(tmp_path / "file"))
     assert where == "None" and len(said.splitlines()) == 1
-    assert (
-        said.startswith("warning: compiled programs are not kept, cannot write in")
-        and "JAX_COMPILATION_CACHE_DIR" in said
-    )
+    assert said.startswith("warning: compiled programs are not kept, cannot write in")
+    assert "JAX_COMPILATION_CACHE_DIR" in said
 
 
-def test_two_processes_share_it(tmp_path):
-    """Both at once, the same program: neither fails, says anything, or leaves an entry that cannot be read."""
+def test_two_processes_share_the_cache(tmp_path):
+    """Two processes compile the same program at once: neither fails, warns, or leaves an unreadable
+    entry.
+    """
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
     for name in [n for n in environment if n.startswith("JAX_") and n != "JAX_PLATFORMS"]:
         del environment[name]
@@ -113,15 +129,13 @@ def test_two_processes_share_it(tmp_path):
         _, said = process.communicate()
         assert process.returncode == 0 and said == ""
     result = subprocess.run(words, **options)
-    assert (
-        int(result.stdout.split()[0]) >= 1
-        and result.stdout.split()[1] == "0"
-        and result.stderr == ""
-    )
+    assert int(result.stdout.split()[0]) >= 1
+    assert result.stdout.split()[1] == "0"
+    assert result.stderr == ""
 
 
 def test_sample_keeps_its_programs(finished, tmp_path):
-    """The command as people run it, and one program of it, not a handful of small ones beside it."""
+    """The command as users run it has one program, not several small ones beside it."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     environment |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     words = [
@@ -145,7 +159,9 @@ def test_sample_keeps_its_programs(finished, tmp_path):
 
 
 def test_without_a_bound_entries_stay(start, tmp_path):
-    """Without one JAX writes no times of use, which are what tells a whole entry from a part of one."""
+    """Without a bound JAX writes no access times, which tell a complete entry from a
+    truncated one.
+    """
     variables = {"JAX_COMPILATION_CACHE_MAX_SIZE": "-1"}
     first, _, _ = start(**variables)
     for entry in (tmp_path / "home/.cache/sprint_jax/xla").iterdir():
@@ -154,13 +170,16 @@ def test_without_a_bound_entries_stay(start, tmp_path):
 
 
 def test_no_home_at_all(monkeypatch):
-    """As in containers under a user id without an entry: a folder named ~ must not appear, nor one that others can write to."""
+    """As in containers with a user id without an entry.
+
+    No folder named ~ may appear, nor one that others can write to.
+    """
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     assert compile_cache.default_place() is None
 
 
-def test_the_default_place(monkeypatch, tmp_path):
+def test_the_default_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert compile_cache.default_place() == tmp_path / ".cache/sprint_jax/xla"

@@ -1,4 +1,4 @@
-"""A command that starts itself again with huge pages: when, how often, and that the C library then asks for them."""
+"""Commands restart with huge pages: when, how often, and that the C library then asks for them."""
 
 import os
 import platform
@@ -12,10 +12,11 @@ from sprint_jax.runtime import huge_pages
 
 MADVISE = "always [madvise] never\n"
 
-# A command's beginning; then flags of the mapping that holds a block of 64 MiB, taken as XLA takes its memory.
+# The start of a command, then the flags of the mapping of a 64 MiB block, allocated as XLA
+# allocates.
 PROGRAM = """
 import ctypes, os, sys
-from sprint_jax import huge_pages
+from sprint_jax.runtime import huge_pages
 print("starts", os.getpid(), *sys.argv[1:], flush=True)
 huge_pages.restart()
 malloc = ctypes.CDLL(None).malloc
@@ -32,7 +33,7 @@ print("huge" if "hg" in flags else "small", os.environ.get("GLIBC_TUNABLES"))
 
 
 def start(**variables):
-    """Lines of PROGRAM in a process of its own, with only these of glibc's variables."""
+    """Return the lines of PROGRAM in a process with only these variables of glibc."""
     environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | variables
     words = [sys.executable, "-c", PROGRAM, "one", "--two=a b"]
     result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -57,7 +58,7 @@ def start(**variables):
         (("glibc", "2.36"), MADVISE, {"GLIBC_TUNABLES": ""}, False),
     ],
 )
-def test_when_it_is_of_use(libc, mode, environment, expected):
+def test_when_a_restart_helps(libc, mode, environment, expected):
     assert huge_pages.of_use(environment, libc, mode) is expected
 
 
@@ -65,7 +66,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @linux
-def test_it_starts_again_once_with_the_same_words_and_number():
+def test_it_restarts_once_with_the_same_arguments_and_pid():
     if not huge_pages.of_use({}, platform.libc_ver(), huge_pages._mode()):
         pytest.skip("this machine has no huge pages to ask for, or gives them to all")
     first, second, last = start()
@@ -74,14 +75,14 @@ def test_it_starts_again_once_with_the_same_words_and_number():
 
 
 @linux
-def test_a_variable_that_is_set_is_left_alone():
+def test_an_existing_variable_is_kept():
     assert [line.split()[0] for line in start(GLIBC_TUNABLES="glibc.malloc.hugetlb=0")] == [
         "starts",
         "small",
     ]
 
 
-def test_where_it_cannot_start_again_it_goes_on(monkeypatch):
+def test_if_it_cannot_restart_it_continues(monkeypatch):
     calls = []
 
     def refuse(*words):
@@ -92,7 +93,5 @@ def test_where_it_cannot_start_again_it_goes_on(monkeypatch):
     monkeypatch.setattr(os, "execve", refuse)
     huge_pages.restart()
     ((program, words, environment),) = calls
-    assert (
-        program == words[0] == sys.executable
-        and environment["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
-    )
+    assert program == words[0] == sys.executable
+    assert environment["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"

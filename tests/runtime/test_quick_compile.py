@@ -1,4 +1,4 @@
-"""Fast compilation for short runs: which options, and who has the last word."""
+"""Fast compilation for short runs: its options, and that those of the user take precedence."""
 
 import os
 import subprocess
@@ -28,8 +28,9 @@ def test_options_of_each_version(monkeypatch, version, count):
     assert len(quick_compile.flags().split()) == count
 
 
-def test_this_jaxlib_knows_them():
-    """XLA ends a process that names an option it does not have."""
-    program = "from sprint_jax import quick_compile; quick_compile.start(); import jax; print(jax.jit(lambda x: 2 * x)(3.0))"
+def test_this_jaxlib_knows_the_options():
+    """XLA ends a process that names an unknown option."""
+    start = "from sprint_jax.runtime import quick_compile; quick_compile.start()"
+    program = f"{start}; import jax; print(jax.jit(lambda x: 2 * x)(3.0))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (result.returncode, result.stdout.strip()) == (0, "6.0"), result.stderr[-500:]

@@ -1,4 +1,4 @@
-"""Models as one file: the same pictures without the networks' code, and what a file refuses by name."""
+"""Models as one file: the same images without the code of the networks, and refusals by name."""
 
 import json
 import os
@@ -28,15 +28,16 @@ def pipe(finished):
 
 
 @pytest.fixture(scope="module")
-def file(pipe, tmp_path_factory):
+def exported_file(pipe, tmp_path_factory):
+    """Return an exported file of the model."""
     path = tmp_path_factory.mktemp("exported") / "model.sprint"
     export.export(pipe, path, steps=[1, 2], batch_sizes=[2])
     return path
 
 
-def altered(file, path, change):
-    """A copy of an exported file whose header `change` has altered in place."""
-    with zipfile.ZipFile(file) as old, zipfile.ZipFile(path, "w") as new:
+def altered_copy(exported_file, path, change):
+    """Return a copy of an exported file whose header goes through `change`."""
+    with zipfile.ZipFile(exported_file) as old, zipfile.ZipFile(path, "w") as new:
         for name in old.namelist():
             data = old.read(name)
             if name == exported.HEADER:
@@ -56,20 +57,23 @@ def altered(file, path, change):
         dict(steps=2, timesteps=[1.5, 0.7, 0.0], images_per_prompt=2),
     ],
 )
-def test_same_pictures_as_the_model(pipe, file, options):
-    """Fails when times, guidance, seed, indices or a weight take another way into the file's programs."""
-    read = exported.load(file)
+def test_same_images_as_the_model(pipe, exported_file, options):
+    """Fails when times, guidance, seed, indices or a weight reach the programs of the file
+    differently.
+    """
+    read = exported.load(exported_file)
     expected = generation.generate(pipe, PROMPTS, batch_size=2, **options)
     np.testing.assert_array_equal(generation.generate(read, PROMPTS, **options), expected)
 
 
-def test_the_command_draws_without_the_networks_code(finished, file, command, tmp_path):
-    """The whole way through the commands, in a process that is then asked what it imported."""
+def test_sample_needs_no_network_code(finished, exported_file, command, tmp_path):
+    """The whole command, in a process that then lists what it imported."""
     program = (
         "import atexit, json, sys\n"
         "atexit.register(lambda: print(json.dumps(sorted(sys.modules))))\n"
         "from absl import app\n"
-        "from sprint_jax import cli, sample\n"
+        "from sprint_jax.commands import sample\n"
+        "from sprint_jax.runtime import cli\n"
         "app.run(sample.main, flags_parser=cli.parse_flags, argv=sys.argv)\n"
     )
     flags = [
@@ -80,7 +84,14 @@ def test_the_command_draws_without_the_networks_code(finished, file, command, tm
         "--batch_size=2",
     ]
     result = subprocess.run(
-        [sys.executable, "-c", program, f"--model={file}", *flags, f"--out={tmp_path / 'file'}"],
+        [
+            sys.executable,
+            "-c",
+            program,
+            f"--model={exported_file}",
+            *flags,
+            f"--out={tmp_path / 'file'}",
+        ],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
         capture_output=True,
@@ -105,27 +116,29 @@ def test_the_command_draws_without_the_networks_code(finished, file, command, tm
         assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
 
 
-def test_weights_are_stored_once_and_as_they_are(pipe, file):
-    """By name and bit, none in a program, and what only training reads is left out."""
-    read = exported.load(file)
+def test_weights_are_stored_once_and_unchanged(pipe, exported_file):
+    """By name and bit.
+
+    No program contains any, and weights that only training reads are left out.
+    """
+    read = exported.load(exported_file)
     flat = weights.flatten(pipe.params["transformer"])
     flat.pop("inputs.logvar.kernel", None), flat.pop("inputs.logvar.bias", None)
     assert read.params.keys() == {f"transformer.{name}" for name in flat if "logvar" not in name}
     for name, array in read.params.items():
         np.testing.assert_array_equal(array, flat[name.removeprefix("transformer.")])
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(exported_file) as archive:
         programs = [archive.read(p.member) for p in read.header.programs]
         kernel = np.asarray(max(flat.values(), key=lambda a: a.size)).reshape(-1)[:16].tobytes()
-        assert kernel in archive.read(exported.WEIGHTS) and not any(
-            kernel in program for program in programs
-        )
+        assert kernel in archive.read(exported.WEIGHTS)
+        assert not any(kernel in program for program in programs)
 
 
-def test_equal_exports_are_equal_files(pipe, file, tmp_path):
-    """Fails when a file has a date in it, or the lines and folders of the code that called."""
+def test_equal_exports_are_equal_files(pipe, exported_file, tmp_path):
+    """Fails when a file contains a date, or the lines and folders of the calling code."""
     export.export(pipe, tmp_path / "again.sprint", steps=[1, 2], batch_sizes=[2])
-    assert (tmp_path / "again.sprint").read_bytes() == file.read_bytes()
-    assert str(ROOT).encode() not in file.read_bytes()
+    assert (tmp_path / "again.sprint").read_bytes() == exported_file.read_bytes()
+    assert str(ROOT).encode() not in exported_file.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -145,28 +158,30 @@ def test_equal_exports_are_equal_files(pipe, file, tmp_path):
         (dict(schedule="paper", steps=3), "'paper' has no list for 3 steps"),
     ],
 )
-def test_what_the_file_has_no_program_for(file, options, words):
+def test_requests_without_a_program_are_refused(exported_file, options, words):
     with pytest.raises(UserError, match=words):
-        generation.generate(exported.load(file), ["a red circle"], **options)
+        generation.generate(exported.load(exported_file), ["a red circle"], **options)
 
 
-def test_prompts_are_checked_as_by_the_model(file):
-    read = exported.load(file)
+def test_prompts_are_checked_as_by_the_model(exported_file):
+    read = exported.load(exported_file)
     for prompt, words in (("a zebra", "zebra"), ("a " * 40, "too long"), (" ", "empty")):
         with pytest.raises(UserError, match=words):
             generation.generate(read, [prompt])
 
 
-def test_a_file_that_is_not_whole(file, tmp_path):
-    """Cut off anywhere, with any byte of the weights or of a program changed, or something else altogether."""
-    data, broken = file.read_bytes(), tmp_path / "broken.sprint"
+def test_damaged_files_are_refused(exported_file, tmp_path):
+    """Truncated anywhere, any byte of the weights or of a program changed, or another kind
+    of file.
+    """
+    data, broken = exported_file.read_bytes(), tmp_path / "broken.sprint"
     for size in (0, 1000, len(data) // 2, len(data) - 1):
         broken.write_bytes(data[:size])
         with pytest.raises(
             UserError, match="broken.sprint is not a whole file of sprint-jax export"
         ):
             exported.load(broken)
-    with zipfile.ZipFile(file) as archive:
+    with zipfile.ZipFile(exported_file) as archive:
         places = {
             info.filename: info.header_offset + info.file_size // 2 for info in archive.infolist()
         }
@@ -177,7 +192,7 @@ def test_a_file_that_is_not_whole(file, tmp_path):
             exported.load(broken)
     entry = data.index(
         b"PK\x01\x02"
-    )  # the first of the directory, whose tenth byte says how its member is compressed
+    )  # the first entry of the directory; its tenth byte is the method of compression
     for method in (8, 12, 14):
         broken.write_bytes(data[: entry + 10] + bytes([method]) + data[entry + 11 :])
         with pytest.raises(UserError, match="not a whole file"):
@@ -191,18 +206,18 @@ def test_a_file_that_is_not_whole(file, tmp_path):
         exported.load(broken)
 
 
-def test_a_full_device_is_no_damaged_file(file, monkeypatch):
+def test_out_of_memory_is_not_called_damage(exported_file, monkeypatch):
     def full(array):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     monkeypatch.setattr(jax, "device_put", full)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
-        exported.load(file)
+        exported.load(exported_file)
 
 
-def test_other_formats_and_platforms(file, command, tmp_path):
-    newer = altered(
-        file,
+def test_other_formats_and_platforms(exported_file, command, tmp_path):
+    newer = altered_copy(
+        exported_file,
         tmp_path / "newer.sprint",
         lambda header: header.update(format="sprint_jax exported 2"),
     )
@@ -211,8 +226,10 @@ def test_other_formats_and_platforms(file, command, tmp_path):
         match="has format 'sprint_jax exported 2', this version reads 'sprint_jax exported 1'",
     ):
         exported.load(newer)
-    tpu = altered(
-        file, tmp_path / "tpu.sprint", lambda header: header.update(platforms=["tpu", "cuda"])
+    tpu = altered_copy(
+        exported_file,
+        tmp_path / "tpu.sprint",
+        lambda header: header.update(platforms=["tpu", "cuda"]),
     )
     result = command(
         "sprint_jax.commands.sample",
@@ -227,10 +244,10 @@ def test_other_formats_and_platforms(file, command, tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_programs_of_a_jax_that_is_too_new(file, tmp_path):
-    """JAX's own check of its version, in one line."""
+def test_programs_of_a_jax_that_is_too_new(exported_file, tmp_path):
+    """The error is that of JAX's own version check, in one line."""
     path = tmp_path / "later.sprint"
-    with zipfile.ZipFile(file) as old, zipfile.ZipFile(path, "w") as new:
+    with zipfile.ZipFile(exported_file) as old, zipfile.ZipFile(path, "w") as new:
         for name in old.namelist():
             data = old.read(name)
             if name.startswith("programs/"):
@@ -242,8 +259,11 @@ def test_programs_of_a_jax_that_is_too_new(file, tmp_path):
         generation.generate(exported.load(path), ["a circle"], steps=1)
 
 
-def test_export_for_platforms_that_are_not_here(finished, command, tmp_path):
-    """CUDA, TPU and CPU in one program, the depthwise convolution's branches included; CUDA alone is refused here."""
+def test_export_for_absent_platforms(finished, command, tmp_path):
+    """CUDA, TPU and CPU in one program, with the branches of the depthwise convolution.
+
+    CUDA alone is refused here.
+    """
     pipe = pipeline.load(finished, dtype="bfloat16", platform="")
     both = tmp_path / "both.sprint"
     export.export(pipe, both, steps=[2], batch_sizes=[1], platforms=("cuda", "tpu", "cpu"))
@@ -265,7 +285,7 @@ def test_export_for_platforms_that_are_not_here(finished, command, tmp_path):
         (program,) = [name for name in archive.namelist() if name.startswith("programs/")]
         lowered = jax.export.deserialize(bytearray(archive.read(program)))
     assert header["dtype"] == "bfloat16" and lowered.platforms == ("cuda",)
-    assert "stablehlo.convolution" in lowered.mlir_module()  # the branch of accelerators
+    assert "stablehlo.convolution" in lowered.mlir_module()  # the branch for accelerators
     with pytest.raises(UserError, match="was exported for cuda and this is cpu"):
         exported.load(tmp_path / "cuda")
 
@@ -292,32 +312,34 @@ def test_export_refuses(finished, command, tmp_path, flags, words):
         *(flag.format(finished=finished, tmp=tmp_path) for flag in flags),
     )
     lines = result.stderr.strip().splitlines()
-    assert (
-        result.returncode == 2
-        and "Traceback" not in result.stderr
-        and lines[-1].startswith("error: ")
-    )
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert lines[-1].startswith("error: ")
     for word in words:
         assert word in lines[-1]
     assert not list(tmp_path.iterdir())
 
 
-def test_flags_that_a_file_has_settled(file, command, tmp_path):
+def test_flags_that_a_file_has_fixed(exported_file, command, tmp_path):
     result = command(
         "sprint_jax.commands.sample",
-        f"--model={file}",
+        f"--model={exported_file}",
         "--prompt=a circle",
         "--dtype=bfloat16",
         f"--out={tmp_path / 'o'}",
     )
-    assert result.returncode == 2 and "--dtype is settled in an exported file" in result.stderr
+    assert result.returncode == 2
+    assert "--dtype is settled in an exported file" in result.stderr
 
 
 class TestPublishedFolder:
-    """Gemma's tokens, cached instruction and padded lengths, and DC-AE, from a random diffusers folder."""
+    """Export of a random diffusers folder: tokens of Gemma, cached instruction, padded lengths,
+    DC-AE.
+    """
 
     @pytest.fixture(scope="class")
     def folder(self, tmp_path_factory):
+        """Return (folder of the model, exported file)."""
         pytest.importorskip("torch")
         fabricate = pytest.importorskip("helpers.fabricate")
         path = tmp_path_factory.mktemp("published")
@@ -325,8 +347,11 @@ class TestPublishedFolder:
         (path / "instruction.txt").write_text("Draw what is asked for, in detail:\nPrompt: ")
         return path
 
-    def test_same_pictures(self, folder):
-        """Prompts of two lengths in one call. Fails when the prefix, the tokenizer's state or a bucket differ."""
+    def test_same_images(self, folder):
+        """Prompts of two lengths in one call.
+
+        Fails when the prefix, the state of the tokenizer or a bucket differ.
+        """
         pipe = pipeline.load(
             folder / "model", dtype="float32", instruction=folder / "instruction.txt"
         )
@@ -349,9 +374,8 @@ class TestPublishedFolder:
         options = dict(steps=1, height=32, width=64, seed=2)
         made = generation.generate(read, prompts, **options)
         np.testing.assert_array_equal(made, generation.generate(pipe, prompts, **options))
-        assert (made[0] != made[1]).any() and not any(
-            name.startswith("pixels.encoder") for name in read.params
-        )
+        assert (made[0] != made[1]).any()
+        assert not any(name.startswith("pixels.encoder") for name in read.params)
         with pytest.raises(UserError, match="padded to 127 tokens: it takes prompts of at most 31"):
             generation.generate(read, ["a lake in the mist, " * 8], **options)
         shutil.rmtree(folder / "model")

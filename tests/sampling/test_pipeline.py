@@ -1,4 +1,4 @@
-"""What a pipeline is made of, without PyTorch: times of img2img, sizes, tiles, the sub-pixel convolution."""
+"""Parts of a pipeline, without PyTorch: times of img2img, sizes, tiles, sub-pixel convolutions."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.arrays import normals
 from sprint_jax.data import aspect_ratios
 from sprint_jax.diffusion import samplers
 from sprint_jax.encoders import parts
@@ -22,18 +23,14 @@ from sprint_jax.storage import image_files
 pytestmark = pytest.mark.second_pass
 
 
-def normals(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
 @pytest.mark.parametrize(
     "steps, strength, expected",
     [
-        (2, 1.0, [1.5708, 1.3, 0]),  # all of it: noise alone
-        (2, 0.6, [1.3, 0]),  # the published default, which there starts at 1.5708
+        (2, 1.0, [1.5708, 1.3, 0]),  # full strength: noise alone
+        (2, 0.6, [1.3, 0]),  # the published default; diffusers starts at 1.5708
         (2, 0.5, [1.3, 0]),
         (2, 0.3, [1.3, 0]),
-        (1, 0.6, [1.3, 0]),  # the only step starts where something of the picture is left
+        (1, 0.6, [1.3, 0]),  # the only step starts where the image still matters
         (4, 0.5, [0.7854, 0.3927, 0]),
         (4, 0.75, [1.1781, 0.7854, 0.3927, 0]),
         (4, 0.1, [0.3927, 0]),
@@ -52,8 +49,10 @@ def test_strength_out_of_range(strength):
         generation.image_times(samplers.scm_times(2), strength)
 
 
-def test_a_start_is_mixed_with_the_noise():
-    """With F = 0 one step from s gives cos(s) x = cos(s) (cos(s) start + sin(s) noise), at unit scale."""
+def test_an_initial_image_is_mixed_with_the_noise():
+    """With F = 0 one step from s gives cos(s) x = cos(s) (cos(s) start + sin(s) noise), at unit
+    scale.
+    """
     start, noise, s = normals(3, 2), normals(3, 2, seed=1), 1.1
     zero = lambda u, t: jnp.zeros_like(u)
     got = samplers.scm(
@@ -63,20 +62,21 @@ def test_a_start_is_mixed_with_the_noise():
 
 
 def test_bins():
-    """33 sizes of about a megapixel, multiples of 32, each its own nearest."""
+    """33 sizes of about a megapixel, multiples of 32; each is its own nearest size."""
     assert len(aspect_ratios.BINS_1024) == len(set(aspect_ratios.BINS_1024)) == 33
     for height, width in aspect_ratios.BINS_1024:
         assert height % 32 == width % 32 == 0 and 0.9 < height * width / 2**20 < 1.1
         assert aspect_ratios.nearest(2 * height, 2 * width) == (height, width)
     assert aspect_ratios.nearest(128, 128) == (1024, 1024)
-    assert aspect_ratios.nearest(720, 1280) == (768, 1344) and aspect_ratios.nearest(9000, 100) == (
+    assert aspect_ratios.nearest(720, 1280) == (768, 1344)
+    assert aspect_ratios.nearest(9000, 100) == (
         2048,
         512,
     )
 
 
-def test_fit_covers_and_cuts_the_middle():
-    """A ramp keeps its middle; a size that is already right is returned as it is."""
+def test_fit_covers_and_crops_the_center():
+    """A ramp keeps its middle, and an image of the right size is returned as it is."""
     ramp = np.broadcast_to(np.arange(80, dtype=np.uint8)[:, None, None], (80, 40, 3))[None]
     fitted = aspect_ratios.fit(ramp, 20, 20)
     assert fitted.shape == (1, 20, 20, 3)
@@ -93,8 +93,10 @@ def test_fit_is_never_short_of_a_pixel():
         assert aspect_ratios.fit(picture, *want).shape == (1, *want, 3)
 
 
-def test_pictures_of_people(tmp_path):
-    """Transparency on the ground, the upper eight of sixteen bits, the middle of another shape, damage in a sentence."""
+def test_images_of_users(tmp_path):
+    """Transparency on the background, the upper eight of sixteen bits, the center of another shape,
+    and damage in one sentence.
+    """
     clear = np.zeros((8, 8, 4), np.uint8)
     Image.fromarray(clear).save(tmp_path / "clear.png")
     assert (image_files.load(tmp_path / "clear.png", 8, 8) == 255).all()
@@ -111,7 +113,7 @@ def test_pictures_of_people(tmp_path):
         image_files.load(tmp_path / "bad.png", 8, 8)
 
 
-def test_a_grid_of_pictures_wider_than_high():
+def test_a_grid_of_images_wider_than_high():
     images = np.arange(3 * 2 * 4 * 3, dtype=np.uint8).reshape(3, 2, 4, 3)
     sheet = image_files.grid(images, columns=2, gap=1)
     assert sheet.shape == (7, 11, 3)
@@ -119,7 +121,10 @@ def test_a_grid_of_pictures_wider_than_high():
 
 
 def test_upsample_is_nearest_then_convolution():
-    """Values of the long way. Fails when two phases change places or a tap falls into the wrong sum."""
+    """Compare with the two separate operations.
+
+    Fails when two phases are swapped and when a tap enters the wrong sum.
+    """
     x, kernel = normals(2, 3, 5, 4), normals(3, 3, 4, 6, seed=1)
     doubled = np.repeat(np.repeat(x, 2, 1), 2, 2)
     expected = conv3x3.conv(jnp.asarray(doubled), jnp.asarray(kernel))
@@ -129,7 +134,10 @@ def test_upsample_is_nearest_then_convolution():
 
 @pytest.mark.parametrize("shape,channels", [((2, 6, 10), 5), ((1, 32, 4), 256), ((1, 10, 6), 256)])
 def test_winograd_is_the_direct_sum(shape, channels):
-    """Against float64, in strips and whole. Fails when a transform's sign or the joining of outputs is wrong."""
+    """Compare with float64, in strips and whole.
+
+    Fails when a transform has a wrong sign and when outputs are joined wrongly.
+    """
     x, kernel = normals(*shape, channels), normals(3, 3, channels, 4, seed=1) / 3 / channels**0.5
     padded = np.pad(x.astype(np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
     taps = [(i, j) for i in range(3) for j in range(3)]
@@ -142,13 +150,18 @@ def test_winograd_is_the_direct_sum(shape, channels):
 
 
 def test_wide_convolutions_are_winograd_where_they_can_be():
-    """On a CPU, of wide float32 pictures with even sides. It needs 16 products for four outputs, not 36."""
+    """On a CPU, for wide float32 images with even sides.
+
+    It needs 16 products for four outputs, not 36.
+    """
     array = lambda side, channels, dtype: jax.ShapeDtypeStruct((1, side, side, channels), dtype)
     kernel = jax.ShapeDtypeStruct((3, 3, 256, 8), "float32")
     counted = flops.count(conv3x3.winograd, array(8, 256, "float32"), kernel)
-    assert counted.matmul == 2 * 16 * (8 * 8 // 4) * 256 * 8 and counted.convolution == 0
+    assert counted.matmul == 2 * 16 * (8 * 8 // 4) * 256 * 8
+    assert counted.convolution == 0
 
     def lowered(side, channels, dtype):
+        """Return the text of the lowered program."""
         narrow = jax.ShapeDtypeStruct((3, 3, channels, 8), "float32")
         return jax.jit(conv3x3.conv).lower(array(side, channels, dtype), narrow).as_text()
 
@@ -157,15 +170,18 @@ def test_wide_convolutions_are_winograd_where_they_can_be():
         assert "convolution" in lowered(*other)
 
 
-def test_space_to_channels_and_back():
+def test_space_to_channels_is_invertible():
     x = normals(1, 4, 6, 3)
     folded = dc_ae.space_to_channels(x)
     np.testing.assert_array_equal(dc_ae.channels_to_space(folded), x)
     np.testing.assert_array_equal(folded[0, 1, 2].reshape(3, 2, 2)[:, 1, 0], x[0, 3, 4])
 
 
-def test_a_batch_in_parts():
-    """Equal parts of at most so many samples, in their order; what fits goes through whole. Fails when the parts are put together wrongly."""
+def test_a_batch_is_split_into_parts():
+    """The parts are equal, in order and within the limit; a batch within the limit stays whole.
+
+    Fails when the parts are joined wrongly.
+    """
     seen, x = [], jnp.arange(12.0).reshape(6, 2)
 
     def double(part):
@@ -175,7 +191,8 @@ def test_a_batch_in_parts():
     for most, size in ((6, 6), (5, 3), (3, 3), (1, 1), (100, 6)):
         np.testing.assert_array_equal(dc_ae.in_parts(double, x, most), 2 * x)
         assert seen.pop() == size
-    # At 1024 px the last stage has 2^20 x 128 elements a picture, at 4096 px one picture is too many.
+    # At 1024 px the last stage has 2^20 x 128 elements for each image; at 4096 px one image is too
+    # large.
     assert [dc_ae.pictures_at_once(dc_ae.DCAE_F32C32, side**2) for side in (512, 1024, 4096)] == [
         63,
         15,
@@ -184,7 +201,11 @@ def test_a_batch_in_parts():
 
 
 def test_a_large_batch_is_decoded_and_encoded_in_parts(monkeypatch):
-    """The same pictures and latents. Fails when a batch beyond the limit goes through whole, or the arrays of a batch spread over devices are cut."""
+    """Images and latents are the same.
+
+    Fails when a batch beyond the limit stays whole, and when arrays of a batch that is spread over
+    devices are split.
+    """
     stage = dc_ae.Stage(8, 1, dc_ae.RESIDUAL, ())
     model = dc_ae.DCAE(
         in_channels=3,
@@ -209,7 +230,7 @@ def test_a_large_batch_is_decoded_and_encoded_in_parts(monkeypatch):
         )
 
     *whole, none = both()
-    monkeypatch.setattr(dc_ae, "MOST_ELEMENTS", 2 * 64 * 8 + 1)  # two pictures of 8 x 8
+    monkeypatch.setattr(dc_ae, "MOST_ELEMENTS", 2 * 64 * 8 + 1)  # two images of 8 x 8
     *cut, two = both()
     assert (none, two, both(spread=True)[2]) == (0, 2, 0)
     assert np.abs(whole[0] - cut[0]).max() <= 1
@@ -217,7 +238,9 @@ def test_a_large_batch_is_decoded_and_encoded_in_parts(monkeypatch):
 
 
 def test_tiles_of_a_local_function_are_seamless():
-    """Nearest doubling has no context, so blending equal values gives the untiled result exactly."""
+    """Nearest doubling has no context, so blending equal values gives exactly the untiled
+    result.
+    """
     x = normals(1, 13, 9, 2)
     double = lambda a: jnp.repeat(jnp.repeat(a, 2, 1), 2, 2)
     got = dc_ae.tiled(double, jnp.asarray(x), tile=5, stride=3, scale=2)
@@ -252,7 +275,7 @@ def test_a_tokenizer_without_bos_is_refused():
 
 
 def test_a_prompt_that_merges_with_the_instruction_is_refused():
-    """Were it let through, cached keys would belong to other tokens than the prompt's."""
+    """Otherwise cached keys would belong to tokens other than those of the prompt."""
 
     def tokenizer(text, add_special_tokens):
         return {"input_ids": [2] + ([9] if text.startswith("ab c~") else [ord(c) for c in text])}
@@ -267,7 +290,7 @@ def test_a_prompt_that_merges_with_the_instruction_is_refused():
         prompts_lib.GemmaPrompts(tokenizer, "ab c").tokens(["x", "half \ud83d"])
 
 
-def test_pictures_to_start_from(tmp_path):
+def test_initial_images(tmp_path):
     path = tmp_path / "turned.png"
     image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
     exif = Image.Exif()
@@ -297,17 +320,20 @@ def test_autoencoder_sides():
 
 
 @pytest.mark.parametrize("output", ["pixels", "latent"])
-def test_three_programs_draw_the_same(finished, output):
-    """As on an NVIDIA GPU. Fails when one of them is given another's parameters, and when latents are decoded that were asked for."""
+def test_three_programs_give_the_same_image(finished, output):
+    """As on an NVIDIA GPU.
+
+    Fails when one of them gets the parameters of another, and when latents are decoded although
+    they are the output.
+    """
     pipe = pipeline.load(finished, dtype="float32")
     in_turn = dataclasses.replace(pipe, in_turn=True, programs={})
     one, three = (
         pipeline.generate(p, ["a red circle", "two blue squares"], steps=2, output=output, seed=3)
         for p in (pipe, in_turn)
     )
-    assert one.shape == three.shape and one.dtype == three.dtype == (
-        np.uint8 if output == "pixels" else np.float32
-    )
+    assert one.shape == three.shape
+    assert one.dtype == three.dtype == (np.uint8 if output == "pixels" else np.float32)
     assert np.abs(one.astype(float) - three.astype(float)).max() <= (
         1 if output == "pixels" else 1e-4
     )

@@ -1,4 +1,4 @@
-"""Text in files: what is written comes back, whatever characters it holds."""
+"""Text files: what is written is read back, whatever characters it contains."""
 
 import json
 
@@ -18,8 +18,11 @@ from sprint_jax.storage import files
         "Zürich 東京",
     ],
 )
-def test_json_lines_come_back(tmp_path, text):
-    """U+2028 ends no line; half a surrogate pair, as in file names that are no UTF-8, is written at all."""
+def test_json_lines_are_read_back(tmp_path, text):
+    """U+2028 ends no line.
+
+    Half of a surrogate pair, as in file names that are not UTF-8, can be written.
+    """
     path = tmp_path / "rows.jsonl"
     files.write_text(
         path,
@@ -37,7 +40,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
 
 
 def test_files_below_a_folder_are_found_through_links_once(tmp_path):
-    """Fails when links are passed over, and when one that leads back is followed for ever."""
+    """Fails when links are not followed, and when a link that leads back is followed forever."""
     (tmp_path / "root/a").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
     for name in ("root/one", "root/a/two", "elsewhere/three"):
@@ -46,7 +49,7 @@ def test_files_below_a_folder_are_found_through_links_once(tmp_path):
     (tmp_path / "root/a/back").symlink_to(tmp_path / "root")
     (tmp_path / "root/0_early").symlink_to(
         tmp_path / "root/a"
-    )  # the folder's own name counts, whatever comes first
+    )  # the folder's own name counts, not that of the first link
     (tmp_path / "root/gone").symlink_to(tmp_path / "nowhere")
     found = sorted(
         p.relative_to(tmp_path / "root").as_posix() for p in files.below(tmp_path / "root")

@@ -1,4 +1,4 @@
-"""The Fréchet distance: closed forms, and that it sees what it should."""
+"""The Fréchet distance: closed forms, and the order of images by their quality."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from sprint_jax.toy import frechet, shapes
 
 
-def test_same_moments_are_at_zero():
+def test_equal_moments_have_distance_zero():
     rng = np.random.RandomState(0)
     moments = frechet.moments(rng.randn(500, 8))
     assert abs(frechet.distance(moments, moments)) < 1e-9
@@ -32,8 +32,8 @@ def test_rotated_gaussians_against_the_matrix_root():
     assert frechet.distance((np.zeros(5), a), (np.zeros(5), b)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_features_order_pictures():
-    """Other real pictures are near, noisy ones farther, pure noise far."""
+def test_features_order_images_by_quality():
+    """Other real images are near, noisy ones farther and pure noise far."""
     real = [np.stack([shapes.example(s, i).image for i in range(400)]) for s in (0, 1)]
     noise = np.random.RandomState(0).randint(0, 256, real[0].shape).astype(np.uint8)
     noisy = np.clip(real[1] + np.random.RandomState(1).randn(*real[1].shape) * 30, 0, 255).astype(

@@ -1,12 +1,14 @@
-"""Rough sketches of `shapes`: they are about their objects, as a pen on the page draws them, and training sees its share."""
+"""Rough sketches of `shapes`: they show their objects, look like strokes of the page, and reach
+training.
+"""
 
 import dataclasses
 import re
-import runpy
 
 import numpy as np
 import pytest
 
+from helpers.configs import card
 from helpers.runs import ROOT
 from sprint_jax import build, config
 from sprint_jax.conditioning import sketches
@@ -18,23 +20,28 @@ CELLS = {(i + 0.5) / 4 for i in range(4)}
 
 
 def compositions(count, **options):
+    """Return examples whose objects may be anywhere."""
     return [shapes.example(3, i, anywhere=True, **options) for i in range(count)]
 
 
-def rough(examples, size=32, split="train"):
+def rough_sketches(examples, size=32, split="train"):
+    """Return rough sketches of examples."""
     return np.stack(
         [freehand.sketch(3, i, e.objects, size=size, split=split) for i, e in enumerate(examples)]
     )
 
 
-def smoke(**changes):
-    c = config.parse(runpy.run_path(str(ROOT / "configs/controlnet.py"))["get_config"]("smoke"))
+def controlnet_config(**changes):
+    """Return the `smoke` config of the ControlNet with changes to its section."""
+    c = config.parse(card("controlnet"))
     return dataclasses.replace(c, control=dataclasses.replace(c.control, **changes))
 
 
 @pytest.mark.parametrize("split", shapes.SPLITS)
-def test_compositions_are_what_their_captions_say(split):
-    """Fails when a relation is accepted by `along >= abs(across)`, or `_apart` is left out."""
+def test_compositions_match_their_captions(split):
+    """Fails when a relation is accepted by `along >= abs(across)`, and when `_apart` is
+    left out.
+    """
     made = compositions(400, split=split)
     assert checker.chance(made, [e.caption for e in made]) == 1.0
     assert checker.score([e.image for e in made], [e.caption for e in made])[0] >= 0.99
@@ -44,8 +51,11 @@ def test_compositions_are_what_their_captions_say(split):
     )
 
 
-def test_objects_stand_anywhere_on_the_grid():
-    """All cells, all corners of four, and inside. Fails when `_scatter` takes `_INNER`, or 0.5, instead of its cells."""
+def test_objects_are_placed_anywhere_on_the_grid():
+    """All cells, all corners of four cells, and inside.
+
+    Fails when `_scatter` takes `_INNER`, or 0.5, instead of its cells.
+    """
     made = compositions(2000)
     alone = [e.objects[0] for e in made if len(e.objects) == 1]
     assert {(o.x, o.y) for o in alone if o.size < 0.2} == {(x, y) for x in CELLS for y in CELLS}
@@ -57,8 +67,11 @@ def test_objects_stand_anywhere_on_the_grid():
     assert {(o.x, o.y) for pair in related for o in pair} == {(x, y) for x in CELLS for y in CELLS}
 
 
-def test_streams_are_apart():
-    """Fails when `stream` leaves its counter out. Nothing that is drawn beside an example changes it."""
+def test_random_streams_are_independent():
+    """Other random draws of an example do not change it.
+
+    Fails when `stream` leaves out its counter.
+    """
     assert len({shapes.stream(3, 5, "train", name).random() for name in shapes.STREAMS}) == len(
         shapes.STREAMS
     )
@@ -89,34 +102,41 @@ def test_a_sketch_is_a_function_of_its_arguments():
 
 @pytest.mark.parametrize("shape", shapes.SHAPES)
 def test_without_wobble_an_outline_is_the_border(shape):
-    """Corners at distance 0 and the polygon around the picture's area. Fails with 20 corners, which miss those of a square."""
+    """Corners have distance 0 and the polygon surrounds the area of the image.
+
+    Fails with 20 corners, which miss those of a square.
+    """
     still = freehand.outline(shape, 40.0, (0, 0, 0), (0, 0, 0))
     np.testing.assert_allclose(shapes.distance(shape, *still.T, 40.0), 0, atol=1e-3)
     x, y = still.T
     area = abs((x * np.roll(y, -1) - y * np.roll(x, -1)).sum()) / 2
     assert area == pytest.approx(shapes.coverage(shape, 64, 64, 40, 128).sum(), rel=0.02)
-    # And with it, in and out by its height.
+    # With wobble, the outline moves in and out by its height.
     moved = np.hypot(*freehand.outline(shape, 40.0, (3, 0, 0), (0, 0, 0)).T) - np.hypot(x, y)
     np.testing.assert_allclose(moved, 3 * np.cos(2 * np.arctan2(y, x)), atol=1e-6)
 
 
 @pytest.mark.parametrize("width", [0.64, 1.0, 1.92, 5.0])
 def test_a_stroke_is_as_wide_as_its_pen(width):
-    """Ink across a straight line is its width, below one pixel too. Fails when `width + 1` loses its 1 or the cap is 1."""
+    """The ink across a straight line is its width, below one pixel too.
+
+    Fails when `width + 1` loses its 1 and when the cap is 1.
+    """
     ink = freehand.stroke(np.array([[8.0, 16.3], [24.0, 16.3]]), width, 32)
     np.testing.assert_allclose(ink[:, 16].sum(), width, atol=1e-4)
     level = freehand.stroke(np.array([[8.0, 16.5], [24.0, 16.5]]), width, 32)[:, 16]
     np.testing.assert_allclose([level.sum(), level.max()], [width, min(width, 1)], atol=1e-4)
     reach = np.nonzero(ink.max(0))[
         0
-    ]  # round ends: half a width beyond the line's, and the half pixel of a grey border
-    assert (
-        abs(reach[0] + 0.5 - (8 - width / 2)) <= 1 and abs(reach[-1] + 0.5 - (24 + width / 2)) <= 1
-    )
+    ]  # round ends: half a width beyond the line, and the half pixel of a gray border
+    assert abs(reach[0] + 0.5 - (8 - width / 2)) <= 1
+    assert abs(reach[-1] + 0.5 - (24 + width / 2)) <= 1
 
 
 def test_pens_are_those_of_the_page():
-    """Fails when page.js gets a pen that is finer or broader than what training sees, or `sketch` draws widths evenly."""
+    """Fails when page.js gets a pen that is finer or broader than those in training, and when
+    `sketch` draws widths uniformly.
+    """
     page = (ROOT / "sprint_jax/serving/page.js").read_text()
     pens = [float(w) for w in re.findall(r'\["(?:Fine|Pen|Brush)", ([\d.]+)\]', page)]
     assert len(pens) == 3 and (min(pens), max(pens)) == freehand.WIDTH
@@ -124,15 +144,18 @@ def test_pens_are_those_of_the_page():
     ink = np.array(
         [freehand.sketch(0, i, big, size=32, split="train").sum() / 255 for i in range(400)]
     )
-    widths = ink / (8 * 8 * np.mean(freehand.SCALE))  # about: ink by the length of the line
+    widths = ink / (8 * 8 * np.mean(freehand.SCALE))  # approximate: ink over the length of the line
     assert 0.85 * 32 * pens[1] < np.median(widths) < 1.15 * 32 * pens[1]
     assert widths.min() < 1 and widths.max() > 4
 
 
-def test_sketches_are_about_their_objects():
-    """Ink is within reach of an object, and of all of them. Fails when SHIFT is 1/4, or x and y are exchanged."""
+def test_sketches_are_near_their_objects():
+    """All ink is within reach of an object, and all objects have ink.
+
+    Fails when SHIFT is 1/4, and when x and y are swapped.
+    """
     made = compositions(300, size=64)
-    drawn = rough(made, 64)
+    drawn = rough_sketches(made, 64)
     ys, xs = (np.mgrid[:64, :64] + 0.5) / 64
     for e, ink in zip(made, drawn, strict=True):
         far = np.full((64, 64), np.inf)
@@ -147,28 +170,38 @@ def test_sketches_are_about_their_objects():
         rows, columns = np.nonzero(freehand.sketch(0, i, one, size=32, split="train"))
         centres.append([columns.mean() + 0.5, rows.mean() + 0.5])
     centres = np.array(centres) / 32 - [0.375, 0.625]
-    assert np.abs(centres.mean(0)).max() < 0.02 and np.abs(np.corrcoef(centres.T)[0, 1]) < 0.15
-    assert (np.abs(centres).max(0) > 0.1).all() and np.abs(centres).max() < 1 / 8 + 1 / 32
+    assert np.abs(centres.mean(0)).max() < 0.02
+    assert np.abs(np.corrcoef(centres.T)[0, 1]) < 0.15
+    assert (np.abs(centres).max(0) > 0.1).all()
+    assert np.abs(centres).max() < 1 / 8 + 1 / 32
 
 
 def test_the_share_of_rough_examples():
-    """Of 4000 examples, and which ones is the same for any batch. Fails when `chosen` looks at the first stream."""
-    assert not any(freehand.is_rough(0, i, 0.0) for i in range(100)) and all(
-        freehand.is_rough(0, i, 1.0) for i in range(100)
-    )
+    """Of 4000 examples the same ones are rough in any batch.
+
+    Fails when `is_rough` looks at the first stream.
+    """
+    assert not any(freehand.is_rough(0, i, 0.0) for i in range(100))
+    assert all(freehand.is_rough(0, i, 1.0) for i in range(100))
     for share in (0.25, 0.5):
-        rough = np.array([freehand.is_rough(0, i, share) for i in range(4000)])
-        assert abs(rough.mean() - share) < 0.03
+        rough_sketches = np.array([freehand.is_rough(0, i, share) for i in range(4000)])
+        assert abs(rough_sketches.mean() - share) < 0.03
     kinds = np.array([shapes.example(0, i).caption.kind for i in range(4000)])
-    assert all(abs(rough[kinds == kind].mean() - 0.5) < 0.06 for kind in ("count", "relation"))
+    assert all(
+        abs(rough_sketches[kinds == kind].mean() - 0.5) < 0.06 for kind in ("count", "relation")
+    )
 
 
-def test_batches_hold_rough_sketches_of_clean_pictures():
-    """Each row is the usual example with its edges, or a composition with its sketch; without a share all are usual ones."""
-    c = smoke(freehand=0.5)
+def test_batches_hold_rough_sketches_of_clean_images():
+    """Each row is the usual example with its edges, or a composition with its sketch.
+
+    Without a share all rows are usual ones.
+    """
+    c = controlnet_config(freehand=0.5)
     with datasets.Shapes(c).batches(16, 1, 2, 0, 1) as ahead:
         rows = next(ahead)
-    codec, rough = build.codec(c), [freehand.is_rough(c.data.seed, i, 0.5) for i in range(16, 32)]
+    codec = build.codec(c)
+    rough = [freehand.is_rough(c.data.seed, i, 0.5) for i in range(16, 32)]
     assert 0 < sum(rough) < 16
     for row, is_rough in enumerate(rough):
         e = shapes.example(c.data.seed, 16 + row, anywhere=is_rough)
@@ -187,30 +220,35 @@ def test_batches_hold_rough_sketches_of_clean_pictures():
 
 
 def test_checkpoints_know_the_share():
-    """Fails when `Shapes.identity` forgets it; without a ControlNet it does not count, and the name is the one of old."""
+    """Without a ControlNet the share does not count, and the identity is the old one.
+
+    Fails when `Shapes.identity` omits the share.
+    """
     names = [
-        datasets.Shapes(smoke(**k)).identity
+        datasets.Shapes(controlnet_config(**k)).identity
         for k in ({"freehand": 0.0}, {"freehand": 0.5}, {"freehand": 0.25}, {"depth": 0})
     ]
     assert len(set(names)) == 3 and names[0] == names[3] == "drawn shapes"
 
 
 def test_heldout_sketches_are_judged_by_the_true_edges():
-    """Fails when edges are the sketches', or sketches of the training split."""
-    data = datasets.Shapes(smoke(freehand=0.5))
-    rough, clean = data.freehand(6, 4), data.heldout(6, 4)
-    np.testing.assert_array_equal(rough.edges, sketches.gradient_edges(rough.images))
+    """Fails when the edges are those of the sketches, and when the sketches are those of the
+    training split.
+    """
+    data = datasets.Shapes(controlnet_config(freehand=0.5))
+    rough_sketches, clean = data.freehand(6, 4), data.heldout(6, 4)
+    np.testing.assert_array_equal(
+        rough_sketches.edges, sketches.gradient_edges(rough_sketches.images)
+    )
     for i in range(6):
         e = shapes.example(1, i, split="heldout", anywhere=True)
-        np.testing.assert_array_equal(rough.images[i], e.image)
+        np.testing.assert_array_equal(rough_sketches.images[i], e.image)
         np.testing.assert_array_equal(
-            rough.sketches[i], freehand.sketch(1, i, e.objects, size=32, split="heldout")
+            rough_sketches.sketches[i], freehand.sketch(1, i, e.objects, size=32, split="heldout")
         )
-        assert rough.captions[i] == e.text and shapes.is_heldout(e.caption)
-    shown = build.codec(smoke()).encode(sketches.as_picture(rough.sketches))
-    np.testing.assert_allclose(rough.cond["control"], shown, atol=1e-6)
+        assert rough_sketches.captions[i] == e.text and shapes.is_heldout(e.caption)
+    shown = build.codec(controlnet_config()).encode(sketches.as_picture(rough_sketches.sketches))
+    np.testing.assert_allclose(rough_sketches.cond["control"], shown, atol=1e-6)
     np.testing.assert_array_equal(clean.sketches, clean.edges)
-    assert (
-        datasets.Shapes(smoke(freehand=0.0)).freehand(6, 4) is None
-        and datasets.Shapes(smoke(depth=0)).freehand(6, 4) is None
-    )
+    assert datasets.Shapes(controlnet_config(freehand=0.0)).freehand(6, 4) is None
+    assert datasets.Shapes(controlnet_config(depth=0)).freehand(6, 4) is None

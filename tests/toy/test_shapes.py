@@ -1,4 +1,4 @@
-"""The embedded data, its checker, its text features, its codec and its loader."""
+"""The embedded data: its generator, checker, text features, codec and batches."""
 
 import collections
 import hashlib
@@ -16,6 +16,7 @@ from sprint_jax.toy import checker, shapes
 
 
 def examples(count, **options):
+    """Return training examples."""
     return [shapes.example(3, i, **options) for i in range(count)]
 
 
@@ -29,7 +30,7 @@ def test_examples_are_pure_and_differ():
 
 
 def test_golden_example():
-    """The shipped teacher knows this data; a change of the generator needs a new teacher."""
+    """The shipped teacher depends on this data: a change of the generator needs a new teacher."""
     example = shapes.example(0, 3)
     assert example.text == "a blue circle above a white triangle"
     digest = hashlib.sha256(
@@ -39,9 +40,10 @@ def test_golden_example():
 
 
 def test_compositions_are_few_and_apart():
-    """What a caption leaves open: a student has to choose from the noise alone. Counts are of sizes and positions.
+    """A caption leaves this open, so that a student has to choose from the noise alone.
 
-    Fails when `_compose` draws a size for each object, or three stand in a row, whose two places share two cells.
+    The counts are of sizes and positions. Fails when `_compose` draws a size for each object, and
+    when three stand in a row whose two places share two cells.
     """
     open_to = collections.defaultdict(set)
     for e in examples(6000):
@@ -95,34 +97,38 @@ def test_heldout_captions_never_train():
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
-def test_checker_reads_real_pictures(size):
+def test_checker_reads_real_images(size):
     made = examples(600 if size < 128 else 100, size=size)
-    overall, tasks = checker.score([e.image for e in made], [e.caption for e in made])
-    assert overall >= 0.99 and min(tasks.values()) >= 0.99 and set(tasks) == set(checker.TASKS)
+    score_of, tasks = checker.score([e.image for e in made], [e.caption for e in made])
+    assert score_of >= 0.99
+    assert min(tasks.values()) >= 0.99
+    assert set(tasks) == set(checker.TASKS)
 
 
-def test_checker_refuses_other_prompts():
-    """Mismatched prompts score at chance: what a perfect reader would grant the shown scenes."""
+def test_checker_rejects_other_prompts():
+    """Mismatched prompts score at chance, which is what a perfect reader gives the scenes."""
     made = examples(1500)
     asked = [e.caption for e in made[1:] + made[:1]]
-    overall, _ = checker.score([e.image for e in made], asked)
-    assert overall <= checker.chance(made, asked) + 0.02
+    score_of, _ = checker.score([e.image for e in made], asked)
+    assert score_of <= checker.chance(made, asked) + 0.02
 
 
-def scene(*objects, background=None):
+def draw_scene(*objects, background=None):
+    """Return the image of objects on a background."""
     return shapes.render([shapes.Object(*o) for o in objects], background, 32)
 
 
-def overall(image, caption):
+def score_of(image, caption):
+    """Return the score of an image and a caption."""
     return checker.judge(checker.read(image), shapes.parse(caption))
 
 
-def test_checker_sees_each_kind_of_error():
+def test_checker_finds_each_kind_of_error():
     red, blue = ("red", "circle", 0.25, 0.5, 0.125), ("blue", "square", 0.75, 0.5, 0.125)
     asked = "a red circle left of a blue square"
-    assert all(overall(scene(red, blue), asked).values())
-    swapped = overall(
-        scene(("red", "circle", 0.75, 0.5, 0.125), ("blue", "square", 0.25, 0.5, 0.125)), asked
+    assert all(score_of(draw_scene(red, blue), asked).values())
+    swapped = score_of(
+        draw_scene(("red", "circle", 0.75, 0.5, 0.125), ("blue", "square", 0.25, 0.5, 0.125)), asked
     )
     assert swapped == {
         "two_objects": True,
@@ -130,27 +136,23 @@ def test_checker_sees_each_kind_of_error():
         "position": False,
         "overall": False,
     }
-    recoloured = overall(scene(("blue", "circle", *red[2:]), ("red", "square", *blue[2:])), asked)
-    assert (
-        recoloured["two_objects"]
-        and not recoloured["colour_attribution"]
-        and not recoloured["overall"]
+    recoloured = score_of(
+        draw_scene(("blue", "circle", *red[2:]), ("red", "square", *blue[2:])), asked
     )
-    alone = overall(scene(red), asked)
+    assert recoloured["two_objects"]
+    assert not recoloured["colour_attribution"]
+    assert not recoloured["overall"]
+    alone = score_of(draw_scene(red), asked)
     assert not any(alone.values())
-    ground = overall(scene(red, blue, background="green"), asked)
+    ground = score_of(draw_scene(red, blue, background="green"), asked)
     assert ground["position"] and not ground["overall"]
-    assert not overall(scene(red, blue), "a circle")["overall"]
-    assert (
-        overall(scene(red), "a red circle")["overall"]
-        and not overall(scene(red), "a red square")["overall"]
-    )
-    assert not overall(scene(red), "a white circle")["colours"]
-    two = scene(red, ("red", "circle", 0.75, 0.5, 0.125))
-    assert (
-        overall(two, "two red circles")["overall"]
-        and not overall(two, "three red circles")["counting"]
-    )
+    assert not score_of(draw_scene(red, blue), "a circle")["overall"]
+    assert score_of(draw_scene(red), "a red circle")["overall"]
+    assert not score_of(draw_scene(red), "a red square")["overall"]
+    assert not score_of(draw_scene(red), "a white circle")["colours"]
+    two = draw_scene(red, ("red", "circle", 0.75, 0.5, 0.125))
+    assert score_of(two, "two red circles")["overall"]
+    assert not score_of(two, "three red circles")["counting"]
 
 
 def test_relation_axes():
@@ -159,20 +161,20 @@ def test_relation_axes():
         shapes.RELATIONS,
     ):
         a, b = (0.5 - 0.25 * dx, 0.5 - 0.25 * dy), (0.5 + 0.25 * dx, 0.5 + 0.25 * dy)
-        image = scene(("red", "circle", *a, 0.125), ("white", "triangle", *b, 0.125))
-        assert overall(image, f"a red circle {other} a white triangle")["position"] == (
+        image = draw_scene(("red", "circle", *a, 0.125), ("white", "triangle", *b, 0.125))
+        assert score_of(image, f"a red circle {other} a white triangle")["position"] == (
             name == other
         )
 
 
 def test_noise_is_not_an_object():
-    image = scene(("red", "circle", 0.25, 0.5, 0.125)).astype(float)
+    image = draw_scene(("red", "circle", 0.25, 0.5, 0.125)).astype(float)
     image[2:4, 28:30] = 255
     assert len(checker.read(image.astype(np.uint8)).objects) == 1
 
 
-def test_noise_of_many_colours_is_no_shape():
-    """Its median can be the background, which no pixel has gone towards."""
+def test_noise_of_many_colors_is_no_shape():
+    """Its median can be the background, which no pixel has moved towards."""
     image = np.full((32, 32, 3), 128, np.uint8)
     colours = np.array([[255, 128, 1], [1, 255, 128], [128, 1, 255]], np.uint8)
     image[8:24, 8:24] = colours[np.add.outer(np.arange(16), np.arange(16)) % 3]
@@ -181,7 +183,9 @@ def test_noise_of_many_colours_is_no_shape():
 
 
 def test_text_features_are_frozen():
-    """The shipped teacher knows these features; a change of the encoder needs a new teacher."""
+    """The shipped teacher depends on these features: a change of the encoder needs a new
+    teacher.
+    """
     encoder = words.ShapesText()
     features, mask = encoder.encode(["a red circle", "a red circle left of a blue square", ""])
     np.testing.assert_array_equal(mask.sum(1), [4, 9, 1])
@@ -192,7 +196,7 @@ def test_text_features_are_frozen():
 
 
 def test_a_noun_carries_its_adjective_and_its_relation():
-    """Word by word what a feature holds; fails when distances change sign."""
+    """Check the content of a feature word by word. Fails when distances change sign."""
     encoder = words.ShapesText()
     nouns, positions = encoder.window.words, encoder.window.positions
     feature = encoder.encode(["a red circle left of a blue square"])[0][0, 3]
@@ -220,7 +224,7 @@ def test_a_noun_carries_its_adjective_and_its_relation():
 @pytest.mark.parametrize(
     "prompt, word", [("a zebra", "zebra"), ("a <pad>", "<pad>"), ("a " * 16, "too long")]
 )
-def test_text_refuses(prompt, word):
+def test_text_refuses_unknown_words(prompt, word):
     with pytest.raises(UserError, match=word):
         words.ShapesText().encode([prompt])
 
@@ -236,11 +240,12 @@ def test_space_to_depth_is_exact():
 
 
 def shipped_codec():
+    """Return the codec that ships with the package."""
     return build.codec(config.parse(card(preset="shapes")))
 
 
 def test_shipped_codec_keeps_what_the_checker_reads():
-    """Fails when decode forgets the mean or multiplies by spread where encode does."""
+    """Fails when decode omits the mean or multiplies by the spread where encode does."""
     made = examples(400, split="heldout")
     images, codec = np.stack([e.image for e in made]), shipped_codec()
     latents = codec.encode(images)
@@ -251,8 +256,8 @@ def test_shipped_codec_keeps_what_the_checker_reads():
     np.testing.assert_allclose(codec.basis.T @ codec.basis, np.eye(codec.channels), atol=1e-5)
 
 
-def test_shipped_codec_is_what_its_recipe_makes():
-    """Up to the sign of each component, which the eigenvalue routine is free to choose."""
+def test_shipped_codec_equals_a_new_fit():
+    """Up to the sign of each component, which the eigenvalue routine may choose."""
     images = np.stack([shapes.example(0, i).image for i in range(4000)])
     fitted, codec = patches.fit_pca(images, 8, 32), shipped_codec()
     np.testing.assert_allclose(fitted["mean"], codec.mean, atol=1e-5)
@@ -268,6 +273,7 @@ def test_latents_are_near_unit_scale():
 
 
 def batches(**changes):
+    """Return batches of the shapes data."""
     options = dict(
         seed=0,
         batch=4,
@@ -290,6 +296,7 @@ def test_batches_depend_on_the_step_alone():
 
 def test_an_error_in_the_thread_reaches_the_loop():
     def fail(step):
+        """Raise an error at a step."""
         raise RuntimeError(f"step {step}")
 
     with shapes_batches.Prefetch(fail, 7, 9) as ahead, pytest.raises(RuntimeError, match="step 7"):

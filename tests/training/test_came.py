@@ -1,4 +1,4 @@
-"""CAME against its formulas, against the package SANA uses, and layer by layer of a stack."""
+"""CAME against its formulas, against the package that SANA uses, and layer by layer of a stack."""
 
 import jax
 import jax.numpy as jnp
@@ -21,24 +21,26 @@ SHAPES = {
     },
     "outputs": {"proj": {"kernel": (6, 4), "bias": (4,)}, "scale_shift_table": (2, 4)},
 }
-# Large then small: the first gradients are clipped, those far below the moments are not.
+# Large, then small: the first gradients are clipped, and those far below the moments are not.
 SCALES = (1.0, 100.0, 0.01, 10.0, 1e-4, 1.0)
-# Every constant shows in the result.
+# Each constant has an effect on the result.
 UNUSUAL = dict(b1=0.8, b2=0.7, b3=0.6, eps1=1e-3, eps2=1e-2, clip_threshold=0.6, weight_decay=0.1)
 
 
 def is_shape(x):
+    """Return whether x is a shape, a leaf of these trees."""
     return isinstance(x, tuple)
 
 
-def normals(shapes, scale=1.0, seed=0):
+def random_tree(shapes, scale=1.0, seed=0):
+    """Return normal arrays for a tree of shapes."""
     rng = np.random.default_rng(seed)
     draw = lambda shape: (scale * rng.standard_normal(shape)).astype(np.float32)
     return jax.tree.map(draw, shapes, is_leaf=is_shape)
 
 
 def descend(tx, params, gradients):
-    """Parameters after all gradients."""
+    """Return the parameters after all gradients."""
     state, update = tx.init(params), jax.jit(tx.update)
     for g in gradients:
         updates, state = update(g, state, params)
@@ -47,12 +49,18 @@ def descend(tx, params, gradients):
 
 
 def formulas(p, gradients, matrix, rates, b1, b2, b3, eps1, eps2, clip_threshold, weight_decay):
-    """The module's docstring in float64 on one tensor, its averages taken the long way."""
+    """Apply the formulas of the module's docstring to one tensor, in float64.
+
+    Averages are computed the long way.
+    """
     p = p.astype(np.float64)
     m, v, s = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p)
 
     def root(full):
-        """Means commute with the moving average, so the full moment holds both of them."""
+        """Return the root of the moment.
+
+        Means commute with the moving average, so `full` holds both.
+        """
         if not matrix:
             return np.sqrt(full)
         row, col = full.mean(1, keepdims=True), full.mean(0, keepdims=True)
@@ -71,7 +79,7 @@ def formulas(p, gradients, matrix, rates, b1, b2, b3, eps1, eps2, clip_threshold
 
 
 def assert_close(moved, expected, start, tolerance=1e-5):
-    """Displacements agree to `tolerance` of the largest."""
+    """Assert that displacements agree to `tolerance` of the largest."""
     moved, expected = np.asarray(moved, np.float64) - start, expected - start
     assert np.abs(moved - expected).max() <= tolerance * np.abs(expected).max()
 
@@ -83,9 +91,9 @@ DEFAULTS = dict(
 
 @pytest.mark.parametrize("given", [{}, UNUSUAL], ids=["defaults", "unusual"])
 def test_steps_follow_the_formulas(given):
-    """Each layer of each leaf as a tensor of its own, at a falling learning rate."""
-    params = normals(SHAPES)
-    gradients = [normals(SHAPES, scale, seed) for seed, scale in enumerate(SCALES, 1)]
+    """Each layer of each leaf is a tensor of its own, at a falling learning rate."""
+    params = random_tree(SHAPES)
+    gradients = [random_tree(SHAPES, scale, seed) for seed, scale in enumerate(SCALES, 1)]
     tx = came.came(lambda count: 0.3 / (1 + count), **given, **RULES)
     result = descend(tx, params, gradients)
     rates = [0.3 / (1 + i) for i in range(len(SCALES))]
@@ -106,12 +114,12 @@ def test_steps_follow_the_formulas(given):
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_steps_are_the_packages(weight_decay):
+def test_steps_equal_those_of_the_package(weight_decay):
     torch = pytest.importorskip("torch")
     package = pytest.importorskip("came_pytorch")
     shapes = {"kernel": (32, 48), "bias": (48,)}
-    start = normals(shapes)
-    gradients = [normals(shapes, scale, seed) for seed, scale in enumerate(SCALES, 1)]
+    start = random_tree(shapes)
+    gradients = [random_tree(shapes, scale, seed) for seed, scale in enumerate(SCALES, 1)]
     theirs = {k: torch.nn.Parameter(torch.tensor(v)) for k, v in start.items()}
     optimizer = package.CAME(theirs.values(), lr=0.1, weight_decay=weight_decay)
     for g in gradients:
@@ -126,13 +134,16 @@ def test_steps_are_the_packages(weight_decay):
         assert_close(ours[k], theirs[k].detach().double().numpy(), start[k])
 
 
-def test_a_stack_moves_as_its_layers_do():
-    """Fails if any mean or the clipping is taken over the layers. The layers' gradients differ in size."""
+def test_a_stack_is_updated_like_its_layers():
+    """The gradients of the layers differ in size.
+
+    Fails if any mean or the clipping is over the layers.
+    """
     shapes = SHAPES["blocks"]
     sizes = np.array([1.0, 30.0, 0.01], np.float32)
     scaled = lambda g: g * sizes.reshape(-1, *[1] * (g.ndim - 1))
-    params = normals(shapes)
-    gradients = [jax.tree.map(scaled, normals(shapes, 1.0, seed)) for seed in range(1, 5)]
+    params = random_tree(shapes)
+    gradients = [jax.tree.map(scaled, random_tree(shapes, 1.0, seed)) for seed in range(1, 5)]
     tx = came.came(0.1, **RULES)
     stack = descend(tx, {"blocks": params}, [{"blocks": g} for g in gradients])["blocks"]
     for i in range(3):
@@ -142,11 +153,11 @@ def test_a_stack_moves_as_its_layers_do():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_zero_gradients_do_not_move_or_break_anything():
-    """All zero, then a row and a column of zeros among large gradients, then all zero again."""
-    params = normals(SHAPES)
+def test_zero_gradients_change_nothing():
+    """All are zero, then a row and a column among large gradients, then all again."""
+    params = random_tree(SHAPES)
     zeros = jax.tree.map(np.zeros_like, params)
-    ridge = normals(SHAPES, 1e6, 1)
+    ridge = random_tree(SHAPES, 1e6, 1)
     for kernel in (ridge["blocks"]["attn"]["kernel"], ridge["outputs"]["proj"]["kernel"]):
         kernel[..., 0, :] = 0
         kernel[..., 0] = 0
@@ -159,12 +170,17 @@ def test_zero_gradients_do_not_move_or_break_anything():
         assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
         assert all(np.isfinite(s).all() for s in jax.tree.leaves(state))
         kernel = updates["outputs"]["proj"]["kernel"]
-        assert not kernel[0].any() and not kernel[:, 0].any() and kernel[1:, 1:].all()
+        assert not kernel[0].any()
+        assert not kernel[:, 0].any()
+        assert kernel[1:, 1:].all()
 
 
 def test_state_is_found_by_path_saved_and_restored(tmp_path):
-    """One array per kind of moment a leaf has, none elsewhere; donated and restored it goes on the same."""
-    params = {"outputs": normals({"kernel": (6, 4), "bias": (4,)})}
+    """Each leaf has one array for each of its moments and no others.
+
+    Donated and restored, the state continues the same way.
+    """
+    params = {"outputs": random_tree({"kernel": (6, 4), "bias": (4,)})}
     tx = came.came(0.1, **RULES)
     start = jax.jit(tx.init)(params)
     paths, _ = jax.tree_util.tree_flatten_with_path(start)
@@ -187,7 +203,8 @@ def test_state_is_found_by_path_saved_and_restored(tmp_path):
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(tx.init, params))
-    assert jax.tree.structure(restored) == jax.tree.structure(state) and int(restored.count) == 1
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert int(restored.count) == 1
     assert all(
         np.array_equal(a, b)
         for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True)
@@ -195,21 +212,20 @@ def test_state_is_found_by_path_saved_and_restored(tmp_path):
 
 
 def test_rules_of_the_networks():
-    """Which leaves of the real trees keep which moments, and along which axes."""
+    """Check which leaves of the real trees have which moments, and along which axes."""
     params = jax.eval_shape(linear_dit.SANA_600M.init, jax.random.key(0))
     state = jax.eval_shape(came.came(1.0, **RULES).init, params)
     block, inputs = state.row["blocks"], state.row["inputs"]
     assert block["attn1"]["to_qkv"]["kernel"].shape == (28, 1152)
     assert state.col["blocks"]["attn1"]["to_qkv"]["kernel"].shape == (28, 3 * 1152)
-    assert block["scale_shift_table"].shape == (28, 6) and state.row["outputs"][
-        "scale_shift_table"
-    ].shape == (2,)
-    assert inputs["patch_embed"]["kernel"].shape == (32,) and inputs["logvar"]["kernel"].shape == (
-        1152,
-    )
+    assert block["scale_shift_table"].shape == (28, 6)
+    assert state.row["outputs"]["scale_shift_table"].shape == (2,)
+    assert inputs["patch_embed"]["kernel"].shape == (32,)
+    assert inputs["logvar"]["kernel"].shape == (1152,)
     assert state.nu["blocks"]["ff"]["conv_depth_kernel"].shape == (28, 3, 3, 5 * 1152)
     assert state.nu["blocks"]["attn2"]["norm_q"]["weight"].shape == (28, 1152)
-    # Every leaf has exactly one second moment, and full ones are left to one-dimensional layers and to stencils.
+    # Each leaf has exactly one second moment. Only one-dimensional layers and stencils have a full
+    # one.
     leaves = lambda tree: len(jax.tree.leaves(tree))
     assert leaves(state.row) + leaves(state.nu) == leaves(params) == leaves(state.mu)
     for path, leaf in jax.tree_util.tree_flatten_with_path(state.nu)[0]:

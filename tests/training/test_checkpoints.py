@@ -1,4 +1,4 @@
-"""Checkpoints: exact on any mesh, damage noticed and set aside, a full disk survived, buffers donatable."""
+"""Checkpoints: exact on any mesh, damage is detected, a full disk is survived."""
 
 import json
 import os
@@ -10,19 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from helpers.runs import ROOT, simulated
+from helpers.runs import ROOT, run_on_devices
 from sprint_jax.errors import UserError
 from sprint_jax.training.checkpoints import Checkpoints, fingerprints
 
 
 def tree(step):
-    """Several kinds of leaves, other values at every step."""
+    """Return leaves of several kinds, with other values at each step."""
     key = jax.random.fold_in(jax.random.key(0), step)
     w = jax.random.normal(key, (64, 48))
     return {"w": w, "half": w[:8].astype(jnp.bfloat16), "step": jnp.int32(step)}
 
 
 def abstract(like):
+    """Return the shapes of a tree on one device."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), like)
 
@@ -34,7 +35,7 @@ def assert_equal(found, expected):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A checkpoint folder with steps 4 and 8."""
+    """Return a checkpoint folder with steps 4 and 8."""
     with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
         checkpoints.save(4, tree(4))
         checkpoints.save(8, tree(8))
@@ -42,12 +43,13 @@ def folder(tmp_path):
 
 
 def data_files(checkpoint):
-    """Files that hold arrays, the largest last."""
+    """Return the files that hold arrays, the largest last."""
     files = [p for p in (checkpoint / "state").rglob("*") if p.is_file() and "/d/" in str(p)]
     return sorted(files, key=lambda p: p.stat().st_size)
 
 
-def flip(checkpoint):
+def flip_bit(checkpoint):
+    """Flip one bit in the middle of the largest file."""
     path = data_files(checkpoint)[-1]
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -55,33 +57,38 @@ def flip(checkpoint):
 
 
 def truncate(checkpoint):
+    """Cut the largest file in half."""
     path = data_files(checkpoint)[-1]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def lose_metadata(checkpoint):
+def remove_metadata(checkpoint):
+    """Remove the metadata of the arrays."""
     for name in ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt"):
         for path in checkpoint.rglob(name):
             path.unlink()
 
 
-def lose_fingerprints(checkpoint):
+def remove_fingerprints(checkpoint):
+    """Remove the fingerprints."""
     for path in (checkpoint / "meta").iterdir():
         path.unlink()
 
 
-def empty(checkpoint):
+def remove_all_files(checkpoint):
+    """Leave an empty folder."""
     for path in checkpoint.rglob("*"):
         if path.is_file():
             path.unlink()
 
 
 def restore(folder, said=None, like=None):
+    """Return (state, step) of the newest intact checkpoint."""
     with Checkpoints(folder, keep=2, say=(said if said is not None else []).append) as checkpoints:
         return checkpoints.restore_newest(abstract(like or tree(0)))
 
 
-def test_newest_is_restored(folder):
+def test_the_newest_is_restored(folder):
     said = []
     state, step = restore(folder, said)
     assert step == 8 and not said
@@ -89,9 +96,11 @@ def test_newest_is_restored(folder):
     assert restore(folder.parent / "other") == (None, 0)
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, lose_metadata, lose_fingerprints, empty])
-def test_damage_is_loud_and_the_one_before_is_used(folder, damage):
-    """And training goes on: the same step is saved anew, and may be damaged once more."""
+@pytest.mark.parametrize(
+    "damage", [flip_bit, truncate, remove_metadata, remove_fingerprints, remove_all_files]
+)
+def test_damage_is_reported_and_the_previous_step_used(folder, damage):
+    """Training continues: the same step is saved anew and may be damaged once more."""
     for kept in ("damaged-8", "damaged-8-2"):
         damage(folder / "8")
         said = []
@@ -99,12 +108,10 @@ def test_damage_is_loud_and_the_one_before_is_used(folder, damage):
             state, step = checkpoints.restore_newest(abstract(tree(0)))
             assert step == 4
             assert_equal(state, tree(4))
-            assert (
-                len(said) == 1
-                and "WARNING" in said[0]
-                and f"{folder}/8 is damaged" in said[0]
-                and kept in said[0]
-            )
+            assert len(said) == 1
+            assert "WARNING" in said[0]
+            assert f"{folder}/8 is damaged" in said[0]
+            assert kept in said[0]
             assert (folder / kept).is_dir() and not (folder / "8").exists()
             checkpoints.save(8, tree(8))
         state, step = restore(folder)
@@ -112,8 +119,8 @@ def test_damage_is_loud_and_the_one_before_is_used(folder, damage):
         assert_equal(state, tree(8))
 
 
-def test_changed_bits_that_the_format_does_not_see(folder, monkeypatch):
-    """The fingerprints find what reads well and is not what was written."""
+def test_fingerprints_find_changed_bits(folder, monkeypatch):
+    """They detect arrays that read without error but are not those that were written."""
     from sprint_jax.training import checkpoints as module
 
     real = module.fingerprints
@@ -128,14 +135,16 @@ def test_changed_bits_that_the_format_does_not_see(folder, monkeypatch):
     assert "w changed on disk" in said[0]
 
 
-def test_who_could_not_read_takes_no_part_in_the_rest(folder, monkeypatch):
-    """Another process failed: nothing that all do together may follow, for it would wait or be mistaken for another step's."""
+def test_after_a_failed_read_no_collective_follows(folder, monkeypatch):
+    """Another process failed, so nothing collective may follow: it would hang, or be taken for that
+    of another step.
+    """
     from sprint_jax.training import checkpoints as module
 
     def together(*_):
         raise AssertionError("done by all processes, after one of them had failed")
 
-    answers = iter([True, False])  # of the newest, then of the one before
+    answers = iter([True, False])  # of the newest step, then of the previous one
     real = module.fingerprints
     monkeypatch.setattr(module.hosts, "any_true", lambda mine: mine or next(answers))
     monkeypatch.setattr(
@@ -150,9 +159,9 @@ def test_who_could_not_read_takes_no_part_in_the_rest(folder, monkeypatch):
     assert_equal(state, tree(4))
 
 
-def test_all_damaged(folder):
+def test_all_checkpoints_damaged(folder):
     said = []
-    flip(folder / "4"), flip(folder / "8")
+    flip_bit(folder / "4"), flip_bit(folder / "8")
     assert restore(folder, said) == (None, 0)
     assert len(said) == 2
 
@@ -165,7 +174,7 @@ def test_another_shape_is_refused_and_nothing_renamed(folder, other):
 
 
 def test_other_data_are_refused_and_nothing_renamed(tmp_path):
-    """Fails when what a checkpoint was made from is not compared."""
+    """Fails when the data that a checkpoint was made from is not compared."""
     with Checkpoints(tmp_path, keep=2, data="drawn shapes") as checkpoints:
         checkpoints.save(4, tree(4))
     with (
@@ -179,7 +188,7 @@ def test_other_data_are_refused_and_nothing_renamed(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["4"]
 
 
-def test_restored_buffers_can_be_given_away(folder):
+def test_restored_buffers_can_be_donated(folder):
     state, _ = restore(folder)
     jax.block_until_ready(
         jax.jit(lambda t: jax.tree.map(lambda a: a * 2, t), donate_argnums=0)(state)
@@ -206,7 +215,7 @@ def test_fingerprints_tell_values_apart():
 FULL = """
 import resource, signal, sys
 import jax.numpy as jnp
-from sprint_jax import cli
+from sprint_jax.runtime import cli
 from sprint_jax.training.checkpoints import Checkpoints
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -237,22 +246,26 @@ def test_full_disk(tmp_path, moment):
     assert_equal(state, {"w": jnp.arange(2**18, dtype=jnp.float32) * 1.7 + 4})
 
 
-# Other meshes: this file, run with eight simulated devices
+# --- other meshes, with simulated devices ---
 
 
 @pytest.mark.parametrize(
     "counts",
     [pytest.param("2", marks=pytest.mark.slow), pytest.param("1 2 4", marks=pytest.mark.long)],
 )
-def test_eight_devices_to_fewer(tmp_path, counts):
-    simulated(
-        ["-m", "helpers.checkpoints_on_devices", tmp_path / "c"],
+def test_eight_devices_are_restored_on_fewer(tmp_path, counts):
+    run_on_devices(
+        "helpers.checkpoints_on_devices",
+        tmp_path / "c",
         tmp_path / "found.json",
         *counts.split(),
     )
     found = json.loads((tmp_path / "found.json").read_text())
     assert list(found) == counts.split()
     for seen in found.values():
-        assert seen["step"] == 1 and seen["equal"] and seen["placed"] and seen["fingerprints"]
+        assert seen["step"] == 1
+        assert seen["equal"]
+        assert seen["placed"]
+        assert seen["fingerprints"]
         for ours, theirs in seen["metrics"].values():
             assert ours == pytest.approx(theirs, rel=1e-5)

@@ -1,6 +1,7 @@
-"""Nothing is computed twice in a training step: products counted in the trace, under scan and remat, and by the compiler.
+"""Nothing is computed twice in a training step.
 
-F is the network once, Fe the part of it up to the last hooked block, H the heads, on the same batch.
+Products are counted in the trace, under scan and remat, and by the compiler. F is the network once,
+Fe the part of it up to the last hooked block, and H the heads, on the same batch.
 """
 
 import dataclasses
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from helpers.runs import ROOT
+from helpers.configs import card
 from sprint_jax import build, config
 from sprint_jax.diffusion import scm
 from sprint_jax.planning import flops
@@ -20,11 +21,9 @@ from sprint_jax.training import sprint_step
 BATCH = 8
 
 
-def card(model=(), **sprint):
-    """A small card: blocks in a loop, two heads, the last at four of six blocks."""
-    namespace = {}
-    exec((ROOT / "configs/sprint.py").read_text(), namespace)
-    tree = namespace["get_config"]("smoke")
+def looped_config(model=(), **sprint):
+    """Return a small config: six blocks in a loop and two heads, the last at block four."""
+    tree = card()
     tree.model.update(dict(width=64, depth=6, heads=2, cross_heads=2, unroll=1) | dict(model))
     tree.phases.sprint.objective.update(dict(head_blocks=(1, 3), batch=BATCH) | sprint)
     return config.parse(tree)
@@ -32,7 +31,9 @@ def card(model=(), **sprint):
 
 @dataclasses.dataclass
 class Case:
-    """Steps of a card on abstract arrays. Plain descent, for Muon has products of its own."""
+    """Steps of a config on abstract arrays, with plain descent, since Muon has products of
+    its own.
+    """
 
     c: config.Config
 
@@ -92,7 +93,9 @@ class Case:
 
 
 def unshared(F, v, xt, t, *, r):
-    """`scm.consistency` as the published trainer has it: the value by a forward pass of its own."""
+    """Compute `scm.consistency` as the published trainer does, the value by a separate forward
+    pass.
+    """
     cos_sin = jnp.cos(t) * jnp.sin(t)
     tangents = (scm.expand(cos_sin, xt) * v / scm.SIGMA_D, cos_sin)
     F_minus, J, _ = jax.lax.stop_gradient(jax.jvp(F, (xt / scm.SIGMA_D, t), tangents, has_aux=True))
@@ -101,8 +104,11 @@ def unshared(F, v, xt, t, *, r):
 
 
 def test_generator_shares_the_primal(monkeypatch):
-    """sCM: teacher 2 F, value and tangent 2 F, backward 2 F; less what has no tangent (text). Unshared 1 F more."""
-    case = Case(card(adv_weight=0.0))
+    """sCM takes 2 F for the teacher, 2 F for value and tangent and 2 F backward, less the text.
+
+    The text has no tangent. The unshared form takes 1 F more.
+    """
+    case = Case(looped_config(adv_weight=0.0))
     forward, counted = case.forward(), case.count(sprint_step.make_generator_step)
     assert 5.6 * forward < counted < 6 * forward
     monkeypatch.setattr(scm, "consistency", unshared)
@@ -111,30 +117,40 @@ def test_generator_shares_the_primal(monkeypatch):
 
 @pytest.mark.parametrize("remat,again", [("none", 0), ("cheap", 0.5), ("block", 2.7)])
 def test_whole_generator(remat, again):
-    """9 F + 2 Fe + 2 H. Remat adds the blocks of two student passes and of the features once, and no tangent again."""
-    case = Case(card({"remat": remat}))
+    """The count is 9 F + 2 Fe + 2 H.
+
+    Remat adds the blocks of two student passes and of the features once, and no second tangent.
+    """
+    case = Case(looped_config({"remat": remat}))
     least = 9 * case.forward() + 2 * case.features() + 2 * case.heads()
     counted = case.count(sprint_step.make_generator_step)
     assert 0.93 * least < counted < least + again * case.forward()
 
 
 def test_features_end_at_the_last_hooked_block():
-    case = Case(card())
-    # Four of six blocks, and no outputs.
+    case = Case(looped_config())
+    # Four of six blocks, without the output layer.
     assert case.features() / case.forward() == pytest.approx(4 / 6, abs=0.03)
 
 
 def test_whole_discriminator():
-    """The student once, features of fake, misaligned and real, heads forward and backward: F + 3 Fe + 9 H."""
-    case = Case(card())
+    """The count is F + 3 Fe + 9 H.
+
+    These are the student once, features of fake, misaligned and real images, and heads forward and
+    backward.
+    """
+    case = Case(looped_config())
     most = case.forward() + 3 * case.features() + 9 * case.heads()
     assert 0.97 * most < case.count(sprint_step.make_discriminator_step) <= most
 
 
 @pytest.mark.slow
 def test_compiler_agrees():
-    """XLA's own count (a loop's body once, so without loops; elementwise work included)."""
-    case = Case(card({"depth": 2, "unroll": 2}, adv_weight=0.0, head_blocks=(1,)))
+    """Compare with XLA's own count.
+
+    It counts the body of a loop once, so there are no loops, and it includes elementwise work.
+    """
+    case = Case(looped_config({"depth": 2, "unroll": 2}, adv_weight=0.0, head_blocks=(1,)))
     options = {"xla_backend_optimization_level": 0}
 
     def compiled(function, *args):

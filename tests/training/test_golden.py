@@ -1,7 +1,7 @@
 """One generator and one discriminator step at `smoke` size: recorded numbers next to identities.
 
-If a change of the method moves the recorded numbers on purpose, the identities must still hold; then
-record the new ones with the change that explains them.
+If a change of the method moves the recorded numbers on purpose, the identities must still hold.
+Then record the new numbers in the same commit as the change and explain them there.
 """
 
 import jax
@@ -15,9 +15,9 @@ from sprint_jax.training import sprint_step
 
 
 @pytest.fixture(scope="module")
-def stepped():
-    """(metrics of a generator step, of the discriminator step after it, config)."""
-    c = config.parse(card(preset="smoke"))
+def both_metrics():
+    """Return (metrics of a generator step, those of the discriminator step after it, config)."""
+    c = config.parse(card())
     nets, encoder = build.nets(c), build.text_encoder(c)
     teacher = nets.teacher.init(jax.random.key(0))
     null_text, null_mask = encoder.encode([""])
@@ -44,13 +44,14 @@ def stepped():
     return jax.device_get(generator), jax.device_get(discriminator), c
 
 
-def test_identities(stepped):
-    """Fails when the squared norm in scm.normalize_tangent becomes a mean, or adv_weight is not applied.
+def test_identities(both_metrics):
+    """With F - F- = 0 the sCM error is the mean square of the normalized tangent, below 1 / D.
 
-    With F - F- = 0 the sCM error is the normalised tangent's mean square, below 1 / D; the log-variance
-    head starts at zero; the total is the weighted sum of both losses.
+    The log-variance head starts at zero, and the total is the weighted sum of both losses. Fails
+    when the squared norm in scm.normalize_tangent becomes a mean, and when adv_weight is not
+    applied.
     """
-    generator, _discriminator, c = stepped
+    generator, _discriminator, c = both_metrics
     elements = np.prod(build.latent_shape(c))
     assert 0.5 / elements < generator["error"] < 1 / elements
     assert generator["logvar"] == 0
@@ -63,8 +64,8 @@ def test_identities(stepped):
     np.testing.assert_allclose(np.sqrt(np.square(norms).sum()), generator["grad_norm"], rtol=1e-5)
 
 
-def test_recorded_numbers(stepped):
-    generator, discriminator, _ = stepped
+def test_recorded_numbers(both_metrics):
+    generator, discriminator, _ = both_metrics
     found = {k: float(generator[k]) for k in ("scm", "adv", "tangent_norm", "grad_norm")}
     found |= {k: float(discriminator[k]) for k in ("disc", "disc_grad_norm")}
     assert found == pytest.approx(GOLDEN, rel=2e-3), f"found {found!r}"

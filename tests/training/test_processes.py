@@ -1,4 +1,4 @@
-"""Several processes as one: who takes part, what an interruption leaves, and who is named when one dies."""
+"""Several processes as one: who takes part, what interruptions leave, who is named at a failure."""
 
 import json
 import os
@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from helpers.runs import ROOT, SMOKE, TINY, free_port, rows, wait_for
+from helpers.runs import ROOT, SMOKE_FLAGS, TINY_FLAGS, free_port, read_rows, wait_for_row
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import distributed
 from sprint_jax.runtime.distributed import Place
 
-# Threads of this one process stand for processes that `os._exit` ends.
+# Threads of this process stand in for processes that `os._exit` ends.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 HERE = socket.gethostname()
-# One teacher and one student: with processes other than the first nothing compiled is kept between runs. The
-# suite's runs are of a teacher alone; the same with the student takes minutes (-m long).
+# Nothing compiled is kept between runs of several processes. So the runs of the suite are of a
+# teacher alone; the same with the student takes minutes (-m long).
 SMALL = (
-    SMOKE,
+    *SMOKE_FLAGS,
     "--config.phases.teacher.steps=16",
     "--config.phases.teacher.optimizers.network.kind=adamw",
     "--config.phases.teacher.optimizers.network.lr=1e-3",
@@ -37,15 +37,18 @@ SMALL = (
     "--config.evaluation.batch=8",
 )
 ALONE = ("--config.phases.sprint.steps=0",)
-# Left out of comparisons of sums in another order: zero but for rounding, in front of a normalisation.
+# These gradients in front of a normalization are zero but for rounding. They are not compared.
 ROUNDING = ("disc_grad_norm/conv_in/bias", "disc_grad_norm/conv_mid/bias")
 
 
-# Who takes part
+# --- who takes part ---
 
 
-def met(*places, seconds=5.0):
-    """What `_Watch` gives each of the places, all started at once: itself, or the message of its UserError."""
+def gather(*places, seconds=5.0):
+    """Return what `_Watch` gives each of the places, all started at once.
+
+    That is the watch itself or the message of its UserError.
+    """
     found = [None] * len(places)
 
     def come(i):
@@ -65,40 +68,40 @@ def met(*places, seconds=5.0):
 
 @pytest.fixture
 def coordinator():
+    """Return the address of a free port."""
     return f"127.0.0.1:{free_port()}"
 
 
 def leave(watches):
+    """End all watches."""
     for watch in watches:
         watch.leave()
         watch._thread.join(5)
 
 
-def test_all_come(coordinator):
-    watches = met(*(Place(coordinator, 3, i) for i in (2, 0, 1)))
+def test_all_processes_meet(coordinator):
+    watches = gather(*(Place(coordinator, 3, i) for i in (2, 0, 1)))
     assert [w._names[2] for w in watches] == [f"process 2 on {HERE}"] * 3
     leave(watches)
 
 
 def test_missing_process_is_named(coordinator):
     begin = time.monotonic()
-    for message in met(Place(coordinator, 3, 0), Place(coordinator, 3, 2), seconds=1.0):
-        assert (
-            "process 1 of 3 did not come within 1 s" in message
-            and f"process 2 on {HERE}" in message
-        )
+    for message in gather(Place(coordinator, 3, 0), Place(coordinator, 3, 2), seconds=1.0):
+        assert "process 1 of 3 did not come within 1 s" in message
+        assert f"process 2 on {HERE}" in message
         assert "--startup_seconds" in message
     assert time.monotonic() - begin < 5
 
 
 def test_wrong_number_of_processes(coordinator):
-    for message in met(Place(coordinator, 2, 0), Place(coordinator, 3, 1)):
+    for message in gather(Place(coordinator, 2, 0), Place(coordinator, 3, 1)):
         assert f"process 1 on {HERE} was started with --processes=3, process 0 with 2" in message
 
 
-def test_two_of_one_number(coordinator):
-    """The one that still waits to be counted ends with one line too."""
-    first, *others = met(*(Place(coordinator, 4, i) for i in (0, 1, 1, 2)))
+def test_two_processes_with_one_number(coordinator):
+    """A process that is still waiting to be counted also ends with one line."""
+    first, *others = gather(*(Place(coordinator, 4, i) for i in (0, 1, 1, 2)))
     assert f"two processes say that they are 1: process 1 on {HERE}" in first
     assert all(m == first for m in others[:2])
     assert (
@@ -108,23 +111,22 @@ def test_two_of_one_number(coordinator):
 
 
 def test_process_0_absent(coordinator):
-    [message] = met(Place(coordinator, 2, 1), seconds=0.5)
-    assert (
-        f"process 0 does not answer at {coordinator}" in message and "--startup_seconds" in message
-    )
+    [message] = gather(Place(coordinator, 2, 1), seconds=0.5)
+    assert f"process 0 does not answer at {coordinator}" in message
+    assert "--startup_seconds" in message
 
 
 def test_port_in_use(coordinator):
     with socket.create_server(("", int(coordinator.rpartition(":")[2]) + 1)):
-        [message] = met(Place(coordinator, 2, 0), seconds=0.5)
+        [message] = gather(Place(coordinator, 2, 0), seconds=0.5)
     assert "cannot listen on port" in message and "--coordinator" in message
 
 
 @pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"{}\n", b""])
 def test_strangers_on_the_port(coordinator, said):
-    """What probes ports does not end the job."""
+    """A port scanner does not end the job."""
     found = []
-    thread = threading.Thread(target=lambda: found.extend(met(Place(coordinator, 2, 0))))
+    thread = threading.Thread(target=lambda: found.extend(gather(Place(coordinator, 2, 0))))
     thread.start()
     for _ in range(100):
         try:
@@ -136,7 +138,7 @@ def test_strangers_on_the_port(coordinator, said):
             time.sleep(0.02)
     stranger.sendall(said)
     stranger.close()
-    found += met(Place(coordinator, 2, 1))
+    found += gather(Place(coordinator, 2, 1))
     thread.join(20)
     assert all(isinstance(w, distributed._Watch) for w in found) and len(found) == 2
     leave(found)
@@ -144,10 +146,11 @@ def test_strangers_on_the_port(coordinator, said):
 
 @pytest.fixture
 def ended(monkeypatch):
-    """Exit statuses of `os._exit`, which ends the calling thread alone."""
+    """Return the list of exit statuses of `os._exit`, which ends only the calling thread."""
     statuses = []
 
     def end(status):
+        """Wait for a process and return its output."""
         statuses.append(status)
         raise SystemExit
 
@@ -156,7 +159,7 @@ def ended(monkeypatch):
 
 
 def test_a_closed_connection_ends_all(coordinator, ended, capsys):
-    watches = met(*(Place(coordinator, 3, i) for i in range(3)))
+    watches = gather(*(Place(coordinator, 3, i) for i in range(3)))
     watches[1]._closing.set()
     watches[1]._thread.join(5)
     watches[1]._peers[0].close()
@@ -166,8 +169,8 @@ def test_a_closed_connection_ends_all(coordinator, ended, capsys):
     assert capsys.readouterr().err.count(f"error: process 1 on {HERE} ended unexpectedly") == 2
 
 
-def test_goodbye_is_no_news(coordinator, ended):
-    watches = met(*(Place(coordinator, 3, i) for i in range(3)))
+def test_a_regular_end_is_no_failure(coordinator, ended):
+    watches = gather(*(Place(coordinator, 3, i) for i in range(3)))
     leave(watches[1:2])
     watches[1]._peers[0].close()
     time.sleep(0.6)
@@ -176,8 +179,8 @@ def test_goodbye_is_no_news(coordinator, ended):
     assert not ended
 
 
-def test_the_reason_of_a_failure_is_told(coordinator, ended, capsys):
-    watches = met(*(Place(coordinator, 2, i) for i in range(2)))
+def test_the_reason_of_a_failure_is_sent(coordinator, ended, capsys):
+    watches = gather(*(Place(coordinator, 2, i) for i in range(2)))
     watches[1].fail(UserError("the disk is full:\nfree some"))
     watches[0]._thread.join(5)
     assert ended == [distributed.DIED]
@@ -188,8 +191,11 @@ def test_the_reason_of_a_failure_is_told(coordinator, ended, capsys):
 
 
 def test_a_failed_collective_does_not_hide_who_died(coordinator, ended, capsys):
-    """The exception in the main thread may come before the news. Fails when `fail` tells its own story at once."""
-    watches = met(*(Place(coordinator, 2, i) for i in range(2)))
+    """The exception in the main thread may come before the message.
+
+    Fails when `fail` reports its own error at once.
+    """
+    watches = gather(*(Place(coordinator, 2, i) for i in range(2)))
     watches[1]._closing.set()
     watches[1]._thread.join(5)
     threading.Timer(0.5, watches[1]._peers[0].close).start()
@@ -205,7 +211,7 @@ def test_a_failed_collective_does_not_hide_who_died(coordinator, ended, capsys):
         (
             {"SLURM_NTASKS": "4", "SLURM_JOB_NODELIST": "a1"},
             None,
-        ),  # an allocation, not a step of it
+        ),  # an allocation, not one of its steps
         (
             {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_JOB_NODELIST": "gpu[03-06]"},
             Place("gpu03:29400", 4, 3),
@@ -247,12 +253,12 @@ def test_place_from_the_environment(environ, expected):
         ({"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": ""}, "TPU_WORKER_ID is not set"),
     ],
 )
-def test_an_environment_that_says_half_is_told_by_name(environ, words):
+def test_an_incomplete_environment_is_named(environ, words):
     with pytest.raises(UserError, match=f"^{words}.*--coordinator"):
         distributed.place(None, None, None, environ)
 
 
-def test_flags_come_before_the_environment():
+def test_flags_override_the_environment():
     environ = {"TPU_WORKER_HOSTNAMES": "t0,t1,t2", "TPU_WORKER_ID": "1"}
     assert distributed.place("h:1", 2, 0, environ) == Place("h:1", 2, 0)
 
@@ -289,12 +295,12 @@ def test_first_node(nodes, first):
     assert distributed.first_node(nodes) == first
 
 
-# The job in several processes
+# --- the job in several processes ---
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """start(workdir, processes) -> (Popen of launch/local.sh, its output file)."""
+    """Return start(workdir, processes) -> Popen of launch/local.sh."""
     environment = os.environ | {
         "PYTHON": sys.executable,
         "JAX_PLATFORMS": "cpu",
@@ -321,13 +327,14 @@ def job(tmp_path_factory):
 
 
 def end(process, status=0, seconds=400):
+    """Wait for a process and return its output."""
     out, err = process.communicate(timeout=seconds)
     assert process.returncode == status, (process.returncode, out[-1000:], err[-3000:])
     return out, err
 
 
-def number(launcher, process):
-    """The pid of one process of a job."""
+def pid_of(launcher, process):
+    """Return the pid of one process of a job."""
     for folder in pathlib.Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_text().split("\0")
@@ -339,7 +346,8 @@ def number(launcher, process):
     raise AssertionError("no such process")
 
 
-def wait_whole(checkpoint, launched):
+def wait_for_checkpoint(checkpoint, launched):
+    """Wait until a checkpoint exists."""
     for _ in range(600):
         if checkpoint.is_dir():
             return
@@ -349,26 +357,27 @@ def wait_whole(checkpoint, launched):
 
 
 def kill_process_1(launched):
-    """SIGKILL: the others end soon, not well, and name it."""
+    """Send SIGKILL to process 1. The others must fail soon and name it."""
     begin = time.monotonic()
-    os.kill(number(launched, 1), signal.SIGKILL)
+    os.kill(pid_of(launched, 1), signal.SIGKILL)
     _out, err = launched.communicate(timeout=60)
     assert time.monotonic() - begin < 30
     assert launched.returncode not in (0, None)
     assert f"error: process 1 on {HERE} ended unexpectedly" in err, err[-2000:]
 
 
-def same(one, other, exactly):
+def assert_same_run(one, other, exactly):
+    """Assert that two work directories hold the same rows and weights, exactly or to rounding."""
     names = ("teacher.safetensors", "student.safetensors")
     if exactly:
-        assert rows(one) == rows(other)
+        assert read_rows(one) == read_rows(other)
         made = [name for name in names if (one / name).exists()]
-        assert made and all(
-            (one / name).read_bytes() == (other / name).read_bytes() for name in made
-        )
+        assert made
+        assert all((one / name).read_bytes() == (other / name).read_bytes() for name in made)
         return
-    for a, b in zip(rows(one), rows(other), strict=True):
-        assert a.keys() == b.keys() and (a["stage"], a["step"]) == (b["stage"], b["step"])
+    for a, b in zip(read_rows(one), read_rows(other), strict=True):
+        assert a.keys() == b.keys()
+        assert (a["stage"], a["step"]) == (b["stage"], b["step"])
         for name in a.keys() - {"stage", *ROUNDING}:
             assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-6), (
                 a["stage"],
@@ -382,77 +391,86 @@ def same(one, other, exactly):
 
 
 @pytest.fixture(scope="module")
-def two(job, tmp_path_factory):
-    """Work directory of an uninterrupted run of two processes."""
+def two_processes(job, tmp_path_factory):
+    """Return the work directory of an uninterrupted run of two processes."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     end(job(workdir, 2, *ALONE))
     return workdir
 
 
 @pytest.fixture(scope="module")
-def two_whole(job, tmp_path_factory):
-    """The same with a student."""
+def two_processes_with_student(job, tmp_path_factory):
+    """Return the work directory of such a run with a student."""
     workdir = tmp_path_factory.mktemp("two") / "whole"
     end(job(workdir, 2))
     return workdir
 
 
 @pytest.mark.slow
-def test_two_equal_one(two, job, tmp_path):
+def test_two_processes_equal_one(two_processes, job, tmp_path):
     end(job(tmp_path / "run", 1, *ALONE))
-    same(tmp_path / "run", two, exactly=False)
-    one, both = (json.loads((d / "summary.json").read_text()) for d in (tmp_path / "run", two))
+    assert_same_run(tmp_path / "run", two_processes, exactly=False)
+    one, both = (
+        json.loads((d / "summary.json").read_text()) for d in (tmp_path / "run", two_processes)
+    )
     assert one["scores"] == both["scores"]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("processes", [1, 4])
-def test_other_numbers_equal_two_with_a_student(two_whole, job, tmp_path, processes):
+def test_other_counts_equal_two_with_a_student(
+    two_processes_with_student, job, tmp_path, processes
+):
     end(job(tmp_path / "run", processes))
-    same(tmp_path / "run", two_whole, exactly=False)
+    assert_same_run(tmp_path / "run", two_processes_with_student, exactly=False)
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_is_bit_equal(two, job, tmp_path):
-    """Process 1 is killed: the other ends soon and names it, and the same command goes on."""
+def test_killed_and_resumed_is_bit_equal(two_processes, job, tmp_path):
+    """Process 1 is killed: the other ends soon and names it, and the same command resumes
+    the run.
+    """
     workdir = tmp_path / "run"
     launched = job(workdir, 2, *ALONE)
-    wait_for(workdir, "teacher", 6, launched)
-    wait_whole(workdir / "checkpoints/teacher/4", launched)
+    wait_for_row(workdir, "teacher", 6, launched)
+    wait_for_checkpoint(workdir / "checkpoints/teacher/4", launched)
     kill_process_1(launched)
     out, _err = end(job(workdir, 2, *ALONE))
     assert "teacher: resumed from checkpoint at step" in out
-    same(workdir, two, exactly=True)
+    assert_same_run(workdir, two_processes, exactly=True)
 
 
 @pytest.mark.long
-def test_interrupted_and_killed_runs_end_bit_equal(two_whole, job, tmp_path):
-    """Process 1 is killed in the teacher, and asked to stop in the sprint, whose rounds are of two steps."""
+def test_interrupted_and_killed_runs_end_bit_equal(two_processes_with_student, job, tmp_path):
+    """Process 1 is killed in the teacher's training and interrupted in the sprint, whose rounds
+    have two steps.
+    """
     workdir = tmp_path / "run"
     launched = job(workdir, 2)
-    wait_for(workdir, "teacher", 6, launched)
-    wait_whole(workdir / "checkpoints/teacher/4", launched)
+    wait_for_row(workdir, "teacher", 6, launched)
+    wait_for_checkpoint(workdir / "checkpoints/teacher/4", launched)
     kill_process_1(launched)
 
     launched = job(workdir, 2)
-    wait_for(workdir, "sprint", 4, launched)
-    os.kill(number(launched, 1), signal.SIGTERM)
+    wait_for_row(workdir, "sprint", 4, launched)
+    os.kill(pid_of(launched, 1), signal.SIGTERM)
     out, _ = end(launched)
     saved = max(int(p.name) for p in (workdir / "checkpoints/sprint").iterdir() if p.name.isdigit())
     assert "teacher: resumed from checkpoint at step 4 of 16" in out
-    assert f"sprint: stopped at step {saved} of 16" in out and "the same command goes on" in out
-    assert 4 <= saved < 16 and rows(workdir)[-1]["step"] <= saved
+    assert f"sprint: stopped at step {saved} of 16" in out
+    assert "the same command goes on" in out
+    assert 4 <= saved < 16 and read_rows(workdir)[-1]["step"] <= saved
 
     out, _err = end(job(workdir, 2))
     assert f"sprint: resumed from checkpoint at step {saved} of 16" in out
-    same(workdir, two_whole, exactly=True)
+    assert_same_run(workdir, two_processes_with_student, exactly=True)
 
 
 @pytest.mark.slow
 def test_different_configs(job, command, tmp_path):
-    """Every process names the key and both values, and all end soon."""
+    """Each process names the key and both values, and all end soon."""
     coordinator = f"--coordinator=127.0.0.1:{free_port()}"
-    flags = (*TINY, f"--workdir={tmp_path / 'run'}", coordinator, "--processes=2")
+    flags = (*TINY_FLAGS, f"--workdir={tmp_path / 'run'}", coordinator, "--processes=2")
     begin = time.monotonic()
     both = [
         command(
@@ -474,7 +492,7 @@ def test_different_configs(job, command, tmp_path):
 def test_missing_process_ends_the_command(command, tmp_path):
     result = command(
         "sprint_jax.main",
-        *TINY,
+        *TINY_FLAGS,
         f"--workdir={tmp_path / 'run'}",
         f"--coordinator=127.0.0.1:{free_port()}",
         "--processes=2",

@@ -1,4 +1,4 @@
-"""The main job end to end at `smoke` size: what it leaves, and that interruptions leave no trace."""
+"""The main job end to end at `smoke` size: what it writes, and what interruptions change."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from helpers.configs import card
-from helpers.runs import TINY, rows, wait_for
+from helpers.runs import TINY_FLAGS, read_rows, wait_for_row
 from sprint_jax import config
 from sprint_jax.commands import extract
 from sprint_jax.errors import UserError
@@ -21,7 +21,7 @@ from sprint_jax.training import run
 pytestmark = pytest.mark.second_pass
 
 
-def test_leaves_everything(finished):
+def test_a_run_writes_everything(finished):
     for name in ("samples_1", "samples_2", "samples_4", "samples_teacher", "samples_real"):
         assert Image.open(finished / f"{name}.png").size[0] > 200
     summary = json.loads((finished / "summary.json").read_text())
@@ -31,11 +31,16 @@ def test_leaves_everything(finished):
     assert summary["scores"]["real"] >= 0.99
     assert summary["frechet"]["real"] < 0.5 * summary["frechet"]["teacher_20"]
     assert set(summary["tasks"]["real"]) <= set(checker.TASKS)
-    assert summary["seconds"] > 0 and summary["peak_memory_bytes"] > 1e8 and summary["jax"]
+    assert summary["seconds"] > 0
+    assert summary["peak_memory_bytes"] > 1e8
+    assert summary["jax"]
 
 
-def scalars(folder):
-    """{(tag, step): value} of TensorBoard's files: records of a length, its checksum, an event and its checksum."""
+def read_scalars(folder):
+    """Return {(tag, step): value} of TensorBoard's files.
+
+    Each record is a length, its checksum, an event and its checksum.
+    """
     found = {}
     for path in folder.iterdir():
         data = path.read_bytes()
@@ -50,22 +55,22 @@ def scalars(folder):
     return found
 
 
-def test_tensorboard_shows_what_the_rows_say(finished):
-    """But for the sums by time. Fails when a scalar is written under another name or step."""
+def test_tensorboard_has_the_values_of_the_rows(finished):
+    """Sums by time are the exception. Fails when a scalar is written under another name or step."""
     expected = {}
-    for row in rows(finished):
+    for row in read_rows(finished):
         shown = {
             k: v
             for k, v in row.items()
             if k not in ("stage", "step") and not k.startswith("by_time/")
         }
         expected |= {(f"{row['stage']}/{k}", row["step"]): np.float32(v) for k, v in shown.items()}
-    assert scalars(finished / "events") == expected
+    assert read_scalars(finished / "events") == expected
 
 
 def test_rows_have_every_step_once(finished):
     steps = {}
-    for row in rows(finished):
+    for row in read_rows(finished):
         assert all(np.isfinite(v) for k, v in row.items() if k != "stage")
         steps.setdefault(row["stage"], []).append(row["step"])
     assert steps == {
@@ -75,18 +80,21 @@ def test_rows_have_every_step_once(finished):
     }
 
 
-def test_again_skips_what_is_done(finished, command):
+def test_a_finished_run_does_nothing_again(finished, command):
     before = (finished / "student.safetensors").stat().st_mtime_ns
-    result = command("sprint_jax.main", *TINY, f"--workdir={finished}")
+    result = command("sprint_jax.main", *TINY_FLAGS, f"--workdir={finished}")
     assert result.returncode == 0 and "done before" in result.stdout
     assert (finished / "student.safetensors").stat().st_mtime_ns == before
 
 
 def test_extract_reads_the_newest_checkpoint(finished, command, tmp_path):
-    """Fails when parameters are taken instead of their average, and when a checkpoint is not needed whole."""
+    """Fails when it takes the parameters instead of their average, and when it accepts an
+    incomplete checkpoint.
+    """
     out = tmp_path / "now" / "student.safetensors"
     result = command("sprint_jax.commands.extract", f"--run_dir={finished}", f"--to_file={out}")
-    assert result.returncode == 0 and "after 12 steps" in result.stdout, result.stderr[-2000:]
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "after 12 steps" in result.stdout, result.stderr[-2000:]
     for name in ("student.safetensors", "config.json"):
         assert (tmp_path / "now" / name).read_bytes() == (finished / name).read_bytes()
     refused = command("sprint_jax.commands.extract", f"--run_dir={tmp_path}", f"--to_file={out}")
@@ -100,8 +108,8 @@ def test_extract_reads_the_newest_checkpoint(finished, command, tmp_path):
         ("other/student.safetensors", "another run's"),
     ],
 )
-def test_extract_ends_no_run_and_replaces_no_config(monkeypatch, tmp_path, name, words):
-    """A run takes its own student.safetensors for the end of its training."""
+def test_extract_leaves_the_run_and_its_config_alone(monkeypatch, tmp_path, name, words):
+    """To a run, a student.safetensors of its own means that its training has ended."""
     for folder in ("run", "other"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "config.json").write_text(json.dumps({"of": folder}))
@@ -110,9 +118,9 @@ def test_extract_ends_no_run_and_replaces_no_config(monkeypatch, tmp_path, name,
     extract.check_place(tmp_path / "run", tmp_path / "student.safetensors", drawn=True)
 
 
-def test_a_directory_belongs_to_a_config_once_something_was_begun_in_it(tmp_path):
-    """A mistyped value does not claim it, and other devices may go on with it."""
-    c = config.parse(card(preset="smoke"))
+def test_a_directory_belongs_to_a_config_once_training_began(tmp_path):
+    """A mistyped value does not claim it, and other devices may continue it."""
+    c = config.parse(card())
     of = lambda seed, fsdp=1: dataclasses.replace(
         c, seed=seed, mesh=dataclasses.replace(c.mesh, fsdp=fsdp)
     )
@@ -156,11 +164,12 @@ KILLED = """
 
 @pytest.mark.slow
 def test_killed_between_checkpoints_then_resumed_is_bit_equal(finished, command, tmp_path):
-    """Fails when the training key ignores the step, when EMA or the optimiser's state is not restored, or when rows are not rewound.
+    """The previews are the same too.
 
-    Pictures on the way are the same too.
+    Fails when the training key ignores the step, when EMA or the state of the optimizer is not
+    restored, and when rows are not rewound.
     """
-    flags, said = (*TINY, f"--workdir={tmp_path / 'run'}"), ""
+    flags, said = (*TINY_FLAGS, f"--workdir={tmp_path / 'run'}"), ""
     for stage, step, saved in (("teacher", 6, 4), ("sprint", 10, 8)):
         checkpoint = str(tmp_path / "run/checkpoints" / stage / str(saved))
         killed = command(
@@ -169,13 +178,13 @@ def test_killed_between_checkpoints_then_resumed_is_bit_equal(finished, command,
             before=KILLED.format(stage=stage, step=step, checkpoint=checkpoint),
         )
         assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
-        assert said in killed.stdout and rows(tmp_path / "run")[-1]["step"] == step
+        assert said in killed.stdout and read_rows(tmp_path / "run")[-1]["step"] == step
         said = f"{stage}: resumed from checkpoint at step {saved} of 12"
     result = command("sprint_jax.main", *flags)
     assert result.returncode == 0 and said in result.stdout, result.stderr[-3000:]
     for name in ("teacher.safetensors", "student.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
-    assert rows(tmp_path / "run") == rows(finished)
+    assert read_rows(tmp_path / "run") == read_rows(finished)
     ours, theirs = (
         {p.name: p.read_bytes() for p in (d / "strips").iterdir()}
         for d in (tmp_path / "run", finished)
@@ -187,10 +196,10 @@ def test_killed_between_checkpoints_then_resumed_is_bit_equal(finished, command,
     assert ours["scores"] == theirs["scores"] and ours["frechet"] == theirs["frechet"]
 
 
-def test_sigterm_saves_and_says_how_to_go_on(command, tmp_path):
-    flags = (*TINY, f"--workdir={tmp_path / 'run'}", "--config.phases.teacher.steps=4000")
+def test_sigterm_saves_and_says_how_to_resume(command, tmp_path):
+    flags = (*TINY_FLAGS, f"--workdir={tmp_path / 'run'}", "--config.phases.teacher.steps=4000")
     process = command("sprint_jax.main", *flags, background=True)
-    wait_for(tmp_path / "run", "teacher", 6, process)
+    wait_for_row(tmp_path / "run", "teacher", 6, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-2000:]
@@ -198,13 +207,13 @@ def test_sigterm_saves_and_says_how_to_go_on(command, tmp_path):
     saved = [
         int(p.name) for p in (tmp_path / "run/checkpoints/teacher").iterdir() if p.name.isdigit()
     ]
-    assert rows(tmp_path / "run")[-1]["step"] <= max(saved) < 4000
+    assert read_rows(tmp_path / "run")[-1]["step"] <= max(saved) < 4000
 
 
 def test_two_runs_in_one_workdir(command, tmp_path):
-    flags = (*TINY, f"--workdir={tmp_path / 'run'}", "--config.phases.teacher.steps=4000")
+    flags = (*TINY_FLAGS, f"--workdir={tmp_path / 'run'}", "--config.phases.teacher.steps=4000")
     first = command("sprint_jax.main", *flags, background=True)
-    wait_for(tmp_path / "run", "teacher", 2, first)
+    wait_for_row(tmp_path / "run", "teacher", 2, first)
     second = command("sprint_jax.main", *flags)
     first.kill()
     first.wait()

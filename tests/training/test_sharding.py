@@ -1,4 +1,4 @@
-"""Rules from names to partitions, and steps that give on eight devices what they give on one."""
+"""Rules from names to partitions, and steps whose results on eight devices equal those on one."""
 
 import json
 
@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from helpers.configs import card
-from helpers.runs import simulated
+from helpers.runs import run_on_devices
 from sprint_jax import build, config
 from sprint_jax.errors import UserError
 from sprint_jax.models.discriminator import LADDHeads
@@ -20,20 +20,25 @@ pytestmark = pytest.mark.second_pass
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
+    """Return the differences between a 2x4 mesh and one device."""
     out = tmp_path_factory.mktemp("devices") / "found.json"
-    simulated(["-m", "helpers.on_devices"], out, "2x4")
+    run_on_devices("helpers.on_devices", out, "2x4")
     return json.loads(out.read_text())
 
 
 @pytest.fixture(scope="module")
 def measured_on_all(tmp_path_factory):
+    """Return the differences between all meshes and one device."""
     out = tmp_path_factory.mktemp("devices") / "found.json"
-    simulated(["-m", "helpers.on_devices"], out)
+    run_on_devices("helpers.on_devices", out)
     return json.loads(out.read_text())
 
 
-def agrees(found):
-    """Within 1e-5 of one device, metrics and the whole state after each step; and no activation is gathered."""
+def assert_equal_to_one_device(found):
+    """Assert that metrics and state are within 1e-5 of one device after each step.
+
+    No activation is gathered.
+    """
     assert max(found["metrics"]) < 1e-5
     assert max(found["state"]) < 1e-5
     assert found["gathered"] <= 1
@@ -42,13 +47,18 @@ def agrees(found):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["teacher", "sprint"])
 def test_eight_devices_equal_one(measured, stage):
-    """Fails when normalisation groups follow the devices, a rule cuts the wrong axis, or a loop runs over samples."""
-    agrees(measured[f"{stage} 2x4"])
+    """Fails when normalization groups follow the devices, when a rule cuts the wrong axis, and when
+    a loop runs over samples.
+    """
+    assert_equal_to_one_device(measured[f"{stage} 2x4"])
 
 
-def test_state_is_cut_evenly():
-    """An eighth and at most 5 % more, with the optimisers. Fails when the rule for biases or for kernels is dropped."""
-    c = config.parse(card(preset="smoke"))
+def test_state_is_sharded_evenly():
+    """Each device holds an eighth and at most 5 % more, optimizers included.
+
+    Fails when the rule for biases or for kernels is dropped.
+    """
+    c = config.parse(card())
     teacher = jax.eval_shape(build.teacher(c).init, jax.random.key(0))
     stage = run.sprint_stage(c, datasets.Abstract(c), teacher)
     state = loop.Placed.on(stage, abstract_mesh(1, 8)).state
@@ -60,16 +70,17 @@ def test_state_is_cut_evenly():
 def test_every_mesh_equals_one_device(measured_on_all):
     assert len(measured_on_all) == 8
     for found in measured_on_all.values():
-        agrees(found)
+        assert_equal_to_one_device(found)
 
 
 def abstract_mesh(data, fsdp):
+    """Return a mesh without devices."""
     return jax.sharding.AbstractMesh((data, fsdp), (sharding.DATA, sharding.FSDP))
 
 
 @pytest.mark.parametrize("size, fsdp", [(SANA_600M, 64), (SANA_1600M, 32)], ids=["600M", "1600M"])
 def test_published_sizes_divide(size, fsdp):
-    """Every leaf of both networks finds a rule or is small; nothing big stays whole."""
+    """Each leaf of both networks has a rule or is small; nothing large stays whole."""
     said = []
     tree = jax.eval_shape(size.init, jax.random.key(0))
     heads, spectral = jax.eval_shape(
@@ -84,18 +95,16 @@ def test_published_sizes_divide(size, fsdp):
     assert placed["spectral"]["conv_out"]["u"].spec == P()
 
 
-def test_what_does_not_divide_is_named():
+def test_an_axis_that_does_not_divide_is_named():
     tree = {
         "params": {"blocks": {"attn1": {"kernel": jax.ShapeDtypeStruct((2, 1152, 8), jnp.float32)}}}
     }
-    with pytest.raises(
-        UserError,
-        match=r"params/blocks/attn1/kernel .* does not divide by config.mesh.fsdp=256: .* 1152.* 128",
-    ):
+    message = r"attn1/kernel .* does not divide by config.mesh.fsdp=256: .* 1152.* 128"
+    with pytest.raises(UserError, match=f"params/blocks/{message}"):
         sharding.shardings(tree, abstract_mesh(1, 256))
 
 
-def test_big_replicated_leaves_are_reported():
+def test_large_replicated_leaves_are_reported():
     said = []
     tree = {
         "something": jax.ShapeDtypeStruct((4096, 1024), jnp.float32),

@@ -1,4 +1,4 @@
-"""What all steps share: the moving average, clipping, which parameters are matrices to Muon, and the rates of a run."""
+"""What all steps share: the moving average, clipping, the parameters of Muon, learning rates."""
 
 import dataclasses
 import math
@@ -13,18 +13,21 @@ from helpers.configs import card
 from sprint_jax import build, config
 from sprint_jax.training import datasets, run, state
 
-NONE = (lambda *_: False, lambda *_: False)  # rules of CAME, which nothing here is trained by
+NONE = (lambda *_: False, lambda *_: False)  # rules of CAME, which no test here uses
 
 
-def plain(**changes):
-    """Descent whose update of a constant gradient is the rate itself."""
-    o = config.parse(card(preset="smoke")).sprint.head_optimizer
+def plain_optimizer(**changes):
+    """Return an optimizer whose update for a constant gradient is the learning rate."""
+    o = config.parse(card()).sprint.head_optimizer
     usual = dict(kind="adamw", lr=0.01, warmup=0, decay_to=1.0, b1=0.0, weight_decay=0.0, clip=1e9)
     return dataclasses.replace(o, **(usual | changes))
 
 
 def test_the_average_of_three_updates():
-    """By hand, from 1: a share of (1 + step) / (10 + step) stays, at most the decay. Fails when the two shares are swapped."""
+    """Computed by hand, from 1: a share of (1 + step) / (10 + step) stays, at most the decay.
+
+    Fails when the two shares are swapped.
+    """
     ema = state.start_ema({"w": jnp.ones(2)}, 0.15)
     for step, (value, expected) in enumerate([(2.0, 1.9), (3.0, 2.835), (5.0, 4.67525)]):
         ema = state.update_ema(ema, {"w": jnp.full(2, value)}, 0.15, step)
@@ -37,9 +40,10 @@ def test_the_average_of_three_updates():
 
 
 def test_clipping_is_by_the_norm_of_the_whole_gradient():
-    """A gradient ten times too long is one as long as allowed; a shorter one is left. Fails without the clipping, and with one of each leaf.
+    """A gradient that is ten times too long is scaled to the limit, and a shorter one is kept.
 
-    By the second update of moments that remember the first: Adam's first does not depend on the gradient's length.
+    Fails without the clipping, and when each leaf is clipped by itself. Checked by the second
+    update, since the first update of Adam does not depend on the length of the gradient.
     """
     rng = np.random.default_rng(0)
     long, short = (
@@ -48,18 +52,19 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient():
     of_norm = lambda g, c: jax.tree.map(
         lambda a: jnp.float32(a * c / np.sqrt(sum(np.square(x).sum() for x in g.values()))), g
     )
-    tx = state.optimizer(plain(b1=0.9, clip=0.3), 10, 1, came_rules=NONE)
+    tx = state.optimizer(plain_optimizer(b1=0.9, clip=0.3), 10, 1, came_rules=NONE)
 
-    def second(first, then):
+    def second_update(first, then):
+        """Return the second update."""
         params = jax.tree.map(jnp.zeros_like, first)
         _, held = tx.update(first, tx.init(params), params)
         return tx.update(then, held, params)[0]
 
-    expected = second(of_norm(long, 0.3), of_norm(short, 0.2))
-    found = second(of_norm(long, 3.0), of_norm(short, 0.2))
+    expected = second_update(of_norm(long, 0.3), of_norm(short, 0.2))
+    found = second_update(of_norm(long, 3.0), of_norm(short, 0.2))
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
-    raised = second(of_norm(long, 0.3), of_norm(short, 0.3))
+    raised = second_update(of_norm(long, 0.3), of_norm(short, 0.3))
     assert np.abs(raised["a"] - expected["a"]).max() > 1e-4
 
 
@@ -89,8 +94,11 @@ INPUTS = {
 GUIDANCE = {f"inputs/guidance_embed/linear_{i}/kernel" for i in (1, 2)}
 
 
-def test_which_parameters_are_matrices():
-    """Inner kernels, by their last two axes: no embedding of pixels, no output, no convolution over places, no table, no bias."""
+def test_parameters_that_muon_takes_as_matrices():
+    """These are inner kernels, by their last two axes.
+
+    Not the patch embedding, outputs, spatial convolutions, tables and biases.
+    """
     student = build.student(config.parse(card("controlnet")))
     params = jax.eval_shape(student.init, jax.random.key(0))
     found = {}
@@ -109,16 +117,20 @@ def test_which_parameters_are_matrices():
     assert matrices.keys() == {f"trunk/{n}" for n in trunk} | {f"control/{n}" for n in control}
     for name, axes in matrices.items():
         ndim = 3 if "blocks" in name or "zero_out" in name else 2
-        assert found[name][0] == ndim and (axes.reduction_axis, axes.output_axis) == (
+        assert found[name][0] == ndim
+        assert (axes.reduction_axis, axes.output_axis) == (
             ndim - 2,
             ndim - 1,
         )
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (3, 12, 12)], ids=["one", "a stack"])
-def test_an_update_of_muon_turns_and_does_not_stretch(shape):
-    """Singular values near 1, of each layer. Fails when kernels are left to AdamW, and when a stack is taken for one matrix."""
-    tx = state.optimizer(plain(kind="muon", muon_lr=1.0), 10, 1, came_rules=NONE)
+def test_updates_of_muon_have_singular_values_near_one(shape):
+    """In each layer.
+
+    Fails when AdamW takes the kernels, and when a stack is taken for one matrix.
+    """
+    tx = state.optimizer(plain_optimizer(kind="muon", muon_lr=1.0), 10, 1, came_rules=NONE)
     g = {
         "dense": {
             "kernel": jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
@@ -130,8 +142,8 @@ def test_an_update_of_muon_turns_and_does_not_stretch(shape):
     assert (np.asarray(updates["dense"]["kernel"]) * np.asarray(g["dense"]["kernel"])).sum() < 0
 
 
-def rates(tx, updates):
-    """The first ones that a `plain` optimiser moves by."""
+def first_rates(tx, updates):
+    """Return the learning rates of the first updates of a `plain_optimizer`."""
     params = {"w": jnp.zeros(2)}
 
     def one(held, _):
@@ -142,23 +154,30 @@ def rates(tx, updates):
 
 
 def test_rates_of_a_distillation():
-    """Rise from lr / (warmup + 1), then half a cosine down to decay_to at the last update. Each network has half of the steps."""
-    c = config.parse(card(preset="smoke"))
+    """The rate rises from lr / (warmup + 1), then falls along half a cosine to decay_to at the last
+    update.
+
+    Each network has half of the steps.
+    """
+    c = config.parse(card())
     curve = dict(warmup=4, decay_to=0.1)
-    own = dict(optimizer=plain(**curve), head_optimizer=plain(**curve, lr=0.02))
+    own = dict(optimizer=plain_optimizer(**curve), head_optimizer=plain_optimizer(**curve, lr=0.02))
     nets = build.nets(dataclasses.replace(c, sprint=dataclasses.replace(c.sprint, steps=40, **own)))
     share = [
         (i + 1) / 5 if i < 4 else 0.1 + 0.9 * (1 + math.cos(math.pi * (i - 4) / 16)) / 2
         for i in range(21)
     ]
     assert share[4] == 1 and share[20] == pytest.approx(0.1)
-    np.testing.assert_allclose(rates(nets.tx, 21), 0.01 * np.array(share), rtol=1e-4)
-    np.testing.assert_allclose(rates(nets.heads_tx, 21), 0.02 * np.array(share), rtol=1e-4)
+    np.testing.assert_allclose(first_rates(nets.tx, 21), 0.01 * np.array(share), rtol=1e-4)
+    np.testing.assert_allclose(first_rates(nets.heads_tx, 21), 0.02 * np.array(share), rtol=1e-4)
 
 
 def test_rates_of_a_fine_tuning(monkeypatch):
-    """Both are lowered by the same factor, over its own steps. Fails when Muon keeps the rate of the first training."""
-    tree = card(preset="smoke")
+    """Both rates are lowered by the same factor, over their own steps.
+
+    Fails when Muon keeps the rate of the first training.
+    """
+    tree = card()
     tree.teacher.update(
         base_qk_norm=False,
         base_time_scale=1000.0,
@@ -176,11 +195,6 @@ def test_rates_of_a_fine_tuning(monkeypatch):
         stage({})
     o = c.phases["teacher"].optimizers["network"]
     slower = dataclasses.replace(o, lr=o.lr / 4, muon_lr=o.muon_lr / 4)
-    assert (
-        seen
-        == [
-            (o, c.phases["teacher"].steps, c.phases["teacher"].batch),
-            (slower, 6, c.phases["teacher"].batch),
-        ]
-        and o.muon_lr > 0
-    )
+    phase = c.phases["teacher"]
+    assert seen == [(o, phase.steps, phase.batch), (slower, 6, phase.batch)]
+    assert o.muon_lr > 0
