@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.harness import bench as bench_lib
 from benchmarks.harness import floors, machine, operations, rows, subjects, suites, timing, training
-from benchmarks.harness import make_bench as bench_lib
 from sprint_jax.models import dc_ae, linear_dit
 from sprint_jax.models.gemma2 import GEMMA2_2B
 from sprint_jax.ops import cross_attention, linear_attention
@@ -267,9 +267,7 @@ def test_failures_are_rows_and_other_cases_continue():
         work = floors.Work(2e9, 0.0)
         return bench_lib.Case(
             "c",
-            lambda make_bench: bench_lib.Subject(
-                without_times([3.0, 4.0]), 0.5, "float32", work, peers
-            ),
+            lambda bench: bench_lib.Subject(without_times([3.0, 4.0]), 0.5, "float32", work, peers),
         )
 
     def measured(*peers):
@@ -290,7 +288,7 @@ def test_failures_are_rows_and_other_cases_continue():
     assert alone.note == "no peer: nothing here"
     assert alone.error is None
     assert alone.ours_s is not None
-    (gone,) = bench_lib.measure(bench_lib.Case("c", lambda make_bench: broken()), make_bench())
+    (gone,) = bench_lib.measure(bench_lib.Case("c", lambda bench: broken()), make_bench())
     assert gone.error == "RuntimeError: out of memory" and gone.ours_s is None
 
 
@@ -327,7 +325,7 @@ def test_a_peer_that_fails_late_keeps_our_times():
         None,
         (("two steps", lambda: timing.Program(steps)), ("tires", lambda: later(1))),
     )
-    second, tired = bench_lib.measure(bench_lib.Case("c", lambda make_bench: subject), make_bench())
+    second, tired = bench_lib.measure(bench_lib.Case("c", lambda bench: subject), make_bench())
     assert order == ["ours", "peer"]
     assert second.error == "RuntimeError: no memory for a step"
     assert tired.error.startswith("StopIteration")
@@ -361,7 +359,7 @@ def test_operations_of_a_program_are_found():
     """
     a = jax.random.normal(jax.random.key(0), (600, 600))
     f, told = jax.jit(lambda a: (a @ a).sum()), []
-    subject = lambda make_bench: bench_lib.Subject(bench_lib.program(f, a), None, "float32", None)
+    subject = lambda bench: bench_lib.Subject(bench_lib.program(f, a), None, "float32", None)
     (row,) = bench_lib.measure(
         bench_lib.Case("product", subject), make_bench(operations=3, say=told.append)
     )

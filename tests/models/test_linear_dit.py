@@ -73,10 +73,10 @@ def random_params():
 
 
 @functools.cache
-def apply(model=MODEL, features=(), velocity=True):
+def compiled(model=MODEL, features=(), velocity=True):
     """Return model.apply, compiled once for each variant."""
-    apply = functools.partial(model.apply, features=features, velocity=velocity)
-    return jax.jit(apply, compiler_options=UNOPTIMIZED)
+    run = functools.partial(model.apply, features=features, velocity=velocity)
+    return jax.jit(run, compiler_options=UNOPTIMIZED)
 
 
 def variant(**changes):
@@ -193,7 +193,7 @@ def test_whole_network_against_numpy():
     gate1 are swapped, when the final layer takes silu(condition), when the sinusoid has its sine
     first, when linear_attention.EPS is 1e-2, and when the epsilon of a norm is 1e-3.
     """
-    out = apply(features=(0, 1))(random_params(), *inputs())
+    out = compiled(features=(0, 1))(random_params(), *inputs())
     velocity, logvar, blocks = numpy_forward(random_params(), *inputs())
     assert max_error(out.velocity, velocity) < 1e-5
     assert max_error(out.logvar, logvar) < 1e-5
@@ -227,10 +227,10 @@ def test_block_without_gates_is_the_identity():
     x = inputs()[0]
     embed = params["inputs"]["patch_embed"]
     tokens = patchify(x, 2).reshape(BATCH, -1, 12) @ embed["kernel"] + embed["bias"]
-    for feature in apply(features=(0, 1))(params, *inputs()).features:
+    for feature in compiled(features=(0, 1))(params, *inputs()).features:
         assert max_error(feature, tokens) < 1e-6
     params["blocks"]["scale_shift_table"][:, 5] = 1
-    assert max_error(apply(features=(0, 1))(params, *inputs()).features[0], tokens) > 0.01
+    assert max_error(compiled(features=(0, 1))(params, *inputs()).features[0], tokens) > 0.01
 
 
 def test_features_need_nothing_after_them():
@@ -238,14 +238,14 @@ def test_features_need_nothing_after_them():
 
     Fails when a segment starts one block late.
     """
-    whole = apply(features=(0, 1))(random_params(), *inputs())
+    whole = compiled(features=(0, 1))(random_params(), *inputs())
     params = jax.tree.map(np.copy, random_params())
     for leaf in jax.tree.leaves(params["blocks"]):
         leaf[1] = np.nan
-    early = apply(features=(0,), velocity=False)(params, *inputs())
+    early = compiled(features=(0,), velocity=False)(params, *inputs())
     assert early.velocity is None
     assert max_error(early.features[0], whole.features[0]) < 1e-6
-    assert max_error(apply()(random_params(), *inputs()).velocity, whole.velocity) < 1e-6
+    assert max_error(compiled()(random_params(), *inputs()).velocity, whole.velocity) < 1e-6
     with pytest.raises(ValueError, match="must increase"):
         MODEL.apply(random_params(), *inputs(), features=(1, 0))
 
@@ -270,8 +270,8 @@ def test_loop_variants_change_nothing(remat):
 
 def test_bfloat16_is_close():
     """Fails when the velocity keeps the compute dtype."""
-    out = apply(variant(dtype="bfloat16", residual_dtype="bfloat16"))(random_params(), *inputs())
-    exact = apply()(random_params(), *inputs())
+    out = compiled(variant(dtype="bfloat16", residual_dtype="bfloat16"))(random_params(), *inputs())
+    exact = compiled()(random_params(), *inputs())
     assert out.velocity.dtype == out.logvar.dtype == jnp.float32
     assert 1e-4 < max_error(out.velocity, exact.velocity) < 0.1
 
@@ -315,19 +315,19 @@ def test_a_float32_residual_stream_rounds_less():
 def test_padded_text_has_no_influence():
     """Fails when cross_attention.MASKED is 0."""
     x, t, text, mask, guidance = inputs()
-    plain = apply()(random_params(), x, t, text, mask, guidance).velocity
+    plain = compiled()(random_params(), x, t, text, mask, guidance).velocity
     padded = np.where(mask[..., None] == 0, 50 * normals(*text.shape, seed=9), text)
     np.testing.assert_array_equal(
-        apply()(random_params(), x, t, padded, mask, guidance).velocity, plain
+        compiled()(random_params(), x, t, padded, mask, guidance).velocity, plain
     )
     seen = text + mask[..., None]
-    assert max_error(apply()(random_params(), x, t, seen, mask, guidance).velocity, plain) > 1e-2
+    assert max_error(compiled()(random_params(), x, t, seen, mask, guidance).velocity, plain) > 1e-2
 
 
 def test_guidance_embedding_starts_at_zero():
     """Fails when zero_last is left out of the guidance embedding."""
     *rest, guidance = inputs()
-    at = lambda params, w: apply()(params, *rest, w).velocity
+    at = lambda params, w: compiled()(params, *rest, w).velocity
     np.testing.assert_array_equal(
         at(initial_params(), guidance), at(initial_params(), guidance + 3)
     )
@@ -336,7 +336,7 @@ def test_guidance_embedding_starts_at_zero():
         **initial_params(),
         "inputs": {k: v for k, v in initial_params()["inputs"].items() if k != "guidance_embed"},
     }
-    told_nothing = apply(variant(guidance_embed=False))(without, *rest).velocity
+    told_nothing = compiled(variant(guidance_embed=False))(without, *rest).velocity
     np.testing.assert_array_equal(told_nothing, at(initial_params(), guidance))
     with pytest.raises(ValueError, match="guidance must be given exactly"):
         MODEL.apply(initial_params(), *rest)
@@ -345,9 +345,9 @@ def test_guidance_embedding_starts_at_zero():
 def test_time_scale():
     """Fails when _Inputs ignores time_scale."""
     x, t, *rest = inputs()
-    scaled = apply(variant(time_scale=1000.0))(random_params(), x, t, *rest).velocity
-    assert max_error(scaled, apply()(random_params(), x, 1000 * t, *rest).velocity) < 1e-6
-    assert max_error(scaled, apply()(random_params(), x, t, *rest).velocity) > 1e-2
+    scaled = compiled(variant(time_scale=1000.0))(random_params(), x, t, *rest).velocity
+    assert max_error(scaled, compiled()(random_params(), x, 1000 * t, *rest).velocity) < 1e-6
+    assert max_error(scaled, compiled()(random_params(), x, t, *rest).velocity) > 1e-2
 
 
 @pytest.mark.parametrize("qk_norm", [True, False])
@@ -397,7 +397,7 @@ def test_unstacked_parameters_give_the_same_result():
     Fails when a segment starts at 0.
     """
     x, t, text, mask, w = inputs()
-    program = apply(MODEL, features=(0, 1))
+    program = compiled(MODEL, features=(0, 1))
     stacked, listed = (
         program(p, x, t, text, mask, w) for p in (random_params(), MODEL.unstack(random_params()))
     )

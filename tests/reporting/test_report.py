@@ -229,12 +229,12 @@ def test_rows_and_strips_survive_a_kill(tmp_path, where):
         quick_compile=False,
     )
     mesh = sharding.mesh(1, 1, jax.devices()[:1])
-    parse_plot = lambda params: np.full((4, 4, 3), 7, np.uint8)
+    draw = lambda params: np.full((4, 4, 3), 7, np.uint8)
     saved, left = tmp_path / "parted/checkpoints/teacher", [8, 4, 0]
-    killed_at_8 = lambda params: kill_after(saved / "4") if left.pop() == 8 else parse_plot(params)
+    killed_at_8 = lambda params: kill_after(saved / "4") if left.pop() == 8 else draw(params)
     killed_at_11 = lambda count: kill_after(saved / "8") if count == 11 else None
     first = (
-        counting_stage(parse_plot, killed_at_11)
+        counting_stage(draw, killed_at_11)
         if where == "between checkpoints"
         else counting_stage(killed_at_8)
     )

@@ -184,12 +184,10 @@ def test_the_share_of_rough_examples():
     assert not any(freehand.is_rough(0, i, 0.0) for i in range(100))
     assert all(freehand.is_rough(0, i, 1.0) for i in range(100))
     for share in (0.25, 0.5):
-        rough_sketches = np.array([freehand.is_rough(0, i, share) for i in range(4000)])
-        assert abs(rough_sketches.mean() - share) < 0.03
+        rough = np.array([freehand.is_rough(0, i, share) for i in range(4000)])
+        assert abs(rough.mean() - share) < 0.03
     kinds = np.array([shapes.example(0, i).caption.kind for i in range(4000)])
-    assert all(
-        abs(rough_sketches[kinds == kind].mean() - 0.5) < 0.06 for kind in ("count", "relation")
-    )
+    assert all(abs(rough[kinds == kind].mean() - 0.5) < 0.06 for kind in ("count", "relation"))
 
 
 def test_batches_hold_rough_sketches_of_clean_images():
@@ -236,19 +234,17 @@ def test_heldout_sketches_are_judged_by_the_true_edges():
     training split.
     """
     data = datasets.Shapes(controlnet_config(freehand=0.5))
-    rough_sketches, clean = data.freehand(6, 4), data.heldout(6, 4)
-    np.testing.assert_array_equal(
-        rough_sketches.edges, sketches.gradient_edges(rough_sketches.images)
-    )
+    rough, clean = data.freehand(6, 4), data.heldout(6, 4)
+    np.testing.assert_array_equal(rough.edges, sketches.gradient_edges(rough.images))
     for i in range(6):
         e = shapes.example(1, i, split="heldout", anywhere=True)
-        np.testing.assert_array_equal(rough_sketches.images[i], e.image)
+        np.testing.assert_array_equal(rough.images[i], e.image)
         np.testing.assert_array_equal(
-            rough_sketches.sketches[i], freehand.sketch(1, i, e.objects, size=32, split="heldout")
+            rough.sketches[i], freehand.sketch(1, i, e.objects, size=32, split="heldout")
         )
-        assert rough_sketches.captions[i] == e.text and shapes.is_heldout(e.caption)
-    shown = build.codec(controlnet_config()).encode(sketches.as_picture(rough_sketches.sketches))
-    np.testing.assert_allclose(rough_sketches.cond["control"], shown, atol=1e-6)
+        assert rough.captions[i] == e.text and shapes.is_heldout(e.caption)
+    shown = build.codec(controlnet_config()).encode(sketches.as_picture(rough.sketches))
+    np.testing.assert_allclose(rough.cond["control"], shown, atol=1e-6)
     np.testing.assert_array_equal(clean.sketches, clean.edges)
     assert datasets.Shapes(controlnet_config(freehand=0.0)).freehand(6, 4) is None
     assert datasets.Shapes(controlnet_config(depth=0)).freehand(6, 4) is None

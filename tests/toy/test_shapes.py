@@ -99,8 +99,8 @@ def test_heldout_captions_never_train():
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_checker_reads_real_images(size):
     made = examples(600 if size < 128 else 100, size=size)
-    score_of, tasks = checker.score([e.image for e in made], [e.caption for e in made])
-    assert score_of >= 0.99
+    score, tasks = checker.score([e.image for e in made], [e.caption for e in made])
+    assert score >= 0.99
     assert min(tasks.values()) >= 0.99
     assert set(tasks) == set(checker.TASKS)
 
@@ -109,8 +109,8 @@ def test_checker_rejects_other_prompts():
     """Mismatched prompts score at chance, which is what a perfect reader gives the scenes."""
     made = examples(1500)
     asked = [e.caption for e in made[1:] + made[:1]]
-    score_of, _ = checker.score([e.image for e in made], asked)
-    assert score_of <= checker.chance(made, asked) + 0.02
+    score, _ = checker.score([e.image for e in made], asked)
+    assert score <= checker.chance(made, asked) + 0.02
 
 
 def draw_scene(*objects, background=None):
