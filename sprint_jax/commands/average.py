@@ -35,7 +35,7 @@ def main(argv):
         from sprint_jax.storage import run_files, weights
 
         params = average(runs)
-        with folder.whole(_AVERAGED.value, "--averaged") as made:
+        with folder.new_folder(_AVERAGED.value, "--averaged") as made:
             weights.save(made / run_files.STUDENT, params)
             shutil.copyfile(runs[0] / run_files.CONFIG, made / run_files.CONFIG)
         print(

@@ -164,7 +164,7 @@ def _make(targets, total, detect):
                     lines, thickness=_THICKNESS.value, sigma=sketches.PUBLISHED_SIGMA
                 )
             target.parent.mkdir(parents=True, exist_ok=True)
-            image_files.save(target, sketches.as_picture(lines))
+            image_files.save(target, sketches.to_rgb(lines))
             bar.update()
 
 
@@ -174,7 +174,7 @@ def _detector():
     from sprint_jax.runtime import compile_cache
 
     compile_cache.start()
-    detect = lines_lib.detector(_WEIGHTS.value).detect
+    detect = lines_lib.load(_WEIGHTS.value).detect
     return lambda image: detect(image, _RESOLUTION.value)
 
 

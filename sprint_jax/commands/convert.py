@@ -88,9 +88,7 @@ def _without_logvar(model, params):
 
     inputs = {name: leaf for name, leaf in params["inputs"].items() if name != "logvar"}
     model = dataclasses.replace(model, logvar_head=False)
-    return folder.Checkpoint(
-        model, None, None, {"transformer": params | {"inputs": inputs}}, None, ""
-    )
+    return folder.Checkpoint(transformer=model, params={"transformer": params | {"inputs": inputs}})
 
 
 if __name__ == "__main__":

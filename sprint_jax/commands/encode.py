@@ -259,7 +259,7 @@ def _condition():
     if _CONDITION.value == "scribble":
         thickness = sketches.PUBLISHED_THICKNESS if given is None else (given, given)
     return detector.Lines(
-        _CONDITION.value, detector.detector(_HED.value) if _HED.value else None, thickness
+        _CONDITION.value, detector.load(_HED.value) if _HED.value else None, thickness
     )
 
 
@@ -740,7 +740,7 @@ class _Work:
         """Latents of waiting pictures of one size, and of their lines where a condition is asked for."""
         pictures, controls = np.stack(list(group.values())), {}
         if self._condition:
-            drawn = self._condition.pictures(
+            drawn = self._condition.draw(
                 pictures, [made.keys[index] for index in group], self._pool.map
             )
             controls = dict(zip(group, self._latents(drawn), strict=True))

@@ -1,8 +1,9 @@
-"""Pictures to the pictures that steer a ControlNet: `data.conditions`, with the published detector where lines need it."""
+"""Condition images of a whole data set, with the published edge detector where a kind needs it."""
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,43 +14,42 @@ from sprint_jax.storage import weights
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Detector:
-    """Soft edges of pictures. identity: names the weights by what is in them, whichever kind of file they came from.
+    """A soft-edge detector with its weights."""
 
-    detect: (uint8 [H, W, 3], resolution) -> uint8 [h, w] of `sketches.detector_size`, compiled once for each size.
+    identity: str  # names the values of the weights, whatever kind of file they came from
+    # (uint8 [H, W, 3], resolution) -> uint8 [h, w] of the size `sketches.detector_size`
+    detect: Callable[[np.ndarray, int], np.ndarray]
+
+
+def load(path) -> Detector:
+    """Load the published detector from a .pth or .safetensors file.
+
+    Its function `detect` compiles once for each image size. Raises UserError as `hed_weights.load`.
     """
-
-    identity: str
-    detect: Callable
-
-
-def detector(path) -> Detector:
-    """The published detector with weights of `path`, .pth or .safetensors. Raises UserError as `conversion.hed.load`."""
     params = hed_weights.load(path, hed.PUBLISHED)
     digest = hashlib.sha256()
     weights.feed(digest, params)
     params, apply = jax.device_put(params), jax.jit(hed.PUBLISHED.apply)
 
-    def detect(image, resolution):
-        return sketches.levels(apply(params, sketches.detector_picture(image, resolution)[None])[0])
+    def detect(image: np.ndarray, resolution: int) -> np.ndarray:
+        resized = sketches.resize_for_detector(image, resolution)
+        return sketches.to_uint8(apply(params, resized[None])[0])
 
     return Detector(digest.hexdigest()[:16], detect)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Lines:
-    """One kind of condition for a whole data set.
+    """One kind of condition for a whole data set."""
 
-    kind: of `sketches.KINDS`. detector: None for edges. thickness: (least, most) pixels of the strokes of scribbles,
-    from which each example draws by its name; None for the others.
-    """
-
-    kind: str
-    detector: Detector | None
+    kind: str  # one of `sketches.KINDS`
+    detector: Detector | None  # None for edges
+    # (minimum, maximum) stroke width of scribbles, in pixels; drawn for each example by its name
     thickness: tuple[int, int] | None
 
     @property
     def identity(self) -> str:
-        """Names what decides about the lines of a picture."""
+        """The settings that determine the lines of an image, as stored in manifests."""
         parts = [self.kind]
         if self.detector:
             parts.append(f"detector {self.detector.identity}")
@@ -57,33 +57,47 @@ class Lines:
             parts.append(f"thickness {self.thickness[0]} to {self.thickness[1]}")
         return ", ".join(parts)
 
-    def pictures(self, images, keys, each=map):
-        """White lines on black. uint8 [B, H, W, 3] -> uint8 [B, H, W, 3]; keys: the B names of the examples.
+    def draw(
+        self,
+        images: np.ndarray,
+        keys: Sequence[str],
+        map_images: Callable[..., Iterable[Any]] = map,
+    ) -> np.ndarray:
+        """Draw the condition images, white lines on black.
 
-        The detector sees a picture at its own short side and strokes are drawn at the size that it saw, as published;
-        only then are lines brought to H x W. each: as `map`, for what runs on the host.
+        As published, the detector works at an image's own short side and strokes are drawn at the
+        size that it worked at. Only then are the lines resized to H x W.
+
+        Args:
+          images: uint8 [B, H, W, 3].
+          keys: the names of the B examples.
+          map_images: replaces `map` for work on the host, for example to use threads.
+
+        Returns:
+          uint8 [B, H, W, 3].
         """
         height, width = images.shape[1:3]
         if self.detector:
-            soft = [self.detector.detect(image, min(height, width)) for image in images]
-            drawn = each(self._strokes, soft, keys) if self.thickness else soft
+            side = min(height, width)
+            drawn = [self.detector.detect(image, side) for image in images]
+            if self.thickness:
+                drawn = map_images(self._scribble, drawn, keys)
         else:
-            drawn = each(lambda image: sketches.gradient_edges(image[None])[0], images)
-        return sketches.as_picture(
-            np.stack([sketches.resized(lines, height, width) for lines in drawn])
-        )
+            drawn = map_images(lambda image: sketches.gradient_edges(image[None])[0], images)
+        return sketches.to_rgb(np.stack([sketches.resize(lines, height, width) for lines in drawn]))
 
-    def _strokes(self, soft, key):
-        return sketches.scribble(
-            soft, thickness=thickness_of(key, self.thickness), sigma=sketches.PUBLISHED_SIGMA
-        )
+    def _scribble(self, soft: np.ndarray, key: str) -> np.ndarray:
+        assert self.thickness is not None
+        thickness = draw_thickness(key, self.thickness)
+        return sketches.scribble(soft, thickness=thickness, sigma=sketches.PUBLISHED_SIGMA)
 
 
-def thickness_of(key, among):
-    """The thickness of an example's strokes, of least to most. Neither order nor other examples matter.
+def draw_thickness(key: str, limits: tuple[int, int]) -> int:
+    """Draw the stroke thickness of an example from its name alone.
 
-    key: the example's name. among: (least, most), both possible.
+    key: the name of the example. limits: (minimum, maximum), both included.
     """
-    # Not the digest that holds examples out: those held out would all have thin strokes.
+    # A prefix, because the hash of the bare name selects held-out examples: all of those would get
+    # thin strokes.
     drawn = hashlib.sha256(b"thickness of " + key.encode("utf-8", "surrogateescape")).digest()[:8]
-    return among[0] + int.from_bytes(drawn, "big") % (among[1] - among[0] + 1)
+    return limits[0] + int.from_bytes(drawn, "big") % (limits[1] - limits[0] + 1)

@@ -1,6 +1,11 @@
-"""The weights of ControlNet's edge detector: the published file, or a safetensors file with the same names."""
+"""Weights of ControlNet's edge detector, from the published .pth file or as safetensors.
 
+Both kinds of file use the published names.
+"""
+
+import os
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,36 +17,41 @@ from sprint_jax.errors import UserError
 from sprint_jax.storage import tensors, torch_files, weights
 
 FILE = "ControlNetHED.pth"
-_GIVE = f"give {FILE} (of lllyasviel/Annotators), or what --save_weights made of it"
+_GIVE = f"give {FILE} (of lllyasviel/Annotators), or the file that --save_weights wrote from it"
 
 
-def load(path, model):
-    """Parameters of a `models.hed.HED`, NumPy float32, from a .pth (needs PyTorch) or .safetensors file by the published names.
+def load(path: str | os.PathLike[str], model: HED) -> dict[str, Any]:
+    """Read the parameters of `model` as NumPy float32. A .pth file needs PyTorch.
 
-    Raises UserError naming the file for one that is not there, not whole, or of another network.
+    Raises UserError if the file is missing, damaged or of another network.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"no HED weights at {path}: {_GIVE}")
     table, abstract = rows(model), jax.eval_shape(model.init, jax.random.key(0))
     pickled, what = path.suffix != ".safetensors", f"HED detector {path}"
-    elsewhere = f"run sprint-jax condition there with --weights={path} --save_weights=FILE.safetensors, and give that file"
-    found = torch_files.read(path, elsewhere) if pickled else tensors.scan(path)
+    elsewhere = (
+        f"run sprint-jax condition there with --weights={path} --save_weights=FILE.safetensors, "
+        "and give that file"
+    )
+    # A damaged file is reported as it is; only an error of the fit says which file to give.
+    arrays = torch_files.read(path, elsewhere) if pickled else {}
+    found = {} if pickled else tensors.scan(path)
     try:
         if pickled:
-            return rules.from_arrays(table, found, abstract, what)
+            return rules.from_arrays(table, arrays, abstract, what)
         return rules.load(table, found, abstract, np.float32, what)
     except UserError as error:
         raise UserError(f"{error}: {_GIVE}") from None
 
 
-def save(source, target, model):
-    """Writes the weights of `load(source, model)` as safetensors by the published names, whole or not at all."""
+def save(source: str | os.PathLike[str], target: str | os.PathLike[str], model: HED) -> None:
+    """Write the weights of `load(source, model)` to a safetensors file, atomically."""
     weights.save(target, rules.export(rows(model), load(source, model)))
 
 
 def rows(m: HED) -> list[Row]:
-    """ControlNet's `ControlNetHED_Apache2`: blocks from 1, each with `convs` and the `projection` of its side output."""
+    """Return the table of `ControlNetHED_Apache2`, whose blocks count from 1."""
     table, into = [Row("norm", (1, 3, 1, 1), "offset", "channels")], 3
     for i, (width, convs) in enumerate(zip(m.widths, m.convs, strict=True)):
         block, stage = f"block{i + 1}", f"stages.{i}"

@@ -1,11 +1,14 @@
-"""Configuration files of diffusers and transformers to our descriptions of models, and back.
+"""Conversion of model configs between diffusers or transformers and our model descriptions.
 
-Every field is either understood, or allowed at one value alone, or an error: a checkpoint that asks for
-something we do not do is refused by name, never run wrongly.
+Every field is either supported, or accepted at a single value, or an error. A checkpoint that needs
+an unsupported feature is rejected by name and never runs incorrectly.
 """
 
 import json
+import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from sprint_jax.errors import UserError
 from sprint_jax.models.controlnet import ControlNet
@@ -13,7 +16,7 @@ from sprint_jax.models.dc_ae import DCAE, Stage
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
 
-# Files written by diffusers differ in what they spell out; absent keys have its defaults.
+# Versions of diffusers omit different keys. An absent key has the default of diffusers.
 _TRANSFORMER = {
     "in_channels": 32,
     "out_channels": 32,
@@ -44,8 +47,8 @@ _TRANSFORMER_FIXED = {
     "norm_eps": 1e-6,
     "interpolation_scale": None,
 }
-# diffusers' `SanaControlNetModel` has no QK-norm, and its pipeline tells it times in [0, 1000]. Ours of Sprint is of a
-# class that diffusers does not know, so that none is taken for the other.
+# diffusers' `SanaControlNetModel` has no QK-norm and receives times in [0, 1000]. Our ControlNet
+# has a class name that diffusers does not know, so that neither is mistaken for the other.
 _CONTROLNET = {
     k: v for k, v in _TRANSFORMER.items() if not k.startswith(("guidance_", "qk_", "timestep_"))
 } | {"num_layers": 7}
@@ -85,8 +88,8 @@ _AUTOENCODER_FIXED = {
 _SCHEDULER = {"num_train_timesteps": 1000, "prediction_type": "trigflow", "sigma_data": 0.5}
 
 
-def read_json(path) -> dict:
-    """A JSON object. Raises UserError naming the file."""
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a JSON object. Raises UserError naming the file."""
     path = pathlib.Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -99,15 +102,20 @@ def read_json(path) -> dict:
     return value
 
 
-def write_json(path, value):
-    """Sorted keys, indent 2 and a final newline, as diffusers writes."""
+def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    """Write JSON in the format of diffusers: sorted keys, an indent of 2, a final newline."""
     pathlib.Path(path).write_text(
         json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
 
 
-def _fields(config, known, fixed, what):
-    """Config with defaults filled in. Raises UserError for a field or value that is not supported."""
+def _fields(
+    config: Mapping[str, Any], known: dict[str, Any], fixed: Mapping[str, Any], what: str
+) -> dict[str, Any]:
+    """Fill defaults into a config. Raises UserError for an unsupported field or value.
+
+    known: all supported fields with their defaults. fixed: fields that support one value only.
+    """
     given = {name: value for name, value in config.items() if not name.startswith("_")}
     unknown = sorted(given.keys() - known.keys())
     if unknown:
@@ -123,14 +131,17 @@ def _fields(config, known, fixed, what):
     return merged
 
 
-def _check_class(config, expected, what):
+def _check_class(config: Mapping[str, Any], expected: str, what: str) -> None:
     found = config.get("_class_name", expected)
     if found != expected:
         raise UserError(f"the {what} is a {found}; only {expected} is supported")
 
 
-def transformer(config: dict, dtype: str) -> LinearDiT:
-    """`transformer/config.json` of diffusers. dtype: of products and of the residual stream, as there."""
+def transformer(config: Mapping[str, Any], dtype: str) -> LinearDiT:
+    """Convert `transformer/config.json` of diffusers.
+
+    dtype: of matrix products and of the residual stream. Raises UserError for an unsupported field.
+    """
     what = "transformer"
     _check_class(config, "SanaTransformer2DModel", what)
     c = _fields(config, _TRANSFORMER, _TRANSFORMER_FIXED, what)
@@ -138,16 +149,18 @@ def transformer(config: dict, dtype: str) -> LinearDiT:
     crossed = c["num_cross_attention_heads"] * c["cross_attention_head_dim"]
     if crossed != width or c["cross_attention_dim"] != width:
         raise UserError(
-            f"the transformer config is {width} wide but its cross-attention {crossed} over {c['cross_attention_dim']}"
-            ": the three must agree"
+            f"the transformer config is {width} wide but its cross-attention {crossed} over "
+            f"{c['cross_attention_dim']}: the three must agree"
         )
     if c["out_channels"] not in (None, c["in_channels"]):
         raise UserError(
-            f"the transformer config has out_channels={c['out_channels']} and in_channels={c['in_channels']}: they must agree"
+            f"the transformer config has out_channels={c['out_channels']} and "
+            f"in_channels={c['in_channels']}: they must agree"
         )
     if c["qk_norm"] not in _QK_NORM:
         raise UserError(
-            f"the transformer config has qk_norm={c['qk_norm']!r}; 'rms_norm_across_heads' or null is supported"
+            f"the transformer config has qk_norm={c['qk_norm']!r}; "
+            "'rms_norm_across_heads' or null is supported"
         )
     return LinearDiT(
         in_channels=c["in_channels"],
@@ -171,8 +184,11 @@ def transformer(config: dict, dtype: str) -> LinearDiT:
     )
 
 
-def controlnet(config: dict, dtype: str) -> ControlNet:
-    """`controlnet/config.json` of diffusers, or ours of a ControlNet with QK-norm or dense times. dtype: compute dtype."""
+def controlnet(config: Mapping[str, Any], dtype: str) -> ControlNet:
+    """Convert `controlnet/config.json` of diffusers, or our variant with QK-norm or dense times.
+
+    dtype: as in `transformer`. Raises UserError for an unsupported field.
+    """
     if config.get("_class_name") == _SPRINT_CONTROLNET_CLASS:
         c = _fields(config, _SPRINT_CONTROLNET, {}, "ControlNet")
     else:
@@ -181,13 +197,13 @@ def controlnet(config: dict, dtype: str) -> ControlNet:
             "qk_norm": None,
             "timestep_scale": 1000.0,
         }
-    # The copied network is deeper than its copies; by how much does not matter to them.
+    # The network that a ControlNet copies must be deeper than the copy. Its own depth is not used.
     alike = c | {"_class_name": "SanaTransformer2DModel", "num_layers": c["num_layers"] + 1}
     return ControlNet(net=transformer(alike, dtype), depth=c["num_layers"])
 
 
-def controlnet_json(m: ControlNet) -> dict:
-    """The inverse of `controlnet`."""
+def controlnet_json(m: ControlNet) -> dict[str, Any]:
+    """Convert back; the inverse of `controlnet`."""
     theirs = not m.net.qk_norm and m.net.time_scale == 1000.0
     known, kind = (
         (_CONTROLNET, _CONTROLNET_CLASS)
@@ -198,8 +214,8 @@ def controlnet_json(m: ControlNet) -> dict:
     return given | {"_class_name": kind, "num_layers": m.depth}
 
 
-def transformer_json(m: LinearDiT) -> dict:
-    """The inverse of `transformer`."""
+def transformer_json(m: LinearDiT) -> dict[str, Any]:
+    """Convert back; the inverse of `transformer`."""
     return {
         "_class_name": "SanaTransformer2DModel",
         "attention_bias": False,
@@ -226,14 +242,15 @@ def transformer_json(m: LinearDiT) -> dict:
     }
 
 
-def autoencoder(config: dict) -> DCAE:
-    """`vae/config.json` of diffusers."""
+def autoencoder(config: Mapping[str, Any]) -> DCAE:
+    """Convert `vae/config.json` of diffusers. Raises UserError for an unsupported field."""
     what = "autoencoder"
     _check_class(config, "AutoencoderDC", what)
     c = _fields(config, _AUTOENCODER, _AUTOENCODER_FIXED, what)
     if c["downsample_block_type"] == "pixel_unshuffle":
         raise UserError(
-            "the autoencoder config has downsample_block_type='pixel_unshuffle'; only 'Conv' is supported"
+            "the autoencoder config has downsample_block_type='pixel_unshuffle'; "
+            "only 'Conv' is supported"
         )
     for name, value in (("decoder_norm_types", "rms_norm"), ("decoder_act_fns", "silu")):
         if set(_each(c[name], 1)) != {value}:
@@ -241,39 +258,40 @@ def autoencoder(config: dict) -> DCAE:
                 f"the autoencoder config has {name}={c[name]!r}; only {value!r} is supported"
             )
 
-    def stages(side):
-        channels = c[f"{side}_block_out_channels"]
-        columns = (
-            channels,
-            c[f"{side}_layers_per_block"],
-            _each(c[f"{side}_block_types"], len(channels)),
-            c[f"{side}_qkv_multiscales"],
-        )
-        if len({len(column) for column in columns}) != 1 or min(columns[1]) < 1:
-            raise UserError(
-                f"the autoencoder config describes its {side} by lists of different lengths, or by an empty stage"
-            )
-        return tuple(Stage(w, n, block, tuple(s)) for w, n, block, s in zip(*columns, strict=True))
-
     try:
         return DCAE(
             in_channels=c["in_channels"],
             latent_channels=c["latent_channels"],
             head_dim=c["attention_head_dim"],
-            encoder=stages("encoder"),
-            decoder=stages("decoder"),
+            encoder=_stages(c, "encoder"),
+            decoder=_stages(c, "decoder"),
             scaling_factor=c["scaling_factor"],
         )
     except ValueError as error:
         raise UserError(f"the autoencoder config is not supported: {error}") from None
 
 
-def _each(value, count):
+def _stages(config: Mapping[str, Any], side: str) -> tuple[Stage, ...]:
+    """Return the stages of one side of an autoencoder. side: "encoder" or "decoder"."""
+    channels = config[f"{side}_block_out_channels"]
+    layers = config[f"{side}_layers_per_block"]
+    blocks = _each(config[f"{side}_block_types"], len(channels))
+    scales = config[f"{side}_qkv_multiscales"]
+    columns = (channels, layers, blocks, scales)
+    if len({len(column) for column in columns}) != 1 or min(layers) < 1:
+        raise UserError(
+            f"the autoencoder config describes its {side} by lists of different lengths, "
+            "or by an empty stage"
+        )
+    return tuple(Stage(w, n, block, tuple(s)) for w, n, block, s in zip(*columns, strict=True))
+
+
+def _each(value: str | list[str], count: int) -> list[str]:
     return [value] * count if isinstance(value, str) else value
 
 
-def autoencoder_json(m: DCAE) -> dict:
-    """The inverse of `autoencoder`."""
+def autoencoder_json(m: DCAE) -> dict[str, Any]:
+    """Convert back; the inverse of `autoencoder`."""
     sides = {"encoder": m.encoder, "decoder": m.decoder}
     config = {
         "_class_name": "AutoencoderDC",
@@ -296,36 +314,22 @@ def autoencoder_json(m: DCAE) -> dict:
     return config
 
 
-def text_encoder(config: dict) -> Gemma2:
-    """`text_encoder/config.json` of transformers, of version 4 (flat) or 5 (rope_parameters, layer_types)."""
-    kind = config.get("model_type", "gemma2")
-    if kind != "gemma2":
-        raise UserError(f"the text encoder is a {kind}; only gemma2 is supported")
+def text_encoder(config: Mapping[str, Any]) -> Gemma2:
+    """Convert `text_encoder/config.json` of transformers.
+
+    The file may be of version 4 (flat) or 5 (with rope_parameters and layer_types). Raises
+    UserError for an unsupported field.
+    """
+    _check_text_encoder(config)
     rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(
-            f"the text encoder config has rope_type={rope['rope_type']!r}; only 'default' is supported"
-        )
-    activation = config.get("hidden_activation") or config.get("hidden_act") or "gelu_pytorch_tanh"
-    if activation != "gelu_pytorch_tanh":
-        raise UserError(
-            f"the text encoder config has hidden_activation={activation!r}; only 'gelu_pytorch_tanh' is supported"
-        )
-    if config.get("attention_bias", False):
-        raise UserError(
-            "the text encoder config has attention_bias=true, which is not supported here"
-        )
-    if config.get("attn_logit_softcapping", 50.0) is None:
-        raise UserError(
-            "the text encoder config has attn_logit_softcapping=null, which is not supported here"
-        )
     try:
         depth = config["num_hidden_layers"]
         kinds = config.get("layer_types")
         expected = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(depth)]
         if kinds is not None and kinds != expected:
             raise UserError(
-                "the text encoder config has layer_types other than sliding and full in turn"
+                "the text encoder config has layer_types that do not alternate between "
+                "sliding_attention and full_attention"
             )
         return Gemma2(
             vocab=config["vocab_size"],
@@ -347,8 +351,35 @@ def text_encoder(config: dict) -> Gemma2:
         ) from None
 
 
-def text_encoder_json(m: Gemma2) -> dict:
-    """A config that transformers 4 and 5 both read; the inverse of `text_encoder`."""
+def _check_text_encoder(config: Mapping[str, Any]) -> None:
+    """Raise UserError for a field of a text encoder that is not supported."""
+    kind = config.get("model_type", "gemma2")
+    if kind != "gemma2":
+        raise UserError(f"the text encoder is a {kind}; only gemma2 is supported")
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(
+            f"the text encoder config has rope_type={rope['rope_type']!r}; "
+            "only 'default' is supported"
+        )
+    activation = config.get("hidden_activation") or config.get("hidden_act") or "gelu_pytorch_tanh"
+    if activation != "gelu_pytorch_tanh":
+        raise UserError(
+            f"the text encoder config has hidden_activation={activation!r}; "
+            "only 'gelu_pytorch_tanh' is supported"
+        )
+    if config.get("attention_bias", False):
+        raise UserError(
+            "the text encoder config has attention_bias=true, which is not supported here"
+        )
+    if config.get("attn_logit_softcapping", 50.0) is None:
+        raise UserError(
+            "the text encoder config has attn_logit_softcapping=null, which is not supported here"
+        )
+
+
+def text_encoder_json(m: Gemma2) -> dict[str, Any]:
+    """Convert back, for transformers 4 and 5 alike; the inverse of `text_encoder`."""
     return {
         "architectures": ["Gemma2Model"],
         "attention_bias": False,
@@ -368,7 +399,7 @@ def text_encoder_json(m: Gemma2) -> dict:
         "num_hidden_layers": m.depth,
         "num_key_value_heads": m.kv_heads,
         "pad_token_id": 0,
-        "query_pre_attn_scalar": _whole(m.query_scalar),
+        "query_pre_attn_scalar": _to_int(m.query_scalar),
         "rms_norm_eps": m.eps,
         "rope_theta": m.theta,
         "sliding_window": m.window,
@@ -376,20 +407,22 @@ def text_encoder_json(m: Gemma2) -> dict:
     }
 
 
-def _whole(value):
-    """An integer where the value is one: transformers 5 insists."""
+def _to_int(value: float) -> int | float:
+    """Return a whole number as an int, which transformers 5 requires."""
     return int(value) if value == int(value) else value
 
 
-def check_scheduler(config: dict):
-    """Raises UserError unless `scheduler/scheduler_config.json` is SANA-Sprint's."""
+def check_scheduler(config: Mapping[str, Any]) -> None:
+    """Raise UserError unless `scheduler/scheduler_config.json` is the one of SANA-Sprint."""
     found = config.get("_class_name", "SCMScheduler")
     if found != "SCMScheduler":
         raise UserError(
-            f"the scheduler is a {found}: this folder holds a multi-step SANA, not a SANA-Sprint (SCMScheduler)"
+            f"the scheduler is a {found}: this folder holds a multi-step SANA, "
+            "not a SANA-Sprint (SCMScheduler)"
         )
     _fields(config, _SCHEDULER, _SCHEDULER, "scheduler")
 
 
-def scheduler_json() -> dict:
+def scheduler_json() -> dict[str, Any]:
+    """Return `scheduler/scheduler_config.json` of SANA-Sprint."""
     return {"_class_name": "SCMScheduler"} | _SCHEDULER

@@ -1,4 +1,4 @@
-"""Whole checkpoints on disk: diffusers pipelines, our own form of them, and how to tell which is which."""
+"""Checkpoint folders: diffusers pipelines, the project's own form, and how to tell them apart."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,8 @@ import json
 import os
 import pathlib
 import shutil
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -22,75 +23,123 @@ from sprint_jax.storage import tensors, weights
 
 INDEX = "model_index.json"  # diffusers
 MODEL = "model.json"  # ours
-PARTS = ("transformer", "autoencoder", "text_encoder", "controlnet")
+SHARD_BYTES = 5 * 10**9
 _FORMAT = "sprint_jax model 1"
 _PIPELINES = ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline")
-# The part's folder and the stem of its weight files, in diffusers pipelines.
-_DIFFUSERS = {
-    "transformer": ("transformer", "diffusion_pytorch_model"),
-    "autoencoder": ("vae", "diffusion_pytorch_model"),
-    "text_encoder": ("text_encoder", "model"),
-    "controlnet": ("controlnet", "diffusion_pytorch_model"),
-}
 _REQUIRED = ("scheduler", "tokenizer", "transformer", "vae", "text_encoder")
-SHARD_BYTES = 5 * 10**9
-_CROSS_HEADS = {1152: 16, 2240: 20}  # of the published widths, for files without a config
+_CROSS_HEADS = {1152: 16, 2240: 20}  # by published width, for files without a config
+
+_StrPath: TypeAlias = str | os.PathLike[str]
+_Place: TypeAlias = Callable[[str, str, np.ndarray], Any]  # (part, dotted path, array) -> leaf
+_Say: TypeAlias = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """A model in memory.
+class _Part:
+    """How diffusers stores one part of a pipeline."""
 
-    transformer, autoencoder, text_encoder: descriptions; the last two None in a transformer alone. controlnet: None in
-    most.
-    params: {part: tree of arrays, as `place` left them}. tokenizer: folder of its files. instruction: before every prompt.
-    """
+    folder: str
+    stem: str  # of the names of its weight files
+    to_json: Callable[[Any], dict[str, Any]]
+    rows: Callable[[Any], list[rules.Row]]
+
+
+_STEM = "diffusion_pytorch_model"
+_PARTS = {
+    "transformer": _Part("transformer", _STEM, configs.transformer_json, tables.transformer),
+    "autoencoder": _Part("vae", _STEM, configs.autoencoder_json, tables.autoencoder),
+    "text_encoder": _Part("text_encoder", "model", configs.text_encoder_json, tables.text_encoder),
+    "controlnet": _Part("controlnet", _STEM, configs.controlnet_json, tables.controlnet),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model in memory: descriptions of its parts, and their parameters."""
 
     transformer: LinearDiT
-    autoencoder: DCAE | None
-    text_encoder: Gemma2 | None
-    params: dict[str, Any]
-    tokenizer: pathlib.Path | None
-    instruction: str
+    autoencoder: DCAE | None = None  # None for a transformer alone
+    text_encoder: Gemma2 | None = None  # None for a transformer alone
     controlnet: ControlNet | None = None
+    params: dict[str, Any]  # {part: tree of arrays}
+    tokenizer: pathlib.Path | None = None  # folder of its files
+    instruction: str = ""  # precedes every prompt
 
-    def parts(self):
-        return [part for part in PARTS if getattr(self, part) is not None]
+    @property
+    def models(self) -> dict[str, Any]:
+        """The descriptions of the parts that the checkpoint has, by name."""
+        models = {
+            "transformer": self.transformer,
+            "autoencoder": self.autoencoder,
+            "text_encoder": self.text_encoder,
+            "controlnet": self.controlnet,
+        }
+        return {part: model for part, model in models.items() if model is not None}
 
 
-def is_diffusers(path) -> bool:
+def is_diffusers(path: _StrPath) -> bool:
+    """Return whether a folder is a diffusers pipeline."""
     return (pathlib.Path(path) / INDEX).is_file()
 
 
-def is_ours(path) -> bool:
+def is_ours(path: _StrPath) -> bool:
+    """Return whether a folder was made by `write_ours`."""
     return (pathlib.Path(path) / MODEL).is_file()
 
 
-def _abstract(model):
+def _abstract(model: Any) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def _keep(part, path, array):
+def _keep(part: str, path: str, array: np.ndarray) -> np.ndarray:
+    del part, path
     return array
 
 
-def _dtype(dtype):
-    """A NumPy dtype; None stays None."""
-    return None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
+def _ignore(message: str) -> None:
+    del message
 
 
 def read_diffusers(
-    path, *, dtype, instruction: str, pixels_dtype=None, place=_keep, say=lambda message: None
+    path: _StrPath,
+    *,
+    dtype: str | None,
+    instruction: str,
+    pixels_dtype: str | None = None,
+    place: _Place = _keep,
+    say: _Say = _ignore,
 ) -> Checkpoint:
-    """A SANA-Sprint pipeline folder.
+    """Read the folder of a SANA-Sprint pipeline.
 
-    dtype: "float32" or "bfloat16" for every part, or None to keep what the files hold. pixels_dtype: of the autoencoder, None for dtype.
-    place: (part, path, NumPy array) -> leaf, called for each array as soon as it is read.
-    Raises UserError for a folder that lacks a part, has one of another kind, or damaged files.
+    Args:
+      path: the folder.
+      dtype: "float32" or "bfloat16" for every part. None keeps the dtypes of the files.
+      instruction: text that precedes every prompt.
+      pixels_dtype: dtype of the autoencoder, if it differs.
+      place: (part, dotted path, NumPy array) -> leaf, called for each array as soon as it is read.
+      say: called with a line of progress before each part.
+
+    Raises UserError if a part is missing, of another kind or damaged.
     """
     path = pathlib.Path(path)
-    index = configs.read_json(path / INDEX)
-    kind = index.get("_class_name")
+    _check_pipeline(path)
+    models = _describe(path, dtype or "float32")
+    _check_widths(models)
+    params = {}
+    for part, model in models.items():
+        stored = _PARTS[part]
+        say(f"reading {stored.folder}")
+        found = tensors.find(path / stored.folder, stored.stem)
+        wanted = _dtype_of(part, dtype, pixels_dtype)
+        params[part] = _load(part, stored.rows(model), found, model, wanted, place)
+    return Checkpoint(
+        **models, params=params, tokenizer=path / "tokenizer", instruction=instruction
+    )
+
+
+def _check_pipeline(path: pathlib.Path) -> None:
+    """Raise UserError unless a folder holds a whole SANA-Sprint pipeline."""
+    kind = configs.read_json(path / INDEX).get("_class_name")
     if kind not in _PIPELINES:
         more = (
             ": give its controlnet/ beside a SANA-Sprint model" if "ControlNet" in str(kind) else ""
@@ -102,92 +151,101 @@ def read_diffusers(
         if not (path / part).is_dir():
             raise UserError(f"{path} has no {part}/: download the whole folder")
     configs.check_scheduler(configs.read_json(path / "scheduler" / "scheduler_config.json"))
-    compute = dtype or "float32"
+
+
+def _describe(path: pathlib.Path, dtype: str) -> dict[str, Any]:
+    """Read the descriptions of the parts of a pipeline."""
+    read = lambda folder: configs.read_json(path / folder / "config.json")
     models = {
-        "transformer": configs.transformer(
-            configs.read_json(path / "transformer" / "config.json"), compute
-        ),
-        "autoencoder": configs.autoencoder(configs.read_json(path / "vae" / "config.json")),
-        "text_encoder": configs.text_encoder(
-            configs.read_json(path / "text_encoder" / "config.json")
-        ),
+        "transformer": configs.transformer(read("transformer"), dtype),
+        "autoencoder": configs.autoencoder(read("vae")),
+        "text_encoder": configs.text_encoder(read("text_encoder")),
     }
-    _check_widths(models)
     if (path / "controlnet").is_dir():
-        models["controlnet"] = configs.controlnet(
-            configs.read_json(path / "controlnet" / "config.json"), compute
-        )
-    params = {}
-    for part, (folder, stem) in _DIFFUSERS.items():
-        if part not in models:
-            continue
-        say(f"reading {folder}")
-        found = tensors.find(path / folder, stem)
-        rows = getattr(tables, part)(models[part])
-        params[part] = _load(
-            part, rows, found, models[part], _dtype_of(part, dtype, pixels_dtype), place
-        )
-    return Checkpoint(
-        **models, params=params, tokenizer=path / "tokenizer", instruction=instruction
-    )
+        models["controlnet"] = configs.controlnet(read("controlnet"), dtype)
+    return models
 
 
-def read_transformer(path) -> tuple[LinearDiT, Any]:
-    """(description, parameters float32) of a diffusers transformer: a pipeline's folder of any kind, or transformer/."""
-    path = pathlib.Path(path)
-    inner, stem = _DIFFUSERS["transformer"]
-    path = path / inner if (path / inner).is_dir() else path
+def read_transformer(path: _StrPath) -> tuple[LinearDiT, Any]:
+    """Read a diffusers transformer as float32: (description, parameters).
+
+    path: the folder of any pipeline, or its transformer/.
+    """
+    path = _subfolder(path, "transformer")
     model = configs.transformer(configs.read_json(path / "config.json"), "float32")
-    rows = tables.transformer(model)
-    return model, _load("transformer", rows, tensors.find(path, stem), model, "float32", _keep)
+    return model, _load_alone("transformer", path, model)
 
 
-def read_controlnet(path) -> tuple[ControlNet, Any]:
-    """(description, parameters float32) of a diffusers ControlNet: a pipeline's folder of any kind, or controlnet/."""
-    path = pathlib.Path(path)
-    inner, stem = _DIFFUSERS["controlnet"]
-    path = path / inner if (path / inner).is_dir() else path
+def read_controlnet(path: _StrPath) -> tuple[ControlNet, Any]:
+    """Read a diffusers ControlNet as float32: (description, parameters).
+
+    path: the folder of any pipeline, or its controlnet/.
+    """
+    path = _subfolder(path, "controlnet")
     model = configs.controlnet(configs.read_json(path / "config.json"), "float32")
-    return model, _load(
-        "controlnet", tables.controlnet(model), tensors.find(path, stem), model, "float32", _keep
-    )
+    return model, _load_alone("controlnet", path, model)
 
 
-def _dtype_of(part, dtype, pixels_dtype):
+def _subfolder(path: _StrPath, name: str) -> pathlib.Path:
+    path = pathlib.Path(path)
+    return path / name if (path / name).is_dir() else path
+
+
+def _load_alone(part: str, path: pathlib.Path, model: Any) -> Any:
+    stored = _PARTS[part]
+    found = tensors.find(path, stored.stem)
+    return _load(part, stored.rows(model), found, model, "float32", _keep)
+
+
+def _dtype_of(part: str, dtype: str | None, pixels_dtype: str | None) -> str | None:
     return pixels_dtype if part == "autoencoder" and pixels_dtype else dtype
 
 
-def _load(part, rows, found, model, dtype, place):
-    leaf = functools.partial(place, part)
-    return rules.load(rows, found, _abstract(model), _dtype(dtype), part.replace("_", " "), leaf)
+def _load(
+    part: str,
+    rows: Sequence[rules.Row],
+    found: Mapping[str, tensors.Tensor],
+    model: Any,
+    dtype: str | None,
+    place: _Place,
+) -> Any:
+    numpy_dtype = None if dtype is None else np.dtype(jax.numpy.dtype(dtype))
+    name, leaf = part.replace("_", " "), functools.partial(place, part)
+    return rules.load(rows, found, _abstract(model), numpy_dtype, name, leaf)
 
 
-def _check_widths(models):
-    transformer, autoencoder, text = (models[part] for part in PARTS[:3])
+def _check_widths(models: Mapping[str, Any]) -> None:
+    """Raise UserError if the transformer does not fit the autoencoder or the text encoder."""
+    transformer, autoencoder = models["transformer"], models["autoencoder"]
+    text = models["text_encoder"]
     if transformer.in_channels != autoencoder.latent_channels:
         raise UserError(
-            f"the transformer takes {transformer.in_channels} latent channels, the autoencoder makes "
-            f"{autoencoder.latent_channels}: these parts do not belong together"
+            f"the transformer takes {transformer.in_channels} latent channels, "
+            f"the autoencoder makes {autoencoder.latent_channels}: "
+            "these parts do not belong together"
         )
     if transformer.text_dim != text.width:
         raise UserError(
-            f"the transformer takes text features {transformer.text_dim} wide, the text encoder makes {text.width}: "
-            "these parts do not belong together"
+            f"the transformer takes text features {transformer.text_dim} wide, "
+            f"the text encoder makes {text.width}: these parts do not belong together"
         )
 
 
-def write_diffusers(path, checkpoint: Checkpoint, *, shard_bytes=SHARD_BYTES):
-    """A folder that diffusers loads. A transformer alone becomes transformer/ and scheduler/."""
-    with whole(path) as partial:
-        for part in checkpoint.parts():
-            folder, stem = _DIFFUSERS[part]
-            (partial / folder).mkdir()
-            model = getattr(checkpoint, part)
-            configs.write_json(
-                partial / folder / "config.json", getattr(configs, f"{part}_json")(model)
-            )
-            named = rules.export(getattr(tables, part)(model), checkpoint.params[part])
-            tensors.write(partial / folder, stem, named, shard_bytes=shard_bytes)
+def write_diffusers(
+    path: _StrPath, checkpoint: Checkpoint, *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a folder that diffusers loads.
+
+    A checkpoint without an autoencoder becomes transformer/ and scheduler/ only, and controlnet/ if
+    it has one.
+    """
+    with new_folder(path) as partial:
+        for part, model in checkpoint.models.items():
+            stored = _PARTS[part]
+            (partial / stored.folder).mkdir()
+            configs.write_json(partial / stored.folder / "config.json", stored.to_json(model))
+            named = rules.export(stored.rows(model), checkpoint.params[part])
+            tensors.write(partial / stored.folder, stored.stem, named, shard_bytes=shard_bytes)
         (partial / "scheduler").mkdir()
         configs.write_json(
             partial / "scheduler" / "scheduler_config.json", configs.scheduler_json()
@@ -209,31 +267,16 @@ _INDEX_JSON = {
 
 
 def read_ours(
-    path, *, dtype, pixels_dtype=None, place=_keep, say=lambda message: None
+    path: _StrPath,
+    *,
+    dtype: str | None,
+    pixels_dtype: str | None = None,
+    place: _Place = _keep,
+    say: _Say = _ignore,
 ) -> Checkpoint:
-    """A folder made by `write_ours`. dtype, pixels_dtype, place: as in `read_diffusers`."""
-    path, compute = pathlib.Path(path), dtype or "float32"
-    described = configs.read_json(path / MODEL)
-    if described.get("format") != _FORMAT:
-        raise UserError(
-            f"{path / MODEL} has format {described.get('format')!r}, this version reads {_FORMAT!r}: convert again"
-        )
-    try:
-        models = {
-            "transformer": LinearDiT(
-                **described["transformer"]
-                | {"dtype": compute, "residual_dtype": compute, "attention": "plain"}
-            ),
-            "autoencoder": _autoencoder(described["autoencoder"]),
-            "text_encoder": Gemma2(**described["text_encoder"]),
-        }
-        if "controlnet" in described:
-            models["controlnet"] = configs.controlnet(described["controlnet"], compute)
-        instruction = described["instruction"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path / MODEL} does not describe a model ({error}): convert again"
-        ) from None
+    """Read a folder made by `write_ours`. Arguments and errors are those of `read_diffusers`."""
+    path = pathlib.Path(path)
+    models, instruction = _describe_ours(path, dtype or "float32")
     params = {}
     for part, model in models.items():
         say(f"reading {part}")
@@ -241,36 +284,59 @@ def read_ours(
             rules.Row(name, leaf.shape, name)
             for name, leaf in weights.flatten(_abstract(model)).items()
         ]
-        params[part] = _load(
-            part,
-            rows,
-            tensors.scan(path / f"{part}.safetensors"),
-            model,
-            _dtype_of(part, dtype, pixels_dtype),
-            place,
-        )
+        found = tensors.scan(path / f"{part}.safetensors")
+        wanted = _dtype_of(part, dtype, pixels_dtype)
+        params[part] = _load(part, rows, found, model, wanted, place)
     return Checkpoint(
         **models, params=params, tokenizer=path / "tokenizer", instruction=instruction
     )
 
 
-def _autoencoder(fields):
-    stages = {
-        side: tuple(Stage(**stage | {"scales": tuple(stage["scales"])}) for stage in fields[side])
-        for side in ("encoder", "decoder")
-    }
+def _describe_ours(path: pathlib.Path, dtype: str) -> tuple[dict[str, Any], str]:
+    """Read the descriptions of the parts, and the instruction, of our form."""
+    described = configs.read_json(path / MODEL)
+    if described.get("format") != _FORMAT:
+        raise UserError(
+            f"{path / MODEL} has format {described.get('format')!r}, "
+            f"this version reads {_FORMAT!r}: convert again"
+        )
+    chosen = {"dtype": dtype, "residual_dtype": dtype, "attention": "plain"}
+    try:
+        models = {
+            "transformer": LinearDiT(**described["transformer"] | chosen),
+            "autoencoder": _autoencoder(described["autoencoder"]),
+            "text_encoder": Gemma2(**described["text_encoder"]),
+        }
+        if "controlnet" in described:
+            models["controlnet"] = configs.controlnet(described["controlnet"], dtype)
+        return models, described["instruction"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path / MODEL} does not describe a model ({error}): convert again"
+        ) from None
+
+
+def _autoencoder(fields: dict[str, Any]) -> DCAE:
+    stages: dict[str, Any] = {}
+    for side in ("encoder", "decoder"):
+        described = [stage | {"scales": tuple(stage["scales"])} for stage in fields[side]]
+        stages[side] = tuple(Stage(**stage) for stage in described)
     return DCAE(**fields | stages)
 
 
-def write_ours(path, checkpoint: Checkpoint):
-    """model.json, one safetensors file a part under our names, and the tokenizer."""
-    with whole(path) as partial:
-        described = {part: dataclasses.asdict(getattr(checkpoint, part)) for part in PARTS[:3]}
+def write_ours(path: _StrPath, checkpoint: Checkpoint) -> None:
+    """Write model.json, one safetensors file for each part under our names, and the tokenizer."""
+    assert checkpoint.tokenizer is not None, "a transformer alone has no folder of this form"
+    models = checkpoint.models
+    with new_folder(path) as partial:
+        described: dict[str, Any] = {
+            part: dataclasses.asdict(models[part])
+            for part in ("transformer", "autoencoder", "text_encoder")
+        }
         if checkpoint.controlnet is not None:
             described["controlnet"] = configs.controlnet_json(checkpoint.controlnet)
-        del described["transformer"][
-            "residual_dtype"
-        ]  # says how to compute, not what, like the next ones: the reader chooses
+        # The reader chooses how to compute.
+        del described["transformer"]["residual_dtype"]
         for part in ("transformer", "autoencoder"):
             for field in ("attention", "depthwise"):
                 del described[part][field]
@@ -278,17 +344,17 @@ def write_ours(path, checkpoint: Checkpoint):
         (partial / MODEL).write_text(
             json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        for part in checkpoint.parts():
-            tensors.write(
-                partial, part, weights.flatten(checkpoint.params[part]), shard_bytes=2**62
-            )
+        for part in models:
+            flat = weights.flatten(checkpoint.params[part])
+            tensors.write(partial, part, flat, shard_bytes=2**62)
         shutil.copytree(checkpoint.tokenizer, partial / "tokenizer")
 
 
-def read_native(file) -> Checkpoint:
-    """A transformer of the official repository, its `.pth` names in a safetensors file.
+def read_native(file: _StrPath) -> Checkpoint:
+    """Read a transformer of the official repository: the names of its `.pth`, as safetensors.
 
-    The file has no config: sizes are read off the shapes, and heads are the published ones for that width.
+    The file has no config. Sizes follow from the shapes, and the numbers of heads are the published
+    ones for the width. Raises UserError for another file or an unknown width.
     """
     found = {name: t for name, t in tensors.scan(file).items() if name not in tables.NATIVE_DROPPED}
     try:
@@ -297,7 +363,8 @@ def read_native(file) -> Checkpoint:
         text_dim = found["y_embedder.y_proj.fc1.weight"].shape[1]
     except KeyError as error:
         raise UserError(
-            f"{file} has no {error.args[0]}: it does not hold a SANA transformer under its native names"
+            f"{file} has no {error.args[0]}: "
+            "it does not hold a SANA transformer under its native names"
         ) from None
     except (ValueError, IndexError):
         raise UserError(
@@ -305,38 +372,38 @@ def read_native(file) -> Checkpoint:
         ) from None
     if width not in _CROSS_HEADS:
         raise UserError(
-            f"{file} is {width} wide; native files carry no head counts, and only those of {list(_CROSS_HEADS)} are known"
+            f"{file} is {width} wide; native files carry no head counts, "
+            f"and only those of {list(_CROSS_HEADS)} are known"
         )
-    model = LinearDiT(
-        in_channels=channels,
-        width=width,
-        depth=1 + max(int(n.split(".")[1]) for n in found if n.startswith("blocks.")),
-        heads=width // 32,
-        cross_heads=_CROSS_HEADS[width],
-        mlp_ratio=hidden / width,
-        text_dim=text_dim,
-        patch_size=1,
-        qk_norm="blocks.0.attn.q_norm.weight" in found,
-        time_scale=1.0,
-        guidance_embed="cfg_embedder.mlp.0.weight" in found,
-        guidance_scale_factor=0.1,
-        logvar_head=False,
-        remat="none",
-        unroll=1,
-        dtype="float32",
-        residual_dtype="float32",
-        attention="plain",
-    )
-    params = rules.load(
-        tables.native_transformer(model), found, _abstract(model), None, "transformer"
-    )
-    return Checkpoint(model, None, None, {"transformer": params}, None, "")
+    qk_norm = "blocks.0.attn.q_norm.weight" in found
+    described = {
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_attention_heads": width // 32,
+        "attention_head_dim": 32,
+        "num_layers": 1 + max(int(n.split(".")[1]) for n in found if n.startswith("blocks.")),
+        "num_cross_attention_heads": _CROSS_HEADS[width],
+        "cross_attention_head_dim": width // _CROSS_HEADS[width],
+        "cross_attention_dim": width,
+        "caption_channels": text_dim,
+        "mlp_ratio": hidden / width,
+        "guidance_embeds": "cfg_embedder.mlp.0.weight" in found,
+        "qk_norm": "rms_norm_across_heads" if qk_norm else None,
+    }
+    model = configs.transformer(described, "float32")
+    rows = tables.native_transformer(model)
+    params = rules.load(rows, found, _abstract(model), None, "transformer")
+    return Checkpoint(transformer=model, params={"transformer": params})
 
 
 @contextlib.contextmanager
-def whole(path, flag="--to"):
-    """A folder to fill, which takes its name only when it is complete; on an error nothing is left. flag: what named it."""
-    path = pathlib.Path(path).resolve()  # of a link its target; of "." a name
+def new_folder(path: _StrPath, flag: str = "--to") -> Iterator[pathlib.Path]:
+    """Yield a folder to fill. It gets its name when the block ends; an error leaves nothing behind.
+
+    flag: names the option that gave the path, for errors. Raises UserError if the path exists and
+    is not an empty folder, or cannot be written.
+    """
+    path = pathlib.Path(path).resolve()  # follow a link, and give "." a name
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists and is not empty: choose another {flag}")
     partial = path.with_name(path.name + ".partial")
@@ -349,7 +416,7 @@ def whole(path, flag="--to"):
         ) from None
     try:
         yield partial
-        _take_name(partial, path)
+        _publish(partial, path)
     except OSError as error:
         raise UserError(
             f"writing {path} failed ({error.strerror or error}): free some space and try again"
@@ -358,8 +425,12 @@ def whole(path, flag="--to"):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _take_name(partial, path):
-    """Gives a complete folder its name. Into an empty one that must stay itself, a mount point or where the caller is, its contents move."""
+def _publish(partial: pathlib.Path, path: pathlib.Path) -> None:
+    """Rename a complete folder to its final name.
+
+    An empty folder that cannot be replaced (a mount point or the working directory) receives the
+    contents instead.
+    """
     if path.exists() and not path.is_mount() and path != pathlib.Path.cwd():
         path.rmdir()
     if not path.exists():

@@ -1,30 +1,37 @@
-"""From named tensors to a parameter tree and back, by tables whose every row states a name and a shape.
+"""Conversion between named tensors and parameter trees, by tables of names and shapes.
 
-A `Row` says which foreign tensor fills which place of which of our arrays. Tables (`tables.py`) list rows
-for one model; `load` and `export` apply them and accept nothing but an exact match.
+A `Row` maps one foreign tensor to a place in one of our arrays. A table (`tables.py`) lists the
+rows of a model. `load` and `export` apply a table and require an exact match.
 """
 
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from sprint_jax.errors import UserError
 from sprint_jax.storage import tensors, weights
 
-# Layouts: (to ours, to theirs). Theirs are PyTorch's: Linear [out, in], Conv2d [out, in / groups, k, k].
-_LAYOUTS = {
+Params: TypeAlias = dict[str, Any]  # nested dicts with arrays (or other leaves) at the ends
+Place: TypeAlias = tuple[int | slice, ...]  # index of a part of an array
+
+_Function: TypeAlias = Callable[[np.ndarray], np.ndarray]
+
+# Each layout: (to ours, to theirs). Theirs are those of PyTorch: Linear [out, in],
+# Conv2d [out, in / groups, k, k].
+_LAYOUTS: dict[str, tuple[_Function, _Function]] = {
     "same": (lambda a: a, lambda a: a),
     "dense": (lambda a: a.T, lambda a: a.T),
     "conv1x1": (lambda a: a[:, :, 0, 0].T, lambda a: a.T[:, :, None, None]),
-    "channels": (
-        lambda a: a[0, :, 0, 0],
-        lambda a: a[None, :, None, None],
-    ),  # one number of each, [1, C, 1, 1]
+    # One number for each channel: [1, C, 1, 1] <-> [C].
+    "channels": (lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None]),
     "conv": (lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)),
     "depthwise": (lambda a: a[:, 0].transpose(1, 2, 0), lambda a: a.transpose(2, 0, 1)[:, None]),
-    # Grouped 1x1 with as many channels out as in, per group: [g o, i, 1, 1] <-> [g, i, o].
+    # Grouped 1x1 with equal numbers of input and output channels: [g o, i, 1, 1] <-> [g, i, o].
     "grouped": (
         lambda a: a[:, :, 0, 0].reshape(-1, a.shape[1], a.shape[1]).transpose(0, 2, 1),
         lambda a: a.transpose(0, 2, 1).reshape(-1, a.shape[1])[:, :, None, None],
@@ -34,37 +41,35 @@ _LAYOUTS = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Row:
-    """One foreign tensor.
+    """A foreign tensor, or an equal part of it, and its place in one of our arrays."""
 
-    theirs: its name. shape: its shape. ours: dotted path of our array. layout: a key of `_LAYOUTS`.
-    place: index of our array that it fills: a layer of a stack, a span of the last axis, or all (()).
-    aliases: other names it may have.
-    chunk: (k, n) if only the k-th of n equal parts of its first axis goes there; rows then share `theirs`.
-    """
-
-    theirs: str
-    shape: tuple[int, ...]
-    ours: str
-    layout: str = "same"
-    place: tuple = ()
-    aliases: tuple[str, ...] = ()
+    theirs: str  # name of the tensor
+    shape: tuple[int, ...]  # of the whole tensor
+    ours: str  # dotted path of our array
+    layout: str = "same"  # key of `_LAYOUTS`
+    _: dataclasses.KW_ONLY
+    place: Place = ()  # index of our array: a layer of a stack, a slice of the last axis, or ()
+    aliases: tuple[str, ...] = ()  # other names that the tensor may have
+    # (k, n): only the k-th of n equal parts of the first axis. Such rows share the name `theirs`.
     chunk: tuple[int, int] = (0, 1)
 
     @property
     def size(self) -> int:
+        """Number of elements that the row fills."""
         return math.prod(self.shape) // self.chunk[1]
 
-    def to_ours(self, array):
-        """The part of a foreign tensor that fills `place`."""
+    def to_ours(self, array: np.ndarray) -> np.ndarray:
+        """Return the part of a foreign tensor that fills `place`, in our layout."""
         k, n = self.chunk
         rows = array.shape[0] // n
         return _LAYOUTS[self.layout][0](array[k * rows : (k + 1) * rows])
 
-    def to_theirs(self, array):
+    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        """Return a part of our array in the foreign layout."""
         return _LAYOUTS[self.layout][1](array)
 
-    def copies(self) -> bool:
-        """Whether the tensor goes to its place as it lies in the file."""
+    def is_copy(self) -> bool:
+        """Return whether the file holds the elements in the order of their place."""
         return (
             self.layout == "same"
             and self.chunk == (0, 1)
@@ -72,70 +77,90 @@ class Row:
         )
 
 
-def load(rows, found, abstract, dtype, what, place=lambda path, array: array):
-    """Reads a parameter tree.
+def load(
+    rows: Sequence[Row],
+    found: Mapping[str, tensors.Tensor],
+    abstract: Params,
+    dtype: npt.DTypeLike | None,
+    what: str,
+    place: Callable[[str, np.ndarray], Any] = lambda path, array: array,
+) -> Params:
+    """Read a parameter tree from files.
 
     Args:
-      rows: the table. found: {name: tensors.Tensor}. abstract: tree of our shapes.
-      dtype: of the result, or None for the dtype of the files (the widest, if they differ).
-      what: names the part in errors.
-      place: (path, NumPy array) -> leaf of the result, called as soon as an array is complete; moves it to
-        a device, say, before the next one is read.
-    Returns:
-      the tree.
-    Raises UserError listing missing, unexpected, doubled or misshapen tensors.
+      rows: the table.
+      found: the tensors of the files by name.
+      abstract: tree of our shapes.
+      dtype: of the result. None keeps the dtype of the files, or the widest if they differ.
+      what: name of the model part, for errors.
+      place: (dotted path, array) -> leaf of the result. It is called as soon as an array is
+        complete, for example to move it to a device before the next one is read.
+
+    Raises UserError if tensors are missing, unexpected, given twice or of another shape.
     """
     names = _match(rows, found, what)
     shapes = {path: leaf.shape for path, leaf in weights.flatten(abstract).items()}
-    _check_cover(rows, shapes)
+    check_cover(rows, shapes)
     for name in names.values():
         tensors.check_dtype(found[name], name)
     if dtype is None:
-        dtype = _widest({found[name].dtype for name in names.values()})
-    flat, by_target = {}, {}
+        dtype = widest(np.dtype(found[name].dtype) for name in names.values())
+    flat: dict[str, Any] = {}
+    by_target: dict[str, list[Row]] = {}
     for row in rows:
         by_target.setdefault(row.ours, []).append(row)
-    # Largest first: the pieces read on the way are then small beside what is already there.
+    # The largest arrays first, which keeps the peak memory of intermediate arrays low.
     for path in sorted(by_target, key=lambda p: -math.prod(shapes[p])):
         array = np.empty(shapes[path], dtype)
         for row in by_target[path]:
-            arrange = None if row.copies() else row.to_ours
+            arrange = None if row.is_copy() else row.to_ours
             tensors.read(found[names[row]], names[row], array[row.place], arrange)
         flat[path] = place(path, array)
     return weights.unflatten(flat)
 
 
-def _widest(dtypes):
-    """The dtype that holds all of them; float32 where bfloat16 and float16 meet, of which NumPy knows none."""
+def widest(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """Return the dtype that holds all of the given dtypes; float32 for bfloat16 and float16.
+
+    NumPy has no common dtype for those two.
+    """
+    dtypes = list(dtypes)
     try:
         return np.result_type(*dtypes)
     except TypeError:
         return np.result_type(np.float32, *(d for d in dtypes if d.itemsize > 2))
 
 
-def from_arrays(rows, found, abstract, what):
-    """`load` for tensors that are in memory: {name: NumPy array} -> the tree, float32. Raises UserError as `load` does."""
+def from_arrays(
+    rows: Sequence[Row], found: Mapping[str, np.ndarray], abstract: Params, what: str
+) -> Params:
+    """Convert tensors in memory to a parameter tree, float32. Raises UserError as `load`."""
     names = _match(rows, found, what)
     flat = {
         path: np.empty(leaf.shape, np.float32) for path, leaf in weights.flatten(abstract).items()
     }
-    _check_cover(rows, {path: array.shape for path, array in flat.items()})
+    check_cover(rows, {path: array.shape for path, array in flat.items()})
     for row in rows:
         array = np.asarray(found[names[row]])
         if not np.isfinite(array).all():
             raise UserError(
-                f"the weights of the {what} hold values of {names[row]} that are infinite or not numbers: get them again"
+                f"the weights of the {what} hold values of {names[row]} "
+                "that are infinite or not numbers: get them again"
             )
         flat[row.ours][row.place] = row.to_ours(array)
     return weights.unflatten(flat)
 
 
-def export(rows, params):
-    """{foreign name: array}, the inverse of `load`. Arrays may be views. params: NumPy arrays."""
+def export(rows: Sequence[Row], params: Params) -> dict[str, np.ndarray]:
+    """Convert a tree of NumPy arrays to {foreign name: array}, the inverse of `load`.
+
+    Results may be views of `params`.
+    """
     flat = weights.flatten(params)
-    _check_cover(rows, {path: a.shape for path, a in flat.items()})
-    pieces, shapes = {}, {}
-    for row in rows:  # tables list the chunks of one tensor in order
+    check_cover(rows, {path: a.shape for path, a in flat.items()})
+    pieces: dict[str, list[np.ndarray]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for row in rows:  # tables list the chunks of a tensor in order
         pieces.setdefault(row.theirs, []).append(row.to_theirs(flat[row.ours][row.place]))
         shapes[row.theirs] = row.shape
     out = {
@@ -148,9 +173,10 @@ def export(rows, params):
     return out
 
 
-def _match(rows, found, what):
-    """{row: name in the files}; exact or an error."""
-    names, missing, wrong, doubled = {}, [], [], []
+def _match(rows: Sequence[Row], found: Mapping[str, Any], what: str) -> dict[Row, str]:
+    """Find the name of each row in the files. Raises UserError unless the match is exact."""
+    names: dict[Row, str] = {}
+    missing, wrong, doubled = [], [], []
     for row in rows:
         present = [name for name in (row.theirs, *row.aliases) if name in found]
         if not present:
@@ -181,14 +207,17 @@ def _match(rows, found, what):
     return names
 
 
-def _check_cover(rows, shapes):
-    """Every element of every array of ours is filled exactly once; a table that fails is a mistake of ours."""
+def check_cover(rows: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that a table fills every element of our arrays exactly once.
+
+    Raises ValueError, because a table that does not is a bug.
+    """
     twice = [
         name for (name, _), n in Counter((row.theirs, row.chunk) for row in rows).items() if n > 1
     ]
     if twice:
         raise ValueError(f"table names {twice[:3]} twice")
-    filled = Counter()
+    filled: Counter[str] = Counter()
     for row in rows:
         if row.ours not in shapes:
             raise ValueError(f"table fills {row.ours}, which the model lacks")

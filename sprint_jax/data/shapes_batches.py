@@ -46,7 +46,7 @@ def make_batch(
         drawn = freehand_lib.sketch(
             seed, indices[row], examples[row].objects, size=size, split="train"
         )
-        shown[row] = sketches.as_picture(drawn)
+        shown[row] = sketches.to_rgb(drawn)
     return rows | {"control": codec.encode(shown)}
 
 

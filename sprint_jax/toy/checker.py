@@ -70,7 +70,7 @@ def _read_object(
     matches = {shape: _best_overlap(alpha, shape, x, y, half, size) for shape in shapes.SHAPES}
     shape = max(matches, key=lambda name: matches[name])
     known = shape if matches[shape] >= _MIN_MATCH else None
-    return shapes.Object(_nearest_color(rgb), known, x / size, y / size, half / size)
+    return shapes.Object(_nearest_color(rgb), known, x=x / size, y=y / size, size=half / size)
 
 
 def _best_overlap(

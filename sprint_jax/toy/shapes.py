@@ -65,6 +65,7 @@ class Object:
 
     color: str | None  # None if the caption does not name it
     shape: str | None  # None if the checker does not recognize it
+    _: dataclasses.KW_ONLY
     x: float = 0.0  # center and half extent, as fractions of the side
     y: float = 0.0
     size: float = 0.0

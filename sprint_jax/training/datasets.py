@@ -142,7 +142,7 @@ class Shapes:
                     for i, e in enumerate(examples)
                 ]
                 lines, edges = np.stack(drawn), sketches.gradient_edges(images)
-            shown = self._codec.encode(sketches.as_picture(lines))
+            shown = self._codec.encode(sketches.to_rgb(lines))
             cond |= {"control": shown, "control_scale": np.ones(count, np.float32)}
         return Heldout(
             [e.text for e in examples],
@@ -160,8 +160,8 @@ def _condition(c):
     if not c.control.depth:
         return None
     if c.control.condition == "edges":
-        return lambda images: sketches.as_picture(sketches.gradient_edges(images))
-    return lambda images: sketches.as_picture(
+        return lambda images: sketches.to_rgb(sketches.gradient_edges(images))
+    return lambda images: sketches.to_rgb(
         sketches.scribble(sketches.gradient_edges(images), thickness=1, sigma=_SCRIBBLE_SIGMA)
     )
 

@@ -131,7 +131,7 @@ def test_every_object_is_outlined(background):
             for half in (3 / 32, 4 / 32, 8 / 32):
                 if name == background:
                     continue
-                placed = shapes.Object(name, shape, 0.5, 0.5, half)
+                placed = shapes.Object(name, shape, x=0.5, y=0.5, size=half)
                 lines = (
                     sketches.gradient_edges(shapes.render([placed], background, 32)[None])[0] > 0
                 )
@@ -264,24 +264,24 @@ def test_detector_size(height, width, resolution, size):
     assert sketches.detector_size(height, width, resolution) == size
 
 
-def test_detector_picture():
+def test_resize_for_detector():
     """A picture of the right size goes through untouched; a smaller one is made of means over areas."""
     image = np.random.RandomState(0).randint(0, 256, (128, 192, 3)).astype(np.uint8)
-    np.testing.assert_array_equal(sketches.detector_picture(image, 128), image)
+    np.testing.assert_array_equal(sketches.resize_for_detector(image, 128), image)
     half = image.reshape(64, 2, 96, 2, 3)[:, :, :64].astype(float).mean((1, 3))
-    found = sketches.detector_picture(np.ascontiguousarray(image[:, :128]), 64)
+    found = sketches.resize_for_detector(np.ascontiguousarray(image[:, :128]), 64)
     assert found.shape == (64, 64, 3) and np.abs(found - half).max() <= 1
 
 
 def test_levels_are_cut_off():
     np.testing.assert_array_equal(
-        sketches.levels(np.array([0, 0.5, 254.9 / 255, 1])), [0, 127, 254, 255]
+        sketches.to_uint8(np.array([0, 0.5, 254.9 / 255, 1])), [0, 127, 254, 255]
     )
 
 
-def test_as_picture():
+def test_to_rgb():
     lines = np.array([[[0, 255]]], np.uint8)
-    np.testing.assert_array_equal(sketches.as_picture(lines), [[[[0, 0, 0], [255, 255, 255]]]])
+    np.testing.assert_array_equal(sketches.to_rgb(lines), [[[[0, 0, 0], [255, 255, 255]]]])
 
 
 # --- agreement ---
@@ -349,7 +349,7 @@ def test_command_sees_the_pixels_that_training_sees(command, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     for name in ("turned.jpg", "deep.png"):
         image = sources.load_picture((tmp_path / "in" / name).read_bytes())
-        expected = sketches.as_picture(sketches.gradient_edges(image[None]))[0]
+        expected = sketches.to_rgb(sketches.gradient_edges(image[None]))[0]
         assert expected.any()
         np.testing.assert_array_equal(
             np.asarray(Image.open(tmp_path / "out" / name.replace("jpg", "png"))), expected
@@ -363,7 +363,7 @@ def test_command_makes_edges_and_keeps_them(command, folder, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     for name, size in (("a", 32), ("more/b", 64)):
         image = shapes.example(0, ["a", "more/b"].index(name), size=size).image
-        expected = sketches.as_picture(sketches.gradient_edges(image[None]))[0]
+        expected = sketches.to_rgb(sketches.gradient_edges(image[None]))[0]
         np.testing.assert_array_equal(
             np.asarray(Image.open(tmp_path / f"out/{name}.png")), expected
         )

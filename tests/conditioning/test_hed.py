@@ -192,5 +192,5 @@ def test_command_with_weights(command, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     strokes = np.asarray(Image.open(tmp_path / "strokes/bar.png"))
     expected = sketches.scribble(found[..., 0], thickness=4, sigma=sketches.PUBLISHED_SIGMA)
-    np.testing.assert_array_equal(strokes, sketches.as_picture(expected))
+    np.testing.assert_array_equal(strokes, sketches.to_rgb(expected))
     assert 0 < (strokes > 0).mean() < 1

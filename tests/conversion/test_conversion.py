@@ -225,9 +225,7 @@ def test_published_counts():
         rows = table(model)
         assert len(rows) == names and sum(row.size for row in rows) == parameters
         abstract = jax.eval_shape(model.init, jax.random.key(0))
-        rules._check_cover(
-            rows, {n: a.shape for n, a in pipeline.weights.flatten(abstract).items()}
-        )
+        rules.check_cover(rows, {n: a.shape for n, a in pipeline.weights.flatten(abstract).items()})
 
 
 def test_instruction_is_read_without_importing_diffusers(command):
@@ -404,7 +402,7 @@ def test_empty_folders_that_are_links_mounts_or_current(tmp_path, monkeypatch):
     monkeypatch.setattr(pathlib.Path, "is_mount", lambda self: self == mount)
     places = {place: place.stat().st_ino for place in (mount, here)}
     for path, place in ((link, target), (mount, mount), (".", here)):
-        with folder.whole(path) as partial:
+        with folder.new_folder(path) as partial:
             (partial / "part").mkdir()
             (partial / "part" / "file").write_text("whole")
         assert (place / "part" / "file").read_text() == "whole"
@@ -418,10 +416,10 @@ def test_the_widest_of_two_half_precisions():
     import ml_dtypes
 
     half, brain, double = (np.dtype(d) for d in (np.float16, ml_dtypes.bfloat16, np.float64))
-    assert rules._widest({half, brain}) == np.float32
-    assert rules._widest({half, brain, double}) == double
-    assert rules._widest({brain}) == brain
-    assert rules._widest({half, np.dtype(np.float32)}) == np.float32
+    assert rules.widest({half, brain}) == np.float32
+    assert rules.widest({half, brain, double}) == double
+    assert rules.widest({brain}) == brain
+    assert rules.widest({half, np.dtype(np.float32)}) == np.float32
 
 
 def test_weights_of_integers_are_refused(source, tmp_path):

@@ -31,7 +31,7 @@ EDGES = detector.Lines("edges", None, None)
 
 def luminance(image, resolution):
     """Return brightness at the resolution of the detector, in place of the detector."""
-    return sketches.detector_picture(image, resolution).max(-1)
+    return sketches.resize_for_detector(image, resolution).max(-1)
 
 
 FAKE = detector.Detector("0123456789abcdef", luminance)
@@ -94,7 +94,7 @@ def test_edges_are_those_of_the_fitted_image(images, with_edges, tmp_path):
     assert found.keys() == fitted_images(images).keys() == plain.keys()
     drawn = 0
     for caption, (_, picture) in fitted_images(images).items():
-        shown = sketches.as_picture(sketches.gradient_edges(picture[None]))
+        shown = sketches.to_rgb(sketches.gradient_edges(picture[None]))
         assert found[caption]["control"].dtype == np.float32
         drawn += shown.any()
         np.testing.assert_array_equal(
@@ -117,14 +117,14 @@ def test_soft_edges_and_scribbles(images, tmp_path):
         height, width = picture.shape[:2]
         seen = luminance(picture, min(height, width))
         assert seen.shape == (64, 64)
-        thickness = detector.thickness_of(key, (0, 24))
+        thickness = detector.draw_thickness(key, (0, 24))
         thick.add(thickness)
         strokes = sketches.scribble(seen, thickness=thickness, sigma=3.0)
         for record, expected in ((soft[caption], seen), (drawn[caption], strokes)):
             expected = np.asarray(
                 Image.fromarray(expected).resize((width, height), Image.Resampling.BICUBIC)
             )
-            shown = sketches.as_picture(expected)[None]
+            shown = sketches.to_rgb(expected)[None]
             np.testing.assert_array_equal(
                 record["control"], CODEC.encode(shown)[0].astype(np.float16)
             )
@@ -139,14 +139,14 @@ def test_thickness_depends_on_the_name_alone():
     keys = [f"{i}.png" for i in range(20000)]
     drawn = {split: [] for split in encoded.SPLITS}
     for key in keys:
-        drawn[settings.split(key)].append(detector.thickness_of(key, (0, 24)))
+        drawn[settings.split(key)].append(detector.draw_thickness(key, (0, 24)))
     for values in drawn.values():
         counts = np.bincount(values, minlength=25)
         expected = len(values) / 25
         assert len(counts) == 25
         assert np.abs(counts - expected).max() < 5 * np.sqrt(expected)
-    assert {detector.thickness_of(key, (3, 3)) for key in keys[:50]} == {3}
-    assert [detector.thickness_of(f"{i}.png", (0, 24)) for i in range(4)] == [
+    assert {detector.draw_thickness(key, (3, 3)) for key in keys[:50]} == {3}
+    assert [detector.draw_thickness(f"{i}.png", (0, 24)) for i in range(4)] == [
         10,
         23,
         4,
@@ -417,7 +417,7 @@ def test_held_out_examples_have_their_edges(encoded_edges):
     images = np.stack([drawn[caption] for caption in heldout.captions])
     edges = sketches.gradient_edges(images)
     codec = build.codec(controlnet_config(encoded_edges))
-    expected = codec.encode(sketches.as_picture(edges)).astype(np.float16)
+    expected = codec.encode(sketches.to_rgb(edges)).astype(np.float16)
     np.testing.assert_array_equal(heldout.cond["control"], expected.astype(np.float32))
     np.testing.assert_array_equal(heldout.cond["control_scale"], np.ones(4, np.float32))
     assert heldout.edges.shape == (4, 32, 32)
@@ -498,7 +498,7 @@ def test_the_command_writes_scribbles(command, tmp_path):
     strokes = sketches.scribble(soft, thickness=4, sigma=sketches.PUBLISHED_SIGMA)
     assert 0 < (strokes > 0).mean() < 1
     codec = build.codec(smoke_config())
-    expected = codec.encode(sketches.as_picture(strokes)[None])[0]
+    expected = codec.encode(sketches.to_rgb(strokes)[None])[0]
     np.testing.assert_allclose(
         records_by_caption(tmp_path / "out", "train")["a red square"]["control"],
         expected,

@@ -140,7 +140,7 @@ def test_pens_are_those_of_the_page():
     page = (ROOT / "sprint_jax/serving/page.js").read_text()
     pens = [float(w) for w in re.findall(r'\["(?:Fine|Pen|Brush)", ([\d.]+)\]', page)]
     assert len(pens) == 3 and (min(pens), max(pens)) == freehand.WIDTH
-    big = (shapes.Object("red", "square", 0.5, 0.5, 8 / 32),)
+    big = (shapes.Object("red", "square", x=0.5, y=0.5, size=8 / 32),)
     ink = np.array(
         [freehand.sketch(0, i, big, size=32, split="train").sum() / 255 for i in range(400)]
     )
@@ -165,7 +165,7 @@ def test_sketches_are_near_their_objects():
             assert ink[away < most].sum() > 0
             far = np.minimum(far, away - most)
         assert ink[far > freehand.WIDTH[1] / 2 + 1 / 64].sum() == 0
-    centres, one = [], (shapes.Object("red", "circle", 0.375, 0.625, 4 / 32),)
+    centres, one = [], (shapes.Object("red", "circle", x=0.375, y=0.625, size=4 / 32),)
     for i in range(500):
         rows, columns = np.nonzero(freehand.sketch(0, i, one, size=32, split="train"))
         centres.append([columns.mean() + 0.5, rows.mean() + 0.5])
@@ -208,7 +208,7 @@ def test_batches_hold_rough_sketches_of_clean_images():
             lines = freehand.sketch(c.data.seed, 16 + row, e.objects, size=32, split="train")
         np.testing.assert_allclose(rows["latent"][row], codec.encode(e.image[None])[0], atol=1e-5)
         np.testing.assert_allclose(
-            rows["control"][row], codec.encode(sketches.as_picture(lines)[None])[0], atol=1e-5
+            rows["control"][row], codec.encode(sketches.to_rgb(lines)[None])[0], atol=1e-5
         )
     options = dict(seed=0, batch=16, size=32, codec=codec, text_encoder=build.text_encoder(c))
     plain = shapes_batches.make_batch(1, **options)
@@ -243,7 +243,7 @@ def test_heldout_sketches_are_judged_by_the_true_edges():
             rough.sketches[i], freehand.sketch(1, i, e.objects, size=32, split="heldout")
         )
         assert rough.captions[i] == e.text and shapes.is_heldout(e.caption)
-    shown = build.codec(controlnet_config()).encode(sketches.as_picture(rough.sketches))
+    shown = build.codec(controlnet_config()).encode(sketches.to_rgb(rough.sketches))
     np.testing.assert_allclose(rough.cond["control"], shown, atol=1e-6)
     np.testing.assert_array_equal(clean.sketches, clean.edges)
     assert datasets.Shapes(controlnet_config(freehand=0.0)).freehand(6, 4) is None

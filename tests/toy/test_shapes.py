@@ -115,7 +115,8 @@ def test_checker_rejects_other_prompts():
 
 def draw_scene(*objects, background=None):
     """Return the image of objects on a background."""
-    return shapes.render([shapes.Object(*o) for o in objects], background, 32)
+    placed = [shapes.Object(color, shape, x=x, y=y, size=s) for color, shape, x, y, s in objects]
+    return shapes.render(placed, background, 32)
 
 
 def score_of(image, caption):
