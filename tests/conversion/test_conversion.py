@@ -233,7 +233,7 @@ def test_instruction_is_read_without_importing_diffusers(command):
     import subprocess
     import sys
 
-    call = "from sprint_jax.conversion import instruction; instruction.published()"
+    call = "from sprint_jax.encoders import instruction; instruction.published()"
     program = f"import sys; {call}; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout.strip() == "False", result.stderr
