@@ -1,0 +1,289 @@
+"""Pages that are generated from the source when the site is built: options, configuration, rooms.
+
+MkDocs calls `on_page_markdown` for each page. A line `<!-- generate: NAME -->` is replaced by what the
+function NAME below returns. Everything is read from the source with `ast`; nothing is imported.
+"""
+
+import ast
+import dataclasses
+import pathlib
+import re
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "sprint_jax"
+_MARKER = re.compile(r"^<!-- generate: (\w+) -->$", re.M)
+_INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.M)
+
+
+def on_page_markdown(markdown: str, page, config, files) -> str:
+    """Fill in the markers of a page. Raises KeyError for an unknown marker."""
+    known = {"commands": commands, "configuration": configuration, "rooms": rooms}
+    markdown = _INCLUDE.sub(lambda match: included(match.group(1)), markdown)
+    return _MARKER.sub(lambda match: known[match.group(1)](), markdown)
+
+
+def included(name: str) -> str:
+    """Return a markdown file of the root as a page of docs/dev, with its links changed to fit."""
+    text = (ROOT / name).read_text()
+    text = re.sub(r"\]\(docs/", "](../", text)
+    return re.sub(r"\[([^\]]+)\]\((?!\.\./|https?:)[^)]+\)", r"`\1`", text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of a dataclass as its source has it. default: None where the field has none."""
+
+    name: str
+    annotation: ast.expr
+    default: ast.expr | None
+    doc: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Dataclasses and aliases of some modules, by name. doc: of each class; module: of each module."""
+
+    classes: dict[str, ast.ClassDef]
+    values: dict[str, ast.expr]
+    lines: dict[str, list[str]]
+    module: dict[str, str]
+
+    def fields(self, name: str) -> list[Field]:
+        """Return the fields of a class, those of its base classes first."""
+        node, found = self.classes[name], {}
+        for base in node.bases:
+            if _last(base) in self.classes:
+                found |= {field.name: field for field in self.fields(_last(base))}
+        for i, statement in enumerate(node.body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                after = node.body[i + 1] if i + 1 < len(node.body) else None
+                doc = _text(after) or self._comment(name, statement)
+                field = Field(statement.target.id, statement.annotation, statement.value, doc)
+                found[field.name] = field
+        return list(found.values())
+
+    def _comment(self, name: str, statement: ast.AnnAssign) -> str:
+        """Return the comment behind a field, or the comment lines above it."""
+        lines, last = self.lines[name], statement.end_lineno or statement.lineno
+        behind = re.search(r"(?<=\s)#\s?(.*)$", lines[last - 1][statement.end_col_offset or 0 :])
+        if behind:
+            return behind.group(1)
+        above, i = [], statement.lineno - 2
+        while i >= 0 and lines[i].strip().startswith("#"):
+            above.insert(0, lines[i].strip().lstrip("# "))
+            i -= 1
+        return " ".join(above)
+
+    def type(self, annotation: ast.expr) -> str:
+        """Return a type for people, with aliases and `Annotated` resolved."""
+        if isinstance(annotation, ast.Name) and annotation.id in self.values:
+            return self.type(self.values[annotation.id])
+        if isinstance(annotation, ast.BinOp):
+            sides = (self.type(annotation.left), self.type(annotation.right))
+            return " or ".join(side for side in sides if side != "None")
+        if isinstance(annotation, ast.Subscript):
+            inner = annotation.slice
+            parts = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+            kind = _last(annotation.value)
+            if kind == "Annotated":
+                return self.type(parts[0])
+            if kind == "Literal":
+                return ", ".join(f"`{ast.literal_eval(p)}`" for p in parts)
+            if kind in ("Optional", "ClassVar"):
+                return self.type(parts[0])
+            if kind in ("tuple", "list", "Sequence"):
+                return f"list of {self.type(parts[0])}"
+        return ast.unparse(annotation).rpartition(".")[2]
+
+
+def source(*folders: pathlib.Path) -> Source:
+    """Read the dataclasses of all modules in the folders, or of single files."""
+    found = Source({}, {}, {}, {})
+    paths = [
+        p for f in folders for p in ([f] if f.is_file() else sorted(f.rglob("*.py"))) if p.exists()
+    ]
+    for path in paths:
+        text = path.read_text()
+        tree = ast.parse(text)
+        found.module[path.stem] = ast.get_docstring(tree) or ""
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                found.classes[node.name] = node
+                found.lines[node.name] = text.splitlines()
+            elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                found.values[node.targets[0].id] = node.value
+    return found
+
+
+def commands() -> str:
+    """Return a section for each command, with a table of its options."""
+    folder = PACKAGE / "commands"
+    read, sections = source(folder), []
+    for path in sorted(folder.glob("*.py")):
+        names = [
+            node.name
+            for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.ClassDef) and _is_dataclass(node)
+        ]
+        options = [n for n in names if n.lower() in (path.stem, "options")]
+        if options and path.stem != "options":
+            sections += [f"## {path.stem}", "", _paragraphs(read.module[path.stem]), ""]
+            sections += ["| option | type | default | meaning |", "|---|---|---|---|"]
+            sections += [_option(read, field) for field in read.fields(options[0])]
+            sections.append("")
+    return "\n".join(sections)
+
+
+def _option(read: Source, field: Field) -> str:
+    default = "required" if field.default is None else _default(field.default)
+    cells = (f"`--{field.name}`", read.type(field.annotation), default, field.doc)
+    return _row(cells)
+
+
+def configuration() -> str:
+    """Return a section for each part of the configuration, with a table of its keys."""
+    read = source(PACKAGE / "config.py", PACKAGE / "objectives", PACKAGE / "optim")
+    sections, seen = [], set()
+
+    def section(name: str, path: str):
+        if name in seen:
+            return
+        seen.add(name)
+        inner = []
+        rows = ["| key | type | meaning |", "|---|---|---|"]
+        for field in read.fields(name):
+            target = _section_of(field.annotation, read)
+            kind = read.type(field.annotation)
+            place = f"{path}.{field.name}"
+            if target:
+                named = isinstance(field.annotation, ast.Subscript)  # dict[str, Section]
+                place += ".NAME" * named
+                inner.append((target, place))
+                kind = f"section, see [{_title(target)}](#{_title(target).lower()})"
+            rows.append(_row((f"`{place}`", kind, field.doc)))
+        sections.extend([f"## {_title(name)}", "", _doc(read.classes[name]), "", *rows, ""])
+        for target, place in inner:
+            section(target, place)
+
+    section("Config", "config")
+    for name, node in read.classes.items():
+        kinds = [f for f in read.fields(name) if f.name == "kind"] if _is_dataclass(node) else []
+        if kinds and name not in seen:
+            section(name, "config.phases.NAME.objective")
+    return "\n".join(sections)
+
+
+def _section_of(annotation: ast.expr, read: Source) -> str:
+    """Return the name of the dataclass that a field holds, "" if it holds a plain value."""
+    names = [
+        _last(node) for node in ast.walk(annotation) if isinstance(node, ast.Name | ast.Attribute)
+    ]
+    return next((n for n in names if n in read.classes and _is_dataclass(read.classes[n])), "")
+
+
+def _title(name: str) -> str:
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name)
+
+
+def rooms() -> str:
+    """Return the rooms of the package as an SVG drawing, and a table of who may import whom."""
+    allowed = _allowed()
+    rows = [_row(("room", "may import")), "|---|---|"]
+    rows += [
+        _row((f"`{room}`", ", ".join(sorted(below)) or "nothing"))
+        for room, below in allowed.items()
+    ]
+    return "\n".join([_drawing(allowed), "", *rows])
+
+
+def _allowed() -> dict[str, set[str]]:
+    """Read the list of imports that tests/house/test_structure.py allows."""
+    tree = ast.parse((ROOT / "tests/house/test_structure.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and _last(node.targets[0]) == "ALLOWED":
+            return {
+                key.value: {e.value for e in getattr(value, "elts", ())}  # set() has no elements
+                for key, value in zip(node.value.keys, node.value.values, strict=True)
+            }
+    raise KeyError("ALLOWED")
+
+
+def _drawing(allowed: dict[str, set[str]]) -> str:
+    """Draw each room on a floor above all rooms that it imports, without arrows that others imply."""
+    floor: dict[str, int] = {}
+    while left := [room for room in allowed if room not in floor]:
+        # Rooms that import each other are never ready; the first of them is placed as if it were.
+        ready = [room for room in left if allowed[room] <= floor.keys()] or left[:1]
+        placed = {
+            r: max((floor[b] + 1 for b in allowed[r] if b in floor), default=0) for r in ready
+        }
+        floor |= placed
+    floors = [[r for r in allowed if floor[r] == i] for i in range(max(floor.values()) + 1)]
+    width, height = 1000, 74 * len(floors)
+    place = {}
+    for i, names in enumerate(floors):
+        for j, room in enumerate(names):
+            place[room] = (width * (j + 0.5) / len(names), height - 74 * i - 40)
+    lines = []
+    for room, below in allowed.items():
+        implied = set().union(*(allowed[b] for b in below))
+        for target in sorted(below - implied):
+            (x, y), (u, v) = place[room], place[target]
+            lines.append(
+                f'<path d="M{x:.0f} {y + 15:.0f} C{x:.0f} {y + 45:.0f} {u:.0f} {v - 45:.0f} '
+                f'{u:.0f} {v - 17:.0f}" marker-end="url(#tip)"/>'
+            )
+    boxes = [
+        f'<rect x="{x - 52:.0f}" y="{y - 15:.0f}" width="104" height="30" rx="6"/>'
+        f'<text x="{x:.0f}" y="{y + 5:.0f}">{room}</text>'
+        for room, (x, y) in place.items()
+    ]
+    tip = (
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
+        'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z"/></marker></defs>'
+    )
+    return (
+        f'<svg class="rooms" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="Rooms and imports">{tip}{"".join(lines)}{"".join(boxes)}</svg>'
+    )
+
+
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    marks = [d.func if isinstance(d, ast.Call) else d for d in node.decorator_list]
+    return any(_last(mark) == "dataclass" for mark in marks)
+
+
+def _last(node: ast.AST) -> str:
+    """Return the last name of a dotted expression, "" for anything else."""
+    if isinstance(node, ast.Subscript):
+        return _last(node.value)
+    return getattr(node, "attr", None) or getattr(node, "id", None) or ""
+
+
+def _text(node: ast.AST | None) -> str:
+    """Return the text of a docstring statement in one line, "" for any other statement."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return " ".join(str(node.value.value).split())
+    return ""
+
+
+def _doc(node: ast.ClassDef) -> str:
+    return _paragraphs(ast.get_docstring(node) or "")
+
+
+def _paragraphs(docstring: str) -> str:
+    """Return a docstring as markdown. Indented lines become code."""
+    return re.sub(r"(?m)^ {2,3}(?=\S)", "    ", docstring)
+
+
+def _default(value: ast.expr) -> str:
+    """Return a default for people: nothing for None and empty values."""
+    if isinstance(value, ast.Constant) and value.value in (None, ""):
+        return ""
+    if isinstance(value, ast.Tuple) and not value.elts:
+        return ""
+    return f"`{ast.unparse(value)}`"
+
+
+def _row(cells) -> str:
+    return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
