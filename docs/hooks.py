@@ -125,12 +125,12 @@ def commands() -> str:
             for node in ast.parse(path.read_text()).body
             if isinstance(node, ast.ClassDef) and _is_dataclass(node)
         ]
-        options = [n for n in names if n.lower() in (path.stem, "options")]
-        if options and path.stem != "options":
+        if path.stem not in ("__init__", "options"):
             sections += [f"## {path.stem}", "", _paragraphs(read.module[path.stem]), ""]
-            sections += ["| option | type | default | meaning |", "|---|---|---|---|"]
-            sections += [_option(read, field) for field in read.fields(options[0])]
-            sections.append("")
+            for name in [n for n in names if n.lower() in (path.stem, "options")][:1]:
+                sections += ["| option | type | default | meaning |", "|---|---|---|---|"]
+                sections += [_option(read, field) for field in read.fields(name)]
+                sections.append("")
     return "\n".join(sections)
 
 

@@ -5,6 +5,7 @@ Everything is made from recorded rows, so a report can be rendered again at any 
 
 import math
 import pathlib
+import textwrap
 import urllib.parse
 
 from experiments.ablations import grid, plots, verdict
@@ -98,7 +99,7 @@ def _scale(metric, numbers):
 
 def _section(t, rows, folder):
     """(lines, verdicts) of one table."""
-    lines = [f"## {t.title}", "", t.note, ""]
+    lines = [f"## {t.title}", "", textwrap.fill(t.note, 100), ""]
     columns = [(base, base + steps, steps) for base in t.metrics for steps in (t.steps or ("",))]
     columns = [
         c for c in columns if any(values(rows, r.run, c[0] + (r.metric or c[2])) for r in t.rows)

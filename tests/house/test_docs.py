@@ -1,0 +1,82 @@
+"""README and the pages of docs/: what they name exists, and they keep their form."""
+
+import importlib.util
+import re
+import runpy
+
+import pytest
+
+from helpers.runs import ROOT
+from sprint_jax import __main__
+
+README = ROOT / "README.md"
+# The lab notebook is dated: it names what existed on its day.
+PAGES = [README, *sorted(p for p in (ROOT / "docs").rglob("*.md") if "lab-notebook" not in p.parts)]
+_FOLDERS = "sprint_jax|configs|tests|benchmarks|launch|notebooks|docs|experiments|examples"
+
+pytestmark = pytest.mark.second_pass
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+@every_page
+def test_paths_exist(page):
+    for path in re.findall(rf"`((?:{_FOLDERS})/[\w./-]*)`", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+@every_page
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@every_page
+def test_commands_and_modules_exist(page):
+    text = page.read_text()
+    commands = set(re.findall(r"(?:python -m sprint_jax|sprint-jax) ([a-z_]+)", text))
+    assert commands <= {*__main__.COMMANDS, "train"}, commands
+    for module in set(re.findall(r"python -m ((?:sprint_jax|benchmarks|experiments)[.\w]*)", text)):
+        assert importlib.util.find_spec(module), module
+    for script in set(re.findall(r"(?:python|bash) ([\w/]+\.(?:py|sh))", text)):
+        assert (ROOT / script).exists(), script
+
+
+@every_page
+def test_presets_exist(page):
+    for card, preset in set(re.findall(r"(configs/\w+\.py):(\w+)", page.read_text())):
+        assert preset in runpy.run_path(str(ROOT / card))["PRESETS"], f"{card}:{preset}"
+
+
+@every_page
+def test_functions_exist(page):
+    for file, name in re.findall(r"`((?!configs/)\w+(?:/\w+)*\.py):(\w+)`", page.read_text()):
+        source = (ROOT / "sprint_jax" / file).read_text()
+        assert re.search(rf"^(?:def|class) {name}\b", source, re.M), f"{file}:{name}"
+
+
+@every_page
+def test_lines_are_short(page):
+    """At most 100 columns, but for tables and images. Fails where a page is not wrapped."""
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        assert len(line) <= 100 or line.startswith(("|", "![")), f"{page}:{number}"
+
+
+def test_readme_is_short_and_timeless():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 150
+    hashes = [w for w in re.findall(r"\b[0-9a-f]{7,40}\b", text) if re.search(r"[a-f]", w)]
+    assert not [w for w in hashes if re.search(r"[0-9]", w)], hashes
+
+
+def test_ci_calls_readmes_test_command():
+    commands = re.findall(r"^python -m pytest.*$", README.read_text(), re.M)
+    assert commands == ["python -m pytest"]
+    assert commands[0] in (ROOT / ".ci/run").read_text()
+
+
+def test_every_equation_has_its_function():
+    """Eq. 4 to 12 of the paper. Fails when a row of the table is lost."""
+    page = ROOT / "docs/method/equations.md"
+    rows = [line for line in page.read_text().splitlines() if re.match(r"\| Eq\. \d+", line)]
+    assert [int(re.match(r"\| Eq\. (\d+)", row).group(1)) for row in rows] == list(range(4, 13))
+    assert all(re.search(r"`\w+(/\w+)+\.py:\w+`", row) for row in rows)
