@@ -80,3 +80,16 @@ def test_every_equation_has_its_function():
     rows = [line for line in page.read_text().splitlines() if re.match(r"\| Eq\. \d+", line)]
     assert [int(re.match(r"\| Eq\. (\d+)", row).group(1)) for row in rows] == list(range(4, 13))
     assert all(re.search(r"`\w+(/\w+)+\.py:\w+`", row) for row in rows)
+
+
+@every_page
+def test_config_keys_exist(page):
+    """Fails when a key that a page names is renamed."""
+    card = runpy.run_path(str(ROOT / "configs/sprint.py"))["get_config"]().to_dict()
+    for name in set(
+        re.findall(r"\bconfig\.((?!py\b|md\b|json\b)[a-z_]+(?:\.[a-z_]+)*)", page.read_text())
+    ):
+        section = card
+        for word in name.split("."):
+            assert word in section, f"config.{name}"
+            section = section[word]
