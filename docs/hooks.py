@@ -1,13 +1,16 @@
 """Pages that are generated from the source when the site is built: options, configuration, rooms.
 
-MkDocs calls `on_page_markdown` for each page. A line `<!-- generate: NAME -->` is replaced by what the
-function NAME below returns. Everything is read from the source with `ast`; nothing is imported.
+MkDocs calls `on_page_markdown` for each page. A line `<!-- generate: NAME -->` is replaced by what
+the function NAME below returns. Sources are read with `ast` and not imported; the default card of
+the configuration is run for its values.
 """
 
 import ast
 import dataclasses
 import pathlib
 import re
+import runpy
+import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "sprint_jax"
@@ -41,7 +44,10 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Dataclasses and aliases of some modules, by name. doc: of each class; module: of each module."""
+    """Dataclasses and aliases of some modules, by name.
+
+    lines: of the file of each class. module: the docstring of each module.
+    """
 
     classes: dict[str, ast.ClassDef]
     values: dict[str, ast.expr]
@@ -143,6 +149,7 @@ def _option(read: Source, field: Field) -> str:
 def configuration() -> str:
     """Return a section for each part of the configuration, with a table of its keys."""
     read = source(PACKAGE / "config.py", PACKAGE / "objectives", PACKAGE / "optim")
+    card = _card()
     sections, seen = [], set()
 
     def section(name: str, path: str):
@@ -150,17 +157,17 @@ def configuration() -> str:
             return
         seen.add(name)
         inner = []
-        rows = ["| key | type | meaning |", "|---|---|---|"]
+        rows = ["| key | type | default card | meaning |", "|---|---|---|---|"]
         for field in read.fields(name):
             target = _section_of(field.annotation, read)
-            kind = read.type(field.annotation)
+            kind, value = read.type(field.annotation), _values(card, f"{path}.{field.name}")
             place = f"{path}.{field.name}"
             if target:
                 named = isinstance(field.annotation, ast.Subscript)  # dict[str, Section]
                 place += ".NAME" * named
                 inner.append((target, place))
                 kind = f"section, see [{_title(target)}](#{_title(target).lower()})"
-            rows.append(_row((f"`{place}`", kind, field.doc)))
+            rows.append(_row((f"`{place}`", kind, "" if target else value, field.doc)))
         sections.extend([f"## {_title(name)}", "", _doc(read.classes[name]), "", *rows, ""])
         for target, place in inner:
             section(target, place)
@@ -171,6 +178,31 @@ def configuration() -> str:
         if kinds and name not in seen:
             section(name, "config.phases.NAME.objective")
     return "\n".join(sections)
+
+
+def _card() -> dict:
+    """Return the default card as nested dicts."""
+    sys.path.insert(0, str(ROOT))  # the package need not be installed
+    try:
+        return runpy.run_path(str(ROOT / "configs/sprint.py"))["get_config"]().to_dict()
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+def _values(card: dict, path: str) -> str:
+    """Return the value of the default card at a path, one for each section that NAME stands for."""
+    places = [("", card)]
+    for word in path.split(".")[1:]:
+        places = [
+            (f"{at} {name}".strip() if word == "NAME" else at, section[name])
+            for at, section in places
+            for name in (section if word == "NAME" else [word])
+            if name in section
+        ]
+    values = {at: f"`{value!r}`" for at, value in places}
+    if len(set(values.values())) <= 1:
+        return next(iter(values.values()), "")
+    return ", ".join(f"{value} ({at})" for at, value in values.items())
 
 
 def _section_of(annotation: ast.expr, read: Source) -> str:
@@ -187,7 +219,7 @@ def _title(name: str) -> str:
 
 def rooms() -> str:
     """Return the rooms of the package as an SVG drawing, and a table of who may import whom."""
-    allowed = _allowed()
+    allowed = {room: below for room, below in _allowed().items() if room != "__main__"}
     rows = [_row(("room", "may import")), "|---|---|"]
     rows += [
         _row((f"`{room}`", ", ".join(sorted(below)) or "nothing"))
@@ -209,7 +241,7 @@ def _allowed() -> dict[str, set[str]]:
 
 
 def _drawing(allowed: dict[str, set[str]]) -> str:
-    """Draw each room on a floor above all rooms that it imports, without arrows that others imply."""
+    """Draw each room on a floor above those that it imports, without arrows that others imply."""
     floor: dict[str, int] = {}
     while left := [room for room in allowed if room not in floor]:
         # Rooms that import each other are never ready; the first of them is placed as if it were.
@@ -243,8 +275,8 @@ def _drawing(allowed: dict[str, set[str]]) -> str:
         'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z"/></marker></defs>'
     )
     return (
-        f'<svg class="rooms" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="Rooms and imports">{tip}{"".join(lines)}{"".join(boxes)}</svg>'
+        f'<div><svg class="rooms" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="Rooms and imports">{tip}{"".join(lines)}{"".join(boxes)}</svg></div>'
     )
 
 
