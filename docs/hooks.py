@@ -148,36 +148,36 @@ def _option(read: Source, field: Field) -> str:
 
 def configuration() -> str:
     """Return a section for each part of the configuration, with a table of its keys."""
-    read = source(PACKAGE / "config.py", PACKAGE / "objectives", PACKAGE / "optim")
-    card = _card()
-    sections, seen = [], set()
-
-    def section(name: str, path: str):
-        if name in seen:
-            return
-        seen.add(name)
+    read, card = source(PACKAGE / "config.py", PACKAGE / "objectives", PACKAGE / "optim"), _card()
+    methods = [
+        name
+        for name, node in source(PACKAGE / "objectives").classes.items()
+        if _is_dataclass(node) and "kind" in [field.name for field in read.fields(name)]
+    ]
+    waiting = [("Config", "config")]
+    waiting += [(name, "config.phases.NAME.objective") for name in methods]
+    lines, done = [], set()
+    while waiting:
+        name, path = waiting.pop(0)
+        if name in done:
+            continue
+        done.add(name)
+        lines += [f"## {_title(name)}", "", _doc(read.classes[name]), ""]
+        lines += ["| key | type | default card | meaning |", "|---|---|---|---|"]
         inner = []
-        rows = ["| key | type | default card | meaning |", "|---|---|---|---|"]
         for field in read.fields(name):
-            target = _section_of(field.annotation, read)
-            kind, value = read.type(field.annotation), _values(card, f"{path}.{field.name}")
-            place = f"{path}.{field.name}"
-            if target:
-                named = isinstance(field.annotation, ast.Subscript)  # dict[str, Section]
-                place += ".NAME" * named
+            place, kind = f"{path}.{field.name}", read.type(field.annotation)
+            if target := _section_of(field.annotation, read):
+                kind = f"section, see {_link(target)}"
+                if isinstance(field.annotation, ast.Subscript):  # dict[str, Section]
+                    place += ".NAME" if name == "Config" else ".ROLE"
                 inner.append((target, place))
-                kind = f"section, see [{_title(target)}](#{_title(target).lower()})"
-            rows.append(_row((f"`{place}`", kind, "" if target else value, field.doc)))
-        sections.extend([f"## {_title(name)}", "", _doc(read.classes[name]), "", *rows, ""])
-        for target, place in inner:
-            section(target, place)
-
-    section("Config", "config")
-    for name, node in read.classes.items():
-        kinds = [f for f in read.fields(name) if f.name == "kind"] if _is_dataclass(node) else []
-        if kinds and name not in seen:
-            section(name, "config.phases.NAME.objective")
-    return "\n".join(sections)
+            elif field.name == "objective":
+                kind = "section, see " + ", ".join(map(_link, methods))
+            lines.append(_row((f"`{place}`", kind, _values(card, place), field.doc)))
+        lines.append("")
+        waiting = inner + waiting
+    return "\n".join(lines)
 
 
 def _card() -> dict:
@@ -190,19 +190,28 @@ def _card() -> dict:
 
 
 def _values(card: dict, path: str) -> str:
-    """Return the value of the default card at a path, one for each section that NAME stands for."""
+    """Return the value of the default card at a path, and of which sections, where it differs."""
     places = [("", card)]
     for word in path.split(".")[1:]:
+        many = word in ("NAME", "ROLE")
         places = [
-            (f"{at} {name}".strip() if word == "NAME" else at, section[name])
+            (f"{at} {name}".strip() if many else at, section[name])
             for at, section in places
-            for name in (section if word == "NAME" else [word])
+            for name in (_ordered(card, section) if many else [word])
             if name in section
         ]
-    values = {at: f"`{value!r}`" for at, value in places}
-    if len(set(values.values())) <= 1:
-        return next(iter(values.values()), "")
-    return ", ".join(f"{value} ({at})" for at, value in values.items())
+    values: dict[str, list[str]] = {}
+    for at, value in places:
+        if not isinstance(value, dict):
+            values.setdefault(f"`{value}`" if value != "" else '`""`', []).append(at)
+    if len(values) <= 1:
+        return next(iter(values), "")
+    return "; ".join(f"{', '.join(where)}: {value}" for value, where in values.items())
+
+
+def _ordered(card: dict, section: dict) -> list[str]:
+    """Return the names of a section; phases come in the order in which they run."""
+    return sorted(section, key=lambda name: [*card["order"], name].index(name))
 
 
 def _section_of(annotation: ast.expr, read: Source) -> str:
@@ -211,6 +220,10 @@ def _section_of(annotation: ast.expr, read: Source) -> str:
         _last(node) for node in ast.walk(annotation) if isinstance(node, ast.Name | ast.Attribute)
     ]
     return next((n for n in names if n in read.classes and _is_dataclass(read.classes[n])), "")
+
+
+def _link(name: str) -> str:
+    return f"[{_title(name)}](#{_title(name).lower()})"
 
 
 def _title(name: str) -> str:
