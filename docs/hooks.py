@@ -46,13 +46,12 @@ class Field:
 class Source:
     """Dataclasses and aliases of some modules, by name.
 
-    lines: of the file of each class. module: the docstring of each module.
+    lines: of the file of each class.
     """
 
     classes: dict[str, ast.ClassDef]
     values: dict[str, ast.expr]
     lines: dict[str, list[str]]
-    module: dict[str, str]
 
     def fields(self, name: str) -> list[Field]:
         """Return the fields of a class, those of its base classes first."""
@@ -104,14 +103,13 @@ class Source:
 
 def source(*folders: pathlib.Path) -> Source:
     """Read the dataclasses of all modules in the folders, or of single files."""
-    found = Source({}, {}, {}, {})
+    found = Source({}, {}, {})
     paths = [
         p for f in folders for p in ([f] if f.is_file() else sorted(f.rglob("*.py"))) if p.exists()
     ]
     for path in paths:
         text = path.read_text()
         tree = ast.parse(text)
-        found.module[path.stem] = ast.get_docstring(tree) or ""
         for node in tree.body:
             if isinstance(node, ast.ClassDef):
                 found.classes[node.name] = node
@@ -123,26 +121,36 @@ def source(*folders: pathlib.Path) -> Source:
 
 def commands() -> str:
     """Return a section for each command, with a table of its options."""
-    folder = PACKAGE / "commands"
-    read, sections = source(folder), []
-    for path in sorted(folder.glob("*.py")):
-        names = [
-            node.name
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.ClassDef) and _is_dataclass(node)
-        ]
-        if path.stem not in ("__init__", "options"):
-            sections += [f"## {path.stem}", "", _paragraphs(read.module[path.stem]), ""]
-            for name in [n for n in names if n.lower() in (path.stem, "options")][:1]:
-                sections += ["| option | type | default | meaning |", "|---|---|---|---|"]
-                sections += [_option(read, field) for field in read.fields(name)]
-                sections.append("")
+    package, sections = source(PACKAGE), []
+    for path in sorted((PACKAGE / "commands").glob("[a-z]*.py")):
+        file, name = _options(path)
+        own = source(file)
+        read = dataclasses.replace(
+            package, classes=package.classes | own.classes, lines=package.lines | own.lines
+        )
+        description = ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
+        sections += [f"## {path.stem}", "", _paragraphs(description), ""]
+        sections += ["| option | type | default | meaning |", "|---|---|---|---|"]
+        sections += [_option(read, field) for field in read.fields(name)]
+        sections.append("")
     return "\n".join(sections)
+
+
+def _options(path: pathlib.Path) -> tuple[pathlib.Path, str]:
+    """Return the file and the name of the class of a command's options."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if "Options" in (alias.name, alias.asname):
+                    words = (node.module or "").split(".")[1:]
+                    return PACKAGE.joinpath(*words).with_suffix(".py"), alias.name
+    return path, "Options"
 
 
 def _option(read: Source, field: Field) -> str:
     default = "required" if field.default is None else _default(field.default)
-    cells = (f"`--{field.name}`", read.type(field.annotation), default, field.doc)
+    name = "config.KEY" if field.name == "overrides" else field.name.rstrip("_")
+    cells = (f"`--{name}`", read.type(field.annotation), default, field.doc)
     return _row(cells)
 
 
@@ -323,11 +331,10 @@ def _paragraphs(docstring: str) -> str:
 
 def _default(value: ast.expr) -> str:
     """Return a default for people: nothing for None and empty values."""
-    if isinstance(value, ast.Constant) and value.value in (None, ""):
+    if isinstance(value, ast.Call):  # dataclasses.field(default_factory=list)
         return ""
-    if isinstance(value, ast.Tuple) and not value.elts:
-        return ""
-    return f"`{ast.unparse(value)}`"
+    plain = ast.literal_eval(value)
+    return "" if plain in (None, "", ()) else f"`{plain}`"
 
 
 def _row(cells) -> str:
