@@ -1,12 +1,15 @@
-"""Pictures that strangers send: bytes to uint8 [H, W, 3], or a refusal.
+"""Images that strangers send: base64 or bytes to uint8 [H, W, 3], or a refusal.
 
-What a picture is, its bytes say: names and MIME types are not looked at. Its size is read from the header, before
-anything is decoded. An animated picture is its first frame; what is transparent shows the ground it is laid on; 16 bits
-become the upper eight; the camera's orientation (EXIF) is obeyed and all other metadata is left behind.
+The bytes decide the format; names and MIME types are ignored. The size is read from the header
+before anything is decoded. An animation uses its first frame. Transparency shows the background.
+16 bits become the upper eight. The camera's orientation (EXIF) is applied, and all other metadata
+is dropped.
 """
 
+import base64
 import io
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from sprint_jax.serving.refused import Refused
@@ -17,33 +20,46 @@ MOST_PIXELS = 2**24  # 64 MB as RGBA
 _FORMATS = ("PNG", "JPEG", "WEBP")  # every further decoder of PIL would be one more to trust
 
 
-def picture(data: bytes, height: int, width: int, ground=image_files.WHITE):
-    """An uploaded picture, scaled to cover height x width and cut to its middle: uint8 [height, width, 3].
+def from_base64(
+    text: str, height: int, width: int, *, name: str = "image", background=image_files.WHITE
+) -> np.ndarray:
+    """Decode base64 text or a data: URL, then do as `from_bytes`."""
+    encoded = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        data = base64.b64decode(encoded, validate=True)
+    except ValueError:  # also for characters beyond ASCII
+        raise Refused(
+            400, f"{name} is not base64: encode the bytes of a PNG, JPEG or WebP file"
+        ) from None
+    return from_bytes(data, height, width, name=name, background=background)
 
-    data: the file. ground: (r, g, b) behind what is transparent. Raises Refused with 400 for what is no whole picture,
-    413 for one that is too large, 415 for any other format.
+
+def from_bytes(
+    data: bytes, height: int, width: int, *, name: str = "image", background=image_files.WHITE
+) -> np.ndarray:
+    """Scale an image file to cover height x width and crop its center: uint8 [height, width, 3].
+
+    name: what the refusals call it. background: (r, g, b) behind transparent pixels. Raises Refused
+    with 400 for a file that is empty or damaged, 413 for one that is too large, and 415 for any
+    other format.
     """
     if not data:
-        raise Refused(400, "the picture is empty: send a PNG, JPEG or WebP file")
+        raise Refused(400, f"{name} is empty: send a PNG, JPEG or WebP file")
     if len(data) > MOST_BYTES:
-        raise Refused(413, f"the picture has {len(data)} bytes: send at most {MOST_BYTES}")
+        raise Refused(413, f"{name} has {len(data)} bytes: send at most {MOST_BYTES}")
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > MOST_PIXELS:
-                raise Refused(
-                    413,
-                    f"the picture has {image.width} x {image.height} pixels: send at most {MOST_PIXELS}",
-                )
-            return image_files.covering(image, height, width, ground)
+                size = f"{image.width} x {image.height}"
+                raise Refused(413, f"{name} has {size} pixels: send at most {MOST_PIXELS}")
+            return image_files.covering(image, height, width, background)
     except Refused:
         raise
     except Image.DecompressionBombError:
-        raise Refused(413, f"the picture has too many pixels: send at most {MOST_PIXELS}") from None
+        raise Refused(413, f"{name} has too many pixels: send at most {MOST_PIXELS}") from None
     except UnidentifiedImageError:
-        raise Refused(
-            415, "the picture is not a PNG, JPEG or WebP file: convert it to one"
-        ) from None
-    except Exception:  # decoders raise dozens of kinds for damaged bytes, and none may reach the server's log as its own fault
-        raise Refused(
-            400, "the picture is damaged and cannot be read: save it again as PNG"
-        ) from None
+        raise Refused(415, f"{name} is not a PNG, JPEG or WebP file: convert it to one") from None
+    except (
+        Exception
+    ):  # decoders raise dozens of kinds for damaged bytes; none is the server's fault
+        raise Refused(400, f"{name} is damaged and cannot be read: save it again as PNG") from None

@@ -1,0 +1,249 @@
+"""The request of POST /generate: one pydantic model is its schema, validation and OpenAPI text.
+
+The model depends on `Limits`, which the server fixes at its start. A key that is null counts as
+left out. `parse` checks a body and decodes its images.
+"""
+
+import dataclasses
+import functools
+import re
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pydantic
+from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from sprint_jax.serving import body as bodies
+from sprint_jax.serving import uploads
+from sprint_jax.serving.refused import Refused
+from sprint_jax.storage import image_files
+
+SCHEDULES = ("code", "paper")
+STRENGTH = 0.6
+_MOST_SEED = 2**31 - 1
+_MOST_GUIDANCE = 20
+_MOST_CONTROL = 2
+_MOST_SIDE = 2**16
+_NO_IMAGE = "this model cannot start from an image"
+_NO_CONTROL = "this model has no ControlNet"
+_CONTROL_CHARACTERS = r"\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f"  # not tab, line breaks
+# Halves of surrogate pairs as well, which no tokenizer can encode.
+_UNREADABLE = re.compile(rf"[{_CONTROL_CHARACTERS}\ud800-\udfff]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a server offers, fixed at its start.
+
+    steps: allowed numbers of network calls. sizes: (height, width) in pixels, the default first.
+    Only these are compiled, so that no request makes the others wait for the compiler.
+    guidance_scale, schedule: defaults. takes_image: whether a request may bring an image to start
+    from. takes_control: whether it may bring a sketch for the ControlNet. max_prompt: characters.
+    """
+
+    steps: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
+    guidance_scale: float
+    schedule: str
+    takes_image: bool
+    takes_control: bool
+    max_prompt: int = 2000
+
+    @property
+    def default_steps(self) -> int:
+        """The number of steps of a request that names none."""
+        return 2 if 2 in self.steps else self.steps[0]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Request:
+    """One image to draw, checked.
+
+    image: uint8 [height, width, 3] to start from, or None. strength: how much of it may change, in
+    (0, 1]. control: white lines on black of the same shape, or None. control_scale: its weight.
+    """
+
+    prompt: str
+    steps: int
+    seed: int
+    guidance_scale: float
+    height: int
+    width: int
+    schedule: str
+    image: np.ndarray | None
+    strength: float
+    control: np.ndarray | None
+    control_scale: float
+
+
+class Error(pydantic.BaseModel):
+    """The body of every response with a status of 400 or above."""
+
+    error: str = Field(description="One sentence: what is wrong, and the remedy.")
+
+
+@functools.lru_cache(maxsize=8)
+def request_model(limits: Limits) -> type[pydantic.BaseModel]:
+    """Return the pydantic model of a request body under `limits`."""
+    heights, widths = (list(dict.fromkeys(side)) for side in zip(*limits.sizes, strict=True))
+    fields: dict[str, Any] = {
+        "prompt": _prompt(limits.max_prompt),
+        "steps": _choice(limits.steps, limits.default_steps, "Network calls."),
+        "seed": (
+            Annotated[int, Field(ge=0, le=_MOST_SEED), BeforeValidator(_whole)] | None,
+            Field(0, description="The same request with the same seed is the same image."),
+        ),
+        "guidance_scale": _number(limits.guidance_scale, "Embedded guidance.", le=_MOST_GUIDANCE),
+        "height": _side(heights, "Pixels; height and width together are one of the sizes."),
+        "width": _side(widths, "Pixels."),
+        "schedule": _choice(
+            SCHEDULES, limits.schedule, "Times of the steps. paper takes 1, 2 or 4 steps."
+        ),
+        "image": _image("to start from") if limits.takes_image else _absent(_NO_IMAGE),
+        "strength": _number(STRENGTH, "How much of image may change.", gt=0, le=1),
+        "control": (
+            _image("of white lines on black to follow")
+            if limits.takes_control
+            else _absent(_NO_CONTROL)
+        ),
+        "control_scale": _number(1.0, "How closely control is followed.", le=_MOST_CONTROL),
+    }
+    config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    return pydantic.create_model("Request", __config__=config, **fields)
+
+
+def json_schema(limits: Limits) -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a request body."""
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": dialect, **request_model(limits).model_json_schema()}
+
+
+def parse(body: bytes, limits: Limits) -> Request:
+    """Return the request in a body. Raises Refused for anything that the schema does not allow."""
+    fields = bodies.json_object(body)
+    model = request_model(limits)
+    for name in fields:  # before pydantic, which would list every one of many
+        if name not in model.model_fields:
+            known = ", ".join(model.model_fields)
+            raise Refused(400, f"unknown key {bodies.short(name)}: the keys are {known}")
+    try:
+        checked = model.model_validate({k: v for k, v in fields.items() if v is not None})
+    except pydantic.ValidationError as error:
+        raise Refused(400, sentence(error.errors()[0], json_schema(limits))) from None
+    values = dict(checked)
+    height, width = _size(checked, limits)
+    # Images are decoded last, so that nothing is spent on a request that is wrong elsewhere.
+    for name, background in (("image", image_files.WHITE), ("control", image_files.BLACK)):
+        if values[name] is not None:
+            values[name] = uploads.from_base64(
+                values[name], height, width, name=name, background=background
+            )
+    return Request(**values | {"height": height, "width": width})
+
+
+def sentence(error: Any, schema: dict[str, Any]) -> str:
+    """Return one of pydantic's errors as a sentence: the field, its value, and the remedy.
+
+    error: an item of `ValidationError.errors()`. schema: the JSON Schema of the model.
+    """
+    name, value, wrong = str(error["loc"][-1]), error["input"], error["type"]
+    described = schema["properties"].get(name, {})
+    if wrong == "problem":
+        return f"{name} {error['msg']}"
+    if wrong == "none_required":
+        return f"{name} is given, and {described['description']}: leave it out"
+    if wrong == "missing":
+        return f"{name} is missing: say what to draw"
+    if wrong == "string_too_long":
+        return f"{name} has {len(value)} characters: {_remedy(described)}"
+    kind = bodies.kind(value)
+    if wrong == "string_type" or (wrong == "float_type" and kind != "number"):
+        return f"{name} is a {kind}: {_remedy(described)}"
+    return f"{name} is {bodies.short(value)}: {_remedy(described)}"
+
+
+def _remedy(described: dict[str, Any]) -> str:
+    """Return what to send instead, by the JSON Schema of a property."""
+    described = described.get("anyOf", [described])[0]
+    choices = [described["const"]] if "const" in described else described.get("enum")
+    if choices:
+        return "use " + ", ".join(map(str, choices))
+    if "contentEncoding" in described:
+        return "give a PNG, JPEG or WebP file in base64"
+    if described["type"] == "string":
+        return f"use a string of at most {described['maxLength']} characters"
+    what = "a whole number" if described["type"] == "integer" else "a number"
+    if "exclusiveMinimum" in described:
+        return f"use {what} above {described['exclusiveMinimum']}, at most {described['maximum']}"
+    return f"use {what} from {described['minimum']} to {described['maximum']}"
+
+
+def _prompt(most: int) -> tuple[Any, Any]:
+    patterns = [{"pattern": r"\S"}, {"pattern": f"^[^{_CONTROL_CHARACTERS}]*$"}]
+    text = "What to draw. No control characters but tab and line breaks."
+    bounds = Field(min_length=1, max_length=most, json_schema_extra={"allOf": patterns})
+    return Annotated[str, bounds, BeforeValidator(_readable)], Field(description=text)
+
+
+def _choice(values: tuple, default: Any, text: str) -> tuple[Any, Any]:
+    one_of = Annotated[Literal.__getitem__(values), BeforeValidator(_whole)]
+    return one_of | None, Field(default, description=text)
+
+
+def _number(default: float, text: str, **bounds: float) -> tuple[Any, Any]:
+    bounds = bounds if "gt" in bounds else {"ge": 0, **bounds}
+    return Annotated[float, Field(**bounds)] | None, Field(default, description=text)
+
+
+def _side(offered: list[int], text: str) -> tuple[Any, Any]:
+    # Any side passes here: `_size` names the sizes that both sides make.
+    published = WithJsonSchema({"type": "integer", "enum": offered})
+    whole = Annotated[int, Field(ge=1, le=_MOST_SIDE), BeforeValidator(_whole), published]
+    return whole | None, Field(offered[0], description=text)
+
+
+def _image(what: str) -> tuple[Any, Any]:
+    # The length is checked after decoding, where the refusal can name bytes.
+    longest = {"contentEncoding": "base64", "maxLength": 4 * uploads.MOST_BYTES // 3 + 64}
+    text = f"A PNG, JPEG or WebP file {what}, in base64 or as a data: URL, cropped to the size."
+    return Annotated[str, Field(json_schema_extra=longest)] | None, Field(None, description=text)
+
+
+def _absent(why: str) -> tuple[Any, Any]:
+    return None, Field(None, description=why)
+
+
+def _whole(value: Any) -> Any:
+    """Return 2.0 as 2, as JSON Schema does. Refuse booleans, which Python counts as integers."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("int_type", "not a number")
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _readable(value: Any) -> Any:
+    """Refuse a blank prompt and unreadable characters; leave other types to pydantic."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        raise PydanticCustomError("problem", "is empty: say what to draw")
+    if found := _UNREADABLE.search(value):
+        code = f"U+{ord(found[0]):04X} at {found.start()}"
+        raise PydanticCustomError(
+            "problem", f"has the character {code}: use letters, digits and punctuation"
+        )
+    return value
+
+
+def _size(checked: Any, limits: Limits) -> tuple[int, int]:
+    """Return (height, width). A missing side is that of the first size with the other."""
+    height, width = (
+        getattr(checked, side) if side in checked.model_fields_set else None
+        for side in ("height", "width")
+    )
+    for size in limits.sizes:
+        if height in (None, size[0]) and width in (None, size[1]):
+            return size
+    listed = ", ".join(f"{h} x {w}" for h, w in limits.sizes)
+    asked = f"{height or limits.sizes[0][0]} x {width or limits.sizes[0][1]}"
+    raise Refused(400, f"height x width is {asked}: this server draws {listed}")

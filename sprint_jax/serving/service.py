@@ -1,0 +1,149 @@
+"""Serve a model: from its path and the options of `sprint-jax serve` to the end of the process."""
+
+import pathlib
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tqdm
+import uvicorn
+
+from sprint_jax.errors import UserError
+from sprint_jax.sampling import exported, pipeline
+from sprint_jax.sampling.exported import Exported
+from sprint_jax.sampling.pipeline import Pipeline
+from sprint_jax.serving import artist, server
+from sprint_jax.serving.app import make_app
+from sprint_jax.serving.queue import Queue
+from sprint_jax.serving.schema import Limits
+
+_LOCAL = ("127.0.0.1", "::1")
+
+
+def serve(
+    model: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    sizes: Sequence[str] = (),
+    max_steps: int = 4,
+    max_prompt: int = 2000,
+    queue: int = 64,
+    password: str | None = None,
+    ready_tokens: int | None = None,
+    **loading: Any,
+) -> None:
+    """Load a model and serve it until a signal ends the process.
+
+    model: a folder or an exported file. sizes: texts such as "768x1344". loading: keywords of
+    `sampling.pipeline.load`. The others are the options of `sprint-jax serve`. Raises UserError.
+    """
+    for name, value, low, high in (
+        ("port", port, 0, 65535),
+        ("queue", queue, 1, 10_000),
+        ("max_steps", max_steps, 1, 50),
+        ("max_prompt", max_prompt, 1, 100_000),
+    ):
+        if not low <= value <= high:
+            raise UserError(f"--{name}={value}: use {low} to {high}")
+    pairs = parse_sizes(sizes)
+    listener = server.listen(host, port)  # before the model, whose loading may take minutes
+    path = pathlib.Path(model)
+    pipe = _load(path, loading)
+    limits = artist.limits_of(pipe, pairs, max_steps, max_prompt)
+    run(
+        pipe,
+        path,
+        limits,
+        listener,
+        capacity=queue,
+        password=password,
+        ready_tokens=ready_tokens,
+    )
+
+
+def _load(path: pathlib.Path, loading: dict[str, Any]) -> Pipeline | Exported:
+    def say(message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+    if not path.is_file():
+        loading["dtype"] = loading.get("dtype") or pipeline.default_dtype()
+        return pipeline.load(path, say=say, **loading)
+    for name, value in loading.items():
+        if value not in (None, False):
+            flag = "instruction_file" if name == "instruction" else name
+            raise UserError(
+                f"--{flag} is settled in an exported file: give it to sprint-jax export"
+            )
+    return exported.load(path, say=say)
+
+
+def parse_sizes(texts: Sequence[str]) -> list[tuple[int, int]] | None:
+    """Return (height, width) of texts such as "768x1344", or None for none. Raises UserError."""
+    if not texts:
+        return None
+    try:
+        return [
+            (int(height), int(width)) for height, width in (t.lower().split("x") for t in texts)
+        ]
+    except ValueError:
+        raise UserError(
+            f"--sizes={','.join(texts)}: give HEIGHTxWIDTH, for example 1024x1024,768x1344"
+        ) from None
+
+
+def run(
+    pipe: Pipeline | Exported,
+    path: pathlib.Path,
+    limits: Limits,
+    listener: socket.socket,
+    *,
+    capacity: int = 64,
+    password: str | None = None,
+    ready_tokens: int | None = None,
+) -> None:
+    """Serve a model until a signal ends the process. The page answers while the model compiles.
+
+    path: of the model. capacity: requests that may wait. password: None for none. ready_tokens: see
+    `artist.rehearsals`. Raises what compiling raised.
+    """
+    host, port = listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    local = host in _LOCAL
+    draw = artist.make_artist(pipe, path)
+    failures: list[Exception] = []
+
+    def prepare(say: Callable[[int, int], None]) -> None:
+        wanted = artist.rehearsals(pipe, limits, ready_tokens)
+        say(0, len(wanted))
+        for done, request in enumerate(tqdm.tqdm(wanted, unit="program", desc="compile"), 1):
+            draw(request)
+            say(done, len(wanted))
+
+    def prepared(error: Exception | None) -> None:
+        if error is None:
+            return print(f"ready: {address}", flush=True)
+        failures.append(error)
+        uvicorn_server.should_exit = True
+
+    queue = Queue(draw, capacity, prepare, prepared)
+    offer = {"name": path.resolve().name, "examples": artist.examples(pipe)}
+    app = make_app(queue, limits, password=password, local=local, **offer)
+    uvicorn_server = uvicorn.Server(server.configure(app))
+    if not password and not local:
+        warning = f"warning: {address} is open to other machines without a password"
+        print(f"{warning}: set --password", file=sys.stderr)
+    print(f"{address} (compiling; the page says when it is ready)", flush=True)
+    queue.start()
+    # uvicorn ends well on SIGINT and SIGTERM, and then raises them again. That exit status is no
+    # use here.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        uvicorn_server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass
+    queue.close()
+    if failures:
+        raise failures[0]
