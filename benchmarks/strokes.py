@@ -22,13 +22,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 WATCH = """() => {
   window.times = [];
   let lifted = null;
-  document.getElementById('sprint-canvas').addEventListener('pointerup', () => { lifted = performance.now(); }, true);
+  document.getElementById('canvas').addEventListener('pointerup', () => { lifted = performance.now(); }, true);
   new MutationObserver(() => {
     if (lifted === null) return;
     const from = lifted;
     lifted = null;
     requestAnimationFrame(() => requestAnimationFrame(() => window.times.push(performance.now() - from)));
-  }).observe(document.getElementById('sprint-frame'), { attributes: true, attributeFilter: ['data-shown'] });
+  }).observe(document.getElementById('frame'), { attributes: true, attributeFilter: ['data-shown'] });
 }"""
 
 
@@ -45,16 +45,16 @@ def main():
         page = browser.opened(chromium, f"http://127.0.0.1:{port}")
         if options.screenshot:
             return screenshot(browser, page, options.screenshot)
-        page.locator("#sprint-steps label", has_text=str(options.steps)).click()
+        page.locator("#steps label", has_text=str(options.steps)).click()
         browser.tab(page, "Sketch")
-        page.wait_for_selector("#sprint-canvas")
+        page.wait_for_selector("#canvas")
         page.evaluate(WATCH)
         point, rng = (lambda: (rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9))), random.Random(0)
         for number in range(options.strokes):
             if number % 10 == 0:
-                page.click("#sprint-clear")
+                page.click("#clear")
             browser.stroke(page, point(), point(), pause=5)
-            page.wait_for_function("count => window.times.length > count", arg=number)
+            browser.wait_for(page, "count => window.times.length > count", number)
         times = page.evaluate("window.times")
     p50, p95 = np.percentile(times, (50, 95))
     print(
@@ -66,18 +66,16 @@ def screenshot(browser, page, path):
     """Some pictures from prompts, then a sketch of a circle and a square."""
     for number in range(3):
         before = browser.shown(page)
-        page.locator("#sprint-examples button").nth(number).click()
-        browser.wait_for_picture(page, before)
-    page.fill("#sprint-prompt textarea", "a red circle left of a blue square")
-    page.locator("#sprint-steps label", has_text="4").click()
+        page.locator("#examples button").nth(number).click()
+        browser.wait_for_image(page, before)
+    page.fill("#prompt", "a red circle left of a blue square")
+    page.locator("#steps label", has_text="4").click()
     browser.tab(page, "Sketch")
-    page.wait_for_selector("#sprint-canvas")
-    colours = page.locator("#sprint-sketch .sprint-colour")
+    page.wait_for_selector("#canvas")
+    colours = page.locator("#colors button")
     steered = colours.count() == 2  # white lines on black, for a ControlNet
     if not steered:
-        page.click(
-            "#sprint-fill"
-        )  # with black: the embedded model's pictures are on black unless told
+        page.click("#fill")  # with black: the embedded model's pictures are on black unless told
     turn = [
         (0.32 + 0.12 * np.cos(a), 0.6 + 0.12 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 25)
     ]
@@ -88,12 +86,12 @@ def screenshot(browser, page, path):
         (3, [square, [(0.78, 0.6), (0.86, 0.6)]]),
     ):
         colours.nth(0 if steered else colour).click()
-        page.locator("#sprint-sketch .sprint-tool", has_text="Fine" if steered else "Brush").click()
+        page.locator("#widths button", has_text="Fine" if steered else "Brush").click()
         strokes = strokes[:1] if steered else strokes  # outlines alone
         for points in strokes:
             before = browser.shown(page)
             browser.stroke(page, *points)
-            browser.wait_for_picture(page, before)
+            browser.wait_for_image(page, before)
     page.wait_for_timeout(700)
     page.mouse.move(5, 5)
     page.screenshot(path=path)

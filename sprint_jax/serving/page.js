@@ -118,7 +118,8 @@ function show(image) {
     element("span", {}, `${name} ${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`);
   $("about").replaceChildren(
     ...[...image.times, ["total", image.total]].map(time),
-    element("a", { id: "download", href: image.url, download: fileName(image.request) }, "Save"),
+    element(
+      "a", { id: "download", href: image.url, download: fileName(image.request) }, "Download"),
   );
   $("gallery").replaceChildren(...images.map((one) => element("button", {
     type: "button",

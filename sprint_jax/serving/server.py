@@ -21,13 +21,13 @@ class Impatient(H11Protocol):
     _idle = _sending = None  # timers
 
     def connection_made(self, transport) -> None:
-        """Start to wait for the first request."""
+        """Start waiting for the first request."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # report every byte that is not taken
         self._wait_for_request()
 
     def on_response_complete(self) -> None:
-        """Start to wait for the next request."""
+        """Start waiting for the next request."""
         super().on_response_complete()
         self._wait_for_request()
 
@@ -41,7 +41,7 @@ class Impatient(H11Protocol):
             self.transport.close()
 
     def pause_writing(self) -> None:
-        """Start to watch an answer that the client does not take."""
+        """Start watching an answer that the client does not take."""
         super().pause_writing()
         if not self._sending:
             self._watch_sending()
@@ -57,7 +57,7 @@ class Impatient(H11Protocol):
             self._watch_sending()
 
     def resume_writing(self) -> None:
-        """Stop to watch: everything is taken."""
+        """Stop watching: the client has taken everything."""
         super().resume_writing()
         self._stop_watching()
 
@@ -67,7 +67,7 @@ class Impatient(H11Protocol):
             self._sending = None
 
     def connection_lost(self, exc) -> None:
-        """Stop to watch: nobody is there."""
+        """Stop watching: nobody is there."""
         self._stop_watching()
         super().connection_lost(exc)
 

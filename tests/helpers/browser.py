@@ -1,8 +1,9 @@
-"""A real browser at a real server: what tests, the benchmark of strokes and README's picture share."""
+"""A real browser at a real server: what tests, the benchmark of strokes and README's image share."""
 
 import contextlib
 import itertools
 import shutil
+import time
 
 ARGUMENTS = (
     "--headless",
@@ -36,31 +37,53 @@ def opened(browser, address, **options):
     """A tab (Playwright's page) of its own session, with the model ready."""
     page = browser.new_context(viewport={"width": 1280, "height": 900}, **options).new_page()
     page.goto(address)
-    page.wait_for_selector("#sprint-ready:text('Ready')", timeout=120_000)
-    page.wait_for_selector("#sprint-draw-text")
+    wait_until_ready(page)
     return page
 
 
+def wait_until_ready(page, seconds=120):
+    """Until the model is compiled and the controls are there."""
+    page.wait_for_selector("#ready:text('Ready')", timeout=1000 * seconds)
+    page.wait_for_selector("#draw")
+
+
+def wait_for(page, function, argument=None, seconds=30):
+    """Until a JavaScript function is true. Playwright's own wait needs a page that allows eval."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(function, argument):
+        assert time.monotonic() < end, f"it did not happen in time: {function}"
+        page.wait_for_timeout(10)
+
+
+def wait_for_message(page, words):
+    """Until the page shows a message with the words."""
+    wait_for(page, "words => document.getElementById('message').textContent.includes(words)", words)
+
+
+def wait_until_idle(page):
+    """Until no request is on its way."""
+    wait_for(page, "() => !document.getElementById('frame').classList.contains('busy')")
+
+
 def shown(page):
-    """How many pictures the page has shown."""
-    return int(page.locator("#sprint-frame").get_attribute("data-shown") or 0)
+    """How many images the page has shown."""
+    return int(page.locator("#frame").get_attribute("data-shown") or 0)
 
 
-def wait_for_picture(page, before):
-    """Until the page has shown more pictures than `before`."""
-    page.wait_for_function(
-        "before => Number(document.getElementById('sprint-frame').dataset.shown || 0) > before",
-        arg=before,
-    )
+def wait_for_image(page, before):
+    """Until the page has shown more images than `before`."""
+    more = "before => Number(document.getElementById('frame').dataset.shown || 0) > before"
+    wait_for(page, more, before)
 
 
 def tab(page, name):
+    """Change to the tab "Text", "Image" or "Sketch"."""
     page.get_by_role("tab", name=name).click()
 
 
 def stroke(page, *points, pause=0):
     """Draws through points, each in shares (x, y) of the canvas, ten moves between two of them. pause: ms between moves."""
-    canvas = page.locator("#sprint-canvas")
+    canvas = page.locator("#canvas")
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     place = lambda x, y: (box["x"] + x * box["width"], box["y"] + y * box["height"])

@@ -34,7 +34,7 @@ ALLOWED = {
     "sampling": {"errors", "build", "config", "conversion", "diffusion", "encoders", "models", "ops", "storage"},
     "evaluation": {"errors", "conditioning", "sampling", "storage", "toy"},
     "training": {"errors", "build", "conditioning", "config", "data", "diffusion", "encoders", "evaluation", "models", "objectives", "optim", "reporting", "sampling", "storage", "toy"},
-    "serving": {"errors", "storage"},
+    "serving": {"errors", "sampling", "storage"},
     "commands": {"errors", "build", "conditioning", "config", "conversion", "data", "encoders", "evaluation", "models", "planning", "reporting", "runtime", "sampling", "serving", "storage", "toy", "training"},
     "main": {"commands", "config", "runtime", "training"},
     "__main__": set(),

@@ -1,0 +1,78 @@
+"""sprint-jax serve from the command line."""
+
+import contextlib
+import signal
+
+import httpx
+import pytest
+
+from helpers.runs import free_port
+from helpers.servers import CLIENT, ask, drawn, wait_until
+
+
+def test_the_door_starts_serves_and_ends(command, finished):
+    """From the command line: progress, ready, a picture, SIGTERM with status 0; a second one on its port is refused."""
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    process = command(
+        "sprint_jax.commands.serve",
+        f"--model={finished}",
+        f"--port={port}",
+        "--max_steps=1",
+        background=True,
+    )
+    try:
+        states = []
+
+        def ready():
+            assert process.poll() is None, process.stderr.read()
+            with contextlib.suppress(httpx.TransportError):
+                states.append(CLIENT.get(f"{address}/health").json())
+            return states and states[-1]["ready"]
+
+        wait_until(ready, 120)
+        assert states[-1]["compiled"] == states[-1]["programs"] == 2
+        assert drawn(ask(address, steps=1)).shape == (32, 32, 3)
+        assert ask(address, steps=2).status_code == 400
+        second = command("sprint_jax.commands.serve", f"--model={finished}", f"--port={port}")
+        assert second.returncode == 2 and f"--port={port}" in second.stderr.splitlines()[-1]
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 0 and f"ready: {address}" in out and "Traceback" not in err, (
+            err
+        )
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ([], ["--model"]),
+        (["--model=/nowhere"], ["/nowhere"]),
+        (["--model=x", "--port=70000"], ["--port"]),
+        (["--model=x", "--queue=0"], ["--queue"]),
+        (["--model=x", "--host=300.1.1.1"], ["--host"]),
+        (["--model=x", "--sizes=big"], ["--sizes"]),
+    ],
+)
+def test_the_door_refuses(command, flags, words):
+    result = (
+        command("sprint_jax.commands.serve", *flags, "--port=0")
+        if not any("port" in flag for flag in flags)
+        else command("sprint_jax.commands.serve", *flags)
+    )
+    line = result.stderr.strip().splitlines()[-1]
+    assert (
+        result.returncode == 2
+        and line.startswith("error: ")
+        and all(word in line for word in words)
+    ), line
+
+
+def test_a_missing_package_is_named(command):
+    """Without the extra `app`. Fails when the import's own traceback comes through."""
+    missing = "import sys; sys.modules['fastapi'] = None"
+    result = command("sprint_jax.commands.serve", "--model=x", before=missing)
+    line = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2 and "fastapi" in line and "sprint_jax[app]" in line, line

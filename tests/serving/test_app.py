@@ -1,0 +1,385 @@
+"""The API under good and bad clients. A stand-in draws its request, so that a swapped answer shows."""
+
+import asyncio
+import base64
+import concurrent.futures
+import contextlib
+import socket
+import time
+
+import httpx
+import numpy as np
+import pytest
+from starlette.testclient import TestClient
+
+from helpers.servers import (
+    CLIENT,
+    LIMITS,
+    ask,
+    body,
+    connection,
+    drawn,
+    encoded,
+    line,
+    paint,
+    served,
+    wait_until,
+)
+from sprint_jax.errors import UserError
+from sprint_jax.serving import app, schema, server
+from sprint_jax.serving import body as body_lib
+from sprint_jax.serving.app import make_app, png
+
+
+def test_a_picture_over_http():
+    with served() as (address, _):
+        response = ask(address, seed=3)
+        np.testing.assert_array_equal(drawn(response), paint(schema.parse(body(seed=3), LIMITS)))
+        assert (
+            response.headers["content-type"] == "image/png"
+            and response.headers["cache-control"] == "no-store"
+        )
+        for stage in ("waiting", "drawing", "encoding"):
+            assert f"{stage};dur=" in response.headers["server-timing"]
+        assert CLIENT.get(f"{address}/schema").json() == schema.json_schema(LIMITS)
+        assert CLIENT.get(f"{address}/health").json()["ready"] is True
+        described = CLIENT.get(f"{address}/openapi.json").json()
+        assert described["paths"]["/generate"]["post"]["requestBody"]["content"][
+            "application/json"
+        ]["schema"]["required"] == ["prompt"]
+
+
+def test_errors_are_a_sentence_and_the_server_lives_on():
+    with served() as (address, _):
+        post = lambda content, **headers: CLIENT.post(
+            f"{address}/generate",
+            content=content,
+            headers={"content-type": "application/json"} | headers,
+        )
+        for response, status, word in (
+            (ask(address, prompt="a zebra"), 400, "zebra"),
+            (ask(address, prompt="fire"), 500, "log"),
+            (post(b"{"), 400, "JSON"),
+            (post(body(), **{"content-type": "text/plain"}), 415, "application/json"),
+            (post(b"x" * (body_lib.MOST_BYTES + 1)), 413, str(body_lib.MOST_BYTES)),
+            (
+                post(iter([b"x" * 2**20] * (body_lib.MOST_BYTES // 2**20 + 1))),
+                413,
+                str(body_lib.MOST_BYTES),
+            ),
+            (post(body(), **{"x-session": "s" * 100}), 400, "X-Session"),
+            (CLIENT.get(f"{address}/generate"), 405, "POST"),
+            (CLIENT.get(f"{address}/nothing"), 404, "/generate"),
+        ):
+            assert response.status_code == status and word in response.json()["error"], (
+                response.text
+            )
+        assert CLIENT.get(f"{address}/generate").headers["allow"] == "POST"
+        with connection(
+            address, b"", length=body_lib.MOST_BYTES + 1
+        ) as announced:  # refused before any of it is sent
+            assert b"413" in announced.recv(65536).split(b"\r\n")[0]
+        drawn(ask(address))
+
+
+def test_a_fault_of_the_server_has_the_form_of_every_error(monkeypatch):
+    """Fails when FastAPI's own answer, plain text, comes through."""
+    queue = line(paint, 8)
+    monkeypatch.setattr(schema, "parse", lambda *_: 1 // 0)
+    with TestClient(make_app(queue, LIMITS), raise_server_exceptions=False) as client:
+        reply = client.post("/generate", json={"prompt": "a circle"})
+        assert reply.status_code == 500 and "log" in reply.json()["error"]
+    queue.close()
+
+
+def test_openapi_is_of_the_same_model_as_the_checks():
+    """Every status that the server sends has the form of an error; a password is described."""
+    queue = line(paint, 8)
+    described = make_app(queue, LIMITS, password="secret").openapi()
+    post = described["paths"]["/generate"]["post"]
+    sent = post["requestBody"]["content"]["application/json"]["schema"]
+    assert sent == schema.json_schema(LIMITS)
+    form = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    assert list(post["responses"].pop("200")["content"]) == ["image/png"]
+    assert {"400", "408", "409", "413", "415", "429", "503", "default"} == set(post["responses"])
+    assert all(response["content"] == form for response in post["responses"].values())
+    assert described["components"]["schemas"]["Error"]["required"] == ["error"]
+    assert [each["name"] for each in post["parameters"]] == ["x-session"]
+    assert described["components"]["securitySchemes"]["password"]["scheme"] == "basic"
+    assert "securitySchemes" not in make_app(queue, LIMITS).openapi()["components"]
+    queue.close()
+
+
+def test_the_password_and_other_sites():
+    with served(password="swördfish") as (address, _):
+        for path in ("/", "/health", "/schema", "/page.css"):
+            response = CLIENT.get(address + path)
+            assert response.status_code == 401 and response.headers["www-authenticate"].startswith(
+                "Basic"
+            )
+        assert ask(address).status_code == 401
+        for bad in (
+            "Basic",
+            "Basic !!!",
+            "Bearer x",
+            "Basic " + encoded(b"x:wrong"),
+            "Basic " + encoded(b"no colon"),
+        ):
+            assert ask(address, headers={"authorization": bad}).status_code == 401
+        good = {"authorization": "Basic " + encoded("anybody:swördfish".encode())}
+        drawn(ask(address, headers=good))
+        page = CLIENT.get(address, headers=good)
+        assert page.status_code == 200 and "page.js" in page.text
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy
+        assert ask(address, headers=good | {"origin": "http://evil.example"}).status_code == 403
+        drawn(ask(address, headers=good | {"origin": address}))
+
+
+def test_other_names_are_refused_where_only_this_machine_may_ask():
+    """A name that another site made to lead here; with a password, or on a network, any name is right."""
+    queue = line(paint, 8)
+    for options, named in (
+        (dict(local=True), 403),
+        (dict(local=True, password="secret"), 200),
+        ({}, 200),
+    ):
+        with TestClient(make_app(queue, LIMITS, **options)) as client:
+            login = {"authorization": "Basic " + base64.b64encode(b"x:secret").decode()}
+            for host, status in (
+                ("evil.example:7860", named),
+                ("localhost:7860", 200),
+                ("127.0.0.1", 200),
+                ("[::1]:7860", 200),
+            ):
+                assert (
+                    client.get("/health", headers={"host": host} | login).status_code == status
+                ), (options, host)
+    queue.close()
+
+
+def test_nothing_of_the_server_is_read_or_written_through_the_page(tmp_path):
+    """Only the page's three files are handed out. Fails when their folder is mounted as a whole."""
+    secret = tmp_path / "secret.txt"
+    secret.write_text("a secret")
+    with served() as (address, _):
+        host, port = address.removeprefix("http://").split(":")
+        paths = [
+            f"{prefix}{secret}"
+            for prefix in (
+                "/file=",
+                "/page.js/",
+                "/page.css/",
+                "/file/",
+                "/assets/",
+                "/static/",
+                "/page.html/",
+            )
+        ]
+        paths += [
+            f"{folder}{'../' * 12}{str(secret)[1:]}" for folder in ("/", "/assets/", "/static/")
+        ]
+        paths += [path.replace("..", "%2e%2e").replace("/s", "%2fs") for path in paths]
+        paths += [
+            "/app.py",
+            "/page.html",
+            "/serving/page.js",
+            "/proxy=http://127.0.0.1/",
+            "/docs",
+            "/redoc",
+            "/docs/oauth2-redirect",
+            "/login",
+        ]
+        for path in paths:
+            with socket.create_connection(
+                (host, int(port)), 10
+            ) as raw:  # clients would clean the path
+                raw.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+                reply = b"".join(iter(lambda: raw.recv(65536), b""))
+            assert b"a secret" not in reply and reply.split()[1] in (b"404", b"403", b"400"), (
+                path,
+                reply[:200],
+            )
+        for path in (
+            "/upload",
+            "/page.js",
+            "/page.css",
+            "/options",
+            "/health",
+            "/schema",
+            "/openapi.json",
+            "/",
+            "/login",
+        ):
+            assert CLIENT.post(address + path, files={"files": ("x.txt", b"x")}).status_code in (
+                404,
+                405,
+            ), path
+
+
+def test_a_full_line_is_told_at_once(gate):
+    with served(lambda request: paint(gate(request)), capacity=1) as (address, queue):
+        with concurrent.futures.ThreadPoolExecutor(2) as clients:
+            first = clients.submit(ask, address, seed=1)
+            wait_until(lambda: gate.seen)
+            second = clients.submit(ask, address, seed=2)
+            wait_until(lambda: queue.length == 1)
+            begin = time.perf_counter()
+            response = ask(address, seed=3)
+            assert (
+                response.status_code == 429
+                and response.headers["retry-after"]
+                and "waiting" in response.json()["error"]
+            )
+            assert time.perf_counter() - begin < 1
+            gate.open.set()
+            for future, seed in ((first, 1), (second, 2)):
+                np.testing.assert_array_equal(
+                    drawn(future.result()), paint(schema.parse(body(seed=seed), LIMITS))
+                )
+
+
+def test_a_client_that_goes_away_frees_its_place(gate):
+    with served(lambda request: paint(gate(request)), capacity=1) as (address, queue):
+        at_work = connection(address, body(seed=1))
+        wait_until(lambda: gate.seen)
+        waiting = connection(address, body(seed=2))
+        wait_until(lambda: queue.length == 1)
+        waiting.close()
+        wait_until(lambda: queue.length == 0)
+        at_work.close()  # in the middle of the drawing: its picture is thrown away
+        connection(address, body()[:5], length=100).close()  # in the middle of the body
+        connection(address, b"")
+        gate.open.set()
+        drawn(ask(address, seed=3))
+        assert [request.seed for request in gate.seen] == [1, 3]
+
+
+def test_a_slow_client_keeps_nobody_out(monkeypatch):
+    monkeypatch.setattr(body_lib, "READ_SECONDS", 0.5)
+    with served(capacity=1) as (address, _):
+        slow = [connection(address, b"{", length=1000) for _ in range(20)]
+        drawn(ask(address))
+        for raw in slow:
+            reply = b""
+            while not reply.endswith(b"}"):  # head and body may come apart
+                reply += raw.recv(65536)
+            assert b"408" in reply.split(b"\r\n")[0] and b"within 0.5 seconds" in reply
+        monkeypatch.setattr(app, "READERS", 1)
+        monkeypatch.setattr(body_lib, "READ_SECONDS", 5)
+        held = []
+
+        def full():
+            held.append(
+                connection(address, b"{", length=1000)
+            )  # another, where the one before came while others still had the place
+            answer = ask(address)
+            return answer.status_code == 429 and "being read" in answer.text
+
+        wait_until(full)
+        for raw in held:
+            raw.close()
+        wait_until(lambda: ask(address).status_code == 200)
+        for raw in slow:
+            raw.close()
+
+
+def test_a_connection_without_a_request_is_closed(monkeypatch):
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.3)
+    with served() as (address, _):
+        host, port = address.removeprefix("http://").split(":")
+        silent, slow = (socket.create_connection((host, int(port)), 10) for _ in range(2))
+        slow.sendall(b"POST /generate HTTP/1.1\r\nHost:")
+        for raw in (silent, slow):
+            assert raw.recv(100) == b""
+        drawn(ask(address))
+
+
+def test_a_connection_without_another_request_is_closed(monkeypatch):
+    """Bytes after an answer that are no request hold it no longer than bytes before the first one."""
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.5)
+    with served() as (address, _):
+        host, port = address.removeprefix("http://").split(":")
+        for request in (
+            b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n",
+        ):
+            with socket.create_connection((host, int(port)), 10) as raw:
+                raw.sendall(request)
+                assert b"HTTP/1.1" in raw.recv(100_000)
+                raw.sendall(b"P")
+                begin, more = time.perf_counter(), b"more"
+                while more:
+                    more = raw.recv(100_000)
+                assert time.perf_counter() - begin < 4
+        drawn(ask(address))
+
+
+def test_an_answer_that_is_not_taken_is_thrown_away(monkeypatch):
+    """Where the system's own buffers end, the server's would be held for ever. One that is taken slowly is sent whole."""
+    monkeypatch.setattr(server, "SEND_SECONDS", 0.5)
+    noise = np.random.default_rng(0).integers(0, 256, (2048, 2048, 3), np.uint8)
+    whole = len(png(noise))
+    with served(lambda request: noise) as (address, _):
+        for wait, part in ((2.0, 2**24), (0.002, 2**16)):
+            raw = connection(address, body())
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+            taken, more = 0, b"more"
+            with contextlib.suppress(ConnectionResetError):
+                while more:
+                    time.sleep(wait)
+                    more = raw.recv(part)
+                    taken += len(more)
+                    wait = min(wait, 0.05)
+                    if taken > whole:
+                        break
+            assert taken > whole if part < 2**20 else taken < whole
+            raw.close()
+
+
+def test_strokes_of_one_session_replace_each_other(gate):
+    with served(lambda request: paint(gate(request)), capacity=4) as (address, queue):
+        with concurrent.futures.ThreadPoolExecutor(3) as clients:
+            futures = [clients.submit(ask, address, seed=0, headers={"x-session": "other"})]
+            wait_until(lambda: gate.seen)
+            futures.append(clients.submit(ask, address, seed=1, headers={"x-session": "mine"}))
+            wait_until(lambda: queue.length == 1)
+            futures.append(clients.submit(ask, address, seed=2, headers={"x-session": "mine"}))
+            assert futures[1].result().status_code == 409
+            gate.open.set()
+            drawn(futures[0].result()), drawn(futures[2].result())
+        assert [request.seed for request in gate.seen] == [0, 2]
+
+
+def test_many_clients_get_their_own_pictures():
+    """A short form of benchmarks/serving.py: 50 at once, a line of 8; every answer is right or a refusal."""
+
+    async def run(address):
+        async with httpx.AsyncClient(
+            verify=False, timeout=60, limits=httpx.Limits(max_connections=50)
+        ) as client:
+            one = lambda seed: client.post(
+                f"{address}/generate",
+                content=body(seed=seed),
+                headers={"content-type": "application/json"},
+            )
+            return await asyncio.gather(*(one(seed) for seed in range(150)))
+
+    with served(lambda request: (time.sleep(0.002), paint(request))[1]) as (address, queue):
+        replies = asyncio.run(run(address))
+        right = 0
+        for seed, response in enumerate(replies):
+            assert response.status_code in (200, 429)
+            if response.status_code == 200:
+                np.testing.assert_array_equal(
+                    drawn(response), paint(schema.parse(body(seed=seed), LIMITS))
+                )
+                right += 1
+        assert right > 8 and queue.length == 0
+
+
+def test_a_port_is_taken_from_the_start():
+    """While the model is read as well. Fails when the socket is bound and does not listen."""
+    with server.listen("127.0.0.1", 0) as taken:
+        with pytest.raises(UserError, match="cannot listen"):
+            server.listen("127.0.0.1", taken.getsockname()[1])

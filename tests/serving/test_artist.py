@@ -1,0 +1,86 @@
+"""The real model behind the server."""
+
+import concurrent.futures
+import types
+
+import numpy as np
+import pytest
+
+from helpers.servers import LIMITS, ask, body, drawn, encoded, image_file, served
+from sprint_jax.errors import UserError
+from sprint_jax.sampling import generation, pipeline
+from sprint_jax.sampling.exported import Program
+from sprint_jax.serving import artist, schema
+
+
+@pytest.fixture(scope="module")
+def pipe(finished):
+    return pipeline.load(finished, dtype="float32")
+
+
+def test_the_same_request_is_the_same_picture_whatever_else_is_served(pipe, finished):
+    """Equal to `generation.generate` alone, byte by byte, while other sizes, seeds and starts are drawn between."""
+    limits = artist.limits_of(pipe)
+    assert (
+        limits.steps == (1, 2, 3, 4)
+        and limits.sizes == ((32, 32),)
+        and limits.takes_image
+        and not limits.takes_control
+    )
+    assert len(artist.rehearsals(pipe, limits)) == 8
+    start = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    cases = [dict(seed=seed, steps=steps) for seed in (0, 5) for steps in (1, 4)]
+    cases += [
+        dict(seed=1, steps=4, image=encoded(image_file(start)), strength=0.25),
+        dict(guidance_scale=1.0, schedule="paper"),
+    ]
+    alone = []
+    for case in cases:
+        options = {"image": start} if "image" in case else {}
+        options = {"steps": 2} | {k: v for k, v in case.items() if k != "image"} | options
+        alone.append(generation.generate(pipe, ["a red circle"], batch_size=1, **options)[0])
+    assert len({picture.tobytes() for picture in alone}) == len(cases)
+    with served(artist.make_artist(pipe, finished), capacity=64, limits=limits) as (address, _):
+        with concurrent.futures.ThreadPoolExecutor(8) as clients:
+            futures = [
+                (i % len(cases), clients.submit(ask, address, **cases[i % len(cases)]))
+                for i in range(36)
+            ]
+            for case, future in futures:
+                np.testing.assert_array_equal(drawn(future.result()), alone[case])
+        told = ask(address, prompt="a zebra").json()["error"]
+        assert "zebra" in told and str(finished) not in told
+        assert "paper" in ask(address, steps=3, schedule="paper").json()["error"]
+
+
+def test_a_path_is_left_out_of_what_strangers_are_told(pipe, finished, monkeypatch):
+    def fail(*_, **__):
+        raise UserError(f"{finished} has no such program")
+
+    monkeypatch.setattr(generation, "generate", fail)
+    with pytest.raises(UserError, match="^the model has no such program"):
+        artist.make_artist(pipe, finished)(schema.parse(body(), LIMITS))
+
+
+def test_examples_are_in_words_that_the_model_knows(pipe):
+    pipe.text.prepare(artist.examples(pipe))
+    assert len(artist.prompts_by_length(pipe, None)) == 1
+
+
+def test_a_file_is_rehearsed_at_its_own_lengths(monkeypatch):
+    """A file exported with --longest_prompt has programs for short prompts alone."""
+    text = types.SimpleNamespace(
+        prepare=lambda prompts: [(15 if len(prompts[0]) < 30 else 63, None)]
+    )
+    short, long = artist.prompts_by_length(types.SimpleNamespace(text=text), None)
+    assert len(short) < 30 <= len(long)
+    program = Program(steps=1, length=15, batch_size=1, height=32, width=32)
+    monkeypatch.setattr(artist, "Exported", types.SimpleNamespace)
+    file = types.SimpleNamespace(text=text, header=types.SimpleNamespace(programs=(program,)))
+    assert artist.prompts_by_length(file, None) == [short]
+
+
+def test_limits_of_sizes(pipe):
+    assert artist.limits_of(pipe, [(32, 32), (32, 64)], max_steps=2).sizes == ((32, 32), (32, 64))
+    with pytest.raises(UserError, match="multiple of 8"):
+        artist.limits_of(pipe, [(33, 32)])

@@ -1,0 +1,112 @@
+"""The request queue."""
+
+import threading
+
+import pytest
+
+from helpers.servers import line, refusal, wait_until
+from sprint_jax.serving.queue import Queue
+from sprint_jax.serving.refused import Refused
+
+
+def test_first_come_first_served_and_each_gets_its_own(gate):
+    queue = line(gate)
+    futures = [queue.submit(i) for i in range(5)]
+    gate.open.set()
+    answers = [future.result(5) for future in futures]
+    assert [answer.result for answer in answers] == gate.seen == list(range(5))
+    assert (
+        all(answer.waiting >= 0 and answer.working >= 0 for answer in answers)
+        and answers[4].waiting > 0
+    )
+
+
+def test_a_full_line_refuses_at_once_and_who_leaves_makes_room(gate):
+    queue = line(gate, capacity=2)
+    queue.submit("at work")
+    wait_until(lambda: gate.seen)
+    waiting = [queue.submit(i) for i in range(2)]
+    told = refusal(queue.submit, "too many")
+    assert told.status == 429 and told.retry_after and "2 requests are waiting" in told.sentence
+    assert refusal(queue.check).status == 429
+    assert waiting[0].cancel() and queue.length == 1
+    last = queue.submit("now there is room")
+    gate.open.set()
+    last.result(5)
+    assert gate.seen == ["at work", 1, "now there is room"]
+
+
+def test_the_newest_of_a_session_takes_the_place_of_the_one_before(gate):
+    queue = line(gate, capacity=3)
+    queue.submit("at work")
+    wait_until(lambda: gate.seen)
+    old, other, new = (
+        queue.submit("old", "mine"),
+        queue.submit("other"),
+        queue.submit("new", "mine"),
+    )
+    queue.submit("no session")
+    newest = queue.submit("newest", "mine")  # although the line is full
+    for dropped in (old, new):
+        with pytest.raises(Refused, match="newer") as caught:
+            dropped.result(5)
+        assert caught.value.status == 409
+    gate.open.set()
+    newest.result(5), other.result(5)
+    assert gate.seen[:3] == ["at work", "newest", "other"]
+
+
+def test_a_fault_belongs_to_who_asked_and_the_worker_lives_on():
+    queue = line(lambda item: 1 // item)
+    with pytest.raises(ZeroDivisionError):
+        queue.submit(0).result(5)
+    assert queue.submit(1).result(5).result == 1
+
+
+def test_who_is_told_that_it_is_ready_may_fail():
+    """Such as a closed stdout: those who ask are served all the same."""
+
+    def told(error):
+        raise BrokenPipeError("nobody reads")
+
+    queue = Queue(lambda item: 2 * item, 4, prepared=told)
+    queue.start()
+    wait_until(lambda: queue.ready)
+    assert queue.submit(21, "").result(10).result == 42
+    queue.close()
+
+
+def test_nothing_is_served_before_it_is_prepared():
+    ready, failures = threading.Event(), []
+
+    def prepare(say):
+        say(3, 8)
+        ready.wait(10)
+
+    ends = []
+    queue = Queue(lambda item: item, 2, prepare, lambda error: ends.append((error, queue.ready)))
+    queue.start()
+    wait_until(lambda: queue.total)
+    told = refusal(queue.submit, 1)
+    assert told.status == 503 and "3 of 8" in told.sentence and told.retry_after
+    ready.set()
+    wait_until(lambda: queue.ready)
+    assert queue.submit(1).result(5).result == 1 and ends == [(None, True)]
+
+    queue = Queue(lambda item: item, 2, lambda say: 1 // 0, failures.append)
+    queue.start()
+    wait_until(lambda: failures)
+    assert isinstance(failures[0], ZeroDivisionError) and not queue.ready
+
+
+def test_who_waits_when_it_closes_is_told(gate):
+    queue = line(gate)
+    at_work = queue.submit(1)
+    wait_until(lambda: gate.seen)
+    waiting = queue.submit(2)
+    queue.close()
+    with pytest.raises(Refused, match="stopping"):
+        waiting.result(5)
+    assert refusal(queue.submit, 3).status == 503
+    gate.open.set()
+    assert at_work.result(5).result == 1
