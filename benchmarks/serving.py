@@ -1,11 +1,11 @@
-"""Many clients at once: is every answer the right one, who is refused and how fast, does memory grow?
+"""Many clients at once: are the answers right, how fast are refusals, does memory grow?
 
     python -m benchmarks.serving --model=runs/sprint [--clients=200] [--seconds=60] [--queue=64]
 
-Starts `sprint-jax serve` on loopback, waits until it is ready, asks for each of some requests alone, then lets all clients
-ask at random, each waiting for its answer before it asks again. An answer is right if it is that request's picture, byte
-by byte. A refused client waits as long as it is told. One request in fifty is given up in the middle. Server and clients
-share the machine's cores.
+Starts `sprint-jax serve` on loopback, waits until it is ready, and sends some requests alone. Then
+all clients send these at random, each waiting for its answer before the next. An answer is right if
+it equals the image of that request byte by byte. A refused client waits as Retry-After says. One
+request in fifty is given up in the middle. Server and clients share the machine's cores.
 """
 
 import argparse
@@ -34,14 +34,15 @@ CASES = [
 
 @contextlib.contextmanager
 def server(model, *flags):
-    """A started `sprint-jax serve`, ready. Yields (its port, its process)."""
+    """Start `sprint-jax serve` and wait until it is ready. Yields (port, process)."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     process = subprocess.Popen(
         [
             sys.executable,
             "-m",
-            "sprint_jax.commands.serve",
+            "sprint_jax",
+            "serve",
             f"--model={model}",
             f"--port={port}",
             *flags,
@@ -62,7 +63,7 @@ def server(model, *flags):
 
 
 def memory(process):
-    """Resident MB of a process (Linux)."""
+    """Return the resident MB of a process (Linux)."""
     return (
         int(
             re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]
@@ -72,7 +73,7 @@ def memory(process):
 
 
 async def ask(port, case, vanish=False):
-    """(status, body, headers) of one request on a connection of its own; None where it was given up."""
+    """Return (status, body, headers) of one request on its own connection, None if given up."""
     content = json.dumps(case).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     lines = [
@@ -95,7 +96,7 @@ async def ask(port, case, vanish=False):
 
 
 async def client(port, right, end, counts, seconds):
-    """Asks until `end`. counts: outcomes. seconds: {"answered", "refused"} -> times."""
+    """Send requests until `end`. counts: outcomes. seconds: {"answered", "refused"} -> times."""
     while time.perf_counter() < end:
         number, vanish, begin = (
             random.randrange(len(CASES)),
@@ -138,8 +139,8 @@ async def measure(port, process, options):
     end = time.perf_counter() + options.seconds
     clients = [client(port, right, end, counts, seconds) for _ in range(options.clients)]
     await asyncio.gather(watched(process, end, said), *clients)
-    for case, picture in zip(CASES, right, strict=True):  # it still draws, and the same
-        assert (await ask(port, case))[1] == picture
+    for case, image in zip(CASES, right, strict=True):  # it still draws, and the same
+        assert (await ask(port, case))[1] == image
     return counts, seconds, said
 
 
@@ -155,7 +156,8 @@ def main():
         alive = process.poll() is None
     state = "lives" if alive else "is gone"
     print(
-        f"{options.clients} clients, {options.seconds:g} s, places in the line {options.queue}; the server {state}"
+        f"{options.clients} clients, {options.seconds:g} s, places in the queue {options.queue}; "
+        f"the server {state}"
     )
     for name, count in sorted(counts.items()):
         print(f"{name:>20} {count}")
@@ -163,12 +165,14 @@ def main():
         if times:
             p50, p95, p99 = 1000 * np.percentile(times, (50, 95, 99))
             print(
-                f"{name:>20} p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms, most {1000 * max(times):.0f} ms"
+                f"{name:>20} p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms, "
+                f"most {1000 * max(times):.0f} ms"
             )
     tenth = max(1, len(said) // 10)
     first, last = np.mean(said[:tenth]), np.mean(said[-tenth:])
     print(
-        f"memory of the server: {first:.0f} MB in the first tenth, {last:.0f} MB in the last, at most {max(said):.0f} MB"
+        f"memory of the server: {first:.0f} MB in the first tenth, {last:.0f} MB in the last, "
+        f"at most {max(said):.0f} MB"
     )
 
 

@@ -1,10 +1,11 @@
-"""How long from a stroke's end to its picture on the screen, in a real browser? And README's picture of the page.
+"""Time from the end of a stroke to its image on the screen, in a real browser; and README's image.
 
-    python -m benchmarks.strokes --model=runs/sprint [--strokes=100] [--steps=2] [--screenshot=docs/images/page.png]
+    python -m benchmarks.strokes --model=runs/sprint [--strokes=100] [--steps=2]
+    python -m benchmarks.strokes --model=runs/sprint --screenshot=docs/images/page.png
 
-Starts `sprint-jax serve` and a headless Chromium, draws strokes with the mouse and takes the time, by the browser's own
-clock, from lifting the pen to the frame after the picture is decoded and in place. Needs requirements-dev.txt and an
-installed Chromium. Browser and server share the machine's cores.
+Starts `sprint-jax serve` and a headless Chromium, and draws strokes with the mouse. The browser's
+own clock takes the time from lifting the pen to the frame after the image is decoded and in place.
+Needs requirements-dev.txt and an installed Chromium. Browser and server share the machine's cores.
 """
 
 import argparse
@@ -18,17 +19,20 @@ from benchmarks import serving
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 
-# Marks the pen's lifting, and the second frame after a picture has been put in place: by then it is painted.
+# Marks the lifting of the pen, and the second frame after an image is in place: by then it shows.
 WATCH = """() => {
   window.times = [];
   let lifted = null;
-  document.getElementById('canvas').addEventListener('pointerup', () => { lifted = performance.now(); }, true);
+  const canvas = document.getElementById('canvas'), frame = document.getElementById('frame');
+  const watched = { attributes: true, attributeFilter: ['data-shown'] };
+  canvas.addEventListener('pointerup', () => { lifted = performance.now(); }, true);
   new MutationObserver(() => {
     if (lifted === null) return;
     const from = lifted;
     lifted = null;
-    requestAnimationFrame(() => requestAnimationFrame(() => window.times.push(performance.now() - from)));
-  }).observe(document.getElementById('frame'), { attributes: true, attributeFilter: ['data-shown'] });
+    const seen = () => window.times.push(performance.now() - from);
+    requestAnimationFrame(() => requestAnimationFrame(seen));
+  }).observe(frame, watched);
 }"""
 
 
@@ -39,7 +43,7 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--strokes", type=int, default=100)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--screenshot", help="Only take README's picture, and write it here.")
+    parser.add_argument("--screenshot", help="Only take README's image, and write it here.")
     options = parser.parse_args()
     with serving.server(options.model) as (port, _), browser.started() as chromium:
         page = browser.opened(chromium, f"http://127.0.0.1:{port}")
@@ -58,12 +62,13 @@ def main():
         times = page.evaluate("window.times")
     p50, p95 = np.percentile(times, (50, 95))
     print(
-        f"{len(times)} strokes at {options.steps} steps: p50 {p50:.0f} ms, p95 {p95:.0f} ms, most {max(times):.0f} ms"
+        f"{len(times)} strokes at {options.steps} steps: p50 {p50:.0f} ms, p95 {p95:.0f} ms, "
+        f"most {max(times):.0f} ms"
     )
 
 
 def screenshot(browser, page, path):
-    """Some pictures from prompts, then a sketch of a circle and a square."""
+    """Draw some images from prompts, then a sketch of a circle and a square."""
     for number in range(3):
         before = browser.shown(page)
         page.locator("#examples button").nth(number).click()
@@ -75,7 +80,7 @@ def screenshot(browser, page, path):
     colours = page.locator("#colors button")
     steered = colours.count() == 2  # white lines on black, for a ControlNet
     if not steered:
-        page.click("#fill")  # with black: the embedded model's pictures are on black unless told
+        page.click("#fill")  # with black: the embedded model's images are on black by default
     turn = [
         (0.32 + 0.12 * np.cos(a), 0.6 + 0.12 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 25)
     ]

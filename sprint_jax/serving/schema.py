@@ -87,27 +87,28 @@ class Error(pydantic.BaseModel):
 def request_model(limits: Limits) -> type[pydantic.BaseModel]:
     """Return the pydantic model of a request body under `limits`."""
     heights, widths = (list(dict.fromkeys(side)) for side in zip(*limits.sizes, strict=True))
+    seed = Annotated[int, Field(ge=0, le=_MOST_SEED), BeforeValidator(_whole)]
+    guidance = Annotated[float, Field(ge=0, le=_MOST_GUIDANCE)]
+    strength = Annotated[float, Field(gt=0, le=1)]
+    control = Annotated[float, Field(ge=0, le=_MOST_CONTROL)]
     fields: dict[str, Any] = {
-        "prompt": _prompt(limits.max_prompt),
-        "steps": _choice(limits.steps, limits.default_steps, "Network calls."),
-        "seed": (
-            Annotated[int, Field(ge=0, le=_MOST_SEED), BeforeValidator(_whole)] | None,
-            Field(0, description="The same request with the same seed is the same image."),
-        ),
-        "guidance_scale": _number(limits.guidance_scale, "Embedded guidance.", le=_MOST_GUIDANCE),
-        "height": _side(heights, "Pixels; height and width together are one of the sizes."),
-        "width": _side(widths, "Pixels."),
-        "schedule": _choice(
-            SCHEDULES, limits.schedule, "Times of the steps. paper takes 1, 2 or 4 steps."
+        "prompt": (_prompt(limits.max_prompt), Field(description="What to draw.")),
+        "steps": _optional(_choice(limits.steps), limits.default_steps, "Network calls."),
+        "seed": _optional(seed, 0, "The same request with the same seed is the same image."),
+        "guidance_scale": _optional(guidance, limits.guidance_scale, "Embedded guidance."),
+        "height": _optional(_side(heights), heights[0], "Pixels, with width one of the sizes."),
+        "width": _optional(_side(widths), widths[0], "Pixels."),
+        "schedule": _optional(
+            _choice(SCHEDULES), limits.schedule, "Times of the steps. paper takes 1, 2 or 4 steps."
         ),
         "image": _image("to start from") if limits.takes_image else _absent(_NO_IMAGE),
-        "strength": _number(STRENGTH, "How much of image may change.", gt=0, le=1),
+        "strength": _optional(strength, STRENGTH, "How much of image may change."),
         "control": (
             _image("of white lines on black to follow")
             if limits.takes_control
             else _absent(_NO_CONTROL)
         ),
-        "control_scale": _number(1.0, "How closely control is followed.", le=_MOST_CONTROL),
+        "control_scale": _optional(control, 1.0, "How closely control is followed."),
     }
     config = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     return pydantic.create_model("Request", __config__=config, **fields)
@@ -131,7 +132,7 @@ def parse(body: bytes, limits: Limits) -> Request:
         checked = model.model_validate({k: v for k, v in fields.items() if v is not None})
     except pydantic.ValidationError as error:
         raise Refused(400, sentence(error.errors()[0], json_schema(limits))) from None
-    values = dict(checked)
+    values: dict[str, Any] = dict(checked)
     height, width = _size(checked, limits)
     # Images are decoded last, so that nothing is spent on a request that is wrong elsewhere.
     for name, background in (("image", image_files.WHITE), ("control", image_files.BLACK)):
@@ -139,7 +140,8 @@ def parse(body: bytes, limits: Limits) -> Request:
             values[name] = uploads.from_base64(
                 values[name], height, width, name=name, background=background
             )
-    return Request(**values | {"height": height, "width": width})
+    values |= {"height": height, "width": width}
+    return Request(**values)
 
 
 def sentence(error: Any, schema: dict[str, Any]) -> str:
@@ -179,35 +181,32 @@ def _remedy(described: dict[str, Any]) -> str:
     return f"use {what} from {described['minimum']} to {described['maximum']}"
 
 
-def _prompt(most: int) -> tuple[Any, Any]:
-    patterns = [{"pattern": r"\S"}, {"pattern": f"^[^{_CONTROL_CHARACTERS}]*$"}]
-    text = "What to draw. No control characters but tab and line breaks."
-    bounds = Field(min_length=1, max_length=most, json_schema_extra={"allOf": patterns})
-    return Annotated[str, bounds, BeforeValidator(_readable)], Field(description=text)
+def _optional(kind: Any, default: Any, text: str) -> tuple[Any, Any]:
+    return kind | None, Field(default, description=text)
 
 
-def _choice(values: tuple, default: Any, text: str) -> tuple[Any, Any]:
-    one_of = Annotated[Literal.__getitem__(values), BeforeValidator(_whole)]
-    return one_of | None, Field(default, description=text)
+def _prompt(most: int) -> Any:
+    patterns: Any = {"allOf": [{"pattern": r"\S"}, {"pattern": f"^[^{_CONTROL_CHARACTERS}]*$"}]}
+    bounds = Field(min_length=1, max_length=most, json_schema_extra=patterns)
+    return Annotated[str, bounds, BeforeValidator(_readable)]
 
 
-def _number(default: float, text: str, **bounds: float) -> tuple[Any, Any]:
-    bounds = bounds if "gt" in bounds else {"ge": 0, **bounds}
-    return Annotated[float, Field(**bounds)] | None, Field(default, description=text)
+def _choice(values: tuple[Any, ...]) -> Any:
+    one_of: Any = Literal
+    return Annotated[one_of[values], BeforeValidator(_whole)]  # pyright: ignore
 
 
-def _side(offered: list[int], text: str) -> tuple[Any, Any]:
+def _side(offered: list[int]) -> Any:
     # Any side passes here: `_size` names the sizes that both sides make.
     published = WithJsonSchema({"type": "integer", "enum": offered})
-    whole = Annotated[int, Field(ge=1, le=_MOST_SIDE), BeforeValidator(_whole), published]
-    return whole | None, Field(offered[0], description=text)
+    return Annotated[int, Field(ge=1, le=_MOST_SIDE), BeforeValidator(_whole), published]
 
 
 def _image(what: str) -> tuple[Any, Any]:
     # The length is checked after decoding, where the refusal can name bytes.
-    longest = {"contentEncoding": "base64", "maxLength": 4 * uploads.MOST_BYTES // 3 + 64}
+    longest: Any = {"contentEncoding": "base64", "maxLength": 4 * uploads.MOST_BYTES // 3 + 64}
     text = f"A PNG, JPEG or WebP file {what}, in base64 or as a data: URL, cropped to the size."
-    return Annotated[str, Field(json_schema_extra=longest)] | None, Field(None, description=text)
+    return _optional(Annotated[str, Field(json_schema_extra=longest)], None, text)
 
 
 def _absent(why: str) -> tuple[Any, Any]:
@@ -228,9 +227,10 @@ def _readable(value: Any) -> Any:
     if not value.strip():
         raise PydanticCustomError("problem", "is empty: say what to draw")
     if found := _UNREADABLE.search(value):
-        code = f"U+{ord(found[0]):04X} at {found.start()}"
         raise PydanticCustomError(
-            "problem", f"has the character {code}: use letters, digits and punctuation"
+            "problem",
+            "has the character U+{code} at {place}: use letters, digits and punctuation",
+            {"code": f"{ord(found[0]):04X}", "place": found.start()},
         )
     return value
 

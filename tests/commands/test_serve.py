@@ -10,12 +10,13 @@ from helpers.runs import free_port
 from helpers.servers import CLIENT, ask, drawn, wait_until
 
 
-def test_the_door_starts_serves_and_ends(command, finished):
-    """From the command line: progress, ready, a picture, SIGTERM with status 0; a second one on its port is refused."""
+def test_serve_starts_answers_and_ends(command, finished):
+    """Report progress, draw an image, and end on SIGTERM with status 0. The port is taken."""
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     process = command(
-        "sprint_jax.commands.serve",
+        "sprint_jax",
+        "serve",
         f"--model={finished}",
         f"--port={port}",
         "--max_steps=1",
@@ -34,7 +35,7 @@ def test_the_door_starts_serves_and_ends(command, finished):
         assert states[-1]["compiled"] == states[-1]["programs"] == 2
         assert drawn(ask(address, steps=1)).shape == (32, 32, 3)
         assert ask(address, steps=2).status_code == 400
-        second = command("sprint_jax.commands.serve", f"--model={finished}", f"--port={port}")
+        second = command("sprint_jax", "serve", f"--model={finished}", f"--port={port}")
         assert second.returncode == 2 and f"--port={port}" in second.stderr.splitlines()[-1]
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=30)
@@ -56,11 +57,11 @@ def test_the_door_starts_serves_and_ends(command, finished):
         (["--model=x", "--sizes=big"], ["--sizes"]),
     ],
 )
-def test_the_door_refuses(command, flags, words):
+def test_serve_refuses(command, flags, words):
     result = (
-        command("sprint_jax.commands.serve", *flags, "--port=0")
+        command("sprint_jax", "serve", *flags, "--port=0")
         if not any("port" in flag for flag in flags)
-        else command("sprint_jax.commands.serve", *flags)
+        else command("sprint_jax", "serve", *flags)
     )
     line = result.stderr.strip().splitlines()[-1]
     assert (
@@ -71,8 +72,8 @@ def test_the_door_refuses(command, flags, words):
 
 
 def test_a_missing_package_is_named(command):
-    """Without the extra `app`. Fails when the import's own traceback comes through."""
+    """Run without the extra `app`. Fails when the import's own traceback comes through."""
     missing = "import sys; sys.modules['fastapi'] = None"
-    result = command("sprint_jax.commands.serve", "--model=x", before=missing)
+    result = command("sprint_jax", "serve", "--model=x", before=missing)
     line = result.stderr.strip().splitlines()[-1]
     assert result.returncode == 2 and "fastapi" in line and "sprint_jax[app]" in line, line

@@ -1,4 +1,4 @@
-"""A real browser at a real server: what tests, the benchmark of strokes and README's image share."""
+"""A real browser at a real server: for the tests, the benchmark of strokes and README's image."""
 
 import contextlib
 import itertools
@@ -82,7 +82,10 @@ def tab(page, name):
 
 
 def stroke(page, *points, pause=0):
-    """Draws through points, each in shares (x, y) of the canvas, ten moves between two of them. pause: ms between moves."""
+    """Draw through points, each in shares (x, y) of the canvas, by ten moves a line.
+
+    pause: ms between moves.
+    """
     canvas = page.locator("#canvas")
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()

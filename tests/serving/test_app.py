@@ -1,4 +1,4 @@
-"""The API under good and bad clients. A stand-in draws its request, so that a swapped answer shows."""
+"""The API with good and bad clients. A stand-in draws each request, so swapped answers show."""
 
 import asyncio
 import base64
@@ -31,7 +31,7 @@ from sprint_jax.serving import body as body_lib
 from sprint_jax.serving.app import make_app, png
 
 
-def test_a_picture_over_http():
+def test_an_image_over_http():
     with served() as (address, _):
         response = ask(address, seed=3)
         np.testing.assert_array_equal(drawn(response), paint(schema.parse(body(seed=3), LIMITS)))
@@ -83,7 +83,7 @@ def test_errors_are_a_sentence_and_the_server_lives_on():
 
 
 def test_a_fault_of_the_server_has_the_form_of_every_error(monkeypatch):
-    """Fails when FastAPI's own answer, plain text, comes through."""
+    """Send JSON. Fails when the plain text of the framework comes through."""
     queue = line(paint, 8)
     monkeypatch.setattr(schema, "parse", lambda *_: 1 // 0)
     with TestClient(make_app(queue, LIMITS), raise_server_exceptions=False) as client:
@@ -93,7 +93,7 @@ def test_a_fault_of_the_server_has_the_form_of_every_error(monkeypatch):
 
 
 def test_openapi_is_of_the_same_model_as_the_checks():
-    """Every status that the server sends has the form of an error; a password is described."""
+    """Every error status has the form of an error, and a password is described."""
     queue = line(paint, 8)
     described = make_app(queue, LIMITS, password="secret").openapi()
     post = described["paths"]["/generate"]["post"]
@@ -136,8 +136,8 @@ def test_the_password_and_other_sites():
         drawn(ask(address, headers=good | {"origin": address}))
 
 
-def test_other_names_are_refused_where_only_this_machine_may_ask():
-    """A name that another site made to lead here; with a password, or on a network, any name is right."""
+def test_other_host_names_are_refused_on_a_local_server():
+    """Refuse a name that another site points here, unless a password or a network is used."""
     queue = line(paint, 8)
     for options, named in (
         (dict(local=True), 403),
@@ -158,8 +158,8 @@ def test_other_names_are_refused_where_only_this_machine_may_ask():
     queue.close()
 
 
-def test_nothing_of_the_server_is_read_or_written_through_the_page(tmp_path):
-    """Only the page's three files are handed out. Fails when their folder is mounted as a whole."""
+def test_no_other_files_are_read_or_written(tmp_path):
+    """Hand out the page's three files only. Fails when their folder is mounted as a whole."""
     secret = tmp_path / "secret.txt"
     secret.write_text("a secret")
     with served() as (address, _):
@@ -217,7 +217,7 @@ def test_nothing_of_the_server_is_read_or_written_through_the_page(tmp_path):
             ), path
 
 
-def test_a_full_line_is_told_at_once(gate):
+def test_a_full_queue_refuses_at_once(gate):
     with served(lambda request: paint(gate(request)), capacity=1) as (address, queue):
         with concurrent.futures.ThreadPoolExecutor(2) as clients:
             first = clients.submit(ask, address, seed=1)
@@ -247,7 +247,7 @@ def test_a_client_that_goes_away_frees_its_place(gate):
         wait_until(lambda: queue.length == 1)
         waiting.close()
         wait_until(lambda: queue.length == 0)
-        at_work.close()  # in the middle of the drawing: its picture is thrown away
+        at_work.close()  # in the middle of the drawing: its image is thrown away
         connection(address, body()[:5], length=100).close()  # in the middle of the body
         connection(address, b"")
         gate.open.set()
@@ -255,7 +255,7 @@ def test_a_client_that_goes_away_frees_its_place(gate):
         assert [request.seed for request in gate.seen] == [1, 3]
 
 
-def test_a_slow_client_keeps_nobody_out(monkeypatch):
+def test_slow_clients_block_nobody(monkeypatch):
     monkeypatch.setattr(body_lib, "READ_SECONDS", 0.5)
     with served(capacity=1) as (address, _):
         slow = [connection(address, b"{", length=1000) for _ in range(20)]
@@ -296,7 +296,7 @@ def test_a_connection_without_a_request_is_closed(monkeypatch):
 
 
 def test_a_connection_without_another_request_is_closed(monkeypatch):
-    """Bytes after an answer that are no request hold it no longer than bytes before the first one."""
+    """Bytes after an answer that are no request keep it open no longer than bytes before it."""
     monkeypatch.setattr(server, "HEAD_SECONDS", 0.5)
     with served() as (address, _):
         host, port = address.removeprefix("http://").split(":")
@@ -315,8 +315,8 @@ def test_a_connection_without_another_request_is_closed(monkeypatch):
         drawn(ask(address))
 
 
-def test_an_answer_that_is_not_taken_is_thrown_away(monkeypatch):
-    """Where the system's own buffers end, the server's would be held for ever. One that is taken slowly is sent whole."""
+def test_an_answer_that_nobody_reads_is_dropped(monkeypatch):
+    """The server would hold it forever, beyond the system's buffers. Slow readers get all."""
     monkeypatch.setattr(server, "SEND_SECONDS", 0.5)
     noise = np.random.default_rng(0).integers(0, 256, (2048, 2048, 3), np.uint8)
     whole = len(png(noise))
@@ -337,7 +337,7 @@ def test_an_answer_that_is_not_taken_is_thrown_away(monkeypatch):
             raw.close()
 
 
-def test_strokes_of_one_session_replace_each_other(gate):
+def test_requests_of_one_session_replace_each_other(gate):
     with served(lambda request: paint(gate(request)), capacity=4) as (address, queue):
         with concurrent.futures.ThreadPoolExecutor(3) as clients:
             futures = [clients.submit(ask, address, seed=0, headers={"x-session": "other"})]
@@ -351,8 +351,8 @@ def test_strokes_of_one_session_replace_each_other(gate):
         assert [request.seed for request in gate.seen] == [0, 2]
 
 
-def test_many_clients_get_their_own_pictures():
-    """A short form of benchmarks/serving.py: 50 at once, a line of 8; every answer is right or a refusal."""
+def test_many_clients_get_their_own_images():
+    """50 clients, 8 places: every answer is right or a refusal. See benchmarks/serving.py."""
 
     async def run(address):
         async with httpx.AsyncClient(
@@ -379,7 +379,7 @@ def test_many_clients_get_their_own_pictures():
 
 
 def test_a_port_is_taken_from_the_start():
-    """While the model is read as well. Fails when the socket is bound and does not listen."""
+    """Hold the port while the model loads. Fails when the socket is bound and does not listen."""
     with server.listen("127.0.0.1", 0) as taken:
         with pytest.raises(UserError, match="cannot listen"):
             server.listen("127.0.0.1", taken.getsockname()[1])

@@ -18,8 +18,8 @@ def pipe(finished):
     return pipeline.load(finished, dtype="float32")
 
 
-def test_the_same_request_is_the_same_picture_whatever_else_is_served(pipe, finished):
-    """Equal to `generation.generate` alone, byte by byte, while other sizes, seeds and starts are drawn between."""
+def test_the_same_request_is_the_same_image_whatever_else_is_served(pipe, finished):
+    """Equal `generation.generate` alone, byte by byte, between other sizes, seeds and images."""
     limits = artist.limits_of(pipe)
     assert (
         limits.steps == (1, 2, 3, 4)
@@ -39,7 +39,7 @@ def test_the_same_request_is_the_same_picture_whatever_else_is_served(pipe, fini
         options = {"image": start} if "image" in case else {}
         options = {"steps": 2} | {k: v for k, v in case.items() if k != "image"} | options
         alone.append(generation.generate(pipe, ["a red circle"], batch_size=1, **options)[0])
-    assert len({picture.tobytes() for picture in alone}) == len(cases)
+    assert len({image.tobytes() for image in alone}) == len(cases)
     with served(artist.make_artist(pipe, finished), capacity=64, limits=limits) as (address, _):
         with concurrent.futures.ThreadPoolExecutor(8) as clients:
             futures = [
@@ -53,7 +53,7 @@ def test_the_same_request_is_the_same_picture_whatever_else_is_served(pipe, fini
         assert "paper" in ask(address, steps=3, schedule="paper").json()["error"]
 
 
-def test_a_path_is_left_out_of_what_strangers_are_told(pipe, finished, monkeypatch):
+def test_messages_hide_the_path_of_the_model(pipe, finished, monkeypatch):
     def fail(*_, **__):
         raise UserError(f"{finished} has no such program")
 
@@ -68,7 +68,7 @@ def test_examples_are_in_words_that_the_model_knows(pipe):
 
 
 def test_a_file_is_rehearsed_at_its_own_lengths(monkeypatch):
-    """A file exported with --longest_prompt has programs for short prompts alone."""
+    """Cover a file exported with --longest_prompt, which has programs for short prompts only."""
     text = types.SimpleNamespace(
         prepare=lambda prompts: [(15 if len(prompts[0]) < 30 else 63, None)]
     )

@@ -1,4 +1,4 @@
-"""The page in a real browser: prompt, upload and drawing to pictures, messages, two tabs, nothing from elsewhere.
+"""The page in a real browser: prompt, upload, sketch, messages, two tabs, no other sites.
 
 SPRINT_JAX_ARTEFACTS names a folder that keeps the screenshots.
 """
@@ -26,16 +26,21 @@ pytestmark = [
         browser.chromium() is None, reason="no Chromium here (Debian: apt-get install chromium)"
     ),
 ]
-SAVE = """(image) => { const c = document.createElement('canvas'); c.width = image.naturalWidth; c.height = image.naturalHeight;
-  c.getContext('2d').drawImage(image, 0, 0); return c.toDataURL('image/png'); }"""
+SAVE = """(image) => {
+  const c = document.createElement('canvas');
+  c.width = image.naturalWidth;
+  c.height = image.naturalHeight;
+  c.getContext('2d').drawImage(image, 0, 0);
+  return c.toDataURL('image/png');
+}"""
 
 
 @pytest.fixture(scope="module")
 def address(command, finished):
-    """Of the real command with an untrained model."""
+    """The address of the real command with an untrained model."""
     port = free_port()
     process = command(
-        "sprint_jax.commands.serve", f"--model={finished}", f"--port={port}", background=True
+        "sprint_jax", "serve", f"--model={finished}", f"--port={port}", background=True
     )
     address = f"http://127.0.0.1:{port}"
     end = time.monotonic() + 120
@@ -58,7 +63,7 @@ def chromium():
 
 @pytest.fixture
 def page(chromium, address):
-    """A tab whose requests are in page.asked, as (method, address, JSON), and which no script error may befall."""
+    """A tab. page.asked has its requests as (method, address, JSON). A script error fails."""
     errors, page = [], chromium.new_context(viewport={"width": 1280, "height": 900}).new_page()
     page.asked = []
     page.on(
@@ -89,8 +94,8 @@ def posts(page):
     return [data for method, url, data in page.asked if method == "POST"]
 
 
-def picture(page):
-    """What the page shows: uint8 [H, W, 3]."""
+def image(page):
+    """The image that the page shows: uint8 [H, W, 3]."""
     url = page.locator("#frame img").evaluate(SAVE)
     return np.asarray(
         Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
@@ -98,7 +103,7 @@ def picture(page):
 
 
 def answer(address, body):
-    """The picture of a request asked for by a program."""
+    """The file and the image that a program gets for a request."""
     reply = httpx.post(
         f"{address}/generate", content=body, headers={"content-type": "application/json"}
     )
@@ -106,7 +111,7 @@ def answer(address, body):
     return reply.content, np.asarray(Image.open(io.BytesIO(reply.content)))
 
 
-def test_a_prompt_becomes_a_picture(page, address, keep):
+def test_a_prompt_becomes_an_image(page, address, keep):
     page.fill("#prompt", "a blue circle above a red square")
     page.locator("#steps label").nth(3).click()
     page.fill("#seed", "11")
@@ -119,7 +124,7 @@ def test_a_prompt_becomes_a_picture(page, address, keep):
         and '"seed":11' in sent
     )
     file, expected = answer(address, sent)
-    np.testing.assert_array_equal(picture(page), expected)
+    np.testing.assert_array_equal(image(page), expected)
     for stage in ("waiting", "drawing", "encoding", "total"):
         assert f"{stage} " in page.locator("#about").inner_text()
     with page.expect_download() as download:
@@ -131,9 +136,9 @@ def test_a_prompt_becomes_a_picture(page, address, keep):
     browser.wait_for_image(page, 1)
     browser.wait_for(page, "() => document.getElementById('seed').value !== '11'")
     gallery = page.locator("#gallery button")
-    assert gallery.count() == 2 and not np.array_equal(picture(page), expected)
+    assert gallery.count() == 2 and not np.array_equal(image(page), expected)
     gallery.nth(1).click()
-    np.testing.assert_array_equal(picture(page), expected)
+    np.testing.assert_array_equal(image(page), expected)
     keep(page, "prompt")
     # Nothing came from elsewhere, and of this server only what the page needs.
     assert all(url.startswith((address, "blob:", "data:")) for _, url, _ in page.asked)
@@ -168,7 +173,7 @@ def test_wrong_input_becomes_a_message(page, keep):
     assert message.inner_text() == ""
 
 
-def test_an_upload_becomes_a_picture(page, address, tmp_path, keep):
+def test_an_upload_becomes_an_image(page, address, tmp_path, keep):
     browser.tab(page, "Image")
     page.click("#draw")
     browser.wait_for_message(page, "Choose an image")
@@ -179,7 +184,7 @@ def test_an_upload_becomes_a_picture(page, address, tmp_path, keep):
     browser.wait_for_image(page, 0)
     sent = posts(page)[-1]
     assert '"strength":0.6' in sent and '"image":"data:image/png;base64,' in sent
-    np.testing.assert_array_equal(picture(page), answer(address, sent)[1])
+    np.testing.assert_array_equal(image(page), answer(address, sent)[1])
     keep(page, "upload")
     (tmp_path / "lie.png").write_text("<svg onload='alert(1)'/>")
     page.set_input_files("#file", tmp_path / "lie.png")
@@ -189,8 +194,8 @@ def test_an_upload_becomes_a_picture(page, address, tmp_path, keep):
     browser.wait_for_message(page, "at most")
 
 
-def test_a_drawing_becomes_a_picture_as_it_is_drawn(page, address, keep):
-    """Pictures come during a slow stroke, and at last that of the whole drawing."""
+def test_a_sketch_becomes_an_image_as_it_is_drawn(page, address, keep):
+    """Show images during a slow stroke, and at last that of the whole sketch."""
     browser.tab(page, "Sketch")
     browser.stroke(page, (0.2, 0.2), (0.8, 0.2), (0.8, 0.8), pause=20)
     browser.wait_until_idle(page)
@@ -198,8 +203,8 @@ def test_a_drawing_becomes_a_picture_as_it_is_drawn(page, address, keep):
     assert len(sent) >= 2 and browser.shown(page) >= 1
     canvas = page.evaluate("document.getElementById('canvas').toDataURL('image/png')")
     assert f'"image":"{canvas}"' in sent[-1] and '"strength":0.6' in sent[-1]
-    np.testing.assert_array_equal(picture(page), answer(address, sent[-1])[1])
-    assert page.locator("#gallery button").count() == 1  # of one stroke the last
+    np.testing.assert_array_equal(image(page), answer(address, sent[-1])[1])
+    assert page.locator("#gallery button").count() == 1  # the last of one stroke
     keep(page, "sketch")
     # Another prompt draws the same sketch again.
     before = browser.shown(page)
@@ -209,13 +214,14 @@ def test_a_drawing_becomes_a_picture_as_it_is_drawn(page, address, keep):
 
 
 def test_fast_moves_are_one_request(page):
-    """A hundred moves in one go are sent once, when the pen is lifted."""
+    """Send a hundred moves in one go once, when the pen is lifted."""
     browser.tab(page, "Sketch")
     page.wait_for_selector("#canvas")
     page.evaluate("""() => {
       const canvas = document.getElementById('canvas'), box = canvas.getBoundingClientRect();
       canvas.setPointerCapture = () => {};  // these pointers are not real
-      const move = (kind, i) => canvas.dispatchEvent(new PointerEvent(kind, { clientX: box.left + i, clientY: box.top + i }));
+      const move = (kind, i) => canvas.dispatchEvent(
+        new PointerEvent(kind, { clientX: box.left + i, clientY: box.top + i }));
       move('pointerdown', 10);
       for (let i = 10; i < 110; i++) move('pointermove', i);
       move('pointerup', 110);
@@ -226,7 +232,7 @@ def test_fast_moves_are_one_request(page):
 
 
 def test_the_newest_stroke_wins(page):
-    """The server's first answer is held back until after the second: it must not be shown."""
+    """Hold back the server's first answer until after the second: it must not be shown."""
     browser.tab(page, "Sketch")
     page.evaluate("""() => {
       const real = window.fetch; let count = 0; window.held = 0; window.aborted = 0;
@@ -244,16 +250,16 @@ def test_the_newest_stroke_wins(page):
     browser.stroke(page, (0.2, 0.8), (0.8, 0.8))
     browser.wait_for_image(page, 0)
     browser.wait_until_idle(page)
-    last, count = picture(page), browser.shown(page)
+    last, count = image(page), browser.shown(page)
     page.evaluate("window.release()")
     browser.wait_for(page, "() => window.held === 1")
     page.wait_for_timeout(200)
     assert page.evaluate("window.aborted") >= 1 and browser.shown(page) == count
-    np.testing.assert_array_equal(picture(page), last)
+    np.testing.assert_array_equal(image(page), last)
 
 
 def test_two_tabs_at_once(chromium, address, keep):
-    """Each shows its own pictures, although both draw at the same time."""
+    """Each tab shows its own images, although both draw at the same time."""
     tabs = [browser.opened(chromium, address) for _ in range(2)]
     expected = []
     for number, page in enumerate(tabs):
@@ -271,14 +277,14 @@ def test_two_tabs_at_once(chromium, address, keep):
     for page, right in zip(tabs, expected):
         browser.wait_for(page, "() => !!document.querySelector('#frame img')")
         browser.wait_until_idle(page)
-        np.testing.assert_array_equal(picture(page), right)
+        np.testing.assert_array_equal(image(page), right)
     keep(tabs[1], "two_tabs")
     for page in tabs:
         page.context.close()
 
 
-def test_the_page_says_how_far_compiling_is(chromium):
-    """With stand-ins for model and compiler. Who asks too early is told so; ready means ready."""
+def test_the_page_shows_the_progress_of_compiling(chromium):
+    """Refuse early requests; ready means ready. Model and compiler are stand-ins."""
     compiled = threading.Event()
 
     def prepare(say):
@@ -332,8 +338,8 @@ def slowly(request):
     return paint(request)
 
 
-def test_a_slow_model_shows_pictures_on_the_way(chromium):
-    """A picture that takes longer than the pen's next move is waited for, or nothing would be shown before the end. And an end is told."""
+def test_a_slow_model_shows_images_on_the_way(chromium):
+    """Wait for images that take longer than the pen's next move. Say so when the server ends."""
     with served(slowly) as (address, _):
         page = browser.opened(chromium, address)
         browser.tab(page, "Sketch")
@@ -345,8 +351,8 @@ def test_a_slow_model_shows_pictures_on_the_way(chromium):
     page.context.close()
 
 
-def test_one_pen_at_a_time_on_paper_of_the_pictures_shape(chromium):
-    """A second finger and the right button draw nothing; another size reshapes the paper and keeps what is drawn on it."""
+def test_one_pen_at_a_time_on_paper_of_the_image_shape(chromium):
+    """Ignore a second finger and the right button. Another size reshapes paper and sketch."""
     with served() as (address, _):
         page = browser.opened(chromium, address)
         browser.tab(page, "Sketch")
@@ -354,14 +360,15 @@ def test_one_pen_at_a_time_on_paper_of_the_pictures_shape(chromium):
         blank, first, second, shape = page.evaluate("""() => {
           const canvas = document.getElementById('canvas'), box = canvas.getBoundingClientRect();
           canvas.setPointerCapture = () => {};
-          const at = (kind, x, more) => canvas.dispatchEvent(
-            new PointerEvent(kind, { clientX: box.left + x, clientY: box.top + x, pointerId: 1, ...more }));
+          const at = (kind, x, more) => canvas.dispatchEvent(new PointerEvent(
+            kind, { clientX: box.left + x, clientY: box.top + x, pointerId: 1, ...more }));
           const blank = canvas.toDataURL();
           at('pointerdown', 40, { button: 2 }); at('pointermove', 90, {}); at('pointerup', 90, {});
           const right = canvas.toDataURL();
           at('pointerdown', 40, {}); at('pointermove', 60, {});
           const first = canvas.toDataURL();
-          at('pointerdown', 150, { pointerId: 2 }); at('pointermove', 190, { pointerId: 2 }); at('pointerup', 190, { pointerId: 2 });
+          at('pointerdown', 150, { pointerId: 2 });
+          at('pointermove', 190, { pointerId: 2 }); at('pointerup', 190, { pointerId: 2 });
           const second = canvas.toDataURL();
           at('pointerup', 60, {});
           return [blank === right, first !== blank, second === first, canvas.width / canvas.height];
@@ -376,5 +383,5 @@ def test_one_pen_at_a_time_on_paper_of_the_pictures_shape(chromium):
         drawing = np.asarray(
             Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2]))).convert("L")
         )
-        assert (drawing < 128).any() and picture(page).shape == (32, 48, 3)
+        assert (drawing < 128).any() and image(page).shape == (32, 48, 3)
         page.context.close()

@@ -21,7 +21,7 @@ def test_first_come_first_served_and_each_gets_its_own(gate):
     )
 
 
-def test_a_full_line_refuses_at_once_and_who_leaves_makes_room(gate):
+def test_a_full_queue_refuses_at_once_and_leaving_makes_room(gate):
     queue = line(gate, capacity=2)
     queue.submit("at work")
     wait_until(lambda: gate.seen)
@@ -56,15 +56,15 @@ def test_the_newest_of_a_session_takes_the_place_of_the_one_before(gate):
     assert gate.seen[:3] == ["at work", "newest", "other"]
 
 
-def test_a_fault_belongs_to_who_asked_and_the_worker_lives_on():
+def test_an_error_goes_to_its_requester_and_the_worker_lives_on():
     queue = line(lambda item: 1 // item)
     with pytest.raises(ZeroDivisionError):
         queue.submit(0).result(5)
     assert queue.submit(1).result(5).result == 1
 
 
-def test_who_is_told_that_it_is_ready_may_fail():
-    """Such as a closed stdout: those who ask are served all the same."""
+def test_a_failing_callback_stops_nothing():
+    """Serve even if `prepared` fails, as with a closed stdout."""
 
     def told(error):
         raise BrokenPipeError("nobody reads")
@@ -99,7 +99,7 @@ def test_nothing_is_served_before_it_is_prepared():
     assert isinstance(failures[0], ZeroDivisionError) and not queue.ready
 
 
-def test_who_waits_when_it_closes_is_told(gate):
+def test_closing_refuses_waiting_requests(gate):
     queue = line(gate)
     at_work = queue.submit(1)
     wait_until(lambda: gate.seen)

@@ -1,4 +1,4 @@
-"""What a request may say, and a fuzz from the published schema."""
+"""Requests and refusals, and a fuzz from the published schema."""
 
 import dataclasses
 import io
@@ -106,7 +106,7 @@ def test_a_request_in_full_and_its_defaults():
         (body(control_scale=9), ["control_scale"]),
     ],
 )
-def test_what_is_refused_is_named(sent, words):
+def test_refusals_name_the_field_and_the_remedy(sent, words):
     told = refusal(schema.parse, sent, LIMITS)
     assert told.status in (400, 415) and "\n" not in told.sentence and len(told.sentence) < 400
     for word in words:
@@ -114,7 +114,7 @@ def test_what_is_refused_is_named(sent, words):
 
 
 def test_millions_of_values_are_refused_before_they_are_parsed():
-    """Parsing them would hold every other client up. A prompt may hold as many commas as it has characters."""
+    """Parsing them would block every other client. A prompt may be all commas."""
     for sent in (
         b'{"prompt": [' + b"[]," * 300_000 + b"1]}",
         b"{" + b'"a":1,' * 300_000 + b'"b":1}',
@@ -136,7 +136,7 @@ def test_what_the_model_cannot_do_is_refused():
     wanted = schema.parse(body(control=encoded(image_file(lines)), control_scale=0.5), control)
     assert (
         wanted.control_scale == 0.5 and not wanted.control.any()
-    )  # what is transparent is black, as no line is
+    )  # transparency is black, which is no line
 
 
 ANYTHING = st.recursive(
@@ -146,7 +146,7 @@ ANYTHING = st.recursive(
     ),
     max_leaves=5,
 )
-PICTURES = [
+IMAGES = [
     encoded(image_file(Image.new(mode, size), file_format))
     for mode, size, file_format in (
         ("RGB", (8, 8), "PNG"),
@@ -166,7 +166,7 @@ def of_schema(described):
     if described["type"] == "null":
         return st.none()
     if described.get("contentEncoding") == "base64":
-        return st.sampled_from(PICTURES)
+        return st.sampled_from(IMAGES)
     if described["type"] == "string":
         patterns = [re.compile(one["pattern"]) for one in described["allOf"]]
         texts = st.text(st.characters(codec="utf-8"), min_size=described["minLength"], max_size=60)
@@ -181,7 +181,7 @@ def of_schema(described):
 
 @st.composite
 def bodies(draw):
-    """(bytes, whether the schema allows them): a valid request, or one with a field of any value or a key too many."""
+    """(body, valid): a valid request, or one with any values and keys (None: maybe valid)."""
     properties = schema.json_schema(LIMITS)["properties"]
     fields = {"prompt": draw(of_schema(properties["prompt"]))}
     for name in draw(st.sets(st.sampled_from(sorted(properties)))):
@@ -218,7 +218,7 @@ def client():
 )
 @hypothesis.given(bodies())
 def test_fuzz_from_the_schema(client, case):
-    """Whatever is sent: a picture, or a 4xx with a sentence; what the schema allows, with pictures that are some: a picture."""
+    """Answer anything with an image, or a 4xx with a sentence; what the schema allows, an image."""
     data, valid = case
     response = client.post("/generate", content=data, headers={"content-type": "application/json"})
     hypothesis.target(float(response.status_code))

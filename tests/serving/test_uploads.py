@@ -14,8 +14,8 @@ from sprint_jax.serving.refused import Refused
 from sprint_jax.storage import image_files
 
 
-def test_a_picture_is_what_its_bytes_say():
-    """Fails where a file's declared type is believed."""
+def test_the_bytes_decide_the_format():
+    """Fails where a file's declared type is trusted."""
     array = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
     for file_format, options, most in (
         ("PNG", {}, 0),
@@ -44,7 +44,7 @@ def test_a_picture_is_what_its_bytes_say():
 
 
 def png_of(width, height, *chunks):
-    """A PNG's bytes by hand. chunks: (name, data)."""
+    """A handmade PNG file. chunks: (name, data)."""
     chunk = lambda name, data: (
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
     )
@@ -78,8 +78,8 @@ def test_bombs_are_refused_by_their_header():
     assert refusal(uploads.from_bytes, b"\x89PNG" + b"x" * uploads.MOST_BYTES, 8, 8).status == 413
 
 
-def test_a_thin_picture_is_not_blown_up():
-    """Scaled to cover before it is cut, one row of a million pixels would need terabytes."""
+def test_a_thin_image_is_not_blown_up():
+    """Crop before scaling: one row of a million pixels would need terabytes."""
     begin = time.perf_counter()
     assert uploads.from_bytes(image_file(np.zeros((1, 1_000_000, 3), np.uint8)), 32, 32).shape == (
         32,
@@ -120,7 +120,7 @@ def test_orientation_alpha_depth_and_animation():
     half = np.zeros((20, 20, 3), np.uint8)
     half[:10] = 255  # white above black
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
     turned = uploads.from_bytes(image_file(half, "JPEG", exif=exif, quality=100), 20, 20)
     assert turned[:, 15:].mean() > 240 and turned[:, :5].mean() < 15
 
