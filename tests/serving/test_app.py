@@ -98,7 +98,11 @@ def test_openapi_is_of_the_same_model_as_the_checks():
     described = make_app(queue, LIMITS, password="secret").openapi()
     post = described["paths"]["/generate"]["post"]
     sent = post["requestBody"]["content"]["application/json"]["schema"]
-    assert sent == schema.json_schema(LIMITS)
+    published = schema.json_schema(LIMITS)
+    for one in published["properties"].values():
+        if one.get("default", 0) is None:  # OpenAPI leaves these out
+            del one["default"]
+    assert sent == published
     form = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     assert list(post["responses"].pop("200")["content"]) == ["image/png"]
     assert {"400", "408", "409", "413", "415", "429", "503", "default"} == set(post["responses"])
