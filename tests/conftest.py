@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a way to call commands, and tiny runs that the tests of a session share."""
+"""Fixtures of all tests: a way to call commands, and tiny runs that a session shares."""
 
 import os
 import subprocess
@@ -12,6 +12,18 @@ from helpers.compiler import XLA_FLAGS
 from helpers.runs import OLD_TEACHER_FLAGS, ROOT, TINY_FLAGS
 
 os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
+
+
+@pytest.fixture
+def no_rank_promotion():
+    """Raise an error where arrays of different rank meet.
+
+    This holds for the maths of diffusion. Networks add biases [C] to activations [..., C].
+    """
+    import jax
+
+    with jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.fixture(scope="session")

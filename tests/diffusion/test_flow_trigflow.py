@@ -11,7 +11,7 @@ import pytest
 from helpers.arrays import max_error, normal_arrays
 from sprint_jax.diffusion import flow, trigflow
 
-pytestmark = pytest.mark.second_pass
+pytestmark = [pytest.mark.second_pass, pytest.mark.usefixtures("no_rank_promotion")]
 
 BATCH, SHAPE = 16, (16, 3, 4, 2)
 ANGLES = np.linspace(0, math.pi / 2, BATCH).astype(np.float32)

@@ -13,7 +13,7 @@ from sprint_jax.diffusion import samplers, trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import programs
 
-pytestmark = pytest.mark.second_pass
+pytestmark = [pytest.mark.second_pass, pytest.mark.usefixtures("no_rank_promotion")]
 
 SIGMA_D = 0.5
 S = 0.2

@@ -13,7 +13,7 @@ import pytest
 from helpers.arrays import max_error, normal_arrays
 from sprint_jax.diffusion import scm
 
-pytestmark = pytest.mark.second_pass
+pytestmark = [pytest.mark.second_pass, pytest.mark.usefixtures("no_rank_promotion")]
 
 SIGMA_D = 0.5
 S = 0.2

@@ -1,7 +1,7 @@
 """SANA-Sprint folders with random weights, made offline by PyTorch, diffusers and transformers.
 
-Every parameter is moved away from its initial value, so that no zero or one hides a branch. This file
-is also a command, which writes a folder of real size:
+Every parameter is moved away from its initial value, so that no zero or one hides a branch. This
+file is also a command, which writes a folder of real size:
 
     python tests/helpers/fabricate.py DIR [tiny|0.6b]
 """
@@ -86,7 +86,7 @@ _TEXT = {
         head_dim=16,
         query_pre_attn_scalar=20,
     ),
-    # The published width in one thin layer: the transformer keeps its shapes and the folder is small.
+    # The published width in one thin layer: the transformer keeps its shapes in a small folder.
     "0.6b": dict(
         hidden_size=2304,
         intermediate_size=256,

@@ -1,15 +1,21 @@
-"""What test_kernels.py and kernels_on_devices.py run kernels on."""
+"""Functions, arrays and derivatives on which kernels are tested."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import DTypeLike
 
+from helpers.arrays import normal_arrays
 from sprint_jax.models.linear_dit import LinearDiT
 from sprint_jax.ops import cross_attention, linear_attention
 
 EPS = 1e-5
+Arrays = tuple[Any, ...]
 
-TINY = LinearDiT(
+TINY_MODEL = LinearDiT(
     in_channels=3,
     width=64,
     depth=2,
@@ -31,24 +37,13 @@ TINY = LinearDiT(
 )
 
 
-def relative(a, b):
-    """Euclidean."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300)
+def derivatives(
+    f: Callable, primals: Arrays, tangents: Arrays, cotangent: Any, scan: bool = True
+) -> tuple:
+    """Return value, jvp, vjp, the gradient of a loss around a stopped jvp, and a partial jvp.
 
-
-def worst(found, expected):
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
-    return max(relative(a, b) for a, b in pairs)
-
-
-def normals(seed, *shapes):
-    rng = np.random.default_rng(seed)
-    return tuple(rng.standard_normal(s).astype(np.float32) for s in shapes)
-
-
-def directions(f, primals, tangents, cotangent, scan=True):
-    """Value, jvp, vjp, and the gradient of a loss around a stopped jvp through two layers, with and without a loop."""
+    The loss goes through two layers in a loop. Without `scan` its gradient is left out.
+    """
 
     def scm(scales):
         def layer(x, _):
@@ -71,10 +66,21 @@ def directions(f, primals, tangents, cotangent, scan=True):
     return jax.device_get(jax.jit(run)(primals, tangents, cotangent))
 
 
-def linear_case(seed, batch, tokens, heads, head, norm, dtype=np.float32):
+def linear_case(
+    seed: int,
+    batch: int,
+    tokens: int,
+    heads: int,
+    head: int,
+    norm: bool,
+    dtype: DTypeLike = np.float32,
+) -> tuple[Arrays, Arrays, Any]:
+    """Return (primals, tangents, cotangent) of linear attention."""
     width = heads * head
-    q, k, v, dq, dk, dv, g = normals(seed, *((batch, tokens, width),) * 7)
-    weights = tuple(1 + 0.3 * w for w in normals(seed + 1, *((width,),) * 4)) if norm else ()
+    q, k, v, dq, dk, dv, g = normal_arrays(*((batch, tokens, width),) * 7, seed=seed)
+    weights = (
+        tuple(1 + 0.3 * w for w in normal_arrays(*((width,),) * 4, seed=seed + 1)) if norm else ()
+    )
     cast = lambda arrays: tuple(jnp.asarray(a, dtype) for a in arrays)
     return (
         (*cast((q, k, v)), *weights[:2]),
@@ -83,7 +89,9 @@ def linear_case(seed, batch, tokens, heads, head, norm, dtype=np.float32):
     )
 
 
-def linear(function, heads, **options):
+def linear(function: Callable, heads: int, **options: Any) -> Callable:
+    """Return a function of q, k, v and the weights of their norms."""
+
     def f(q, k, v, norm_q=None, norm_k=None):
         return function(
             jnp.concatenate((q, k, v), -1), norm_q, norm_k, heads=heads, eps=EPS, **options
@@ -92,26 +100,36 @@ def linear(function, heads, **options):
     return f
 
 
-def cross_case(seed, batch, queries, keys, heads, head, dtype=np.float32):
-    q, dq, g = normals(seed, *((batch, queries, heads, head),) * 3)
-    k, v, dk, dv = normals(seed + 1, *((batch, keys, heads, head),) * 4)
+def cross_case(
+    seed: int,
+    batch: int,
+    queries: int,
+    keys: int,
+    heads: int,
+    head: int,
+    dtype: DTypeLike = np.float32,
+) -> tuple[Arrays, Arrays, Any]:
+    """Return (primals, tangents, cotangent) of cross-attention."""
+    q, dq, g = normal_arrays(*((batch, queries, heads, head),) * 3, seed=seed)
+    k, v, dk, dv = normal_arrays(*((batch, keys, heads, head),) * 4, seed=seed + 1)
     cast = lambda arrays: tuple(jnp.asarray(a, dtype) for a in arrays)
     return cast((q, k, v)), cast((dq, dk, dv)), jnp.asarray(g, dtype)
 
 
-def cross(function, mask, **options):
+def cross(function: Callable, mask: np.ndarray, **options: Any) -> Callable:
+    """Return a function of q, k and v."""
     return lambda q, k, v: function(q, k, v, mask, **options)
 
 
-def half_hidden(batch, keys):
-    """Of the first sample all keys but one, of the others the last third."""
+def uneven_mask(batch: int, keys: int) -> np.ndarray:
+    """Return a mask [B, L]: one key of the first sample, and the first two thirds of the others."""
     mask = np.arange(keys) < (2 * keys + 2) // 3 * np.ones((batch, 1))
     mask[0] = np.arange(keys) == keys // 2
     return mask.astype(np.float32)
 
 
-def published(kind, name, batch=2):
-    """(function by kernels, abstract arguments) at the widths of the published models, bfloat16."""
+def published_case(kind: str | int, name: str, batch: int = 2) -> tuple[Callable, tuple]:
+    """Return (function by kernels, abstract arguments) at published widths, bfloat16."""
     shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16)
     if kind == "linear":
         heads = {1152: 36, 2240: 70}
@@ -124,8 +142,8 @@ def published(kind, name, batch=2):
     return f, (shape(batch, 1024, heads, head), *(shape(batch, 300, heads, head),) * 2)
 
 
-def modes(f):
-    """{direction: function}."""
+def differentiation_modes(f: Callable) -> dict[str, Callable]:
+    """Return {direction: function}."""
     summed = lambda *primals: f(*primals).astype(jnp.float32).sum()
     return {
         "forward": f,
@@ -134,8 +152,11 @@ def modes(f):
     }
 
 
-def stencil(x, w):
-    """Depthwise cross-correlation, zeros outside. x [B, H, W, C], w [k, k, C]."""
+def depthwise_loops(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """Compute a depthwise cross-correlation with zeros outside.
+
+    x is [B, H, W, C] and w is [k, k, C].
+    """
     out, k = np.zeros_like(x), w.shape[0]
     _, height, width, _ = x.shape
     for row in range(height):

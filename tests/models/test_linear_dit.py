@@ -11,7 +11,7 @@ import pytest
 
 from helpers.arrays import max_error, normals
 from helpers.compiler import UNOPTIMIZED
-from helpers.kernel_cases import stencil
+from helpers.kernel_cases import depthwise_loops
 from sprint_jax.models import layers
 from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M, LinearDiT, patchify, unpatchify
 from sprint_jax.ops import depthwise
@@ -142,7 +142,7 @@ def cross_attention(p, x, text, mask, heads):
 
 def mix_ffn(p, x):
     h = silu(affine(p["conv_inverted"], x))
-    value, gate = np.split(stencil(h, p["conv_depth_kernel"]) + p["conv_depth_bias"], 2, -1)
+    value, gate = np.split(depthwise_loops(h, p["conv_depth_kernel"]) + p["conv_depth_bias"], 2, -1)
     return value * silu(gate) @ p["conv_point"]["kernel"]
 
 
@@ -416,7 +416,8 @@ def test_depthwise_value_and_jvp(k):
     w, dw = normals(k, k, 6), normals(k, k, 6, seed=1)
     ours = depthwise.depthwise_conv
     assert (
-        max_error(jax.jit(ours)(x, w), stencil(x.astype(np.float64), w.astype(np.float64))) < 1e-6
+        max_error(jax.jit(ours)(x, w), depthwise_loops(x.astype(np.float64), w.astype(np.float64)))
+        < 1e-6
     )
     for primals, tangents in (((x, w), (dx, dw)), ((x, w), (dx, 0 * w)), ((x, w), (0 * x, dw))):
         pair = [

@@ -1,4 +1,4 @@
-"""Kernels against float64, in every direction a step takes them, and what each platform makes of them."""
+"""Kernels against float64, in every direction that a step takes, and lowered for each platform."""
 
 import dataclasses
 import functools
@@ -14,22 +14,20 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from helpers.arrays import normal_arrays, relative_error, tree_error
 from helpers.configs import card
 from helpers.kernel_cases import (
     EPS,
-    TINY,
+    TINY_MODEL,
     cross,
     cross_case,
-    directions,
-    half_hidden,
+    depthwise_loops,
+    derivatives,
+    differentiation_modes,
     linear,
     linear_case,
-    modes,
-    normals,
-    published,
-    relative,
-    stencil,
-    worst,
+    published_case,
+    uneven_mask,
 )
 from helpers.runs import ROOT
 from sprint_jax import build, config
@@ -42,7 +40,7 @@ from sprint_jax.sampling import pipeline
 
 pytestmark = pytest.mark.second_pass
 
-# Compiled where the device has kernels, else interpreted.
+# Compiled if the device has kernels, and interpreted otherwise.
 HERE = backend.resolve("pallas", jax.default_backend(), 64, 64, "float32")[0].replace(
     "plain", "interpret"
 )
@@ -50,22 +48,29 @@ HERE = backend.resolve("pallas", jax.default_backend(), 64, 64, "float32")[0].re
 
 @pytest.fixture(autouse=True)
 def full_precision():
-    """Of the float32 products that kernels are compared with, for GPUs have a coarser default."""
+    """Compute the float32 products that kernels are compared with exactly; GPUs have a coarser
+    default.
+    """
     with jax.default_matmul_precision("highest"):
         yield
 
 
 def in_float64(f, *arguments, **options):
+    """Return f of arguments in float64."""
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), arguments)
-        return directions(f, *wide, **options)
+        return derivatives(f, *wide, **options)
 
 
-# ------------------------------------------------------------------------------------------------ linear attention
+# --- linear attention ---
 
 
 def exact_linear(heads, q, k, v, norm_q=None, norm_k=None):
-    """Written from the equations, per head, weights of all pairs of tokens: no sum is shared with the kernels."""
+    """Compute linear attention from its equations, for each head, with weights of all pairs of
+    tokens.
+
+    It shares no sum with the kernels.
+    """
     if norm_q is not None:
         q, k = (
             x / jnp.sqrt((x**2).mean(-1, keepdims=True) + EPS) * w
@@ -92,18 +97,24 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     ],
 )
 def test_linear_attention(batch, tokens, heads, head, norm):
-    """Fails when _divide_tangent forgets c dtotal, _through_rms its second term, _key_gradient gtotal, _same_head is
-    all ones, or padded tokens are given an inverse of inf."""
+    """Fails when _divide_tangent omits c dtotal, when _through_rms omits its second term, when
+    _key_gradient omits gtotal, when _same_head is all ones, and when padded tokens get an inverse
+    of inf.
+    """
     if head > backend.LARGEST_LINEAR_HEAD.get(HERE, head):
         pytest.skip(f"{HERE} has no kernel for heads of {head}")
     case = linear_case(0, batch, tokens, heads, head, norm)
-    found = directions(linear(linear_attention.attend, heads, backend=HERE), *case)
-    assert worst(found, in_float64(functools.partial(exact_linear, heads), *case)) < 1e-5
+    found = derivatives(linear(linear_attention.attend, heads, backend=HERE), *case)
+    assert tree_error(found, in_float64(functools.partial(exact_linear, heads), *case)) < 1e-5
 
 
 @pytest.mark.parametrize("norm", [True, False])
 def test_linear_attention_of_one_token(norm):
-    """What it attends to is itself: values and their tangents come back, queries and keys have no gradient. Latents of 1 x 1, and corners of tiles."""
+    """The token attends to itself: values and their tangents come back, and queries and keys have
+    no gradient.
+
+    Such are latents of 1 x 1 and corners of tiles.
+    """
     (q, k, v, *weights), (dq, dk, dv, *dweights), g = linear_case(0, 2, 1, 2, 32, norm)
     f = linear(linear_attention.attend, 2, backend=HERE)
     value, moved = jax.jvp(f, (q, k, v, *weights), (dq, dk, dv, *dweights))
@@ -119,29 +130,34 @@ def test_linear_attention_of_one_token(norm):
 
 @pytest.mark.parametrize(("tokens", "head"), [(128, 32), (45, 32), slow(2200, 16)])
 def test_linear_attention_of_heads(tokens, head):
-    """With q, k and v of a head beside each other: as they lie in memory, filled up, and in so many parts that the sums are made between
-    the kernels. Fails when heads are 3 d apart in place of 3 blocks, and when `join` puts q, k and v of all heads together."""
+    """With q, k and v of a head next to each other: as they lie in memory, padded, and in many
+    parts, so that a separate kernel adds the sums.
+
+    Fails when heads are 3 d apart instead of 3 blocks, and when `joined` puts q, k and v of all
+    heads together.
+    """
     primals, tangents, g = linear_case(3, 1, tokens, 3, head, False)
     by_head = lambda q, k, v: jnp.stack(
         [x.reshape(*x.shape[:2], 3, -1) for x in (q, k, v)], 3
     ).reshape(*q.shape[:2], -1)
     f = lambda *qkv: linear_attention.attend_interleaved(by_head(*qkv), heads=3, backend=HERE)
     assert (
-        worst(
-            directions(f, primals, tangents, g),
+        tree_error(
+            derivatives(f, primals, tangents, g),
             in_float64(functools.partial(exact_linear, 3), primals, tangents, g),
         )
         < 1e-5
     )
     plain = lambda *qkv: linear_attention.attend_interleaved(by_head(*qkv), heads=3)
-    assert relative(plain(*primals), f(*primals)) < 1e-5
+    assert relative_error(plain(*primals), f(*primals)) < 1e-5
     with pytest.raises(ValueError, match="not three times the width of 4 heads"):
         linear_attention.attend_interleaved(jnp.zeros((1, 4, 90)), heads=4, backend=HERE)
 
 
 @pytest.mark.parametrize("kind", ["queries", "keys", "both", "large"])
 def test_linear_attention_without_weight(kind):
-    """Where relu leaves nothing the denominator is its epsilon: value and slopes are as plain, and finite.
+    """Where relu leaves nothing the denominator is its epsilon: value and slopes are finite and
+    equal the plain ones.
 
     Fails when the epsilon is left out.
     """
@@ -154,8 +170,8 @@ def test_linear_attention_without_weight(kind):
     if kind in ("keys", "both"):
         k[:] = np.where(np.arange(20)[:, None] % 3 == 0, 0, -np.abs(k))
     case = ((q, k, v), tangents, g)
-    found = directions(linear(linear_attention.attend, 2, backend=HERE), *case, scan=False)
-    expected = directions(linear(linear_attention.attend, 2), *case, scan=False)
+    found = derivatives(linear(linear_attention.attend, 2, backend=HERE), *case, scan=False)
+    expected = derivatives(linear(linear_attention.attend, 2), *case, scan=False)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.isfinite(a).all()
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * max(1e-6, np.abs(b).max()))
@@ -172,7 +188,7 @@ def test_linear_attention_refuses():
         linear_attention.attend(qkv, w, w, heads=2, eps=EPS, backend="cuda")
 
 
-# ------------------------------------------------------------------------------------------------- cross-attention
+# --- cross-attention ---
 
 
 def exact_cross(mask, q, k, v):
@@ -189,42 +205,49 @@ def exact_cross(mask, q, k, v):
     [(2, 85, 70, 2, 32), slow(2, 21, 11, 2, 72), slow(1, 70, 130, 1, 112), slow(2, 1100, 5, 1, 32)],
 )
 def test_cross_attention(batch, queries, keys, heads, head):
-    """Fails when keys that fill a block weigh like masked ones, `shrink` is left off the sum or the mean off s', when
-    the kernel without tangents of k and v is taken with them, and when only the last part of the queries counts."""
-    case, mask = cross_case(0, batch, queries, keys, heads, head), half_hidden(batch, keys)
-    found = directions(cross(cross_attention.attend, mask, backend=HERE), *case)
-    assert worst(found, in_float64(functools.partial(exact_cross, mask), *case)) < 1e-5
+    """Fails when padding keys have the weight of masked ones, when `shrink` is missing from the sum
+    or the mean from s', when the kernel without tangents of k and v is used for them, and when only
+    the last part of the queries counts.
+    """
+    case, mask = cross_case(0, batch, queries, keys, heads, head), uneven_mask(batch, keys)
+    found = derivatives(cross(cross_attention.attend, mask, backend=HERE), *case)
+    assert tree_error(found, in_float64(functools.partial(exact_cross, mask), *case)) < 1e-5
 
 
 def test_cross_attention_of_hidden_text():
-    """Every key masked: all count alike, and keys that only fill a block do not. Scores are multiples of 1/8, so that
-    float32 holds them beside -1e4. Fails when _ABSENT is MASKED."""
+    """With every key masked all have equal weight, and padding keys have none.
+
+    Scores are multiples of 1/8, so that float32 can add them to -1e4. Fails when _ABSENT is MASKED.
+    """
     (q, k, v), tangents, g = cross_case(3, 1, 9, 19, 2, 64)
     case = ((jnp.sign(q), jnp.sign(k), v), tangents, g)
     mask = np.zeros((1, 19))
-    found = directions(cross(cross_attention.attend, mask, backend=HERE), *case, scan=False)
+    found = derivatives(cross(cross_attention.attend, mask, backend=HERE), *case, scan=False)
     expected = in_float64(functools.partial(exact_cross, mask), *case, scan=False)
-    assert worst(found, expected) < 1e-5
+    assert tree_error(found, expected) < 1e-5
     shown = in_float64(functools.partial(exact_cross, mask + 1), *case, scan=False)
-    assert worst(found, shown) < 1e-5
+    assert tree_error(found, shown) < 1e-5
 
 
 def test_cross_attention_of_large_scores():
-    """Scores of some thousands: one key wins each query. Fails when the weights come from a log-sum-exp."""
+    """Scores of some thousands: one key wins each query.
+
+    Fails when weights come from a log-sum-exp.
+    """
     (q, k, v), tangents, g = cross_case(4, 2, 20, 40, 1, 32)
     case = ((100 * jnp.round(4 * q), jnp.round(4 * k), v), tangents, g)
-    mask = half_hidden(2, 40)
-    found = directions(cross(cross_attention.attend, mask, backend=HERE), *case, scan=False)
+    mask = uneven_mask(2, 40)
+    found = derivatives(cross(cross_attention.attend, mask, backend=HERE), *case, scan=False)
     expected = in_float64(functools.partial(exact_cross, mask), *case, scan=False)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-3 * max(1e-3, np.abs(b).max()))
 
 
-# ------------------------------------------------------------------------------------------------------ both kinds
+# --- both kinds ---
 
 
 def both_kinds():
-    """((kernel, primals) of linear attention, then of cross-attention)."""
+    """Return (kernel, primals) of linear attention, then of cross-attention."""
     linear_primals, *_ = linear_case(0, 1, 16, 1, 32, True)
     cross_primals, *_ = cross_case(0, 1, 16, 16, 1, 32)
     return (
@@ -235,8 +258,10 @@ def both_kinds():
 
 @pytest.mark.parametrize("which", [0, 1], ids=["linear", "cross"])
 def test_tangent_that_is_not_stopped(which):
-    """NaN in the gradient of whatever made primals or tangents. Fails when _refuse returns zeros, or when residuals
-    are stopped before the linear map."""
+    """The gradient of everything behind primals or tangents is NaN.
+
+    Fails when _refuse returns zeros, and when residuals are stopped before the linear map.
+    """
     f, primals = both_kinds()[which]
     along = lambda scale, direction: jax.jvp(
         lambda x: f(x, *primals[1:]), (primals[0] * scale,), (direction,)
@@ -244,18 +269,20 @@ def test_tangent_that_is_not_stopped(which):
     ones = jnp.ones_like(primals[0])
     assert np.isnan(jax.jit(jax.grad(lambda s: along(s, ones)))(1.0))
     assert np.isnan(jax.jit(jax.grad(lambda s: along(1.0, s * ones)))(1.0))
-    # Stopped, the gradient of value and tangent together is that of the value.
+    # If the tangent is stopped, the gradient of both together is that of the value.
     beside = lambda s: f(primals[0] * s, *primals[1:]).sum()
     stopped = jax.grad(lambda s: beside(s) + jax.lax.stop_gradient(along(s, ones)))(1.0)
     np.testing.assert_allclose(stopped, jax.grad(beside)(1.0), rtol=1e-6)
 
 
 @pytest.mark.parametrize("weight", ["float32", "bfloat16"])
-def test_a_norm_rounds_as_its_weight_says(weight):
-    """Fails when a float32 weight is rounded, as training has none, and when one in bfloat16 is not multiplied in bfloat16, as in diffusers."""
+def test_the_dtype_of_a_norms_weight_decides_its_rounding(weight):
+    """Fails when a float32 weight is rounded (in training it is not), and when a bfloat16 weight is
+    not multiplied in bfloat16, as in diffusers.
+    """
     x, w = (
         jnp.asarray(a, d)
-        for a, d in zip(normals(3, (4, 96), (96,)), ("bfloat16", weight), strict=True)
+        for a, d in zip(normal_arrays((4, 96), (96,), seed=3), ("bfloat16", weight), strict=True)
     )
     exact = np.asarray(x, np.float64)
     unit = exact / np.sqrt(np.square(exact).mean(-1, keepdims=True) + EPS)
@@ -266,7 +293,10 @@ def test_a_norm_rounds_as_its_weight_says(weight):
 
 
 def test_kernels_round_norms_as_plain():
-    """Linear attention with weights in either dtype, almost all results the same bfloat16. Fails when a kernel rounds x / rms otherwise."""
+    """Linear attention with weights of either dtype: almost all results are the same bfloat16.
+
+    Fails when a kernel rounds x / rms differently.
+    """
     for weight in ("float32", "bfloat16"):
         arrays, _, _ = linear_case(7, 1, 64, 2, 32, True, jnp.bfloat16)
         arrays = (*arrays[:3], *(jnp.asarray(a, weight) for a in arrays[3:]))
@@ -277,12 +307,13 @@ def test_kernels_round_norms_as_plain():
 
 @pytest.mark.slow
 def test_bfloat16_is_as_good_as_plain():
-    """Over several draws each output's distance to float64 is at most 3 % more than plain's.
+    """Over several draws the distance of each output to float64 is at most 3 % more than that of
+    plain.
 
-    Fails when the state of linear attention is rounded to bfloat16 once, and when the mean in the tangent of
-    cross-attention is taken off the rounded sum.
+    Fails when the state of linear attention is rounded to bfloat16 once, and when the mean in the
+    tangent of cross-attention is subtracted from the rounded sum.
     """
-    mask = half_hidden(2, 50)
+    mask = uneven_mask(2, 50)
     kinds = (
         (
             lambda seed: linear_case(seed, 2, 128, 2, 32, True, jnp.bfloat16),
@@ -302,17 +333,17 @@ def test_bfloat16_is_as_good_as_plain():
         for seed in range(3):
             expected = jax.tree.leaves(in_float64(exact, *case(seed), scan=False))
             found = [
-                jax.tree.leaves(directions(f, *case(seed), scan=False)) for f in (kernel, plain)
+                jax.tree.leaves(derivatives(f, *case(seed), scan=False)) for f in (kernel, plain)
             ]
             squares += np.array(
                 [
-                    [relative(a, b) ** 2 for a, b in zip(each, expected, strict=True)]
+                    [relative_error(a, b) ** 2 for a, b in zip(each, expected, strict=True)]
                     for each in found
                 ]
             )
         ours, theirs = np.sqrt(squares)
         assert (ours <= 1.03 * theirs).all(), (ours, theirs)
-        assert theirs.min() > 1e-3  # bfloat16 was at work
+        assert theirs.min() > 1e-3  # bfloat16 was used
 
 
 @pytest.mark.parametrize(
@@ -321,10 +352,14 @@ def test_bfloat16_is_as_good_as_plain():
     ids=str,
 )
 def test_whole_network(changes):
-    """Value, jvp and the gradient of all parameters around a stopped jvp: with kernels as without, and the same tree."""
-    x, dx, text = normals(5, (2, 5, 4, 3), (2, 5, 4, 3), (2, 7, 6))
-    t, dt, mask = np.array([0.3, 0.6], np.float32), np.ones(2, np.float32), half_hidden(2, 7)
-    plain = dataclasses.replace(TINY, **changes)
+    """Value, jvp and the gradient of all parameters around a stopped jvp agree with and without
+    kernels.
+
+    So does the structure of the parameters.
+    """
+    x, dx, text = normal_arrays((2, 5, 4, 3), (2, 5, 4, 3), (2, 7, 6), seed=5)
+    t, dt, mask = np.array([0.3, 0.6], np.float32), np.ones(2, np.float32), uneven_mask(2, 7)
+    plain = dataclasses.replace(TINY_MODEL, **changes)
     kernels = dataclasses.replace(plain, attention=HERE)
     params = plain.init(jax.random.key(0))
     assert jax.tree.all(jax.tree.map(np.array_equal, params, kernels.init(jax.random.key(0))))
@@ -343,21 +378,22 @@ def test_whole_network(changes):
         return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
 
     found, expected = step(kernels), step(plain)
-    assert worst(found[1], expected[1]) < 1e-5
-    # Leaf by leaf, none finer than a thousandth of the largest: without QK norm that of the keys' bias is rounding alone.
+    assert tree_error(found[1], expected[1]) < 1e-5
+    # Leaf by leaf, none finer than a thousandth of the largest: without QK norm that of the keys'
+    # bias is rounding only.
     largest = max(np.linalg.norm(a) for a in jax.tree.leaves(expected[0]))
     for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(expected[0]), strict=True):
         assert np.linalg.norm(a - b) < 1e-4 * max(np.linalg.norm(b), 1e-3 * largest)
     assert min(np.abs(a).max() for a in jax.tree.leaves(expected[0]["blocks"]["attn1"])) > 1e-4
 
 
-# ----------------------------------------------------------------------------------------- depthwise convolution
+# --- depthwise convolution ---
 
 
 def exact_depthwise(x, w, bias, gated):
-    """In float64, from the definition."""
+    """Compute the depthwise convolution in float64 from its definition."""
     x, w, bias = (np.asarray(a, np.float64) for a in (x, w, bias))
-    out = stencil(x, w) + bias
+    out = depthwise_loops(x, w) + bias
     if not gated:
         return out
     value, gate = np.split(out, 2, -1)
@@ -374,32 +410,36 @@ def exact_depthwise(x, w, bias, gated):
     ],
 )
 def test_depthwise(shape, k, gated):
-    """Sides that no tile divides. Fails when the last tiles are not moved back, when borders are not zero, when the gate
-    takes the first half, and when a stencil of five reads two rows too few."""
-    x, w, bias = normals(7, shape, (k, k, shape[-1]), shape[-1:])
+    """No tile divides the sides.
+
+    Fails when the last tiles are not moved back, when borders are not zero, when the gate takes the
+    first half, and when a stencil of five reads two rows too few.
+    """
+    x, w, bias = normal_arrays(shape, (k, k, shape[-1]), shape[-1:], seed=7)
     expected = exact_depthwise(x, w, bias, gated)
     for dtype, most in (("float32", 1e-6), ("bfloat16", 7e-3)):
         arrays = [jnp.asarray(a, dtype) for a in (x, w, bias)]
         found = depthwise.conv(*arrays, gated, backend=HERE)
-        assert found.dtype == dtype and relative(found, expected) < most
-        # No worse than the formula, which rounds as often.
+        assert found.dtype == dtype and relative_error(found, expected) < most
+        # At most as far as the formula, which rounds equally often.
         assert (
-            relative(found, expected)
-            < 1.2 * relative(depthwise.conv(*arrays, gated), expected) + 1e-7
+            relative_error(found, expected)
+            < 1.2 * relative_error(depthwise.conv(*arrays, gated), expected) + 1e-7
         )
 
 
 @pytest.mark.parametrize("gated", [True, slow(False)])
 def test_depthwise_derivatives(gated):
-    """Forward with and without parameters that move, reverse, and reverse around a stopped tangent, on sides that no tile divides.
+    """Forward with constant and changing parameters, reverse, and reverse around a stopped tangent;
+    no tile divides the sides.
 
-    Fails when the slope of SiLU lacks its second term, when the stencil is not turned round, when the halves of the cotangent are
-    exchanged, when the gradient's convolution lacks its bias, and when the tangent's has it.
+    Fails when the slope of SiLU lacks its second term, when the stencil is not flipped, when the
+    halves of the cotangent are swapped, when the convolution of the gradient lacks its bias, and
+    when that of the tangent has it.
     """
     x, w, bias, dx, dw, dbias, g = (
         jnp.asarray(a)
-        for a in normals(
-            8,
+        for a in normal_arrays(
             (2, 5, 18, 32),
             (3, 3, 32),
             (32,),
@@ -407,10 +447,11 @@ def test_depthwise_derivatives(gated):
             (3, 3, 32),
             (32,),
             (2, 5, 18, 16 if gated else 32),
+            seed=8,
         )
     )
 
-    def directions(kind):
+    def derivatives(kind):
         f = lambda x, w, bias: depthwise.conv(x, w, bias, gated, backend=kind)
         along = lambda x, w, bias: jax.jvp(lambda x: f(x, w, bias), (x,), (dx,))
 
@@ -427,8 +468,8 @@ def test_depthwise_derivatives(gated):
         )
         return jax.jit(every)(x, w, bias)
 
-    assert worst(directions(HERE), directions("plain")) < 1e-6
-    # A tangent that is not stopped gives NaN, as attention's.
+    assert tree_error(derivatives(HERE), derivatives("plain")) < 1e-6
+    # A tangent that is not stopped gives NaN, as in attention.
     moved = lambda s: jax.jvp(
         lambda x: depthwise.conv(x, w, bias, gated, backend=HERE), (s * x,), (dx,)
     )[1].sum()
@@ -437,14 +478,14 @@ def test_depthwise_derivatives(gated):
 
 @pytest.mark.slow
 def test_depthwise_derivatives_in_bfloat16():
-    """Over several draws the distance to float64 is at most 3 % more than the formula's."""
+    """Over several draws the distance to float64 is at most 3 % more than that of the formula."""
     squares = 0
     for seed in range(3):
-        arrays = normals(
-            20 + seed, (1, 8, 16, 64), (3, 3, 64), (64,), (1, 8, 16, 64), (1, 8, 16, 32)
+        arrays = normal_arrays(
+            (1, 8, 16, 64), (3, 3, 64), (64,), (1, 8, 16, 64), (1, 8, 16, 32), seed=20 + seed
         )
 
-        def directions(kind, dtype):
+        def derivatives(kind, dtype):
             x, w, bias, dx, g = (jnp.asarray(a, dtype) for a in arrays)
             f = lambda x, w, bias: depthwise.conv(x, w, bias, True, backend=kind)
             return jax.jit(
@@ -456,23 +497,27 @@ def test_depthwise_derivatives_in_bfloat16():
 
         arrays = [np.asarray(jnp.asarray(a, "bfloat16"), np.float64) for a in arrays]
         with jax.enable_x64(True):
-            expected = jax.device_get(jax.tree.leaves(directions("plain", "float64")))
-        found = [jax.tree.leaves(directions(kind, "bfloat16")) for kind in (HERE, "plain")]
+            expected = jax.device_get(jax.tree.leaves(derivatives("plain", "float64")))
+        found = [jax.tree.leaves(derivatives(kind, "bfloat16")) for kind in (HERE, "plain")]
         squares += np.array(
-            [[relative(a, b) ** 2 for a, b in zip(each, expected, strict=True)] for each in found]
+            [
+                [relative_error(a, b) ** 2 for a, b in zip(each, expected, strict=True)]
+                for each in found
+            ]
         )
     ours, theirs = np.sqrt(squares)
     assert (ours <= 1.03 * theirs).all(), (ours, theirs)
-    assert theirs.min() > 1e-3  # bfloat16 was at work
+    assert theirs.min() > 1e-3  # bfloat16 was used
 
 
-def test_depthwise_goes_by_what_the_kernel_takes():
-    """Small pictures, odd channels, other dtypes, and arrays beyond 32-bit offsets take the formula. Fails when one is let through."""
+def test_unsupported_depthwise_inputs_take_the_formula():
+    """These are small images, odd channels, other dtypes, and arrays beyond 32-bit offsets.
+
+    Fails when one reaches the kernel.
+    """
     tile = depthwise_kernel.tile
-    assert (
-        tile((1, 32, 32, 5760), "bfloat16", True) == 64
-        and tile((1, 32, 32, 48), "float32", False) == 16
-    )
+    assert tile((1, 32, 32, 5760), "bfloat16", True) == 64
+    assert tile((1, 32, 32, 48), "float32", False) == 16
     for shape, dtype, gated in [
         ((1, 3, 32, 64), "float32", False),
         ((1, 32, 15, 64), "float32", False),
@@ -484,11 +529,13 @@ def test_depthwise_goes_by_what_the_kernel_takes():
         assert tile(shape, dtype, gated) is None, shape
     with pytest.raises(ValueError, match="no depthwise kernel"):
         depthwise_kernel.conv(
-            *normals(0, (1, 3, 3, 16), (3, 3, 16), (16,)), gated=False, backend="interpret"
+            *normal_arrays((1, 3, 3, 16), (3, 3, 16), (16,), seed=0),
+            gated=False,
+            backend="interpret",
         )
     with pytest.raises(ValueError, match="use interpret or triton"):
         depthwise_kernel.conv(
-            *normals(0, (1, 4, 16, 16), (3, 3, 16), (16,)), gated=False, backend="tpu"
+            *normal_arrays((1, 4, 16, 16), (3, 3, 16), (16,), seed=0), gated=False, backend="tpu"
         )
     assert [backend.depthwise(p) for p in ("gpu", "cuda", "cpu", "tpu")] == [
         "triton",
@@ -498,7 +545,7 @@ def test_depthwise_goes_by_what_the_kernel_takes():
     ]
 
 
-# ------------------------------------------------------------------------------------------------------- platforms
+# --- platforms ---
 
 
 DEVICES = {
@@ -513,17 +560,20 @@ DEVICES = {
 
 @pytest.mark.parametrize("name", list(DEVICES))
 @pytest.mark.parametrize("kind", ["linear", 72, slow(32), slow(112)])
-def test_kernels_lower_for(name, kind):
-    """Without the device: the compiler's last step is not part of this. Fails when the pieces of a head are not powers
-    of two (Triton), or blocks do not end on 128 lanes (TPU)."""
+def test_kernels_lower_without_the_device(name, kind):
+    """The last step of the compiler is left out.
+
+    Fails when the pieces of a head are not powers of two (Triton), and when blocks do not end on
+    128 lanes (TPU).
+    """
     platform, target, device = DEVICES[name]
     mesh = AbstractMesh(
         (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(**device)
     )
-    f, arguments = published(kind, name)
+    f, arguments = published_case(kind, name)
     counts = {}
     with jax.sharding.use_abstract_mesh(mesh):
-        for mode, g in modes(f).items():
+        for mode, g in differentiation_modes(f).items():
             text = jax.jit(g).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
             counts[mode] = len(re.findall(re.escape(f"custom_call @{target}("), text))
     expected = (
@@ -538,7 +588,10 @@ def test_kernels_lower_for(name, kind):
     ("shape", "k", "gated"), [((1, 32, 32, 5760), 3, True), ((1, 128, 128, 1536), 5, False)]
 )
 def test_depthwise_lowers(shape, k, gated):
-    """For an NVIDIA GPU, at published shapes, one kernel and no convolution. Fails when a load has a side that is no power of two."""
+    """For an NVIDIA GPU at published shapes: one kernel and no convolution.
+
+    Fails when a side of a load is not a power of two.
+    """
     platform, target, device = DEVICES["triton"]
     mesh = AbstractMesh(
         (1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=AbstractDevice(**device)
@@ -549,10 +602,12 @@ def test_depthwise_lowers(shape, k, gated):
     f = lambda *a: depthwise.conv(*a, gated, backend="triton")
     with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(f).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
-    assert text.count(f"custom_call @{target}(") == 1 and "stablehlo.convolution" not in text
+    assert text.count(f"custom_call @{target}(") == 1
+    assert "stablehlo.convolution" not in text
 
 
 def run_script(*arguments, **environment):
+    """Run helpers.kernels_on_devices and return its result."""
     environment = (
         os.environ
         | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -570,9 +625,11 @@ def run_script(*arguments, **environment):
 
 
 @pytest.mark.slow
-def test_sharded_operands_stay_where_they_are():
-    """Eight simulated devices as 4 x 2, a network with kernels: same numbers as on one, and nothing of the size of an
-    activation is gathered. Fails when `launch` does not map over devices."""
+def test_sharded_operands_are_not_gathered():
+    """On eight simulated devices as 4 x 2 a network with kernels gives the numbers of one device.
+
+    No gathered array has the size of an activation. Fails when `launch` does not map over devices.
+    """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     found = run_script("mesh", XLA_FLAGS=flags)
     assert set(found) == {"linear", "cross", "linear 3 samples", "depthwise"}
@@ -583,19 +640,23 @@ def test_sharded_operands_stay_where_they_are():
 
 
 @pytest.mark.slow
-def test_tpu_compiles_them():
-    """By libtpu, ahead of time, for 2 x 2 chips: forward, jvp and grad at the published widths."""
+def test_the_tpu_compiler_accepts_the_kernels():
+    """Compiled ahead of time by libtpu for 2 x 2 chips: forward, jvp and grad at the published
+    widths.
+    """
     pytest.importorskip("libtpu")
     found = run_script("tpu", TPU_SKIP_MDS_QUERY="1")
     assert len(found) == 12
     assert all(m["kernels"] >= 1 and m["gathers"] == 0 for m in found.values()), found
 
 
-# ---------------------------------------------------------------------------------------------------------- choice
+# --- choice ---
 
 
 def test_resolve():
-    """Fails when a GPU gets the TPU's kernels, and when a reason is given where nothing is missing."""
+    """Fails when a GPU gets the kernels of a TPU, and when a reason is given although nothing is
+    missing.
+    """
     resolve = backend.resolve
     assert resolve("plain", "gpu", 32, 72, "bfloat16") == ("plain", None)
     assert resolve("pallas", "gpu", 32, 72, "bfloat16") == ("triton", None)
@@ -615,7 +676,9 @@ def test_resolve():
         (("tpu", 72, 72, "float16"), "the compute dtype is float16"),
     ):
         chosen, sentence = resolve("pallas", *arguments)
-        assert chosen == "plain" and reason in sentence and "\n" not in sentence
+        assert chosen == "plain"
+        assert reason in sentence
+        assert "\n" not in sentence
     with pytest.raises(ValueError, match="use one of plain, pallas"):
         resolve("triton", "gpu", 32, None, "bfloat16")
 
@@ -630,8 +693,12 @@ def test_resolve():
         ("10.0", "triton"),
     ],
 )
-def test_kernels_by_card(monkeypatch, capability, chosen):
-    """AMD's GPUs and NVIDIA's before Ampere have none, and say so where they were asked for. Fails when "10.0" is compared as text."""
+def test_kernels_by_gpu(monkeypatch, capability, chosen):
+    """GPUs of AMD and of NVIDIA before Ampere have no kernels, and a request for them gives the
+    reason.
+
+    Fails when "10.0" is compared as text.
+    """
 
     class Card:
         compute_capability = capability
@@ -644,13 +711,14 @@ def test_kernels_by_card(monkeypatch, capability, chosen):
         backend.fastest("gpu") == "pallas",
         backend.launches_cost("gpu"),
     ) == ((chosen, chosen, chosen == "triton", chosen == "triton"))
-    assert (sentence is None) == (chosen == "triton") and (
-        sentence is None or "capability 8.0" in sentence
-    )
+    assert (sentence is None) == (chosen == "triton")
+    assert sentence is None or "capability 8.0" in sentence
 
 
 def test_config_chooses(monkeypatch):
-    """Fails when build leaves the config's wish in the model, or a folder's weights are refused for it."""
+    """Fails when build leaves the config's request in the model, and when weights of a folder are
+    refused because of it.
+    """
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     tree = card()
     assert (
@@ -670,20 +738,24 @@ def test_config_chooses(monkeypatch):
     with pytest.raises(UserError, match="config.model.attention 'triton': use plain or pallas"):
         config.parse(tree)
     with pytest.raises(ValueError, match="attention 'pallas'"):
-        dataclasses.replace(TINY, attention="pallas")
+        dataclasses.replace(TINY_MODEL, attention="pallas")
 
 
 def test_pipeline_chooses(monkeypatch, tmp_path):
-    """Said once, and not where nothing was asked for. Fails when load does not pass the choice to the model, or to the autoencoder."""
+    """The choice is reported once, and not without a request.
+
+    Fails when load does not pass the choice to the model or to the autoencoder.
+    """
     pixels = parts.AutoencoderPixels(DCAE_F32C32, tile=False)
-    made = pipeline.Pipeline(TINY, None, pixels, {}, 32, 32, 1.0, "code", 1, "float32")
+    made = pipeline.Pipeline(TINY_MODEL, None, pixels, {}, 32, 32, 1.0, "code", 1, "float32")
     monkeypatch.setattr(pipeline, "_load", lambda path, **options: made)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     lines = []
-    assert pipeline.load(tmp_path, dtype="float32", say=lines.append).model == TINY
+    assert pipeline.load(tmp_path, dtype="float32", say=lines.append).model == TINY_MODEL
     assert lines == []
     assert (
-        pipeline.load(tmp_path, dtype="float32", attention="pallas", say=lines.append).model == TINY
+        pipeline.load(tmp_path, dtype="float32", attention="pallas", say=lines.append).model
+        == TINY_MODEL
     )
     assert len(lines) == 1 and "instead of Pallas kernels" in lines[0]
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
@@ -701,34 +773,39 @@ def test_pipeline_chooses(monkeypatch, tmp_path):
         "plain",
         "plain",
     )
-    assert (
-        kinds(pipeline.load(tmp_path, dtype="float32", platform="cuda", say=lines.append))
-        == ("plain", "plain")
-        and len(lines) == 1
+    assert kinds(pipeline.load(tmp_path, dtype="float32", platform="cuda", say=lines.append)) == (
+        "plain",
+        "plain",
     )
+    assert len(lines) == 1
     with pytest.raises(UserError, match="attention 'fast'"):
         pipeline.load(tmp_path, attention="fast")
 
 
 def test_pipeline_chooses_the_depthwise_kernel(monkeypatch, tmp_path):
-    """On a GPU, of transformer and autoencoder; not for programs that run elsewhere, nor over devices. Fails when one of the two is left out."""
+    """On a GPU, for transformer and autoencoder; not for programs that run elsewhere, nor over
+    several devices.
+
+    Fails when one of the two is left out.
+    """
     pixels = parts.AutoencoderPixels(DCAE_F32C32, tile=False)
-    made = pipeline.Pipeline(TINY, None, pixels, {}, 32, 32, 1.0, "code", 1, "float32")
+    made = pipeline.Pipeline(TINY_MODEL, None, pixels, {}, 32, 32, 1.0, "code", 1, "float32")
     monkeypatch.setattr(pipeline, "_load", lambda path, **options: made)
     kinds = lambda pipe: (pipe.model.depthwise, pipe.pixels.model.depthwise)
     assert (
         kinds(pipeline.load(tmp_path, dtype="float32"))
         == (backend.depthwise(jax.default_backend()),) * 2
     )
-    # What a run was trained with is no matter either.
+    # The choice of the training run does not matter either.
     trained = dataclasses.replace(
-        made, model=dataclasses.replace(TINY, attention="interpret", depthwise="interpret")
+        made, model=dataclasses.replace(TINY_MODEL, attention="interpret", depthwise="interpret")
     )
     with monkeypatch.context() as context:
         context.setattr(pipeline, "_load", lambda path, **options: trained)
         for platform in (None, "cpu", "cuda", ""):
             found = pipeline.load(tmp_path, dtype="float32", attention="plain", platform=platform)
-            assert kinds(found) == ("plain", "plain") and found.model.attention == "plain"
+            assert kinds(found) == ("plain", "plain")
+            assert found.model.attention == "plain"
         assert kinds(pipeline.load(tmp_path, dtype="float32", platform="cpu")) == ("plain", "plain")
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -737,16 +814,17 @@ def test_pipeline_chooses_the_depthwise_kernel(monkeypatch, tmp_path):
         "plain",
         "plain",
     )  # no kernel at all
-    assert kinds(pipe) == ("triton", "triton") and kinds(pipeline.over_devices(pipe, devices)) == (
+    assert kinds(pipe) == ("triton", "triton")
+    assert kinds(pipeline.over_devices(pipe, devices)) == (
         "plain",
         "plain",
     )
-    assert pipeline.over_devices(pipe, devices).model == TINY  # nor attention
+    assert pipeline.over_devices(pipe, devices).model == TINY_MODEL  # nor attention
     assert pipe.in_turn
     for platform in ("cuda", ""):
         elsewhere = pipeline.load(tmp_path, dtype="float32", platform=platform)
         assert kinds(elsewhere) == ("plain", "plain") and not elsewhere.in_turn
     with pytest.raises(ValueError, match="depthwise 'tpu'"):
-        dataclasses.replace(TINY, depthwise="tpu")
+        dataclasses.replace(TINY_MODEL, depthwise="tpu")
     with pytest.raises(ValueError, match="depthwise 'tpu'"):
         dataclasses.replace(DCAE_F32C32, depthwise="tpu")
