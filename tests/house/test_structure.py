@@ -102,3 +102,22 @@ def test_nothing_happens_at_import():
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_folders_of_tests_mirror_the_package():
+    """Fails when a test file lies beside the folders, or in a folder without a counterpart."""
+    beside = {"benchmarks", "experiments", "helpers", "house"}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        folder = path.parent.relative_to(ROOT / "tests").as_posix()
+        assert folder in beside or (PACKAGE / folder).is_dir(), path
+
+
+def test_no_test_imports_another():
+    """Fails when a test imports a test file instead of `helpers`."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(a.name for a in node.names)]
+            for part in ".".join(names).split("."):
+                assert part != "conftest" and not part.startswith("test_"), f"{path}: {names}"
