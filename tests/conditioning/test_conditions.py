@@ -1,4 +1,6 @@
-"""Conditions of a ControlNet: edges and scribbles of pictures whose lines are known, and how well two maps agree."""
+"""Conditions of a ControlNet: edges and scribbles of images with known lines, and agreement of
+maps.
+"""
 
 import json
 
@@ -14,21 +16,22 @@ from sprint_jax.evaluation import edges
 from sprint_jax.toy import shapes
 
 
-def flat(colour, size=16):
-    return np.broadcast_to(np.array(colour, np.uint8), (1, size, size, 3)).copy()
+def flat(color, size=16):
+    """Return an image of one color."""
+    return np.broadcast_to(np.array(color, np.uint8), (1, size, size, 3)).copy()
 
 
 def pixels(lines):
-    """{(row, column)} of one map."""
+    """Return {(row, column)} of the lines of one map."""
     return set(zip(*map(np.ndarray.tolist, np.nonzero(lines)), strict=True))
 
 
 # --- edges ---
 
 
-@pytest.mark.parametrize("colour", [shapes.BLACK, *shapes.COLORS.values()])
-def test_a_flat_picture_has_no_edges(colour):
-    assert not sketches.gradient_edges(flat(colour)).any()
+@pytest.mark.parametrize("color", [shapes.BLACK, *shapes.COLORS.values()])
+def test_a_flat_image_has_no_edges(color):
+    assert not sketches.gradient_edges(flat(color)).any()
 
 
 @pytest.mark.parametrize(
@@ -36,7 +39,7 @@ def test_a_flat_picture_has_no_edges(colour):
     [(shapes.BLACK, (50, 90, 225)), ((16, 16, 20), (16, 16, 80)), ((0, 0, 0), (50, 0, 0))],
 )
 def test_a_half_plane_has_one_line_on_its_bright_side(low, high):
-    """Four half turns, and whichever side is bright."""
+    """Take four orientations, with either side bright."""
     images = flat(low)
     images[:, :, 7:] = high
     expected = np.zeros((16, 16), np.uint8)
@@ -48,8 +51,10 @@ def test_a_half_plane_has_one_line_on_its_bright_side(low, high):
 
 
 def test_thresholds_are_steps_in_levels():
-    """A step of STRONG draws its whole line, one level less none. A line that fades goes on while it is above WEAK, and
-    does not begin below STRONG."""
+    """A step of STRONG draws its whole line, and one level less draws none.
+
+    A fading line continues while it is above WEAK and does not begin below STRONG.
+    """
     step = lambda heights: (
         np.stack([np.where(np.arange(16) < 8, 0, h) for h in heights])[None, ..., None]
         .repeat(3, -1)
@@ -63,23 +68,25 @@ def test_thresholds_are_steps_in_levels():
     assert count(step(range(48, 0, -3))) == 0
 
 
-def test_the_channel_that_steps_most_decides():
-    """Red beside green of equal grey: a mean over channels would see nothing."""
+def test_the_channel_with_the_largest_step_decides():
+    """Red beside green of equal gray: a mean over channels would find nothing."""
     images = flat((200, 40, 90))
     images[:, :, 8:] = (40, 200, 90)
     assert (sketches.gradient_edges(images) > 0).sum() == 16
 
 
 def test_noise_is_no_edge():
-    """Fixed thresholds: a picture of nothing stays empty, whatever its own largest gradient."""
+    """Thresholds are fixed: an image of nothing stays empty, whatever its largest gradient."""
     rng = np.random.default_rng(0)
     for ground in (shapes.BLACK, shapes.COLORS["blue"]):
         noise = np.clip(np.rint(rng.normal(ground, 6, (64, 32, 32, 3))), 0, 255).astype(np.uint8)
         assert not sketches.gradient_edges(noise).any()
 
 
-def test_edges_turn_and_move_with_the_picture():
-    """Exactly: by any translation that keeps the objects inside, by quarter turns and by mirrors."""
+def test_edges_turn_and_move_with_the_image():
+    """Exactly, for any translation that keeps the objects inside, for quarter turns and for
+    mirrors.
+    """
     images = np.full((3, 48, 48, 3), shapes.BLACK, np.uint8)
     for i in range(3):
         images[i, 8:40, 8:40] = shapes.example(0, i, size=32).image
@@ -96,7 +103,7 @@ def test_edges_turn_and_move_with_the_picture():
     np.testing.assert_array_equal(sketches.gradient_edges(images[:, :, ::-1]), lines[:, :, ::-1])
 
 
-def test_pictures_of_a_batch_do_not_touch():
+def test_images_of_a_batch_do_not_mix():
     images = np.stack([shapes.example(0, i, size=32).image for i in range(6)])
     one_by_one = np.concatenate([sketches.gradient_edges(image[None]) for image in images])
     np.testing.assert_array_equal(sketches.gradient_edges(images), one_by_one)
@@ -104,12 +111,12 @@ def test_pictures_of_a_batch_do_not_touch():
     weak[:, :, 8:], strong[:, :, 8:] = 40, 200
     found = sketches.gradient_edges(
         np.concatenate([weak, strong, weak])
-    )  # a weak line never lives off a neighbour's
+    )  # a weak line is not continued by a neighbor's
     np.testing.assert_array_equal(found.any((1, 2)), [False, True, False])
 
 
 def test_gradient_is_sobels():
-    """Against scipy's, channel by channel, on noise, borders included."""
+    """Compare with scipy, channel by channel, on noise, borders included."""
     image = np.random.RandomState(0).randint(0, 256, (1, 20, 24, 3)).astype(np.uint8)
     gradients = [
         [ndimage.sobel(image[0, ..., c].astype(float), axis, mode="nearest") / 4 for axis in (0, 1)]
@@ -125,7 +132,9 @@ def test_gradient_is_sobels():
 
 @pytest.mark.parametrize("background", [None, *shapes.COLORS])
 def test_every_object_is_outlined(background):
-    """All pairs of colours, all shapes, both sizes: a closed line about the object within a pixel of its border, and nothing else."""
+    """All pairs of colors, all shapes, both sizes: a closed line within a pixel of the object's
+    border, and nothing else.
+    """
     for name in shapes.COLORS:
         for shape in shapes.SHAPES:
             for half in (3 / 32, 4 / 32, 8 / 32):
@@ -140,8 +149,10 @@ def test_every_object_is_outlined(background):
                     inside, np.ones((3, 3))
                 )
                 assert not (lines & ~border).any(), (name, shape, half)
-                regions, count = ndimage.label(~lines)  # what a line of eight neighbours cuts apart
-                assert count >= 2 and regions[16, 16] not in (0, regions[0, 0]), (name, shape, half)
+                # the regions that a line of eight neighbors separates
+                regions, count = ndimage.label(~lines)
+                assert count >= 2, (name, shape, half)
+                assert regions[16, 16] not in (0, regions[0, 0]), (name, shape, half)
 
 
 # --- scribbles ---
@@ -151,18 +162,20 @@ SIGMA = sketches.PUBLISHED_SIGMA
 
 
 def ridge(size=64, column=30):
-    """A soft edge that grows stronger down its own length: upright, Gaussian across, of height 120 to 250."""
+    """Return a vertical soft edge, Gaussian across, whose height grows from 120 to 250 along it."""
     across = np.exp(-(((np.arange(size) - column) / 5.0) ** 2) / 2)
     return np.rint(np.linspace(120, 250, size)[:, None] * across).astype(np.uint8)
 
 
 def test_crests_of_a_ridge():
-    """A band becomes the one line of its crest, where that is above RIDGE after smoothing; so does a row of a batch."""
+    """A band becomes the line of its crest where that is above RIDGE after smoothing; so does each
+    row of a batch.
+    """
     soft, size = ridge(), 64
     heights = (
         np.linspace(120, 250, size) * 5 / np.hypot(5, SIGMA)
-    )  # Gaussians: squares of widths add, areas stay
-    inner = slice(13, 51)  # rows that the border does not reach
+    )  # Gaussians: the squares of widths add up, and areas stay
+    inner = slice(13, 51)  # rows without influence of the border
     expected = np.zeros((size, size), np.uint8)
     expected[heights > sketches.RIDGE, 30] = 255
     assert expected[inner].any() and not expected[inner].all(0).any()
@@ -171,11 +184,14 @@ def test_crests_of_a_ridge():
     np.testing.assert_array_equal(found[1], found[0].T)
     assert (soft > sketches.RIDGE)[inner].sum() > 5 * (
         expected[inner] > 0
-    ).sum()  # there was a band to thin
+    ).sum()  # there was a wider band
 
 
 def test_crests_are_maxima_along_any_of_four_lines():
-    """Pixel by pixel, on noise, from the definition; beyond the border there is nothing to be lower than."""
+    """Compare pixel by pixel with the definition, on noise.
+
+    Beyond the border there is nothing to compare with.
+    """
     noise = ndimage.gaussian_filter(np.random.RandomState(0).randn(40, 48), 2)
     soft = np.rint(180 + 200 * noise).clip(0, 255).astype(np.uint8)
     smooth = np.pad(
@@ -190,30 +206,38 @@ def test_crests_are_maxima_along_any_of_four_lines():
         kept[:, y, x] = [near[1, 1] == line.max() and near[1, 1] > sketches.RIDGE for line in lines]
     assert all(
         (kept[i] & ~np.delete(kept, i, 0).any(0)).any() for i in range(4)
-    )  # each of the four is needed somewhere
+    )  # each of the four matters somewhere
     np.testing.assert_array_equal(sketches.crests(soft, sigma=1.0) > 0, kept.any(0))
 
 
 def test_a_ring_becomes_a_ring_of_strokes():
-    """Soft edges of a circle: the crest within 1.5 pixels of it, strokes 6 to either side."""
+    """The crest of a soft circle is within 1.5 pixels of it, and strokes reach 6 pixels to either
+    side.
+    """
     y, x = np.mgrid[:96, :96] - 48
     radius = np.hypot(x, y)
     soft = np.rint(255 * np.exp(-(((radius - 30) / 3) ** 2) / 2)).astype(np.uint8)
     strokes = sketches.scribble(soft, thickness=1, sigma=SIGMA) > 0
-    assert strokes[np.abs(radius - 30) < 5].all() and not strokes[np.abs(radius - 30) > 11].any()
+    assert strokes[np.abs(radius - 30) < 5].all()
+    assert not strokes[np.abs(radius - 30) > 11].any()
 
 
 @pytest.mark.parametrize(
     "thickness, width", [(0, 10), (1, 13), (2, 13), (3, 13), (4, 14), (5, 14), (24, 24)]
 )
 def test_thickness(thickness, width):
-    """One upright crest: 255 of the Gaussian of sigma 3 is above 4 up to six pixels away; then squares of 4 and thickness // 2."""
+    """One vertical crest: 255 of the Gaussian of sigma 3 is above 4 up to six pixels away.
+
+    Then squares of 4 and thickness
+
+    2 are added.
+    """
     strokes = sketches.scribble(ridge(), thickness=thickness, sigma=SIGMA)
     assert strokes.dtype == np.uint8 and set(np.unique(strokes)) == {0, 255}
     assert (strokes[40] > 0).sum() == width
     assert (
         strokes[-1] > 0
-    ).sum() >= width - 2  # a stroke that leaves the picture is not cut short at its border
+    ).sum() >= width - 2  # a stroke that leaves the image continues up to its border
     first = {0: 26, 1: 24, 2: 24, 3: 24, 4: 24, 5: 24, 24: 19}[
         thickness
     ]  # even squares reach one farther up and left
@@ -221,7 +245,9 @@ def test_thickness(thickness, width):
 
 
 def test_scribbles_of_binary_lines():
-    """At sigma 0.5 a line of one pixel is its own crest, and its stroke has three; at 3 it is too faint to be one."""
+    """At sigma 0.5 a line of one pixel is its own crest with a stroke of three pixels; at 3 it is
+    too faint for one.
+    """
     line = np.zeros((2, 16, 16), np.uint8)
     line[0, 8, :] = line[1, :, 5] = 255
     np.testing.assert_array_equal(sketches.crests(line, sigma=0.5), line)
@@ -229,7 +255,7 @@ def test_scribbles_of_binary_lines():
     expected[0, 7:10, :] = expected[1, :, 4:7] = 255
     np.testing.assert_array_equal(sketches.scribble(line, thickness=1, sigma=0.5), expected)
     assert not sketches.scribble(line, thickness=1, sigma=SIGMA).any()
-    # Beside the line are 4.45 of 255 at this sigma, which is 4 in bytes and no stroke.
+    # Beside the line the value is 4.45 of 255 at this sigma: 4 in bytes, and no stroke.
     np.testing.assert_array_equal(sketches.scribble(line, thickness=1, sigma=0.353), line)
 
 
@@ -260,12 +286,15 @@ def test_scribbles_move_and_batch():
     ],
 )
 def test_detector_size(height, width, resolution, size):
-    """The short side to the resolution, the long one along, both to the nearest 64: 640 * 512 / 480 = 683 is nearer to 704."""
+    """The short side gets the resolution and the long one follows, both to the nearest 64:
+
+    640 * 512 / 480 = 683 is nearer to 704.
+    """
     assert sketches.detector_size(height, width, resolution) == size
 
 
 def test_resize_for_detector():
-    """A picture of the right size goes through untouched; a smaller one is made of means over areas."""
+    """An image of the right size is unchanged, and a smaller one consists of means over areas."""
     image = np.random.RandomState(0).randint(0, 256, (128, 192, 3)).astype(np.uint8)
     np.testing.assert_array_equal(sketches.resize_for_detector(image, 128), image)
     half = image.reshape(64, 2, 96, 2, 3)[:, :, :64].astype(float).mean((1, 3))
@@ -273,7 +302,7 @@ def test_resize_for_detector():
     assert found.shape == (64, 64, 3) and np.abs(found - half).max() <= 1
 
 
-def test_levels_are_cut_off():
+def test_levels_are_truncated():
     np.testing.assert_array_equal(
         sketches.to_uint8(np.array([0, 0.5, 254.9 / 255, 1])), [0, 127, 254, 255]
     )
@@ -288,7 +317,9 @@ def test_to_rgb():
 
 
 def test_agreement_of_shifted_lines():
-    """Upright lines dilate to three columns: moved by 0, 1, 2, 3 pixels they share 3 of 3, 2 of 4, 1 of 5 and 0 of 6."""
+    """Vertical lines dilate to three columns: moved by 0, 1, 2, 3 pixels they share 3 of 3, 2 of 4,
+    1 of 5 and 0 of 6.
+    """
     line = np.zeros((4, 16, 16), np.uint8)
     line[:, :, 6] = 255
     moved = np.stack([np.roll(line[i], i, 1) for i in range(4)])
@@ -300,7 +331,10 @@ def test_agreement_of_shifted_lines():
 
 
 def test_agreement_of_points():
-    """Two points a knight's move apart: squares of 9 that share 2 x 1; at the border squares are cut."""
+    """Two points a knight's move apart: their squares of 9 share 2 x 1.
+
+    At the border squares are cut.
+    """
     points = np.zeros((2, 2, 9, 9), bool)
     points[0, 0, 4, 4] = points[1, 0, 5, 6] = True
     points[0, 1, 0, 0] = points[1, 1, 0, 1] = True
@@ -308,7 +342,7 @@ def test_agreement_of_points():
 
 
 def test_agreement_of_nothing():
-    """Two empty maps agree, an empty one and another do not; pictures of a batch do not mix."""
+    """Two empty maps agree, and an empty and another map do not. Images of a batch do not mix."""
     empty, some = np.zeros((8, 8)), np.eye(8)
     np.testing.assert_array_equal(
         edges.agreement(np.stack([empty, empty, some]), np.stack([empty, some, some])), [1, 0, 1]
@@ -322,7 +356,7 @@ def test_agreement_of_nothing():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two pictures of different sizes, one in a folder of its own."""
+    """Return a folder of two images of different sizes, one of them in a subfolder."""
     (tmp_path / "in/more").mkdir(parents=True)
     Image.fromarray(shapes.example(0, 0, size=32).image).save(tmp_path / "in/a.png")
     Image.fromarray(shapes.example(0, 1, size=64).image).save(tmp_path / "in/more/b.bmp")
@@ -330,7 +364,9 @@ def folder(tmp_path):
 
 
 def test_command_sees_the_pixels_that_training_sees(command, tmp_path):
-    """Turned as EXIF says, 16 bits of grey not clipped: as `sprint-jax encode --condition` takes them."""
+    """Rotated by EXIF, 16 bits of gray not clipped: the same as in `sprint-jax encode
+    --condition`.
+    """
     (tmp_path / "in").mkdir()
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -356,8 +392,8 @@ def test_command_sees_the_pixels_that_training_sees(command, tmp_path):
         )
 
 
-def test_command_makes_edges_and_keeps_them(command, folder, tmp_path):
-    """What is there is not made again, and a folder keeps to its settings."""
+def test_command_writes_edges_and_keeps_them(command, folder, tmp_path):
+    """Existing files are not made again, and a folder keeps to its settings."""
     flags = [f"--images={folder}", f"--out={tmp_path / 'out'}"]
     result = command("sprint_jax.commands.condition", *flags, "--kind=edges")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -371,9 +407,8 @@ def test_command_makes_edges_and_keeps_them(command, folder, tmp_path):
     (tmp_path / "out/a.png").unlink()
     (tmp_path / "out/more/b.png").write_bytes(b"kept")
     assert command("sprint_jax.commands.condition", *flags, "--kind=edges").returncode == 0
-    assert (tmp_path / "out/a.png").exists() and (
-        tmp_path / "out/more/b.png"
-    ).read_bytes() == b"kept"
+    assert (tmp_path / "out/a.png").exists()
+    assert (tmp_path / "out/more/b.png").read_bytes() == b"kept"
     assert_refused(
         command("sprint_jax.commands.condition", *flags, "--kind=hed", "--weights=w.pth"),
         "kind edges, not hed",
@@ -402,9 +437,8 @@ def test_command_refuses(command, folder, tmp_path, flags, words):
         ),
         *words,
     )
-    assert (
-        not list(tmp_path.glob("out/**/*.png")) and not (tmp_path / "out/condition.json").exists()
-    )  # which would refuse the right command
+    assert not list(tmp_path.glob("out/**/*.png"))
+    assert not (tmp_path / "out/condition.json").exists()  # which would refuse the right command
 
 
 def test_command_refuses_its_own_output(command, folder):

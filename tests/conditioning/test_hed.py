@@ -1,4 +1,6 @@
-"""ControlNet's edge detector against PyTorch layers built from its published description, on random weights."""
+"""ControlNet's edge detector against PyTorch layers from its published description, random
+weights.
+"""
 
 import jax
 import numpy as np
@@ -14,7 +16,10 @@ SMALL = hed.HED(widths=(4, 6, 8, 8, 8), convs=(2, 2, 3, 3, 3))
 
 
 def random_state(model, seed=0):
-    """A state dict by the published names, float32 NumPy; every value random, side outputs near one."""
+    """Return a state dict with the published names, float32.
+
+    Every value is random, with side outputs near one.
+    """
     rng, state = np.random.RandomState(seed), {}
     for row in hed_weights.rows(model):
         if row.theirs == "norm":
@@ -24,11 +29,12 @@ def random_state(model, seed=0):
         else:
             value = rng.randn(*row.shape) * np.sqrt(2 / np.prod(row.shape[1:]))
         state[row.theirs] = value.astype(np.float32)
-    state["block1.convs.0.weight"] /= 75  # pixels have this deviation about the offset
+    state["block1.convs.0.weight"] /= 75  # pixels deviate by this much from the offset
     return state
 
 
 def params_of(state, model):
+    """Return our parameters for a state dict."""
     return rules.from_arrays(
         hed_weights.rows(model), state, jax.eval_shape(model.init, jax.random.key(0)), "test"
     )
@@ -36,13 +42,16 @@ def params_of(state, model):
 
 @pytest.fixture
 def torch():
+    """Return PyTorch; skip the test without it."""
     torch = pytest.importorskip("torch")
     torch.set_num_threads(1)
     return torch
 
 
 def peer(torch, state, convs, images):
-    """The network in PyTorch's functions: probabilities [B, H, W] of pictures [B, H, W, 3] in 0..255."""
+    """Return the probabilities [B, H, W] of images [B, H, W, 3] in 0..255 from PyTorch's
+    functions.
+    """
     F, s = torch.nn.functional, {name: torch.tensor(value) for name, value in state.items()}
     x = torch.tensor(images).permute(0, 3, 1, 2).float() - s["norm"]
     size, sides = x.shape[2:], []
@@ -68,42 +77,45 @@ def peer(torch, state, convs, images):
     ids=["published", "odd sides"],
 )
 def test_edges_match_pytorch(torch, model, height, width):
-    """Fails when the offset is added (0.5), one maximum is left out (0.1), or sides are resized to the nearest pixel (0.03)."""
+    """Fails when the offset is added (0.5), when a maximum is left out (0.1), and when sides are
+    resized by nearest neighbor (0.03).
+    """
     state = random_state(model)
     images = np.random.RandomState(1).randint(0, 256, (2, height, width, 3)).astype(np.uint8)
     with torch.no_grad():
         expected = peer(torch, state, model.convs, images)
     found = np.asarray(jax.jit(model.apply)(params_of(state, model), images))
     assert found.shape == (2, height, width) and found.dtype == np.float32
-    assert (
-        np.std(expected) > 0.03 and expected.min() > 0.01 and expected.max() < 0.99
-    )  # something is left to compare
+    assert np.std(expected) > 0.03
+    assert expected.min() > 0.01
+    assert expected.max() < 0.99  # the edges are not all alike
     assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
     assert np.abs(found - expected).max() < 1e-5
 
 
 def test_published_shapes():
-    """ControlNetHED.pth has 13 convolutions and 5 side outputs: 14 716 168 numbers with the three of the offset."""
+    """ControlNetHED.pth has 13 convolutions and 5 side outputs:
+
+    14 716 168 numbers, with the three of the offset.
+    """
     shapes = jax.eval_shape(hed.PUBLISHED.init, jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 14_716_168
     assert len(hed_weights.rows(hed.PUBLISHED)) == 2 * (13 + 5) + 1
 
 
-def test_init_is_what_apply_takes():
-    """Random networks keep the size of what goes through: logits neither vanish nor explode."""
+def test_init_gives_parameters_for_apply():
+    """Random networks keep the scale of activations: logits neither vanish nor explode."""
     params = SMALL.init(jax.random.key(0))
     images = np.random.RandomState(0).randint(0, 256, (1, 32, 48, 3)).astype(np.uint8)
     edges = np.asarray(jax.jit(SMALL.apply)(params, images))
-    assert (
-        edges.shape == (1, 32, 48)
-        and np.isfinite(edges).all()
-        and edges.min() >= 0
-        and edges.max() <= 1
-    )
+    assert edges.shape == (1, 32, 48)
+    assert np.isfinite(edges).all()
+    assert edges.min() >= 0
+    assert edges.max() <= 1
     jax.tree.map(np.testing.assert_array_equal, params, SMALL.init(jax.random.key(0)))
 
 
-def test_pth_and_safetensors_are_one(torch, tmp_path):
+def test_pth_and_safetensors_give_equal_parameters(torch, tmp_path):
     """Published names -> ours -> published names, every bit, from either kind of file."""
     state = random_state(SMALL)
     pth, ours = tmp_path / hed_weights.FILE, tmp_path / "hed.safetensors"
@@ -159,8 +171,8 @@ def test_damaged_files_are_refused(torch, tmp_path):
 
 
 def test_command_with_weights(command, tmp_path):
-    """hed writes the network's own map cut off to bytes, scribble its strokes."""
-    # A picture that decides its own edges: the first stage passes its red on and the others say nothing.
+    """hed writes the output of the network in bytes, and scribble its strokes."""
+    # The image decides its own edges: the first stage passes its red channel and the others are 0.
     state = {row.theirs: np.zeros(row.shape, np.float32) for row in hed_weights.rows(hed.PUBLISHED)}
     for layer in ("block1.convs.0", "block1.convs.1"):
         state[f"{layer}.weight"][0, 0, 1, 1] = 1

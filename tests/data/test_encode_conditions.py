@@ -286,8 +286,8 @@ def test_a_condition_that_is_not_finite_is_skipped_once(images, tmp_path):
     class Pixels(type(encoding.embedded_encoders().pixels)):
         def encode(self, params, images):
             """Encode a folder with a condition and return the folder `out`."""
-            grey = (images[..., 0] == images[..., 2]).all((1, 2))  # lines have three equal channels
-            return super().encode(params, images) * np.where(grey, np.inf, 1)[:, None, None, None]
+            gray = (images[..., 0] == images[..., 2]).all((1, 2))  # lines have three equal channels
+            return super().encode(params, images) * np.where(gray, np.inf, 1)[:, None, None, None]
 
     encoders = dataclasses.replace(encoding.embedded_encoders(), pixels=Pixels(CODEC))
     with pytest.raises(

@@ -113,10 +113,10 @@ def test_spectral_norm_finds_the_largest_singular_value():
     refine = jax.jit(lambda vectors: discriminator.power_iteration(kernel, vectors))
     for _ in range(200):
         vectors = refine(vectors)
-    normalised = discriminator.spectral_norm(kernel, vectors)
+    normalized = discriminator.spectral_norm(kernel, vectors)
     sigma = vectors["v"] @ kernel @ vectors["u"]
     assert abs(sigma / leading(kernel) - 1) < 1e-5
-    assert abs(leading(normalised) - 1) < 1e-5
+    assert abs(leading(normalized) - 1) < 1e-5
     for name in ("u", "v"):
         assert abs(np.linalg.norm(vectors[name]) - 1) < 1e-5
 

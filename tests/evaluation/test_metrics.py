@@ -190,10 +190,10 @@ def test_clip_scores():
     assert clip_score.torchmetrics([0.5, -0.25]) == pytest.approx(12.5)
 
 
-def detection(name, confidence=0.9, box=(0, 0, 10, 10), colour=None):
+def detection(name, confidence=0.9, box=(0, 0, 10, 10), color=None):
     """Return a detected object."""
     return {"class": name, "box": list(box), "confidence": confidence} | (
-        {"colour": colour} if colour else {}
+        {"colour": color} if color else {}
     )
 
 
@@ -236,17 +236,17 @@ RED_DOG_BLUE_CAT = requirement(
         (THREE_DOGS, [detection("dog", 0.91)] * 2 + [detection("dog", 0.89)], False),
         (THREE_DOGS, [detection("dog", 0.91)] * 3 + [detection("dog", 0.89)], True),
         (THREE_DOGS, [detection("dog", 0.95)] * 4, False),  # excluded
-        (RED_DOG, [detection("dog", colour="red")], True),
-        (RED_DOG, [detection("dog", colour="blue")], False),
+        (RED_DOG, [detection("dog", color="red")], True),
+        (RED_DOG, [detection("dog", color="blue")], False),
         # Only the color of the most confident dog counts.
         (
             RED_DOG,
-            [detection("dog", 0.5, colour="red"), detection("dog", 0.8, colour="blue")],
+            [detection("dog", 0.5, color="red"), detection("dog", 0.8, color="blue")],
             False,
         ),
         (
             RED_DOG,
-            [detection("dog", 0.5, colour="blue"), detection("dog", 0.8, colour="red")],
+            [detection("dog", 0.5, color="blue"), detection("dog", 0.8, color="red")],
             True,
         ),
         (
@@ -261,10 +261,10 @@ RED_DOG_BLUE_CAT = requirement(
         ),
         # no object to be right of
         (DOG_RIGHT_OF_CAT, [detection("dog", box=(30, 0, 40, 10))], False),
-        (RED_DOG_BLUE_CAT, [detection("dog", colour="red"), detection("cat", colour="blue")], True),
+        (RED_DOG_BLUE_CAT, [detection("dog", color="red"), detection("cat", color="blue")], True),
         (
             RED_DOG_BLUE_CAT,
-            [detection("dog", colour="blue"), detection("cat", colour="red")],
+            [detection("dog", color="blue"), detection("cat", color="red")],
             False,
         ),
     ],
@@ -309,7 +309,7 @@ def test_geneval_keeps_sixteen_of_a_class():
 def test_geneval_overall_is_the_mean_of_tasks():
     """Two of three colors and one of one object give 0.8333; the mean over images would be 0.75."""
     pictures = [("a", RED_DOG), ("b", RED_DOG), ("c", RED_DOG), ("d", ONE_DOG)]
-    detections = {n: [detection("dog", colour="red")] for n in "abd"} | {"c": []}
+    detections = {n: [detection("dog", color="red")] for n in "abd"} | {"c": []}
     found = geneval.score(detections, pictures)
     assert found["tasks"] == {"single_object": 1.0, "colors": pytest.approx(2 / 3)}
     assert found["overall"] == pytest.approx((1 + 2 / 3) / 2)
@@ -324,7 +324,7 @@ def test_geneval_missing_images_are_named(tmp_path):
     for row, words in (
         ({"file": "a"}, "line 2"),
         ({"file": "a", "objects": [{"class": "dog", "box": [1, 2, 3], "confidence": 1}]}, "line 2"),
-        ({"file": "a", "objects": [detection("dog", colour="mauve")]}, "mauve"),
+        ({"file": "a", "objects": [detection("dog", color="mauve")]}, "mauve"),
         ({"file": "first", "objects": []}, "has a line already"),
     ):
         path = tmp_path / "detections.jsonl"

@@ -134,10 +134,10 @@ def caption_pattern(font):
     """Return the pattern of all captions."""
     one = "|".join(re.escape(f"{dataset.article(n)} {n}") for n in font.names)
     several = "|".join(re.escape(dataset.plural(n)) for n in font.names)
-    colour = "|".join(dataset.COLOURS)
+    color = "|".join(dataset.COLOURS)
     ground = (
-        f" on an? (?:(?:{colour}) background|(?:{colour}) to (?:{colour}) gradient background"
-        f"|(?:striped|dotted|checked) (?:{colour}) background)"
+        f" on an? (?:(?:{color}) background|(?:{color}) to (?:{color}) gradient background"
+        f"|(?:striped|dotted|checked) (?:{color}) background)"
     )
     relation = "|".join(dataset.RELATIONS)
     return re.compile(
@@ -194,8 +194,8 @@ def test_the_background_is_the_named_color(font, default_examples, monkeypatch):
         elif match := gradient.search(caption):
             corners = ground[0, 0], ground[-1, -1]
             assert match[1] != match[2]
-            for corner, colour in zip(corners, match.groups(), strict=True):
-                assert np.abs(corner - dataset.COLOURS[colour]).max() < 8
+            for corner, color in zip(corners, match.groups(), strict=True):
+                assert np.abs(corner - dataset.COLOURS[color]).max() < 8
             seen.add("gradient")
     assert seen == {"plain", "gradient", *dataset.PATTERNS}
 
@@ -230,7 +230,7 @@ def test_images_show_what_the_caption_says(font, default_examples, monkeypatch):
         changed = (image != without_glyphs(font, index, monkeypatch)).any(-1)
         shown = np.any([mask for _, mask in drawn], 0)
         assert (changed & shown).sum() > 0.3 * shown.sum(), caption
-        centres = [np.argwhere(mask).mean(0) for _, mask in drawn]
+        centers = [np.argwhere(mask).mean(0) for _, mask in drawn]
         overlap = np.sum([mask for _, mask in drawn], 0).max()
         if match["number"]:
             assert len(drawn) == dataset.NUMBERS[match["number"]] and overlap == 1
@@ -240,7 +240,7 @@ def test_images_show_what_the_caption_says(font, default_examples, monkeypatch):
             assert overlap == 1
             assert match["first"].endswith(first)
             assert match["second"].endswith(second)
-            (y0, x0), (y1, x1) = centres
+            (y0, x0), (y1, x1) = centers
             along = {"left of": x1 - x0, "right of": x0 - x1, "above": y1 - y0, "below": y0 - y1}[
                 match["relation"]
             ]

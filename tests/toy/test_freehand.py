@@ -165,15 +165,15 @@ def test_sketches_are_near_their_objects():
             assert ink[away < most].sum() > 0
             far = np.minimum(far, away - most)
         assert ink[far > freehand.WIDTH[1] / 2 + 1 / 64].sum() == 0
-    centres, one = [], (shapes.Object("red", "circle", x=0.375, y=0.625, size=4 / 32),)
+    centers, one = [], (shapes.Object("red", "circle", x=0.375, y=0.625, size=4 / 32),)
     for i in range(500):
         rows, columns = np.nonzero(freehand.sketch(0, i, one, size=32, split="train"))
-        centres.append([columns.mean() + 0.5, rows.mean() + 0.5])
-    centres = np.array(centres) / 32 - [0.375, 0.625]
-    assert np.abs(centres.mean(0)).max() < 0.02
-    assert np.abs(np.corrcoef(centres.T)[0, 1]) < 0.15
-    assert (np.abs(centres).max(0) > 0.1).all()
-    assert np.abs(centres).max() < 1 / 8 + 1 / 32
+        centers.append([columns.mean() + 0.5, rows.mean() + 0.5])
+    centers = np.array(centers) / 32 - [0.375, 0.625]
+    assert np.abs(centers.mean(0)).max() < 0.02
+    assert np.abs(np.corrcoef(centers.T)[0, 1]) < 0.15
+    assert (np.abs(centers).max(0) > 0.1).all()
+    assert np.abs(centers).max() < 1 / 8 + 1 / 32
 
 
 def test_the_share_of_rough_examples():

@@ -137,12 +137,12 @@ def test_checker_finds_each_kind_of_error():
         "position": False,
         "overall": False,
     }
-    recoloured = score_of(
+    recolored = score_of(
         draw_scene(("blue", "circle", *red[2:]), ("red", "square", *blue[2:])), asked
     )
-    assert recoloured["two_objects"]
-    assert not recoloured["colour_attribution"]
-    assert not recoloured["overall"]
+    assert recolored["two_objects"]
+    assert not recolored["colour_attribution"]
+    assert not recolored["overall"]
     alone = score_of(draw_scene(red), asked)
     assert not any(alone.values())
     ground = score_of(draw_scene(red, blue, background="green"), asked)
@@ -177,8 +177,8 @@ def test_noise_is_not_an_object():
 def test_noise_of_many_colors_is_no_shape():
     """Its median can be the background, which no pixel has moved towards."""
     image = np.full((32, 32, 3), 128, np.uint8)
-    colours = np.array([[255, 128, 1], [1, 255, 128], [128, 1, 255]], np.uint8)
-    image[8:24, 8:24] = colours[np.add.outer(np.arange(16), np.arange(16)) % 3]
+    colors = np.array([[255, 128, 1], [1, 255, 128], [128, 1, 255]], np.uint8)
+    image[8:24, 8:24] = colors[np.add.outer(np.arange(16), np.arange(16)) % 3]
     seen = checker.read(image).objects
     assert len(seen) == 1 and seen[0].shape is None
 
