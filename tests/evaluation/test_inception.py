@@ -66,82 +66,75 @@ class Peer:
         return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
     def features(self, x):
+        """Return the pooled features [B, 2048]."""
         x = self.conv(x, "Conv2d_1a_3x3", stride=2)
         x = self.conv(self.conv(x, "Conv2d_2a_3x3"), "Conv2d_2b_3x3", padding=1)
         x = self.conv(F.max_pool2d(x, 3, stride=2), "Conv2d_3b_1x1")
         x = F.max_pool2d(self.conv(x, "Conv2d_4a_3x3"), 3, stride=2)
-        for b in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
-            x = torch.cat(
-                [
-                    self.chain(x, b, ("branch1x1", 0)),
-                    self.chain(x, b, ("branch5x5_1", 0), ("branch5x5_2", 2)),
-                    self.chain(
-                        x, b, ("branch3x3dbl_1", 0), ("branch3x3dbl_2", 1), ("branch3x3dbl_3", 1)
-                    ),
-                    self.chain(self.mean_pool(x), b, ("branch_pool", 0)),
-                ],
-                1,
-            )
-        x = torch.cat(
-            [
-                self.chain(x, "Mixed_6a", ("branch3x3", 0, 2)),
-                self.chain(
-                    x,
-                    "Mixed_6a",
-                    ("branch3x3dbl_1", 0),
-                    ("branch3x3dbl_2", 1),
-                    ("branch3x3dbl_3", 0, 2),
-                ),
-                F.max_pool2d(x, 3, stride=2),
-            ],
-            1,
-        )
-        for b in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
-            row, column = (0, 3), (3, 0)
-            double = [("1", 0), ("2", column), ("3", row), ("4", column), ("5", row)]
-            x = torch.cat(
-                [
-                    self.chain(x, b, ("branch1x1", 0)),
-                    self.chain(
-                        x, b, ("branch7x7_1", 0), ("branch7x7_2", row), ("branch7x7_3", column)
-                    ),
-                    self.chain(x, b, *((f"branch7x7dbl_{n}", padding) for n, padding in double)),
-                    self.chain(self.mean_pool(x), b, ("branch_pool", 0)),
-                ],
-                1,
-            )
-        seven = (("1", 0), ("2", (0, 3)), ("3", (3, 0)))
-        x = torch.cat(
-            [
-                self.chain(x, "Mixed_7a", ("branch3x3_1", 0), ("branch3x3_2", 0, 2)),
-                self.chain(
-                    x,
-                    "Mixed_7a",
-                    *((f"branch7x7x3_{n}", p) for n, p in seven),
-                    ("branch7x7x3_4", 0, 2),
-                ),
-                F.max_pool2d(x, 3, stride=2),
-            ],
-            1,
-        )
-        for b in ("Mixed_7b", "Mixed_7c"):
-            three = self.chain(x, b, ("branch3x3_1", 0))
-            double = self.chain(x, b, ("branch3x3dbl_1", 0), ("branch3x3dbl_2", 1))
-            pooled = (
-                self.mean_pool(x) if b == "Mixed_7b" else F.max_pool2d(x, 3, stride=1, padding=1)
-            )
-            x = torch.cat(
-                [
-                    self.chain(x, b, ("branch1x1", 0)),
-                    self.chain(three, b, ("branch3x3_2a", (0, 1))),
-                    self.chain(three, b, ("branch3x3_2b", (1, 0))),
-                    self.chain(double, b, ("branch3x3dbl_3a", (0, 1))),
-                    self.chain(double, b, ("branch3x3dbl_3b", (1, 0))),
-                    self.chain(pooled, b, ("branch_pool", 0)),
-                ],
-                1,
-            )
+        for block in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
+            x = self.mixed_5(x, block)
+        x = self.mixed_6a(x)
+        for block in ("Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"):
+            x = self.mixed_6(x, block)
+        x = self.mixed_7a(x)
+        for block in ("Mixed_7b", "Mixed_7c"):
+            x = self.mixed_7(x, block)
         return x.mean((2, 3))
+
+    def mixed_5(self, x, b):
+        double = ("branch3x3dbl_1", 0), ("branch3x3dbl_2", 1), ("branch3x3dbl_3", 1)
+        branches = [
+            self.chain(x, b, ("branch1x1", 0)),
+            self.chain(x, b, ("branch5x5_1", 0), ("branch5x5_2", 2)),
+            self.chain(x, b, *double),
+            self.chain(self.mean_pool(x), b, ("branch_pool", 0)),
+        ]
+        return torch.cat(branches, 1)
+
+    def mixed_6a(self, x):
+        double = ("branch3x3dbl_1", 0), ("branch3x3dbl_2", 1), ("branch3x3dbl_3", 0, 2)
+        branches = [
+            self.chain(x, "Mixed_6a", ("branch3x3", 0, 2)),
+            self.chain(x, "Mixed_6a", *double),
+            F.max_pool2d(x, 3, stride=2),
+        ]
+        return torch.cat(branches, 1)
+
+    def mixed_6(self, x, b):
+        row, column = (0, 3), (3, 0)
+        single = ("branch7x7_1", 0), ("branch7x7_2", row), ("branch7x7_3", column)
+        double = [("1", 0), ("2", column), ("3", row), ("4", column), ("5", row)]
+        branches = [
+            self.chain(x, b, ("branch1x1", 0)),
+            self.chain(x, b, *single),
+            self.chain(x, b, *((f"branch7x7dbl_{n}", padding) for n, padding in double)),
+            self.chain(self.mean_pool(x), b, ("branch_pool", 0)),
+        ]
+        return torch.cat(branches, 1)
+
+    def mixed_7a(self, x):
+        seven = [(f"branch7x7x3_{n}", p) for n, p in (("1", 0), ("2", (0, 3)), ("3", (3, 0)))]
+        branches = [
+            self.chain(x, "Mixed_7a", ("branch3x3_1", 0), ("branch3x3_2", 0, 2)),
+            self.chain(x, "Mixed_7a", *seven, ("branch7x7x3_4", 0, 2)),
+            F.max_pool2d(x, 3, stride=2),
+        ]
+        return torch.cat(branches, 1)
+
+    def mixed_7(self, x, b):
+        three = self.chain(x, b, ("branch3x3_1", 0))
+        double = self.chain(x, b, ("branch3x3dbl_1", 0), ("branch3x3dbl_2", 1))
+        mean = b == "Mixed_7b"
+        pooled = self.mean_pool(x) if mean else F.max_pool2d(x, 3, stride=1, padding=1)
+        branches = [
+            self.chain(x, b, ("branch1x1", 0)),
+            self.chain(three, b, ("branch3x3_2a", (0, 1))),
+            self.chain(three, b, ("branch3x3_2b", (1, 0))),
+            self.chain(double, b, ("branch3x3dbl_3a", (0, 1))),
+            self.chain(double, b, ("branch3x3dbl_3b", (1, 0))),
+            self.chain(pooled, b, ("branch_pool", 0)),
+        ]
+        return torch.cat(branches, 1)
 
 
 def test_features_match_pytorch(state):
