@@ -480,9 +480,7 @@ def test_peer_of_the_whole_image(one_thread):
 
 
 def test_layers_are_compiled_in_a_copy(monkeypatch):
-    """The peer without torch.compile is timed beside the compiled one, so its own layers must not
-    change.
-    """
+    """The peer is timed with and without torch.compile, so its own layers must not change."""
     torch = pytest.importorskip("torch")
     peers = pytest.importorskip("benchmarks.peers")
     seen = []
@@ -497,8 +495,9 @@ def test_layers_are_compiled_in_a_copy(monkeypatch):
 
 
 def test_a_sketch_is_encoded_and_its_copies_are_counted(one_thread):
-    """A ControlNet with one of two blocks: measured without a peer, with half a transformer more in
-    the floor.
+    """A ControlNet with one of two blocks is measured without a peer.
+
+    The floor has half a transformer more.
     """
     text = dataclasses.replace(
         GEMMA2_2B, vocab=100, width=36, depth=2, heads=4, kv_heads=2, head_dim=16, hidden=40
@@ -580,10 +579,10 @@ def test_three_programs_generate_the_same_image():
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["cross", "linear", "depthwise"])
 def test_every_tile_gives_the_same_result(kernel):
-    """Interpreted, at sizes that the larger tiles do not divide: all that a search on a GPU may
-    choose.
+    """All tiles that a search on a GPU may choose give the same result, interpreted.
 
-    Fails when a kernel relies on the tiles in use, and when a choice does not reach its kernel.
+    The larger tiles do not divide the sides. Fails when a kernel relies on the tiles in use, and
+    when a choice does not reach its kernel.
     """
     from benchmarks import tiles
 
@@ -608,8 +607,9 @@ def test_every_tile_gives_the_same_result(kernel):
 
 @pytest.mark.slow
 def test_the_torch_pair_is_the_same_computation():
-    """Compare losses and gradient norms of both steps with our weights and draws, for each variant
-    of PyTorch.
+    """Compare losses and gradient norms of both steps, with our weights and draws.
+
+    Each variant of PyTorch is compared.
     """
     torch = pytest.importorskip("torch")
     pytest.importorskip("diffusers")

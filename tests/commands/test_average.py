@@ -15,8 +15,9 @@ from sprint_jax.storage import weights
 
 
 def write_run(folder, seed):
-    """Write a finished run from a given teacher, with random weights, as far as its student needs
-    it.
+    """Write a finished run from a given teacher, with random weights.
+
+    Only the files that the student needs are written.
     """
     tree = card()
     tree.teacher.pretrained = "teacher.safetensors"

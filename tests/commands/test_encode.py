@@ -37,8 +37,9 @@ from sprint_jax.toy import shapes
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """Return a folder of 44 captioned images, upright, square and wide; 5, 17 and 31 are
-    unusable.
+    """Return a folder of 44 captioned images, upright, square and wide.
+
+    Numbers 5, 17 and 31 are unusable.
     """
     folder = tmp_path_factory.mktemp("pictures")
     for i in range(44):
@@ -458,8 +459,9 @@ def test_the_command_on_a_published_model(command, published, pipe, photographs,
 
 
 def test_the_null_prompt_of_gemma(published, pipe):
-    """Compare with transformers: the empty string without instruction, padded on the right to 300
-    tokens.
+    """Compare with transformers.
+
+    The prompt is the empty string without instruction, padded on the right to 300 tokens.
     """
     import torch
     import transformers
@@ -478,9 +480,7 @@ def test_the_null_prompt_of_gemma(published, pipe):
 
 @pytest.mark.parametrize("category, cut", [(prompts.CutWarning, 1), (UserWarning, 0)])
 def test_only_warnings_of_cut_captions_are_counted(category, cut):
-    """Threads that read ahead warn as well, at any time: with them, counts would differ from run to
-    run.
-    """
+    """Threads that read ahead warn at any time, so that counts would differ between runs."""
 
     def prepare(captions):
         warnings.warn("corrupt EXIF data" if not cut else "cut off", category, stacklevel=1)
@@ -496,9 +496,7 @@ def test_only_warnings_of_cut_captions_are_counted(category, cut):
 
 
 def test_stored_tokens(published, pipe, photographs, tmp_path):
-    """They are what `GemmaText.features` takes: the caption's tokens without the instruction and
-    padding.
-    """
+    """Tokens are what `GemmaText.features` takes: without the instruction and padding."""
     encoders = encode.Encoders(pipe.pixels, pipe.text, pipe.params, "tiny", 32)
     source = sources.open_source(photographs)
     chosen = encode_settings(source, text="tokens", sizes=((32, 32),), heldout=0)

@@ -18,8 +18,9 @@ from sprint_jax.training import loop
 
 @pytest.mark.slow
 def test_the_table_of_a_small_configuration(command, tmp_path):
-    """Parameters, batch and bytes are those of the networks; each of two devices holds half of what
-    is sharded.
+    """Parameters, batch and bytes are those of the networks.
+
+    Each of two devices holds half of what is sharded.
     """
     flags = (
         *TINY_FLAGS,
@@ -45,7 +46,8 @@ def test_the_table_of_a_small_configuration(command, tmp_path):
         a.size for a in jax.tree.leaves(jax.eval_shape(build.student(c).init, jax.random.key(0)))
     )
     for row in rows[1:]:
-        assert row[1] == str(c.phases["sprint"].batch) and row[2] == f"{count / 1e6:.1f} M"
+        assert row[1] == str(c.phases["sprint"].batch)
+        assert row[2] == f"{count / 1e6:.1f} M"
     exchanged = re.search(r"generator (.*); discriminator", table).group(1)
     assert "all-gather" in exchanged and "Everything fits." in table
     assert "attention is planned in plain JAX" in result.stdout

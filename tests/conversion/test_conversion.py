@@ -114,8 +114,9 @@ def test_run_becomes_a_transformer_that_diffusers_runs(finished, command, tmp_pa
 
 
 def test_native_names(tmp_path):
-    """The official repository names the same weights differently: q|k|v and k|v are one tensor
-    each, and extras are dropped.
+    """Read the names of the official repository for the same weights.
+
+    There q|k|v and k|v are one tensor each, and extras are dropped.
     """
     theirs = fabricate.transformer(
         num_attention_heads=36,
@@ -438,8 +439,9 @@ def test_weights_of_integers_are_refused(source, tmp_path):
 
 
 def test_impossible_requests_are_refused(source):
-    """Sizes, times, latents and strengths that do not fit get one sentence each, before any
-    sampling.
+    """Each gets one sentence before any sampling.
+
+    These are sizes, times, latents and strengths that do not fit.
     """
     pipe = pipeline.load(source, dtype="float32")
     small = dict(height=64, width=64)

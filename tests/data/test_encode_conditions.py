@@ -108,8 +108,9 @@ def test_edges_are_those_of_the_fitted_image(images, with_edges, tmp_path):
 
 
 def test_soft_edges_and_scribbles(images, tmp_path):
-    """They are made at the detector's size and resized to the image; the name of an example decides
-    the thickness.
+    """They are made at the detector's size and resized to the image.
+
+    The name of an example decides the thickness.
     """
     soft, drawn = (all_records(encode_with(images, tmp_path / c.kind, c)) for c in (HED, SCRIBBLE))
     thick = set()
@@ -132,8 +133,9 @@ def test_soft_edges_and_scribbles(images, tmp_path):
 
 
 def test_thickness_depends_on_the_name_alone():
-    """Each of 0 to 24 is equally frequent, also among held-out examples, whose names a digest
-    chooses too.
+    """Each of 0 to 24 is equally frequent, also among held-out examples.
+
+    A digest chooses the names of those too.
     """
     settings = encode.Settings("", "", 20000, "features", "", (), 1000, 1, "")
     keys = [f"{i}.png" for i in range(20000)]
@@ -464,8 +466,9 @@ def test_another_condition_is_refused(encoded_edges, tmp_path):
 
 
 def test_the_command_writes_scribbles(command, tmp_path):
-    """Scribbles of one thickness by weights from a file; the detector sees an image of its own
-    size.
+    """Scribbles have one thickness, with weights from a file.
+
+    The detector sees an image of its own size.
     """
     # The image decides its own edges: the first stage passes its red channel and the others are 0.
     state = {row.theirs: np.zeros(row.shape, np.float32) for row in hed_weights.rows(hed.PUBLISHED)}

@@ -313,8 +313,9 @@ def test_buckets_are_never_mixed_and_alternate():
 
 
 def test_the_seed_decides_the_order():
-    """The next epoch of a seed is not the first of the next seed, as it would be with Grain
-    alone.
+    """The next epoch of a seed differs from the first of the next seed.
+
+    With Grain alone they would be equal.
     """
     steps = lambda seed, start: [
         p.at(start + i).tolist() for p in [plan_batches([24, 8], seed)] for i in range(8)
@@ -325,9 +326,7 @@ def test_the_seed_decides_the_order():
 
 
 def test_golden_order():
-    """A run resumes in the middle of this order, so a Grain that shuffles differently must not go
-    unnoticed.
-    """
+    """Runs resume in the middle of this order, so Grain must not change it unnoticed."""
     p = plan_batches([6, 5], batch=2)
     assert [p.at(step).tolist() for step in (0, 1, 2, 1000003)] == [[4, 2], [7, 8], [5, 3], [1, 4]]
 

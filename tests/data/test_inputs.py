@@ -224,8 +224,9 @@ def test_token_ids_become_the_features(tmp_path_factory, tmp_path):
 
 
 def test_a_published_transformer_as_teacher(tmp_path_factory):
-    """A folder of diffusers is read if the config describes it; otherwise the difference is
-    named.
+    """A folder of diffusers is read if the config describes it.
+
+    Otherwise the difference is named.
     """
     from sprint_jax.conversion import folder as folders
 

@@ -113,8 +113,9 @@ def test_image_features_match_transformers(folder, peer):
 
 
 def test_score_of_pairs_matches_transformers(folder, peer, command, tmp_path):
-    """From image files and prompts: the diagonal of transformers' own logits is exp(logit_scale) x
-    cosine.
+    """Compare scores of image files and prompts with the logits of transformers.
+
+    Their diagonal is exp(logit_scale) x cosine.
     """
     clip, digest = extractors.load_clip(folder, batch=4)
     images = np.random.RandomState(1).randint(0, 256, (3, 28, 28, 3)).astype(np.uint8)

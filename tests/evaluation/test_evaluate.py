@@ -60,8 +60,9 @@ def test_shapes_scores_are_those_of_the_run(generated, finished):
 
 
 def test_existing_images_are_kept_and_missing_ones_generated(generated, command, tmp_path):
-    """A folder that was interrupted ends with the bytes of a complete one; finished images are not
-    written again.
+    """An interrupted folder ends with the bytes of a complete one.
+
+    Finished images are not written again.
     """
     out, flags = generated
     files = sorted((out / "pictures").iterdir())
@@ -178,8 +179,9 @@ def test_images_of_an_earlier_command_are_scored(generated, command, tmp_path):
 
 
 def test_distance_on_features_of_a_hook(generated, command, tmp_path):
-    """The whole way of fid with untrained features: statistics in an npz file, then distances that
-    are not called FID.
+    """Run all of fid with untrained features.
+
+    Statistics go to an npz file, and the distances are not called FID.
     """
     out, _ = generated
     hook, stats = "--hook=sprint_jax.toy.frechet:features", tmp_path / "real.npz"

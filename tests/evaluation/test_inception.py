@@ -161,8 +161,9 @@ def test_resize_matches_pytorch(height, width):
 
 
 def test_statistics_of_a_folder_match_pytorch(state, command, tmp_path):
-    """The command's way from image files to mu and sigma, in batches that do not divide the
-    images.
+    """Compare mu and sigma of image files, as the command computes them.
+
+    The batches do not divide the images.
     """
     images = np.random.RandomState(2).randint(0, 256, (3, 24, 40, 3)).astype(np.uint8)
     (tmp_path / "pictures").mkdir()
@@ -209,8 +210,9 @@ def test_statistics_of_a_folder_match_pytorch(state, command, tmp_path):
 
 
 def test_published_files_are_recognized(tmp_path, monkeypatch, state):
-    """A .pth file and the safetensors made of it give equal parameters; another digest is
-    refused.
+    """A .pth file and the safetensors made of it give equal parameters.
+
+    Another digest is refused.
     """
     full = {k: torch.tensor(v) for k, v in state.items()} | {
         "fc.weight": torch.zeros(1008, 2048),

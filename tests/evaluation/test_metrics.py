@@ -1,6 +1,4 @@
-"""Statistics and rules of the metrics: recorded numbers of the official packages, and cases by
-hand.
-"""
+"""Statistics and rules of the metrics: numbers of the official packages, and cases by hand."""
 
 import json
 
@@ -68,8 +66,9 @@ def test_fid_adds_to_the_diagonals_without_a_finite_root(monkeypatch):
 
 
 def test_a_complex_root_is_refused(monkeypatch):
-    """Imaginary parts up to 1e-3 on the diagonal are rounding, as in pytorch-fid; larger ones are
-    an error.
+    """Imaginary parts up to 1e-3 on the diagonal are rounding, as in pytorch-fid.
+
+    Larger ones are an error.
     """
     one = fid.Gaussian(np.zeros(2), np.eye(2), 0)
     monkeypatch.setattr(fid, "_root", lambda matrix: np.eye(2) + np.diag([0.9e-3j, 0]))
@@ -169,8 +168,9 @@ def test_bad_comparisons_are_named(tmp_path):
 
 
 def test_clip_scores():
-    """Recorded from torchmetrics 1.9.0 with a model that returns these features: the mean, and 0
-    for opposites.
+    """Recorded from torchmetrics 1.9.0 with a model that returns these features.
+
+    The score is the mean, and 0 for opposites.
     """
     rng = np.random.RandomState(3)
     image = rng.randn(6, 16)

@@ -15,8 +15,9 @@ SIZE = 64
 
 
 def test_candidates_are_the_same_under_every_python():
-    """Unicode names never change, but Python learns new ones; a change here changes the data of
-    each seed.
+    """Python learns new names, and Unicode never changes old ones.
+
+    A change here changes the data of each seed.
     """
     listed = dataset.candidates()
     names = [name for _, name in listed]
@@ -220,8 +221,9 @@ def drawn_regions(font, index, monkeypatch):
 
 
 def test_images_show_what_the_caption_says(font, default_examples, monkeypatch):
-    """Check number, names and sides, and that pixels which differ from the background belong to
-    glyphs.
+    """Check number, names and sides.
+
+    Pixels which differ from the background belong to glyphs.
     """
     pattern, relations = caption_pattern(font), set()
     for index, (image, caption) in enumerate(default_examples[:200]):

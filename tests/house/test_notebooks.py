@@ -40,8 +40,9 @@ def test_all_notebooks_are_listed():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_as_committed(path):
-    """Small, without errors and without paths of a machine; the first cell fetches the code if it
-    is absent.
+    """Notebooks are small, without errors and without paths of a machine.
+
+    The first cell fetches the code if it is absent.
     """
     book = read_notebook(path)
     assert all(len(figure) <= _FIGURE for figure in figures_of(book))

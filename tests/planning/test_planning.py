@@ -1,7 +1,4 @@
-"""Estimates without the machine:
-
-FLOP of traced functions, collectives of compiled ones, data sheets.
-"""
+"""Estimates without the machine: work of traced functions, collectives, and data sheets."""
 
 import functools
 import json
@@ -85,8 +82,9 @@ def test_convolutions():
 
 @pytest.mark.parametrize("stride,groups", [(1, 1), (2, 1), (1, 6)])
 def test_gradient_of_a_convolution_is_three(stride, groups):
-    """Forward pass, input gradient and weight gradient cost the same, also with strides and
-    groups.
+    """Forward pass, input gradient and weight gradient cost the same.
+
+    So they do with strides and groups.
     """
     loss = lambda x, w: jnp.square(conv(x, w, stride, groups)).sum()
     args = array(2, 8, 8, 6), array(3, 3, 6 // groups, 6)
@@ -94,8 +92,9 @@ def test_gradient_of_a_convolution_is_three(stride, groups):
 
 
 def test_gradient_of_the_depthwise_layer_is_three():
-    """The rule for its weights is a linear call with a transpose of its own and a branch for each
-    platform.
+    """The rule for its weights is a linear call with its own transpose.
+
+    It has a branch for each platform.
     """
     loss = lambda x, w: jnp.square(depthwise.depthwise_conv(x, w)).sum()
     args = array(2, 8, 8, 6), array(3, 3, 6)
@@ -121,8 +120,9 @@ def test_scan_gradient_and_remat():
 
 
 def test_gradient_beside_a_stopped_jvp():
-    """The form of sCM over 3 recomputed layers: primal and tangent, then forward, recomputed and
-    backward: 2 + 4.
+    """The form of sCM over 3 recomputed layers takes 2 + 4 products for each layer.
+
+    Primal and tangent take 2; forward, recomputed and backward pass take 4.
     """
     layer = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
     net = lambda w, x: jax.lax.scan(layer, x, w)[0]
@@ -445,8 +445,9 @@ def test_unknown_devices_are_refused_with_the_known():
 
 
 def test_data_sheets_have_plausible_units():
-    """They are within the range of today's machines: a value in GB, TFLOP or Gbit would be far
-    outside.
+    """Values are within the range of today's machines.
+
+    One in GB, TFLOP or Gbit would be far outside.
     """
     for d in hardware.DEVICES:
         assert 1e14 < d.peak_bf16 < 1e16, d

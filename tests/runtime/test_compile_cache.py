@@ -1,6 +1,4 @@
-"""Compiled programs between processes: where they are kept, found, and that nothing depends
-on it.
-"""
+"""Compiled programs between processes: where they are kept and found, and that they may fail."""
 
 import os
 import subprocess
@@ -114,8 +112,9 @@ def test_a_folder_that_cannot_be_written(start, tmp_path):
 
 
 def test_two_processes_share_the_cache(tmp_path):
-    """Two processes compile the same program at once: neither fails, warns, or leaves an unreadable
-    entry.
+    """Two processes compile the same program at once.
+
+    Neither fails, warns, or leaves an unreadable entry.
     """
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
     for name in [n for n in environment if n.startswith("JAX_") and n != "JAX_PLATFORMS"]:
@@ -159,8 +158,9 @@ def test_sample_keeps_its_programs(finished, tmp_path):
 
 
 def test_without_a_bound_entries_stay(start, tmp_path):
-    """Without a bound JAX writes no access times, which tell a complete entry from a
-    truncated one.
+    """Without a bound JAX writes no access times.
+
+    These tell a complete entry from a truncated one.
     """
     variables = {"JAX_COMPILATION_CACHE_MAX_SIZE": "-1"}
     first, _, _ = start(**variables)

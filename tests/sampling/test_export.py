@@ -171,9 +171,7 @@ def test_prompts_are_checked_as_by_the_model(exported_file):
 
 
 def test_damaged_files_are_refused(exported_file, tmp_path):
-    """Truncated anywhere, any byte of the weights or of a program changed, or another kind
-    of file.
-    """
+    """They are truncated, changed in the weights or a program, or of another kind."""
     data, broken = exported_file.read_bytes(), tmp_path / "broken.sprint"
     for size in (0, 1000, len(data) // 2, len(data) - 1):
         broken.write_bytes(data[:size])
@@ -333,8 +331,9 @@ def test_flags_that_a_file_has_fixed(exported_file, command, tmp_path):
 
 
 class TestPublishedFolder:
-    """Export of a random diffusers folder: tokens of Gemma, cached instruction, padded lengths,
-    DC-AE.
+    """Export of a random diffusers folder.
+
+    It has the tokens of Gemma, a cached instruction, padded lengths and DC-AE.
     """
 
     @pytest.fixture(scope="class")

@@ -50,8 +50,9 @@ def test_strength_out_of_range(strength):
 
 
 def test_an_initial_image_is_mixed_with_the_noise():
-    """With F = 0 one step from s gives cos(s) x = cos(s) (cos(s) start + sin(s) noise), at unit
-    scale.
+    """With F = 0 one step from s multiplies the state by cos(s).
+
+    The state is cos(s) start + sin(s) noise, at unit scale.
     """
     start, noise, s = normals(3, 2), normals(3, 2, seed=1), 1.1
     zero = lambda u, t: jnp.zeros_like(u)
@@ -94,8 +95,10 @@ def test_fit_is_never_short_of_a_pixel():
 
 
 def test_images_of_users(tmp_path):
-    """Transparency on the background, the upper eight of sixteen bits, the center of another shape,
-    and damage in one sentence.
+    """Check transparency, 16 bits, cropping and damage.
+
+    Transparency shows the background, the upper eight of sixteen bits count, and damage is one
+    sentence.
     """
     clear = np.zeros((8, 8, 4), np.uint8)
     Image.fromarray(clear).save(tmp_path / "clear.png")
@@ -238,8 +241,9 @@ def test_a_large_batch_is_decoded_and_encoded_in_parts(monkeypatch):
 
 
 def test_tiles_of_a_local_function_are_seamless():
-    """Nearest doubling has no context, so blending equal values gives exactly the untiled
-    result.
+    """Nearest doubling has no context.
+
+    So blending equal values gives exactly the untiled result.
     """
     x = normals(1, 13, 9, 2)
     double = lambda a: jnp.repeat(jnp.repeat(a, 2, 1), 2, 2)

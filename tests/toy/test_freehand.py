@@ -1,6 +1,4 @@
-"""Rough sketches of `shapes`: they show their objects, look like strokes of the page, and reach
-training.
-"""
+"""Rough sketches of `shapes`: they show their objects and look like strokes of the page."""
 
 import dataclasses
 import re

@@ -184,9 +184,7 @@ def test_noise_of_many_colors_is_no_shape():
 
 
 def test_text_features_are_frozen():
-    """The shipped teacher depends on these features: a change of the encoder needs a new
-    teacher.
-    """
+    """The shipped teacher depends on these features, so a new encoder needs a new teacher."""
     encoder = words.ShapesText()
     features, mask = encoder.encode(["a red circle", "a red circle left of a blue square", ""])
     np.testing.assert_array_equal(mask.sum(1), [4, 9, 1])
