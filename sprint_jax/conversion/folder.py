@@ -100,6 +100,86 @@ def _ignore(message: str) -> None:
     del message
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Description:
+    """A checkpoint folder of which only the descriptions were read.
+
+    Whoever reads its parameters chooses which parts, and how they are computed (`replace`), before any array
+    is read.
+    """
+
+    path: pathlib.Path
+    models: dict[str, Any]  # {part: network}
+    instruction: str | None  # precedes every prompt; None where the folder does not say
+    diffusers: bool  # whether its files have diffusers' names
+
+    @property
+    def tokenizer(self) -> pathlib.Path:
+        """The folder of the tokenizer's files."""
+        return self.path / "tokenizer"
+
+    def replace(self, **models: Any) -> "Description":
+        """Return the description with some networks in place of its own."""
+        return dataclasses.replace(self, models=self.models | models)
+
+    def read(
+        self,
+        parts: Sequence[str] | None = None,
+        *,
+        dtype: str | None,
+        pixels_dtype: str | None = None,
+        place: _Place = _keep,
+        say: _Say = _ignore,
+    ) -> dict[str, Any]:
+        """Read the parameters of some parts, None for all: {part: tree}.
+
+        Args:
+          parts: names of parts.
+          dtype: "float32" or "bfloat16" for every part. None keeps the dtypes of the files.
+          pixels_dtype: dtype of the autoencoder, if it differs.
+          place: (part, dotted path, NumPy array) -> leaf, called for each array as soon as it is read.
+          say: called with a line of progress before each part.
+
+        Raises UserError if a file is missing or damaged.
+        """
+        params = {}
+        for part, model in self.models.items():
+            if parts is not None and part not in parts:
+                continue
+            wanted = _dtype_of(part, dtype, pixels_dtype)
+            rows, found, name = self._files(part, model)
+            say(f"reading {name}")
+            params[part] = _load(part, rows, found, model, wanted, place)
+        return params
+
+    def _files(self, part, model):
+        if self.diffusers:
+            stored = _PARTS[part]
+            found = tensors.find(self.path / stored.folder, stored.stem)
+            return stored.rows(model), found, stored.folder
+        flat = weights.flatten(_abstract(model))
+        rows = [rules.Row(name, leaf.shape, name) for name, leaf in flat.items()]
+        return rows, tensors.scan(self.path / f"{part}.safetensors"), part
+
+
+def describe(path: _StrPath, *, dtype: str | None) -> Description:
+    """Describe a diffusers pipeline or a folder made by `write_ours`, without reading arrays.
+
+    dtype: "float32" or "bfloat16", in which the networks compute; None is float32.
+    Raises UserError if a part is missing, or of another kind.
+    """
+    path, compute = pathlib.Path(path), dtype or "float32"
+    if is_diffusers(path):
+        _check_pipeline(path)
+        models, instruction = _describe(path, compute), None
+        _check_widths(models)
+    else:
+        models, instruction = _describe_ours(path, compute)
+    return Description(
+        path=path, models=models, instruction=instruction, diffusers=is_diffusers(path)
+    )
+
+
 def read_diffusers(
     path: _StrPath,
     *,
@@ -111,29 +191,12 @@ def read_diffusers(
 ) -> Checkpoint:
     """Read the folder of a SANA-Sprint pipeline.
 
-    Args:
-      path: the folder.
-      dtype: "float32" or "bfloat16" for every part. None keeps the dtypes of the files.
-      instruction: text that precedes every prompt.
-      pixels_dtype: dtype of the autoencoder, if it differs.
-      place: (part, dotted path, NumPy array) -> leaf, called for each array as soon as it is read.
-      say: called with a line of progress before each part.
-
-    Raises UserError if a part is missing, of another kind or damaged.
+    instruction: text that precedes every prompt. Other arguments and errors are those of `Description.read`.
     """
-    path = pathlib.Path(path)
-    _check_pipeline(path)
-    models = _describe(path, dtype or "float32")
-    _check_widths(models)
-    params = {}
-    for part, model in models.items():
-        stored = _PARTS[part]
-        say(f"reading {stored.folder}")
-        found = tensors.find(path / stored.folder, stored.stem)
-        wanted = _dtype_of(part, dtype, pixels_dtype)
-        params[part] = _load(part, stored.rows(model), found, model, wanted, place)
+    described = describe(path, dtype=dtype)
+    params = described.read(dtype=dtype, pixels_dtype=pixels_dtype, place=place, say=say)
     return Checkpoint(
-        **models, params=params, tokenizer=path / "tokenizer", instruction=instruction
+        **described.models, params=params, tokenizer=described.tokenizer, instruction=instruction
     )
 
 
@@ -274,21 +337,14 @@ def read_ours(
     place: _Place = _keep,
     say: _Say = _ignore,
 ) -> Checkpoint:
-    """Read a folder made by `write_ours`. Arguments and errors are those of `read_diffusers`."""
-    path = pathlib.Path(path)
-    models, instruction = _describe_ours(path, dtype or "float32")
-    params = {}
-    for part, model in models.items():
-        say(f"reading {part}")
-        rows = [
-            rules.Row(name, leaf.shape, name)
-            for name, leaf in weights.flatten(_abstract(model)).items()
-        ]
-        found = tensors.scan(path / f"{part}.safetensors")
-        wanted = _dtype_of(part, dtype, pixels_dtype)
-        params[part] = _load(part, rows, found, model, wanted, place)
+    """Read a folder made by `write_ours`. Arguments and errors are those of `Description.read`."""
+    described = describe(path, dtype=dtype)
+    params = described.read(dtype=dtype, pixels_dtype=pixels_dtype, place=place, say=say)
     return Checkpoint(
-        **models, params=params, tokenizer=path / "tokenizer", instruction=instruction
+        **described.models,
+        params=params,
+        tokenizer=described.tokenizer,
+        instruction=described.instruction or "",
     )
 
 

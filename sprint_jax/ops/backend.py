@@ -117,3 +117,16 @@ def _unsupported(
     if dtype not in DTYPES:
         return f"the compute dtype is {dtype} and kernels take {' and '.join(DTYPES)}"
     return None
+
+
+_ON_GPU = ("transformer", "controlnet", "text_encoder")
+_UNROLLED = {"cpu": ("transformer", "controlnet"), "gpu": _ON_GPU, "cuda": _ON_GPU}
+
+
+def unrolled(platform: str | None) -> tuple[str, ...]:
+    """Return the names of published networks that run unrolled (a scan copies each block's weights).
+
+    platform: as named by `jax.default_backend()`, None for that one, "" for several, where all keep their loops.
+    A CPU would compile the text encoder's 26 layers for every padded length, for little.
+    """
+    return _UNROLLED.get(jax.default_backend() if platform is None else platform, ())
