@@ -3,27 +3,29 @@
     python -m sprint_jax.main --config=configs/sprint.py            the default, `shapes`
     python -m sprint_jax.main --config=configs/sprint.py:smoke      the same pipeline in a minute
 
-Presets
-  shapes          2 CPU cores. Distils the shipped teacher into a 1-4 step student and scores both.
-  shapes_teacher  the recipe of the shipped teacher: trains it from nothing, then does the rest.
-  smoke           every stage cut down to seconds.
-  shapes_64       64 px pictures and a larger network, whose teacher it trains first: an hour and a half of two CPU cores.
-  emoji           captioned emoji at 64 px, read from a folder that `sprint-jax encode` made.
-  sana_600m, sana_1600m
-                  the paper's second phase: 20 000 updates of 512 samples, generator and discriminator in turn.
-                  It needs a teacher of that size (configs/teacher.py, or a published one) and encoded data:
+Presets shapes          2 CPU cores. Distils the shipped teacher into a 1-4 step student and scores
+  both. shapes_teacher  the recipe of the shipped teacher: trains it from nothing, then does the
+  rest. smoke           every stage cut down to seconds. shapes_64       64 px pictures and a
+  larger network, whose teacher it trains first: an hour and a half of two CPU cores. emoji
+  captioned emoji at 64 px, read from a folder that `sprint-jax encode` made. sana_600m, sana_1600m
+                  the paper's second phase: 20 000 updates of 512 samples, generator and
+                  discriminator in turn. It needs a teacher of that size (configs/teacher.py, or a
+                  published one) and encoded data:
 
-    python -m sprint_jax encode --source=PICTURES --encoder=SANA_SPRINT_FOLDER --encoded=data/sana --sizes=published --heldout=2000
-    python -m sprint_jax.main --config=configs/sprint.py:sana_600m --config.data.encoded=data/sana \\
-        --config.data.model=SANA_SPRINT_FOLDER --config.teacher.pretrained=TEACHER_FOLDER --workdir=SHARED_DIR
+    python -m sprint_jax encode --source=PICTURES --encoder=SANA_SPRINT_FOLDER --encoded=data/sana
+    --sizes=published --heldout=2000 python -m sprint_jax.main --config=configs/sprint.py:sana_600m
+    --config.data.encoded=data/sana \\
+        --config.data.model=SANA_SPRINT_FOLDER --config.teacher.pretrained=TEACHER_FOLDER
+        --workdir=SHARED_DIR
 
-                  Hardware, hours and memory are predicted, before anything is started, by
-                  python -m sprint_jax plan --config=configs/sprint.py:sana_600m --topology=h200:8x8
-                  (docs/results/plan.md has the tables; the evaluation wants 64 held-out pictures of 1024 x 1024, hence --heldout). By its
-                  arithmetic 20 000 updates are 28 H200 hours (600M) and 82 (1600M) at full speed, 69 and 205 at 40 % of it.
+                  Hardware, hours and memory are predicted, before anything is started, by python
+                  -m sprint_jax plan --config=configs/sprint.py:sana_600m --topology=h200:8x8
+                  (docs/results/plan.md has the tables; the evaluation wants 64 held-out pictures
+                  of 1024 x 1024, hence --heldout). By its arithmetic 20 000 updates are 28 H200
+                  hours (600M) and 82 (1600M) at full speed, 69 and 205 at 40 % of it.
 
-Any key can be changed on the command line: --config.phases.sprint.steps=400. docs/results/ has the measured results.
-"""
+Any key can be changed on the command line: --config.phases.sprint.steps=400. docs/results/ has the
+measured results. """
 
 import ml_collections
 
@@ -196,7 +198,10 @@ def _smoke(config):
 
 
 def _shapes_64(config):
-    """Patches of 16 px: 16 tokens as in the default, of more channels. Larger pictures cost no more tokens, as with DC-AE."""
+    """Patches of 16 px: 16 tokens as in the default, of more channels.
+
+    Larger pictures cost no more tokens, as with DC-AE.
+    """
     config.data.size = 64
     config.codec.update(block=16, scale=1.049, weights="package:shapes_64_codec", channels=48)
     config.model.update(width=192, depth=8, heads=6, cross_heads=3, mlp_ratio=2.5, unroll=8)
@@ -229,12 +234,12 @@ def _emoji(config):
 
 
 def sana(preset):
-    """The published recipe: paper's appendix, and where it is silent or differs, the released trainer.
+    """The published recipe: paper's appendix, and where it is silent or differs, the released
+    trainer.
 
-    Rates: CAME at 2e-6, which the released trainer multiplies by sqrt(512 / 256), for both networks.
-    Warm-up: the released file says 5000 scheduler steps, of which its 32 processes take 32 an update: 156.
-    H, and `steps`, count generator and discriminator updates together.
-    """
+    Rates: CAME at 2e-6, which the released trainer multiplies by sqrt(512 / 256), for both
+    networks. Warm-up: the released file says 5000 scheduler steps, of which its 32 processes take
+    32 an update: 156. H, and `steps`, count generator and discriminator updates together."""
     config = ml_collections.ConfigDict()
     config.seed = 42
     config.data = dict(
@@ -317,7 +322,8 @@ def sana(preset):
         reference=64,
         samples=64,
     )
-    # No strips: process 0 would hold the whole student on one device beside its share of the training state.
+    # No strips: process 0 would hold the whole student on one device beside its share of the
+    # training state.
     config.run = dict(
         log_every=20,
         checkpoint_every=500,
@@ -330,7 +336,11 @@ def sana(preset):
 
 
 def came(**values):
-    """CAME as published. AdamW instead: --config.phases.sprint.optimizers.student.kind=adamw --config.phases.sprint.optimizers.student.b2=0.95"""
+    """CAME as published.
+
+    AdamW instead: --config.phases.sprint.optimizers.student.kind=adamw
+    --config.phases.sprint.optimizers.student.b2=0.95
+    """
     return (
         dict(
             kind="came",

@@ -1,4 +1,6 @@
-"""Networks and the embedded text encoder and pixel codec of a configuration: the one place that builds them."""
+"""Networks and the embedded text encoder and pixel codec of a configuration: the one place that
+builds them.
+"""
 
 import dataclasses
 import math
@@ -19,14 +21,19 @@ _PACKAGE = "package:"
 
 
 def text_encoder(c: config_lib.Config):
-    """The embedded prompt encoder, `encode(prompts) -> features [B, L, D], mask [B, L]`; None for Gemma-2."""
+    """The embedded prompt encoder, `encode(prompts) -> features [B, L, D], mask [B, L]`; None for
+    Gemma-2.
+    """
     if c.text.vocabulary == "gemma":
         return None
     return words.ShapesText() if c.text.vocabulary == "shapes" else words.WordsText(c.text.length)
 
 
 def codec(c: config_lib.Config):
-    """The pixel codec: `encode(images)` and `decode(latents)`. Reads its weights where it has some."""
+    """The pixel codec: `encode(images)` and `decode(latents)`.
+
+    Reads its weights where it has some.
+    """
     if not c.codec.weights:
         return patches.SpaceToDepth(c.codec.block, c.codec.scale)
     inputs, channels = 3 * c.codec.block**2, c.codec.channels
@@ -53,8 +60,8 @@ def latent_shape(c: config_lib.Config) -> tuple[int, int, int]:
 
 
 def attention(c: config_lib.Config) -> tuple[str, str | None]:
-    """What computes attention on this process's devices, and a sentence where that is not what was asked for. Where it is "plain", so is
-    the convolution."""
+    """What computes attention on this process's devices, and a sentence where that is not what was
+    asked for. Where it is "plain", so is the convolution."""
     m = c.model
     return backend.resolve(
         m.attention, jax.default_backend(), m.width // m.heads, m.width // m.cross_heads, m.dtype
@@ -109,26 +116,30 @@ def base_teacher(c: config_lib.Config) -> LinearDiT:
 def published_transformer(path, model: LinearDiT):
     """Parameters of `model` from a folder with a diffusers transformer, as NumPy float32.
 
-    path: a pipeline's folder or its transformer/. Raises UserError where the folder describes another network.
-    """
+    path: a pipeline's folder or its transformer/. Raises UserError where the folder describes
+    another network."""
     found, params = folder.read_transformer(path)
     _same(path, "transformer", found, model)
-    # 1 says nothing: it is also what folders have that do not name a scale, of teachers for [0, 1] and of SANA for [0, 1000].
+    # 1 says nothing: it is also what folders have that do not name a scale, of teachers for [0, 1]
+    # and of SANA for [0, 1000].
     if found.time_scale != 1.0 and not math.isclose(1000 * found.time_scale, model.time_scale):
         raise UserError(
-            f"{path} holds a transformer with timestep_scale={found.time_scale}, which of flow times in [0, 1] is a time_scale of "
-            f"{1000 * found.time_scale:g}, the config asks for {model.time_scale:g}: change config.model.time_scale or "
+            f"{path} holds a transformer with timestep_scale={found.time_scale}, which of flow "
+            f"times in [0, 1] is a time_scale of "
+            f"{1000 * found.time_scale:g}, the config asks for {model.time_scale:g}: change "
+            f"config.model.time_scale or "
             "config.teacher.base_time_scale, or give another folder"
         )
     return params
 
 
 def published_controlnet(path, model: ControlNet):
-    """Parameters of `model` from a folder with a diffusers ControlNet: as `published_transformer`."""
+    """Read parameters of `model` from a folder of a diffusers ControlNet."""
     found, params = folder.read_controlnet(path)
     if found.depth != model.depth:
         raise UserError(
-            f"{path} holds a ControlNet of {found.depth} blocks, the config asks for {model.depth}: change config.control.depth"
+            f"{path} holds a ControlNet of {found.depth} blocks, the config asks for "
+            f"{model.depth}: change config.control.depth"
         )
     _same(path, "ControlNet", found.net, dataclasses.replace(model.net, depth=found.net.depth))
     return params
@@ -160,6 +171,7 @@ def _same(path, what, found, model):
     if differing:
         name = differing[0]
         raise UserError(
-            f"{path} holds a {what} with {name}={getattr(found, name)}, the config asks for {getattr(model, name)}: "
+            f"{path} holds a {what} with {name}={getattr(found, name)}, the config asks for "
+            f"{getattr(model, name)}: "
             "change config.model, or give another folder"
         )

@@ -1,8 +1,9 @@
-"""The configuration as frozen dataclasses: every field is written out, has a type and is read somewhere.
+"""The configuration as frozen dataclasses: every field is written out, has a type and is read
+somewhere.
 
-A card in `configs/` makes an `ml_collections.ConfigDict`; `parse` turns it into `Config`. There are no
-defaults here: a key that is missing or unknown is an error that names it, and so is a value of the wrong type.
-"""
+A card in `configs/` makes an `ml_collections.ConfigDict`; `parse` turns it into `Config`. There
+are no defaults here: a key that is missing or unknown is an error that names it, and so is a value
+of the wrong type."""
 
 import dataclasses
 import difflib
@@ -34,7 +35,9 @@ class Data:
     encoded: str
     """Folder made by `sprint-jax encode`; "" draws the embedded shapes as they are needed."""
     model: str
-    """Folder (diffusers or converted) of the autoencoder and text encoder that made it; "" for this config's."""
+    """Folder (diffusers or converted) of the autoencoder and text encoder that made it; "" for
+    this config's.
+    """
     size: int
     """Image side in pixels (the middle one of aspect-ratio buckets)."""
     seed: int
@@ -96,7 +99,7 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Codec:
-    """The embedded pixel codec; with data.model its autoencoder has this block and these channels."""
+    """The embedded pixel codec, or the block and channels of the autoencoder of data.model."""
 
     block: int
     """Pixels per latent cell along each side."""
@@ -145,7 +148,9 @@ class Model:
     residual_dtype: Literal["float32", "bfloat16"]
     """The residual stream."""
     attention: Literal["plain", "pallas"]
-    """Plain JAX, or kernels where the device has them; on NVIDIA GPUs also for the Mix-FFN's convolution."""
+    """Plain JAX, or kernels where the device has them; on NVIDIA GPUs also for the Mix-FFN's
+    convolution.
+    """
 
     def problems(self) -> Problems:
         """Yield (field, what to use instead) for each value out of range."""
@@ -165,7 +170,9 @@ class Teacher:
     """The network that is distilled: where it comes from, and what it is first trained as."""
 
     pretrained: str
-    """Weights to use instead of training: a .safetensors file, "package:NAME" or a folder; "" trains here."""
+    """Weights to use instead of training: a .safetensors file, "package:NAME" or a folder; ""
+    trains here.
+    """
     start: str
     """Weights that training here begins from, as for pretrained; "" begins from random ones."""
     base_qk_norm: bool
@@ -181,11 +188,14 @@ class Control:
     depth: int
     """Blocks that it copies; 0 for none, and then nothing else here counts."""
     condition: Literal["edges", "scribble", "hed"]
-    """What is made of each image (encoded data must hold the same); see `sprint_jax.conditioning`."""
+    """What is made of each image (encoded data must hold the same); see `sprint_jax.conditioning`.
+    """
     pretrained: str
     """Weights of a multi-step ControlNet to use instead of training; "" trains it here."""
     freehand: float
-    """Probability that a drawn example has its objects anywhere and a rough sketch, as a person draws."""
+    """Probability that a drawn example has its objects anywhere and a rough sketch, as a person
+    draws.
+    """
 
     def problems(self) -> Problems:
         """Yield (field, what to use instead) for each value out of range."""
@@ -200,7 +210,9 @@ class Phase:
     """One phase of a run: an objective trains one network on the data of the run."""
 
     network: Literal["base", "teacher", "control", "student"]
-    """The network that it trains: the teacher as it is first trained, the teacher, its ControlNet, the student."""
+    """The network that it trains: the teacher as it is first trained, the teacher, its ControlNet,
+    the student.
+    """
     seed: int
     """Added to the config's seed, so that phases draw different numbers."""
     steps: int
@@ -208,13 +220,16 @@ class Phase:
     batch: int
     """Samples of a global batch."""
     accumulate: int
-    """Parts of a batch whose gradients are averaged one after the other, to save memory; no draw depends on it."""
+    """Parts of a batch whose gradients are averaged one after the other, to save memory; no draw
+    depends on it.
+    """
     ema: float
     """Decay of the moving average that the phase ends with; 0 for none."""
     optimizers: dict[str, Optimizer]
     """One for each role of the objective."""
     objective: Settings
-    """The method: `kind` names it, or is "module:Class" of a settings class outside this package."""
+    """The method: `kind` names it, or is "module:Class" of a settings class outside this package.
+    """
 
     def problems(self) -> Problems:
         """Yield (field, what to use instead) for each value out of range."""
@@ -273,7 +288,10 @@ class Run:
     checkpoint_every: int
     """Steps between checkpoints."""
     preview_every: int
-    """Steps between previews of a few held-out prompts, 0 for none. A preview holds the network on one device."""
+    """Steps between previews of a few held-out prompts, 0 for none.
+
+    A preview holds the network on one device.
+    """
     keep: int
     """Checkpoints kept."""
     max_rejected: int
@@ -319,7 +337,9 @@ class Config:
 
 
 def active(c: Config) -> tuple[str, ...]:
-    """Return the names of the phases that run: those with steps, whose network is wanted and not given."""
+    """Return the names of the phases that run: those with steps, whose network is wanted and not
+    given.
+    """
     given = {
         "base": bool(c.teacher.pretrained),
         "teacher": bool(c.teacher.pretrained),
@@ -379,7 +399,9 @@ RENAMED = {
 
 
 def renamed(key: str) -> str | None:
-    """Return today's name of a dotted key of version 0.1, without "config."; None for any other key."""
+    """Return today's name of a dotted key of version 0.1, without "config."; None for any other
+    key.
+    """
     words_of_key = key.split(".")
     for length in range(len(words_of_key), 0, -1):
         old = ".".join(words_of_key[:length])
@@ -397,12 +419,16 @@ def _refuse_renamed(tree: dict) -> None:
     if is_old(tree):
         raise UserError(
             "this config is of version 0.1, whose training keys have other names "
-            f"(config.sprint.steps is now config.{RENAMED['sprint.steps']}): start from a card in configs/"
+            f"(config.sprint.steps is now config.{RENAMED['sprint.steps']}): start from a card in "
+            f"configs/"
         )
 
 
 def objective_class(kind: str, path: str = "config") -> type:
-    """Return the settings class of an objective by its kind, or by "module:Class". Raises UserError."""
+    """Return the settings class of an objective by its kind, or by "module:Class".
+
+    Raises UserError.
+    """
     match kind:
         case "flow_matching":
             return FlowMatching
@@ -516,7 +542,8 @@ def _data_rules(c: Config) -> Iterator[tuple[bool, str]]:
     pixels = 3 * c.codec.block**2
     yield (
         bool(c.codec.weights) or c.text.vocabulary == "gemma" or c.codec.channels == pixels,
-        f"config.codec.channels {c.codec.channels}: without codec.weights it is 3 x block^2 = {pixels}",
+        f"config.codec.channels {c.codec.channels}: without codec.weights it is 3 x block^2 = "
+        f"{pixels}",
     )
     yield (
         bool(c.data.encoded) or c.text.vocabulary == "shapes",
@@ -527,12 +554,14 @@ def _data_rules(c: Config) -> Iterator[tuple[bool, str]]:
 
 def _teacher_rules(c: Config) -> Iterator[tuple[bool, str]]:
     t, m, running = c.teacher, c.model, [c.phases[n].network for n in active(c)]
-    # One teacher becomes another by a fine-tune that adds QK-norm or changes times, never by itself.
+    # One teacher becomes another by a fine-tune that adds QK-norm or changes times, never by
+    # itself.
     other = (t.base_qk_norm, t.base_time_scale) != (m.qk_norm, m.time_scale)
     base = f"config.teacher.base_qk_norm {t.base_qk_norm}, base_time_scale {t.base_time_scale}"
     yield (
         bool(t.pretrained) or m.qk_norm or not t.base_qk_norm,
-        "config.teacher.base_qk_norm is True and config.model.qk_norm False: a fine-tune adds QK-norm "
+        "config.teacher.base_qk_norm is True and config.model.qk_norm False: a fine-tune adds "
+        "QK-norm "
         "and never takes it away",
     )
     yield (
@@ -540,12 +569,14 @@ def _teacher_rules(c: Config) -> Iterator[tuple[bool, str]]:
         or "base" in running
         or (bool(t.start) and "teacher" in running and other),
         "config.teacher.pretrained is empty and nothing trains a teacher: give it, or "
-        "phases.teacher.steps, or teacher.start with phases.finetune.steps and another base_qk_norm or "
+        "phases.teacher.steps, or teacher.start with phases.finetune.steps and another "
+        "base_qk_norm or "
         "base_time_scale than model's",
     )
     yield (
         bool(t.pretrained) or not other or "teacher" in running,
-        f"{base} and config.model.qk_norm {m.qk_norm}, time_scale {m.time_scale}: use equal ones, or "
+        f"{base} and config.model.qk_norm {m.qk_norm}, time_scale {m.time_scale}: use equal ones, "
+        f"or "
         "phases.finetune.steps",
     )
 
@@ -565,7 +596,8 @@ def _control_rules(c: Config) -> Iterator[tuple[bool, str]]:
     trained = any(c.phases[name].network == "control" for name in active(c))
     yield (
         not k.depth or bool(k.pretrained) or trained,
-        "config.control.pretrained is empty and config.phases.control.steps is 0: nothing trains the "
+        "config.control.pretrained is empty and config.phases.control.steps is 0: nothing trains "
+        "the "
         "ControlNet",
     )
     yield (
@@ -614,6 +646,7 @@ def _needs(phase: Phase, depth: int, at: str) -> Iterator[tuple[bool, str]]:
     sizes = [batch * times for times in needs.groups_of]
     yield (
         parts > 1 or all(n % math.ceil(n / needs.group) == 0 for n in sizes),
-        f"{at}.batch {batch}: the discriminator normalizes in equal groups of at most {needs.group} "
+        f"{at}.batch {batch}: the discriminator normalizes in equal groups of at most "
+        f"{needs.group} "
         f"samples, use a multiple of {needs.group}",
     )

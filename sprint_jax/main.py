@@ -1,4 +1,5 @@
-"""The main job: python -m sprint_jax.main --config=configs/sprint.py[:preset] [--workdir=DIR] [--config.key=value]
+"""The main job: python -m sprint_jax.main --config=configs/sprint.py[:preset] [--workdir=DIR]
+[--config.key=value]
 
 Several processes, on one machine or many, run as one: see `launch/`.
 """

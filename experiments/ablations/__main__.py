@@ -1,9 +1,10 @@
-"""The paper's ablations in one command: python -m experiments.ablations --suite=paper --scale=tiny [--only=table3,table6]
+"""The paper's ablations in one command: python -m experiments.ablations --suite=paper --scale=tiny
+[--only=table3,table6]
 
---suite=followups looks into what came out against the paper. Both suites share a work directory, so what one made the other has.
-Every run has a directory under --workdir; stopped at any moment, the same command goes on. The report is written
-after each configuration and at the end, and alone with --report_only.
-"""
+--suite=followups looks into what came out against the paper. Both suites share a work directory,
+so what one made the other has. Every run has a directory under --workdir; stopped at any moment,
+the same command goes on. The report is written after each configuration and at the end, and alone
+with --report_only."""
 
 import dataclasses
 import pathlib
@@ -78,7 +79,10 @@ def main(argv):
 
 
 def chosen(tables, names) -> tuple[grid.Table, ...]:
-    """Those of the tables that have the given names, all for none. Raises UserError for an unknown name."""
+    """Those of the tables that have the given names, all for none.
+
+    Raises UserError for an unknown name.
+    """
     known = [t.name for t in tables]
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -110,7 +114,8 @@ def _run(asked, scale, workdir, where):
         work = experiments.Experiments(card, scale, workdir, say)
         say(
             f"ablations: {len(runs)} configurations x {seeds} seeds in {workdir}; "
-            f"the whole suite `paper` at scale {scale.name} with 3 seeds takes, in minutes: {scale.minutes}"
+            f"the whole suite `paper` at scale {scale.name} with 3 seeds takes, in minutes: "
+            f"{scale.minutes}"
         )
         about = {
             "commit": revision.commit(),

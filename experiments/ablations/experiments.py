@@ -1,8 +1,8 @@
 """Runs of the grid with the project's own stages: one configuration and seed in, numbers out.
 
-What a seed and the cheap settings (times, probabilities) change are arguments of the compiled programs instead of
-constants in them, so that runs of one structure share one compilation: a suite compiles a dozen programs, not sixty.
-"""
+What a seed and the cheap settings (times, probabilities) change are arguments of the compiled
+programs instead of constants in them, so that runs of one structure share one compilation: a suite
+compiles a dozen programs, not sixty."""
 
 import dataclasses
 import functools
@@ -31,7 +31,10 @@ KNOBS = ("p_mean", "p_std", "max_time", "disc_mean", "disc_std")
 
 
 def with_changes(tree, changes: dict):
-    """A copy of a card (ConfigDict) with dotted keys replaced. Raises UserError for a key that it lacks."""
+    """A copy of a card (ConfigDict) with dotted keys replaced.
+
+    Raises UserError for a key that it lacks.
+    """
     tree = tree.copy_and_resolve_references()
     for name, value in changes.items():
         *path, last = name.split(".")
@@ -53,11 +56,12 @@ def configuration(card, scale: grid.Scale, r: grid.Run, seed: int) -> config_lib
 
 @dataclasses.dataclass(frozen=True)
 class Untransferred:
-    """A flow network whose answers are taken for those of a TrigFlow network: Eq. 6 to 8 are left out.
+    """A flow network whose answers are taken for those of a TrigFlow network: Eq. 6 to 8 are left
+    out.
 
-    The steps turn u and t into flow's terms and the velocity back; this undoes both, so that F(u, t) is the
-    network at u and t themselves (paper section 4, "Schedule Transfer"; Fig. 3d, without).
-    """
+    The steps turn u and t into flow's terms and the velocity back; this undoes both, so that F(u,
+    t) is the network at u and t themselves (paper section 4, "Schedule Transfer"; Fig. 3d,
+    without)."""
 
     model: object
 
@@ -82,9 +86,8 @@ class Untransferred:
 class Experiments:
     """Everything that runs share: the teacher, the held-out examples, the compiled programs.
 
-    card: the scale's card, an `ml_collections.ConfigDict`. workdir: of the suite; a teacher that has to be trained
-    is kept there. say: told in lines.
-    """
+    card: the scale's card, an `ml_collections.ConfigDict`. workdir: of the suite; a teacher that
+    has to be trained is kept there. say: told in lines."""
 
     def __init__(self, card, scale: grid.Scale, workdir, say):
         self._card, self._scale, self._workdir, self._say = card, scale, pathlib.Path(workdir), say
@@ -93,7 +96,9 @@ class Experiments:
         self._programs, self._samplers = {}, {}
 
     def __call__(self, r: grid.Run, seed: int, folder, advance) -> dict:
-        """{metric: number} of one run. folder: its work directory. advance: called with the share of it that is done."""
+        """{metric: number} of one run. folder: its work directory. advance: called with the share
+        of it that is done.
+        """
         c = configuration(self._card, self._scale, r, seed)
         workdirs.write_config(c, folder)
         if r.kind == "gradients":
@@ -108,7 +113,9 @@ class Experiments:
 
     @functools.cached_property
     def teacher(self):
-        """Parameters: the card's, or trained once for the whole suite and kept in its work directory."""
+        """Parameters: the card's, or trained once for the whole suite and kept in its work
+        directory.
+        """
         c = self._base
         if c.teacher.pretrained:
             return datasets.teacher_weights(c.teacher.pretrained, build.teacher(c))
@@ -159,7 +166,9 @@ class Experiments:
         )
 
     def _gradients(self, c, folder, advance):
-        """A teacher of this kind, then generator updates alone: what the norms of Fig. 3 are read off."""
+        """A teacher of this kind, then generator updates alone: what the norms of Fig. 3 are read
+        off.
+        """
         data = datasets.open_dataset(c, self._say)
         teacher = self._train_teacher(c, data, folder, lambda share: advance(share / 2))
         stage, compiled = self._stage("sprint", c, data, teacher=teacher)
@@ -188,7 +197,9 @@ class Experiments:
         return jax.device_get(stage.result(final))
 
     def _stage(self, name, c, data, *, teacher=None, transfer=True):
-        """Return (stage, {shapes: compiled steps}) of a phase; programs are shared by all runs of one structure."""
+        """Return (stage, {shapes: compiled steps}) of a phase; programs are shared by all runs of
+        one structure.
+        """
         key = (name, transfer, _structure(c))
         if key not in self._programs:
             self._programs[key] = (_stage(c, name, self.data, transfer), {})
@@ -259,7 +270,9 @@ def _structure(c: config_lib.Config) -> str:
 
 
 def _knobs(c: config_lib.Config, name: str) -> dict[str, np.generic]:
-    """Return the numbers that the programs read as arguments; the seed is that of the run's student in both phases."""
+    """Return the numbers that the programs read as arguments; the seed is that of the run's
+    student in both phases.
+    """
     objective = c.phases["sprint"].objective
     seed = c.seed + c.phases["sprint"].seed
     return {"seed": np.int32(seed)} | {k: np.float32(getattr(objective, k)) for k in KNOBS}
@@ -308,8 +321,8 @@ def _stage(c: config_lib.Config, name: str, data, transfer: bool) -> Stage:
 
 
 def geometric_mean(values):
-    """exp of the mean logarithm of the finite values, infinite without any. Updates that are not finite are dropped
-    and counted, as "rejected".
+    """exp of the mean logarithm of the finite values, infinite without any. Updates that are not
+    finite are dropped and counted, as "rejected".
     """
     values = np.asarray(values, np.float64)
     finite = values[np.isfinite(values)]

@@ -1,9 +1,9 @@
-"""The ablations of the SANA-Sprint paper as data: which runs, which tables they fill, what the paper says.
+"""The ablations of the SANA-Sprint paper as data: which runs, which tables they fill, what the
+paper says.
 
-A run changes the base card of a scale in a few named keys and is repeated over seeds; tables share runs, so the
-baseline is made once. The direction that a table claims is read off the paper's own numbers: of two rows, the
-one with the lower FID, or the higher CLIP score, is the better one.
-"""
+A run changes the base card of a scale in a few named keys and is repeated over seeds; tables share
+runs, so the baseline is made once. The direction that a table claims is read off the paper's own
+numbers: of two rows, the one with the lower FID, or the higher CLIP score, is the better one."""
 
 import dataclasses
 
@@ -14,14 +14,13 @@ KINDS = ("distil", "distil_untransferred", "gradients", "sample_trigflow", "samp
 class Run:
     """One configuration, made with several seeds.
 
-    name: of its work directory. kind: what is done,
-      "distil"                a student from the teacher, scored in 1, 2 and 4 steps
-      "distil_untransferred"  the same without Eq. 6-8: the flow network is used as if it were a TrigFlow one
-      "gradients"             a short teacher from nothing, then sCM alone with the whole tangent: gradient norms
-      "sample_trigflow", "sample_flow"   the teacher with guidance in evaluation.teacher_steps steps
-    changes: {dotted key of the card: value}. size: "narrow" or "wide", one of the scale's small networks for
-    "gradients"; "" for the card's own.
-    """
+    name: of its work directory. kind: what is done, "distil"                a student from the
+      teacher, scored in 1, 2 and 4 steps "distil_untransferred"  the same without Eq. 6-8: the
+      flow network is used as if it were a TrigFlow one "gradients"             a short teacher
+      from nothing, then sCM alone with the whole tangent: gradient norms "sample_trigflow",
+      "sample_flow"   the teacher with guidance in evaluation.teacher_steps steps
+    changes: {dotted key of the card: value}. size: "narrow" or "wide", one of the scale's small
+    networks for "gradients"; "" for the card's own."""
 
     name: str
     kind: str
@@ -31,8 +30,9 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of a table. run: whose results. label: what the table calls it. metric: appended to "score" and
-    "frechet" of the run ("2" is the student in two steps). fid, clip: the paper's numbers, None where it has none.
+    """A row of a table. run: whose results. label: what the table calls it. metric: appended to
+    "score" and "frechet" of the run ("2" is the student in two steps). fid, clip: the paper's
+    numbers, None where it has none.
     """
 
     label: str
@@ -46,10 +46,10 @@ class Row:
 class Table:
     """A table or figure. claims: pairs of labels that the paper compares.
 
-    rule: "paper" reads each claim's direction off the paper's numbers, and leaves a metric without numbers unjudged;
-    "better" claims that the first row is the better one; "equal" claims no difference. metrics: what is shown. steps:
-    the student's steps at which the table is judged, each a suffix of the metrics; empty where rows name their own.
-    """
+    rule: "paper" reads each claim's direction off the paper's numbers, and leaves a metric without
+    numbers unjudged; "better" claims that the first row is the better one; "equal" claims no
+    difference. metrics: what is shown. steps: the student's steps at which the table is judged,
+    each a suffix of the metrics; empty where rows name their own."""
 
     name: str
     title: str
@@ -199,7 +199,8 @@ TABLES = (
     Table(
         "table4",
         "Table 4: embedded guidance scale",
-        "Without the embedding the student learns the unguided teacher, as in the published code; the paper's text "
+        "Without the embedding the student learns the unguided teacher, as in the published code; "
+        "the paper's text "
         "keeps guidance in its teacher.",
         (
             Row("without", "no_embed", fid=9.23, clip=27.15),
@@ -210,13 +211,16 @@ TABLES = (
     *_figure3(
         "",
         "",
-        "Short teachers from nothing, then sCM alone with the whole tangent (r = 1). Geometric mean over its updates "
-        "of the gradient's norm before clipping, and of the tangent's norm before it is normalised.",
+        "Short teachers from nothing, then sCM alone with the whole tangent (r = 1). Geometric "
+        "mean over its updates "
+        "of the gradient's norm before clipping, and of the tangent's norm before it is "
+        "normalised.",
     ),
     Table(
         "figure3d",
         "Figure 3d: schedule transfer",
-        "Without it the flow network is distilled as if it were a TrigFlow one; the paper shows pictures: training "
+        "Without it the flow network is distilled as if it were a TrigFlow one; the paper shows "
+        "pictures: training "
         "diverges.",
         (Row("with", "base"), Row("without", "no_transfer")),
         (("with", "without"),),
@@ -238,7 +242,8 @@ TABLES = (
     Table(
         "samplers",
         "Appendix: times of the generator",
-        "(P_mean, P_std). The paper names (0.0, 1.6) the best of its means at 1.6, from sCM alone; here both losses train.",
+        "(P_mean, P_std). The paper names (0.0, 1.6) the best of its means at 1.6, from sCM alone; "
+        "here both losses train.",
         (
             Row("(-0.8, 1.6)", "p_mean_low"),
             Row("(0.0, 1.6)", "p_mean_0"),
@@ -282,8 +287,10 @@ FOLLOW_UPS = (
     Table(
         "table3_head",
         "Table 3: does the log-variance's gradient spoil sCM?",
-        "network: the gradient of the adaptive weight's log-variance trains its head and, through it, the time embedding that all "
-        "blocks are steered by, as published. head: it trains the head alone, as the embedded default does since. Long: 640 updates.",
+        "network: the gradient of the adaptive weight's log-variance trains its head and, through "
+        "it, the time embedding that all "
+        "blocks are steered by, as published. head: it trains the head alone, as the embedded "
+        "default does since. Long: 640 updates.",
         (
             Row("sCM, network", "scm"),
             Row("sCM, head", "scm_head"),
@@ -308,7 +315,8 @@ FOLLOW_UPS = (
     Table(
         "table3_late",
         "Table 3: is sCM behind LADD for its warm-up, or for the short training?",
-        "H = 300 is the embedded baseline of 320 updates, so the whole tangent is there at the end alone. Long: 640 updates.",
+        "H = 300 is the embedded baseline of 320 updates, so the whole tangent is there at the end "
+        "alone. Long: 640 updates.",
         (
             Row("sCM", "scm"),
             Row("sCM, H = 80", "scm_warm"),
@@ -343,7 +351,8 @@ FOLLOW_UPS = (
     Table(
         "disc_std",
         "Appendix: the spread of the discriminator's times",
-        "(mean, standard deviation) of the renoising; the paper gives FID alone. The runs are those of the paper's suite, seed by seed: "
+        "(mean, standard deviation) of the renoising; the paper gives FID alone. The runs are "
+        "those of the paper's suite, seed by seed: "
         "this table says more than that one only with a larger --seeds.",
         (Row("(-0.6, 1.0)", "base", fid=9.48), Row("(-0.6, 2.0)", "disc_wide", fid=10.36)),
         (("(-0.6, 1.0)", "(-0.6, 2.0)"),),
@@ -371,8 +380,9 @@ SUITES = (
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """preset: of configs/sprint.py. base: changes of every run. gradients: further ones of that kind. sizes: networks
-    of that kind. minutes: what the paper's suite is expected to take with three seeds.
+    """preset: of configs/sprint.py. base: changes of every run. gradients: further ones of that
+    kind. sizes: networks of that kind. minutes: what the paper's suite is expected to take with
+    three seeds.
     """
 
     name: str
@@ -460,7 +470,8 @@ SMALL = Scale(
     },
     _SHORT | {"phases.teacher.steps": 800, "phases.sprint.steps": 80, "run.log_every": 2},
     {"narrow": {"model.width": 192, "model.heads": 6}, "wide": {}},
-    "not yet run; by arithmetic some 60 on one GPU, of which the teacher, once, 10 and --only=table3 another 10",
+    "not yet run; by arithmetic some 60 on one GPU, of which the teacher, once, 10 and "
+    "--only=table3 another 10",
 )
 
 SCALES = (TINY, SMALL)

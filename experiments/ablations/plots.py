@@ -1,4 +1,6 @@
-"""Plots with Pillow: values over seeds as dots, their mean and standard error as a bar, a row each."""
+"""Plots with Pillow: values over seeds as dots, their mean and standard error as a bar, a row
+each.
+"""
 
 import math
 import unicodedata
@@ -15,7 +17,9 @@ _INK, _GREY, _SEED, _MEAN = (30, 30, 30), (205, 205, 205), (120, 160, 205), (20,
 
 
 def dots(groups) -> Image.Image:
-    """groups: [(title, logarithmic axis or not, [(label, values over seeds)])], panels below each other."""
+    """groups: [(title, logarithmic axis or not, [(label, values over seeds)])], panels below each
+    other.
+    """
     panels = [_panel(title, rows, logarithmic) for title, logarithmic, rows in groups]
     sheet = Image.new("RGB", (panels[0].width, sum(p.height for p in panels)), "white")
     top = 0
@@ -32,7 +36,9 @@ def save(path, image):
 
 
 def axis(values, logarithmic: bool) -> tuple[float, float, list[float]]:
-    """(lowest, highest, ticks) that show all finite values; of a logarithmic axis all three are decimal logarithms."""
+    """(lowest, highest, ticks) that show all finite values; of a logarithmic axis all three are
+    decimal logarithms.
+    """
     finite = [v for v in values if math.isfinite(v) and (v > 0 or not logarithmic)]
     shown = [math.log10(v) if logarithmic else v for v in finite] or [0.0, 1.0]
     low, high = min(shown), max(shown)

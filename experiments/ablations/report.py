@@ -1,4 +1,5 @@
-"""The report of a suite: a markdown file with a table for each of the paper's, its verdicts and a plot.
+"""The report of a suite: a markdown file with a table for each of the paper's, its verdicts and a
+plot.
 
 Everything is made from recorded rows, so a report can be rendered again at any time.
 """
@@ -23,9 +24,8 @@ _LOGARITHMIC = ("grad_norm", "tangent_norm", "frechet")
 def write(path, rows, suite: grid.Suite, scale: grid.Scale):
     """Writes the markdown file `path` and its plots into the folder of the same name beside it.
 
-    rows: of results.jsonl; those of runs that the suite's tables do not show are left out. A table without any result is named as
-    missing.
-    """
+    rows: of results.jsonl; those of runs that the suite's tables do not show are left out. A table
+    without any result is named as missing."""
     shown = {r.name for r in grid.runs_of(suite.tables)}
     rows = [row for row in rows if row["run"] in shown]
     path = pathlib.Path(path)
@@ -79,7 +79,9 @@ def judge(t: grid.Table, rows) -> list[tuple]:
 
 
 def _directed(t, metric, first, second):
-    """The two rows of a claim as (better, worse) for a metric; (None, None) where the paper has no numbers."""
+    """The two rows of a claim as (better, worse) for a metric; (None, None) where the paper has no
+    numbers.
+    """
     if t.rule != "paper":
         return first, second
     a, b = ((r.clip if metric == "score" else r.fid) for r in (first, second))
@@ -157,7 +159,8 @@ def _verdict_lines(t, verdicts):
     ]
     for metric, better, worse, v in verdicts:
         lines.append(
-            f"| {_metric_title(metric)} | {better} {relation} {worse} | {_difference(metric, v)} | {v.word} | "
+            f"| {_metric_title(metric)} | {better} {relation} {worse} | {_difference(metric, v)} | "
+            f"{v.word} | "
             f"{v.seeds or f'more than {verdict.MOST_SEEDS}' if not math.isnan(v.error) else ''} |"
         )
     return lines
@@ -223,8 +226,10 @@ def _head(rows, suite, scale):
     return [
         f"# {suite.title} (scale `{scale.name}`)",
         "",
-        f"Made by `python -m experiments.ablations --suite={suite.name} --scale={scale.name}`: {len(rows)} runs, {minutes:.0f} minutes, "
-        f"device {devices}, jax {', '.join(sorted({row['jax'] for row in rows}))}, commit {commits}.",
+        f"Made by `python -m experiments.ablations --suite={suite.name} --scale={scale.name}`: "
+        f"{len(rows)} runs, {minutes:.0f} minutes, "
+        f"device {devices}, jax {', '.join(sorted({row['jax'] for row in rows}))}, commit "
+        f"{commits}.",
         "",
         f"Card `configs/sprint.py:{scale.preset}` with",
         "",
@@ -238,20 +243,30 @@ def _head(rows, suite, scale):
             for size, c in scale.sizes.items()
         ),
         "",
-        "Everything is varied around the embedded baseline, which differs from the published recipe: lambda is 5 (published "
-        "0.5), P_mean, P_std -0.4, 1.4 (0.0 or 0.2, 1.6), the optimiser Muon (CAME), the tangent warm-up H = 300 of "
-        f"{scale.base['phases.sprint.steps']} updates (4000 of 20 000), and the batch is small. So a row says what the change does "
+        "Everything is varied around the embedded baseline, which differs from the published "
+        "recipe: lambda is 5 (published "
+        "0.5), P_mean, P_std -0.4, 1.4 (0.0 or 0.2, 1.6), the optimiser Muon (CAME), the tangent "
+        "warm-up H = 300 of "
+        f"{scale.base['phases.sprint.steps']} updates (4000 of 20 000), and the batch is small. So "
+        f"a row says what the change does "
         "here; whether it goes the paper's way is the verdict.",
         "",
-        "Whole caption right is the share of held-out prompts whose every word is drawn (the paper has a CLIP score and "
-        "GenEval there); the Fréchet distance is on own features and is not FID. Numbers are means ± standard errors over "
-        "seeds; a seed changes parameters, training noise, the order of the data and the noise of the pictures. The paper's "
+        "Whole caption right is the share of held-out prompts whose every word is drawn (the paper "
+        "has a CLIP score and "
+        "GenEval there); the Fréchet distance is on own features and is not FID. Numbers are means "
+        "± standard errors over "
+        "seeds; a seed changes parameters, training noise, the order of the data and the noise of "
+        "the pictures. The paper's "
         "ablations are in 2 steps, from pi/2 over 1.0; here the middle time is the card's 1.3.",
         "",
-        "Verdicts: Welch's t-test. *agrees* and *disagrees*: the difference, in the paper's direction or against it, is above "
-        "the 95 % point of Student's t; *not resolved*: it is not. Where a table says *equals*, *agrees* is a difference within one standard deviation of seeds. "
-        "The last column is about the number of seeds of each row with which the test would find the difference seen here in 80 % of all tries, "
-        "one or two too few where it is below five. With so many claims, one in twenty of those with "
+        "Verdicts: Welch's t-test. *agrees* and *disagrees*: the difference, in the paper's "
+        "direction or against it, is above "
+        "the 95 % point of Student's t; *not resolved*: it is not. Where a table says *equals*, "
+        "*agrees* is a difference within one standard deviation of seeds. "
+        "The last column is about the number of seeds of each row with which the test would find "
+        "the difference seen here in 80 % of all tries, "
+        "one or two too few where it is below five. With so many claims, one in twenty of those "
+        "with "
         "nothing behind them is resolved by chance in each direction.",
         "",
     ]

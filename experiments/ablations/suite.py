@@ -1,4 +1,5 @@
-"""Going through a suite: what is done is skipped, what was begun goes on, a line of results.jsonl for each run.
+"""Going through a suite: what is done is skipped, what was begun goes on, a line of results.jsonl
+for each run.
 
 Knows neither networks nor data: what a run does is a function handed in.
 """
@@ -16,7 +17,10 @@ from sprint_jax.errors import UserError
 from sprint_jax.storage import files
 
 RESULTS = "results.jsonl"
-_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total_fmt} runs [{elapsed} gone, {remaining} left]"
+_BAR = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n:.1f} of {total_fmt} runs [{elapsed} gone, {remaining} "
+    "left]"
+)
 
 
 def go(
@@ -30,13 +34,14 @@ def go(
     after=lambda rows: None,
     say=tqdm.tqdm.write,
 ):
-    """Does every run with seeds 0 .. seeds - 1, one configuration after the other, and returns all rows.
+    """Does every run with seeds 0 .. seeds - 1, one configuration after the other, and returns all
+    rows.
 
-    perform: (run, seed, folder, advance) -> {metric: number}; advance takes the share of the run that is done.
-    about: what every row records besides (commit, device, versions). after: called with all rows after a configuration's
-    last seed. Checkpoints of a finished run are removed. An error or an interrupt leaves the rows
-    that are finished, and the folder of the run in progress, from which the same call goes on.
-    """
+    perform: (run, seed, folder, advance) -> {metric: number}; advance takes the share of the run
+    that is done. about: what every row records besides (commit, device, versions). after: called
+    with all rows after a configuration's last seed. Checkpoints of a finished run are removed. An
+    error or an interrupt leaves the rows that are finished, and the folder of the run in progress,
+    from which the same call goes on."""
     workdir = pathlib.Path(workdir)
     todo = [(r, seed) for r in runs for seed in range(seeds)]
     rows = read(workdir)
@@ -72,7 +77,9 @@ def go(
 
 
 def read(workdir) -> list[dict]:
-    """Rows of results.jsonl, none where there is no such file; a last line that is cut off is no row."""
+    """Rows of results.jsonl, none where there is no such file; a last line that is cut off is no
+    row.
+    """
     path, rows = pathlib.Path(workdir) / RESULTS, []
     lines = path.read_text().splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
@@ -92,13 +99,16 @@ def _mend(path, rows):
 
 
 def finished(rows, scale: grid.Scale) -> set:
-    """{(run, seed)} of rows made with the settings of the grid as it is now; any other row is an error."""
+    """{(run, seed)} of rows made with the settings of the grid as it is now; any other row is an
+    error.
+    """
     known, done = {r.name: r for r in grid.RUNS}, set()
     for row in rows:
         r = known.get(row["run"])
         if r is None or row["scale"] != scale.name or row["settings"] != settings(scale, r):
             raise UserError(
-                f"{RESULTS} has run {row['run']!r} of scale {row['scale']!r} with other settings than scale {scale.name!r} has "
+                f"{RESULTS} has run {row['run']!r} of scale {row['scale']!r} with other settings "
+                f"than scale {scale.name!r} has "
                 "now: choose another --workdir"
             )
         done.add((row["run"], row["seed"]))
@@ -113,4 +123,7 @@ def settings(scale: grid.Scale, r: grid.Run) -> str:
 
 def _line(row, number, total):
     shown = "  ".join(f"{name} {value:.4g}" for name, value in row["metrics"].items())
-    return f"{number:3} of {total}  {row['run']:16} seed {row['seed']}  {row['seconds']:5.0f} s  {shown}"
+    return (
+        f"{number:3} of {total}  {row['run']:16} seed {row['seed']}  {row['seconds']:5.0f} s  "
+        f"{shown}"
+    )

@@ -1,11 +1,12 @@
-"""Does a difference over seeds agree with what was claimed? Welch's t-test, and how many seeds would tell.
+"""Does a difference over seeds agree with what was claimed? Welch's t-test, and how many seeds
+would tell.
 
 The rule. Let d be how much better the row claimed to be better is, and SE the standard error of d:
   agrees         d / SE is above the 95 % point of Student's t with Welch's degrees of freedom
-  disagrees      d / SE is below minus that point
-  not resolved   anything between, or fewer than two seeds of either row, or a value that is not finite
-Where no difference is claimed, it agrees when |d| is at most one standard deviation over seeds, disagrees when a
-difference is resolved that is larger than that, and is not resolved otherwise.
+  disagrees      d / SE is below minus that point not resolved   anything between, or fewer than
+  two seeds of either row, or a value that is not finite
+Where no difference is claimed, it agrees when |d| is at most one standard deviation over seeds,
+disagrees when a difference is resolved that is larger than that, and is not resolved otherwise.
 """
 
 import dataclasses
@@ -21,9 +22,10 @@ MOST_SEEDS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """word: one of the three. difference: how much better, in the metric's units; error: its standard error, nan with
-    fewer than two seeds. seeds: of each row, that would resolve the difference seen with a probability of 80 %;
-    None where no number up to MOST_SEEDS would, or where it cannot be said.
+    """word: one of the three. difference: how much better, in the metric's units; error: its
+    standard error, nan with fewer than two seeds. seeds: of each row, that would resolve the
+    difference seen with a probability of 80 %; None where no number up to MOST_SEEDS would, or
+    where it cannot be said.
     """
 
     word: str
@@ -40,7 +42,9 @@ def summary(values) -> tuple[float, float]:
 
 
 def compare(better, worse, *, higher: bool) -> Verdict:
-    """Judges the claim that `better` (values over seeds) beats `worse`. higher: whether more is better."""
+    """Judges the claim that `better` (values over seeds) beats `worse`. higher: whether more is
+    better.
+    """
     difference, error, freedom = _welch(better, worse, higher)
     if math.isnan(error):
         return Verdict(UNRESOLVED, difference, error, None)
@@ -61,14 +65,17 @@ def equal(one, other, *, higher: bool) -> Verdict:
 
 
 def seeds_to_resolve(one, other) -> int | None:
-    """The fewest seeds of each row for which the test finds the difference and spreads seen here in 80 % of all tries."""
+    """The fewest seeds of each row for which the test finds the difference and spreads seen here
+    in 80 % of all tries.
+    """
     variance = float(np.var(one, ddof=1) + np.var(other, ddof=1))
     difference = abs(float(np.mean(one) - np.mean(other)))
     if difference == 0:
         return None
     if variance == 0:
         return 2
-    # The normal approximation is a lower bound; from there the noncentral t, of equal variances; Welch's test needs one or two more of few seeds.
+    # The normal approximation is a lower bound; from there the noncentral t, of equal variances;
+    # Welch's test needs one or two more of few seeds.
     begin = (
         (scipy.stats.norm.ppf(CONFIDENCE) + scipy.stats.norm.ppf(POWER)) ** 2
         * variance
@@ -81,7 +88,9 @@ def seeds_to_resolve(one, other) -> int | None:
 
 
 def power(difference: float, variance: float, seeds: int) -> float:
-    """Probability that the one-sided test finds `difference` with `seeds` of each row. variance: sum of both rows'."""
+    """Probability that the one-sided test finds `difference` with `seeds` of each row. variance:
+    sum of both rows'.
+    """
     freedom = 2 * (seeds - 1)
     return float(
         scipy.stats.nct.sf(

@@ -1,8 +1,8 @@
 """Where the instruction before every prompt of the published models comes from.
 
-Its wording belongs to SANA's authors and is not part of this project. It is read from the source of an
-installed diffusers package (parsed, never imported, so PyTorch is not needed) or from a file.
-"""
+Its wording belongs to SANA's authors and is not part of this project. It is read from the source
+of an installed diffusers package (parsed, never imported, so PyTorch is not needed) or from a
+file."""
 
 import ast
 import importlib.util
@@ -13,7 +13,8 @@ from sprint_jax.errors import UserError
 _SOURCE = "pipelines/sana/pipeline_sana_sprint.py"
 _ARGUMENT = "complex_human_instruction"
 _OTHERWISE = (
-    "use a folder converted once, which holds it (sprint-jax convert --instruction=FILE), or name a text file ('' for none): "
+    "use a folder converted once, which holds it (sprint-jax convert --instruction=FILE), or name "
+    "a text file ('' for none): "
     "--instruction_file of sample, app, evaluate and export, --caption_instruction of encode"
 )
 
@@ -35,7 +36,8 @@ def published(path: str | None = None) -> str:
     spec = importlib.util.find_spec("diffusers")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            "published SANA-Sprint models expect an instruction before each prompt, and its wording is not part of "
+            "published SANA-Sprint models expect an instruction before each prompt, and its "
+            "wording is not part of "
             f"this project: pip install diffusers, or {_OTHERWISE}"
         )
     source = pathlib.Path(spec.submodule_search_locations[0]) / _SOURCE

@@ -1,4 +1,6 @@
-"""Encoders from a checkpoint folder: the text encoder and the autoencoder, without the transformer."""
+"""Encoders from a checkpoint folder: the text encoder and the autoencoder, without the
+transformer.
+"""
 
 import dataclasses
 import pathlib
@@ -37,12 +39,12 @@ def load(
     unrolled: Sequence[str] = (),
     say: Say = lambda message: None,
 ) -> Encoders:
-    """Read the encoders of a diffusers or converted folder. Its transformer is described but not read.
+    """Read the encoders of a diffusers or converted folder. Its transformer is described but not
+    read.
 
-    instruction: text file with the instruction before each prompt, "" for none, None for the folder's own or that of
-    the installed diffusers package. unrolled: networks whose layers lie apart on the device.
-    Raises UserError for a folder that is not a whole model.
-    """
+    instruction: text file with the instruction before each prompt, "" for none, None for the
+    folder's own or that of the installed diffusers package. unrolled: networks whose layers lie
+    apart on the device. Raises UserError for a folder that is not a whole model."""
     described = describe(path, dtype=dtype)
     wording = wording_of(described, instruction)
     params = described.read(
@@ -66,7 +68,9 @@ def wording_of(described: folder.Description, instruction: str | None) -> str:
 
 
 def placing(unrolled: Sequence[str]) -> Callable[[str, str, np.ndarray], Any]:
-    """Return what moves each array to the device as soon as it is read, layer by layer for unrolled networks."""
+    """Return what moves each array to the device as soon as it is read, layer by layer for
+    unrolled networks.
+    """
 
     def place(part, path, array):
         if part in unrolled and path.startswith(_STACKS):

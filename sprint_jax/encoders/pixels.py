@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from sprint_jax.models.dc_ae import DCAE, tiled
 
-# Latent cells of a tile and between tiles, where an image is decoded in tiles (diffusers: 16 and 14, with
-# seams on flat areas that its users report at 4K; 32 cells are 1024 px).
+# Latent cells of a tile and between tiles, where an image is decoded in tiles (diffusers: 16 and
+# 14, with seams on flat areas that its users report at 4K; 32 cells are 1024 px).
 TILE, TILE_STRIDE = 32, 28
 
 
@@ -66,9 +66,9 @@ class EmbeddedPixels:
 class AutoencoderPixels:
     """DC-AE.
 
-    model: its description. tile: decode in tiles any image larger than one. over_devices: batches are sharded over
-    devices; elsewhere a batch whose arrays would be too large is processed in parts.
-    """
+    model: its description. tile: decode in tiles any image larger than one. over_devices: batches
+    are sharded over devices; elsewhere a batch whose arrays would be too large is processed in
+    parts."""
 
     model: DCAE
     tile: bool

@@ -1,10 +1,11 @@
-"""Prompts of the published models to Gemma tokens: the instruction, the window and its odd arithmetic.
+"""Prompts of the published models to Gemma tokens: the instruction, the window and its odd
+arithmetic.
 
-The published pipeline tokenises instruction + prompt, pads on the right to n + 300 - 2 tokens, where n is
-the length of the instruction alone, and keeps position 0 and the last 299 of the hidden states. The
-instruction ends in a space that merges with the prompt's first word, so of its n tokens n - 1 are the same
-for every prompt: that is the prefix whose keys and values are computed once.
-"""
+The published pipeline tokenises instruction + prompt, pads on the right to n + 300 - 2 tokens,
+where n is the length of the instruction alone, and keeps position 0 and the last 299 of the hidden
+states. The instruction ends in a space that merges with the prompt's first word, so of its n
+tokens n - 1 are the same for every prompt: that is the prefix whose keys and values are computed
+once."""
 
 import warnings
 
@@ -14,8 +15,8 @@ from sprint_jax.errors import UserError
 
 WINDOW = 300
 BOS = 2
-# Prompts are padded to the next of these lengths, so that a few programs serve all. WINDOW - 1 with the
-# instruction (the first token's state comes with the prefix), WINDOW without.
+# Prompts are padded to the next of these lengths, so that a few programs serve all. WINDOW - 1
+# with the instruction (the first token's state comes with the prefix), WINDOW without.
 _BUCKETS = (15, 31, 63, 127, WINDOW - 1, WINDOW)
 
 
@@ -26,26 +27,32 @@ class CutWarning(UserWarning):
 class GemmaPrompts:
     """Tokens of prompts under one instruction.
 
-    instruction: as given. prefix: int32 [P], the tokens that all prompts share; empty without an instruction.
-    """
+    instruction: as given. prefix: int32 [P], the tokens that all prompts share; empty without an
+    instruction."""
 
     def __init__(self, tokenizer, instruction: str):
-        """tokenizer: a transformers fast tokenizer that puts <bos> first. instruction: "" for none."""
+        """tokenizer: a transformers fast tokenizer that puts <bos> first. instruction: "" for
+        none.
+        """
         self._tokenizer, self.instruction = tokenizer, instruction
         start = self._ids(instruction)
         if not start or start[0] != BOS:
             raise UserError(
-                f"the tokenizer begins a text with token {start[:1]}, not with <bos> ({BOS}): this is not Gemma's "
+                f"the tokenizer begins a text with token {start[:1]}, not with <bos> ({BOS}): this "
+                f"is not Gemma's "
                 "tokenizer as SANA uses it (add_bos_token must be true)"
             )
         self.prefix = np.array(start[:-1] if instruction else [], np.int32)
 
     def tokenizer_json(self) -> str:
-        """The tokenizer as the tokenizers package reads it, with all that transformers has set on it."""
+        """The tokenizer as the tokenizers package reads it, with all that transformers has set on
+        it.
+        """
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(
-                "the model's tokenizer has no tokenizer.json form: download the folder's tokenizer.json"
+                "the model's tokenizer has no tokenizer.json form: download the folder's "
+                "tokenizer.json"
             )
         return backend.to_str()
 
@@ -69,29 +76,31 @@ class GemmaPrompts:
     def tokens(self, prompts):
         """list of B prompts -> list of B int32 arrays: what follows the prefix, cut to the window.
 
-        Prompts are lower-cased and stripped, as the published pipeline does. One that is too long is cut,
-        with a warning that shows what was lost.
-        """
+        Prompts are lower-cased and stripped, as the published pipeline does. One that is too long
+        is cut, with a warning that shows what was lost."""
         return [self._one(i, prompt) for i, prompt in enumerate(prompts)]
 
     def _one(self, index, prompt):
         text = prompt.lower().strip()
         if any(0xD800 <= ord(character) < 0xE000 for character in text):
             raise UserError(
-                f"prompt {index} holds half of a surrogate pair, which is no character: give it in UTF-8"
+                f"prompt {index} holds half of a surrogate pair, which is no character: give it in "
+                f"UTF-8"
             )
         ids = self._ids(self.instruction + text)
         start = len(self.prefix)
         if ids[:start] != self.prefix.tolist():
             raise UserError(
-                f"prompt {index} begins with characters that merge with the instruction: begin with a letter"
+                f"prompt {index} begins with characters that merge with the instruction: begin "
+                f"with a letter"
             )
         rest, room = ids[start:], self.room
         if len(rest) > room:
             lost = self._tokenizer.decode(rest[room:])
             shown = lost if len(lost) <= 80 else lost[:77] + "..."
             warnings.warn(
-                f"prompt {index} has {len(rest)} tokens and the model reads {room}: cut off {shown!r}",
+                f"prompt {index} has {len(rest)} tokens and the model reads {room}: cut off "
+                f"{shown!r}",
                 CutWarning,
                 stacklevel=3,
             )
@@ -120,9 +129,8 @@ def pad(ids, length):
 def batches(rows, size):
     """Groups prepared prompts of equal shape, `size` at a time.
 
-    rows: [(key, arrays)]. Yields (key, indices, the same padded to `size`, arrays stacked in that order). A
-    prompt's company never changes its shapes, so it never changes its picture.
-    """
+    rows: [(key, arrays)]. Yields (key, indices, the same padded to `size`, arrays stacked in that
+    order). A prompt's company never changes its shapes, so it never changes its picture."""
     by_key = {}
     for i, (key, _) in enumerate(rows):
         by_key.setdefault(key, []).append(i)

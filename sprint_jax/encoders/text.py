@@ -1,8 +1,7 @@
 """Text encoders: prompts to features.
 
-`prepare` runs on the host and gives each prompt's padded length and arrays; `features` is traced. Parameters are
-arguments everywhere.
-"""
+`prepare` runs on the host and gives each prompt's padded length and arrays; `features` is traced.
+Parameters are arguments everywhere."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,9 @@ class TextEncoder(Protocol):
         ...
 
     def shapes(self, longest: int | None = None) -> dict[int, Arrays]:
-        """Return {length: arrays of one prompt, abstract} for prompts of at most `longest` tokens, None for all."""
+        """Return {length: arrays of one prompt, abstract} for prompts of at most `longest` tokens,
+        None for all.
+        """
         ...
 
     def features(self, params: Any, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
@@ -47,7 +48,9 @@ class EmbeddedText:
         return words.prepare(self.encoder, prompts)
 
     def shapes(self, longest: int | None = None) -> dict[int, Arrays]:
-        """Return {length: arrays of one prompt, abstract}; prompts of any length are padded to one."""
+        """Return {length: arrays of one prompt, abstract}; prompts of any length are padded to
+        one.
+        """
         length, dim = self.encoder.length, self.encoder.dim
         f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
         return {length: {"text": f32(length, dim), "mask": f32(length)}}
@@ -72,7 +75,9 @@ class GemmaText:
         return self.prompts.prepare(prompts)
 
     def shapes(self, longest: int | None = None) -> dict[int, Arrays]:
-        """Return {padded length: arrays of one prompt, abstract} for prompts of at most `longest` tokens."""
+        """Return {padded length: arrays of one prompt, abstract} for prompts of at most `longest`
+        tokens.
+        """
         room = self.prompts.room
         lengths = prompts_lib.buckets(room if longest is None else min(longest, room))
         one = lambda n, dtype: jax.ShapeDtypeStruct((n,), dtype)
@@ -92,7 +97,9 @@ class GemmaText:
 
 
 def gemma_params(text: GemmaText, params: Any) -> dict[str, Any]:
-    """Return the parameters of `GemmaText.features`: the model's, and its keys and values of the instruction."""
+    """Return the parameters of `GemmaText.features`: the model's, and its keys and values of the
+    instruction.
+    """
     tokens = text.prompts.prefix
     prefix = jax.jit(text.model.prefix)(params, tokens) if len(tokens) else None
     return {"model": params, "prefix": prefix}

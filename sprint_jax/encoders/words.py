@@ -1,10 +1,10 @@
 """The embedded text encoders: frozen, seeded, no download.
 
-It stands where Gemma-2 stands for the published models: prompts in, features [B, L, D] and a mask [B, L]
-out. A token's feature holds its own word and the six words on either side, each by a fixed random vector of
-that word at that distance (so a noun carries its adjective and the relation it stands in), and its position.
-`ShapesText` knows the words of `shapes` and refuses others; `WordsText` takes any, by a hash.
-"""
+It stands where Gemma-2 stands for the published models: prompts in, features [B, L, D] and a mask
+[B, L] out. A token's feature holds its own word and the six words on either side, each by a fixed
+random vector of that word at that distance (so a noun carries its adjective and the relation it
+stands in), and its position. `ShapesText` knows the words of `shapes` and refuses others;
+`WordsText` takes any, by a hash."""
 
 import re
 import zlib
@@ -77,9 +77,8 @@ class ShapesText:
     def encode(self, prompts):
         """list of B strings -> features float32 [B, L, D], mask float32 [B, L].
 
-        The empty string is the null prompt. Raises UserError for a word outside the vocabulary and for a
-        prompt of more than L - 1 words.
-        """
+        The empty string is the null prompt. Raises UserError for a word outside the vocabulary and
+        for a prompt of more than L - 1 words."""
         tokens, mask = prompts_lib.pad([self._ids(prompt) for prompt in prompts], LENGTH)
         return self.window(tokens), mask
 
@@ -89,7 +88,8 @@ class ShapesText:
         ]
         if len(ids) > LENGTH:
             raise UserError(
-                f"prompt of {len(ids) - 1} words is too long for this model: use at most {LENGTH - 1}: {prompt!r}"
+                f"prompt of {len(ids) - 1} words is too long for this model: use at most "
+                f"{LENGTH - 1}: {prompt!r}"
             )
         return ids
 
@@ -103,7 +103,8 @@ class ShapesText:
 
 
 class WordsText:
-    """Encoder of any caption: words of letters and digits, each hashed to one of some thousand tokens.
+    """Encoder of any caption: words of letters and digits, each hashed to one of some thousand
+    tokens.
 
     length, dim: L and D of the features. Words after the first L - 1 are not read.
     """
@@ -117,7 +118,9 @@ class WordsText:
         self.window = Window(self._TOKENS, length)
 
     def encode(self, prompts):
-        """list of B strings -> features float32 [B, L, D], mask float32 [B, L]; "" is the null prompt."""
+        """list of B strings -> features float32 [B, L, D], mask float32 [B, L]; "" is the null
+        prompt.
+        """
         tokens, mask = prompts_lib.pad([self._ids(prompt) for prompt in prompts], self.length)
         return self.window(tokens), mask
 

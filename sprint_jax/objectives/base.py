@@ -1,11 +1,12 @@
 """The seam for objectives: what a method trains, from which draws, with which loss, in which order.
 
-An objective is data: a frozen dataclass of settings (its section of the config) builds an `Objective`, whose
-updates are pure functions of parameters and drawn arrays. `objectives.step.make_step` turns each update into
-the one training step of the project; the loop knows nothing else.
+An objective is data: a frozen dataclass of settings (its section of the config) builds an
+`Objective`, whose updates are pure functions of parameters and drawn arrays.
+`objectives.step.make_step` turns each update into the one training step of the project; the loop
+knows nothing else.
 
-Adding a method takes one file with a settings class, one card that names it, and one test. A class outside
-this package is named in the card as "module:Class"; `examples/my_objective.py` shows one.
+Adding a method takes one file with a settings class, one card that names it, and one test. A class
+outside this package is named in the card as "module:Class"; `examples/my_objective.py` shows one.
 """
 
 import dataclasses
@@ -52,11 +53,11 @@ class State:
 class Frozen:
     """Arrays that training reads and never changes.
 
-    null_text [1, L, D] and null_mask [1, L]: features of the empty prompt. teacher: parameters of the network
-    that is distilled, or of the trunk that a ControlNet is trained around; None while a teacher is trained.
-    text_encoder: parameters of the encoder of token ids, None where batches hold features.
-    numbers: settings that a compiled program reads as arguments, so that runs share it; None without any.
-    """
+    null_text [1, L, D] and null_mask [1, L]: features of the empty prompt. teacher: parameters of
+    the network that is distilled, or of the trunk that a ControlNet is trained around; None while
+    a teacher is trained. text_encoder: parameters of the encoder of token ids, None where batches
+    hold features. numbers: settings that a compiled program reads as arguments, so that runs share
+    it; None without any."""
 
     null_text: jax.Array
     null_mask: jax.Array
@@ -86,10 +87,11 @@ class Aux:
 
 @flax.struct.dataclass
 class Report:
-    """What one update reports: an `Aux` with the loss among its scalars, norms by module, and counters.
+    """What one update reports: an `Aux` with the loss among its scalars, norms by module, and
+    counters.
 
-    norms: {name: L2 norm of the gradient}, of the role and of each of its modules. rejected: of the role.
-    """
+    norms: {name: L2 norm of the gradient}, of the role and of each of its modules. rejected: of
+    the role."""
 
     scalars: dict[str, jax.Array]
     by_time: dict[str, jax.Array]
@@ -105,12 +107,12 @@ def _keep_extra(role: Role) -> PyTree:
 class Update:
     """One kind of update.
 
-    role: the role that it trains. draw: (key, batch, frozen) -> every random number of the update, for the
-    whole batch, with the arrays that the loss reads; leading axes are samples. loss: (params, draws, state,
-    frozen) -> (mean over samples, `Aux`), pure; it may see the draws in parts. prepare: role -> its extra arrays
-    for this update, which the loss sees in `state` and which are kept if the update is finite.
-    names: of the loss and of the gradient's norm in logs. rules: how CAME sees the parameters.
-    """
+    role: the role that it trains. draw: (key, batch, frozen) -> every random number of the update,
+    for the whole batch, with the arrays that the loss reads; leading axes are samples. loss:
+    (params, draws, state, frozen) -> (mean over samples, `Aux`), pure; it may see the draws in
+    parts. prepare: role -> its extra arrays for this update, which the loss sees in `state` and
+    which are kept if the update is finite. names: of the loss and of the gradient's norm in logs.
+    rules: how CAME sees the parameters."""
 
     role: str
     draw: Callable[[jax.Array, Batch, Frozen], Draws]
@@ -124,11 +126,11 @@ class Update:
 class Objective:
     """A method, ready to train.
 
-    main: the role whose parameters, or their average, are the result. round: roles in the order in which they are
-    updated; a role may come several times. updates: {role: its update}. start: (frozen, parameters to begin
-    from or None, key) -> {role: `Start`}, traced. sampler: how the result draws, "renoise" (few steps,
-    fresh noise between them) or "guided_euler" (many guided steps).
-    """
+    main: the role whose parameters, or their average, are the result. round: roles in the order in
+    which they are updated; a role may come several times. updates: {role: its update}. start:
+    (frozen, parameters to begin from or None, key) -> {role: `Start`}, traced. sampler: how the
+    result draws, "renoise" (few steps, fresh noise between them) or "guided_euler" (many guided
+    steps)."""
 
     main: str
     round: tuple[str, ...]
@@ -141,11 +143,10 @@ class Objective:
 class Needs:
     """What an objective asks of the run around it; checked before anything is compiled.
 
-    teacher: whether a trained network must be there to learn from. network: kinds of networks that it can train.
-    blocks: numbers of the teacher's blocks whose features it reads. batch: least number of samples.
-    group: samples that are normalized together, 1 where none are. groups_of: how many times the batch
-    is normalized at once (2 with as many wrong pairs beside it).
-    """
+    teacher: whether a trained network must be there to learn from. network: kinds of networks that
+    it can train. blocks: numbers of the teacher's blocks whose features it reads. batch: least
+    number of samples. group: samples that are normalized together, 1 where none are. groups_of:
+    how many times the batch is normalized at once (2 with as many wrong pairs beside it)."""
 
     teacher: bool
     network: tuple[str, ...] = ("student",)
@@ -156,7 +157,9 @@ class Needs:
 
 
 class Network(Protocol):
-    """A network as objectives use it; see `models.linear_dit.LinearDiT` and `models.controlnet.Controlled`."""
+    """A network as objectives use it; see `models.linear_dit.LinearDiT` and
+    `models.controlnet.Controlled`.
+    """
 
     @property
     def guidance_embed(self) -> bool: ...
@@ -170,9 +173,9 @@ class Network(Protocol):
 class Networks:
     """The networks of a run, as descriptions.
 
-    trained: the network that the phase trains; of a ControlNet around a trunk the ControlNet alone. teacher: what is
-    distilled, with its ControlNet where there is one. width: of the teacher's features. dtype: of their products.
-    """
+    trained: the network that the phase trains; of a ControlNet around a trunk the ControlNet
+    alone. teacher: what is distilled, with its ControlNet where there is one. width: of the
+    teacher's features. dtype: of their products."""
 
     trained: Any
     teacher: Any
@@ -184,9 +187,8 @@ class Networks:
 class Settings(Protocol):
     """An objective's section of the config: a frozen dataclass whose field `kind` names it.
 
-    `round` names the roles in the order of their updates; each has an optimizer in the config. `problems` yields
-    (field, what to use instead) for each value out of range.
-    """
+    `round` names the roles in the order of their updates; each has an optimizer in the config.
+    `problems` yields (field, what to use instead) for each value out of range."""
 
     kind: str
 

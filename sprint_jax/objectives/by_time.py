@@ -15,9 +15,9 @@ COUNT = 8
 def by_time(t: jax.Array, top: float, values: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Sum over the samples of each bucket and divide by the size of the batch.
 
-    Every entry is a mean over samples, so averages over parts of a batch and over batches of one size are those
-    of all samples together. The mean inside a bucket is an entry over its share. A share of 0 means an
-    empty bucket, and non-finite values stay in their own bucket.
+    Every entry is a mean over samples, so averages over parts of a batch and over batches of one
+    size are those of all samples together. The mean inside a bucket is an entry over its share. A
+    share of 0 means an empty bucket, and non-finite values stay in their own bucket.
 
     Args:
       t: [B] times in [0, top]. Bucket i is [i, i + 1) top / COUNT, the last one with its end.

@@ -1,4 +1,6 @@
-"""The conditions of a batch: what a network sees besides the state, under the names that `apply` takes."""
+"""The conditions of a batch: what a network sees besides the state, under the names that `apply`
+takes.
+"""
 
 from collections.abc import Mapping
 
@@ -14,10 +16,11 @@ Conditions = dict[str, jax.Array]
 def conditions(
     batch: Mapping[str, jax.Array], key: jax.Array, control_dropout: float
 ) -> Conditions:
-    """Return {"text" [B, L, D], "mask" [B, L]}, and "control" with "control_scale" where the batch has one.
+    """Return {"text" [B, L, D], "mask" [B, L]}, and "control" with "control_scale" where the batch
+    has one.
 
-    control: [B, h, w, c] latents. control_scale: [B], 0 with probability control_dropout, else 1. key: of the step.
-    """
+    control: [B, h, w, c] latents. control_scale: [B], 0 with probability control_dropout, else 1.
+    key: of the step."""
     cond = {"text": batch["text"], "mask": batch["mask"]}
     if "control" in batch:
         kept = jax.random.bernoulli(

@@ -1,4 +1,6 @@
-"""Flow matching (paper section 2.1): trains a teacher, fine-tunes one to QK-norm, or trains a ControlNet alone."""
+"""Flow matching (paper section 2.1): trains a teacher, fine-tunes one to QK-norm, or trains a
+ControlNet alone.
+"""
 
 import dataclasses
 from collections.abc import Iterator
@@ -52,9 +54,9 @@ class FlowMatching:
     def objective(self, networks: Networks) -> Objective:
         """Build the objective.
 
-        The trained network is a `LinearDiT`, all of which is trained, or a `Controlled`, whose ControlNet alone is:
-        the role then holds its parameters, and `Frozen.teacher` those of the trunk.
-        """
+        The trained network is a `LinearDiT`, all of which is trained, or a `Controlled`, whose
+        ControlNet alone is: the role then holds its parameters, and `Frozen.teacher` those of the
+        trunk."""
         return Objective(
             main="network",
             round=self.round,
@@ -85,7 +87,8 @@ def _update(settings: FlowMatching, model) -> Update:
         t = flow.sample_time(k_time, n, mean=s.time_mean, std=s.time_std, shift=s.time_shift)
         z = jax.random.normal(k_noise, x0.shape)
         drop = jax.random.bernoulli(k_drop, s.caption_dropout, (n, 1, 1))
-        # Under the mask of the caption, as in the published trainer; sCM's unconditional branch matches it.
+        # Under the mask of the caption, as in the published trainer; sCM's unconditional branch
+        # matches it.
         cond = {"text": jnp.where(drop, frozen.null_text, batch["text"]), "mask": batch["mask"]}
         if controlled:
             # No sample goes without the condition: it would teach the ControlNet nothing.
@@ -104,10 +107,11 @@ def _update(settings: FlowMatching, model) -> Update:
 def fresh(model: LinearDiT, key: jax.Array, *, borders: bool) -> PyTree:
     """Draw random parameters of a teacher to be trained from nothing.
 
-    borders: strengthen the signal of where a token stands. SANA has no positional embedding: only the zero
-      padding of the 3x3 convolutions says it. From the usual initialization that is so small a part of the hidden
-      state that a small model does not find it in thousands of steps. Random biases before the convolution,
-      an open gate behind it and a weaker patch embedding make it a few percent.
+    borders: strengthen the signal of where a token stands. SANA has no positional embedding: only
+      the zero padding of the 3x3 convolutions says it. From the usual initialization that is so
+      small a part of the hidden state that a small model does not find it in thousands of steps.
+      Random biases before the convolution, an open gate behind it and a weaker patch embedding
+      make it a few percent.
     """
     params = model.init(key)
     if not borders:
@@ -125,9 +129,8 @@ def fresh(model: LinearDiT, key: jax.Array, *, borders: bool) -> PyTree:
 def add_qk_norm(params: PyTree, model: LinearDiT, key: jax.Array) -> PyTree:
     """Complete the parameters of a teacher without QK-norm by norm weights of one.
 
-    Every other parameter is kept. A change of time scale needs no parameters. Raises ValueError if more
-    than the norms differ.
-    """
+    Every other parameter is kept. A change of time scale needs no parameters. Raises ValueError if
+    more than the norms differ."""
     abstract = jax.eval_shape(model.init, key)
     have = traverse_util.flatten_dict(params)
     merged = {}

@@ -20,7 +20,9 @@ class Guided:
     uncond_mask: Literal["cond", "null"]
     """Mask of the null features: the prompt's own (code) or the null prompt's (diffusers)."""
     control_dropout: float
-    """Share of samples without a ControlNet's condition, so that one student draws with it and without."""
+    """Share of samples without a ControlNet's condition, so that one student draws with it and
+    without.
+    """
     p_mean: float
     """Mean of the student's time sampler, t = arctan(e^n / sigma_d)."""
     p_std: float
@@ -28,8 +30,8 @@ class Guided:
     logvar_start: float
     """Log-variance of the student before training (code: 0).
 
-    The error of a normalized tangent is below 1 / D for latents of D numbers, so -log D is about where it ends.
-    """
+    The error of a normalized tangent is below 1 / D for latents of D numbers, so -log D is about
+    where it ends. """
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (field, what to use instead) for each value out of range."""

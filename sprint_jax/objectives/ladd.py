@@ -1,4 +1,6 @@
-"""LADD alone: an adversarial loss from small heads on the frozen teacher's features (paper Eq. 11, 12)."""
+"""LADD alone: an adversarial loss from small heads on the frozen teacher's features (paper Eq. 11,
+12).
+"""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -60,7 +62,9 @@ class LaddTerm(guided.Guided):
         return ("student", "heads")
 
     def needs(self) -> Needs:
-        """Return what LADD asks of a run: a teacher with these blocks, and batches that normalize evenly."""
+        """Return what LADD asks of a run: a teacher with these blocks, and batches that normalize
+        evenly.
+        """
         return Needs(
             teacher=True,
             blocks=self.head_blocks,
@@ -93,9 +97,8 @@ class Ladd(LaddTerm):
 def adversarial(settings: LaddTerm, networks: Networks, student: Update) -> Objective:
     """Build an objective of a student's update and the discriminator's, in that order.
 
-    The generator comes first, as in the published trainer; the paper's Algorithm 2 has the discriminator first, on
-    shared draws.
-    """
+    The generator comes first, as in the published trainer; the paper's Algorithm 2 has the
+    discriminator first, on shared draws."""
 
     def start(frozen: Frozen, begin: PyTree, key: jax.Array) -> dict[str, Start]:
         k_student, k_heads = jax.random.split(key)
@@ -118,7 +121,9 @@ def heads_of(settings: LaddTerm, networks: Networks) -> LADDHeads:
 
 
 def start_spectral(spectral: PyTree) -> PyTree:
-    """Return the extra arrays of the heads' role: singular vectors for fakes and, one iteration later, for reals."""
+    """Return the extra arrays of the heads' role: singular vectors for fakes and, one iteration
+    later, for reals.
+    """
     return {"fake": spectral, "real": jax.tree.map(jnp.copy, spectral)}
 
 
@@ -130,10 +135,11 @@ def discriminate(
     cond: Conditions,
     seen: tuple[jax.Array, jax.Array],
 ) -> list[jax.Array]:
-    """Return the logits of the heads on the teacher's features; the teacher stops after the last hooked block.
+    """Return the logits of the heads on the teacher's features; the teacher stops after the last
+    hooked block.
 
-    heads: their parameters and singular vectors. seen: the renoised image u at unit scale and its angle s.
-    """
+    heads: their parameters and singular vectors. seen: the renoised image u at unit scale and its
+    angle s."""
     u, s = seen
     x_fm, t_fm = trigflow.to_flow_state(u, s), trigflow.to_flow_time(s)
     features = networks.teacher.apply(
@@ -153,7 +159,9 @@ def generate(networks: Networks, params: PyTree, draws: Draws) -> jax.Array:
 
 
 def draw_start(settings: LaddTerm, keys: Sequence[jax.Array], x0: jax.Array) -> dict[str, Any]:
-    """Draw the time and noise that the student predicts from, at the largest time with probability p."""
+    """Draw the time and noise that the student predicts from, at the largest time with probability
+    p.
+    """
     t = guided.times(keys[0], settings, x0.shape[0])
     return {
         "t": trigflow.with_max_time(keys[1], t, settings.max_time),
@@ -177,7 +185,7 @@ def renoise(x0: jax.Array, drawn: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def draw_generator(settings: LaddTerm, key: jax.Array, batch: Any) -> dict[str, Any]:
-    """Draw what the generator's term reads, beside the data, their conditions and guidance scales."""
+    """Draw what the generator's term reads: data, conditions, guidance scales, noise and times."""
     k_w, _, _, k_s, *k_gan = jax.random.split(key, 7)
     x0 = trigflow.SIGMA_D * batch["latent"]
     return {
@@ -211,10 +219,14 @@ def generator_term(
 
 
 def heads_update(settings: LaddTerm, networks: Networks) -> Update:
-    """Build the discriminator's update: Eq. (12) on real and generated images, and on misaligned pairs."""
+    """Build the discriminator's update: Eq.
+
+    (12) on real and generated images, and on misaligned pairs.
+    """
 
     def prepare(role: Role) -> PyTree:
-        # A power iteration before the fakes and one before the reals, as two forward passes have in training.
+        # A power iteration before the fakes and one before the reals, as two forward passes have
+        # in training.
         advance = heads_of(settings, networks).advance
         fake = advance(role.params, role.extra["real"])
         return {"fake": fake, "real": advance(role.params, fake)}
@@ -262,7 +274,9 @@ def heads_update(settings: LaddTerm, networks: Networks) -> Update:
 
 
 def _margins(settings, real, fake) -> dict[str, jax.Array]:
-    """Return the mean logit of each head on real images and on generated ones (not on misaligned pairs)."""
+    """Return the mean logit of each head on real images and on generated ones (not on misaligned
+    pairs).
+    """
     return {
         f"head_{block}/{name}": side.mean()
         for block, d_real, d_fake in zip(settings.head_blocks, real, fake, strict=True)

@@ -28,13 +28,17 @@ class ScmTerm(guided.Guided):
     """Settings of the consistency loss."""
 
     tangent_warmup: int
-    """H: the tangent's second bracket is scaled by min(1, step / H); steps count updates of all roles."""
+    """H: the tangent's second bracket is scaled by min(1, step / H); steps count updates of all
+    roles.
+    """
     tangent_normalize: bool
     """Divide the tangent by its norm, as paper and code do."""
     weighting: Literal["code", "paper"]
     """See `diffusion.scm`."""
     logvar_gradient: Literal["network", "head"]
-    """What the log-variance trains: its head and the time embedding that it reads (code), or the head alone."""
+    """What the log-variance trains: its head and the time embedding that it reads (code), or the
+    head alone.
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,7 @@ class Scm(ScmTerm):
 def begin_student(
     settings: guided.Guided, networks: Networks, frozen: Frozen, begin: PyTree, key: jax.Array
 ) -> PyTree:
-    """Return the parameters that a student begins from: those given, or the teacher's, completed."""
+    """Return what a student begins from: the parameters given, or the teacher's, completed."""
     if begin is not None:
         return begin
     return views.student_params(
@@ -86,7 +90,9 @@ def begin_student(
 
 
 def draw(settings: guided.Guided, key: jax.Array, batch: Any) -> dict[str, Any]:
-    """Draw guidance scale w [B], time t [B] and noise z for the data x0 of a batch, with their conditions."""
+    """Draw guidance scale w [B], time t [B] and noise z for the data x0 of a batch, with their
+    conditions.
+    """
     k_w, k_t, k_z, *_ = jax.random.split(key, 7)
     x0 = trigflow.SIGMA_D * batch["latent"]
     n = x0.shape[0]

@@ -1,8 +1,8 @@
-"""SANA-Sprint: sCM and LADD together. Generator and discriminator updates alternate on consecutive batches.
+"""SANA-Sprint: sCM and LADD together. Generator and discriminator updates alternate on consecutive
+batches.
 
-The teacher is the velocity field, the feature extractor of the heads and the starting point of the student; it
-never changes.
-"""
+The teacher is the velocity field, the feature extractor of the heads and the starting point of the
+student; it never changes."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
-"""The one training step: any `Update` becomes step(state, frozen, batch) -> (state, `Report`), pure.
+"""The one training step: any `Update` becomes step(state, frozen, batch) -> (state, `Report`),
+pure.
 
-Every random number of an update is drawn for the whole batch before anything is computed, so an update
-depends neither on how its batch is cut into parts nor on the number of devices.
-"""
+Every random number of an update is drawn for the whole batch before anything is computed, so an
+update depends neither on how its batch is cut into parts nor on the number of devices."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -38,10 +38,9 @@ def make_step(
 ) -> Step:
     """Build the step of one kind of update.
 
-    tx: the role's optimizer. ema: decay of its moving average, 0 for none. accumulate: parts of a batch whose
-    gradients are averaged one after the other. seed: the key of a step is folded from (seed, state.step).
-    An update that is not finite changes nothing but the counters.
-    """
+    tx: the role's optimizer. ema: decay of its moving average, 0 for none. accumulate: parts of a
+    batch whose gradients are averaged one after the other. seed: the key of a step is folded from
+    (seed, state.step). An update that is not finite changes nothing but the counters."""
     label, norm_label = update.names
 
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Report]:
@@ -112,7 +111,9 @@ def start(
 
 
 def result(state: State, objective: Objective) -> PyTree:
-    """Return what a phase ends with: the main role's moving average, or its parameters without one."""
+    """Return what a phase ends with: the main role's moving average, or its parameters without
+    one.
+    """
     role = state.roles[objective.main]
     return role.params if role.ema is None else role.ema
 
@@ -123,7 +124,9 @@ def start_ema(params: PyTree, decay: float) -> PyTree:
 
 
 def update_ema(ema: PyTree, params: PyTree, decay: float, updates: jax.Array) -> PyTree:
-    """Move the average: ema <- d ema + (1 - d) params, with d rising from 0.1 to `decay` over the first updates."""
+    """Move the average: ema <- d ema + (1 - d) params, with d rising from 0.1 to `decay` over the
+    first updates.
+    """
     if ema is None:
         return None
     d = jnp.minimum(decay, (1.0 + updates) / (10.0 + updates))
@@ -135,10 +138,10 @@ def value_and_grad(
 ) -> Any:
     """Return ((value, aux), gradients) of a loss that is a mean over samples.
 
-    parts: 1 takes the batch whole; more average over that many parts one after the other, so that only one
-    part's activations are held. A part takes every parts-th run of GROUP samples: the discriminator's
-    normalization groups stay whole, and each device works on samples that it already holds.
-    """
+    parts: 1 takes the batch whole; more average over that many parts one after the other, so that
+    only one part's activations are held. A part takes every parts-th run of GROUP samples: the
+    discriminator's normalization groups stay whole, and each device works on samples that it
+    already holds."""
     gradient = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:
         return gradient(params, draws)
@@ -172,7 +175,9 @@ def count_rejected(rejected: jax.Array, finite: jax.Array) -> jax.Array:
 
 
 def module_norms(grads: PyTree, prefix: str) -> dict[str, jax.Array]:
-    """Return the gradient's norm of each module (two levels of names), for logs and to name a non-finite one."""
+    """Return the gradient's norm of each module (two levels of names), for logs and to name a
+    non-finite one.
+    """
     norms = {}
     for name, child in grads.items():
         groups = child.items() if isinstance(child, dict) else [("", child)]

@@ -23,9 +23,8 @@ def student_params(
 ) -> PyTree:
     """Copy the teacher's parameters and add fresh ones for what only the student has.
 
-    The guidance embedding ends in zeros, so the student starts as the teacher exactly, with a log-variance of
-    `logvar_start` everywhere.
-    """
+    The guidance embedding ends in zeros, so the student starts as the teacher exactly, with a
+    log-variance of `logvar_start` everywhere."""
     fresh = traverse_util.flatten_dict(student.init(key))
     for path, leaf in fresh.items():
         if path[-2:] == ("logvar", "bias"):
@@ -42,10 +41,12 @@ def student_F(
     *,
     logvar_gradient: str = "network",
 ) -> WithLogvar:
-    """Return the student as a TrigFlow network (u, t) -> (F, logvar), closed over conditions and guidance w [B].
+    """Return the student as a TrigFlow network (u, t) -> (F, logvar), closed over conditions and
+    guidance w [B].
 
-    logvar_gradient: what the gradient of logvar trains, "network" (code: the head, and through it the embedding of
-      time and guidance that it reads) or "head" alone. Values do not depend on it.
+    logvar_gradient: what the gradient of logvar trains, "network" (code: the head, and through it
+      the embedding of time and guidance that it reads) or "head" alone. Values do not depend on
+      it.
     """
     guidance = w if student.guidance_embed else None
 
@@ -82,9 +83,9 @@ def teacher_velocity(
 ) -> Field:
     """Return dx_t/dt of the guided teacher, both halves of the guidance in one call on 2B samples.
 
-    uncond_mask: "cond" (code: the prompt's own mask on null features) or "null" (the null prompt's mask).
-    A student that is not conditioned on the scale learns the unguided teacher, as in the published code.
-    """
+    uncond_mask: "cond" (code: the prompt's own mask on null features) or "null" (the null prompt's
+    mask). A student that is not conditioned on the scale learns the unguided teacher, as in the
+    published code."""
     teacher = networks.teacher
     if not networks.trained.guidance_embed:
         F = trigflow.from_flow(lambda x, t: teacher.apply(frozen.teacher, x, t, **cond).velocity)

@@ -1,8 +1,9 @@
 """CAME, the optimiser SANA and SANA-Sprint were trained with, as an optax transformation.
 
-Confidence-guided Adaptive Memory Efficient Optimization (Luo et al. 2023, arXiv 2307.02047), with the second
-moments as SANA uses them: matrices keep row and column means, everything else a full second moment. With g
-the gradient of one tensor, means over its rows and columns and all moments starting at zero:
+Confidence-guided Adaptive Memory Efficient Optimization (Luo et al. 2023, arXiv 2307.02047), with
+the second moments as SANA uses them: matrices keep row and column means, everything else a full
+second moment. With g the gradient of one tensor, means over its rows and columns and all moments
+starting at zero:
 
     V = EMA_b2(g^2 + eps1)               rebuilt for a matrix as row col / mean(row)
     u = g / sqrt(V)                      then u / max(1, rms(u) / clip_threshold)
@@ -10,12 +11,12 @@ the gradient of one tensor, means over its rows and columns and all moments star
     S = EMA_b3((u - m)^2 + eps2)         matrices only, rebuilt in the same way
     p <- p - lr (m / sqrt(S) + weight_decay p)      without / sqrt(S) where there is no matrix
 
-The published networks join two projections of the text, keys and values, in one matrix; here they are two, each with means and a clipping of its own.
-There is no bias correction. eps1 guards the second moment and eps2 the instability S, as in the paper.
+The published networks join two projections of the text, keys and values, in one matrix; here they
+are two, each with means and a clipping of its own. There is no bias correction. eps1 guards the
+second moment and eps2 the instability S, as in the paper.
 
-A leaf of a stack of layers is one tensor per layer, as in the published networks: every mean and the clipping
-are taken layer by layer, so stacking changes nothing.
-"""
+A leaf of a stack of layers is one tensor per layer, as in the published networks: every mean and
+the clipping are taken layer by layer, so stacking changes nothing."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,11 +29,11 @@ import optax
 class CameState(NamedTuple):
     """count: int32, updates done. The rest have the structure of the parameters, float32.
 
-    mu: first moment, shaped as the parameter. row [..., in] and col [..., out]: means of the second moment of a
-    matrix [..., in, out] over its columns and over its rows; res_row and res_col: the same of the instability.
-    nu: second moment of any other leaf, shaped as the leaf. Where a leaf has none of a kind stands
-    optax.MaskedNode(), which holds no array: Orbax refuses arrays of size zero.
-    """
+    mu: first moment, shaped as the parameter. row [..., in] and col [..., out]: means of the
+    second moment of a matrix [..., in, out] over its columns and over its rows; res_row and
+    res_col: the same of the instability. nu: second moment of any other leaf, shaped as the leaf.
+    Where a leaf has none of a kind stands optax.MaskedNode(), which holds no array: Orbax refuses
+    arrays of size zero."""
 
     count: jax.Array
     mu: optax.Params
@@ -58,10 +59,9 @@ def came(
 ) -> optax.GradientTransformation:
     """CAME as described above; updates are what `optax.apply_updates` adds.
 
-    Args:
-      learning_rate: a number or a schedule of the number of updates done.
-      weight_decay: decoupled, times the learning rate; needs `params` in `update`.
-      factored: (path, leaf) -> bool, whether the last two axes are a matrix; all axes before are layers.
+    Args: learning_rate: a number or a schedule of the number of updates done. weight_decay:
+      decoupled, times the learning rate; needs `params` in `update`. factored: (path, leaf) ->
+      bool, whether the last two axes are a matrix; all axes before are layers.
         A path is a tuple of names, ("blocks", "attn1", "to_out", "kernel").
       stacked: (path, leaf) -> int, the number of leading layer axes of a leaf that is not factored.
     """
@@ -136,16 +136,17 @@ def came(
 
 
 def factored_average(row, col, square, decay):
-    """Moves the means over columns, row [..., in], and over rows, col [..., out], towards square [..., in, out]."""
+    """Moves the means over columns, row [..., in], and over rows, col [..., out], towards square
+    [..., in, out].
+    """
     return decay * row + (1 - decay) * square.mean(-1), decay * col + (1 - decay) * square.mean(-2)
 
 
 def over_root(x, row, col):
     """x / sqrt(row col / mean(row)) for x [..., in, out], row [..., in] and col [..., out].
 
-    Factor by factor: the product of two small means, or a small one over a large one, leaves float32's range
-    where a whole row of gradients is zero, and 0 times infinity would follow.
-    """
+    Factor by factor: the product of two small means, or a small one over a large one, leaves
+    float32's range where a whole row of gradients is zero, and 0 times infinity would follow."""
     scale = jnp.sqrt(row.mean(-1, keepdims=True)) * jax.lax.rsqrt(row)
     return x * scale[..., None] * jax.lax.rsqrt(col)[..., None, :]
 
@@ -153,9 +154,8 @@ def over_root(x, row, col):
 class Rules(NamedTuple):
     """How CAME sees the parameters of one network.
 
-    factored: (path, leaf) -> whether the leaf is a matrix with row and column means. stacked: (path, leaf) -> how
-    many leading axes of another leaf are layers.
-    """
+    factored: (path, leaf) -> whether the leaf is a matrix with row and column means. stacked:
+    (path, leaf) -> how many leading axes of another leaf are layers."""
 
     factored: Callable[[tuple[str, ...], Any], bool]
     stacked: Callable[[tuple[str, ...], Any], int]
@@ -164,9 +164,8 @@ class Rules(NamedTuple):
 def _dit_factored(path, leaf):
     """Return whether a leaf of a LinearDiT is a matrix: kernels and the modulation tables are.
 
-    SANA factors weights with two axes and 1x1 convolutions, so tables [6, D] and [2, D] as well, but no
-    3x3 convolution (`conv_depth_kernel`).
-    """
+    SANA factors weights with two axes and 1x1 convolutions, so tables [6, D] and [2, D] as well,
+    but no 3x3 convolution (`conv_depth_kernel`)."""
     return path[-1] in ("kernel", "scale_shift_table")
 
 
@@ -175,7 +174,8 @@ def _dit_stacked(path, leaf):
     return int("blocks" in path or "zero_out" in path)
 
 
-# The heads' kernels are one-dimensional convolutions, which SANA does not factor; their leading axis counts heads.
+# The heads' kernels are one-dimensional convolutions, which SANA does not factor; their leading
+# axis counts heads.
 LINEAR_DIT = Rules(_dit_factored, _dit_stacked)
 HEADS = Rules(lambda path, leaf: False, lambda path, leaf: 1)
 

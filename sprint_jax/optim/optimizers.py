@@ -22,7 +22,9 @@ class Optimizer:
     muon_lr: float
     """Learning rate of Muon's matrices."""
     reference_batch: int
-    """Both rates are multiplied by sqrt(batch / reference_batch); 0 leaves them (the published trainer has 256)."""
+    """Both rates are multiplied by sqrt(batch / reference_batch); 0 leaves them (the published
+    trainer has 256).
+    """
     warmup: int
     """Updates of linear warm-up."""
     decay_to: float
@@ -54,10 +56,11 @@ class Optimizer:
 def make(
     settings: Optimizer, *, updates: int, batch: int, rules: came.Rules
 ) -> optax.GradientTransformation:
-    """Build global-norm clipping and then the optimizer, with linear warm-up and a cosine over `updates`.
+    """Build global-norm clipping and then the optimizer, with linear warm-up and a cosine over
+    `updates`.
 
-    batch: samples of a global batch, for the square-root rule of the rate. rules: how CAME sees the parameters.
-    """
+    batch: samples of a global batch, for the square-root rule of the rate. rules: how CAME sees
+    the parameters."""
     factor = math.sqrt(batch / settings.reference_batch) if settings.reference_batch else 1.0
 
     def schedule(lr: float) -> optax.Schedule:
@@ -100,7 +103,9 @@ def make(
 
 
 def _matrices(params: Any) -> Any:
-    """Return the axes of each parameter that Muon treats as a matrix: inner kernels, layer by layer of a stack."""
+    """Return the axes of each parameter that Muon treats as a matrix: inner kernels, layer by
+    layer of a stack.
+    """
 
     def axes(path, leaf):
         names = [str(key.key) for key in path]

@@ -1,32 +1,36 @@
-"""One file that draws: the programs of prompt to pixels, traced and lowered before, with all that they need.
+"""Exported files: programs from prompt to pixels, traced and lowered in advance, with everything
+they need.
 
     exported.load(path) -> Exported, which `generation.generate` takes like a loaded model
 
-`sprint-jax export` writes it. Reading it traces nothing and knows no network: only this module, the host's side of
-drawing and the tokens of prompts are imported. The file is a zip archive, stored and not compressed, so every
-member has a checksum and what is cut off has no directory. Its members:
+`sprint-jax export` writes such a file. Reading it traces nothing and knows no network. The file is
+a zip archive, stored and not compressed, so every member has a checksum and a truncated file has
+no directory. Its members:
 
-  header.json                  all that is not an array; see `Header`
+  header.json                  everything that is not an array; see `Header`
   programs/STEPS_LENGTH_BATCH_HEIGHT_WIDTH.bin
-                               `jax.export` of one program, (weights, arrays, guidance, times, seed, indices) ->
-                               uint8 [B, H, W, 3]. weights: {name: array}. arrays: of `prepare`, stacked
-  tokenizer.json               Gemma's, as the tokenizers package writes it; absent for the embedded encoders
-  weights.safetensors          {name: array}, once for all programs, in the dtype that they take; read tensor by
-                               tensor. What no program reads is left out
+                               `jax.export` of one program, (weights, arrays, guidance, times,
+                               seed, indices) -> uint8 [B, H, W, 3]. weights: {name: array}.
+                               arrays: of `prepare`, stacked
+  tokenizer.json               Gemma's, as the tokenizers package writes it; absent for the embedded
+                               encoders
+  weights.safetensors          {name: array}, once for all programs, in the dtype that they take;
+                               read tensor by tensor, without arrays that no program reads
 
-Times, guidance, seed and indices are arguments: any schedule and any guidance scale can be asked for. The number of
-steps, padded length, batch size and size of the picture are not: a program is there for each or it is refused.
-jax.export promises that a program can be run for six months after the release of the JAX that wrote it, and asks for
-programs one trusts: like any program, they can do harm.
-"""
+Times, guidance, seed and indices are arguments, so any schedule and any guidance scale can be
+requested. The number of steps, padded length, batch size and image size are fixed: each needs a
+program of its own. jax.export promises that a program can be run for six months after the release
+of the JAX that wrote it. Load trusted files only: like any program, they can do harm."""
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import struct
 import zipfile
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 from jax import export as jax_export
@@ -42,9 +46,11 @@ HEADER, TOKENIZER, WEIGHTS = "header.json", "tokenizer.json", "weights.safetenso
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """What one program is for: network calls, tokens a prompt is padded to, pictures, their height and width."""
+    """The key of one program: network calls, tokens that a prompt is padded to, images, their
+    height and width.
+    """
 
     steps: int
     length: int
@@ -54,18 +60,19 @@ class Program:
 
     @property
     def member(self) -> str:
+        """The name of the program's file in the archive."""
         return "programs/" + "_".join(map(str, dataclasses.astuple(self))) + ".bin"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """header.json.
+    """The content of header.json.
 
-    jax, commit: versions of what wrote it. platforms: of PLATFORMS. dtype: of weights and most arithmetic.
-    text: {"kind": "gemma", "instruction"}, {"kind": "words", "length"} or {"kind": "shapes"}.
-    factor, channels: pixels per latent cell, and channels of a latent. height, width, guidance_scale,
-    schedule, batch_size: what is used unless told. programs: all there are.
-    """
+    jax, commit: versions that wrote it. platforms: of PLATFORMS. dtype: of weights and most
+    arithmetic. text: {"kind": "gemma", "instruction"}, {"kind": "words", "length"} or {"kind":
+    "shapes"}. factor, channels: pixels per latent cell, and channels of a latent. height, width,
+    guidance_scale, schedule, batch_size: defaults of `generate`. programs: all programs of the
+    file."""
 
     jax: str
     commit: str
@@ -82,15 +89,14 @@ class Header:
     programs: tuple[Program, ...]
 
     def to_json(self) -> str:
-        return (
-            json.dumps({"format": FORMAT} | dataclasses.asdict(self), indent=2, ensure_ascii=False)
-            + "\n"
-        )
+        """Return the text of header.json."""
+        fields = {"format": FORMAT} | dataclasses.asdict(self)
+        return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Pixels:
-    """Sizes of latents. factor: pixels per cell. channels."""
+    """Sizes of latents: pixels per cell, and channels."""
 
     factor: int
     channels: int
@@ -98,17 +104,18 @@ class _Pixels:
 
 @dataclasses.dataclass(frozen=True)
 class _Embedded:
-    """Prompts of an embedded encoder. encoder: of `data.text`."""
+    """Prompts of an embedded encoder of `encoders.words`."""
 
     encoder: Any
 
     def prepare(self, prompts):
+        """Return one (length, arrays) per prompt."""
         return text_lib.prepare(self.encoder, prompts)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tokenizer:
-    """A tokenizer of the tokenizers package, called as one of transformers. inner: that one."""
+    """A tokenizer of the tokenizers package with the interface of transformers'."""
 
     inner: Any
 
@@ -119,63 +126,109 @@ class _Tokenizer:
         return self.inner.decode(list(map(int, ids)), skip_special_tokens=False)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Exported:
-    """An exported file in memory, for `generation.generate`.
+    """An exported file in memory, a back end of `generation.generate`.
 
-    path: where its programs are read from, each when it is first asked for. header: of the file. text, pixels:
-    the host's part of the seams (`parts.py`). params: {name: array}, on the device. programs: those read so far.
-    """
+    path: where its programs are read from, each when it is first needed. header: of the file.
+    text, pixels: the host's part of the encoders. params: {name: array}, on the device."""
 
     path: pathlib.Path
     header: Header
     text: Any
     pixels: _Pixels
     params: dict[str, jax.Array]
-    programs: dict = dataclasses.field(default_factory=dict, repr=False)
 
-    cell = property(lambda self: self.header.factor)
-    height = property(lambda self: self.header.height)
-    width = property(lambda self: self.header.width)
-    guidance_scale = property(lambda self: self.header.guidance_scale)
-    schedule = property(lambda self: self.header.schedule)
-    batch_size = property(lambda self: self.header.batch_size)
-    dtype = property(lambda self: self.header.dtype)
-    control = property(lambda self: False)
+    @property
+    def cell(self) -> int:
+        """Pixels that sides are multiples of."""
+        return self.header.factor
 
-    def program(self, kind: generation.Kind):
-        """The program of this kind. Raises UserError that names what the file has, where it has none."""
+    @property
+    def height(self) -> int:
+        """Default height in pixels."""
+        return self.header.height
+
+    @property
+    def width(self) -> int:
+        """Default width in pixels."""
+        return self.header.width
+
+    @property
+    def guidance_scale(self) -> float:
+        """Default guidance scale."""
+        return self.header.guidance_scale
+
+    @property
+    def schedule(self) -> str:
+        """Default time list."""
+        return self.header.schedule
+
+    @property
+    def batch_size(self) -> int:
+        """Default images per program run."""
+        return self.header.batch_size
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of most arithmetic."""
+        return self.header.dtype
+
+    @property
+    def control(self) -> bool:
+        """Whether a condition can be given: no exported file takes one."""
+        return False
+
+    def program(self, kind: generation.Kind) -> Callable[..., jax.Array]:
+        """Return the program of a kind of batch.
+
+        Raises UserError that lists what the file has instead.
+        """
         if kind.output != "pixels" or kind.draws:
             raise UserError(
-                f"{self.path} draws pixels from a seed: for latents or given noise sample from the model it was made of"
+                f"{self.path} draws pixels from a seed: for latents or given noise sample from the "
+                f"model "
+                "it was exported from"
             )
         if kind.start or kind.control:
             self.encode(None)
         height, width = (cells * self.header.factor for cells in kind.shape[:2])
-        wanted = Program(kind.steps, kind.length, kind.batch_size, height, width)
+        wanted = Program(
+            steps=kind.steps,
+            length=kind.length,
+            batch_size=kind.batch_size,
+            height=height,
+            width=width,
+        )
         if wanted not in self.header.programs:
             raise UserError(_absent(self.path, wanted, self.header.programs))
-        if wanted not in self.programs:
-            self.programs[wanted] = _compiled(self.path, wanted)
-        run = self.programs[wanted]
-        return (
-            lambda params, arrays, guidance, times, seed, indices, draws, start, control, control_scale: (
-                run(params, arrays, guidance, times, seed, indices)
-            )
+        run = self._programs(wanted)
+        # Noise, start and condition are never given here.
+        return lambda params, arrays, guidance, times, seed, indices, *_: run(
+            params, arrays, guidance, times, seed, indices
         )
 
-    def encode(self, images):
+    @functools.cached_property
+    def _programs(self) -> Callable[[Program], Callable[..., jax.Array]]:
+        return functools.cache(functools.partial(_compiled, self.path))
+
+    def encode(self, images: Any) -> NoReturn:
+        """Raise UserError: no exported program starts from an image."""
         raise UserError(
-            f"{self.path} has no program that starts from a picture: sample from the model it was made of"
+            f"{self.path} has no program that starts from an image: sample from the model it was "
+            "exported from"
         )
 
 
 def _absent(path, wanted, programs):
-    """Names what is wanted and not there, and what is there in its place."""
+    """Say which program is missing, and what the file has instead."""
     with_size = [p for p in programs if (p.height, p.width) == (wanted.height, wanted.width)]
     if not with_size:
         sizes = sorted({(p.height, p.width) for p in programs})
-        return f"{path} has no program for {wanted.height} x {wanted.width} pixels: it has {', '.join(f'{h} x {w}' for h, w in sizes)}"
+        return (
+            f"{path} has no program for {wanted.height} x {wanted.width} pixels: it has "
+            f"{', '.join(f'{h} x {w}' for h, w in sizes)}"
+        )
     listed = lambda name, some: ", ".join(map(str, sorted({getattr(p, name) for p in some})))
     with_steps = [p for p in with_size if p.steps == wanted.steps]
     if not with_steps:
@@ -184,33 +237,38 @@ def _absent(path, wanted, programs):
         )
     with_batch = [p for p in with_steps if p.batch_size == wanted.batch_size]
     if not with_batch:
-        return f"{path} has no program for --batch_size={wanted.batch_size}: it has {listed('batch_size', with_steps)}"
+        return (
+            f"{path} has no program for --batch_size={wanted.batch_size}: it has "
+            f"{listed('batch_size', with_steps)}"
+        )
     longest = max(p.length for p in with_batch)
     return (
-        f"{path} has no program for a prompt that is padded to {wanted.length} tokens: it takes prompts of at most {longest}; "
+        f"{path} has no program for a prompt that is padded to {wanted.length} tokens: it takes "
+        f"prompts of at most {longest}; "
         "shorten it, or export again with a larger --longest_prompt"
     )
 
 
-def load(path, say=lambda message: None) -> Exported:
-    """An exported file, ready to draw.
+def load(path: pathlib.Path | str, say: Callable[[str], None] = lambda message: None) -> Exported:
+    """Load an exported file.
 
-    say: called with a line before the weights are read. Raises UserError for a file that is no whole exported
-    one, of another format, or for another platform.
-    """
+    say: called with a line before the weights are read. Raises UserError for a file that is not a
+    whole exported one, is of another format, or is for another platform."""
     path = pathlib.Path(path)
     with _opened(path) as archive:
         header = _header(path, json.loads(archive.read(HEADER)))
         here = jax_export.default_export_platform()
         if here not in header.platforms:
             raise UserError(
-                f"{path} was exported for {', '.join(header.platforms)} and this is {here}: export it again with --platforms={here}"
+                f"{path} was exported for {', '.join(header.platforms)} and this is {here}: export "
+                f"it again with --platforms={here}"
             )
         text = _text(header, archive)
         say(f"reading {path}")
         with archive.open(WEIGHTS) as member:
             params = {name: jax.device_put(array) for name, array in weights.read_stream(member)}
-    return Exported(path, header, text, _Pixels(header.factor, header.channels), params)
+    pixels = _Pixels(header.factor, header.channels)
+    return Exported(path=path, header=header, text=text, pixels=pixels, params=params)
 
 
 def _header(path, fields):
@@ -237,7 +295,7 @@ def _text(header, archive):
 
 
 def _compiled(path, program):
-    """A program of the file, compiled for this device."""
+    """Compile a program of the file for this device."""
     with _opened(path) as archive:
         blob = bytearray(archive.read(program.member))
     try:
@@ -258,14 +316,15 @@ def _compiled(path, program):
         RuntimeError,
     ) as error:  # of JAX or of its compiler, about their versions
         raise UserError(
-            f"{path} cannot be run by jax {jax.__version__} ({error}): export it again with this version"
+            f"{path} cannot be run by jax {jax.__version__} ({error}): export it again with this "
+            f"version"
         ) from None
     return lowered.compile()
 
 
 @contextlib.contextmanager
 def _opened(path):
-    """The archive; whatever is wrong with its bytes is one line."""
+    """Open the archive; any format error becomes a one-line UserError."""
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [
@@ -293,9 +352,11 @@ def _opened(path):
         struct.error,
     ) as error:
         raise UserError(
-            f"{path} is not a whole file of sprint-jax export ({error}): copy it again, or export again"
+            f"{path} is not a whole file of sprint-jax export ({error}): copy it again, or export "
+            f"again"
         ) from None
     except OSError as error:
         raise UserError(
-            f"cannot read {path} ({error.strerror or error}): give an existing file of sprint-jax export"
+            f"cannot read {path} ({error.strerror or error}): give an existing file of sprint-jax "
+            f"export"
         ) from None

@@ -1,12 +1,13 @@
-"""The host's side of prompts to pictures, the same for a loaded model and for an exported file.
+"""The host's side of image generation, the same for a loaded model and for an exported file.
 
-What is asked for becomes sizes, times, prepared prompts and batches; whoever computes is told apart by the
-programs it hands out: `pipeline.Pipeline` compiles its networks, `exported.Exported` runs what its file holds.
-No network is known here.
-"""
+Turns a request into sizes, times, tokenized prompts and batches. The back end (a
+`pipeline.Pipeline` or an `exported.Exported`) only supplies compiled programs. No network is known
+here."""
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,80 +16,224 @@ from sprint_jax.diffusion import samplers
 from sprint_jax.encoders import prompts as prompts_lib
 from sprint_jax.errors import UserError
 
-# Img2img never starts nearer to noise than this unless strength is 1: at the published t_max nothing is
-# left of the picture. It is the second time of the published two-step list.
+# Img2img never starts nearer to noise than this unless strength is 1: at the published t_max
+# nothing is left of the image. It is the second time of the published two-step list.
 IMAGE_T_MAX = 1.3
 
+Shape = tuple[int, int, int]
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Kind:
-    """All that decides about shapes, and so about the program, of one batch.
+    """Everything that decides shapes, and so the program, of one batch.
 
     output: "pixels" or "latent". steps: network calls. length: tokens that prompts are padded to.
-    batch_size: pictures. shape: (h, w, c) of one latent. draws: whether noise is given. start: whether
-    latents to start from are. control: whether a ControlNet's condition is.
-    """
+    batch_size: images. shape: (h, w, c) of one latent. draws, start, control: whether noise,
+    latents to start from, or a ControlNet's condition are given."""
 
     output: str
     steps: int
     length: int
     batch_size: int
-    shape: tuple[int, int, int]
+    shape: Shape
     draws: bool
     start: bool
     control: bool
 
 
-def generate(
-    pipe,
-    prompts,
-    *,
-    steps=2,
-    guidance_scale=None,
-    height=None,
-    width=None,
-    seed=0,
-    timesteps=None,
-    latents=None,
-    step_noise=None,
-    image=None,
-    strength=0.6,
-    output="pixels",
-    schedule=None,
-    images_per_prompt=1,
-    batch_size=None,
-    indices=None,
-    control=None,
-    control_scale=1.0,
-    say=lambda done: None,
-):
-    """Pictures of prompts in few steps.
+class Sizes(Protocol):
+    """Sizes of latents."""
 
-    Args:
-      pipe: from `pipeline.load` or `exported.load`. prompts: list of str, none of them empty.
-      steps: network calls per picture, 1 or more.
-      guidance_scale: embedded scale; None takes the model's own (4.5 for published models).
-      height, width: pixels, multiples of the autoencoder's factor (32); None takes the model's own.
-      seed: picture i depends on (seed, i, prompt i) alone.
-      timesteps: steps + 1 angles from noise (about pi/2) to 0, instead of a schedule.
-      latents: [B, h, w, c] unit-variance start noise. step_noise: steps - 1 arrays of that shape, the
-        draws between steps (a longer list, as of a scheduler that also draws at the end, is cut).
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell along each side."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        ...
+
+
+class Preparing(Protocol):
+    """The host's part of a text encoder."""
+
+    def prepare(self, prompts: Sequence[str]) -> list[tuple[int, dict[str, np.ndarray]]]:
+        """Return one (padded length, arrays) per prompt."""
+        ...
+
+
+class Generator(Protocol):
+    """A back end of `generate`."""
+
+    @property
+    def text(self) -> Preparing:
+        """The text encoder's host part."""
+        ...
+
+    @property
+    def pixels(self) -> Sizes:
+        """Sizes of latents."""
+        ...
+
+    @property
+    def params(self) -> Any:
+        """The first argument of every program."""
+        ...
+
+    @property
+    def cell(self) -> int:
+        """Pixels that sides are multiples of."""
+        ...
+
+    @property
+    def control(self) -> bool:
+        """Whether a condition can be given."""
+        ...
+
+    @property
+    def height(self) -> int:
+        """Default height in pixels."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Default width in pixels."""
+        ...
+
+    @property
+    def guidance_scale(self) -> float:
+        """Default guidance scale."""
+        ...
+
+    @property
+    def schedule(self) -> str:
+        """Default time list."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Default images per program run."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of most arithmetic."""
+        ...
+
+    def program(self, kind: Kind) -> Callable[..., Any]:
+        """Return the compiled program of a kind of batch."""
+        ...
+
+    def encode(self, images: Any) -> Any:
+        """Encode uint8 [B, H, W, 3] to latents at unit scale."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Request:
+    """A checked request: one entry per image.
+
+    times: [steps + 1]. draws [steps, B, h, w, c], start and condition [B, h, w, c]: arrays or None.
+    """
+
+    prompts: list[str]
+    output: str
+    shape: Shape
+    times: np.ndarray
+    scale: float
+    seed: int
+    indices: np.ndarray
+    batch_size: int
+    draws: np.ndarray | None
+    start: np.ndarray | None
+    condition: np.ndarray | None
+    control_scale: float
+
+
+def generate(
+    pipe: Generator,
+    prompts: Sequence[str],
+    *,
+    steps: int = 2,
+    guidance_scale: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int = 0,
+    timesteps: Sequence[float] | None = None,
+    latents: Any = None,
+    step_noise: Any = None,
+    image: Any = None,
+    strength: float = 0.6,
+    output: Literal["pixels", "latent"] = "pixels",
+    schedule: str | None = None,
+    images_per_prompt: int = 1,
+    batch_size: int | None = None,
+    indices: Sequence[int] | None = None,
+    control: Any = None,
+    control_scale: float = 1.0,
+    say: Callable[[int], None] = lambda done: None,
+) -> np.ndarray:
+    """Generate images of prompts in few steps.
+
+    Args: pipe: from `loading.load` or `exported.load`. prompts: texts, none of them empty. steps:
+      network calls per image, 1 or more. guidance_scale: embedded scale; None takes the model's
+      own (4.5 for published models). height, width: pixels, multiples of the autoencoder's factor
+      (32); None takes the model's own. seed: image i depends on (seed, i, prompt i) alone.
+      timesteps: steps + 1 angles from noise (about pi/2) to 0, instead of a schedule. latents: [B,
+      h, w, c] unit-variance start noise. step_noise: steps - 1 arrays of that shape, the draws
+      between steps (a longer list, as of a scheduler that
+        also draws at the end, is cut).
       image: uint8 [H, W, 3] or [B, H, W, 3] to start from (img2img) instead of noise alone.
-      strength: in (0, 1], how much of the picture may change. Drops the first steps; see `image_times`.
-      output: "pixels" or "latent".
-      schedule: "code" or "paper" (`samplers.scm_times`); None takes the model's own.
-      images_per_prompt: pictures of each prompt, side by side in the result.
-      batch_size: pictures per run of the compiled program; pictures are bit-equal for any company of
+      strength: in (0, 1], how much of the image may change. Drops the first steps; see
+      `image_times`. output: "pixels" or "latent". schedule: "code" or "paper"
+      (`samplers.scm_times`); None takes the model's own. images_per_prompt: images of each prompt,
+      side by side in the result. batch_size: images per run of the compiled program; images are
+      bit-equal for any company of
         prompts at one batch size. None takes pipe.batch_size.
-      indices: the i of each picture's noise, for a part of a longer list; None counts from 0.
-      control: uint8 [H, W, 3] or [B, H, W, 3], the condition of a model with a ControlNet: a sketch, white lines on
-        black. None leaves the ControlNet out.
+      indices: the i of each image's noise, for a part of a longer list; None counts from 0.
+      control: uint8 [H, W, 3] or [B, H, W, 3], the condition of a model with a ControlNet: a
+      sketch, white lines
+        on black. None leaves the ControlNet out.
       control_scale: finite; 1 follows the sketch as in training, 0 not at all.
-      say: called with the number of pictures done.
+      say: called with the number of images done.
+
     Returns:
       "pixels": uint8 [B, H, W, 3]. "latent": float32 [B, h, w, c] at unit scale, before the
       autoencoder's scaling is undone.
+
+    Raises UserError for anything out of range, before the first image is generated.
     """
+    _check(prompts, output, images_per_prompt, guidance_scale, seed)
+    prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
+    count = len(prompts)
+    size = pipe.height if height is None else height, pipe.width if width is None else width
+    shape = latent_shape(pipe, *size)
+    times = _times(pipe, steps, timesteps, schedule)
+    if image is not None:
+        times = image_times(times, strength)
+    given = pipe.guidance_scale if guidance_scale is None else guidance_scale
+    request = _Request(
+        prompts=prompts,
+        output=output,
+        shape=shape,
+        times=times,
+        scale=rounded(given, pipe.dtype),
+        seed=seed,
+        indices=_indices(indices, count),
+        batch_size=batch_size or pipe.batch_size,
+        draws=_draws(latents, step_noise, (count, *shape), len(times) - 1),
+        start=None if image is None else _encode(pipe, "image", image, count, size),
+        condition=None
+        if control is None
+        else _condition(pipe, control, control_scale, count, size),
+        control_scale=control_scale,
+    )
+    return _run(pipe, request, say)
+
+
+def _check(prompts, output, images_per_prompt, guidance_scale, seed):
+    """Raise UserError for arguments that are wrong for every model."""
     if isinstance(prompts, str):
         raise UserError("prompts must be a list of texts: put brackets around the one")
     if not prompts:
@@ -100,79 +245,66 @@ def generate(
         raise UserError(f"output {output!r}: use 'pixels' or 'latent'")
     if images_per_prompt < 1:
         raise UserError(f"images_per_prompt {images_per_prompt}: use 1 or more")
-    prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-    height, width = (
-        pipe.height if height is None else height,
-        pipe.width if width is None else width,
-    )
-    size = batch_size or pipe.batch_size
     if guidance_scale is not None and not math.isfinite(guidance_scale):
         raise UserError(f"guidance_scale {guidance_scale}: use a finite number")
     if not 0 <= seed < 2**31:
         raise UserError(f"seed {seed}: use 0 to {2**31 - 1}")
-    shape = latent_shape(pipe, height, width)
-    times = _times(pipe, steps, timesteps, schedule)
-    if image is not None:
-        times = image_times(times, strength)
-    draws = _draws(latents, step_noise, len(prompts), shape, len(times) - 1)
-    start = None if image is None else _encode(pipe, "image", image, len(prompts), height, width)
-    steered = (
-        None
-        if control is None
-        else _condition(pipe, control, control_scale, len(prompts), height, width)
-    )
-    rows = pipe.text.prepare(prompts)  # every prompt is checked before the first picture is made
-    given = dict(
-        output=output,
-        steps=len(times) - 1,
-        batch_size=size,
-        shape=shape,
-        draws=draws is not None,
-        start=start is not None,
-        control=steered is not None,
-    )
+
+
+def _run(pipe: Generator, request: _Request, say: Callable[[int], None]) -> np.ndarray:
+    """Generate the images of a checked request, batch by batch."""
+    rows = pipe.text.prepare(request.prompts)  # checks every prompt before the first image
     programs = {
-        length: pipe.program(Kind(length=length, **given))
-        for length in sorted({length for length, _ in rows})
+        length: pipe.program(_kind(request, length)) for length in sorted({n for n, _ in rows})
     }
-    scale = rounded(pipe.guidance_scale if guidance_scale is None else guidance_scale, pipe.dtype)
-    numbers = np.arange(len(prompts)) if indices is None else np.asarray(indices)
-    if numbers.shape != (len(prompts),):
-        raise UserError(f"{numbers.size} indices for {len(prompts)} pictures: give one each")
     pick = lambda a, padded, axis: None if a is None else np.take(a, padded, axis)
-    result, waiting = [None] * len(prompts), None
-    for length, members, padded, arrays in prompts_lib.batches(rows, size):
-        made = programs[length](
+    result: list[Any] = [None] * len(request.prompts)
+    waiting = None
+    for length, members, padded, arrays in prompts_lib.batches(rows, request.batch_size):
+        images = programs[length](
             pipe.params,
             arrays,
-            np.float32(scale),
-            times,
-            np.int32(seed),
-            numbers[padded].astype(np.int32),
-            pick(draws, padded, 1),
-            pick(start, padded, 0),
-            pick(steered, padded, 0),
-            np.float32(control_scale),
+            np.float32(request.scale),
+            request.times,
+            np.int32(request.seed),
+            request.indices[padded].astype(np.int32),
+            pick(request.draws, padded, 1),
+            pick(request.start, padded, 0),
+            pick(request.condition, padded, 0),
+            np.float32(request.control_scale),
         )
         # The device works on this batch while the one before it is copied.
-        _keep(result, waiting, say)
-        waiting = members, made
-    _keep(result, waiting, say)
+        _collect(result, waiting, say)
+        waiting = members, images
+    _collect(result, waiting, say)
     return np.stack(result)
 
 
-def _keep(result, waiting, say):
-    """Copies a batch (indices, pictures on the device) into the list of all; None is no batch."""
+def _kind(request: _Request, length: int) -> Kind:
+    return Kind(
+        output=request.output,
+        steps=len(request.times) - 1,
+        length=length,
+        batch_size=request.batch_size,
+        shape=request.shape,
+        draws=request.draws is not None,
+        start=request.start is not None,
+        control=request.condition is not None,
+    )
+
+
+def _collect(result, waiting, say):
+    """Copy a batch (indices, images on the device) into the list of all; None is no batch."""
     if waiting is None:
         return
-    members, made = waiting
-    for index, picture in zip(members, np.asarray(made)):  # what pads the batch is left
-        result[index] = picture
-    say(sum(picture is not None for picture in result))
+    members, images = waiting
+    for index, image in zip(members, np.asarray(images), strict=False):  # padding is left out
+        result[index] = image
+    say(sum(image is not None for image in result))
 
 
-def latent_shape(pipe, height, width):
-    """(h, w, c) of a picture's latents. Raises UserError for sides that do not fit."""
+def latent_shape(pipe: Generator, height: int, width: int) -> Shape:
+    """Return (h, w, c) of an image's latents. Raises UserError for sides that do not fit."""
     factor = pipe.pixels.factor
     for name, side in (("height", height), ("width", width)):
         if side <= 0 or side % pipe.cell:
@@ -192,13 +324,12 @@ def _times(pipe, steps, timesteps, schedule):
     return times
 
 
-def image_times(times, strength):
-    """The times of img2img: of n steps about n * strength are run, at least one.
+def image_times(times: np.ndarray, strength: float) -> np.ndarray:
+    """Return the times of img2img: of n steps about n * strength are run, at least one.
 
-    The published pipeline rounds so that its default (2 steps, strength 0.6) starts at pi/2, where nothing
-    is left of the picture. Here steps are rounded away from noise, and unless strength is 1 the first time
-    is at most IMAGE_T_MAX.
-    """
+    The published pipeline rounds so that its default (2 steps, strength 0.6) starts at pi/2, where
+    nothing is left of the image. Here steps are rounded away from noise, and unless strength is 1
+    the first time is at most IMAGE_T_MAX. Raises UserError for a strength outside (0, 1]."""
     if not 0 < strength <= 1:
         raise UserError(f"strength {strength}: use more than 0 and at most 1")
     steps = len(times) - 1
@@ -211,8 +342,15 @@ def image_times(times, strength):
     return kept
 
 
-def _draws(latents, step_noise, count, shape, steps):
-    """[steps, B, h, w, c] of given noises, or None where all are drawn from the seed."""
+def _indices(indices, count):
+    numbers = np.arange(count) if indices is None else np.asarray(indices)
+    if numbers.shape != (count,):
+        raise UserError(f"{numbers.size} indices for {count} images: give one each")
+    return numbers
+
+
+def _draws(latents, step_noise, shape, steps):
+    """Return [steps, B, h, w, c] of given noises, or None where all are drawn from the seed."""
     if latents is None and step_noise is None:
         return None
     if latents is None:
@@ -221,43 +359,49 @@ def _draws(latents, step_noise, count, shape, steps):
     if len(step_noise) < steps - 1:
         raise UserError(f"{len(step_noise)} step noises for {steps} steps: give {steps - 1}")
     draws = [np.asarray(a, np.float32) for a in (latents, *step_noise[: steps - 1])]
-    for name, a in zip(["latents", *(f"step_noise[{i}]" for i in range(steps))], draws):
-        if a.shape != (count, *shape):
-            raise UserError(
-                f"{name} has shape {a.shape}: these prompts and this size need {(count, *shape)}"
-            )
+    names = ["latents", *(f"step_noise[{i}]" for i in range(steps - 1))]
+    for name, a in zip(names, draws, strict=True):
+        if a.shape != shape:
+            raise UserError(f"{name} has shape {a.shape}: these prompts and this size need {shape}")
     return np.stack(draws)
 
 
-def _condition(pipe, control, scale, count, height, width):
-    """Latents [B, h, w, c] of the condition, for a model that takes one."""
+def _condition(pipe, control, scale, count, size):
+    """Return latents [B, h, w, c] of the condition, for a model that takes one."""
     if not pipe.control:
         raise UserError(
-            "control is given and this model has no ControlNet: load a model with one, or leave it out"
+            "control is given and this model has no ControlNet: load a model with one, or leave it "
+            "out"
         )
     if not math.isfinite(scale):
         raise UserError(
             f"control_scale {scale}: use a finite number, 1 for what the model was trained with"
         )
-    return _encode(pipe, "control", control, count, height, width)
+    return _encode(pipe, "control", control, count, size)
 
 
-def _encode(pipe, name, image, count, height, width):
-    """Latents [B, h, w, c] at unit scale of one picture, or one for each prompt. name: of the argument, for errors."""
+def _encode(pipe, name, image, count, size):
+    """Return latents [B, h, w, c] at unit scale of one image, or one for each prompt. name: of the
+    argument.
+    """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim not in (3, 4) or image.shape[-1] != 3:
         raise UserError(
             f"{name} is {image.dtype} {image.shape}: give uint8 [H, W, 3] or one for each prompt"
         )
     image = image if image.ndim == 4 else image[None]
-    if len(image) not in (1, count) or image.shape[1:3] != (height, width):
+    if len(image) not in (1, count) or image.shape[1:3] != size:
         raise UserError(
-            f"{name} has shape {image.shape}: give one, or {count}, of {height} x {width} (resize first)"
+            f"{name} has shape {image.shape}: give one, or {count}, of {size[0]} x {size[1]} "
+            "(resize first)"
         )
     encoded = np.concatenate([np.asarray(pipe.encode(one[None])) for one in image])
     return np.broadcast_to(encoded, (count, *encoded.shape[1:])).astype(np.float32)
 
 
-def rounded(scale, dtype):
-    """The guidance scale as the published pipeline rounds it when it runs in bfloat16 (which rounds a tenth of it, as it enters, once more)."""
+def rounded(scale: float, dtype: str) -> float:
+    """Round the guidance scale as the published pipeline does when it runs in bfloat16.
+
+    That pipeline rounds a tenth of the scale once more as it enters the network.
+    """
     return float(np.asarray(scale, jnp.dtype(dtype)))

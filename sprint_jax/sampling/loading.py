@@ -30,7 +30,9 @@ Say = Callable[[str], None]
 
 
 def default_dtype() -> str:
-    """Return the default dtype here: float32 on a CPU, which has no faster bfloat16; else bfloat16."""
+    """Return the default dtype here: float32 on a CPU, which has no faster bfloat16; else
+    bfloat16.
+    """
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
@@ -65,23 +67,26 @@ class Options:
 
 
 def load(path: pathlib.Path | str, **options: Any) -> Pipeline:
-    """Load a pipeline from a diffusers folder, a folder converted by `sprint-jax convert`, or a run directory.
+    """Load a pipeline from a diffusers folder, a folder converted by `sprint-jax convert`, or a
+    run directory.
 
     Args:
       dtype: "bfloat16" or "float32", of the parameters and of the computation. Latents, times and
         normalizations are float32 in both.
-      pixels_dtype: the same for the autoencoder of a published model; None is dtype.
-      attention: "plain" for no kernels at all, or "pallas" for those of attention and of depthwise convolutions where
+      pixels_dtype: the same for the autoencoder of a published model; None is dtype. attention:
+      "plain" for no kernels at all, or "pallas" for those of attention and of depthwise
+      convolutions where
         the device has them; `say` gets a line where it has none of attention. None takes them on an
         NVIDIA GPU. What a run directory was trained with does not matter.
-      controlnet: folder of a diffusers ControlNet to control the model by. A run directory trained with one has
-        its own, and so has a folder with a controlnet/.
-      instruction: text file with the instruction before each prompt, "" for none; None takes the one
-        stored with a converted model, or that of the installed diffusers package. Run directories have none.
-      tile: decode images in overlapping tiles of 1024 px, to bound memory.
-      platform: what the programs are for, as `jax.default_backend()` names it, None for that one, "" for several.
-        It decides which published networks run unrolled (`backend.unrolled`); where it is not None, for programs
-        that run elsewhere, none holds a kernel that was not asked for.
+      controlnet: folder of a diffusers ControlNet to control the model by. A run directory trained
+        with one has its own, and so has a folder with a controlnet/.
+      instruction: text file with the instruction before each prompt, "" for none; None takes the
+        one stored with a converted model, or that of the installed diffusers package. Run
+        directories have none.
+      tile: decode images in overlapping tiles of 1024 px, to bound memory. platform: what the
+      programs are for, as `jax.default_backend()` names it, None for that one, "" for several.
+        It decides which published networks run unrolled (`backend.unrolled`); where it is not
+        None, for programs that run elsewhere, none holds a kernel that was not asked for.
       say: called with a line for each part that is read.
 
     Raises UserError for anything that is not a whole model of one of the three kinds.
@@ -94,7 +99,8 @@ def load(path: pathlib.Path | str, **options: Any) -> Pipeline:
         raise UserError(f"attention {how.attention!r}: use one of {', '.join(backend.WANTED)}")
     if not path.is_dir():
         raise UserError(
-            f"no directory {path}: give a diffusers folder, a converted model, the --workdir of a run, "
+            f"no directory {path}: give a diffusers folder, a converted model, the --workdir of a "
+            f"run, "
             "or an exported file"
         )
     if folder.is_diffusers(path) or folder.is_ours(path):
@@ -112,9 +118,7 @@ def _published(path: pathlib.Path, how: Options) -> Pipeline:
     described = described.replace(autoencoder=_pixels_with_kernels(models["autoencoder"], how))
     place = encoders.placing(how.unrolled)
     trees = described.read(dtype=how.dtype, pixels_dtype=how.of_pixels, place=place, say=how.say)
-    parts = encoders.assemble(
-        described, trees, wording, tile=how.tile, unrolled=how.unrolled
-    )
+    parts = encoders.assemble(described, trees, wording, tile=how.tile, unrolled=how.unrolled)
     params = _unstacked("transformer", models["transformer"], trees["transformer"], how)
     if isinstance(model, Controlled):
         control = extra
@@ -146,7 +150,9 @@ def _unstacked(part: str, model: Any, params: Any, how: Options) -> Any:
 
 
 def _with_kernels(model: Any, how: Options) -> Any:
-    """Return the transformer, with its ControlNet, computed by the kernels that are wanted and can be had."""
+    """Return the transformer, with its ControlNet, computed by the kernels that are wanted and can
+    be had.
+    """
     here = jax.default_backend()
     trunk = model.trunk if isinstance(model, Controlled) else model
     heads = trunk.width // trunk.heads, trunk.width // trunk.cross_heads
@@ -189,12 +195,14 @@ def _with_controlnet(
         theirs, ours = getattr(control.net, name), getattr(model, name)
         if theirs != ours:
             raise UserError(
-                f"{path} holds a ControlNet with {name}={theirs}, the model has {ours}: these do not "
+                f"{path} holds a ControlNet with {name}={theirs}, the model has {ours}: these do "
+                f"not "
                 "belong together"
             )
     if control.depth >= model.depth:
         raise UserError(
-            f"{path} holds a ControlNet of {control.depth} blocks, the model has {model.depth}: these "
+            f"{path} holds a ControlNet of {control.depth} blocks, the model has {model.depth}: "
+            f"these "
             "do not belong together"
         )
     params = jax.device_put(_cast(params, how.dtype))
@@ -211,7 +219,8 @@ def read_config(path: pathlib.Path) -> config_lib.Config:
     """Read the config of a run directory. Raises UserError for anything that is not one."""
     if not (path / run_files.CONFIG).is_file():
         raise UserError(
-            f"{path} has no {run_files.CONFIG}, {folder.MODEL} or {folder.INDEX}: give the --workdir "
+            f"{path} has no {run_files.CONFIG}, {folder.MODEL} or {folder.INDEX}: give the "
+            f"--workdir "
             "of a run, a converted model or a diffusers folder"
         )
     try:
@@ -256,7 +265,8 @@ def _run(path: pathlib.Path, how: Options) -> Pipeline:
     if c.text.vocabulary == "gemma":
         if not c.data.model:
             raise UserError(
-                f"{path} was distilled from features alone: name a folder with its text encoder and "
+                f"{path} was distilled from features alone: name a folder with its text encoder "
+                f"and "
                 f"autoencoder as data.model in {run_files.CONFIG}"
             )
         parts = _encoders(pathlib.Path(c.data.model), how)

@@ -1,4 +1,6 @@
-"""A student ready to generate: networks, parameters, and the compiled programs from tokens to pixels."""
+"""A student ready to generate: networks, parameters, and the compiled programs from tokens to
+pixels.
+"""
 
 import dataclasses
 import functools
@@ -23,10 +25,10 @@ class Pipeline:
     """A student ready to generate.
 
     model: the transformer, perhaps with a ControlNet. params: {"transformer", "text", "pixels"}.
-    height, width, guidance_scale, schedule, batch_size: what `generate` uses by default.
-    dtype: of parameters and of most arithmetic.
-    rows: how the images of a batch are sharded over devices (`over_devices`); None for one device.
-    staged: run text encoder, transformer and decoder as three programs instead of one: a GPU starts with the
+    height, width, guidance_scale, schedule, batch_size: what `generate` uses by default. dtype: of
+    parameters and of most arithmetic. rows: how the images of a batch are sharded over devices
+    (`over_devices`); None for one device. staged: run text encoder, transformer and decoder as
+    three programs instead of one: a GPU starts with the
       first while the host prepares the launches of the others.
     """
 
@@ -55,7 +57,9 @@ class Pipeline:
         return isinstance(self.model, Controlled)
 
     def program(self, kind: generation.Kind) -> Program:
-        """Return the compiled way from tokens to pixels: a program per shape of its arguments, or three if staged."""
+        """Return the compiled way from tokens to pixels: a program per shape of its arguments, or
+        three if staged.
+        """
         run = functools.partial(self._programs(kind.output), shape=kind.shape)
         return run if self.rows is None else functools.partial(_over_devices, run, self.rows)
 
@@ -78,11 +82,11 @@ class Pipeline:
 
 
 def over_devices(pipe: Pipeline, devices: Sequence[jax.Device]) -> Pipeline:
-    """Return a pipeline with its parameters on all of `devices` and the images of a batch sharded over them.
+    """Return a pipeline with its parameters on all of `devices` and the images of a batch sharded
+    over them.
 
-    Batches must then be multiples of their number. No kernels: left to itself the compiler would gather a
-    kernel's operands.
-    """
+    Batches must then be multiples of their number. No kernels: left to itself the compiler would
+    gather a kernel's operands."""
     mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
@@ -134,12 +138,11 @@ def sample(
 ) -> jax.Array:
     """Encode text, take the few steps and decode. Traced.
 
-    Args:
-      model, text, pixels, params: of a `Pipeline`.
-      arrays: of `text.prepare`, stacked.
-      *drawn: guidance, a scalar; times [steps + 1]; seed, int32; indices, int32 [B]; draws [steps, B, h, w, c], or None
-        to draw from (seed, indices); start [B, h, w, c] to start from, or None; control [B, h, w, c] latents of
-        a condition, or None; control_scale, a scalar, with control.
+    Args: model, text, pixels, params: of a `Pipeline`. arrays: of `text.prepare`, stacked. *drawn:
+      guidance, a scalar; times [steps + 1]; seed, int32; indices, int32 [B]; draws [steps, B, h,
+      w, c], or None
+        to draw from (seed, indices); start [B, h, w, c] to start from, or None; control [B, h, w,
+        c] latents of a condition, or None; control_scale, a scalar, with control.
       output: "pixels" or "latent".
       shape: (h, w, c) of one latent.
     """
@@ -159,7 +162,9 @@ def _joined(encode, denoise, decode):
 
 
 def _stages(model, text, pixels, output):
-    """Return text encoding, the few steps, and decoding: functions of their own parameters and of arrays."""
+    """Return text encoding, the few steps, and decoding: functions of their own parameters and of
+    arrays.
+    """
 
     def encode(params, arrays):
         return text.features(params, arrays)

@@ -1,12 +1,12 @@
 """Features to images, composed once: the student in a few steps, the teacher in many.
 
-`student_latents` is the only composition of network, noise and few-step sampler; the pipeline, exported files,
-previews, evaluation and benchmarks all call it. Conditions are a dict `cond` under the names that a network's
-`apply` takes: {"text" [B, L, D], "mask" [B, L]}, and for a ControlNet {"control" [B, h, w, c], "control_scale" [B]}.
+`student_latents` is the only composition of network, noise and few-step sampler; the pipeline,
+exported files, previews, evaluation and benchmarks all call it. Conditions are a dict `cond` under
+the names that a network's `apply` takes: {"text" [B, L, D], "mask" [B, L]}, and for a ControlNet
+{"control" [B, h, w, c], "control_scale" [B]}.
 
-An image's noise comes from (seed, index) alone, and images are generated in batches of one fixed size, the
-last one padded, so an image is the same alone and in company, to the last bit.
-"""
+An image's noise comes from (seed, index) alone, and images are generated in batches of one fixed
+size, the last one padded, so an image is the same alone and in company, to the last bit."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,7 +22,9 @@ Sampler = Callable[..., jax.Array]
 
 
 def noises(seed: jax.Array, indices: jax.Array, shape: Sequence[int], count: int) -> jax.Array:
-    """Draw `count` noises per image: [count, B, *shape] unit-variance float32. seed: int32; indices: int32 [B]."""
+    """Draw `count` noises per image: [count, B, *shape] unit-variance float32. seed: int32;
+    indices: int32 [B].
+    """
 
     def one(index):
         key = jax.random.fold_in(jax.random.key(seed), index)
@@ -44,9 +46,9 @@ def student_latents(
 ) -> jax.Array:
     """Generate latents [B, h, w, c] at unit scale in few steps. Traced.
 
-    guidance: scalar that the student is conditioned on. times: angles of `samplers.scm_times`. draws:
-    [steps, B, h, w, c] unit-variance noise. start: latents to start from, None for noise alone.
-    """
+    guidance: scalar that the student is conditioned on. times: angles of `samplers.scm_times`.
+    draws: [steps, B, h, w, c] unit-variance noise. start: latents to start from, None for noise
+    alone."""
     count = draws.shape[1]
     w = jnp.full((count,), guidance) if model.guidance_embed else None
     v = lambda x, t: model.apply(params, x, t, guidance=w, **cond).velocity
@@ -64,10 +66,11 @@ def teacher_latents(
     noise: jax.Array,
     sampler: str = "trigflow",
 ) -> jax.Array:
-    """Generate latents [B, h, w, c] of the guided teacher, by "trigflow" rotation (angles) or "flow" Euler (times).
+    """Generate latents [B, h, w, c] of the guided teacher, by "trigflow" rotation (angles) or
+    "flow" Euler (times).
 
-    null: {"text" [1, L, D], "mask" [1, L]} of the empty prompt, used under the prompt's own mask. Traced.
-    """
+    null: {"text" [1, L, D], "mask" [1, L]} of the empty prompt, used under the prompt's own mask.
+    Traced."""
     w = jnp.full((noise.shape[0],), guidance)
     uncond = {**cond, "text": jnp.broadcast_to(null["text"], cond["text"].shape)}
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), uncond, dict(cond))
@@ -80,8 +83,8 @@ def teacher_latents(
 def student_sampler(model: Any, pixels: Any, shape: Sequence[int], times: Any) -> Sampler:
     """Return a compiled sample(params, null, cond, guidance, seed, indices) -> uint8 [B, H, W, 3].
 
-    pixels: a pixel codec. params: {"transformer", "pixels"}. shape: of one latent. times: of `samplers.scm_times`.
-    """
+    pixels: a pixel codec. params: {"transformer", "pixels"}. shape: of one latent. times: of
+    `samplers.scm_times`."""
 
     def sample(params, null, cond, guidance, seed, indices):
         draws = noises(seed, indices, shape, len(times) - 1)
@@ -137,9 +140,8 @@ def run(
 ) -> np.ndarray:
     """Generate an image for each row of `cond`, image i from (seed, i, row i): uint8 [N, H, W, 3].
 
-    null: conditions of the empty prompt. starts: rows at which to begin a batch, for one of several processes; None
-    for all. say: called with the number of images done.
-    """
+    null: conditions of the empty prompt. starts: rows at which to begin a batch, for one of
+    several processes; None for all. say: called with the number of images done."""
     images, count = [], len(cond["text"])
     for start in range(0, count, batch) if starts is None else starts:
         rows = np.minimum(np.arange(start, start + batch), count - 1)  # the last batch is padded

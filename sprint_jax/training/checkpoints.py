@@ -1,9 +1,10 @@
-"""Orbax checkpoints of a training state: asynchronous, whole or not there, exact on restore, checked on read.
+"""Orbax checkpoints of a training state: asynchronous, whole or not there, exact on restore,
+checked on read.
 
-Beside the arrays a checkpoint holds a fingerprint of each: a sum over its bits that does not depend on how
-the array is cut, so that a checkpoint from eight devices is checked as well on two. One that cannot be read,
-or whose bits changed, is set aside with a loud message and the one before it is used.
-"""
+Beside the arrays a checkpoint holds a fingerprint of each: a sum over its bits that does not
+depend on how the array is cut, so that a checkpoint from eight devices is checked as well on two.
+One that cannot be read, or whose bits changed, is set aside with a loud message and the one before
+it is used."""
 
 import functools
 import pathlib
@@ -20,17 +21,18 @@ _DAMAGED = "damaged-"
 
 
 class Checkpoints:
-    """Checkpoints of one stage under `directory`. Use as a context; leaving it waits for pending writes.
+    """Checkpoints of one stage under `directory`. Use as a context; leaving it waits for pending
+    writes.
 
-    data: names what is learnt from, and is kept beside the state: with the step it is the whole state of the
-    input, whose order depends on nothing else.
-    """
+    data: names what is learnt from, and is kept beside the state: with the step it is the whole
+    state of the input, whose order depends on nothing else."""
 
     def __init__(self, directory, *, keep, data="", say=lambda message: None):
         self._directory, self._data, self._say = pathlib.Path(directory).absolute(), data, say
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         try:
-            # Named here, for before the first save or restore the manager could not describe what it finds.
+            # Named here, for before the first save or restore the manager could not describe what
+            # it finds.
             handlers = {
                 "state": ocp.StandardCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
@@ -56,8 +58,8 @@ class Checkpoints:
 
         beside: what the host knows and a resumed run needs, as plain values for JSON.
 
-        Raises UserError when this or the save before it could not be written; earlier checkpoints are whole.
-        """
+        Raises UserError when this or the save before it could not be written; earlier checkpoints
+        are whole."""
         if step == self._manager.latest_step():
             return
         meta = {"fingerprints": fingerprints(state), "data": self._data, "beside": beside}
@@ -84,15 +86,16 @@ class Checkpoints:
             f"the checkpoint of step {whole[-1]} is whole" if whole else "there is no earlier one"
         )
         return UserError(
-            f"cannot write a checkpoint in {self._directory} ({_line(error)}); {last}: free some space, then give the same command"
+            f"cannot write a checkpoint in {self._directory} ({_line(error)}); {last}: free some "
+            f"space, then give the same command"
         )
 
     def restore_newest(self, abstract):
-        """(state, step) of the newest whole checkpoint, placed as `abstract` says; (None, 0) without any.
+        """(state, step) of the newest whole checkpoint, placed as `abstract` says; (None, 0)
+        without any.
 
-        abstract: ShapeDtypeStructs with shardings, of any mesh. Damaged checkpoints are renamed and skipped.
-        Raises UserError for one that was made with another config.
-        """
+        abstract: ShapeDtypeStructs with shardings, of any mesh. Damaged checkpoints are renamed
+        and skipped. Raises UserError for one that was made with another config."""
         for step in sorted(self._manager.all_steps(), reverse=True):
             self._check_fits(step, abstract)
             state, damage = self._read(step, abstract)
@@ -107,7 +110,9 @@ class Checkpoints:
         return found["meta"].get("beside")
 
     def _check_fits(self, step, abstract):
-        """Refuses names and shapes other than the config's; says nothing about what cannot be read at all."""
+        """Refuses names and shapes other than the config's; says nothing about what cannot be read
+        at all.
+        """
         try:
             found = self._manager.item_metadata(step)["state"]
             have = {_name(p): tuple(a.shape) for p, a in jax.tree_util.tree_leaves_with_path(found)}
@@ -120,8 +125,10 @@ class Checkpoints:
         if have and differing:
             name = differing[0]
             raise UserError(
-                f"checkpoint {self._directory}/{step} does not fit the config: {name} is {have.get(name, 'missing')} there "
-                f"and {want.get(name, 'unknown')} here; use the config it was made with, or another --workdir"
+                f"checkpoint {self._directory}/{step} does not fit the config: {name} is "
+                f"{have.get(name, 'missing')} there "
+                f"and {want.get(name, 'unknown')} here; use the config it was made with, or "
+                f"another --workdir"
             )
 
     def _read(self, step, abstract):
@@ -134,7 +141,8 @@ class Checkpoints:
             raise
         except PermissionError as error:
             raise UserError(
-                f"cannot read checkpoint {self._directory}/{step} ({error.strerror}): make it readable"
+                f"cannot read checkpoint {self._directory}/{step} ({error.strerror}): make it "
+                f"readable"
             ) from None
         except Exception as error:  # whatever a library raises over a damaged file
             if "RESOURCE_EXHAUSTED" in str(
@@ -156,7 +164,9 @@ class Checkpoints:
         return (None, f"{changed[0]} changed on disk") if changed else (state, None)
 
     def _restore_alone(self, step, abstract):
-        """(state, what stands beside it) as this process reads them: by the handlers, for the manager waits for all processes."""
+        """(state, what stands beside it) as this process reads them: by the handlers, for the
+        manager waits for all processes.
+        """
         folder = self._directory / str(step)
         state = ocp.StandardCheckpointHandler().restore(
             folder / "state", args=ocp.args.StandardRestore(abstract)
@@ -173,14 +183,16 @@ class Checkpoints:
     def _check_data(self, step, data):
         if data != self._data:
             raise UserError(
-                f"checkpoint {self._directory}/{step} was made from {data}, the config now reads {self._data}: use the same data, "
+                f"checkpoint {self._directory}/{step} was made from {data}, the config now reads "
+                f"{self._data}: use the same data, "
                 "or another --workdir"
             )
 
     def _set_aside(self, step, damage):
         kept = self._free(f"{_DAMAGED}{step}")
         self._say(
-            f"WARNING: checkpoint {self._directory}/{step} is damaged ({damage}); kept as {kept.name}, going back to the one before"
+            f"WARNING: checkpoint {self._directory}/{step} is damaged ({damage}); kept as "
+            f"{kept.name}, going back to the one before"
         )
         if hosts.primary():
             (self._directory / str(step)).rename(kept)
@@ -189,7 +201,10 @@ class Checkpoints:
 
 
 def fingerprints(state):
-    """{name: sum over the array of bits x (2 position + 1), modulo 2^32}. Any changed bit changes it."""
+    """{name: sum over the array of bits x (2 position + 1), modulo 2^32}.
+
+    Any changed bit changes it.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(hosts.to_host(_fingerprints(state)))
     return {_name(path): int(number) for path, number in leaves}
 
@@ -218,11 +233,11 @@ def _line(error):
 
 
 def read_part(directory, part: tuple[str, ...], abstract):
-    """Return (step, NumPy tree) of one part of the newest checkpoint that holds it whole, by any number of devices.
+    """Return (step, NumPy tree) of one part of the newest checkpoint that holds it whole, by any
+    number of devices.
 
-    part: names from the state down, as ("roles", "student", "ema"). abstract: its shapes. Raises UserError
-    where there is none.
-    """
+    part: names from the state down, as ("roles", "student", "ema"). abstract: its shapes. Raises
+    UserError where there is none."""
     directory = pathlib.Path(directory).absolute()
     steps = sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True)
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
@@ -249,5 +264,6 @@ def read_part(directory, part: tuple[str, ...], abstract):
             return step, functools.reduce(lambda tree, name: tree[name], part, found["state"])
         reasons.append(f"step {step}: {changed[0]} changed on disk")
     raise UserError(
-        f"no whole checkpoint with {'/'.join(part)} in {directory} ({'; '.join(reasons) or 'it holds none'})"
+        f"no whole checkpoint with {'/'.join(part)} in {directory} "
+        f"({'; '.join(reasons) or 'it holds none'})"
     )

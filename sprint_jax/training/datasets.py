@@ -1,8 +1,8 @@
-"""What a configuration learns from: its batches, its held-out examples, and the way back to pictures.
+"""What a configuration learns from: its batches, its held-out examples, and the way back to
+pictures.
 
-Two kinds with the same face: `Shapes` draws the embedded data as they are needed, `EncodedData` reads a folder
-that `sprint-jax encode` made. `open_dataset` chooses.
-"""
+Two kinds with the same face: `Shapes` draws the embedded data as they are needed, `EncodedData`
+reads a folder that `sprint-jax encode` made. `open_dataset` chooses."""
 
 import dataclasses
 import hashlib
@@ -34,13 +34,13 @@ _SCRIBBLE_SIGMA = 0.5  # pixels: strokes of three pixels, for the lines of one o
 class Heldout:
     """Examples that training never sees.
 
-    captions: N texts. cond: what networks are told (`generation`): features "text" [N, L, D] and "mask" [N, L], with
-      a ControlNet "control" [N, h, w, c] and "control_scale" [N], all 1. images: uint8 [N, H, W, 3].
-    reference: real pictures for the Fréchet distance, uint8 [M, H, W, 3].
-    meanings: of the captions, for the checker of `shapes`; None for other data.
-    sketches: what "control" shows, uint8 [N, H, W]; None without a ControlNet.
-    edges: the lines that a picture's own should agree with, alike: the sketches, or of rough ones the edges of `images`.
-    """
+    captions: N texts. cond: what networks are told (`generation`): features "text" [N, L, D] and
+      "mask" [N, L], with a ControlNet "control" [N, h, w, c] and "control_scale" [N], all 1.
+      images: uint8 [N, H, W, 3].
+    reference: real pictures for the Fréchet distance, uint8 [M, H, W, 3]. meanings: of the
+    captions, for the checker of `shapes`; None for other data. sketches: what "control" shows,
+    uint8 [N, H, W]; None without a ControlNet. edges: the lines that a picture's own should agree
+    with, alike: the sketches, or of rough ones the edges of `images`."""
 
     captions: list[str]
     cond: dict[str, np.ndarray]
@@ -117,7 +117,9 @@ class Shapes:
         return self._heldout(count, reference, rough=False)
 
     def freehand(self, count, reference) -> Heldout | None:
-        """As `heldout`, with objects anywhere and rough sketches of them; None where training has none."""
+        """As `heldout`, with objects anywhere and rough sketches of them; None where training has
+        none.
+        """
         return (
             self._heldout(count, reference, rough=True)
             if self._c.control.depth and self._c.control.freehand
@@ -156,7 +158,9 @@ class Shapes:
 
 
 def _condition(c):
-    """uint8 [B, H, W, 3] -> pictures of the ControlNet's condition alike; None without a ControlNet."""
+    """uint8 [B, H, W, 3] -> pictures of the ControlNet's condition alike; None without a
+    ControlNet.
+    """
     if not c.control.depth:
         return None
     if c.control.condition == "edges":
@@ -175,7 +179,10 @@ class EncodedData:
         manifest = self._train.manifest
         _check_manifest(c, manifest)
         self._tokens = manifest["text"] == "tokens"
-        self.identity = f"{manifest['counts']['train']} examples of source {manifest['source']} encoded by {manifest['model']}"
+        self.identity = (
+            f"{manifest['counts']['train']} examples of source {manifest['source']} encoded by "
+            f"{manifest['model']}"
+        )
         if c.control.depth:
             self.identity += f", with {manifest['condition']}"
         self._text = self.pixels = self.pixels_params = None
@@ -195,7 +202,8 @@ class EncodedData:
             self.pixels_params = {}
             if manifest["model"] != identity:
                 raise UserError(
-                    f"{c.data.encoded} was encoded by {manifest['model']}, the config has {identity}: encode again with "
+                    f"{c.data.encoded} was encoded by {manifest['model']}, the config has "
+                    f"{identity}: encode again with "
                     "this config, or use the one it was made with"
                 )
         if self.pixels is not None:
@@ -263,18 +271,25 @@ class EncodedData:
         return Heldout(captions, cond, images[:count], images, None, edges, edges)
 
     def _fitting(self, data, count):
-        """Numbers of the examples of the config's size. Raises UserError where there are fewer than count."""
+        """Numbers of the examples of the config's size.
+
+        Raises UserError where there are fewer than count.
+        """
         size = build.latent_shape(self._c)[:2]
         fitting = [i for i in range(len(data)) if data.buckets[data.bucket_of[i]] == size]
         if len(fitting) < count:
             raise UserError(
-                f"{self._c.data.encoded} holds out {len(fitting)} examples of {size[0]}x{size[1]} latents and "
+                f"{self._c.data.encoded} holds out {len(fitting)} examples of {size[0]}x{size[1]} "
+                f"latents and "
                 f"config.evaluation.prompts is {count}: lower it, or encode with a larger --heldout"
             )
         return fitting
 
     def _read(self, data, numbers, least, wanted):
-        """The first records of these numbers that can be used. Raises UserError for fewer than least."""
+        """The first records of these numbers that can be used.
+
+        Raises UserError for fewer than least.
+        """
         rows, bad = [], []
         for i in numbers:
             if len(rows) == wanted:
@@ -285,11 +300,13 @@ class EncodedData:
                 bad.append(f"{i} ({error})")
         if bad:
             self._say(
-                f"{self._c.data.encoded}: {len(bad)} held-out examples cannot be used, first {bad[0]}"
+                f"{self._c.data.encoded}: {len(bad)} held-out examples cannot be used, first "
+                f"{bad[0]}"
             )
         if len(rows) < least:
             raise UserError(
-                f"{self._c.data.encoded}: {len(rows)} held-out examples can be used and config.evaluation.prompts is {least}: "
+                f"{self._c.data.encoded}: {len(rows)} held-out examples can be used and "
+                f"config.evaluation.prompts is {least}: "
                 "encode again, or with a larger --heldout"
             )
         return rows
@@ -316,33 +333,42 @@ def _check_manifest(c, manifest):
     for name, value in wanted.items():
         if manifest[name] != value:
             raise UserError(
-                f"{c.data.encoded} has {name} {manifest[name]}, the config {value}: use the config that it was encoded for"
+                f"{c.data.encoded} has {name} {manifest[name]}, the config {value}: use the config "
+                f"that it was encoded for"
             )
     _check_condition(c, manifest["condition"])
     if manifest["text"] == "tokens" and not c.data.model:
         raise UserError(
-            f"{c.data.encoded} holds token ids: name the folder with the text encoder in config.data.model"
+            f"{c.data.encoded} holds token ids: name the folder with the text encoder in "
+            f"config.data.model"
         )
 
 
 def _check_condition(c, held):
-    """Whether a folder that holds this condition can train the ControlNet of a config. Raises UserError."""
+    """Whether a folder that holds this condition can train the ControlNet of a config.
+
+    Raises UserError.
+    """
     wanted = c.control.condition
     if not c.control.depth or held == wanted:
         return
     use = "" if held == encoded.NO_CONDITION else f", or use --config.control.condition={held}"
     raise UserError(
-        f"{c.data.encoded} was encoded with condition {held}, config.control.condition is {wanted}: encode into another "
+        f"{c.data.encoded} was encoded with condition {held}, config.control.condition is "
+        f"{wanted}: encode into another "
         f"folder with --condition={wanted}{use}"
     )
 
 
 def embedded(c: config_lib.Config) -> tuple[Any, Any, str]:
-    """(pixels, text, identity) of the embedded encoders of a config, as `sprint-jax encode` wants them."""
+    """(pixels, text, identity) of the embedded encoders of a config, as `sprint-jax encode` wants
+    them.
+    """
     codec, encoder = build.codec(c), build.text_encoder(c)
     if encoder is None:
         raise UserError(
-            "config.text.vocabulary is gemma: give --encoder the diffusers or converted folder that holds it"
+            "config.text.vocabulary is gemma: give --encoder the diffusers or converted folder "
+            "that holds it"
         )
     digest = hashlib.sha256(
         repr((dataclasses.asdict(c.codec) | {"weights": ""}, dataclasses.asdict(c.text))).encode()
@@ -357,7 +383,9 @@ def embedded(c: config_lib.Config) -> tuple[Any, Any, str]:
 
 
 def control_weights(where: str, model):
-    """Parameters of a ControlNet from a .safetensors file, "package:NAME", or a folder with a diffusers ControlNet."""
+    """Parameters of a ControlNet from a .safetensors file, "package:NAME", or a folder with a
+    diffusers ControlNet.
+    """
     path = build.asset(where)
     if not path.is_dir():
         return weights.load(path, jax.eval_shape(model.init, jax.random.key(0)))
@@ -365,7 +393,9 @@ def control_weights(where: str, model):
 
 
 def teacher_weights(where: str, model):
-    """Parameters of `model` from a .safetensors file, "package:NAME", or a folder with a diffusers transformer."""
+    """Parameters of `model` from a .safetensors file, "package:NAME", or a folder with a diffusers
+    transformer.
+    """
     path = build.asset(where)
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     if not path.is_dir():

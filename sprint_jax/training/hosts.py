@@ -1,4 +1,5 @@
-"""What the processes of one run do together: agree, wait for each other, bring a sharded tree to the host.
+"""What the processes of one run do together: agree, wait for each other, bring a sharded tree to
+the host.
 
 With a single process all of this is the identity.
 """
@@ -26,7 +27,7 @@ def barrier(name):
 
 
 def from_primary(number: int) -> int:
-    """Process 0's value of a small integer, on all: decisions that depend on files are taken once."""
+    """Return process 0's value of a small integer: one answer to what depends on files."""
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
@@ -56,7 +57,9 @@ def _any(whole):
 
 
 def compare(identity: dict):
-    """Raises UserError where a process differs from process 0 in any of {what: value}, naming both values."""
+    """Raises UserError where a process differs from process 0 in any of {what: value}, naming both
+    values.
+    """
     if jax.process_count() == 1:
         return
     text = json.dumps(identity, sort_keys=True).encode()
@@ -69,7 +72,8 @@ def compare(identity: dict):
         for what in sorted(first.keys() | other.keys()):
             if first.get(what) != other.get(what):
                 raise UserError(
-                    f"processes disagree: {what} is {first.get(what)} at process 0 and {other.get(what)} at process "
+                    f"processes disagree: {what} is {first.get(what)} at process 0 and "
+                    f"{other.get(what)} at process "
                     f"{process}: start all with the same code and flags"
                 )
 

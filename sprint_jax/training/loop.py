@@ -1,9 +1,10 @@
-"""The one training loop. A stage brings its state, its steps and its batches; the loop brings the rest.
+"""The one training loop. A stage brings its state, its steps and its batches; the loop brings the
+rest.
 
-Order: restore or start, compile and say what was compiled, then rounds. A round is one call of each step
-function on consecutive batches, and rows, checkpoints and stops fall between rounds. Reports of a round are
-fetched after the next one has been launched, so the device never waits for the host.
-"""
+Order: restore or start, compile and say what was compiled, then rounds. A round is one call of
+each step function on consecutive batches, and rows, checkpoints and stops fall between rounds.
+Reports of a round are fetched after the next one has been launched, so the device never waits for
+the host."""
 
 import concurrent.futures
 import pathlib
@@ -39,11 +40,12 @@ class _Programs:
     def _compile(self, batch):
         stage, begin = self._placed.stage, time.perf_counter()
         self._say(
-            f"{stage.name}: compiling for latents {batch['latent'].shape} (seconds to two minutes, no bar)"
+            f"{stage.name}: compiling for latents {batch['latent'].shape} (seconds to two minutes, "
+            f"no bar)"
         )
         distinct = list(dict.fromkeys(stage.functions))
-        # One compiles while the next is traced. Compiling several at once needs more memory (4.0 instead of 2.6 GB
-        # for the embedded default) and disturbs autotuning on accelerators.
+        # One compiles while the next is traced. Compiling several at once needs more memory (4.0
+        # instead of 2.6 GB for the embedded default) and disturbs autotuning on accelerators.
         workers = len(distinct) if self._side_by_side else 1
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             compiling = [
@@ -59,7 +61,8 @@ class _Programs:
         held = sharding.per_device_bytes(state) + sharding.per_device_bytes(self._placed.frozen)
         self._say(
             f"{stage.name}: {mesh.size} x {mesh.devices.flat[0].device_kind} as data x fsdp = "
-            f"{' x '.join(map(str, mesh.devices.shape))}, {count / 1e6:.2f} M parameters, state and "
+            f"{' x '.join(map(str, mesh.devices.shape))}, {count / 1e6:.2f} M parameters, state "
+            f"and "
             f"frozen networks {held / 2**20:.1f} MiB a device, compiled in {seconds:.0f} s"
         )
 
@@ -77,10 +80,10 @@ def train(
 ) -> State:
     """Run a stage to its end from the newest whole checkpoint and return its final state.
 
-    compiled: {shapes of a batch: programs} of an earlier stage with the same functions on the same mesh, whose
-    arrays alone differ; what is compiled here is added to it. bar: show progress on stderr.
-    Raises Interrupted after saving when asked to stop, UserError when updates stay non-finite.
-    """
+    compiled: {shapes of a batch: programs} of an earlier stage with the same functions on the same
+    mesh, whose arrays alone differ; what is compiled here is added to it. bar: show progress on
+    stderr. Raises Interrupted after saving when asked to stop, UserError when updates stay
+    non-finite."""
     check_batch(stage, mesh)
     placed = Placed.on(stage, mesh, say)
     frozen = place(stage.frozen, placed.frozen)
@@ -127,12 +130,13 @@ def train(
             watch.flush()
             progress.close()
             checkpoints.wait()
-            # A stop requested during the final round or save must not start the next stage. Twice, because the
-            # answer of several processes lags one call.
+            # A stop requested during the final round or save must not start the next stage. Twice,
+            # because the answer of several processes lags one call.
             stopping = stopping or stop.agreed() or stop.agreed()
     if stopping:
         raise Interrupted(
-            f"{stage.name}: stopped at step {done} of {stage.steps}; rerun the same command to resume"
+            f"{stage.name}: stopped at step {done} of {stage.steps}; rerun the same command to "
+            f"resume"
         )
     return state
 
@@ -145,10 +149,11 @@ def _global(rows, split, batch):
 
 
 def _preview(stage, run, workdir, records, done, state):
-    """Every `preview_every` steps, draw images with the current parameters: previews/STAGE_STEP.png.
+    """Every `preview_every` steps, draw images with the current parameters:
+    previews/STAGE_STEP.png.
 
-    All processes gather the parameters (their average where there is one); process 0 draws and writes.
-    """
+    All processes gather the parameters (their average where there is one); process 0 draws and
+    writes."""
     if stage.preview is None or not run.preview_every or done % run.preview_every:
         return
     params = hosts.to_host(stage.result(state))

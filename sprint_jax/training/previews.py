@@ -1,8 +1,8 @@
-"""Previews: images of a few held-out prompts, always with the same noise, by the current parameters.
+"""Previews: images of a few held-out prompts, always with the same noise, by the current
+parameters.
 
-The prompts and seeds are the first ones of the evaluation, so the last preview and the first row of its grids
-show the same images. A student draws in one step, a teacher as it is evaluated.
-"""
+The prompts and seeds are the first ones of the evaluation, so the last preview and the first row
+of its grids show the same images. A student draws in one step, a teacher as it is evaluated."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,8 @@ _LARGEST = 256  # pixels of a side; larger images are shown smaller
 def make(
     c: config_lib.Config, data: Any, model: Any, sampler: str
 ) -> Callable[[Any], np.ndarray] | None:
-    """Return a function parameters of `model` -> uint8 [H, W, 3]; None where the data cannot be decoded.
+    """Return a function parameters of `model` -> uint8 [H, W, 3]; None where the data cannot be
+    decoded.
 
     sampler: of `objectives.base.Objective`.
     """

@@ -12,11 +12,11 @@ from sprint_jax.storage import files
 
 
 class Records:
-    """Writes one JSON object a line, and the same scalars as TensorBoard events; nothing where workdir is None.
+    """Writes one JSON object a line, and the same scalars as TensorBoard events; nothing where
+    workdir is None.
 
-    A row holds "stage", "step" and scalars. After a resume the file reads as if nothing had happened:
-    `rewind` drops the rows that will be written again.
-    """
+    A row holds "stage", "step" and scalars. After a resume the file reads as if nothing had
+    happened: `rewind` drops the rows that will be written again."""
 
     def __init__(self, workdir):
         self._writer = None
@@ -45,7 +45,8 @@ class Records:
         row = {"stage": stage, "step": step, **{k: float(v) for k, v in sorted(scalars.items())}}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        # Sums by time mean nothing without their shares: `reporting` divides them, TensorBoard cannot.
+        # Sums by time mean nothing without their shares: `reporting` divides them, TensorBoard
+        # cannot.
         shown = {
             f"{stage}/{k}": float(v) for k, v in scalars.items() if not k.startswith("by_time/")
         }
@@ -64,7 +65,7 @@ class Records:
 
 
 def progress(stage, start, stop, shown=True):
-    """A progress bar over the steps of a stage: rate, time left, and what `set_postfix` is given."""
+    """Return a progress bar over the steps of a stage: rate, time left, and `set_postfix`'s fields."""
     return tqdm.tqdm(
         total=stop,
         initial=start,
@@ -79,7 +80,9 @@ def progress(stage, start, stop, shown=True):
 
 
 def _metric_writer(logdir):
-    """clu's default writer without TensorFlow: tensorboardX stands where clu looks for its TF writer."""
+    """clu's default writer without TensorFlow: tensorboardX stands where clu looks for its TF
+    writer.
+    """
     _install_summary_writer()
     from clu.metric_writers import AsyncMultiWriter
     from clu.metric_writers.summary_writer import SummaryWriter
@@ -88,7 +91,10 @@ def _metric_writer(logdir):
 
 
 def _install_summary_writer():
-    """clu imports TensorFlow in one module; put an equal one in its place. No effect where it is done."""
+    """clu imports TensorFlow in one module; put an equal one in its place.
+
+    No effect where it is done.
+    """
     name = "clu.metric_writers.summary_writer"
     if name not in sys.modules:
         module = types.ModuleType(name)

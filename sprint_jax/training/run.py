@@ -1,8 +1,8 @@
-"""The main job in a work directory: the phases of a config, then evaluation. Finished parts are skipped.
+"""The main job in a work directory: the phases of a config, then evaluation. Finished parts are
+skipped.
 
-Every process of a multi-host run calls `run` with the same arguments on a shared work directory; process 0
-writes what people read.
-"""
+Every process of a multi-host run calls `run` with the same arguments on a shared work directory;
+process 0 writes what people read."""
 
 import contextlib
 import dataclasses
@@ -93,7 +93,8 @@ def _greet(config, workdir, say):
 
 def _say_what_next(config, workdir, student, say):
     say(
-        f"done: images, metrics and summary.json are in {workdir}; open {workdir / run_files.REPORT}"
+        f"done: images, metrics and summary.json are in {workdir}; open "
+        f"{workdir / run_files.REPORT}"
     )
     if student is None:
         weights_file = config.teacher.pretrained or workdir / run_files.TEACHER
@@ -128,7 +129,9 @@ def abstract(model: Any) -> PyTree:
 
 
 def distilled_teacher(job: Job) -> PyTree:
-    """Return the parameters of what is distilled: the teacher's, with those of its ControlNet where there is one."""
+    """Return the parameters of what is distilled: the teacher's, with those of its ControlNet
+    where there is one.
+    """
     c = job.config
     model = build.teacher(c)
     if c.teacher.pretrained:
@@ -136,7 +139,8 @@ def distilled_teacher(job: Job) -> PyTree:
         job.say(f"teacher: weights from {path}")
         if path.is_dir() and model.time_scale == 1.0:
             job.say(
-                "teacher: conditioned on times in [0, 1]; a SANA made for [0, 1000] would draw noise, "
+                "teacher: conditioned on times in [0, 1]; a SANA made for [0, 1000] would draw "
+                "noise, "
                 "fine-tune it by configs/teacher.py first"
             )
         teacher = datasets.teacher_weights(c.teacher.pretrained, model)
@@ -157,9 +161,9 @@ def distilled_teacher(job: Job) -> PyTree:
 def trained(job: Job, network: str, *, teacher: PyTree = None, begin: PyTree = None) -> PyTree:
     """Return the parameters of a network after its phases: found finished, or trained here.
 
-    network: "teacher" (with the phases of the base network), "control" or "student". teacher: of `Frozen.teacher`.
-    begin: parameters that its first phase begins from. Returns None where no phase trains the network.
-    """
+    network: "teacher" (with the phases of the base network), "control" or "student". teacher: of
+    `Frozen.teacher`. begin: parameters that its first phase begins from. Returns None where no
+    phase trains the network."""
     c, file = job.config, FILES[network]
     names = [n for n in config_lib.active(c) if FILES[c.phases[n].network] == file]
     if not names:
@@ -180,7 +184,9 @@ def _model(c, network):
 
 
 def _keep(job, file, params):
-    """Write the parameters of a finished network and return them on the host, whole, on every process."""
+    """Write the parameters of a finished network and return them on the host, whole, on every
+    process.
+    """
     params = hosts.to_host(params)
     if hosts.primary():
         weights.save(job.workdir / file, params)

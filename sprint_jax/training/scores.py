@@ -1,4 +1,6 @@
-"""The evaluation at the end of a run: images and scores of everything on the same held-out prompts and noise."""
+"""The evaluation at the end of a run: images and scores of everything on the same held-out prompts
+and noise.
+"""
 
 import dataclasses
 import json
@@ -24,9 +26,8 @@ STUDENT_STEPS = (1, 2, 4)
 class Trial:
     """One row of the table of scores.
 
-    heldout: examples. evaluator: scores images against them. sampler, params, guidance: what draws them.
-    changes: of the held-out conditions, {name: value of every example}.
-    """
+    heldout: examples. evaluator: scores images against them. sampler, params, guidance: what draws
+    them. changes: of the held-out conditions, {name: value of every example}."""
 
     heldout: Any
     evaluator: Evaluator
@@ -39,8 +40,8 @@ class Trial:
 def evaluate(job: Any, teacher: Any, student: Any, begin: float) -> dict:
     """Score everything, write summary.json and the grids of images; return the summary.
 
-    job: a `run.Job`. student: its parameters, or None. begin: when the run began, by `time.perf_counter`.
-    """
+    job: a `run.Job`. student: its parameters, or None. begin: when the run began, by
+    `time.perf_counter`."""
     config, done = job.config, job.workdir / run_files.SUMMARY
     if bool(hosts.from_primary(int(done.exists()))):
         job.say(f"evaluation: done before, {done}")
@@ -78,7 +79,8 @@ def _score(job, teacher, student):
         grids["freehand_sketches"] = _as_rgb(rough.sketches)
         trials |= _freehand(trials, rough, e.teacher_steps)
     job.say(
-        f"evaluation: {e.prompts} held-out prompts, images by {count} samplers (each compiles first)"
+        f"evaluation: {e.prompts} held-out prompts, images by {count} samplers (each compiles "
+        f"first)"
     )
     shown = hosts.primary()
     total = len(trials) * e.prompts
@@ -135,14 +137,17 @@ def _freehand(trials, rough, teacher_steps) -> dict[str, Trial]:
 
 
 def _generate(job, trial: Trial, bar) -> np.ndarray:
-    """Return an image of every held-out prompt [prompts, H, W, 3]; every process generates its share."""
+    """Return an image of every held-out prompt [prompts, H, W, 3]; every process generates its
+    share.
+    """
     e = job.config.evaluation
     cond = trial.heldout.cond | {
         k: np.full(e.prompts, v, np.float32) for k, v in trial.changes.items()
     }
     starts = list(range(0, e.prompts, e.batch))
     share = -(-len(starts) // jax.process_count())
-    # Equal shares, so that they can be gathered: the last ones are generated twice and cut off again.
+    # Equal shares, so that they can be gathered: the last ones are generated twice and cut off
+    # again.
     first = jax.process_index() * share
     mine = [starts[min(first + i, len(starts) - 1)] for i in range(share)]
     base = bar.n

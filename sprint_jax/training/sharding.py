@@ -1,9 +1,9 @@
-"""Where every array of training lives: one mesh, ordered rules from names to partitions, no surprises.
+"""Where every array of training lives: one mesh, ordered rules from names to partitions, no
+surprises.
 
-The mesh has two axes. "data" holds copies of the parameters, "fsdp" cuts them; a batch is split over
-both. There is no third axis for tensor parallelism: at the published sizes a block's weights fit one
-device many times over, and its activations are already split by sample.
-"""
+The mesh has two axes. "data" holds copies of the parameters, "fsdp" cuts them; a batch is split
+over both. There is no third axis for tensor parallelism: at the published sizes a block's weights
+fit one device many times over, and its activations are already split by sample."""
 
 import math
 import re
@@ -18,9 +18,10 @@ DATA, FSDP = "data", "fsdp"
 
 # CAME's factored moments of parameters, which may be those of a trunk or of a ControlNet.
 _FACTORED = "({0}|res_({0}))/(trunk/|control/)?({1})$".format
-# First match wins; names are joined by "/" and end as the parameter does, so one rule serves the parameter,
-# its average, its gradients' moments and the frozen copies. Of a matrix the axis that is cut is never the
-# stack's (layers are taken one by one) and matters little else: it is gathered before use.
+# First match wins; names are joined by "/" and end as the parameter does, so one rule serves the
+# parameter, its average, its gradients' moments and the frozen copies. Of a matrix the axis that
+# is cut is never the stack's (layers are taken one by one) and matters little else: it is gathered
+# before use.
 RULES = (
     (r"(step|rejected|count|updates)$", P()),
     (
@@ -77,9 +78,8 @@ def mesh(data: int, fsdp: int, devices=None):
 def shardings(tree, mesh, say=lambda message: None):
     """A NamedSharding for every leaf of an abstract tree.
 
-    say: told of big leaves that stay whole on every device. Raises UserError for a leaf that its rule
-    does not fit.
-    """
+    say: told of big leaves that stay whole on every device. Raises UserError for a leaf that its
+    rule does not fit."""
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

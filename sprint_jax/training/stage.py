@@ -23,16 +23,15 @@ def silent(message: str) -> None:
 class Stage:
     """One phase of training, ready for the loop.
 
-    name: in logs, metrics and the checkpoint folder. steps: updates of all roles together.
-    start: (frozen, init_arrays) -> `State` at step 0. init_arrays: inputs of `start` alone, freed once
-    training starts. functions: the steps of a round, in order; one that comes several times is compiled once.
-    labels: a name for each of them, for plans and benchmarks. frozen: arrays that never change.
-    prepare: (frozen, batch as read) -> batch as the steps take it, compiled with them.
-    batch: samples of a global batch. batches: (batch, start, stop, process, processes) -> context and
-    iterator of this process's rows as NumPy arrays. data: names the data set. main: role of the result.
-    result: state -> parameters that the phase ends with. preview: parameters -> uint8 [H, W, 3], images of
-    fixed prompts; None where none can be drawn.
-    """
+    name: in logs, metrics and the checkpoint folder. steps: updates of all roles together. start:
+    (frozen, init_arrays) -> `State` at step 0. init_arrays: inputs of `start` alone, freed once
+    training starts. functions: the steps of a round, in order; one that comes several times is
+    compiled once. labels: a name for each of them, for plans and benchmarks. frozen: arrays that
+    never change. prepare: (frozen, batch as read) -> batch as the steps take it, compiled with
+    them. batch: samples of a global batch. batches: (batch, start, stop, process, processes) ->
+    context and iterator of this process's rows as NumPy arrays. data: names the data set. main:
+    role of the result. result: state -> parameters that the phase ends with. preview: parameters
+    -> uint8 [H, W, 3], images of fixed prompts; None where none can be drawn."""
 
     name: str
     steps: int
@@ -61,7 +60,10 @@ class Placed:
 
     @classmethod
     def on(cls, stage: Stage, mesh: jax.sharding.Mesh, say: Say = silent) -> "Placed":
-        """Place a stage. `say` gets a line for each large array that stays whole on every device."""
+        """Place a stage.
+
+        `say` gets a line for each large array that stays whole on every device.
+        """
         frozen, init_arrays = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (stage.frozen, stage.init_arrays)
         )
@@ -96,8 +98,10 @@ def check_batch(stage: Stage, mesh: jax.sharding.Mesh) -> None:
     """Raise UserError where the batch does not divide by the devices."""
     if stage.batch % mesh.size:
         raise UserError(
-            f"{stage.name}: a batch of {stage.batch} does not divide by the {mesh.size} devices of the "
-            f"mesh {' x '.join(map(str, mesh.devices.shape))}: change config.phases.{stage.name}.batch, "
+            f"{stage.name}: a batch of {stage.batch} does not divide by the {mesh.size} devices of "
+            f"the "
+            f"mesh {' x '.join(map(str, mesh.devices.shape))}: change "
+            f"config.phases.{stage.name}.batch, "
             "or use fewer devices"
         )
 

@@ -1,4 +1,6 @@
-"""Phases of a config as stages of the loop: the one place that puts objective, networks, data and optimizers together."""
+"""Phases of a config as stages of the loop: the one place that puts objective, networks, data and
+optimizers together.
+"""
 
 import dataclasses
 from typing import Any
@@ -43,9 +45,9 @@ def make(
 ) -> Stage:
     """Make the stage of the phase of this name.
 
-    data: of `training.datasets`. teacher: parameters of `Frozen.teacher`, or their shapes. begin: parameters that the
-    main role begins from, or their shapes; None for the objective's own beginning.
-    """
+    data: of `training.datasets`. teacher: parameters of `Frozen.teacher`, or their shapes. begin:
+    parameters that the main role begins from, or their shapes; None for the objective's own
+    beginning."""
     phase = c.phases[name]
     made = networks(c, phase)
     objective = phase.objective.objective(made)

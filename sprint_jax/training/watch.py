@@ -17,7 +17,9 @@ class Interrupted(Exception):
 
 
 class Window:
-    """Averages of statistics by time (`objectives.by_time`) over the rounds from one row to the next."""
+    """Averages of statistics by time (`objectives.by_time`) over the rounds from one row to the
+    next.
+    """
 
     def __init__(self, state: list | None):
         """Begin anew, or with the state of a checkpoint between two rows."""
@@ -41,12 +43,17 @@ class Window:
         }
 
     def state(self) -> list:
-        """Return plain values for `__init__`. A copy: checkpoints are written while training continues."""
+        """Return plain values for `__init__`.
+
+        A copy: checkpoints are written while training continues.
+        """
         return [self._rounds, dict(self._sums)]
 
 
 class Watch:
-    """Reads reports one round late: writes rows, moves the bar, stops on lasting non-finite updates."""
+    """Reads reports one round late: writes rows, moves the bar, stops on lasting non-finite
+    updates.
+    """
 
     def __init__(self, name: str, run: config_lib.Run, records, bar, window: Window):
         self._name, self._run, self._records = name, run, records
@@ -54,7 +61,9 @@ class Watch:
         self._waiting: tuple[int, list[Report]] | None = None
 
     def launched(self, step: int, reports: list[Report]) -> None:
-        """Take the reports of a round that was launched, after looking at those of the round before."""
+        """Take the reports of a round that was launched, after looking at those of the round
+        before.
+        """
         self.flush()
         self._waiting = (step, reports)
 
@@ -82,7 +91,9 @@ class Watch:
 
     @staticmethod
     def _role(report: Report) -> str:
-        """Tell roles apart by the names of their norms; a role may report several times in a round."""
+        """Tell roles apart by the names of their norms; a role may report several times in a
+        round.
+        """
         return min(report.norms)
 
     def _refuse_lasting(self, step: int, in_a_row: int, norms: dict[str, Any]) -> None:
@@ -91,7 +102,8 @@ class Watch:
         bad = [k.split("/", 1)[1] for k, v in norms.items() if "/" in k and not np.isfinite(v)]
         raise UserError(
             f"{self._name}: {in_a_row} updates in a row were not finite, at step {step} in "
-            f"{', '.join(sorted(bad)) or 'the loss'}; all were dropped. Lower the learning rate, or "
+            f"{', '.join(sorted(bad)) or 'the loss'}; all were dropped. Lower the learning rate, "
+            f"or "
             "look at the data"
         )
 
@@ -111,10 +123,9 @@ class Stop:
     def agreed(self) -> bool:
         """Return whether to stop after this round: the same answer on every process.
 
-        With several processes it is what they had asked for a round ago, so that none waits for the answer.
-        JAX's own agreement (`reached_preemption_sync_point`) names a step, which rounds of several steps and
-        the stages' counts, each from 0, pass by.
-        """
+        With several processes it is what they had asked for a round ago, so that none waits for
+        the answer. JAX's own agreement (`reached_preemption_sync_point`) names a step, which
+        rounds of several steps and the stages' counts, each from 0, pass by."""
         if jax.process_count() == 1:
             return self._requested
         before, self._asked = self._asked, hosts.anywhere(self._requested)

@@ -30,17 +30,24 @@ _KEEPER = settings.Keeper(
 
 @contextlib.contextmanager
 def claim(workdir: pathlib.Path) -> Iterator[None]:
-    """Make the work directory and hold it for this process. Raises UserError where another holds it."""
+    """Make the work directory and hold it for this process.
+
+    Raises UserError where another holds it.
+    """
     with _KEEPER.hold(workdir):
         yield
 
 
 def write_config(config: config_lib.Config, workdir: pathlib.Path) -> None:
-    """Record the resolved config. Raises UserError for a directory in which another one has begun something."""
+    """Record the resolved config.
+
+    Raises UserError for a directory in which another one has begun something.
+    """
     path = workdir / run_files.CONFIG
     if path.is_file() and config_lib.is_old(_json(path)):
         raise UserError(
-            f"{path} was written by version 0.1, whose checkpoints cannot be resumed: choose another "
+            f"{path} was written by version 0.1, whose checkpoints cannot be resumed: choose "
+            f"another "
             "--workdir"
         )
     _KEEPER.claim(workdir, dataclasses.asdict(config))
