@@ -25,7 +25,8 @@ Presets shapes          2 CPU cores. Distils the shipped teacher into a 1-4 step
                   hours (600M) and 82 (1600M) at full speed, 69 and 205 at 40 % of it.
 
 Any key can be changed on the command line: --config.phases.sprint.steps=400. docs/results/ has the
-measured results. """
+measured results.
+"""
 
 import ml_collections
 
@@ -239,7 +240,8 @@ def sana(preset):
 
     Rates: CAME at 2e-6, which the released trainer multiplies by sqrt(512 / 256), for both
     networks. Warm-up: the released file says 5000 scheduler steps, of which its 32 processes take
-    32 an update: 156. H, and `steps`, count generator and discriminator updates together."""
+    32 an update: 156. H, and `steps`, count generator and discriminator updates together.
+    """
     config = ml_collections.ConfigDict()
     config.seed = 42
     config.data = dict(

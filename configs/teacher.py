@@ -18,7 +18,8 @@ Presets
               has the hours.
 
 The work directory ends with teacher.safetensors:
---config.teacher.pretrained=WORKDIR/teacher.safetensors"""
+--config.teacher.pretrained=WORKDIR/teacher.safetensors
+"""
 
 import pathlib
 import runpy

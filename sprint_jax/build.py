@@ -61,7 +61,8 @@ def latent_shape(c: config_lib.Config) -> tuple[int, int, int]:
 
 def attention(c: config_lib.Config) -> tuple[str, str | None]:
     """What computes attention on this process's devices, and a sentence where that is not what was
-    asked for. Where it is "plain", so is the convolution."""
+    asked for. Where it is "plain", so is the convolution.
+    """
     m = c.model
     return backend.resolve(
         m.attention, jax.default_backend(), m.width // m.heads, m.width // m.cross_heads, m.dtype
@@ -117,7 +118,8 @@ def published_transformer(path, model: LinearDiT):
     """Parameters of `model` from a folder with a diffusers transformer, as NumPy float32.
 
     path: a pipeline's folder or its transformer/. Raises UserError where the folder describes
-    another network."""
+    another network.
+    """
     found, params = folder.read_transformer(path)
     _same(path, "transformer", found, model)
     # 1 says nothing: it is also what folders have that do not name a scale, of teachers for [0, 1]

@@ -3,7 +3,8 @@ somewhere.
 
 A card in `configs/` makes an `ml_collections.ConfigDict`; `parse` turns it into `Config`. There
 are no defaults here: a key that is missing or unknown is an error that names it, and so is a value
-of the wrong type."""
+of the wrong type.
+"""
 
 import dataclasses
 import difflib

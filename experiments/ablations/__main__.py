@@ -4,7 +4,8 @@
 --suite=followups looks into what came out against the paper. Both suites share a work directory,
 so what one made the other has. Every run has a directory under --workdir; stopped at any moment,
 the same command goes on. The report is written after each configuration and at the end, and alone
-with --report_only."""
+with --report_only.
+"""
 
 import dataclasses
 import pathlib

@@ -2,7 +2,8 @@
 
 What a seed and the cheap settings (times, probabilities) change are arguments of the compiled
 programs instead of constants in them, so that runs of one structure share one compilation: a suite
-compiles a dozen programs, not sixty."""
+compiles a dozen programs, not sixty.
+"""
 
 import dataclasses
 import functools
@@ -61,7 +62,8 @@ class Untransferred:
 
     The steps turn u and t into flow's terms and the velocity back; this undoes both, so that F(u,
     t) is the network at u and t themselves (paper section 4, "Schedule Transfer"; Fig. 3d,
-    without)."""
+    without).
+    """
 
     model: object
 
@@ -87,7 +89,8 @@ class Experiments:
     """Everything that runs share: the teacher, the held-out examples, the compiled programs.
 
     card: the scale's card, an `ml_collections.ConfigDict`. workdir: of the suite; a teacher that
-    has to be trained is kept there. say: told in lines."""
+    has to be trained is kept there. say: told in lines.
+    """
 
     def __init__(self, card, scale: grid.Scale, workdir, say):
         self._card, self._scale, self._workdir, self._say = card, scale, pathlib.Path(workdir), say

@@ -3,7 +3,8 @@ paper says.
 
 A run changes the base card of a scale in a few named keys and is repeated over seeds; tables share
 runs, so the baseline is made once. The direction that a table claims is read off the paper's own
-numbers: of two rows, the one with the lower FID, or the higher CLIP score, is the better one."""
+numbers: of two rows, the one with the lower FID, or the higher CLIP score, is the better one.
+"""
 
 import dataclasses
 
@@ -20,7 +21,8 @@ class Run:
       from nothing, then sCM alone with the whole tangent: gradient norms "sample_trigflow",
       "sample_flow"   the teacher with guidance in evaluation.teacher_steps steps
     changes: {dotted key of the card: value}. size: "narrow" or "wide", one of the scale's small
-    networks for "gradients"; "" for the card's own."""
+    networks for "gradients"; "" for the card's own.
+    """
 
     name: str
     kind: str
@@ -49,7 +51,8 @@ class Table:
     rule: "paper" reads each claim's direction off the paper's numbers, and leaves a metric without
     numbers unjudged; "better" claims that the first row is the better one; "equal" claims no
     difference. metrics: what is shown. steps: the student's steps at which the table is judged,
-    each a suffix of the metrics; empty where rows name their own."""
+    each a suffix of the metrics; empty where rows name their own.
+    """
 
     name: str
     title: str

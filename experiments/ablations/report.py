@@ -25,7 +25,8 @@ def write(path, rows, suite: grid.Suite, scale: grid.Scale):
     """Writes the markdown file `path` and its plots into the folder of the same name beside it.
 
     rows: of results.jsonl; those of runs that the suite's tables do not show are left out. A table
-    without any result is named as missing."""
+    without any result is named as missing.
+    """
     shown = {r.name for r in grid.runs_of(suite.tables)}
     rows = [row for row in rows if row["run"] in shown]
     path = pathlib.Path(path)

@@ -41,7 +41,8 @@ def go(
     that is done. about: what every row records besides (commit, device, versions). after: called
     with all rows after a configuration's last seed. Checkpoints of a finished run are removed. An
     error or an interrupt leaves the rows that are finished, and the folder of the run in progress,
-    from which the same call goes on."""
+    from which the same call goes on.
+    """
     workdir = pathlib.Path(workdir)
     todo = [(r, seed) for r in runs for seed in range(seeds)]
     rows = read(workdir)

@@ -2,7 +2,8 @@
 
 Its wording belongs to SANA's authors and is not part of this project. It is read from the source
 of an installed diffusers package (parsed, never imported, so PyTorch is not needed) or from a
-file."""
+file.
+"""
 
 import ast
 import importlib.util

@@ -44,7 +44,8 @@ def load(
 
     instruction: text file with the instruction before each prompt, "" for none, None for the
     folder's own or that of the installed diffusers package. unrolled: networks whose layers lie
-    apart on the device. Raises UserError for a folder that is not a whole model."""
+    apart on the device. Raises UserError for a folder that is not a whole model.
+    """
     described = describe(path, dtype=dtype)
     wording = wording_of(described, instruction)
     params = described.read(

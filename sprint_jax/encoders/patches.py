@@ -2,7 +2,8 @@
 
 Both cut a picture into square patches. `SpaceToDepth` is exact; `PatchPCA` keeps the principal
 components of a patch, a linear stand-in for a deeply compressing autoencoder: fewer tokens, fewer
-channels. `encode` is NumPy, for the data thread; `decode` is JAX, for compiled sampling."""
+channels. `encode` is NumPy, for the data thread; `decode` is JAX, for compiled sampling.
+"""
 
 import dataclasses
 
@@ -56,7 +57,8 @@ class PatchPCA:
     block, scale: as in SpaceToDepth. mean: [3 block^2]. basis: [3 block^2, channels], orthonormal
     columns. spread: [channels], the component's standard deviation over the square root of itself:
     latents are (patch - mean) basis / spread, so that coarse components stay larger than fine
-    ones, but less so."""
+    ones, but less so.
+    """
 
     block: int
     scale: float

@@ -68,7 +68,8 @@ class AutoencoderPixels:
 
     model: its description. tile: decode in tiles any image larger than one. over_devices: batches
     are sharded over devices; elsewhere a batch whose arrays would be too large is processed in
-    parts."""
+    parts.
+    """
 
     model: DCAE
     tile: bool

@@ -5,7 +5,8 @@ The published pipeline tokenises instruction + prompt, pads on the right to n + 
 where n is the length of the instruction alone, and keeps position 0 and the last 299 of the hidden
 states. The instruction ends in a space that merges with the prompt's first word, so of its n
 tokens n - 1 are the same for every prompt: that is the prefix whose keys and values are computed
-once."""
+once.
+"""
 
 import warnings
 
@@ -28,7 +29,8 @@ class GemmaPrompts:
     """Tokens of prompts under one instruction.
 
     instruction: as given. prefix: int32 [P], the tokens that all prompts share; empty without an
-    instruction."""
+    instruction.
+    """
 
     def __init__(self, tokenizer, instruction: str):
         """tokenizer: a transformers fast tokenizer that puts <bos> first. instruction: "" for
@@ -77,7 +79,8 @@ class GemmaPrompts:
         """list of B prompts -> list of B int32 arrays: what follows the prefix, cut to the window.
 
         Prompts are lower-cased and stripped, as the published pipeline does. One that is too long
-        is cut, with a warning that shows what was lost."""
+        is cut, with a warning that shows what was lost.
+        """
         return [self._one(i, prompt) for i, prompt in enumerate(prompts)]
 
     def _one(self, index, prompt):
@@ -130,7 +133,8 @@ def batches(rows, size):
     """Groups prepared prompts of equal shape, `size` at a time.
 
     rows: [(key, arrays)]. Yields (key, indices, the same padded to `size`, arrays stacked in that
-    order). A prompt's company never changes its shapes, so it never changes its picture."""
+    order). A prompt's company never changes its shapes, so it never changes its picture.
+    """
     by_key = {}
     for i, (key, _) in enumerate(rows):
         by_key.setdefault(key, []).append(i)

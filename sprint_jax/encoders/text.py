@@ -1,7 +1,8 @@
 """Text encoders: prompts to features.
 
 `prepare` runs on the host and gives each prompt's padded length and arrays; `features` is traced.
-Parameters are arguments everywhere."""
+Parameters are arguments everywhere.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

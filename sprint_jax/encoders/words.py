@@ -4,7 +4,8 @@ It stands where Gemma-2 stands for the published models: prompts in, features [B
 [B, L] out. A token's feature holds its own word and the six words on either side, each by a fixed
 random vector of that word at that distance (so a noun carries its adjective and the relation it
 stands in), and its position. `ShapesText` knows the words of `shapes` and refuses others;
-`WordsText` takes any, by a hash."""
+`WordsText` takes any, by a hash.
+"""
 
 import re
 import zlib
@@ -78,7 +79,8 @@ class ShapesText:
         """list of B strings -> features float32 [B, L, D], mask float32 [B, L].
 
         The empty string is the null prompt. Raises UserError for a word outside the vocabulary and
-        for a prompt of more than L - 1 words."""
+        for a prompt of more than L - 1 words.
+        """
         tokens, mask = prompts_lib.pad([self._ids(prompt) for prompt in prompts], LENGTH)
         return self.window(tokens), mask
 

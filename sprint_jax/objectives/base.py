@@ -57,7 +57,8 @@ class Frozen:
     the network that is distilled, or of the trunk that a ControlNet is trained around; None while
     a teacher is trained. text_encoder: parameters of the encoder of token ids, None where batches
     hold features. numbers: settings that a compiled program reads as arguments, so that runs share
-    it; None without any."""
+    it; None without any.
+    """
 
     null_text: jax.Array
     null_mask: jax.Array
@@ -91,7 +92,8 @@ class Report:
     counters.
 
     norms: {name: L2 norm of the gradient}, of the role and of each of its modules. rejected: of
-    the role."""
+    the role.
+    """
 
     scalars: dict[str, jax.Array]
     by_time: dict[str, jax.Array]
@@ -112,7 +114,8 @@ class Update:
     (params, draws, state, frozen) -> (mean over samples, `Aux`), pure; it may see the draws in
     parts. prepare: role -> its extra arrays for this update, which the loss sees in `state` and
     which are kept if the update is finite. names: of the loss and of the gradient's norm in logs.
-    rules: how CAME sees the parameters."""
+    rules: how CAME sees the parameters.
+    """
 
     role: str
     draw: Callable[[jax.Array, Batch, Frozen], Draws]
@@ -130,7 +133,8 @@ class Objective:
     which they are updated; a role may come several times. updates: {role: its update}. start:
     (frozen, parameters to begin from or None, key) -> {role: `Start`}, traced. sampler: how the
     result draws, "renoise" (few steps, fresh noise between them) or "guided_euler" (many guided
-    steps)."""
+    steps).
+    """
 
     main: str
     round: tuple[str, ...]
@@ -146,7 +150,8 @@ class Needs:
     teacher: whether a trained network must be there to learn from. network: kinds of networks that
     it can train. blocks: numbers of the teacher's blocks whose features it reads. batch: least
     number of samples. group: samples that are normalized together, 1 where none are. groups_of:
-    how many times the batch is normalized at once (2 with as many wrong pairs beside it)."""
+    how many times the batch is normalized at once (2 with as many wrong pairs beside it).
+    """
 
     teacher: bool
     network: tuple[str, ...] = ("student",)
@@ -175,7 +180,8 @@ class Networks:
 
     trained: the network that the phase trains; of a ControlNet around a trunk the ControlNet
     alone. teacher: what is distilled, with its ControlNet where there is one. width: of the
-    teacher's features. dtype: of their products."""
+    teacher's features. dtype: of their products.
+    """
 
     trained: Any
     teacher: Any
@@ -188,7 +194,8 @@ class Settings(Protocol):
     """An objective's section of the config: a frozen dataclass whose field `kind` names it.
 
     `round` names the roles in the order of their updates; each has an optimizer in the config.
-    `problems` yields (field, what to use instead) for each value out of range."""
+    `problems` yields (field, what to use instead) for each value out of range.
+    """
 
     kind: str
 

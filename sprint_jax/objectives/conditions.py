@@ -20,7 +20,8 @@ def conditions(
     has one.
 
     control: [B, h, w, c] latents. control_scale: [B], 0 with probability control_dropout, else 1.
-    key: of the step."""
+    key: of the step.
+    """
     cond = {"text": batch["text"], "mask": batch["mask"]}
     if "control" in batch:
         kept = jax.random.bernoulli(

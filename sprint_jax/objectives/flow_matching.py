@@ -56,7 +56,8 @@ class FlowMatching:
 
         The trained network is a `LinearDiT`, all of which is trained, or a `Controlled`, whose
         ControlNet alone is: the role then holds its parameters, and `Frozen.teacher` those of the
-        trunk."""
+        trunk.
+        """
         return Objective(
             main="network",
             round=self.round,
@@ -130,7 +131,8 @@ def add_qk_norm(params: PyTree, model: LinearDiT, key: jax.Array) -> PyTree:
     """Complete the parameters of a teacher without QK-norm by norm weights of one.
 
     Every other parameter is kept. A change of time scale needs no parameters. Raises ValueError if
-    more than the norms differ."""
+    more than the norms differ.
+    """
     abstract = jax.eval_shape(model.init, key)
     have = traverse_util.flatten_dict(params)
     merged = {}

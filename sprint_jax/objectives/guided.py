@@ -31,7 +31,8 @@ class Guided:
     """Log-variance of the student before training (code: 0).
 
     The error of a normalized tangent is below 1 / D for latents of D numbers, so -log D is about
-    where it ends. """
+    where it ends.
+    """
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (field, what to use instead) for each value out of range."""

@@ -98,7 +98,8 @@ def adversarial(settings: LaddTerm, networks: Networks, student: Update) -> Obje
     """Build an objective of a student's update and the discriminator's, in that order.
 
     The generator comes first, as in the published trainer; the paper's Algorithm 2 has the
-    discriminator first, on shared draws."""
+    discriminator first, on shared draws.
+    """
 
     def start(frozen: Frozen, begin: PyTree, key: jax.Array) -> dict[str, Start]:
         k_student, k_heads = jax.random.split(key)
@@ -139,7 +140,8 @@ def discriminate(
     hooked block.
 
     heads: their parameters and singular vectors. seen: the renoised image u at unit scale and its
-    angle s."""
+    angle s.
+    """
     u, s = seen
     x_fm, t_fm = trigflow.to_flow_state(u, s), trigflow.to_flow_time(s)
     features = networks.teacher.apply(

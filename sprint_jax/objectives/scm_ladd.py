@@ -2,7 +2,8 @@
 batches.
 
 The teacher is the velocity field, the feature extractor of the heads and the starting point of the
-student; it never changes."""
+student; it never changes.
+"""
 
 import dataclasses
 from collections.abc import Iterator

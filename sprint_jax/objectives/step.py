@@ -2,7 +2,8 @@
 pure.
 
 Every random number of an update is drawn for the whole batch before anything is computed, so an
-update depends neither on how its batch is cut into parts nor on the number of devices."""
+update depends neither on how its batch is cut into parts nor on the number of devices.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,7 +41,8 @@ def make_step(
 
     tx: the role's optimizer. ema: decay of its moving average, 0 for none. accumulate: parts of a
     batch whose gradients are averaged one after the other. seed: the key of a step is folded from
-    (seed, state.step). An update that is not finite changes nothing but the counters."""
+    (seed, state.step). An update that is not finite changes nothing but the counters.
+    """
     label, norm_label = update.names
 
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Report]:
@@ -141,7 +143,8 @@ def value_and_grad(
     parts: 1 takes the batch whole; more average over that many parts one after the other, so that
     only one part's activations are held. A part takes every parts-th run of GROUP samples: the
     discriminator's normalization groups stay whole, and each device works on samples that it
-    already holds."""
+    already holds.
+    """
     gradient = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:
         return gradient(params, draws)

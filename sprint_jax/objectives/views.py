@@ -24,7 +24,8 @@ def student_params(
     """Copy the teacher's parameters and add fresh ones for what only the student has.
 
     The guidance embedding ends in zeros, so the student starts as the teacher exactly, with a
-    log-variance of `logvar_start` everywhere."""
+    log-variance of `logvar_start` everywhere.
+    """
     fresh = traverse_util.flatten_dict(student.init(key))
     for path, leaf in fresh.items():
         if path[-2:] == ("logvar", "bias"):
@@ -85,7 +86,8 @@ def teacher_velocity(
 
     uncond_mask: "cond" (code: the prompt's own mask on null features) or "null" (the null prompt's
     mask). A student that is not conditioned on the scale learns the unguided teacher, as in the
-    published code."""
+    published code.
+    """
     teacher = networks.teacher
     if not networks.trained.guidance_embed:
         F = trigflow.from_flow(lambda x, t: teacher.apply(frozen.teacher, x, t, **cond).velocity)

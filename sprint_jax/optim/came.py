@@ -16,7 +16,8 @@ are two, each with means and a clipping of its own. There is no bias correction.
 second moment and eps2 the instability S, as in the paper.
 
 A leaf of a stack of layers is one tensor per layer, as in the published networks: every mean and
-the clipping are taken layer by layer, so stacking changes nothing."""
+the clipping are taken layer by layer, so stacking changes nothing.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,7 +34,8 @@ class CameState(NamedTuple):
     second moment of a matrix [..., in, out] over its columns and over its rows; res_row and
     res_col: the same of the instability. nu: second moment of any other leaf, shaped as the leaf.
     Where a leaf has none of a kind stands optax.MaskedNode(), which holds no array: Orbax refuses
-    arrays of size zero."""
+    arrays of size zero.
+    """
 
     count: jax.Array
     mu: optax.Params
@@ -146,7 +148,8 @@ def over_root(x, row, col):
     """x / sqrt(row col / mean(row)) for x [..., in, out], row [..., in] and col [..., out].
 
     Factor by factor: the product of two small means, or a small one over a large one, leaves
-    float32's range where a whole row of gradients is zero, and 0 times infinity would follow."""
+    float32's range where a whole row of gradients is zero, and 0 times infinity would follow.
+    """
     scale = jnp.sqrt(row.mean(-1, keepdims=True)) * jax.lax.rsqrt(row)
     return x * scale[..., None] * jax.lax.rsqrt(col)[..., None, :]
 
@@ -155,7 +158,8 @@ class Rules(NamedTuple):
     """How CAME sees the parameters of one network.
 
     factored: (path, leaf) -> whether the leaf is a matrix with row and column means. stacked:
-    (path, leaf) -> how many leading axes of another leaf are layers."""
+    (path, leaf) -> how many leading axes of another leaf are layers.
+    """
 
     factored: Callable[[tuple[str, ...], Any], bool]
     stacked: Callable[[tuple[str, ...], Any], int]
@@ -165,7 +169,8 @@ def _dit_factored(path, leaf):
     """Return whether a leaf of a LinearDiT is a matrix: kernels and the modulation tables are.
 
     SANA factors weights with two axes and 1x1 convolutions, so tables [6, D] and [2, D] as well,
-    but no 3x3 convolution (`conv_depth_kernel`)."""
+    but no 3x3 convolution (`conv_depth_kernel`).
+    """
     return path[-1] in ("kernel", "scale_shift_table")
 
 

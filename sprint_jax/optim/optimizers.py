@@ -60,7 +60,8 @@ def make(
     `updates`.
 
     batch: samples of a global batch, for the square-root rule of the rate. rules: how CAME sees
-    the parameters."""
+    the parameters.
+    """
     factor = math.sqrt(batch / settings.reference_batch) if settings.reference_batch else 1.0
 
     def schedule(lr: float) -> optax.Schedule:

@@ -20,7 +20,8 @@ no directory. Its members:
 Times, guidance, seed and indices are arguments, so any schedule and any guidance scale can be
 requested. The number of steps, padded length, batch size and image size are fixed: each needs a
 program of its own. jax.export promises that a program can be run for six months after the release
-of the JAX that wrote it. Load trusted files only: like any program, they can do harm."""
+of the JAX that wrote it. Load trusted files only: like any program, they can do harm.
+"""
 
 import contextlib
 import dataclasses
@@ -72,7 +73,8 @@ class Header:
     arithmetic. text: {"kind": "gemma", "instruction"}, {"kind": "words", "length"} or {"kind":
     "shapes"}. factor, channels: pixels per latent cell, and channels of a latent. height, width,
     guidance_scale, schedule, batch_size: defaults of `generate`. programs: all programs of the
-    file."""
+    file.
+    """
 
     jax: str
     commit: str
@@ -131,7 +133,8 @@ class Exported:
     """An exported file in memory, a back end of `generation.generate`.
 
     path: where its programs are read from, each when it is first needed. header: of the file.
-    text, pixels: the host's part of the encoders. params: {name: array}, on the device."""
+    text, pixels: the host's part of the encoders. params: {name: array}, on the device.
+    """
 
     path: pathlib.Path
     header: Header
@@ -253,7 +256,8 @@ def load(path: pathlib.Path | str, say: Callable[[str], None] = lambda message: 
     """Load an exported file.
 
     say: called with a line before the weights are read. Raises UserError for a file that is not a
-    whole exported one, is of another format, or is for another platform."""
+    whole exported one, is of another format, or is for another platform.
+    """
     path = pathlib.Path(path)
     with _opened(path) as archive:
         header = _header(path, json.loads(archive.read(HEADER)))

@@ -2,7 +2,8 @@
 
 Turns a request into sizes, times, tokenized prompts and batches. The back end (a
 `pipeline.Pipeline` or an `exported.Exported`) only supplies compiled programs. No network is known
-here."""
+here.
+"""
 
 import dataclasses
 import math
@@ -29,7 +30,8 @@ class Kind:
 
     output: "pixels" or "latent". steps: network calls. length: tokens that prompts are padded to.
     batch_size: images. shape: (h, w, c) of one latent. draws, start, control: whether noise,
-    latents to start from, or a ControlNet's condition are given."""
+    latents to start from, or a ControlNet's condition are given.
+    """
 
     output: str
     steps: int
@@ -329,7 +331,8 @@ def image_times(times: np.ndarray, strength: float) -> np.ndarray:
 
     The published pipeline rounds so that its default (2 steps, strength 0.6) starts at pi/2, where
     nothing is left of the image. Here steps are rounded away from noise, and unless strength is 1
-    the first time is at most IMAGE_T_MAX. Raises UserError for a strength outside (0, 1]."""
+    the first time is at most IMAGE_T_MAX. Raises UserError for a strength outside (0, 1].
+    """
     if not 0 < strength <= 1:
         raise UserError(f"strength {strength}: use more than 0 and at most 1")
     steps = len(times) - 1

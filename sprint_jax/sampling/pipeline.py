@@ -86,7 +86,8 @@ def over_devices(pipe: Pipeline, devices: Sequence[jax.Device]) -> Pipeline:
     over them.
 
     Batches must then be multiples of their number. No kernels: left to itself the compiler would
-    gather a kernel's operands."""
+    gather a kernel's operands.
+    """
     mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))

@@ -6,7 +6,8 @@ the names that a network's `apply` takes: {"text" [B, L, D], "mask" [B, L]}, and
 {"control" [B, h, w, c], "control_scale" [B]}.
 
 An image's noise comes from (seed, index) alone, and images are generated in batches of one fixed
-size, the last one padded, so an image is the same alone and in company, to the last bit."""
+size, the last one padded, so an image is the same alone and in company, to the last bit.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -48,7 +49,8 @@ def student_latents(
 
     guidance: scalar that the student is conditioned on. times: angles of `samplers.scm_times`.
     draws: [steps, B, h, w, c] unit-variance noise. start: latents to start from, None for noise
-    alone."""
+    alone.
+    """
     count = draws.shape[1]
     w = jnp.full((count,), guidance) if model.guidance_embed else None
     v = lambda x, t: model.apply(params, x, t, guidance=w, **cond).velocity
@@ -70,7 +72,8 @@ def teacher_latents(
     "flow" Euler (times).
 
     null: {"text" [1, L, D], "mask" [1, L]} of the empty prompt, used under the prompt's own mask.
-    Traced."""
+    Traced.
+    """
     w = jnp.full((noise.shape[0],), guidance)
     uncond = {**cond, "text": jnp.broadcast_to(null["text"], cond["text"].shape)}
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), uncond, dict(cond))
@@ -84,7 +87,8 @@ def student_sampler(model: Any, pixels: Any, shape: Sequence[int], times: Any) -
     """Return a compiled sample(params, null, cond, guidance, seed, indices) -> uint8 [B, H, W, 3].
 
     pixels: a pixel codec. params: {"transformer", "pixels"}. shape: of one latent. times: of
-    `samplers.scm_times`."""
+    `samplers.scm_times`.
+    """
 
     def sample(params, null, cond, guidance, seed, indices):
         draws = noises(seed, indices, shape, len(times) - 1)
@@ -141,7 +145,8 @@ def run(
     """Generate an image for each row of `cond`, image i from (seed, i, row i): uint8 [N, H, W, 3].
 
     null: conditions of the empty prompt. starts: rows at which to begin a batch, for one of
-    several processes; None for all. say: called with the number of images done."""
+    several processes; None for all. say: called with the number of images done.
+    """
     images, count = [], len(cond["text"])
     for start in range(0, count, batch) if starts is None else starts:
         rows = np.minimum(np.arange(start, start + batch), count - 1)  # the last batch is padded

@@ -4,7 +4,8 @@ checked on read.
 Beside the arrays a checkpoint holds a fingerprint of each: a sum over its bits that does not
 depend on how the array is cut, so that a checkpoint from eight devices is checked as well on two.
 One that cannot be read, or whose bits changed, is set aside with a loud message and the one before
-it is used."""
+it is used.
+"""
 
 import functools
 import pathlib
@@ -25,7 +26,8 @@ class Checkpoints:
     writes.
 
     data: names what is learnt from, and is kept beside the state: with the step it is the whole
-    state of the input, whose order depends on nothing else."""
+    state of the input, whose order depends on nothing else.
+    """
 
     def __init__(self, directory, *, keep, data="", say=lambda message: None):
         self._directory, self._data, self._say = pathlib.Path(directory).absolute(), data, say
@@ -59,7 +61,8 @@ class Checkpoints:
         beside: what the host knows and a resumed run needs, as plain values for JSON.
 
         Raises UserError when this or the save before it could not be written; earlier checkpoints
-        are whole."""
+        are whole.
+        """
         if step == self._manager.latest_step():
             return
         meta = {"fingerprints": fingerprints(state), "data": self._data, "beside": beside}
@@ -95,7 +98,8 @@ class Checkpoints:
         without any.
 
         abstract: ShapeDtypeStructs with shardings, of any mesh. Damaged checkpoints are renamed
-        and skipped. Raises UserError for one that was made with another config."""
+        and skipped. Raises UserError for one that was made with another config.
+        """
         for step in sorted(self._manager.all_steps(), reverse=True):
             self._check_fits(step, abstract)
             state, damage = self._read(step, abstract)
@@ -237,7 +241,8 @@ def read_part(directory, part: tuple[str, ...], abstract):
     number of devices.
 
     part: names from the state down, as ("roles", "student", "ema"). abstract: its shapes. Raises
-    UserError where there is none."""
+    UserError where there is none.
+    """
     directory = pathlib.Path(directory).absolute()
     steps = sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True)
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}

@@ -2,7 +2,8 @@
 pictures.
 
 Two kinds with the same face: `Shapes` draws the embedded data as they are needed, `EncodedData`
-reads a folder that `sprint-jax encode` made. `open_dataset` chooses."""
+reads a folder that `sprint-jax encode` made. `open_dataset` chooses.
+"""
 
 import dataclasses
 import hashlib
@@ -40,7 +41,8 @@ class Heldout:
     reference: real pictures for the Fréchet distance, uint8 [M, H, W, 3]. meanings: of the
     captions, for the checker of `shapes`; None for other data. sketches: what "control" shows,
     uint8 [N, H, W]; None without a ControlNet. edges: the lines that a picture's own should agree
-    with, alike: the sketches, or of rough ones the edges of `images`."""
+    with, alike: the sketches, or of rough ones the edges of `images`.
+    """
 
     captions: list[str]
     cond: dict[str, np.ndarray]

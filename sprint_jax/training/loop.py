@@ -4,7 +4,8 @@ rest.
 Order: restore or start, compile and say what was compiled, then rounds. A round is one call of
 each step function on consecutive batches, and rows, checkpoints and stops fall between rounds.
 Reports of a round are fetched after the next one has been launched, so the device never waits for
-the host."""
+the host.
+"""
 
 import concurrent.futures
 import pathlib
@@ -83,7 +84,8 @@ def train(
     compiled: {shapes of a batch: programs} of an earlier stage with the same functions on the same
     mesh, whose arrays alone differ; what is compiled here is added to it. bar: show progress on
     stderr. Raises Interrupted after saving when asked to stop, UserError when updates stay
-    non-finite."""
+    non-finite.
+    """
     check_batch(stage, mesh)
     placed = Placed.on(stage, mesh, say)
     frozen = place(stage.frozen, placed.frozen)
@@ -153,7 +155,8 @@ def _preview(stage, run, workdir, records, done, state):
     previews/STAGE_STEP.png.
 
     All processes gather the parameters (their average where there is one); process 0 draws and
-    writes."""
+    writes.
+    """
     if stage.preview is None or not run.preview_every or done % run.preview_every:
         return
     params = hosts.to_host(stage.result(state))

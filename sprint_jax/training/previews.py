@@ -2,7 +2,8 @@
 parameters.
 
 The prompts and seeds are the first ones of the evaluation, so the last preview and the first row
-of its grids show the same images. A student draws in one step, a teacher as it is evaluated."""
+of its grids show the same images. A student draws in one step, a teacher as it is evaluated.
+"""
 
 import functools
 from collections.abc import Callable

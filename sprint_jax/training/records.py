@@ -16,7 +16,8 @@ class Records:
     workdir is None.
 
     A row holds "stage", "step" and scalars. After a resume the file reads as if nothing had
-    happened: `rewind` drops the rows that will be written again."""
+    happened: `rewind` drops the rows that will be written again.
+    """
 
     def __init__(self, workdir):
         self._writer = None
@@ -65,7 +66,9 @@ class Records:
 
 
 def progress(stage, start, stop, shown=True):
-    """Return a progress bar over the steps of a stage: rate, time left, and `set_postfix`'s fields."""
+    """Return a progress bar over the steps of a stage: rate, time left, and `set_postfix`'s
+    fields.
+    """
     return tqdm.tqdm(
         total=stop,
         initial=start,

@@ -2,7 +2,8 @@
 skipped.
 
 Every process of a multi-host run calls `run` with the same arguments on a shared work directory;
-process 0 writes what people read."""
+process 0 writes what people read.
+"""
 
 import contextlib
 import dataclasses
@@ -163,7 +164,8 @@ def trained(job: Job, network: str, *, teacher: PyTree = None, begin: PyTree = N
 
     network: "teacher" (with the phases of the base network), "control" or "student". teacher: of
     `Frozen.teacher`. begin: parameters that its first phase begins from. Returns None where no
-    phase trains the network."""
+    phase trains the network.
+    """
     c, file = job.config, FILES[network]
     names = [n for n in config_lib.active(c) if FILES[c.phases[n].network] == file]
     if not names:

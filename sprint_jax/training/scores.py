@@ -27,7 +27,8 @@ class Trial:
     """One row of the table of scores.
 
     heldout: examples. evaluator: scores images against them. sampler, params, guidance: what draws
-    them. changes: of the held-out conditions, {name: value of every example}."""
+    them. changes: of the held-out conditions, {name: value of every example}.
+    """
 
     heldout: Any
     evaluator: Evaluator
@@ -41,7 +42,8 @@ def evaluate(job: Any, teacher: Any, student: Any, begin: float) -> dict:
     """Score everything, write summary.json and the grids of images; return the summary.
 
     job: a `run.Job`. student: its parameters, or None. begin: when the run began, by
-    `time.perf_counter`."""
+    `time.perf_counter`.
+    """
     config, done = job.config, job.workdir / run_files.SUMMARY
     if bool(hosts.from_primary(int(done.exists()))):
         job.say(f"evaluation: done before, {done}")

@@ -3,7 +3,8 @@ surprises.
 
 The mesh has two axes. "data" holds copies of the parameters, "fsdp" cuts them; a batch is split
 over both. There is no third axis for tensor parallelism: at the published sizes a block's weights
-fit one device many times over, and its activations are already split by sample."""
+fit one device many times over, and its activations are already split by sample.
+"""
 
 import math
 import re
@@ -79,7 +80,8 @@ def shardings(tree, mesh, say=lambda message: None):
     """A NamedSharding for every leaf of an abstract tree.
 
     say: told of big leaves that stay whole on every device. Raises UserError for a leaf that its
-    rule does not fit."""
+    rule does not fit.
+    """
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")

@@ -31,7 +31,8 @@ class Stage:
     them. batch: samples of a global batch. batches: (batch, start, stop, process, processes) ->
     context and iterator of this process's rows as NumPy arrays. data: names the data set. main:
     role of the result. result: state -> parameters that the phase ends with. preview: parameters
-    -> uint8 [H, W, 3], images of fixed prompts; None where none can be drawn."""
+    -> uint8 [H, W, 3], images of fixed prompts; None where none can be drawn.
+    """
 
     name: str
     steps: int

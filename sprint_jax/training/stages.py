@@ -47,7 +47,8 @@ def make(
 
     data: of `training.datasets`. teacher: parameters of `Frozen.teacher`, or their shapes. begin:
     parameters that the main role begins from, or their shapes; None for the objective's own
-    beginning."""
+    beginning.
+    """
     phase = c.phases[name]
     made = networks(c, phase)
     objective = phase.objective.objective(made)

@@ -125,7 +125,8 @@ class Stop:
 
         With several processes it is what they had asked for a round ago, so that none waits for
         the answer. JAX's own agreement (`reached_preemption_sync_point`) names a step, which
-        rounds of several steps and the stages' counts, each from 0, pass by."""
+        rounds of several steps and the stages' counts, each from 0, pass by.
+        """
         if jax.process_count() == 1:
             return self._requested
         before, self._asked = self._asked, hosts.anywhere(self._requested)
