@@ -1,10 +1,9 @@
-"""Networks and the embedded text encoder and pixel codec of a configuration: the one place that
-builds them.
-"""
+"""The one place that builds the networks and embedded encoders of a config."""
 
 import dataclasses
 import math
 import pathlib
+from typing import Any
 
 import jax
 
@@ -20,20 +19,15 @@ from sprint_jax.storage import weights
 _PACKAGE = "package:"
 
 
-def text_encoder(c: config_lib.Config):
-    """The embedded prompt encoder, `encode(prompts) -> features [B, L, D], mask [B, L]`; None for
-    Gemma-2.
-    """
+def text_encoder(c: config_lib.Config) -> words.ShapesText | words.WordsText | None:
+    """Build the embedded text encoder; None where Gemma-2 encodes."""
     if c.text.vocabulary == "gemma":
         return None
     return words.ShapesText() if c.text.vocabulary == "shapes" else words.WordsText(c.text.length)
 
 
-def codec(c: config_lib.Config):
-    """The pixel codec: `encode(images)` and `decode(latents)`.
-
-    Reads its weights where it has some.
-    """
+def codec(c: config_lib.Config) -> patches.SpaceToDepth | patches.PatchPCA:
+    """Build the embedded pixel codec, with its weights from `codec.weights`."""
     if not c.codec.weights:
         return patches.SpaceToDepth(c.codec.block, c.codec.scale)
     inputs, channels = 3 * c.codec.block**2, c.codec.channels
@@ -45,7 +39,7 @@ def codec(c: config_lib.Config):
 
 
 def asset(path: str) -> pathlib.Path:
-    """A file by its path, or one shipped with the code by "package:NAME"."""
+    """Return a file by its path, or one shipped with the code by "package:NAME"."""
     if path.startswith(_PACKAGE):
         return (
             pathlib.Path(__file__).parent / "assets" / f"{path.removeprefix(_PACKAGE)}.safetensors"
@@ -54,14 +48,15 @@ def asset(path: str) -> pathlib.Path:
 
 
 def latent_shape(c: config_lib.Config) -> tuple[int, int, int]:
-    """(h, w, c) of one latent."""
+    """Return (h, w, c) of one latent."""
     side = c.data.size // c.codec.block
     return side, side, c.codec.channels
 
 
 def attention(c: config_lib.Config) -> tuple[str, str | None]:
-    """What computes attention on this process's devices, and a sentence where that is not what was
-    asked for. Where it is "plain", so is the convolution.
+    """Choose what computes attention here, and say so in a sentence where it is not what was wanted.
+
+    Where it is "plain", so is the convolution.
     """
     m = c.model
     return backend.resolve(
@@ -82,21 +77,22 @@ def _model(c: config_lib.Config, **changes) -> LinearDiT:
 
 
 def student(c: config_lib.Config) -> LinearDiT | Controlled:
+    """Describe the student, with its ControlNet where there is one."""
     return _controlled(c, _model(c, logvar_head=True))
 
 
 def teacher(c: config_lib.Config) -> LinearDiT:
-    """The teacher as distillation needs it: never told the guidance scale."""
+    """Describe the teacher as distillation needs it: not conditioned on the guidance scale."""
     return _model(c, guidance_embed=False)
 
 
 def distilled_teacher(c: config_lib.Config) -> LinearDiT | Controlled:
-    """What the student learns from: the teacher, with its ControlNet where there is one."""
+    """Describe what the student learns from: the teacher, with its ControlNet where there is one."""
     return _controlled(c, teacher(c))
 
 
 def controlnet(c: config_lib.Config) -> ControlNet:
-    """The ControlNet of teacher and student alike. Not for control.depth 0."""
+    """Describe the ControlNet of teacher and student alike. Needs control.depth above 0."""
     return ControlNet(net=teacher(c), depth=c.control.depth)
 
 
@@ -105,7 +101,7 @@ def _controlled(c, trunk):
 
 
 def base_teacher(c: config_lib.Config) -> LinearDiT:
-    """The teacher as it is first trained, perhaps without QK-norm or dense time."""
+    """Describe the teacher as it is first trained, perhaps without QK-norm or dense times."""
     return _model(
         c,
         guidance_embed=False,
@@ -114,8 +110,8 @@ def base_teacher(c: config_lib.Config) -> LinearDiT:
     )
 
 
-def published_transformer(path, model: LinearDiT):
-    """Parameters of `model` from a folder with a diffusers transformer, as NumPy float32.
+def published_transformer(path: pathlib.Path, model: LinearDiT) -> Any:
+    """Read parameters of `model` from a folder with a diffusers transformer, as NumPy float32.
 
     path: a pipeline's folder or its transformer/. Raises UserError where the folder describes
     another network.
@@ -126,16 +122,14 @@ def published_transformer(path, model: LinearDiT):
     # and of SANA for [0, 1000].
     if found.time_scale != 1.0 and not math.isclose(1000 * found.time_scale, model.time_scale):
         raise UserError(
-            f"{path} holds a transformer with timestep_scale={found.time_scale}, which of flow "
-            f"times in [0, 1] is a time_scale of "
-            f"{1000 * found.time_scale:g}, the config asks for {model.time_scale:g}: change "
-            f"config.model.time_scale or "
-            "config.teacher.base_time_scale, or give another folder"
+            f"{path} holds a transformer with timestep_scale={found.time_scale}, for flow "
+            f"times in [0, 1] a time_scale of {1000 * found.time_scale:g}, the config asks for {model.time_scale:g}: change "
+            "config.model.time_scale or config.teacher.base_time_scale, or give another folder"
         )
     return params
 
 
-def published_controlnet(path, model: ControlNet):
+def published_controlnet(path: pathlib.Path, model: ControlNet) -> Any:
     """Read parameters of `model` from a folder of a diffusers ControlNet."""
     found, params = folder.read_controlnet(path)
     if found.depth != model.depth:
@@ -148,7 +142,7 @@ def published_controlnet(path, model: ControlNet):
 
 
 def _same(path, what, found, model):
-    """Raises UserError where two networks differ in more than how they are computed."""
+    """Raise UserError where two networks differ in more than how they are computed."""
     free = {
         name: getattr(model, name)
         for name in (
@@ -162,9 +156,8 @@ def _same(path, what, found, model):
         )
     }
     if model.time_scale != found.time_scale:
-        free["time_scale"] = (
-            model.time_scale
-        )  # dense times are told in [0, 1]; the folder may scale them elsewhere
+        # Dense times are in [0, 1]; the folder may scale them elsewhere.
+        free["time_scale"] = model.time_scale
     differing = [
         f.name
         for f in dataclasses.fields(model)

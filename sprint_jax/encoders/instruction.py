@@ -1,4 +1,4 @@
-"""Where the instruction before every prompt of the published models comes from.
+"""The instruction before every prompt of the published models.
 
 Its wording belongs to SANA's authors and is not part of this project. It is read from the source
 of an installed diffusers package (parsed, never imported, so PyTorch is not needed) or from a
@@ -21,9 +21,9 @@ _OTHERWISE = (
 
 
 def published(path: str | None = None) -> str:
-    """The instruction: of a UTF-8 file, "" for none, or from diffusers when path is None.
+    """Read the instruction: from a UTF-8 file, "" for none, or from diffusers when path is None.
 
-    Raises UserError saying what is missing.
+    Raises UserError where neither can be read.
     """
     if path is not None:
         if path == "":
@@ -57,7 +57,7 @@ def published(path: str | None = None) -> str:
 
 
 def _default(function):
-    """The list of strings that is the default of the argument, or None."""
+    """Return the list of strings that is the default of the argument, or None."""
     named = function.args.args
     defaults = [None] * (len(named) - len(function.args.defaults)) + function.args.defaults
     pairs = [*zip(named, defaults), *zip(function.args.kwonlyargs, function.args.kw_defaults)]

@@ -1,7 +1,7 @@
 """Prompts of the published models to Gemma tokens: the instruction, the window and its odd
 arithmetic.
 
-The published pipeline tokenises instruction + prompt, pads on the right to n + 300 - 2 tokens,
+The published pipeline tokenizes instruction + prompt, pads on the right to n + 300 - 2 tokens,
 where n is the length of the instruction alone, and keeps position 0 and the last 299 of the hidden
 states. The instruction ends in a space that merges with the prompt's first word, so of its n
 tokens n - 1 are the same for every prompt: that is the prefix whose keys and values are computed
@@ -9,6 +9,7 @@ once.
 """
 
 import warnings
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -22,13 +23,13 @@ _BUCKETS = (15, 31, 63, 127, WINDOW - 1, WINDOW)
 
 
 class CutWarning(UserWarning):
-    """A prompt was longer than what the model reads."""
+    """Warns of a prompt that is longer than the model reads."""
 
 
 class GemmaPrompts:
-    """Tokens of prompts under one instruction.
+    """The tokens of prompts under one instruction.
 
-    instruction: as given. prefix: int32 [P], the tokens that all prompts share; empty without an
+    instruction: the text. prefix: int32 [P], the tokens that all prompts share; empty without an
     instruction.
     """
 
@@ -47,9 +48,7 @@ class GemmaPrompts:
         self.prefix = np.array(start[:-1] if instruction else [], np.int32)
 
     def tokenizer_json(self) -> str:
-        """The tokenizer as the tokenizers package reads it, with all that transformers has set on
-        it.
-        """
+        """Return the tokenizer as the tokenizers package reads it, with transformers' settings."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(
@@ -63,8 +62,8 @@ class GemmaPrompts:
         """Most tokens of a prompt that are read, after the prefix."""
         return WINDOW - 1 if len(self.prefix) else WINDOW
 
-    def prepare(self, prompts):
-        """One (padded length, {"tokens" int32 [length], "mask" float32 [length]}) per prompt."""
+    def prepare(self, prompts: Sequence[str]) -> list[tuple[int, dict[str, np.ndarray]]]:
+        """Return one (padded length, {"tokens" int32 [length], "mask" float32 [length]}) per prompt."""
         rows = []
         for ids in self.tokens(prompts):
             length = bucket(len(ids))
@@ -75,8 +74,8 @@ class GemmaPrompts:
     def _ids(self, text):
         return self._tokenizer(text, add_special_tokens=True)["input_ids"]
 
-    def tokens(self, prompts):
-        """list of B prompts -> list of B int32 arrays: what follows the prefix, cut to the window.
+    def tokens(self, prompts: Sequence[str]) -> list[np.ndarray]:
+        """Return an int32 array per prompt: its tokens after the prefix, cut to the window.
 
         Prompts are lower-cased and stripped, as the published pipeline does. One that is too long
         is cut, with a warning that shows what was lost.
@@ -110,18 +109,18 @@ class GemmaPrompts:
         return np.array(rest[:room], np.int32)
 
 
-def buckets(longest):
-    """All padded lengths of prompts of 0 to `longest` tokens."""
+def buckets(longest: int) -> list[int]:
+    """Return all padded lengths of prompts of 0 to `longest` tokens."""
     return sorted({bucket(length) for length in range(longest + 1)})
 
 
-def bucket(length):
-    """The padded length of a prompt of `length` tokens."""
+def bucket(length: int) -> int:
+    """Return the padded length of a prompt of `length` tokens."""
     return next(b for b in _BUCKETS if length <= b)
 
 
-def pad(ids, length):
-    """B rows of tokens -> int32 [B, length] (0 is padding), mask float32 [B, length]."""
+def pad(ids: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pad B rows of tokens with 0: int32 [B, length], and their mask float32 [B, length]."""
     tokens, mask = np.zeros((len(ids), length), np.int32), np.zeros((len(ids), length), np.float32)
     for row, one in enumerate(ids):
         tokens[row, : len(one)] = one
@@ -129,11 +128,13 @@ def pad(ids, length):
     return tokens, mask
 
 
-def batches(rows, size):
-    """Groups prepared prompts of equal shape, `size` at a time.
+def batches(
+    rows: Sequence[tuple[int, dict[str, np.ndarray]]], size: int
+) -> Iterator[tuple[int, list[int], list[int], dict[str, np.ndarray]]]:
+    """Group prepared prompts of equal shape, `size` at a time.
 
     rows: [(key, arrays)]. Yields (key, indices, the same padded to `size`, arrays stacked in that
-    order). A prompt's company never changes its shapes, so it never changes its picture.
+    order). A prompt's company never changes its shapes, so it never changes its image.
     """
     by_key = {}
     for i, (key, _) in enumerate(rows):

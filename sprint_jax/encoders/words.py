@@ -1,7 +1,7 @@
 """The embedded text encoders: frozen, seeded, no download.
 
-It stands where Gemma-2 stands for the published models: prompts in, features [B, L, D] and a mask
-[B, L] out. A token's feature holds its own word and the six words on either side, each by a fixed
+Like Gemma-2 for the published models they turn prompts into features [B, L, D] and a mask [B, L].
+A token's feature holds its own word and the six words on either side, each by a fixed
 random vector of that word at that distance (so a noun carries its adjective and the relation it
 stands in), and its position. `ShapesText` knows the words of `shapes` and refuses others;
 `WordsText` takes any, by a hash.
@@ -9,6 +9,7 @@ stands in), and its position. `ShapesText` knows the words of `shapes` and refus
 
 import re
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -40,17 +41,17 @@ _SEED = 20251
 
 
 class Window:
-    """Features of tokens 0 .. words - 1, of which 0 is padding."""
+    """Features of tokens 0 .. words - 1, where 0 is padding."""
 
-    def __init__(self, words, length):
+    def __init__(self, words: int, length: int):
         # RandomState: the one NumPy generator whose streams are frozen for good.
         rng = np.random.RandomState(_SEED)
         self.words = rng.randn(2 * _REACH + 1, words, _WORD_DIM)
         self.positions = rng.randn(length, _POSITION_DIM)
         self.length = length
 
-    def __call__(self, tokens):
-        """int32 [B, L] -> float32 [B, L, DIM]."""
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the features of tokens: int32 [B, L] -> float32 [B, L, DIM]."""
         words = np.zeros((*tokens.shape, 2 * _REACH + 1, _WORD_DIM))
         for k, distance in enumerate(range(-_REACH, _REACH + 1)):
             here = slice(max(0, -distance), self.length - max(0, distance))
@@ -63,10 +64,7 @@ class Window:
 
 
 class ShapesText:
-    """Encoder of `shapes` captions.
-
-    length, dim: L and D of the features.
-    """
+    """The encoder of captions of shapes. length, dim: L and D of the features."""
 
     length = LENGTH
     dim = DIM
@@ -75,8 +73,8 @@ class ShapesText:
         self.window = Window(len(WORDS), LENGTH)
         self._index = {word: i for i, word in enumerate(WORDS)}
 
-    def encode(self, prompts):
-        """list of B strings -> features float32 [B, L, D], mask float32 [B, L].
+    def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode B prompts to features float32 [B, L, D] and a mask float32 [B, L].
 
         The empty string is the null prompt. Raises UserError for a word outside the vocabulary and
         for a prompt of more than L - 1 words.
@@ -105,8 +103,7 @@ class ShapesText:
 
 
 class WordsText:
-    """Encoder of any caption: words of letters and digits, each hashed to one of some thousand
-    tokens.
+    """The encoder of any caption: each word of letters and digits is hashed to one of 8190 tokens.
 
     length, dim: L and D of the features. Words after the first L - 1 are not read.
     """
@@ -115,13 +112,14 @@ class WordsText:
     _TOKENS = 8192
     _FIRST = 2  # after padding and <bos>
 
-    def __init__(self, length):
+    def __init__(self, length: int):
         self.length = length
         self.window = Window(self._TOKENS, length)
 
-    def encode(self, prompts):
-        """list of B strings -> features float32 [B, L, D], mask float32 [B, L]; "" is the null
-        prompt.
+    def encode(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode B prompts to features float32 [B, L, D] and a mask float32 [B, L].
+
+        The empty string is the null prompt.
         """
         tokens, mask = prompts_lib.pad([self._ids(prompt) for prompt in prompts], self.length)
         return self.window(tokens), mask
@@ -133,8 +131,13 @@ class WordsText:
         ]
 
 
-def prepare(encoder, prompts):
-    """One (length, {"text" [L, D], "mask" [L]}) per prompt to draw; encoder: of this module."""
+def prepare(
+    encoder: ShapesText | WordsText, prompts: Sequence[str]
+) -> list[tuple[int, dict[str, np.ndarray]]]:
+    """Return one (length, {"text" [L, D], "mask" [L]}) per prompt.
+
+    Raises UserError for an empty prompt.
+    """
     for i, prompt in enumerate(prompts):
         if not prompt.strip():
             raise UserError(f"prompt {i} is empty: say what to draw, for example 'a red circle'")

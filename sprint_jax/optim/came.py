@@ -1,4 +1,4 @@
-"""CAME, the optimiser SANA and SANA-Sprint were trained with, as an optax transformation.
+"""CAME, the optimizer that SANA and SANA-Sprint were trained with, as an optax transformation.
 
 Confidence-guided Adaptive Memory Efficient Optimization (Luo et al. 2023, arXiv 2307.02047), with
 the second moments as SANA uses them: matrices keep row and column means, everything else a full
@@ -28,7 +28,9 @@ import optax
 
 
 class CameState(NamedTuple):
-    """count: int32, updates done. The rest have the structure of the parameters, float32.
+    """The state of CAME.
+
+    count: int32, updates done. The rest have the structure of the parameters, float32.
 
     mu: first moment, shaped as the parameter. row [..., in] and col [..., out]: means of the
     second moment of a matrix [..., in, out] over its columns and over its rows; res_row and
@@ -47,24 +49,25 @@ class CameState(NamedTuple):
 
 
 def came(
-    learning_rate,
+    learning_rate: float | optax.Schedule,
     *,
-    b1=0.9,
-    b2=0.999,
-    b3=0.9999,
-    eps1=1e-30,
-    eps2=1e-16,
-    clip_threshold=1.0,
-    weight_decay=0.0,
-    factored,
-    stacked,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    b3: float = 0.9999,
+    eps1: float = 1e-30,
+    eps2: float = 1e-16,
+    clip_threshold: float = 1.0,
+    weight_decay: float = 0.0,
+    factored: Callable[[tuple[str, ...], Any], bool],
+    stacked: Callable[[tuple[str, ...], Any], int],
 ) -> optax.GradientTransformation:
-    """CAME as described above; updates are what `optax.apply_updates` adds.
+    """Build CAME as described above; updates are what `optax.apply_updates` adds.
 
-    Args: learning_rate: a number or a schedule of the number of updates done. weight_decay:
-      decoupled, times the learning rate; needs `params` in `update`. factored: (path, leaf) ->
-      bool, whether the last two axes are a matrix; all axes before are layers.
-        A path is a tuple of names, ("blocks", "attn1", "to_out", "kernel").
+    Args:
+      learning_rate: a number, or a schedule of the number of updates done.
+      weight_decay: decoupled, times the learning rate; needs `params` in `update`.
+      factored: (path, leaf) -> bool, whether the last two axes are a matrix; all axes before are
+        layers. A path is a tuple of names, ("blocks", "attn1", "to_out", "kernel").
       stacked: (path, leaf) -> int, the number of leading layer axes of a leaf that is not factored.
     """
 
@@ -137,15 +140,15 @@ def came(
     return optax.GradientTransformation(init, update)
 
 
-def factored_average(row, col, square, decay):
-    """Moves the means over columns, row [..., in], and over rows, col [..., out], towards square
-    [..., in, out].
-    """
+def factored_average(
+    row: jax.Array, col: jax.Array, square: jax.Array, decay: float
+) -> tuple[jax.Array, jax.Array]:
+    """Move the means over columns, row [..., in], and over rows, col [..., out], towards square."""
     return decay * row + (1 - decay) * square.mean(-1), decay * col + (1 - decay) * square.mean(-2)
 
 
-def over_root(x, row, col):
-    """x / sqrt(row col / mean(row)) for x [..., in, out], row [..., in] and col [..., out].
+def over_root(x: jax.Array, row: jax.Array, col: jax.Array) -> jax.Array:
+    """Return x / sqrt(row col / mean(row)) for x [..., in, out], row [..., in] and col [..., out].
 
     Factor by factor: the product of two small means, or a small one over a large one, leaves
     float32's range where a whole row of gradients is zero, and 0 times infinity would follow.

@@ -178,25 +178,28 @@ def generate(
 ) -> np.ndarray:
     """Generate images of prompts in few steps.
 
-    Args: pipe: from `loading.load` or `exported.load`. prompts: texts, none of them empty. steps:
-      network calls per image, 1 or more. guidance_scale: embedded scale; None takes the model's
-      own (4.5 for published models). height, width: pixels, multiples of the autoencoder's factor
-      (32); None takes the model's own. seed: image i depends on (seed, i, prompt i) alone.
-      timesteps: steps + 1 angles from noise (about pi/2) to 0, instead of a schedule. latents: [B,
-      h, w, c] unit-variance start noise. step_noise: steps - 1 arrays of that shape, the draws
-      between steps (a longer list, as of a scheduler that
-        also draws at the end, is cut).
+    Args:
+      pipe: from `loading.load` or `exported.load`.
+      prompts: texts, none of them empty.
+      steps: network calls per image, 1 or more.
+      guidance_scale: embedded scale; None takes the model's own (4.5 for published models).
+      height, width: pixels, multiples of the autoencoder's factor (32); None takes the model's own.
+      seed: image i depends on (seed, i, prompt i) alone.
+      timesteps: steps + 1 angles from noise (about pi/2) to 0, instead of a schedule.
+      latents: [B, h, w, c] unit-variance start noise.
+      step_noise: steps - 1 arrays of that shape, the draws between steps. A longer list, as of a
+        scheduler that also draws at the end, is cut.
       image: uint8 [H, W, 3] or [B, H, W, 3] to start from (img2img) instead of noise alone.
       strength: in (0, 1], how much of the image may change. Drops the first steps; see
-      `image_times`. output: "pixels" or "latent". schedule: "code" or "paper"
-      (`samplers.scm_times`); None takes the model's own. images_per_prompt: images of each prompt,
-      side by side in the result. batch_size: images per run of the compiled program; images are
-      bit-equal for any company of
+        `image_times`.
+      output: "pixels" or "latent".
+      schedule: "code" or "paper" (`samplers.scm_times`); None takes the model's own.
+      images_per_prompt: images of each prompt, side by side in the result.
+      batch_size: images per run of the compiled program; images are bit-equal for any company of
         prompts at one batch size. None takes pipe.batch_size.
       indices: the i of each image's noise, for a part of a longer list; None counts from 0.
       control: uint8 [H, W, 3] or [B, H, W, 3], the condition of a model with a ControlNet: a
-      sketch, white lines
-        on black. None leaves the ControlNet out.
+        sketch, white lines on black. None leaves the ControlNet out.
       control_scale: finite; 1 follows the sketch as in training, 0 not at all.
       say: called with the number of images done.
 

@@ -139,11 +139,12 @@ def sample(
 ) -> jax.Array:
     """Encode text, take the few steps and decode. Traced.
 
-    Args: model, text, pixels, params: of a `Pipeline`. arrays: of `text.prepare`, stacked. *drawn:
-      guidance, a scalar; times [steps + 1]; seed, int32; indices, int32 [B]; draws [steps, B, h,
-      w, c], or None
-        to draw from (seed, indices); start [B, h, w, c] to start from, or None; control [B, h, w,
-        c] latents of a condition, or None; control_scale, a scalar, with control.
+    Args:
+      model, text, pixels, params: of a `Pipeline`.
+      arrays: of `text.prepare`, stacked.
+      *drawn: guidance, a scalar; times [steps + 1]; seed, int32; indices, int32 [B]; draws
+        [steps, B, h, w, c], or None to draw from (seed, indices); start [B, h, w, c] to start from,
+        or None; control [B, h, w, c] latents of a condition, or None; control_scale, a scalar.
       output: "pixels" or "latent".
       shape: (h, w, c) of one latent.
     """

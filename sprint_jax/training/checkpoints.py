@@ -9,6 +9,8 @@ it is used.
 
 import functools
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +24,26 @@ _DAMAGED = "damaged-"
 
 
 class Checkpoints:
-    """Checkpoints of one stage under `directory`. Use as a context; leaving it waits for pending
-    writes.
+    """Checkpoints of one stage under `directory`.
 
-    data: names what is learnt from, and is kept beside the state: with the step it is the whole
-    state of the input, whose order depends on nothing else.
+    Use as a context; leaving it waits for pending writes. data: names the data set and is kept
+    beside the state. With the step it is the whole state of the input, whose order depends on
+    nothing else.
     """
 
-    def __init__(self, directory, *, keep, data="", say=lambda message: None):
+    def __init__(
+        self,
+        directory: pathlib.Path | str,
+        *,
+        keep: int,
+        data: str = "",
+        say: Callable[[str], None] = lambda message: None,
+    ):
         self._directory, self._data, self._say = pathlib.Path(directory).absolute(), data, say
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         try:
-            # Named here, for before the first save or restore the manager could not describe what
-            # it finds.
+            # Register handlers here; otherwise the manager cannot read metadata before its first
+            # save or restore.
             handlers = {
                 "state": ocp.StandardCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
@@ -55,8 +64,8 @@ class Checkpoints:
             self.wait()
         self._manager.close()
 
-    def save(self, step, state, beside=None):
-        """Starts writing `state`; returns once its arrays are copied.
+    def save(self, step: int, state: Any, beside: Any = None) -> None:
+        """Start writing `state`; returns once its arrays are copied.
 
         beside: what the host knows and a resumed run needs, as plain values for JSON.
 
@@ -76,8 +85,8 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise self._cannot_write(error) from None
 
-    def wait(self):
-        """Until what was saved last is on disk. Raises UserError when it could not be written."""
+    def wait(self) -> None:
+        """Wait until the last save is on disk. Raises UserError when it could not be written."""
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
@@ -90,12 +99,11 @@ class Checkpoints:
         )
         return UserError(
             f"cannot write a checkpoint in {self._directory} ({_line(error)}); {last}: free some "
-            f"space, then give the same command"
+            "disk space and rerun the same command"
         )
 
-    def restore_newest(self, abstract):
-        """(state, step) of the newest whole checkpoint, placed as `abstract` says; (None, 0)
-        without any.
+    def restore_newest(self, abstract: Any) -> tuple[Any, int]:
+        """Restore (state, step) of the newest whole checkpoint; (None, 0) without any.
 
         abstract: ShapeDtypeStructs with shardings, of any mesh. Damaged checkpoints are renamed
         and skipped. Raises UserError for one that was made with another config.
@@ -108,15 +116,13 @@ class Checkpoints:
             self._set_aside(step, damage)
         return None, 0
 
-    def beside(self, step):
-        """What `save` was given beside the state of `step`; None where it was nothing."""
+    def beside(self, step: int) -> Any:
+        """Return what `save` got beside the state of `step`; None where it got nothing."""
         found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
         return found["meta"].get("beside")
 
     def _check_fits(self, step, abstract):
-        """Refuses names and shapes other than the config's; says nothing about what cannot be read
-        at all.
-        """
+        """Raise UserError for names and shapes other than the config's; ignore unreadable files."""
         try:
             found = self._manager.item_metadata(step)["state"]
             have = {_name(p): tuple(a.shape) for p, a in jax.tree_util.tree_leaves_with_path(found)}
@@ -136,7 +142,7 @@ class Checkpoints:
             )
 
     def _read(self, step, abstract):
-        """(state, None), or (None, what is wrong with it); the same on every process."""
+        """Return (state, None), or (None, what is wrong with it); the same on every process."""
         damage = state = None
         try:
             state, meta = self._restore_alone(step, abstract)
@@ -168,8 +174,9 @@ class Checkpoints:
         return (None, f"{changed[0]} changed on disk") if changed else (state, None)
 
     def _restore_alone(self, step, abstract):
-        """(state, what stands beside it) as this process reads them: by the handlers, for the
-        manager waits for all processes.
+        """Return (state, what is beside it) as this process reads them.
+
+        By the handlers, because the manager waits for all processes.
         """
         folder = self._directory / str(step)
         state = ocp.StandardCheckpointHandler().restore(
@@ -180,7 +187,7 @@ class Checkpoints:
         )
 
     def _free(self, name):
-        """A path of that name, numbered where it is taken: a step can be damaged more than once."""
+        """Return a path of that name, numbered if taken: a step can be damaged more than once."""
         paths = [self._directory / name, *(self._directory / f"{name}-{i}" for i in range(2, 100))]
         return next(path for path in paths if not path.exists())
 
@@ -204,8 +211,8 @@ class Checkpoints:
         self._manager.reload()
 
 
-def fingerprints(state):
-    """{name: sum over the array of bits x (2 position + 1), modulo 2^32}.
+def fingerprints(state: Any) -> dict[str, int]:
+    """Return {name: sum over the array of bits x (2 position + 1), modulo 2^32}.
 
     Any changed bit changes it.
     """
@@ -236,7 +243,9 @@ def _line(error):
     return " ".join(str(error).split())[:300]
 
 
-def read_part(directory, part: tuple[str, ...], abstract):
+def read_part(
+    directory: pathlib.Path | str, part: tuple[str, ...], abstract: Any
+) -> tuple[int, Any]:
     """Return (step, NumPy tree) of one part of the newest checkpoint that holds it whole, by any
     number of devices.
 

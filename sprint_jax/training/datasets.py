@@ -1,14 +1,14 @@
-"""What a configuration learns from: its batches, its held-out examples, and the way back to
-pictures.
+"""Training data: batches, held-out examples, and decoding latents to images.
 
-Two kinds with the same face: `Shapes` draws the embedded data as they are needed, `EncodedData`
-reads a folder that `sprint-jax encode` made. `open_dataset` chooses.
+Two kinds of data sets share one interface: `Shapes` draws the embedded data as they are needed,
+`EncodedData` reads a folder that `sprint-jax encode` made. `open_dataset` chooses.
 """
 
 import dataclasses
 import hashlib
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,29 +19,33 @@ from sprint_jax import build
 from sprint_jax import config as config_lib
 from sprint_jax.conditioning import sketches
 from sprint_jax.data import batches, encoded, shapes_batches
-from sprint_jax.encoders import parts
+from sprint_jax.encoders import load as encoders
+from sprint_jax.encoders.pixels import EmbeddedPixels, PixelCodec
+from sprint_jax.encoders.text import EmbeddedText, TextEncoder
 from sprint_jax.errors import UserError
-from sprint_jax.objectives.base import Frozen
-from sprint_jax.sampling import pipeline
+from sprint_jax.objectives.base import Batch, Frozen
+from sprint_jax.sampling import loading
 from sprint_jax.storage import weights
 from sprint_jax.toy import freehand, shapes
 
-# Real pictures behind the Fréchet distance come from indices far from those of the prompts.
+# Real images behind the Fréchet distance come from indices far from those of the prompts.
 _REFERENCE_START = 1_000_000
-_SCRIBBLE_SIGMA = 0.5  # pixels: strokes of three pixels, for the lines of one of small pictures
+_SCRIBBLE_SIGMA = 0.5  # pixels: strokes of three pixels, for one-pixel lines of small images
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Heldout:
     """Examples that training never sees.
 
-    captions: N texts. cond: what networks are told (`generation`): features "text" [N, L, D] and
-      "mask" [N, L], with a ControlNet "control" [N, h, w, c] and "control_scale" [N], all 1.
-      images: uint8 [N, H, W, 3].
-    reference: real pictures for the Fréchet distance, uint8 [M, H, W, 3]. meanings: of the
-    captions, for the checker of `shapes`; None for other data. sketches: what "control" shows,
-    uint8 [N, H, W]; None without a ControlNet. edges: the lines that a picture's own should agree
-    with, alike: the sketches, or of rough ones the edges of `images`.
+    captions: N texts.
+    cond: conditions under the names of a network's `apply`: features "text" [N, L, D] and "mask"
+      [N, L], with a ControlNet "control" [N, h, w, c] and "control_scale" [N], all 1.
+    images: uint8 [N, H, W, 3].
+    reference: real images for the Fréchet distance, uint8 [M, H, W, 3].
+    meanings: of the captions, for the checker of shapes; None for other data.
+    sketches: what "control" shows, uint8 [N, H, W]; None without a ControlNet.
+    edges: uint8 [N, H, W], reference edges for the agreement score: the sketches, or the edges of
+      `images` for rough sketches.
     """
 
     captions: list[str]
@@ -53,8 +57,41 @@ class Heldout:
     edges: np.ndarray | None
 
 
+Say = Callable[[str], None]
+
+
+class Dataset(Protocol):
+    """What a run needs of its data.
+
+    pixels, pixels_params: the codec of its latents and its parameters, None where there is none.
+    frozen: features of the empty prompt, and the text encoder where batches hold token ids.
+    identity: names the data, for checkpoints.
+    """
+
+    pixels: PixelCodec | None
+    pixels_params: Any
+    frozen: Frozen
+    identity: str
+
+    def batches(self, batch: int, start: int, stop: int, process: int, processes: int) -> Any:
+        """Return a context and iterator of this process's rows of the batches start .. stop - 1."""
+        ...
+
+    def prepare(self, frozen: Frozen, batch: Batch) -> Batch:
+        """Turn a batch as read into the batch that steps take. Traced."""
+        ...
+
+    def heldout(self, count: int, reference: int) -> Heldout:
+        """Return `count` held-out examples and up to `reference` real images."""
+        ...
+
+    def freehand(self, count: int, reference: int) -> Heldout | None:
+        """Return held-out examples with rough sketches; None where training has none."""
+        ...
+
+
 def abstract_batch(c: config_lib.Config, batch: int) -> dict:
-    """Shapes of a global batch as the steps take it, without any data."""
+    """Return the shapes of a global batch as the steps take it, without any data."""
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     latent = f32(batch, *build.latent_shape(c))
     rows = {
@@ -65,13 +102,13 @@ def abstract_batch(c: config_lib.Config, batch: int) -> dict:
     return rows | {"control": latent} if c.control.depth else rows
 
 
-def open_dataset(c: config_lib.Config, say):
-    """The data of a configuration. Raises UserError where they do not fit it."""
+def open_dataset(c: config_lib.Config, say: Say) -> Dataset:
+    """Open the data set of a config. Raises UserError where it does not fit."""
     return EncodedData(c, say) if c.data.encoded else Shapes(c)
 
 
 class Abstract:
-    """No data, only their shapes: for programs that are compiled and not run."""
+    """The shapes of a data set without data, for programs that are compiled and not run."""
 
     def __init__(self, c: config_lib.Config):
         f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -80,24 +117,26 @@ class Abstract:
         )
         self.batches, self.identity, self.pixels = None, "", None
 
-    def prepare(self, frozen, batch):
+    def prepare(self, frozen: Frozen, batch: Batch) -> Batch:
+        """Return the batch as it is."""
         return batch
 
 
 class Shapes:
-    """Drawn pictures: example i of the training split is a function of (seed, i)."""
+    """Drawn images: example i of the training split is a function of (seed, i)."""
 
     def __init__(self, c: config_lib.Config):
         self._c, self._codec, self._encoder = c, build.codec(c), build.text_encoder(c)
-        self.pixels, self.pixels_params = parts.EmbeddedPixels(self._codec), {}
+        self.pixels: PixelCodec | None = EmbeddedPixels(self._codec)
+        self.pixels_params: Any = {}
         text, mask = self._encoder.encode([""])
         self.identity = "drawn shapes"
         if c.control.depth and c.control.freehand:
             self.identity += f", {c.control.freehand} of them by rough sketches"
         self.frozen = Frozen(null_text=text, null_mask=mask)
 
-    def batches(self, batch, start, stop, process, processes):
-        """Context and iterator of this process's rows of the batches start .. stop - 1."""
+    def batches(self, batch: int, start: int, stop: int, process: int, processes: int) -> Any:
+        """Return a context and iterator of this process's rows of the batches start .. stop - 1."""
         make = lambda step: shapes_batches.make_batch(
             step,
             seed=self._c.data.seed,
@@ -112,16 +151,16 @@ class Shapes:
         )
         return shapes_batches.Prefetch(make, start, stop)
 
-    def prepare(self, frozen, batch):
+    def prepare(self, frozen: Frozen, batch: Batch) -> Batch:
+        """Return the batch as it is."""
         return batch
 
-    def heldout(self, count, reference) -> Heldout:
+    def heldout(self, count: int, reference: int) -> Heldout:
+        """Draw held-out examples."""
         return self._heldout(count, reference, rough=False)
 
-    def freehand(self, count, reference) -> Heldout | None:
-        """As `heldout`, with objects anywhere and rough sketches of them; None where training has
-        none.
-        """
+    def freehand(self, count: int, reference: int) -> Heldout | None:
+        """Draw held-out examples with objects anywhere and rough sketches; None without these."""
         return (
             self._heldout(count, reference, rough=True)
             if self._c.control.depth and self._c.control.freehand
@@ -149,20 +188,18 @@ class Shapes:
             shown = self._codec.encode(sketches.to_rgb(lines))
             cond |= {"control": shown, "control_scale": np.ones(count, np.float32)}
         return Heldout(
-            [e.text for e in examples],
-            cond,
-            images,
-            np.stack([e.image for e in draw(_REFERENCE_START, reference)]),
-            [e.caption for e in examples],
-            lines,
-            edges,
+            captions=[e.text for e in examples],
+            cond=cond,
+            images=images,
+            reference=np.stack([e.image for e in draw(_REFERENCE_START, reference)]),
+            meanings=[e.caption for e in examples],
+            sketches=lines,
+            edges=edges,
         )
 
 
 def _condition(c):
-    """uint8 [B, H, W, 3] -> pictures of the ControlNet's condition alike; None without a
-    ControlNet.
-    """
+    """Return images -> images of the ControlNet's condition; None without a ControlNet."""
     if not c.control.depth:
         return None
     if c.control.condition == "edges":
@@ -173,9 +210,9 @@ def _condition(c):
 
 
 class EncodedData:
-    """A folder of encoded pictures and captions."""
+    """A folder of encoded images and captions."""
 
-    def __init__(self, c: config_lib.Config, say):
+    def __init__(self, c: config_lib.Config, say: Say):
         self._c, self._say = c, say
         self._train = encoded.Encoded(c.data.encoded, "train")
         manifest = self._train.manifest
@@ -187,18 +224,18 @@ class EncodedData:
         )
         if c.control.depth:
             self.identity += f", with {manifest['condition']}"
-        self._text = self.pixels = self.pixels_params = None
+        self._text: Any = None
+        self.pixels: PixelCodec | None = None
+        self.pixels_params: Any = None
         self.frozen = self._null()
         if c.data.model:
-            # Stacks on every platform, which sharding knows.
-            pipe = pipeline.load(c.data.model, dtype=pipeline.default_dtype(), platform="", say=say)
-            self._text, self.pixels, self.pixels_params = (
-                pipe.text,
-                pipe.pixels,
-                pipe.params["pixels"],
-            )
+            # Never unrolled: sharding knows stacked layers.
+            dtype = loading.default_dtype()
+            found = encoders.load(c.data.model, dtype=dtype, pixels_dtype=dtype, say=say)
+            self._text, self.pixels = found.text, found.pixels
+            self.pixels_params = found.params["pixels"]
             if self._tokens:
-                self.frozen = self.frozen.replace(text_encoder=pipe.params["text"])
+                self.frozen = self.frozen.replace(text_encoder=found.params["text"])
         elif c.text.vocabulary != "gemma":
             self.pixels, _, identity = embedded(c)
             self.pixels_params = {}
@@ -209,9 +246,8 @@ class EncodedData:
                     "this config, or use the one it was made with"
                 )
         if self.pixels is not None:
-            self._fitting(
-                encoded.Encoded(c.data.encoded, "heldout"), c.evaluation.prompts
-            )  # before training, not after it
+            # Checked before training, not after it.
+            self._fitting(encoded.Encoded(c.data.encoded, "heldout"), c.evaluation.prompts)
 
     def _null(self):
         path = pathlib.Path(self._c.data.encoded) / encoded.NULL
@@ -225,9 +261,10 @@ class EncodedData:
             null_mask=found["mask"].astype(np.float32)[None],
         )
 
-    def batches(self, batch, start, stop, process, processes):
-        """As `Shapes.batches`. With token ids instead of features, "tokens" stands for "text".
+    def batches(self, batch: int, start: int, stop: int, process: int, processes: int) -> Any:
+        """Return a context and iterator as `Shapes.batches` does.
 
+        With token ids instead of features, "tokens" takes the place of "text".
         A condition that the folder holds goes along only where there is a ControlNet.
         """
         d = self._c.data
@@ -245,8 +282,8 @@ class EncodedData:
             say=self._say,
         )
 
-    def prepare(self, frozen, batch):
-        """Features of token ids, inside the compiled step; other batches as they are."""
+    def prepare(self, frozen: Frozen, batch: Batch) -> Batch:
+        """Encode token ids inside the compiled step; return other batches as they are."""
         if not self._tokens:
             return batch
         arrays = {"tokens": batch["tokens"], "mask": batch["mask"]}
@@ -254,8 +291,8 @@ class EncodedData:
         kept = {name: batch[name] for name in ("latent", "control") if name in batch}
         return kept | {"text": text.astype(jnp.float32), "mask": mask}
 
-    def heldout(self, count, reference) -> Heldout:
-        """Examples of the held-out split at the config's size; pictures are decoded latents."""
+    def heldout(self, count: int, reference: int) -> Heldout:
+        """Return held-out examples at the config's size; images are decoded latents."""
         data = encoded.Encoded(self._c.data.encoded, "heldout")
         fitting = self._fitting(data, count)
         rows = self._read(data, fitting, count, max(count, min(reference, len(fitting))))
@@ -270,10 +307,18 @@ class EncodedData:
                 "control_scale": np.ones(count, np.float32),
             }
             edges = self._decode(stacked["control"][:count]).max(-1)
-        return Heldout(captions, cond, images[:count], images, None, edges, edges)
+        return Heldout(
+            captions=captions,
+            cond=cond,
+            images=images[:count],
+            reference=images,
+            meanings=None,
+            sketches=edges,
+            edges=edges,
+        )
 
     def _fitting(self, data, count):
-        """Numbers of the examples of the config's size.
+        """Return the numbers of the examples of the config's size.
 
         Raises UserError where there are fewer than count.
         """
@@ -288,7 +333,7 @@ class EncodedData:
         return fitting
 
     def _read(self, data, numbers, least, wanted):
-        """The first records of these numbers that can be used.
+        """Read the first records of these numbers that can be used.
 
         Raises UserError for fewer than least.
         """
@@ -313,8 +358,8 @@ class EncodedData:
             )
         return rows
 
-    def freehand(self, count, reference):
-        """None: of these pictures nobody knows the objects."""
+    def freehand(self, count: int, reference: int) -> Heldout | None:
+        """Return None: the objects of these images are unknown."""
         return None
 
     def _decode(self, latents):
@@ -347,10 +392,7 @@ def _check_manifest(c, manifest):
 
 
 def _check_condition(c, held):
-    """Whether a folder that holds this condition can train the ControlNet of a config.
-
-    Raises UserError.
-    """
+    """Raise UserError where a folder with this condition cannot train the config's ControlNet."""
     wanted = c.control.condition
     if not c.control.depth or held == wanted:
         return
@@ -362,10 +404,8 @@ def _check_condition(c, held):
     )
 
 
-def embedded(c: config_lib.Config) -> tuple[Any, Any, str]:
-    """(pixels, text, identity) of the embedded encoders of a config, as `sprint-jax encode` wants
-    them.
-    """
+def embedded(c: config_lib.Config) -> tuple[PixelCodec, TextEncoder, str]:
+    """Build (pixels, text, identity) of the embedded encoders of a config."""
     codec, encoder = build.codec(c), build.text_encoder(c)
     if encoder is None:
         raise UserError(
@@ -378,26 +418,22 @@ def embedded(c: config_lib.Config) -> tuple[Any, Any, str]:
     if c.codec.weights:
         digest.update(build.asset(c.codec.weights).read_bytes())
     return (
-        parts.EmbeddedPixels(codec),
-        parts.EmbeddedText(encoder),
+        EmbeddedPixels(codec),
+        EmbeddedText(encoder),
         f"{c.text.vocabulary} words, {digest.hexdigest()[:16]}",
     )
 
 
-def control_weights(where: str, model):
-    """Parameters of a ControlNet from a .safetensors file, "package:NAME", or a folder with a
-    diffusers ControlNet.
-    """
+def control_weights(where: str, model: Any) -> Any:
+    """Read a ControlNet from a .safetensors file, "package:NAME", or a diffusers folder."""
     path = build.asset(where)
     if not path.is_dir():
         return weights.load(path, jax.eval_shape(model.init, jax.random.key(0)))
     return build.published_controlnet(path, model)
 
 
-def teacher_weights(where: str, model):
-    """Parameters of `model` from a .safetensors file, "package:NAME", or a folder with a diffusers
-    transformer.
-    """
+def teacher_weights(where: str, model: Any) -> Any:
+    """Read a teacher from a .safetensors file, "package:NAME", or a diffusers folder."""
     path = build.asset(where)
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     if not path.is_dir():

@@ -1,11 +1,11 @@
-"""What the processes of one run do together: agree, wait for each other, bring a sharded tree to
-the host.
+"""Processes of one run: agreement, barriers, and bringing a sharded tree to the host.
 
 With a single process all of this is the identity.
 """
 
 import functools
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,11 +17,12 @@ _ROOM = 16384  # bytes of an identity
 
 
 def primary() -> bool:
-    """Whether this process writes what people read."""
+    """Return whether this process writes what people read."""
     return jax.process_index() == 0
 
 
-def barrier(name):
+def barrier(name: str) -> None:
+    """Wait for all processes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
@@ -34,14 +35,14 @@ def from_primary(number: int) -> int:
 
 
 def any_true(flag: bool) -> bool:
-    """Whether the flag holds on any process."""
+    """Return whether the flag holds on any process."""
     if jax.process_count() == 1:
         return flag
     return bool(np.asarray(multihost_utils.process_allgather(np.array([flag]))).any())
 
 
 def anywhere(flag: bool) -> jax.Array:
-    """As `any_true`, without waiting: an array on its way. Every process calls it equally often."""
+    """Start `any_true` without waiting: a device array. All processes must call it equally often."""
     devices = jax.sharding.Mesh(np.array(jax.devices()), "d")
     split, whole = (
         jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(*axes))
@@ -56,8 +57,8 @@ def _any(whole):
     return jax.jit(lambda flags: flags.any(), out_shardings=whole)
 
 
-def compare(identity: dict):
-    """Raises UserError where a process differs from process 0 in any of {what: value}, naming both
+def compare(identity: dict[str, Any]) -> None:
+    """Raise UserError where a process differs from process 0 in any of {what: value}, naming both
     values.
     """
     if jax.process_count() == 1:
@@ -78,8 +79,8 @@ def compare(identity: dict):
                 )
 
 
-def to_host(tree):
-    """A tree of global arrays as NumPy, whole, on every process; leaf by leaf."""
+def to_host(tree: Any) -> Any:
+    """Bring a tree of global arrays to the host as NumPy, whole, on every process; leaf by leaf."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return jax.tree.map(
@@ -87,8 +88,8 @@ def to_host(tree):
     )
 
 
-def concatenate(array):
-    """Arrays of equal shape from every process, one behind the other, on every process."""
+def concatenate(array: np.ndarray) -> np.ndarray:
+    """Join arrays of equal shape from every process, in their order, on every process."""
     if jax.process_count() == 1:
         return array
     return np.concatenate(np.asarray(multihost_utils.process_allgather(array)))

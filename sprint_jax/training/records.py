@@ -4,6 +4,8 @@ import json
 import pathlib
 import sys
 import types
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tqdm
@@ -12,22 +14,23 @@ from sprint_jax.storage import files
 
 
 class Records:
-    """Writes one JSON object a line, and the same scalars as TensorBoard events; nothing where
-    workdir is None.
+    """Writer of metrics.jsonl, one JSON object a line, and of the same scalars as TensorBoard events.
+
+    Writes nothing where workdir is None.
 
     A row holds "stage", "step" and scalars. After a resume the file reads as if nothing had
     happened: `rewind` drops the rows that will be written again.
     """
 
-    def __init__(self, workdir):
+    def __init__(self, workdir: pathlib.Path | str | None):
         self._writer = None
         if workdir is None:
             return
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
         self._writer = _metric_writer(pathlib.Path(workdir) / "events")
 
-    def rewind(self, stage, step):
-        """Drops rows of `stage` after `step`, and a line that was cut off or damaged."""
+    def rewind(self, stage: str, step: int) -> None:
+        """Drop rows of `stage` after `step`, and a line that was cut off or damaged."""
         if self._writer is None or not self._path.exists():
             return
         kept = []
@@ -40,7 +43,8 @@ class Records:
                 kept.append(line.decode() + "\n")
         files.write_text(self._path, "".join(kept))
 
-    def write(self, stage, step, scalars):
+    def write(self, stage: str, step: int, scalars: Mapping[str, Any]) -> None:
+        """Append a row."""
         if self._writer is None:
             return
         row = {"stage": stage, "step": step, **{k: float(v) for k, v in sorted(scalars.items())}}
@@ -53,19 +57,20 @@ class Records:
         }
         self._writer.write_scalars(step, shown)
 
-    def images(self, step, images):
-        """{name: uint8 [H, W, 3]} to TensorBoard."""
+    def images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Write {name: uint8 [H, W, 3]} to TensorBoard."""
         if self._writer is None:
             return
         self._writer.write_images(step, {k: np.asarray(v)[None] for k, v in images.items()})
 
-    def close(self):
+    def close(self) -> None:
+        """Flush and close the TensorBoard events."""
         if self._writer is not None:
             self._writer.flush()
             self._writer.close()
 
 
-def progress(stage, start, stop, shown=True):
+def progress(stage: str, start: int, stop: int, shown: bool = True) -> tqdm.tqdm:
     """Return a progress bar over the steps of a stage: rate, time left, and `set_postfix`'s
     fields.
     """

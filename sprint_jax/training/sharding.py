@@ -1,5 +1,4 @@
-"""Where every array of training lives: one mesh, ordered rules from names to partitions, no
-surprises.
+"""The place of every array of training: one mesh, and ordered rules from names to partitions.
 
 The mesh has two axes. "data" holds copies of the parameters, "fsdp" cuts them; a batch is split
 over both. There is no third axis for tensor parallelism: at the published sizes a block's weights
@@ -8,6 +7,8 @@ fit one device many times over, and its activations are already split by sample.
 
 import math
 import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -58,8 +59,8 @@ RULES = (
 BIG = 2**24
 
 
-def mesh(data: int, fsdp: int, devices=None):
-    """A mesh of data x fsdp over `devices` (default: all). data = -1 takes what fsdp leaves.
+def mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """Make a mesh of data x fsdp over `devices` (default: all). data = -1 takes what fsdp leaves.
 
     Raises UserError when the product is not the number of devices.
     """
@@ -76,11 +77,13 @@ def mesh(data: int, fsdp: int, devices=None):
     return jax.make_mesh((data, fsdp), (DATA, FSDP), devices=devices, axis_types=axes)
 
 
-def shardings(tree, mesh, say=lambda message: None):
-    """A NamedSharding for every leaf of an abstract tree.
+def shardings(
+    tree: Any, mesh: jax.sharding.Mesh, say: Callable[[str], None] = lambda message: None
+) -> Any:
+    """Return a NamedSharding for every leaf of an abstract tree.
 
-    say: told of big leaves that stay whole on every device. Raises UserError for a leaf that its
-    rule does not fit.
+    say: called with a line for each large leaf that stays whole on every device. Raises UserError
+    for a leaf that its rule does not fit.
     """
 
     def place(path, leaf):
@@ -95,11 +98,11 @@ def shardings(tree, mesh, say=lambda message: None):
 
 def _spec(name, leaf, mesh):
     spec = next((spec for pattern, spec in RULES if re.search(pattern, name)), P())
-    if leaf.size == 0:  # an optimiser's empty place
+    if leaf.size == 0:  # an optimizer's empty place
         return P()
     if len(spec) > leaf.ndim:
         raise UserError(
-            f"{name} has shape {leaf.shape} and its sharding rule {spec} more axes: mend the rule"
+            f"{name} has shape {leaf.shape} and its sharding rule {spec} has more axes: fix the rule"
         )
     for axis, size in zip(spec, leaf.shape):
         if axis is not None and size % mesh.shape[axis]:
@@ -110,23 +113,24 @@ def _spec(name, leaf, mesh):
     return spec
 
 
-def replicated(mesh):
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Return the sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
-def batch(mesh):
-    """Samples over all devices."""
+def batch(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Return the sharding of samples over all devices."""
     return NamedSharding(mesh, P((DATA, FSDP)))
 
 
-def abstract(tree, placed):
-    """ShapeDtypeStructs of a tree with the given shardings."""
+def abstract(tree: Any, placed: Any) -> Any:
+    """Return ShapeDtypeStructs of a tree with the given shardings."""
     return jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), tree, placed
     )
 
 
-def per_device_bytes(tree):
-    """Bytes that one device holds of a tree of arrays or ShapeDtypeStructs with shardings."""
+def per_device_bytes(tree: Any) -> int:
+    """Count the bytes that one device holds of a tree of arrays or ShapeDtypeStructs with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
