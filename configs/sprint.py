@@ -28,6 +28,8 @@ Any key can be changed on the command line: --config.phases.sprint.steps=400. do
 measured results.
 """
 
+from typing import Any
+
 import ml_collections
 
 from sprint_jax.errors import UserError
@@ -35,7 +37,8 @@ from sprint_jax.errors import UserError
 PRESETS = ("shapes", "shapes_teacher", "smoke", "shapes_64", "emoji", "sana_600m", "sana_1600m")
 
 
-def get_config(preset="shapes"):
+def get_config(preset: str = "shapes") -> Any:
+    """Return the card of a preset. Raises UserError for an unknown one."""
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
     if preset.startswith("sana_"):
@@ -52,7 +55,7 @@ def get_config(preset="shapes"):
     return config
 
 
-def _shapes():
+def _shapes() -> Any:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.data = dict(encoded="", model="", size=32, seed=0, eval_seed=1, workers=0, max_bad=0.01)
@@ -234,7 +237,7 @@ def _emoji(config):
     config.run.update(checkpoint_every=200)
 
 
-def sana(preset):
+def sana(preset: str) -> Any:
     """The published recipe: paper's appendix, and where it is silent or differs, the released
     trainer.
 
@@ -337,7 +340,7 @@ def sana(preset):
     return config
 
 
-def came(**values):
+def came(**values: Any) -> dict[str, Any]:
     """CAME as published.
 
     AdamW instead: --config.phases.sprint.optimizers.student.kind=adamw

@@ -33,9 +33,8 @@ def codec(c: config_lib.Config) -> patches.SpaceToDepth | patches.PatchPCA:
     inputs, channels = 3 * c.codec.block**2, c.codec.channels
     shapes = {"mean": (inputs,), "basis": (inputs, channels), "spread": (channels,)}
     expected = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
-    return patches.PatchPCA(
-        c.codec.block, c.codec.scale, **weights.load(asset(c.codec.weights), expected)
-    )
+    arrays = weights.load(asset(c.codec.weights), expected)
+    return patches.PatchPCA(block=c.codec.block, scale=c.codec.scale, **arrays)
 
 
 def asset(path: str) -> pathlib.Path:
@@ -66,7 +65,7 @@ def attention(c: config_lib.Config) -> tuple[str, str | None]:
 
 def _model(c: config_lib.Config, **changes) -> LinearDiT:
     kernels = attention(c)[0]
-    fields = dataclasses.asdict(c.model) | dict(
+    fields: dict[str, Any] = dataclasses.asdict(c.model) | dict(
         in_channels=c.codec.channels,
         text_dim=c.text.dim,
         logvar_head=False,

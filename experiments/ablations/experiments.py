@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -65,7 +66,7 @@ class Untransferred:
     without).
     """
 
-    model: object
+    model: Any
 
     @property
     def guidance_embed(self):
@@ -264,15 +265,20 @@ class _Watched(Records):
         self._advance(step / self._steps)
 
 
+def with_numbers(settings: Any, numbers: dict[str, Any]) -> Any:
+    """Return an objective's settings with some numbers in place of their own."""
+    return dataclasses.replace(settings, **numbers)
+
+
 def _structure(c: config_lib.Config) -> str:
     """Name what a compiled program depends on: the config without what is an argument of it."""
     sprint = c.phases["sprint"]
-    objective = dataclasses.replace(sprint.objective, **dict.fromkeys(KNOBS, 0.0))
+    objective = with_numbers(sprint.objective, dict.fromkeys(KNOBS, 0.0))
     c = stages.with_phase(c, "sprint", objective=objective)
     return repr(dataclasses.replace(c, seed=0, data=dataclasses.replace(c.data, seed=0)))
 
 
-def _knobs(c: config_lib.Config, name: str) -> dict[str, np.generic]:
+def _knobs(c: config_lib.Config, name: str) -> dict[str, Any]:
     """Return the numbers that the programs read as arguments; the seed is that of the run's
     student in both phases.
     """
@@ -296,7 +302,7 @@ def _stage(c: config_lib.Config, name: str, data, transfer: bool) -> Stage:
     def objective(numbers):
         settings = phase.objective
         if name == "sprint":
-            settings = dataclasses.replace(settings, **{k: numbers[k] for k in KNOBS})
+            settings = with_numbers(settings, {k: numbers[k] for k in KNOBS})
         return settings.objective(networks)
 
     def start(frozen, begin):

@@ -60,7 +60,7 @@ def judge(t: grid.Table, rows) -> list[tuple]:
         for steps in t.steps or ("",):
             for first, second in t.claims:
                 better, worse = _directed(t, base, by_label[first], by_label[second])
-                if better is None:
+                if better is None or worse is None:
                     continue
                 a, b = (
                     _scale(base, values(rows, r.run, base + (r.metric or steps)))

@@ -105,8 +105,9 @@ class AutoencoderPixels:
         """Encode uint8 [B, H, W, 3] to latents at unit scale float32 [B, h, w, c]."""
         dtype = jax.tree.leaves(params)[0].dtype
         x = (jnp.asarray(images, jnp.float32) / 127.5 - 1).astype(dtype)
-        return self._encode(params, x).astype(jnp.float32) * self.model.scaling_factor
+        latents: jax.Array = self._encode(params, x)
+        return latents.astype(jnp.float32) * self.model.scaling_factor
 
     @functools.cached_property
-    def _encode(self) -> Callable:
+    def _encode(self) -> Callable[..., jax.Array]:
         return jax.jit(self.model.encode if self.over_devices else self.model.encode_in_parts)

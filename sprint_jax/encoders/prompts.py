@@ -119,7 +119,7 @@ def bucket(length: int) -> int:
     return next(b for b in _BUCKETS if length <= b)
 
 
-def pad(ids: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+def pad(ids: Sequence[Sequence[int] | np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Pad B rows of tokens with 0: int32 [B, length], and their mask float32 [B, length]."""
     tokens, mask = np.zeros((len(ids), length), np.int32), np.zeros((len(ids), length), np.float32)
     for row, one in enumerate(ids):

@@ -15,17 +15,19 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import flax.struct
 import jax
+import numpy as np
 import optax
 
 from sprint_jax.optim import came
 
 PyTree = Any
+# On the host, on the device, or abstract.
+AnyArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 Batch = Mapping[str, jax.Array]
 Draws = Mapping[str, PyTree]
 
 
-@flax.struct.dataclass
-class Role:
+class Role(flax.struct.PyTreeNode):
     """One trainable network with everything that its updates change.
 
     params: its parameters. ema: their moving average, None without one. opt: the optimizer's state.
@@ -41,16 +43,14 @@ class Role:
     rejected: jax.Array
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
     """The training state: `step` counts the updates of all roles together."""
 
     step: jax.Array
     roles: dict[str, Role]
 
 
-@flax.struct.dataclass
-class Frozen:
+class Frozen(flax.struct.PyTreeNode):
     """Arrays that training reads and never changes.
 
     null_text [1, L, D] and null_mask [1, L]: features of the empty prompt. teacher: parameters of
@@ -60,23 +60,21 @@ class Frozen:
     it; None without any.
     """
 
-    null_text: jax.Array
-    null_mask: jax.Array
+    null_text: AnyArray
+    null_mask: AnyArray
     teacher: PyTree = None
     text_encoder: PyTree = None
     numbers: PyTree = None
 
 
-@flax.struct.dataclass
-class Start:
+class Start(flax.struct.PyTreeNode):
     """Where a role begins: its parameters and its extra arrays."""
 
     params: PyTree
     extra: PyTree = None
 
 
-@flax.struct.dataclass
-class Aux:
+class Aux(flax.struct.PyTreeNode):
     """What a loss reports beside its value.
 
     scalars: {name: mean over samples}. by_time: see `objectives.by_time`.
@@ -86,8 +84,7 @@ class Aux:
     by_time: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
-@flax.struct.dataclass
-class Report:
+class Report(flax.struct.PyTreeNode):
     """What one update reports: an `Aux` with the loss among its scalars, norms by module, and
     counters.
 

@@ -114,7 +114,7 @@ def fresh(model: LinearDiT, key: jax.Array, *, borders: bool) -> PyTree:
       Random biases before the convolution, an open gate behind it and a weaker patch embedding
       make it a few percent.
     """
-    params = model.init(key)
+    params: PyTree = model.init(key)
     if not borders:
         return params
     bias = params["blocks"]["ff"]["conv_inverted"]["bias"]
@@ -133,10 +133,11 @@ def add_qk_norm(params: PyTree, model: LinearDiT, key: jax.Array) -> PyTree:
     Every other parameter is kept. A change of time scale needs no parameters. Raises ValueError if
     more than the norms differ.
     """
-    abstract = jax.eval_shape(model.init, key)
+    abstract: PyTree = jax.eval_shape(model.init, key)
     have = traverse_util.flatten_dict(params)
+    wanted: dict[tuple[str, ...], PyTree] = traverse_util.flatten_dict(abstract)
     merged = {}
-    for name, leaf in traverse_util.flatten_dict(abstract).items():
+    for name, leaf in wanted.items():
         if name in have:
             merged[name] = have.pop(name)
         elif "norm_q" in name or "norm_k" in name:

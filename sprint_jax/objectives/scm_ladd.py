@@ -37,15 +37,15 @@ class ScmLadd(scm.ScmTerm, ladd.LaddTerm):
             return ladd.draw_generator(self, key, batch) | scm.draw(self, key, batch)
 
         def loss(params, draws, state, frozen):
-            total, aux = 0.0, Aux()
+            terms, aux = [], Aux()
             if self.scm_weight:
                 per_sample, aux = scm.term(self, networks, params, draws, state, frozen)
-                total += self.scm_weight * per_sample.mean()
+                terms.append(self.scm_weight * per_sample.mean())
             if self.adv_weight:
                 each = ladd.generator_term(self, networks, params, draws, state, frozen)
                 adv = each.mean()
-                total += self.adv_weight * adv
+                terms.append(self.adv_weight * adv)
                 aux = aux.replace(scalars=aux.scalars | {"adv": adv})
-            return total, aux
+            return sum(terms[1:], terms[0]), aux
 
         return ladd.adversarial(self, networks, Update(role="student", draw=draw, loss=loss))

@@ -26,7 +26,7 @@ def student_params(
     The guidance embedding ends in zeros, so the student starts as the teacher exactly, with a
     log-variance of `logvar_start` everywhere.
     """
-    fresh = traverse_util.flatten_dict(student.init(key))
+    fresh: dict[tuple[str, ...], PyTree] = traverse_util.flatten_dict(student.init(key))
     for path, leaf in fresh.items():
         if path[-2:] == ("logvar", "bias"):
             fresh[path] = jnp.full_like(leaf, logvar_start)

@@ -103,20 +103,20 @@ def came(
             )
         return True
 
-    def update(grads, state, params=None):
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
         if weight_decay and params is None:
             raise ValueError("weight_decay needs the parameters: update(gradients, state, params)")
         leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
-        parts = zip(*(tree.flatten_up_to(part) for part in state[1:]))
-        new = []
+        parts = zip(*(tree.flatten_up_to(part) for part in state[1:]), strict=True)
+        new: list[Any] = []
         for (path, g), part in zip(leaves, parts, strict=True):
             if factored(_names(path), g):
                 new.append(matrix_step(g.astype(jnp.float32), *part))
             else:
                 layers = stacked(_names(path), g)
                 new.append(full_step(g.astype(jnp.float32), *part, tuple(range(layers, g.ndim))))
-        directions, *moments = (tree.unflatten(column) for column in zip(*new))
-        lr = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        directions, *moments = (tree.unflatten(column) for column in zip(*new, strict=True))
+        lr: Any = learning_rate(state.count) if callable(learning_rate) else learning_rate
         if weight_decay:
             directions = jax.tree.map(lambda d, p: d + weight_decay * p, directions, params)
         return jax.tree.map(lambda d: -lr * d, directions), CameState(state.count + 1, *moments)

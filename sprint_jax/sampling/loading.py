@@ -207,6 +207,7 @@ def _with_controlnet(
         )
     params = jax.device_put(_cast(params, how.dtype))
     params = _unstacked("controlnet", control, params, how)
+    assert isinstance(model, LinearDiT)
     both = Controlled(trunk=model, control=control)
     return computed(both, dtype=how.dtype, residual_dtype=how.dtype), params
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sprint_jax.encoders.pixels import AutoencoderPixels, PixelCodec
@@ -81,7 +82,7 @@ class Pipeline:
         return self.pixels.encode(self.params["pixels"], images)
 
 
-def over_devices(pipe: Pipeline, devices: Sequence[jax.Device]) -> Pipeline:
+def over_devices(pipe: Pipeline, devices: Sequence[Any]) -> Pipeline:
     """Return a pipeline with its parameters on all of `devices` and the images of a batch sharded
     over them.
 
@@ -178,7 +179,8 @@ def _stages(model, text, pixels, output):
             draws = programs.noises(seed, indices, shape, times.shape[0] - 1)
         cond = {"text": features, "mask": mask}
         if control is not None:
-            scale = jax.numpy.full(indices.shape, control_scale)
+            assert control_scale is not None
+            scale = jnp.full(indices.shape, control_scale)
             cond |= {"control": control, "control_scale": scale}
         return programs.student_latents(
             model, params, cond, guidance=guidance, times=times, draws=draws, start=start

@@ -178,7 +178,7 @@ class Checkpoints:
 
         By the handlers, because the manager waits for all processes.
         """
-        folder = self._directory / str(step)
+        folder: Any = self._directory / str(step)  # Orbax wants its own kind of path
         state = ocp.StandardCheckpointHandler().restore(
             folder / "state", args=ocp.args.StandardRestore(abstract)
         )

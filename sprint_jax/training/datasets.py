@@ -126,7 +126,10 @@ class Shapes:
     """Drawn images: example i of the training split is a function of (seed, i)."""
 
     def __init__(self, c: config_lib.Config):
-        self._c, self._codec, self._encoder = c, build.codec(c), build.text_encoder(c)
+        self._c, self._codec = c, build.codec(c)
+        encoder = build.text_encoder(c)
+        assert encoder is not None, "the config of drawn images has an embedded encoder"
+        self._encoder = encoder
         self.pixels: PixelCodec | None = EmbeddedPixels(self._codec)
         self.pixels_params: Any = {}
         text, mask = self._encoder.encode([""])
@@ -144,7 +147,7 @@ class Shapes:
             size=self._c.data.size,
             codec=self._codec,
             text_encoder=self._encoder,
-            condition=_condition(self._c),
+            condition=_condition(self._c) if self._c.control.depth else None,
             freehand=self._c.control.freehand,
             process=process,
             processes=processes,
@@ -198,10 +201,8 @@ class Shapes:
         )
 
 
-def _condition(c):
-    """Return images -> images of the ControlNet's condition; None without a ControlNet."""
-    if not c.control.depth:
-        return None
+def _condition(c: config_lib.Config) -> Callable[[np.ndarray], np.ndarray]:
+    """Return images -> images of the ControlNet's condition."""
     if c.control.condition == "edges":
         return lambda images: sketches.to_rgb(sketches.gradient_edges(images))
     return lambda images: sketches.to_rgb(

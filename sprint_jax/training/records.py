@@ -106,7 +106,7 @@ def _install_summary_writer():
     name = "clu.metric_writers.summary_writer"
     if name not in sys.modules:
         module = types.ModuleType(name)
-        module.SummaryWriter = _SummaryWriter
+        setattr(module, "SummaryWriter", _SummaryWriter)  # noqa: B010 pyright knows no such attribute
         sys.modules[name] = module
 
 
