@@ -22,7 +22,7 @@ from sprint_jax.diffusion import ladd, trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.objectives import ladd as ladd_objective
 from sprint_jax.runtime import cli
-from sprint_jax.sampling import pipeline
+from sprint_jax.sampling import loading
 from sprint_jax.training import datasets, stages
 
 NOISE = (0.05, 0.2, 0.55, 1.0)  # tan s
@@ -50,7 +50,7 @@ def main():
     phase, data = c.phases["sprint"], datasets.open_dataset(c, print)
     nets = stages.networks(c, phase)
     teacher = datasets.teacher_weights(c.teacher.pretrained, nets.teacher)
-    student = jax.tree.map(jnp.asarray, pipeline.read_student(options.run)[1])
+    student = jax.tree.map(jnp.asarray, loading.read_student(options.run)[1])
     stage = stages.make(c, "sprint", data, teacher=teacher, begin=student)
     frozen, state = stage.frozen, stage.start(stage.frozen, student)
     discriminator = stage.functions[stage.labels.index("heads")]
@@ -86,7 +86,7 @@ def higher(a, b):
 
 def _config(options):
     """The run's config with the options in place of its own."""
-    c = pipeline.read_config(options.run)
+    c = loading.read_config(options.run)
     if c.control.depth or not c.teacher.pretrained:
         raise UserError(
             f"{options.run} is no text-to-image run from a given teacher (config.teacher.pretrained): give such a run"

@@ -101,7 +101,7 @@ def _pictures(options, device):
         return jax.tree.map(lambda a: shape(*a.shape), found)
 
     def in_a_row(network):
-        """Blocks one by one, as `pipeline.load` has them on a GPU."""
+        """Blocks one by one, as `loading.load` has them on a GPU."""
         return placed(jax.eval_shape(network.unstack, parameters(network)))
 
     transformer, pixels, sketch = in_a_row(model), parameters(autoencoder), None

@@ -21,11 +21,11 @@ def main(argv):
     del argv
     import transformers  # noqa: F401 (what the libraries themselves take is not counted)
 
-    from sprint_jax.sampling import pipeline
+    from sprint_jax.sampling import generation, loading
 
     jax.jit(lambda x: x + 1)(0)
     before = peak()
-    pipe = pipeline.load(_MODEL.value, dtype=_DTYPE.value)
+    pipe = loading.load(_MODEL.value, dtype=_DTYPE.value)
     weights = sum(a.nbytes for a in jax.tree.leaves(pipe.params)) / 2**30
     loaded = peak() - before
     print(
@@ -33,7 +33,7 @@ def main(argv):
         f"{loaded / weights:.2f} x the weights",
         flush=True,
     )
-    pipeline.generate(pipe, ["a lake in autumn"], steps=1, height=_SIDE.value, width=_SIDE.value)
+    generation.generate(pipe, ["a lake in autumn"], steps=1, height=_SIDE.value, width=_SIDE.value)
     print(f"peak after one picture of {_SIDE.value} px: {peak():.2f} GiB in all")
 
 

@@ -23,7 +23,7 @@ from sprint_jax.diffusion import trigflow
 from sprint_jax.evaluation.heldout import Evaluator
 from sprint_jax.objectives import views
 from sprint_jax.runtime import cli
-from sprint_jax.sampling import pipeline
+from sprint_jax.sampling import loading
 from sprint_jax.training import datasets, stages
 
 ANGLES = (0.3, 0.6, 0.9, 1.2, 1.4, 1.5, trigflow.T_MAX)
@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--count", type=int, default=128)
     parser.add_argument("--steps", type=int, default=24)
     options = parser.parse_args()
-    configs = [pipeline.read_config(path) for path in options.runs]
+    configs = [loading.read_config(path) for path in options.runs]
     c = configs[0]
     for path, other in zip(options.runs, configs, strict=True):
         alike = (
@@ -91,7 +91,7 @@ def main():
         )
 
     for path in options.runs:
-        params = pipeline.read_student(path)[1]
+        params = loading.read_student(path)[1]
         report(str(path), functools.partial(denoise, params))
         moved, along = embedding(nets, frozen.teacher, params, w[0])
         _line("embedding moved", moved, ".2f")

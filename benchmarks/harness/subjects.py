@@ -13,8 +13,9 @@ import numpy as np
 
 from benchmarks.harness import bench as bench_lib
 from benchmarks.harness import floors
-from sprint_jax.diffusion import samplers, trigflow
-from sprint_jax.encoders import parts
+from sprint_jax.diffusion import samplers
+from sprint_jax.encoders import pixels as pixel_codecs
+from sprint_jax.encoders import text as text_encoders
 from sprint_jax.models.controlnet import Controlled, ControlNet
 from sprint_jax.models.dc_ae import DCAE
 from sprint_jax.models.gemma2 import Gemma2
@@ -22,6 +23,7 @@ from sprint_jax.models.linear_dit import LinearDiT
 from sprint_jax.ops import backend as backends
 from sprint_jax.ops import cross_attention as cross
 from sprint_jax.ops import linear_attention as linear
+from sprint_jax.sampling import programs
 
 TEXT_TOKENS = 300  # published length of the text features
 # Published prompts stand behind an instruction of about 200 tokens; a prompt of some twenty words fits the bucket
@@ -67,7 +69,7 @@ def inference(model: LinearDiT, dtype, attention=None) -> LinearDiT:
 
 
 def _by_kernels(model, attention, linear, cross, dtype):
-    """A transformer or autoencoder with the kernels that `pipeline.load` takes unless told, attention None, or with attention by a backend;
+    """A transformer or autoencoder with the kernels that `loading.load` takes unless told, attention None, or with attention by a backend;
     "plain" is without any kernel. linear, cross: channels of a head of each attention, or None."""
     here = jax.default_backend()
     attention = attention or backends.resolve(backends.fastest(here), here, linear, cross, dtype)[0]
@@ -86,8 +88,8 @@ def _normal(seed, shape, dtype=jnp.float32):
 
 
 def _transformer(bench, model, unrolled=None):
-    """Parameters as they are run. unrolled: blocks one by one instead of in a loop; None as `pipeline.load` has it."""
-    unrolled = "transformer" in parts.block_by_block(None) if unrolled is None else unrolled
+    """Parameters as they are run. unrolled: blocks one by one instead of in a loop; None as `loading.load` has it."""
+    unrolled = "transformer" in backends.unrolled(None) if unrolled is None else unrolled
 
     def make():
         params = drawn(model, model.dtype)
@@ -98,7 +100,7 @@ def _transformer(bench, model, unrolled=None):
 
 def _text(model, dtype):
     params = drawn(model, dtype)
-    return model.unstack(params) if "text_encoder" in parts.block_by_block(None) else params
+    return model.unstack(params) if "text_encoder" in backends.unrolled(None) else params
 
 
 def _itemsize(dtype):
@@ -192,18 +194,18 @@ def picture(
     compile_peer=False,
     control_depth=0,
     attention=None,
-    in_turn=None,
+    staged=None,
 ):
     """Prompt tokens to pixels: text encoder behind its cached instruction, `steps` calls, decoder, as `pipeline` does.
 
     The peer encodes instruction and prompt each time and pads to the published length, as the published pipeline does.
     control_depth: blocks of a ControlNet, whose sketch is encoded in the program as well; there is no peer for it, and the
     floor leaves the encoder out.
-    attention: of transformer and autoencoder, see `_by_kernels`. in_turn: whether it is three programs. None: both as `pipeline.load` has
+    attention: of transformer and autoencoder, see `_by_kernels`. staged: whether it is three programs. None: both as `loading.load` has
     them. With either it has no peer, as in `transformer`.
     """
-    others = attention is not None or in_turn is not None
-    in_turn = backends.launches_cost(jax.default_backend()) if in_turn is None else in_turn
+    others = attention is not None or staged is not None
+    staged = backends.launches_cost(jax.default_backend()) if staged is None else staged
     model, autoencoder = (
         inference(size, dtype, attention),
         _by_kernels(autoencoder, attention, autoencoder.head_dim, None, dtype),
@@ -232,7 +234,7 @@ def picture(
         )
         steering = drawn(control, dtype)
         steering = (
-            control.unstack(steering) if "controlnet" in parts.block_by_block(None) else steering
+            control.unstack(steering) if "controlnet" in backends.unrolled(None) else steering
         )
         transformer_params = {"trunk": transformer_params, "control": steering}
         copies = floors.transformer(
@@ -265,8 +267,8 @@ def picture(
         draws,
         sketch if control_depth else None,
     )
-    if in_turn:
-        program, seconds = _in_turn(_stages(text, model, autoencoder, times), *arguments)
+    if staged:
+        program, seconds = _as_stages(_stages(text, model, autoencoder, times), *arguments)
     else:
         program, seconds = bench_lib.compiled(
             prompt_to_pixels(text, model, autoencoder, times), *arguments
@@ -323,26 +325,28 @@ def _encoder(params, sketch):
 
 def _stages(text, model, autoencoder, times):
     """Text encoder, transformer with what steers it, decoder: three functions of their parameters and arrays."""
-    encoder, pixels = parts.GemmaText(text, None), parts.AutoencoderPixels(autoencoder, tile=False)
+    encoder, pixels = (
+        text_encoders.GemmaText(text, None),
+        pixel_codecs.AutoencoderPixels(autoencoder, tile=False),
+    )
 
     def read(params, tokens, mask):
         return encoder.features(params, {"tokens": tokens, "mask": mask})
 
     def paint(params, pixels_params, features, mask, draws, sketch):
         batch = len(features)
-        cond = {"text": features, "mask": mask, "guidance": jnp.full((batch,), 4.5)}
+        cond = {"text": features, "mask": mask}
         if isinstance(model, Controlled):
             cond |= {
                 "control": pixels.encode(pixels_params, sketch),
                 "control_scale": jnp.ones((batch,)),
             }
-        v = lambda x, t: model.apply(params, x, t, **cond).velocity
-        return samplers.scm(trigflow.from_flow(v), draws[0], draws[1:], times)
+        return programs.student_latents(model, params, cond, guidance=4.5, times=times, draws=draws)
 
     return read, paint, pixels.decode
 
 
-def _in_turn(stages, params, tokens, mask, draws, sketch):
+def _as_stages(stages, params, tokens, mask, draws, sketch):
     """(program, seconds) of the same as three programs, each started while the one before still runs."""
     read, paint, decode = stages
     encoder = _encoder(params, sketch)

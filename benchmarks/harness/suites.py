@@ -98,7 +98,7 @@ def gpu() -> list[Case]:
         for change, options in (
             ("", {}),
             ("_plain", {"attention": "plain"}),
-            ("_at_once", {"in_turn": False}),
+            ("_at_once", {"staged": False}),
         ):
             whole = GEMMA2_2B, size, DCAE_F32C32, 32, 1
             steered = functools.partial(subjects.picture, control_depth=7)

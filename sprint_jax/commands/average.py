@@ -52,11 +52,11 @@ def average(runs):
     import jax
     import numpy as np
 
-    from sprint_jax.sampling import pipeline
+    from sprint_jax.sampling import loading
 
     total, first = None, None
     for run in runs:
-        _, params, config = pipeline.read_student(run)
+        _, params, config = loading.read_student(run)
         if not config.teacher.pretrained:
             raise UserError(
                 f"{run} trained a teacher of its own: give runs that were given one (config.teacher.pretrained)"

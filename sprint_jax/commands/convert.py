@@ -71,9 +71,9 @@ def main(argv):
 def _student(path):
     """(the student of a run as diffusers has it, without its log-variance head; the run's config)."""
     from sprint_jax.models.controlnet import Controlled
-    from sprint_jax.sampling import pipeline
+    from sprint_jax.sampling import loading
 
-    model, params, config = pipeline.read_student(path)
+    model, params, config = loading.read_student(path)
     if isinstance(model, Controlled):
         control = {"controlnet": params["control"]}
         checkpoint = _without_logvar(model.trunk, params["trunk"])

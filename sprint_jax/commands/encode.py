@@ -326,13 +326,13 @@ def _of_config(path) -> Encoders:
 
 def _of_folder(path) -> Encoders:
     """The autoencoder and the text encoder of a diffusers folder or a converted one."""
-    from sprint_jax.encoders import parts
-    from sprint_jax.sampling import pipeline
+    from sprint_jax.encoders import pixels as pixel_codecs
+    from sprint_jax.sampling import loading
 
-    dtype = _DTYPE.value or pipeline.default_dtype()
+    dtype = _DTYPE.value or loading.default_dtype()
     say = lambda message: print(message, file=sys.stderr, flush=True)
     # Stacks on every platform, for the identity's sake.
-    pipe = pipeline.load(
+    pipe = loading.load(
         path,
         dtype=dtype,
         pixels_dtype=_PIXELS_DTYPE.value,
@@ -340,7 +340,7 @@ def _of_folder(path) -> Encoders:
         platform="",
         say=say,
     )
-    if not isinstance(pipe.pixels, parts.AutoencoderPixels):
+    if not isinstance(pipe.pixels, pixel_codecs.AutoencoderPixels):
         raise UserError(
             f"--encoder={path} is a run directory: give its config file, a diffusers folder, or one made by "
             "sprint_jax.commands.convert"
@@ -352,7 +352,7 @@ def _of_folder(path) -> Encoders:
 def identity(pipe, path):
     """Names the encoders of a published pipeline by what is in them, wherever and in whichever layout they lie.
 
-    pipe: from `pipeline.load`. path: the folder it was loaded from.
+    pipe: from `loading.load`. path: the folder it was loaded from.
     """
     import jax
 
@@ -377,9 +377,10 @@ def identity(pipe, path):
 
 def _text_size(text, kind):
     """(D or 0, longest row) of the text that is stored."""
-    from sprint_jax.encoders import parts, prompts
+    from sprint_jax.encoders import prompts
+    from sprint_jax.encoders import text as text_encoders
 
-    if isinstance(text, parts.GemmaText):
+    if isinstance(text, text_encoders.GemmaText):
         # With an instruction the first feature is that of <bos>, which is no token of the caption.
         first = 1 if kind == "tokens" and len(text.prompts.prefix) else 0
         return (text.model.width if kind == "features" else 0), prompts.WINDOW - first
@@ -395,9 +396,10 @@ def _null_prompt(encoders):
     """
     import jax
 
-    from sprint_jax.encoders import parts, prompts
+    from sprint_jax.encoders import prompts
+    from sprint_jax.encoders import text as text_encoders
 
-    if isinstance(encoders.text, parts.GemmaText):
+    if isinstance(encoders.text, text_encoders.GemmaText):
         tokens, mask = prompts.pad([np.array([prompts.BOS], np.int32)], prompts.WINDOW)
         text = jax.jit(encoders.text.model.apply)(encoders.params["text"]["model"], tokens, mask)
     else:

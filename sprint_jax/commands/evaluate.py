@@ -260,7 +260,7 @@ def _prompts():
 
 def _heldout_captions():
     from sprint_jax.evaluation import prompt_sets
-    from sprint_jax.sampling import pipeline
+    from sprint_jax.sampling import loading
     from sprint_jax.storage import run_files
 
     model = pathlib.Path(model_flags.MODEL.value)
@@ -268,7 +268,7 @@ def _heldout_captions():
         raise UserError(
             f"--prompts is missing: only a finished run has held-out captions of its own, and {model} is none"
         )
-    data = pipeline.read_config(model).data
+    data = loading.read_config(model).data
     return prompt_sets.heldout_captions(
         data.eval_seed, _FIRST.value or _PROMPTS_BY_DEFAULT, data.size
     )
@@ -350,13 +350,13 @@ def _make(out, units, total, claim):
 
     from sprint_jax.evaluation import gallery
     from sprint_jax.runtime import compile_cache
-    from sprint_jax.sampling import pipeline
+    from sprint_jax.sampling import loading
 
     compile_cache.start()
     f = model_flags
-    dtype = f.DTYPE.value or pipeline.default_dtype()
+    dtype = f.DTYPE.value or loading.default_dtype()
     say = lambda message: print(message, file=sys.stderr, flush=True)
-    pipe = pipeline.load(
+    pipe = loading.load(
         f.MODEL.value, dtype=dtype, instruction=f.INSTRUCTION.value, tile=f.TILE.value, say=say
     )
     options = {

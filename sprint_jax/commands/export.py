@@ -86,7 +86,7 @@ def main(argv):
         import tqdm
         from jax import export as jax_export
 
-        from sprint_jax.sampling import exported, pipeline
+        from sprint_jax.sampling import exported, loading
 
         platforms = tuple(_PLATFORMS.value or [jax_export.default_export_platform()])
         unknown = [name for name in platforms if name not in exported.PLATFORMS]
@@ -96,7 +96,7 @@ def main(argv):
             )
         alone = platforms == ("cpu",)
         say = lambda message: print(message, file=sys.stderr, flush=True)
-        pipe = pipeline.load(
+        pipe = loading.load(
             _MODEL.value,
             dtype=_DTYPE.value or ("float32" if alone else "bfloat16"),
             instruction=_INSTRUCTION.value,
@@ -149,7 +149,7 @@ def export(
     """Writes a loaded model to a file, a program for every number of steps, batch size and padded prompt length.
 
     Args:
-      pipe: from `pipeline.load`. path: the file, which appears whole or not at all.
+      pipe: from `loading.load`. path: the file, which appears whole or not at all.
       steps, batch_sizes: lists; None is the model's own batch size, and the first is used unless told.
       height, width: pixels; None takes the model's own. platforms: of `exported.PLATFORMS`.
       schedule: time list used unless told; None takes the model's own. longest: tokens of the longest prompt.
@@ -171,26 +171,26 @@ def export(
     shape, schedule = generation.latent_shape(pipe, height, width), schedule or pipe.schedule
     lengths = pipe.text.shapes(longest)
     programs = [
-        exported.Program(count, length, batch, height, width)
+        exported.Program(steps=count, length=length, batch_size=batch, height=height, width=width)
         for count in steps
         for length in lengths
         for batch in batch_sizes
     ]
     text, tokenizer = _text(pipe.text)
     header = exported.Header(
-        jax.__version__,
-        revision.commit(),
-        tuple(platforms),
-        pipe.dtype,
-        text,
-        pipe.pixels.factor,
-        pipe.pixels.channels,
-        height,
-        width,
-        pipe.guidance_scale,
-        schedule,
-        batch_sizes[0],
-        tuple(programs),
+        jax=jax.__version__,
+        commit=revision.commit(),
+        platforms=tuple(platforms),
+        dtype=pipe.dtype,
+        text=text,
+        factor=pipe.pixels.factor,
+        channels=pipe.pixels.channels,
+        height=height,
+        width=width,
+        guidance_scale=pipe.guidance_scale,
+        schedule=schedule,
+        batch_size=batch_sizes[0],
+        programs=tuple(programs),
     )
     held = _Held.of(pipe.params)
     lower = lambda program, held: _lowered(
@@ -240,10 +240,10 @@ def _member(name):
 
 def _text(text):
     """(header's description of a text part, the tokenizer's file or None)."""
-    from sprint_jax.encoders import parts
+    from sprint_jax.encoders import text as text_encoders
     from sprint_jax.encoders import words as text_lib
 
-    if isinstance(text, parts.GemmaText):
+    if isinstance(text, text_encoders.GemmaText):
         return {
             "kind": "gemma",
             "instruction": text.prompts.instruction,

@@ -141,12 +141,12 @@ def _generate(prompts):
 
 def _loaded(say):
     """The model of a folder."""
-    from sprint_jax.sampling import pipeline
+    from sprint_jax.sampling import loading
 
     flag = model_flags
-    return pipeline.load(
+    return loading.load(
         flag.MODEL.value,
-        dtype=flag.DTYPE.value or pipeline.default_dtype(),
+        dtype=flag.DTYPE.value or loading.default_dtype(),
         attention=_ATTENTION.value,
         controlnet=_CONTROLNET.value,
         instruction=flag.INSTRUCTION.value,

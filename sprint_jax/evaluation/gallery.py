@@ -18,7 +18,7 @@ import numpy as np
 
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import dpg, image_sets
-from sprint_jax.sampling import pipeline
+from sprint_jax.sampling import generation, pipeline
 from sprint_jax.storage import files, image_files, revision, run_files
 from sprint_jax.storage.settings import Keeper
 
@@ -163,7 +163,7 @@ def missing(out, units):
 def make(out, units, pipe, options, *, batch, file_format, bar, claim):
     """Makes and writes the pictures of units; records in protocol.json with what. bar: of tqdm, in pictures.
 
-    options: keywords of `pipeline.generate`. batch: pictures a program run, rounded up to a multiple of the devices.
+    options: keywords of `generation.generate`. batch: pictures a program run, rounded up to a multiple of the devices.
     claim: called when the first pictures are made, before they are written; `claim` of this folder.
     """
     out, devices = pathlib.Path(out), jax.local_devices()
@@ -183,7 +183,7 @@ def make(out, units, pipe, options, *, batch, file_format, bar, claim):
     for start in range(0, len(units), size):
         part, begun = units[start : start + size], bar.n
         prompts = [unit.prompt for unit in part for _ in unit.indices]
-        images = pipeline.generate(
+        images = generation.generate(
             pipe,
             prompts,
             indices=[i for unit in part for i in unit.indices],

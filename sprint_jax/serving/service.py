@@ -11,7 +11,7 @@ import tqdm
 import uvicorn
 
 from sprint_jax.errors import UserError
-from sprint_jax.sampling import exported, pipeline
+from sprint_jax.sampling import exported
 from sprint_jax.sampling.exported import Exported
 from sprint_jax.sampling.pipeline import Pipeline
 from sprint_jax.serving import artist, server
@@ -33,12 +33,12 @@ def serve(
     queue: int = 64,
     password: str | None = None,
     ready_tokens: int | None = None,
-    **loading: Any,
+    **options: Any,
 ) -> None:
     """Load a model and serve it until a signal ends the process.
 
-    model: a folder or an exported file. sizes: texts such as "768x1344". loading: keywords of
-    `sampling.pipeline.load`. The others are the options of `sprint-jax serve`. Raises UserError.
+    model: a folder or an exported file. sizes: texts such as "768x1344". options: keywords of
+    `sampling.loading.load`. The others are the options of `sprint-jax serve`. Raises UserError.
     """
     for name, value, low, high in (
         ("port", port, 0, 65535),
@@ -51,7 +51,7 @@ def serve(
     pairs = parse_sizes(sizes)
     listener = server.listen(host, port)  # before the model, whose loading may take minutes
     path = pathlib.Path(model)
-    pipe = _load(path, loading)
+    pipe = _load(path, options)
     limits = artist.limits_of(pipe, pairs, max_steps, max_prompt)
     run(
         pipe,
@@ -64,14 +64,14 @@ def serve(
     )
 
 
-def _load(path: pathlib.Path, loading: dict[str, Any]) -> Pipeline | Exported:
+def _load(path: pathlib.Path, options: dict[str, Any]) -> Pipeline | Exported:
     def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
 
     if not path.is_file():
-        loading["dtype"] = loading.get("dtype") or pipeline.default_dtype()
-        return pipeline.load(path, say=say, **loading)
-    for name, value in loading.items():
+        options["dtype"] = options.get("dtype") or loading.default_dtype()
+        return loading.load(path, say=say, **options)
+    for name, value in options.items():
         if value not in (None, False):
             flag = "instruction_file" if name == "instruction" else name
             raise UserError(

@@ -571,7 +571,7 @@ def test_three_programs_generate_the_same_image():
     )
     short = dict(dtype="float32", prefix=5, tokens=7, control_depth=1)
     build = functools.partial(subjects.picture, make_bench(), text, TINY, TINY_AE, 3, 2, **short)
-    one, three = build(), build(in_turn=True)
+    one, three = build(), build(staged=True)
     assert not three.peers
     assert np.abs(one.program.result().astype(int) - three.program.result().astype(int)).max() <= 1
 

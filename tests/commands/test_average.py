@@ -10,7 +10,7 @@ from helpers.configs import card
 from sprint_jax import build, config
 from sprint_jax.commands import average
 from sprint_jax.errors import UserError
-from sprint_jax.sampling import pipeline
+from sprint_jax.sampling import loading
 from sprint_jax.storage import weights
 
 
@@ -51,13 +51,13 @@ def test_weights_are_the_mean_and_the_folder_is_a_model(command, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "mean of 3 students" in result.stdout, result.stderr[-2000:]
-    each = [weights.flatten(pipeline.read_student(r)[1]) for r in runs]
-    found = weights.flatten(pipeline.read_student(made)[1])
+    each = [weights.flatten(loading.read_student(r)[1]) for r in runs]
+    found = weights.flatten(loading.read_student(made)[1])
     for name, value in found.items():
         np.testing.assert_allclose(
             value, np.mean([np.float64(e[name]) for e in each], axis=0), rtol=1e-6, atol=1e-9
         )
-    assert pipeline.read_student(made)[2] == pipeline.read_student(runs[0])[2]
+    assert loading.read_student(made)[2] == loading.read_student(runs[0])[2]
     before = sorted(p.name for p in made.iterdir())
     again = command(
         "sprint_jax.commands.average", f"--runs={runs[0]},{runs[1]}", f"--averaged={made}"

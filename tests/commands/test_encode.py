@@ -30,7 +30,9 @@ from helpers.encoding import (
 from helpers.runs import ROOT
 from sprint_jax.commands import encode
 from sprint_jax.data import encoded, sources
-from sprint_jax.encoders import parts, prompts
+from sprint_jax.encoders import pixels as pixel_codecs
+from sprint_jax.encoders import prompts
+from sprint_jax.encoders import text as text_encoders
 from sprint_jax.errors import UserError
 from sprint_jax.toy import shapes
 
@@ -146,7 +148,7 @@ def test_one_program_for_each_size(images, tmp_path):
     """Images and captions come in whole batches, of which the last is padded."""
     seen, encoders = [], embedded_encoders()
 
-    class Pixels(parts.EmbeddedPixels):
+    class Pixels(pixel_codecs.EmbeddedPixels):
         def encode(self, params, images):
             seen.append(images.shape)
             return super().encode(params, images)
@@ -354,7 +356,7 @@ def test_a_set_without_a_training_example_is_an_error(tmp_path):
 
 
 def test_features_that_are_not_finite_are_skipped(images, tmp_path):
-    class Text(parts.EmbeddedText):
+    class Text(text_encoders.EmbeddedText):
         def features(self, params, arrays):
             features, mask = super().features(params, arrays)
             return features * np.where(np.arange(4) == 1, np.inf, 1)[:, None, None], mask
@@ -390,9 +392,9 @@ def published(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipe(published):
     """Return the pipeline of that folder."""
-    from sprint_jax.sampling import pipeline
+    from sprint_jax.sampling import loading
 
-    return pipeline.load(
+    return loading.load(
         published / "model", dtype="float32", instruction=published / "instruction.txt"
     )
 
@@ -517,13 +519,13 @@ def test_stored_tokens(published, pipe, photographs, tmp_path):
 def test_identity_depends_on_the_content(published, pipe, tmp_path):
     """It is the same for our form of a folder, and differs by one weight or the instruction."""
     from sprint_jax.conversion import folder
-    from sprint_jax.sampling import pipeline
+    from sprint_jax.sampling import loading
 
     words = (published / "instruction.txt").read_text()
     folder.write_ours(
         tmp_path / "ours", folder.read_diffusers(published / "model", dtype=None, instruction=words)
     )
-    ours = encode.identity(pipeline.load(tmp_path / "ours", dtype="float32"), tmp_path / "ours")
+    ours = encode.identity(loading.load(tmp_path / "ours", dtype="float32"), tmp_path / "ours")
     name = encode.identity(pipe, published / "model")
     assert ours == name and name.startswith("DCAE and Gemma2, float32, ")
     tree = pipe.params["text"]["model"]
@@ -537,7 +539,7 @@ def test_identity_depends_on_the_content(published, pipe, tmp_path):
         published / "model",
         tmp_path / "ours",
     ):  # images as in float32, text in bfloat16
-        mixed = pipeline.load(
+        mixed = loading.load(
             path,
             dtype="bfloat16",
             pixels_dtype="float32",
@@ -549,7 +551,7 @@ def test_identity_depends_on_the_content(published, pipe, tmp_path):
         }
         assert (mixed.model.dtype, mixed.model.residual_dtype) == ("bfloat16", "bfloat16")
         assert encode.identity(mixed, path).startswith("DCAE and Gemma2, float32 and bfloat16, ")
-    bare = pipeline.load(tmp_path / "ours", dtype="float32", instruction="")
+    bare = loading.load(tmp_path / "ours", dtype="float32", instruction="")
     assert encode.identity(bare, tmp_path / "ours") != name
 
 

@@ -19,8 +19,8 @@ from sprint_jax.errors import UserError  # noqa: E402
 from sprint_jax.models.dc_ae import DCAE_F32C32  # noqa: E402
 from sprint_jax.models.gemma2 import GEMMA2_2B  # noqa: E402
 from sprint_jax.models.linear_dit import SANA_600M  # noqa: E402
-from sprint_jax.sampling import pipeline  # noqa: E402
-from sprint_jax.storage import tensors  # noqa: E402
+from sprint_jax.sampling import generation, loading  # noqa: E402
+from sprint_jax.storage import tensors, weights  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:prompt")
 PARTS = {
@@ -73,11 +73,11 @@ def test_round_trip_is_bit_equal_and_diffusers_loads_it(source, command, tmp_pat
         "gulls", height=64, width=64, use_resolution_binning=False, output_type="np"
     ).images
     assert np.isfinite(image).all() and image.std() > 0.01
-    ours, direct = (pipeline.load(path, dtype="float32") for path in (tmp_path / "ours", source))
+    ours, direct = (loading.load(path, dtype="float32") for path in (tmp_path / "ours", source))
     options = dict(steps=1, height=64, width=64)
     np.testing.assert_array_equal(
-        pipeline.generate(ours, ["gulls"], **options),
-        pipeline.generate(direct, ["gulls"], **options),
+        generation.generate(ours, ["gulls"], **options),
+        generation.generate(direct, ["gulls"], **options),
     )
 
 
@@ -90,7 +90,7 @@ def test_run_becomes_a_transformer_that_diffusers_runs(finished, command, tmp_pa
     theirs = fabricate.diffusers.SanaTransformer2DModel.from_pretrained(
         tmp_path / "out" / "transformer"
     ).eval()
-    model, params, _ = pipeline.read_student(finished)
+    model, params, _ = loading.read_student(finished)
     rng = np.random.default_rng(0)
     x, text = (
         rng.standard_normal(s).astype(np.float32)
@@ -226,7 +226,7 @@ def test_published_counts():
         rows = table(model)
         assert len(rows) == names and sum(row.size for row in rows) == parameters
         abstract = jax.eval_shape(model.init, jax.random.key(0))
-        rules.check_cover(rows, {n: a.shape for n, a in pipeline.weights.flatten(abstract).items()})
+        rules.check_cover(rows, {n: a.shape for n, a in weights.flatten(abstract).items()})
 
 
 def test_instruction_is_read_without_importing_diffusers(command):
@@ -443,7 +443,7 @@ def test_impossible_requests_are_refused(source):
 
     These are sizes, times, latents and strengths that do not fit.
     """
-    pipe = pipeline.load(source, dtype="float32")
+    pipe = loading.load(source, dtype="float32")
     small = dict(height=64, width=64)
     image = np.zeros((64, 64, 3), np.uint8)
     for options, words in (
@@ -459,18 +459,18 @@ def test_impossible_requests_are_refused(source):
         (dict(output="video", **small), "'pixels' or 'latent'"),
     ):
         with pytest.raises(UserError) as caught:
-            pipeline.generate(pipe, ["gulls"], **options)
+            generation.generate(pipe, ["gulls"], **options)
         assert words in str(caught.value), str(caught.value)
     with pytest.raises(UserError, match="list of texts"):
-        pipeline.generate(pipe, "gulls")
+        generation.generate(pipe, "gulls")
     with pytest.raises(
         UserError, match="prompt 1 is empty"
     ):  # the wording of the embedded model and of sprint-jax serve
-        pipeline.generate(pipe, ["gulls", " \t"], **small)
+        generation.generate(pipe, ["gulls", " \t"], **small)
 
 
 def test_long_prompts_are_cut_with_a_warning(source):
-    pipe = pipeline.load(source, dtype="float32")
+    pipe = loading.load(source, dtype="float32")
     with pytest.warns(UserWarning, match="cut off '.*the tail of it'"):
         pipe.text.prepare(["lighthouse " * 150 + "the tail of it"])
 
@@ -493,19 +493,19 @@ def test_the_command_warns_in_one_line(source, command, tmp_path):
 
 def test_images_do_not_depend_on_the_rest_of_the_batch(source):
     """Alone, in a batch, and beside a prompt of another length: equal to the last bit."""
-    pipe = pipeline.load(source, dtype="float32")
+    pipe = loading.load(source, dtype="float32")
     options = dict(steps=2, height=64, width=96, seed=5, batch_size=2)
     prompts = [
         "gulls",
         "a red fox in the snow, watercolour, soft light, and a lake in autumn with mist",
         "a lake",
     ]
-    together = pipeline.generate(pipe, prompts, **options)
+    together = generation.generate(pipe, prompts, **options)
     assert together.shape == (3, 64, 96, 3)
-    np.testing.assert_array_equal(pipeline.generate(pipe, prompts[:1], **options)[0], together[0])
-    np.testing.assert_array_equal(pipeline.generate(pipe, prompts[:2], **options), together[:2])
+    np.testing.assert_array_equal(generation.generate(pipe, prompts[:1], **options)[0], together[0])
+    np.testing.assert_array_equal(generation.generate(pipe, prompts[:2], **options), together[:2])
     assert (together[0] != together[2]).any()
-    twice = pipeline.generate(pipe, prompts[:1], images_per_prompt=2, **options)
+    twice = generation.generate(pipe, prompts[:1], images_per_prompt=2, **options)
     np.testing.assert_array_equal(twice[0], together[0])
     assert (twice[0] != twice[1]).any()
 

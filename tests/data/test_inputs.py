@@ -14,7 +14,8 @@ from helpers.runs import TINY_FLAGS
 from sprint_jax import build, config
 from sprint_jax.commands import encode
 from sprint_jax.data import encoded, sources
-from sprint_jax.encoders import parts, words
+from sprint_jax.encoders import pixels as pixel_codecs
+from sprint_jax.encoders import words
 from sprint_jax.errors import UserError
 from sprint_jax.toy import shapes
 from sprint_jax.training import datasets
@@ -180,11 +181,11 @@ def test_token_ids_become_the_features(tmp_path_factory, tmp_path):
     Fails when the mask of the first token is dropped.
     """
     path = published(tmp_path_factory)
-    from sprint_jax.sampling import pipeline
+    from sprint_jax.sampling import loading
 
     (tmp_path / "pictures").mkdir()
     source = sources.open_source(write_images(tmp_path / "pictures", 12, size=32))
-    pipe = pipeline.load(path, dtype="float32")
+    pipe = loading.load(path, dtype="float32")
     encoders = encode.Encoders(
         pipe.pixels,
         pipe.text,
@@ -209,7 +210,7 @@ def test_token_ids_become_the_features(tmp_path_factory, tmp_path):
         data = datasets.open_dataset(
             published_card(path, tmp_path / kind, pipe.model), lambda line: None
         )
-        assert isinstance(data.pixels, parts.AutoencoderPixels)
+        assert isinstance(data.pixels, pixel_codecs.AutoencoderPixels)
         with data.batches(4, 0, 1, 0, 1) as batches:
             found[kind] = jax.device_get(jax.jit(data.prepare)(data.frozen, next(batches)))
     features, tokens = found["features"], found["tokens"]

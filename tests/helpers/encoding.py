@@ -6,7 +6,9 @@ from typing import Any
 
 from sprint_jax.commands import encode
 from sprint_jax.data import encoded, sources
-from sprint_jax.encoders import parts, patches, words
+from sprint_jax.encoders import patches, words
+from sprint_jax.encoders import pixels as pixel_codecs
+from sprint_jax.encoders import text as text_encoders
 
 CODEC, TEXT = patches.SpaceToDepth(4, 1.28), words.ShapesText()
 SIZES = ((32, 32), (16, 48))
@@ -15,7 +17,7 @@ SIZES = ((32, 32), (16, 48))
 def embedded_encoders() -> encode.Encoders:
     """Return the embedded codec and text encoder."""
     params = {"pixels": {}, "text": {}}
-    pixels, text = parts.EmbeddedPixels(CODEC), parts.EmbeddedText(TEXT)
+    pixels, text = pixel_codecs.EmbeddedPixels(CODEC), text_encoders.EmbeddedText(TEXT)
     return encode.Encoders(pixels, text, params, "tiny", 32)
 
 

@@ -11,7 +11,7 @@ from helpers.runs import TINY_FLAGS, assert_refused
 from sprint_jax import config as config_lib
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import cli
-from sprint_jax.sampling import pipeline
+from sprint_jax.sampling import loading
 from sprint_jax.training import run
 
 pytestmark = pytest.mark.second_pass
@@ -166,12 +166,12 @@ def test_fit_codec_refuses_a_folder(command, tmp_path):
 
 def test_loading_what_is_not_a_model(finished, tmp_path):
     with pytest.raises(UserError, match="no directory"):
-        pipeline.load(tmp_path / "absent")
+        loading.load(tmp_path / "absent")
     with pytest.raises(UserError, match="has no config.json"):
-        pipeline.load(tmp_path)
+        loading.load(tmp_path)
     shutil.copy(finished / "config.json", tmp_path)
     with pytest.raises(UserError, match="has no student.safetensors yet"):
-        pipeline.load(tmp_path)
+        loading.load(tmp_path)
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer/config.json").write_text(
         json.dumps({"_class_name": "SanaTransformer2DModel", "num_layers": 28})
@@ -179,12 +179,12 @@ def test_loading_what_is_not_a_model(finished, tmp_path):
     with pytest.raises(
         UserError, match=f"one part of a published model: give the folder above it, {tmp_path}$"
     ):
-        pipeline.load(tmp_path / "transformer")
+        loading.load(tmp_path / "transformer")
     (tmp_path / "student.safetensors").write_bytes(
         (finished / "student.safetensors").read_bytes()[:1000]
     )
     with pytest.raises(UserError, match="not a readable safetensors"):
-        pipeline.load(tmp_path)
+        loading.load(tmp_path)
 
 
 def test_weights_of_another_shape(finished, tmp_path):
@@ -193,7 +193,7 @@ def test_weights_of_another_shape(finished, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tree))
     shutil.copy(finished / "student.safetensors", tmp_path)
     with pytest.raises(UserError, match="has shape .* the model needs"):
-        pipeline.load(tmp_path)
+        loading.load(tmp_path)
 
 
 def test_workdir_of_another_config_is_left_alone(finished):

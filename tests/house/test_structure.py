@@ -23,7 +23,7 @@ ALLOWED = {
     "toy": set(),
     "conversion": {"errors", "storage", "models"},
     "conditioning": {"errors", "storage", "conversion"},
-    "encoders": {"errors", "models", "toy"},
+    "encoders": {"errors", "conversion", "models", "toy"},
     "data": {"errors", "storage", "conditioning", "toy"},
     "optim": set(),
     "objectives": {"diffusion", "models", "optim"},

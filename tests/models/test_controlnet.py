@@ -17,7 +17,7 @@ from sprint_jax.diffusion import samplers
 from sprint_jax.errors import UserError
 from sprint_jax.models.controlnet import Controlled, ControlNet
 from sprint_jax.models.linear_dit import LinearDiT
-from sprint_jax.sampling import generation, pipeline, programs
+from sprint_jax.sampling import generation, loading, pipeline, programs
 from sprint_jax.storage import image_files, weights
 from sprint_jax.toy import shapes
 from sprint_jax.training import datasets, run, sharding, sprint_step
@@ -482,20 +482,21 @@ def test_generate_follows_a_sketch_or_refuses_it(small):
 
     With one, the sketch changes the image and scale 0 does not.
     """
-    from sprint_jax.encoders import parts
+    from sprint_jax.encoders import pixels as pixel_codecs
+    from sprint_jax.encoders import text as text_encoders
 
     params = randomize(build.student(small).init(jax.random.key(0)))
     pipe = pipeline.Pipeline(
-        build.student(small),
-        parts.EmbeddedText(build.text_encoder(small)),
-        parts.EmbeddedPixels(build.codec(small)),
-        {"transformer": params, "text": {}, "pixels": {}},
-        32,
-        32,
-        1.5,
-        "code",
-        1,
-        "float32",
+        model=build.student(small),
+        text=text_encoders.EmbeddedText(build.text_encoder(small)),
+        pixels=pixel_codecs.EmbeddedPixels(build.codec(small)),
+        params={"transformer": params, "text": {}, "pixels": {}},
+        height=32,
+        width=32,
+        guidance_scale=1.5,
+        schedule="code",
+        batch_size=1,
+        dtype="float32",
     )
     assert pipe.control
     sketch = np.zeros((32, 32, 3), np.uint8)
@@ -512,7 +513,6 @@ def test_generate_follows_a_sketch_or_refuses_it(small):
         pipe,
         model=pipe.model.trunk,
         params=pipe.params | {"transformer": params["trunk"]},
-        programs={},
     )
     with pytest.raises(UserError, match="has no ControlNet"):
         generation.generate(plain, ["a red circle"], control=sketch)
@@ -606,12 +606,12 @@ def test_sample_takes_a_sketch(finished_controlnet, command, tmp_path):
         result = command("sprint_jax.commands.sample", *flags)
         assert result.returncode == 0, result.stderr
         made.append(np.asarray(Image.open(tmp_path / name / "00000.png"), int))
-    pipe = pipeline.load(finished_controlnet, dtype="float32")
-    again = pipeline.generate(
+    pipe = loading.load(finished_controlnet, dtype="float32")
+    again = generation.generate(
         pipe, ["a red square"], steps=1, control=image_files.load(tmp_path / "sketch.png", 32, 32)
     )[0]
     assert np.abs(made[1] - again).max() <= 1
-    np.testing.assert_array_equal(made[0], pipeline.generate(pipe, ["a red square"], steps=1)[0])
+    np.testing.assert_array_equal(made[0], generation.generate(pipe, ["a red square"], steps=1)[0])
 
 
 @pytest.mark.slow
@@ -623,7 +623,7 @@ def test_runs_are_converted_and_their_stages_extracted(finished_controlnet, comm
     )
     assert result.returncode == 0, result.stderr
     model, params = folder.read_controlnet(tmp_path / "out")
-    found, whole, _ = pipeline.read_student(finished_controlnet)
+    found, whole, _ = loading.read_student(finished_controlnet)
     assert dataclasses.replace(model.net, depth=2, remat="none", unroll=1) == dataclasses.replace(
         found.control.net, remat="none", unroll=1
     )

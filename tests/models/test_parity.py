@@ -24,7 +24,7 @@ fabricate = pytest.importorskip("helpers.fabricate")
 from helpers.torch_models import converted, from_torch, to_torch  # noqa: E402
 from sprint_jax.conversion import configs  # noqa: E402
 from sprint_jax.models.dc_ae import tiled  # noqa: E402
-from sprint_jax.sampling import pipeline  # noqa: E402
+from sprint_jax.sampling import generation, loading  # noqa: E402
 
 pytestmark = pytest.mark.second_pass
 
@@ -331,7 +331,7 @@ def step_noise(noise_seed, shape, count):
 def test_whole_pipeline(tiny, steps):
     """Compare latents and pixels from the same prompts and noise."""
     theirs, folder = tiny
-    ours = pipeline.load(folder, dtype="float32")
+    ours = loading.load(folder, dtype="float32")
     prompts = ["  A tiny Astronaut hatching from an egg ", "gulls"]
     latents = normals(2, 3, 5, 8, seed=steps)
     options = dict(
@@ -343,11 +343,11 @@ def test_whole_pipeline(tiny, steps):
     )
     expected = from_torch(call_diffusers(theirs, prompts, steps, latents, 7, "latent"))
     assert (
-        relative_error(pipeline.generate(ours, prompts, output="latent", **options), expected)
+        relative_error(generation.generate(ours, prompts, output="latent", **options), expected)
         < 1e-4
     )
     pixels = np.round(255 * call_diffusers(theirs, prompts, steps, latents, 7, "np"))
-    made = pipeline.generate(ours, prompts, **options).astype(np.float64)
+    made = generation.generate(ours, prompts, **options).astype(np.float64)
     assert made.std() > 10 and (np.abs(made - pixels) <= 1).mean() > 0.999
 
 
@@ -382,7 +382,7 @@ def test_prompt_handling_is_the_published_one(tiny):
     Ours use the keys and values of the instruction, and diffusers takes the full pass.
     """
     theirs, folder = tiny
-    ours = pipeline.load(folder, dtype="float32")
+    ours = loading.load(folder, dtype="float32")
     for prompt in PROMPTS:
         with torch.no_grad():
             expected, kept = theirs.encode_prompt(
@@ -399,7 +399,7 @@ def test_prompt_handling_is_the_published_one(tiny):
 
 def test_without_instruction(tiny, tmp_path):
     theirs, folder = tiny
-    ours = pipeline.load(folder, dtype="float32", instruction="")
+    ours = loading.load(folder, dtype="float32", instruction="")
     with torch.no_grad():
         expected, kept = theirs.encode_prompt(["a blue sofa"], complex_human_instruction=None)
     ((_, arrays),) = ours.text.prepare(["a blue sofa"])
@@ -419,7 +419,7 @@ def test_image_to_image(tiny):
     components = {name: part for name, part in theirs.components.items()}
     img2img = fabricate.diffusers.SanaSprintImg2ImgPipeline(**components)
     img2img.set_progress_bar_config(disable=True)
-    ours = pipeline.load(folder, dtype="float32")
+    ours = loading.load(folder, dtype="float32")
     image = np.random.default_rng(0).integers(0, 256, (96, 160, 3)).astype(np.uint8)
     noise = step_noise(3, (1, 3, 5, 8), 2)  # the initial noise, then the draw of the only step
     expected = img2img(
@@ -433,7 +433,7 @@ def test_image_to_image(tiny):
         output_type="latent",
         generator=torch.Generator().manual_seed(3),
     ).images
-    made = pipeline.generate(
+    made = generation.generate(
         ours,
         ["a lake"],
         steps=2,
@@ -445,7 +445,7 @@ def test_image_to_image(tiny):
         output="latent",
     )
     assert relative_error(made, from_torch(expected)) < 1e-4
-    other = pipeline.generate(
+    other = generation.generate(
         ours,
         ["a lake"],
         steps=2,

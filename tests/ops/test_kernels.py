@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -31,12 +32,14 @@ from helpers.kernel_cases import (
 )
 from helpers.runs import ROOT
 from sprint_jax import build, config
-from sprint_jax.encoders import parts
+from sprint_jax.conversion import folder
+from sprint_jax.encoders import load as encoders
+from sprint_jax.encoders import pixels as pixel_codecs
 from sprint_jax.errors import UserError
 from sprint_jax.models.dc_ae import DCAE_F32C32
 from sprint_jax.ops import backend, cross_attention, depthwise, linear_attention, norms
 from sprint_jax.ops.pallas import depthwise as depthwise_kernel
-from sprint_jax.sampling import pipeline
+from sprint_jax.sampling import loading, pipeline
 
 pytestmark = pytest.mark.second_pass
 
@@ -741,45 +744,62 @@ def test_config_chooses(monkeypatch):
         dataclasses.replace(TINY_MODEL, attention="pallas")
 
 
+def describe_folder(monkeypatch, transformer):
+    """Let `loading.load` find this transformer and DC-AE in any folder, without parameters."""
+    models = {"transformer": transformer, "autoencoder": DCAE_F32C32}
+    nothing = dict.fromkeys(models)
+
+    def assemble(described, params, wording, *, tile, unrolled):
+        pixels = pixel_codecs.AutoencoderPixels(described.models["autoencoder"], tile)
+        return encoders.Encoders(text=None, pixels=pixels, params={"text": {}, "pixels": {}})
+
+    description = folder.Description(
+        path=pathlib.Path(), models=models, instruction="", diffusers=True
+    )
+    monkeypatch.setattr(folder.Description, "read", lambda *_, **__: nothing)
+    monkeypatch.setattr(folder, "is_diffusers", lambda path: True)
+    monkeypatch.setattr(folder, "describe", lambda path, dtype: description)
+    monkeypatch.setattr(encoders, "assemble", assemble)
+    monkeypatch.setattr(loading, "_unstacked", lambda part, model, params, how: params)
+
+
 def test_pipeline_chooses(monkeypatch, tmp_path):
     """The choice is reported once, and not without a request.
 
     Fails when load does not pass the choice to the model or to the autoencoder.
     """
-    pixels = parts.AutoencoderPixels(DCAE_F32C32, tile=False)
-    made = pipeline.Pipeline(TINY_MODEL, None, pixels, {}, 32, 32, 1.0, "code", 1, "float32")
-    monkeypatch.setattr(pipeline, "_load", lambda path, **options: made)
+    describe_folder(monkeypatch, TINY_MODEL)
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     lines = []
-    assert pipeline.load(tmp_path, dtype="float32", say=lines.append).model == TINY_MODEL
+    assert loading.load(tmp_path, dtype="float32", say=lines.append).model == TINY_MODEL
     assert lines == []
     assert (
-        pipeline.load(tmp_path, dtype="float32", attention="pallas", say=lines.append).model
+        loading.load(tmp_path, dtype="float32", attention="pallas", say=lines.append).model
         == TINY_MODEL
     )
     assert len(lines) == 1 and "instead of Pallas kernels" in lines[0]
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     kinds = lambda pipe: (pipe.model.attention, pipe.pixels.model.attention)
     assert kinds(
-        pipeline.load(tmp_path, dtype="float32", attention="pallas", say=lines.append)
+        loading.load(tmp_path, dtype="float32", attention="pallas", say=lines.append)
     ) == ("tpu", "plain")
-    assert kinds(pipeline.load(tmp_path, dtype="float32", say=lines.append)) == ("plain", "plain")
+    assert kinds(loading.load(tmp_path, dtype="float32", say=lines.append)) == ("plain", "plain")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for wish in ("pallas", None):
         assert kinds(
-            pipeline.load(tmp_path, dtype="float32", attention=wish, say=lines.append)
+            loading.load(tmp_path, dtype="float32", attention=wish, say=lines.append)
         ) == ("triton", "triton")
-    assert kinds(pipeline.load(tmp_path, dtype="float32", attention="plain", say=lines.append)) == (
+    assert kinds(loading.load(tmp_path, dtype="float32", attention="plain", say=lines.append)) == (
         "plain",
         "plain",
     )
-    assert kinds(pipeline.load(tmp_path, dtype="float32", platform="cuda", say=lines.append)) == (
+    assert kinds(loading.load(tmp_path, dtype="float32", platform="cuda", say=lines.append)) == (
         "plain",
         "plain",
     )
     assert len(lines) == 1
     with pytest.raises(UserError, match="attention 'fast'"):
-        pipeline.load(tmp_path, attention="fast")
+        loading.load(tmp_path, attention="fast")
 
 
 def test_pipeline_chooses_the_depthwise_kernel(monkeypatch, tmp_path):
@@ -788,29 +808,25 @@ def test_pipeline_chooses_the_depthwise_kernel(monkeypatch, tmp_path):
 
     Fails when one of the two is left out.
     """
-    pixels = parts.AutoencoderPixels(DCAE_F32C32, tile=False)
-    made = pipeline.Pipeline(TINY_MODEL, None, pixels, {}, 32, 32, 1.0, "code", 1, "float32")
-    monkeypatch.setattr(pipeline, "_load", lambda path, **options: made)
+    describe_folder(monkeypatch, TINY_MODEL)
     kinds = lambda pipe: (pipe.model.depthwise, pipe.pixels.model.depthwise)
     assert (
-        kinds(pipeline.load(tmp_path, dtype="float32"))
+        kinds(loading.load(tmp_path, dtype="float32"))
         == (backend.depthwise(jax.default_backend()),) * 2
     )
     # The choice of the training run does not matter either.
-    trained = dataclasses.replace(
-        made, model=dataclasses.replace(TINY_MODEL, attention="interpret", depthwise="interpret")
-    )
+    trained = dataclasses.replace(TINY_MODEL, attention="interpret", depthwise="interpret")
     with monkeypatch.context() as context:
-        context.setattr(pipeline, "_load", lambda path, **options: trained)
+        describe_folder(context, trained)
         for platform in (None, "cpu", "cuda", ""):
-            found = pipeline.load(tmp_path, dtype="float32", attention="plain", platform=platform)
+            found = loading.load(tmp_path, dtype="float32", attention="plain", platform=platform)
             assert kinds(found) == ("plain", "plain")
             assert found.model.attention == "plain"
-        assert kinds(pipeline.load(tmp_path, dtype="float32", platform="cpu")) == ("plain", "plain")
+        assert kinds(loading.load(tmp_path, dtype="float32", platform="cpu")) == ("plain", "plain")
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    pipe = pipeline.load(tmp_path, dtype="float32")
-    assert kinds(pipeline.load(tmp_path, dtype="float32", attention="plain")) == (
+    pipe = loading.load(tmp_path, dtype="float32")
+    assert kinds(loading.load(tmp_path, dtype="float32", attention="plain")) == (
         "plain",
         "plain",
     )  # no kernel at all
@@ -820,10 +836,10 @@ def test_pipeline_chooses_the_depthwise_kernel(monkeypatch, tmp_path):
         "plain",
     )
     assert pipeline.over_devices(pipe, devices).model == TINY_MODEL  # nor attention
-    assert pipe.in_turn
+    assert pipe.staged
     for platform in ("cuda", ""):
-        elsewhere = pipeline.load(tmp_path, dtype="float32", platform=platform)
-        assert kinds(elsewhere) == ("plain", "plain") and not elsewhere.in_turn
+        elsewhere = loading.load(tmp_path, dtype="float32", platform=platform)
+        assert kinds(elsewhere) == ("plain", "plain") and not elsewhere.staged
     with pytest.raises(ValueError, match="depthwise 'tpu'"):
         dataclasses.replace(TINY_MODEL, depthwise="tpu")
     with pytest.raises(ValueError, match="depthwise 'tpu'"):

@@ -14,7 +14,7 @@ import pytest
 from helpers.runs import ROOT
 from sprint_jax.commands import export
 from sprint_jax.errors import UserError
-from sprint_jax.sampling import exported, generation, pipeline
+from sprint_jax.sampling import exported, generation, loading
 from sprint_jax.storage import weights
 
 pytestmark = pytest.mark.second_pass
@@ -24,7 +24,7 @@ PROMPTS = ["a red circle", "two blue squares", "a circle"]
 
 @pytest.fixture(scope="module")
 def pipe(finished):
-    return pipeline.load(finished, dtype="float32")
+    return loading.load(finished, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_sample_needs_no_network_code(finished, exported_file, command, tmp_path
     for name in (
         "sprint_jax.models",
         "sprint_jax.sampling.pipeline",
-        "sprint_jax.encoders.parts",
+        "sprint_jax.encoders.load",
         "flax",
         "transformers",
     ):
@@ -262,7 +262,7 @@ def test_export_for_absent_platforms(finished, command, tmp_path):
 
     CUDA alone is refused here.
     """
-    pipe = pipeline.load(finished, dtype="bfloat16", platform="")
+    pipe = loading.load(finished, dtype="bfloat16", platform="")
     both = tmp_path / "both.sprint"
     export.export(pipe, both, steps=[2], batch_sizes=[1], platforms=("cuda", "tpu", "cpu"))
     made = generation.generate(exported.load(both), ["a red circle"], steps=2)
@@ -351,7 +351,7 @@ class TestPublishedFolder:
 
         Fails when the prefix, the state of the tokenizer or a bucket differ.
         """
-        pipe = pipeline.load(
+        pipe = loading.load(
             folder / "model", dtype="float32", instruction=folder / "instruction.txt"
         )
         assert len(pipe.text.prompts.prefix) > 5

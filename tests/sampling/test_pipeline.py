@@ -11,13 +11,13 @@ from PIL import Image
 from helpers.arrays import normals
 from sprint_jax.data import aspect_ratios
 from sprint_jax.diffusion import samplers
-from sprint_jax.encoders import parts
+from sprint_jax.encoders import pixels as pixel_codecs
 from sprint_jax.encoders import prompts as prompts_lib
 from sprint_jax.errors import UserError
 from sprint_jax.models import dc_ae
 from sprint_jax.ops import conv3x3
 from sprint_jax.planning import flops
-from sprint_jax.sampling import generation, pipeline
+from sprint_jax.sampling import generation, loading
 from sprint_jax.storage import image_files
 
 pytestmark = pytest.mark.second_pass
@@ -222,7 +222,7 @@ def test_a_large_batch_is_decoded_and_encoded_in_parts(monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
 
     def both(**changes):
-        pixels = parts.AutoencoderPixels(model, tile=False, **changes)
+        pixels = pixel_codecs.AutoencoderPixels(model, tile=False, **changes)
         text = str(jax.make_jaxpr(pixels.decode)(params, z)) + str(
             jax.make_jaxpr(pixels.encode)(params, images)
         )
@@ -235,7 +235,7 @@ def test_a_large_batch_is_decoded_and_encoded_in_parts(monkeypatch):
     *whole, none = both()
     monkeypatch.setattr(dc_ae, "MOST_ELEMENTS", 2 * 64 * 8 + 1)  # two images of 8 x 8
     *cut, two = both()
-    assert (none, two, both(spread=True)[2]) == (0, 2, 0)
+    assert (none, two, both(over_devices=True)[2]) == (0, 2, 0)
     assert np.abs(whole[0] - cut[0]).max() <= 1
     np.testing.assert_allclose(whole[1], cut[1], rtol=1e-5, atol=1e-5)
 
@@ -308,11 +308,11 @@ def test_initial_images(tmp_path):
 
 def test_reading_a_model_of_unknown_kind(tmp_path):
     with pytest.raises(UserError, match="no directory"):
-        pipeline.load(tmp_path / "nothing")
+        loading.load(tmp_path / "nothing")
     with pytest.raises(UserError, match="model_index.json"):
-        pipeline.load(tmp_path)
+        loading.load(tmp_path)
     with pytest.raises(UserError, match="dtype 'float16'"):
-        pipeline.load(tmp_path, dtype="float16")
+        loading.load(tmp_path, dtype="float16")
 
 
 def test_autoencoder_sides():
@@ -330,11 +330,11 @@ def test_three_programs_give_the_same_image(finished, output):
     Fails when one of them gets the parameters of another, and when latents are decoded although
     they are the output.
     """
-    pipe = pipeline.load(finished, dtype="float32")
-    in_turn = dataclasses.replace(pipe, in_turn=True, programs={})
+    pipe = loading.load(finished, dtype="float32")
+    staged = dataclasses.replace(pipe, staged=True)
     one, three = (
-        pipeline.generate(p, ["a red circle", "two blue squares"], steps=2, output=output, seed=3)
-        for p in (pipe, in_turn)
+        generation.generate(p, ["a red circle", "two blue squares"], steps=2, output=output, seed=3)
+        for p in (pipe, staged)
     )
     assert one.shape == three.shape
     assert one.dtype == three.dtype == (np.uint8 if output == "pixels" else np.float32)

@@ -8,14 +8,14 @@ import pytest
 
 from helpers.servers import LIMITS, ask, body, drawn, encoded, image_file, served
 from sprint_jax.errors import UserError
-from sprint_jax.sampling import generation, pipeline
+from sprint_jax.sampling import generation, loading
 from sprint_jax.sampling.exported import Program
 from sprint_jax.serving import artist, schema
 
 
 @pytest.fixture(scope="module")
 def pipe(finished):
-    return pipeline.load(finished, dtype="float32")
+    return loading.load(finished, dtype="float32")
 
 
 def test_the_same_request_is_the_same_image_whatever_else_is_served(pipe, finished):
