@@ -69,6 +69,8 @@ def _load(path: pathlib.Path, options: dict[str, Any]) -> Pipeline | Exported:
         print(message, file=sys.stderr, flush=True)
 
     if not path.is_file():
+        from sprint_jax.sampling import loading  # knows the networks; an exported file needs none
+
         options["dtype"] = options.get("dtype") or loading.default_dtype()
         return loading.load(path, say=say, **options)
     for name, value in options.items():

@@ -780,15 +780,17 @@ def test_pipeline_chooses(monkeypatch, tmp_path):
     assert len(lines) == 1 and "instead of Pallas kernels" in lines[0]
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     kinds = lambda pipe: (pipe.model.attention, pipe.pixels.model.attention)
-    assert kinds(
-        loading.load(tmp_path, dtype="float32", attention="pallas", say=lines.append)
-    ) == ("tpu", "plain")
+    assert kinds(loading.load(tmp_path, dtype="float32", attention="pallas", say=lines.append)) == (
+        "tpu",
+        "plain",
+    )
     assert kinds(loading.load(tmp_path, dtype="float32", say=lines.append)) == ("plain", "plain")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for wish in ("pallas", None):
-        assert kinds(
-            loading.load(tmp_path, dtype="float32", attention=wish, say=lines.append)
-        ) == ("triton", "triton")
+        assert kinds(loading.load(tmp_path, dtype="float32", attention=wish, say=lines.append)) == (
+            "triton",
+            "triton",
+        )
     assert kinds(loading.load(tmp_path, dtype="float32", attention="plain", say=lines.append)) == (
         "plain",
         "plain",
