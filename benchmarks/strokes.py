@@ -45,19 +45,19 @@ def main():
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--screenshot", help="Only take README's image, and write it here.")
     options = parser.parse_args()
-    with serving.server(options.model) as (port, _), browser.started() as chromium:
-        page = browser.opened(chromium, f"http://127.0.0.1:{port}")
+    with serving.server(options.model) as (port, _), browser.launch() as chromium:
+        page = browser.open_page(chromium, f"http://127.0.0.1:{port}")
         if options.screenshot:
             return screenshot(browser, page, options.screenshot)
         page.locator("#steps label", has_text=str(options.steps)).click()
-        browser.tab(page, "Sketch")
+        browser.open_tab(page, "Sketch")
         page.wait_for_selector("#canvas")
         page.evaluate(WATCH)
         point, rng = (lambda: (rng.uniform(0.1, 0.9), rng.uniform(0.1, 0.9))), random.Random(0)
         for number in range(options.strokes):
             if number % 10 == 0:
                 page.click("#clear")
-            browser.stroke(page, point(), point(), pause=5)
+            browser.draw_stroke(page, point(), point(), pause=5)
             browser.wait_for(page, "count => window.times.length > count", number)
         times = page.evaluate("window.times")
     p50, p95 = np.percentile(times, (50, 95))
@@ -70,12 +70,12 @@ def main():
 def screenshot(browser, page, path):
     """Draw some images from prompts, then a sketch of a circle and a square."""
     for number in range(3):
-        before = browser.shown(page)
+        before = browser.count_shown(page)
         page.locator("#examples button").nth(number).click()
         browser.wait_for_image(page, before)
     page.fill("#prompt", "a red circle left of a blue square")
     page.locator("#steps label", has_text="4").click()
-    browser.tab(page, "Sketch")
+    browser.open_tab(page, "Sketch")
     page.wait_for_selector("#canvas")
     colours = page.locator("#colors button")
     steered = colours.count() == 2  # white lines on black, for a ControlNet
@@ -94,8 +94,8 @@ def screenshot(browser, page, path):
         page.locator("#widths button", has_text="Fine" if steered else "Brush").click()
         strokes = strokes[:1] if steered else strokes  # outlines alone
         for points in strokes:
-            before = browser.shown(page)
-            browser.stroke(page, *points)
+            before = browser.count_shown(page)
+            browser.draw_stroke(page, *points)
             browser.wait_for_image(page, before)
     page.wait_for_timeout(700)
     page.mouse.move(5, 5)

@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from helpers.runs import free_port
-from helpers.servers import CLIENT, ask, drawn, wait_until
+from helpers.servers import CLIENT, image_of, send_request, wait_until
 
 
 def test_serve_starts_answers_and_ends(command, finished):
@@ -33,8 +33,8 @@ def test_serve_starts_answers_and_ends(command, finished):
 
         wait_until(ready, 120)
         assert states[-1]["compiled"] == states[-1]["programs"] == 2
-        assert drawn(ask(address, steps=1)).shape == (32, 32, 3)
-        assert ask(address, steps=2).status_code == 400
+        assert image_of(send_request(address, steps=1)).shape == (32, 32, 3)
+        assert send_request(address, steps=2).status_code == 400
         second = command("sprint_jax", "serve", f"--model={finished}", f"--port={port}")
         assert second.returncode == 2 and f"--port={port}" in second.stderr.splitlines()[-1]
         process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Servers with a stand-in for the model, which paints its request, and clients for them."""
+"""Servers with a stand-in for the model, which paints the request, and clients for them."""
 
 import base64
 import contextlib
@@ -8,6 +8,8 @@ import socket
 import threading
 import time
 import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import numpy as np
@@ -20,7 +22,7 @@ from sprint_jax.serving import server
 from sprint_jax.serving.app import make_app
 from sprint_jax.serving.queue import Queue
 from sprint_jax.serving.refused import Refused
-from sprint_jax.serving.schema import Limits
+from sprint_jax.serving.schema import Limits, Request
 
 LIMITS = Limits(
     steps=(1, 2, 3, 4),
@@ -32,20 +34,20 @@ LIMITS = Limits(
 )
 
 
-def paint(request):
-    """An image that belongs to its request alone."""
+def paint(request: Request) -> np.ndarray:
+    """Return an image uint8 [H, W, 3] that depends on the request alone."""
     if "zebra" in request.prompt:
         raise UserError("word 'zebra' is unknown")
     if "fire" in request.prompt:
         raise RuntimeError("a fault of ours")
     start = 0 if request.image is None else request.image
     rng = np.random.default_rng([request.seed, request.steps, zlib.crc32(request.prompt.encode())])
-    return (rng.integers(0, 256, (request.height, request.width, 3), np.uint8) ^ start).astype(
-        np.uint8
-    )
+    noise = rng.integers(0, 256, (request.height, request.width, 3), np.uint8)
+    return (noise ^ start).astype(np.uint8)
 
 
-def wait_until(condition, seconds=10.0):
+def wait_until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    """Wait until a condition is true. Raises AssertionError after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -53,19 +55,19 @@ def wait_until(condition, seconds=10.0):
 
 
 class Gate:
-    """Work that waits until it is let go. seen: items in the order of work."""
+    """Work that waits until `open` is set. `seen` has the items in the order of work."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.open, self.seen = threading.Event(), []
 
-    def __call__(self, item):
+    def __call__(self, item: Any) -> Any:
         self.seen.append(item)
         self.open.wait(20)
         return item
 
 
-def line(work, capacity=8, **options):
-    """A started queue, ready."""
+def start_queue(work: Callable, capacity: int = 8, **options: Any) -> Queue:
+    """Return a started queue that is ready."""
     queue = Queue(work, capacity, **options)
     queue.start()
     wait_until(lambda: queue.ready)
@@ -73,9 +75,18 @@ def line(work, capacity=8, **options):
 
 
 @contextlib.contextmanager
-def served(work=paint, capacity=8, password=None, limits=LIMITS, prepare=None):
-    """A server of its own on loopback, ready unless `prepare` is given. Yields (address, queue)."""
-    queue = Queue(work, capacity, prepare) if prepare else line(work, capacity)
+def run_server(
+    work: Callable = paint,
+    capacity: int = 8,
+    password: str | None = None,
+    limits: Limits = LIMITS,
+    prepare: Callable | None = None,
+) -> Iterator[tuple[str, Queue]]:
+    """Run a server on loopback and yield (address, queue).
+
+    It is ready, unless `prepare` is given.
+    """
+    queue = Queue(work, capacity, prepare) if prepare else start_queue(work, capacity)
     if prepare:
         queue.start()
     app = make_app(queue, limits, name="model", examples=["a red circle"], password=password)
@@ -92,52 +103,54 @@ def served(work=paint, capacity=8, password=None, limits=LIMITS, prepare=None):
         queue.close()
 
 
-def image_file(array_or_image, file_format="PNG", **options):
-    """The bytes of an image file."""
-    image = (
-        array_or_image
-        if isinstance(array_or_image, Image.Image)
-        else Image.fromarray(array_or_image)
-    )
+def image_file(image: np.ndarray | Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
+    """Return the bytes of an image file."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 
-def encoded(data):
-    """Bytes as base64."""
+def to_base64(data: bytes) -> str:
+    """Return bytes as base64."""
     return base64.b64encode(data).decode()
 
 
-def body(**fields):
-    """The JSON of a request."""
+def request_body(**fields: Any) -> bytes:
+    """Return the JSON of a request."""
     return json.dumps({"prompt": "a red circle"} | fields).encode()
 
 
-def refusal(function, *arguments, **options):
-    """What a call is refused with."""
+def refusal_of(function: Callable, *arguments: Any, **options: Any) -> Refused:
+    """Return the refusal that a call raises."""
     with pytest.raises(Refused) as caught:
         function(*arguments, **options)
     return caught.value
 
 
-# Certificates take longer to read than all that these tests do.
+# Reading the certificates takes longer than all requests of these tests.
 CLIENT = httpx.Client(verify=False, timeout=60)
 
 
-def ask(address, headers=None, **fields):
+def send_request(
+    address: str, headers: dict[str, str] | None = None, **fields: Any
+) -> httpx.Response:
+    """Return the server's answer to a request."""
     headers = {"content-type": "application/json"} | (headers or {})
-    return CLIENT.post(f"{address}/generate", content=body(**fields), headers=headers)
+    return CLIENT.post(f"{address}/generate", content=request_body(**fields), headers=headers)
 
 
-def drawn(response):
-    """The image of an answer: uint8 [H, W, 3]."""
+def image_of(response: httpx.Response) -> np.ndarray:
+    """Return the image of an answer, uint8 [H, W, 3]."""
     assert response.status_code == 200, response.text
     return np.asarray(Image.open(io.BytesIO(response.content)))
 
 
-def connection(address, content, length=None):
-    """A client that has sent its request and can go away."""
+def open_connection(address: str, content: bytes, length: int | None = None) -> socket.socket:
+    """Return the socket of a client that has sent its request and can go away.
+
+    `length` is the announced length of the content.
+    """
     host, port = address.removeprefix("http://").split(":")
     raw = socket.create_connection((host, int(port)), 10)
     length = length or len(content)

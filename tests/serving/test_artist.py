@@ -6,7 +6,15 @@ import types
 import numpy as np
 import pytest
 
-from helpers.servers import LIMITS, ask, body, drawn, encoded, image_file, served
+from helpers.servers import (
+    LIMITS,
+    image_file,
+    image_of,
+    request_body,
+    run_server,
+    send_request,
+    to_base64,
+)
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import generation, loading
 from sprint_jax.sampling.exported import Program
@@ -21,17 +29,15 @@ def pipe(finished):
 def test_the_same_request_is_the_same_image_whatever_else_is_served(pipe, finished):
     """Equal `generation.generate` alone, byte by byte, between other sizes, seeds and images."""
     limits = artist.limits_of(pipe)
-    assert (
-        limits.steps == (1, 2, 3, 4)
-        and limits.sizes == ((32, 32),)
-        and limits.takes_image
-        and not limits.takes_control
-    )
+    assert limits.steps == (1, 2, 3, 4)
+    assert limits.sizes == ((32, 32),)
+    assert limits.takes_image
+    assert not limits.takes_control
     assert len(artist.rehearsals(pipe, limits)) == 8
     start = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     cases = [dict(seed=seed, steps=steps) for seed in (0, 5) for steps in (1, 4)]
     cases += [
-        dict(seed=1, steps=4, image=encoded(image_file(start)), strength=0.25),
+        dict(seed=1, steps=4, image=to_base64(image_file(start)), strength=0.25),
         dict(guidance_scale=1.0, schedule="paper"),
     ]
     alone = []
@@ -40,17 +46,17 @@ def test_the_same_request_is_the_same_image_whatever_else_is_served(pipe, finish
         options = {"steps": 2} | {k: v for k, v in case.items() if k != "image"} | options
         alone.append(generation.generate(pipe, ["a red circle"], batch_size=1, **options)[0])
     assert len({image.tobytes() for image in alone}) == len(cases)
-    with served(artist.make_artist(pipe, finished), capacity=64, limits=limits) as (address, _):
+    with run_server(artist.make_artist(pipe, finished), capacity=64, limits=limits) as (address, _):
         with concurrent.futures.ThreadPoolExecutor(8) as clients:
             futures = [
-                (i % len(cases), clients.submit(ask, address, **cases[i % len(cases)]))
+                (i % len(cases), clients.submit(send_request, address, **cases[i % len(cases)]))
                 for i in range(36)
             ]
             for case, future in futures:
-                np.testing.assert_array_equal(drawn(future.result()), alone[case])
-        told = ask(address, prompt="a zebra").json()["error"]
+                np.testing.assert_array_equal(image_of(future.result()), alone[case])
+        told = send_request(address, prompt="a zebra").json()["error"]
         assert "zebra" in told and str(finished) not in told
-        assert "paper" in ask(address, steps=3, schedule="paper").json()["error"]
+        assert "paper" in send_request(address, steps=3, schedule="paper").json()["error"]
 
 
 def test_messages_hide_the_path_of_the_model(pipe, finished, monkeypatch):
@@ -59,7 +65,7 @@ def test_messages_hide_the_path_of_the_model(pipe, finished, monkeypatch):
 
     monkeypatch.setattr(generation, "generate", fail)
     with pytest.raises(UserError, match="^the model has no such program"):
-        artist.make_artist(pipe, finished)(schema.parse(body(), LIMITS))
+        artist.make_artist(pipe, finished)(schema.parse(request_body(), LIMITS))
 
 
 def test_examples_are_in_words_that_the_model_knows(pipe):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from helpers import browser
 from helpers.runs import free_port
-from helpers.servers import paint, served, wait_until
+from helpers.servers import paint, run_server, wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,7 +37,7 @@ SAVE = """(image) => {
 
 @pytest.fixture(scope="module")
 def address(command, finished):
-    """The address of the real command with an untrained model."""
+    """Return the address of the real command with an untrained model."""
     port = free_port()
     process = command(
         "sprint_jax", "serve", f"--model={finished}", f"--port={port}", background=True
@@ -57,13 +57,17 @@ def address(command, finished):
 
 @pytest.fixture(scope="module")
 def chromium():
-    with browser.started() as started:
+    """Return the browser of the module."""
+    with browser.launch() as started:
         yield started
 
 
 @pytest.fixture
 def page(chromium, address):
-    """A tab. page.asked has its requests as (method, address, JSON). A script error fails."""
+    """Return a page.
+
+    `page.asked` has its requests as (method, address, JSON). A script error fails the test.
+    """
     errors, page = [], chromium.new_context(viewport={"width": 1280, "height": 900}).new_page()
     page.asked = []
     page.on(
@@ -84,18 +88,19 @@ def page(chromium, address):
 
 @pytest.fixture
 def keep(tmp_path):
-    """keep(page, name): a screenshot."""
+    """Return keep(page, name), which saves a screenshot."""
     folder = pathlib.Path(os.environ.get("SPRINT_JAX_ARTEFACTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     return lambda page, name: page.screenshot(path=folder / f"{name}.png")
 
 
 def posts(page):
+    """Return the requests of a page that ask for an image."""
     return [data for method, url, data in page.asked if method == "POST"]
 
 
-def image(page):
-    """The image that the page shows: uint8 [H, W, 3]."""
+def shown_image(page):
+    """Return the image that the page shows, uint8 [H, W, 3]."""
     url = page.locator("#frame img").evaluate(SAVE)
     return np.asarray(
         Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
@@ -103,7 +108,7 @@ def image(page):
 
 
 def answer(address, body):
-    """The file and the image that a program gets for a request."""
+    """Return the file and the image that a program gets for a request."""
     reply = httpx.post(
         f"{address}/generate", content=body, headers={"content-type": "application/json"}
     )
@@ -118,13 +123,11 @@ def test_a_prompt_becomes_an_image(page, address, keep):
     page.click("#draw")
     browser.wait_for_image(page, 0)
     sent = posts(page)[-1]
-    assert (
-        '"prompt":"a blue circle above a red square"' in sent
-        and '"steps":4' in sent
-        and '"seed":11' in sent
-    )
+    assert '"prompt":"a blue circle above a red square"' in sent
+    assert '"steps":4' in sent
+    assert '"seed":11' in sent
     file, expected = answer(address, sent)
-    np.testing.assert_array_equal(image(page), expected)
+    np.testing.assert_array_equal(shown_image(page), expected)
     for stage in ("waiting", "drawing", "encoding", "total"):
         assert f"{stage} " in page.locator("#about").inner_text()
     with page.expect_download() as download:
@@ -136,9 +139,9 @@ def test_a_prompt_becomes_an_image(page, address, keep):
     browser.wait_for_image(page, 1)
     browser.wait_for(page, "() => document.getElementById('seed').value !== '11'")
     gallery = page.locator("#gallery button")
-    assert gallery.count() == 2 and not np.array_equal(image(page), expected)
+    assert gallery.count() == 2 and not np.array_equal(shown_image(page), expected)
     gallery.nth(1).click()
-    np.testing.assert_array_equal(image(page), expected)
+    np.testing.assert_array_equal(shown_image(page), expected)
     keep(page, "prompt")
     # Nothing came from elsewhere, and of this server only what the page needs.
     assert all(url.startswith((address, "blob:", "data:")) for _, url, _ in page.asked)
@@ -162,7 +165,7 @@ def test_wrong_input_becomes_a_message(page, keep):
         page.fill("#prompt", prompt)
         page.click("#draw")
         browser.wait_for_message(page, word)
-    assert message.locator("b").count() == 0  # shown, not obeyed
+    assert message.locator("b").count() == 0  # shown as text, not run
     page.fill("#prompt", "a circle")
     page.fill("#seed", "-4")
     page.click("#draw")
@@ -174,7 +177,7 @@ def test_wrong_input_becomes_a_message(page, keep):
 
 
 def test_an_upload_becomes_an_image(page, address, tmp_path, keep):
-    browser.tab(page, "Image")
+    browser.open_tab(page, "Image")
     page.click("#draw")
     browser.wait_for_message(page, "Choose an image")
     start = np.zeros((60, 40, 4), np.uint8)
@@ -184,7 +187,7 @@ def test_an_upload_becomes_an_image(page, address, tmp_path, keep):
     browser.wait_for_image(page, 0)
     sent = posts(page)[-1]
     assert '"strength":0.6' in sent and '"image":"data:image/png;base64,' in sent
-    np.testing.assert_array_equal(image(page), answer(address, sent)[1])
+    np.testing.assert_array_equal(shown_image(page), answer(address, sent)[1])
     keep(page, "upload")
     (tmp_path / "lie.png").write_text("<svg onload='alert(1)'/>")
     page.set_input_files("#file", tmp_path / "lie.png")
@@ -196,18 +199,18 @@ def test_an_upload_becomes_an_image(page, address, tmp_path, keep):
 
 def test_a_sketch_becomes_an_image_as_it_is_drawn(page, address, keep):
     """Show images during a slow stroke, and at last that of the whole sketch."""
-    browser.tab(page, "Sketch")
-    browser.stroke(page, (0.2, 0.2), (0.8, 0.2), (0.8, 0.8), pause=20)
+    browser.open_tab(page, "Sketch")
+    browser.draw_stroke(page, (0.2, 0.2), (0.8, 0.2), (0.8, 0.8), pause=20)
     browser.wait_until_idle(page)
     sent = posts(page)
-    assert len(sent) >= 2 and browser.shown(page) >= 1
+    assert len(sent) >= 2 and browser.count_shown(page) >= 1
     canvas = page.evaluate("document.getElementById('canvas').toDataURL('image/png')")
     assert f'"image":"{canvas}"' in sent[-1] and '"strength":0.6' in sent[-1]
-    np.testing.assert_array_equal(image(page), answer(address, sent[-1])[1])
+    np.testing.assert_array_equal(shown_image(page), answer(address, sent[-1])[1])
     assert page.locator("#gallery button").count() == 1  # the last of one stroke
     keep(page, "sketch")
     # Another prompt draws the same sketch again.
-    before = browser.shown(page)
+    before = browser.count_shown(page)
     page.fill("#prompt", "a green triangle")
     browser.wait_for_image(page, before)
     assert '"prompt":"a green triangle"' in posts(page)[-1]
@@ -215,7 +218,7 @@ def test_a_sketch_becomes_an_image_as_it_is_drawn(page, address, keep):
 
 def test_fast_moves_are_one_request(page):
     """Send a hundred moves in one go once, when the pen is lifted."""
-    browser.tab(page, "Sketch")
+    browser.open_tab(page, "Sketch")
     page.wait_for_selector("#canvas")
     page.evaluate("""() => {
       const canvas = document.getElementById('canvas'), box = canvas.getBoundingClientRect();
@@ -233,7 +236,7 @@ def test_fast_moves_are_one_request(page):
 
 def test_the_newest_stroke_wins(page):
     """Hold back the server's first answer until after the second: it must not be shown."""
-    browser.tab(page, "Sketch")
+    browser.open_tab(page, "Sketch")
     page.evaluate("""() => {
       const real = window.fetch; let count = 0; window.held = 0; window.aborted = 0;
       window.fetch = async (url, options) => {
@@ -245,22 +248,22 @@ def test_the_newest_stroke_wins(page):
         return reply;
       };
     }""")
-    browser.stroke(page, (0.2, 0.2), (0.3, 0.2))
+    browser.draw_stroke(page, (0.2, 0.2), (0.3, 0.2))
     browser.wait_for(page, "() => !!window.release")
-    browser.stroke(page, (0.2, 0.8), (0.8, 0.8))
+    browser.draw_stroke(page, (0.2, 0.8), (0.8, 0.8))
     browser.wait_for_image(page, 0)
     browser.wait_until_idle(page)
-    last, count = image(page), browser.shown(page)
+    last, count = shown_image(page), browser.count_shown(page)
     page.evaluate("window.release()")
     browser.wait_for(page, "() => window.held === 1")
     page.wait_for_timeout(200)
-    assert page.evaluate("window.aborted") >= 1 and browser.shown(page) == count
-    np.testing.assert_array_equal(image(page), last)
+    assert page.evaluate("window.aborted") >= 1 and browser.count_shown(page) == count
+    np.testing.assert_array_equal(shown_image(page), last)
 
 
 def test_two_tabs_at_once(chromium, address, keep):
     """Each tab shows its own images, although both draw at the same time."""
-    tabs = [browser.opened(chromium, address) for _ in range(2)]
+    tabs = [browser.open_page(chromium, address) for _ in range(2)]
     expected = []
     for number, page in enumerate(tabs):
         page.fill("#seed", str(100 + number))
@@ -277,7 +280,7 @@ def test_two_tabs_at_once(chromium, address, keep):
     for page, right in zip(tabs, expected):
         browser.wait_for(page, "() => !!document.querySelector('#frame img')")
         browser.wait_until_idle(page)
-        np.testing.assert_array_equal(image(page), right)
+        np.testing.assert_array_equal(shown_image(page), right)
     keep(tabs[1], "two_tabs")
     for page in tabs:
         page.context.close()
@@ -292,7 +295,7 @@ def test_the_page_shows_the_progress_of_compiling(chromium):
         compiled.wait(60)
         say(8, 8)
 
-    with served(prepare=prepare) as (address, _):
+    with run_server(prepare=prepare) as (address, _):
         page = chromium.new_page()
         page.goto(address)
         page.wait_for_selector("#ready:text('3 of 8')")
@@ -307,7 +310,7 @@ def test_the_page_shows_the_progress_of_compiling(chromium):
 
 
 def test_a_closed_tab_gives_up_its_place_and_a_password_is_asked_for(chromium, gate):
-    with served(lambda request: paint(gate(request)), password="secret") as (
+    with run_server(lambda request: paint(gate(request)), password="secret") as (
         address,
         queue,
     ):
@@ -316,7 +319,7 @@ def test_a_closed_tab_gives_up_its_place_and_a_password_is_asked_for(chromium, g
             assert stranger.goto(address).status != 401, "401"
         stranger.close()
         tabs = [
-            browser.opened(
+            browser.open_page(
                 chromium, address, http_credentials={"username": "me", "password": "secret"}
             )
             for _ in range(2)
@@ -340,12 +343,12 @@ def slowly(request):
 
 def test_a_slow_model_shows_images_on_the_way(chromium):
     """Wait for images that take longer than the pen's next move. Say so when the server ends."""
-    with served(slowly) as (address, _):
-        page = browser.opened(chromium, address)
-        browser.tab(page, "Sketch")
+    with run_server(slowly) as (address, _):
+        page = browser.open_page(chromium, address)
+        browser.open_tab(page, "Sketch")
         page.wait_for_selector("#canvas")
-        browser.stroke(page, (0.1, 0.1), (0.9, 0.1), (0.9, 0.9), pause=100)
-        assert browser.shown(page) >= 3
+        browser.draw_stroke(page, (0.1, 0.1), (0.9, 0.1), (0.9, 0.9), pause=100)
+        assert browser.count_shown(page) >= 3
         browser.wait_until_idle(page)
     page.wait_for_selector("#ready:text('The server does not answer')", timeout=20_000)
     page.context.close()
@@ -353,9 +356,9 @@ def test_a_slow_model_shows_images_on_the_way(chromium):
 
 def test_one_pen_at_a_time_on_paper_of_the_image_shape(chromium):
     """Ignore a second finger and the right button. Another size reshapes paper and sketch."""
-    with served() as (address, _):
-        page = browser.opened(chromium, address)
-        browser.tab(page, "Sketch")
+    with run_server() as (address, _):
+        page = browser.open_page(chromium, address)
+        browser.open_tab(page, "Sketch")
         page.wait_for_selector("#canvas")
         blank, first, second, shape = page.evaluate("""() => {
           const canvas = document.getElementById('canvas'), box = canvas.getBoundingClientRect();
@@ -373,9 +376,12 @@ def test_one_pen_at_a_time_on_paper_of_the_image_shape(chromium):
           at('pointerup', 60, {});
           return [blank === right, first !== blank, second === first, canvas.width / canvas.height];
         }""")
-        assert blank and first and second and shape == 1
+        assert blank
+        assert first
+        assert second
+        assert shape == 1
         browser.wait_for_image(page, 0)
-        before = browser.shown(page)
+        before = browser.count_shown(page)
         page.get_by_label("Height × width").select_option("32 × 48")
         browser.wait_for_image(page, before)
         browser.wait_until_idle(page)
@@ -383,5 +389,5 @@ def test_one_pen_at_a_time_on_paper_of_the_image_shape(chromium):
         drawing = np.asarray(
             Image.open(io.BytesIO(base64.b64decode(sheet.partition(",")[2]))).convert("L")
         )
-        assert (drawing < 128).any() and image(page).shape == (32, 48, 3)
+        assert (drawing < 128).any() and shown_image(page).shape == (32, 48, 3)
         page.context.close()
