@@ -8,8 +8,10 @@ the host.
 """
 
 import concurrent.futures
+import functools
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,6 +32,7 @@ class _Programs:
     def __init__(self, placed: Placed, say: Say, compiled: dict, side_by_side: bool):
         self._placed, self._say = placed, say
         self._compiled, self._side_by_side = compiled, side_by_side
+        self.stage, self.mesh = placed.stage, placed.mesh
 
     def get(self, batch) -> list:
         """Return the compiled steps of a round for batches of these shapes."""
@@ -93,42 +96,35 @@ def train(
     with Checkpoints(directory, keep=run.keep, data=stage.data, say=say) as checkpoints:
         state, done = checkpoints.restore_newest(placed.state)
         window = Window(checkpoints.beside(done) if state is not None else None)
+        draw = functools.partial(_preview, stage, run, workdir, records)
         if state is None:
             state, done = placed.start(frozen), 0
-            _preview(stage, run, workdir, records, done, state)
+            draw(done, state)
         else:
             say(f"{stage.name}: resumed from checkpoint at step {done} of {stage.steps}")
         records.rewind(stage.name, done)
         if done >= stage.steps:
             return state
         programs = _Programs(placed, say, {} if compiled is None else compiled, run.quick_compile)
-        split = sharding.batch(mesh)
         processes = jax.process_index(), jax.process_count()
         reader = stage.batches(stage.batch, done, stage.steps, *processes)
-        with Stop() as stop, reader as batches:
-            batch = _global(next(batches), split, stage.batch)
-            programs.get(batch)
+        with Stop() as stop, reader as rows:
+            rounds = _rounds(programs, state, frozen, rows, done)
+            next(rounds)  # compiles, so that the bar begins with the first step
             progress = records_lib.progress(
                 stage.name, done, stage.steps, shown=bar and hosts.primary()
             )
             watch = Watch(stage.name, run, records, progress, window)
-            while done < stage.steps:
-                reports = []
-                for i in range(len(stage.functions)):
-                    state, report = programs.get(batch)[i](state, frozen, batch)
-                    reports.append(report)
-                    if done + i + 1 < stage.steps:
-                        batch = _global(next(batches), split, stage.batch)
-                done += len(stage.functions)
+            stopping = False
+            while done < stage.steps and not stopping:
+                state, done, reports = next(rounds)
                 watch.launched(done, reports)
                 # Before saving, so that a resumed run has every preview up to its step.
-                _preview(stage, run, workdir, records, done, state)
+                draw(done, state)
                 stopping = stop.agreed()
                 if done % run.checkpoint_every == 0 or done >= stage.steps or stopping:
                     watch.flush()
                     checkpoints.save(done, state, beside=window.state())
-                if stopping:
-                    break
             watch.flush()
             progress.close()
             checkpoints.wait()
@@ -141,6 +137,28 @@ def train(
             f"resume"
         )
     return state
+
+
+def _rounds(programs: _Programs, state: State, frozen, rows, done: int) -> Iterator[Any]:
+    """Compile for the first batch and yield None; then yield (state, steps done, reports) of each
+    round.
+
+    The caller must not use a state again once the next round was asked for: steps take its memory
+    over.
+    """
+    stage, split = programs.stage, sharding.batch(programs.mesh)
+    batch = _global(next(rows), split, stage.batch)
+    programs.get(batch)
+    yield None
+    while done < stage.steps:
+        reports = []
+        for i in range(len(stage.functions)):
+            state, report = programs.get(batch)[i](state, frozen, batch)
+            reports.append(report)
+            if done + i + 1 < stage.steps:
+                batch = _global(next(rows), split, stage.batch)
+        done += len(stage.functions)
+        yield state, done, reports
 
 
 def _global(rows, split, batch):

@@ -149,7 +149,7 @@ def test_equal_exports_are_equal_files(pipe, exported_file, tmp_path):
         (dict(height=40), "no program for 40 x 32 pixels"),
         (dict(height=36), "height 36 is not a multiple of 8"),
         (dict(batch_size=4), "no program for --batch_size=4: it has 2"),
-        (dict(image=np.zeros((32, 32, 3), np.uint8)), "no program that starts from a picture"),
+        (dict(image=np.zeros((32, 32, 3), np.uint8)), "no program that starts from an image"),
         (dict(output="latent"), "draws pixels from a seed"),
         (
             dict(latents=np.zeros((1, 4, 4, 32), np.float32), step_noise=[np.zeros((1, 4, 4, 32))]),
