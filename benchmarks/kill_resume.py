@@ -8,6 +8,7 @@ when a checkpoint that was on disk is not the one resumed from, when more than t
 or when weights, metrics or scores at the end differ in one bit.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,13 +19,20 @@ import sys
 import tempfile
 import time
 
-from absl import app, flags
+from sprint_jax.runtime import cli
 
-_KILLS = flags.DEFINE_integer("kills", 20, "How often to kill.")
-_SEED = flags.DEFINE_integer("seed", 0, "Names the moments.")
-_OUT = flags.DEFINE_string(
-    "out", None, "Keep both work directories there; default: a directory that is removed."
-)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `python -m benchmarks.kill_resume`."""
+
+    kills: int = 20
+    """How often to kill."""
+    seed: int = 0
+    """Selects the moments."""
+    out: str | None = None
+    """Keep both work directories there; default: a directory that is removed."""
+
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _STAGES = {"teacher": 200, "sprint": 200}
@@ -103,9 +111,9 @@ def _differences(one, other):
     ]
 
 
-def _measure(out):
-    draw = random.Random(_SEED.value)
-    moments = sorted(draw.randint(2, sum(_STAGES.values()) - 10) for _ in range(_KILLS.value))
+def _measure(out, options):
+    draw = random.Random(options.seed)
+    moments = sorted(draw.randint(2, sum(_STAGES.values()) - 10) for _ in range(options.kills))
     cache, whole, killed = out / "cache", out / "whole", out / "killed"
     begin = time.perf_counter()
     _Running(whole, cache).finish()
@@ -123,7 +131,7 @@ def _measure(out):
         before = stage, step, _on_disk(killed, stage)
     differing = _differences(whole, killed)
     print(
-        f"\n{_KILLS.value} kills, {lost_in_all} steps done twice, {time.perf_counter() - begin:.0f} s"
+        f"\n{options.kills} kills, {lost_in_all} steps done twice, {time.perf_counter() - begin:.0f} s"
     )
     faults += [f"{name} differs from the undisturbed run's" for name in differing]
     print(
@@ -152,16 +160,18 @@ def _judge(number, before, resumed, faults):
     return max(lost, 0)
 
 
-def main(argv):
-    del argv
-    if _OUT.value:
-        out = pathlib.Path(_OUT.value).absolute()
+def run(options: Options) -> None:
+    """Print a row for each kill. Exit with status 1 if a resumed run differs."""
+    if options.out:
+        out = pathlib.Path(options.out).absolute()
         out.mkdir(parents=True)
-        sys.exit(not _measure(out))
+        sys.exit(not _measure(out, options))
     with tempfile.TemporaryDirectory() as folder:
-        good = _measure(pathlib.Path(folder))
+        good = _measure(pathlib.Path(folder), options)
     sys.exit(not good)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.start(
+        Options, run, sys.argv[1:], prog="python -m benchmarks.kill_resume", description=__doc__
+    )

@@ -1,31 +1,44 @@
-"""Peak memory of loading a model and of one picture, against the size of its weights.
+"""Measure the peak memory of loading a model and of one image, against the size of its weights.
 
 python -m benchmarks.load_memory --model=DIR [--dtype=bfloat16] [--side=512]
 """
 
+import dataclasses
 import resource
+import sys
+from typing import Literal
 
 import jax
-from absl import app, flags
 
-_MODEL = flags.DEFINE_string("model", None, "Diffusers or converted folder.", required=True)
-_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "float32 or bfloat16.")
-_SIDE = flags.DEFINE_integer("side", 512, "Pixels of the picture.")
+from sprint_jax.runtime import cli
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `python -m benchmarks.load_memory`."""
+
+    model: str = ""
+    """Diffusers or converted folder."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of weights and arithmetic."""
+    side: int = 512
+    """Pixels of the image."""
 
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def main(argv):
-    del argv
+def run(options: Options) -> None:
+    """Print the peaks, in GiB."""
+    cli.require("model", options.model, "give a diffusers or converted folder")
     import transformers  # noqa: F401 (what the libraries themselves take is not counted)
 
     from sprint_jax.sampling import generation, loading
 
     jax.jit(lambda x: x + 1)(0)
     before = peak()
-    pipe = loading.load(_MODEL.value, dtype=_DTYPE.value)
+    pipe = loading.load(options.model, dtype=options.dtype)
     weights = sum(a.nbytes for a in jax.tree.leaves(pipe.params)) / 2**30
     loaded = peak() - before
     print(
@@ -33,9 +46,13 @@ def main(argv):
         f"{loaded / weights:.2f} x the weights",
         flush=True,
     )
-    generation.generate(pipe, ["a lake in autumn"], steps=1, height=_SIDE.value, width=_SIDE.value)
-    print(f"peak after one picture of {_SIDE.value} px: {peak():.2f} GiB in all")
+    generation.generate(
+        pipe, ["a lake in autumn"], steps=1, height=options.side, width=options.side
+    )
+    print(f"peak after one picture of {options.side} px: {peak():.2f} GiB in all")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.start(
+        Options, run, sys.argv[1:], prog="python -m benchmarks.load_memory", description=__doc__
+    )

@@ -10,13 +10,13 @@ coordinates, and at its own evenly spaced times, as one would run it (Table 1).
 
 import argparse
 import pathlib
-import runpy
 
 import jax
 import numpy as np
 
 from sprint_jax import build, config
 from sprint_jax.diffusion import samplers
+from sprint_jax.runtime import cards
 from sprint_jax.sampling import programs
 from sprint_jax.storage import weights
 from sprint_jax.toy import frechet
@@ -30,7 +30,7 @@ def main():
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()
-    c = config.parse(runpy.run_path(str(ROOT / "configs/sprint.py"))["get_config"]())
+    c = config.parse(cards.load("sprint"))
     model, data, shape = build.teacher(c), datasets.Shapes(c), build.latent_shape(c)
     path = ROOT / "sprint_jax/assets/shapes_teacher.safetensors"
     params = jax.device_put(weights.load(path, jax.eval_shape(model.init, jax.random.key(0))))

@@ -30,21 +30,19 @@ Any key can be changed on the command line: --config.phases.control.steps=400.
 """
 
 import math
-import pathlib
-import runpy
 from typing import Any
 
+from sprint_jax.cards import sprint
 from sprint_jax.errors import UserError
 
 PRESETS = ("shapes", "smoke", "sana_600m", "sana_1600m")
-_SPRINT = runpy.run_path(str(pathlib.Path(__file__).with_name("sprint.py")))
 
 
 def get_config(preset: str = "shapes") -> Any:
     """Return the card of a preset. Raises UserError for an unknown one."""
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
-    config = _SPRINT["get_config"](preset)
+    config = sprint.get_config(preset)
     if preset.startswith("sana_"):
         # Steps: the released files train until stopped; 20 000 updates are this project's choice.
         config.control.update(depth=7, condition="scribble")

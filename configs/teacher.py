@@ -21,21 +21,19 @@ The work directory ends with teacher.safetensors:
 --config.teacher.pretrained=WORKDIR/teacher.safetensors
 """
 
-import pathlib
-import runpy
 from typing import Any
 
+from sprint_jax.cards import sprint
 from sprint_jax.errors import UserError
 
 PRESETS = ("shapes", "emoji", "sana_600m", "sana_1600m")
-_SPRINT = runpy.run_path(str(pathlib.Path(__file__).with_name("sprint.py")))
 
 
 def get_config(preset: str = "shapes") -> Any:
     """Return the card of a preset. Raises UserError for an unknown one."""
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
-    config = _SPRINT["get_config"](preset)
+    config = sprint.get_config(preset)
     config.teacher.pretrained = ""
     config.phases.sprint.steps = 0
     if preset.startswith("sana_"):

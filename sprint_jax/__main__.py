@@ -1,30 +1,88 @@
-"""Run a command: python -m sprint_jax COMMAND [--flag=value ...]."""
+"""Run a command: `sprint-jax COMMAND [--flag=value ...]` or `python -m sprint_jax COMMAND`."""
 
-import runpy
+import difflib
 import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from sprint_jax.commands import (
+    average,
+    condition,
+    convert,
+    encode,
+    evaluate,
+    export,
+    extract,
+    plan,
+    report,
+    sample,
+    serve,
+    train,
+)
+from sprint_jax.runtime import cli, huge_pages
 
 COMMANDS = (
-    "sample",
-    "serve",
-    "encode",
-    "evaluate",
-    "export",
-    "convert",
-    "average",
-    "extract",
-    "condition",
-    "plan",
-    "report",
+    train,
+    sample,
+    serve,
+    encode,
+    evaluate,
+    export,
+    convert,
+    average,
+    extract,
+    condition,
+    plan,
+    report,
 )
+NAMES = tuple(command.__name__.rpartition(".")[2] for command in COMMANDS)
 
 
 def main() -> None:
-    """Hand the remaining arguments to the module of the command."""
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        print(f"usage: python -m sprint_jax COMMAND, one of {', '.join(COMMANDS)}", file=sys.stderr)
-        raise SystemExit(2)
-    command = sys.argv.pop(1)
-    runpy.run_module(f"sprint_jax.commands.{command}", run_name="__main__", alter_sys=True)
+    """Run what the command line asks for."""
+    if sys.argv[1:2] == ["train"]:
+        huge_pages.restart()
+    dispatch(sys.argv[1:])
+
+
+def dispatch(arguments: Sequence[str]) -> None:
+    """Run the command that the first argument names, with the arguments behind it.
+
+    Bad input ends the process with one line on stderr and status 2.
+    """
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(_summary())
+        return
+    for command in COMMANDS:
+        if name_of(command) == name:
+            prog, description = f"sprint-jax {name}", command.__doc__
+            cli.start(command.Options, command.run, rest, prog=prog, description=description)
+            return
+    near = difflib.get_close_matches(name, NAMES, 1)
+    remedy = f"did you mean {near[0]}?" if near else "sprint-jax --help lists the commands"
+    cli.fail(f"unknown command {name!r}: {remedy}")
+
+
+def name_of(command: ModuleType) -> str:
+    """Return the name of a command, which is that of its module."""
+    return command.__name__.rpartition(".")[2]
+
+
+def _summary() -> str:
+    """Return the help: every command with the first line of its module."""
+    rows = [
+        f"  {name_of(command):11}{(command.__doc__ or '').splitlines()[0]}" for command in COMMANDS
+    ]
+    return "\n".join(
+        [
+            "usage: sprint-jax COMMAND [--flag=value ...]",
+            "",
+            *rows,
+            "",
+            "sprint-jax COMMAND --help lists the options of a command.",
+        ]
+    )
 
 
 if __name__ == "__main__":

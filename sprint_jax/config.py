@@ -25,6 +25,7 @@ from sprint_jax.objectives.ladd import Ladd
 from sprint_jax.objectives.scm import Scm
 from sprint_jax.objectives.scm_ladd import ScmLadd
 from sprint_jax.optim.optimizers import Optimizer
+from sprint_jax.runtime.renamed_keys import RENAMED
 
 Problems = Iterator[tuple[str, str]]
 
@@ -368,47 +369,6 @@ def parse(tree: ml_collections.ConfigDict | dict) -> Config:
 def to_dict(config: Config) -> dict:
     """Return nested dicts of plain values, the inverse of `parse`."""
     return dataclasses.asdict(config)
-
-
-# Keys of version 0.1 and where they are now; the longest prefix counts.
-RENAMED = {
-    "teacher.steps": "phases.teacher.steps",
-    "teacher.batch": "phases.teacher.batch",
-    "teacher.accumulate": "phases.teacher.accumulate",
-    "teacher.ema": "phases.teacher.ema",
-    "teacher.optimizer": "phases.teacher.optimizers.network",
-    "teacher.caption_dropout": "phases.teacher.objective.caption_dropout",
-    "teacher.border_start": "phases.teacher.objective.border_start",
-    "teacher.time_mean": "phases.teacher.objective.time_mean",
-    "teacher.time_std": "phases.teacher.objective.time_std",
-    "teacher.time_shift": "phases.teacher.objective.time_shift",
-    "teacher.finetune_steps": "phases.finetune.steps",
-    "teacher.finetune_lr": "phases.finetune.optimizers.network.lr",
-    "run.strip_every": "run.preview_every",
-    "control.steps": "phases.control.steps",
-    "control.batch": "phases.control.batch",
-    "control.optimizer": "phases.control.optimizers.network",
-    "control.dropout": "phases.sprint.objective.control_dropout",
-    "sprint": "phases.sprint.objective",
-    "sprint.steps": "phases.sprint.steps",
-    "sprint.batch": "phases.sprint.batch",
-    "sprint.accumulate": "phases.sprint.accumulate",
-    "sprint.ema": "phases.sprint.ema",
-    "sprint.optimizer": "phases.sprint.optimizers.student",
-    "sprint.head_optimizer": "phases.sprint.optimizers.heads",
-}
-
-
-def renamed(key: str) -> str | None:
-    """Return today's name of a dotted key of version 0.1, without "config."; None for any other
-    key.
-    """
-    words_of_key = key.split(".")
-    for length in range(len(words_of_key), 0, -1):
-        old = ".".join(words_of_key[:length])
-        if old in RENAMED:
-            return ".".join([RENAMED[old], *words_of_key[length:]])
-    return None
 
 
 def is_old(tree: Any) -> bool:

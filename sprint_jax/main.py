@@ -1,61 +1,65 @@
-"""The main job: python -m sprint_jax.main --config=configs/sprint.py[:preset] [--workdir=DIR]
-[--config.key=value]
+"""Train: python -m sprint_jax.main --config=configs/sprint.py[:PRESET] [--config.KEY=VALUE ...]
 
-Several processes, on one machine or many, run as one: see `launch/`.
+`sprint-jax train` does the same, and takes the names of shipped cards as well. Several processes, on
+one machine or many, run as one: see `launch/`.
 """
 
-import os
 import pathlib
 import sys
+from collections.abc import Sequence
 
 from absl import app, flags
+from ml_collections import config_flags
 
-from sprint_jax.commands import config_flag, workdir_flag
-from sprint_jax.runtime import cli, compile_cache, distributed, huge_pages, quick_compile
+from sprint_jax.commands import train
+from sprint_jax.errors import UserError
+from sprint_jax.runtime import cards, cli, huge_pages
 
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Card: a file, with :PRESET if any.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run; default: runs/ and the names of card and preset."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "host:port of process 0 (the next port is used too)."
 )
 _PROCESSES = flags.DEFINE_integer(
-    "processes",
-    None,
-    "Processes of this run; default: told by SLURM, JobSet or TPU variables, or one.",
+    "processes", None, "Processes; default: from variables of SLURM, JobSet or TPUs, or one."
 )
 _PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.")
 _STARTUP = flags.DEFINE_float("startup_seconds", 300.0, "How long to wait for all processes.")
-flags.adopt_module_key_flags(config_flag)  # --help shows them here
-flags.adopt_module_key_flags(workdir_flag)
 
 
-def main(argv):
+def main(arguments: Sequence[str]) -> None:
+    """Train by the flags. Bad input ends in one line and status 2."""
     with cli.user_errors():
-        cli.no_arguments(argv)
-        path, preset = config_flag.path_and_preset()
-        workdir = workdir_flag.WORKDIR.value or _default_workdir(path, preset)
-        place = distributed.place(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, os.environ)
-        compile_cache.start()
-        from sprint_jax import config
-        from sprint_jax.training import (
-            run,  # JAX starts here, after the flags are known to be right
+        if len(arguments) > 1:
+            raise UserError(f"unexpected argument {arguments[1]!r}: flags look like --name=value")
+        if _CONFIG.value is None:
+            raise UserError("--config is missing: use --config=configs/sprint.py")
+        card = config_flags.get_config_filename(flags.FLAGS["config"])
+        if not pathlib.Path(path := cards.split(card)[0]).is_file():
+            raise UserError(f"no config file {path}: use --config=configs/sprint.py")
+        options = train.Options(
+            config=card,
+            workdir=_WORKDIR.value,
+            coordinator=_COORDINATOR.value,
+            processes=_PROCESSES.value,
+            process=_PROCESS.value,
+            startup_seconds=_STARTUP.value,
         )
-        from sprint_jax.training.loop import Interrupted
-
-        parsed = config.parse(config_flag.CONFIG.value)
-        if parsed.run.quick_compile:
-            quick_compile.start()
-        with distributed.started(place, seconds=_STARTUP.value):
-            try:
-                run.run(parsed, workdir)
-            except Interrupted as stop:
-                if place is None or place.process == 0:
-                    print(stop)
+        train.start(_CONFIG.value, options)
 
 
-def _default_workdir(path, preset):
-    """runs/sprint_smoke for configs/sprint.py:smoke, runs/sprint for configs/sprint.py."""
-    return pathlib.Path("runs") / (f"{path.stem}_{preset}" if preset else path.stem)
+def parse_flags(arguments: list[str]) -> list[str]:
+    """Parse the flags as absl does; an unknown flag, key or preset ends in one line."""
+    try:
+        return flags.FLAGS(arguments)
+    except UserError as error:
+        cli.fail(error)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
+        cli.fail(cards.explain(error, arguments))
 
 
 if __name__ == "__main__":
     huge_pages.restart()
-    app.run(main, flags_parser=cli.parse_flags, argv=sys.argv)
+    app.run(main, flags_parser=parse_flags, argv=sys.argv)

@@ -41,7 +41,8 @@ def sample(bench, *, warm, preset="shapes"):
     words = [
         sys.executable,
         "-m",
-        "sprint_jax.commands.sample",
+        "sprint_jax",
+        "sample",
         f"--model={student}",
         "--prompt=a red circle",
         "--steps=1",
@@ -59,7 +60,7 @@ def sample(bench, *, warm, preset="shapes"):
         )
         if result.returncode:
             raise RuntimeError(
-                f"sprint_jax.sample failed: {result.stderr.strip().splitlines()[-1:]}"
+                f"sprint-jax sample failed: {result.stderr.strip().splitlines()[-1:]}"
             )
 
     call = timing.Call(run, lambda result: None)

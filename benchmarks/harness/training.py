@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import runpy
 import time
 
 import jax
@@ -12,19 +11,16 @@ import numpy as np
 from benchmarks.harness import bench as bench_lib
 from benchmarks.harness import floors, timing
 from sprint_jax import build, config
-from sprint_jax.errors import UserError
+from sprint_jax.runtime import cards
 from sprint_jax.training import datasets, sharding, stages
 from sprint_jax.training.stage import Placed
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-_CARD = ROOT / "configs/sprint.py"
 
 
 def card(preset, change=lambda tree: None) -> config.Config:
     """The preset on one device. change: alters the tree before it is parsed."""
-    if not _CARD.is_file():
-        raise UserError(f"{_CARD} is missing: run this from a checkout")
-    tree = runpy.run_path(str(_CARD))["get_config"](preset)
+    tree = cards.load(f"sprint:{preset}")
     tree.mesh.update(data=1, fsdp=1)
     change(tree)
     return config.parse(tree)

@@ -1,30 +1,37 @@
-"""A data set of captioned emoji: python -m experiments.emoji --to_dir=DIR [--side=64] [--count=20000]
+"""Make a data set of captioned emoji.
 
-Pictures, captions and their grammar: experiments/emoji/dataset.py. Needs the font Noto Color Emoji (Debian:
-fonts-noto-color-emoji). Makes DIR/emoji/1.0.0 (TFDS, array_record) and DIR/preview.png; same flags, same pictures.
+Images, captions and their grammar: experiments/emoji/dataset.py. Needs the font Noto Color Emoji
+(Debian: fonts-noto-color-emoji). Makes DIR/emoji/1.0.0 (TFDS, array_record) and DIR/preview.png; the
+same options give the same images.
 """
 
 import contextlib
+import dataclasses
 import io
 import pathlib
 import sys
 import tempfile
 
-from absl import app, flags
-
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import cli
 from sprint_jax.storage.settings import Keeper
 
-_TO_DIR = flags.DEFINE_string("to_dir", None, "Folder to make the data set in.")
-_SIDE = flags.DEFINE_integer("side", 64, "Side of the emoji pictures in pixels, 64 to 128.")
-_COUNT = flags.DEFINE_integer("count", 20000, "Emoji pictures to make.")
-_DATA_SEED = flags.DEFINE_integer(
-    "data_seed", 0, "Names the emoji pictures; another number makes others."
-)
-_FONT = flags.DEFINE_string(
-    "font", None, "NotoColorEmoji.ttf; default: where Debian's fonts-noto-color-emoji puts it."
-)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `python -m experiments.emoji`."""
+
+    to_dir: str = ""
+    """Folder to make the data set in."""
+    side: int = 64
+    """Side of the images in pixels, 64 to 128."""
+    count: int = 20000
+    """Images to make."""
+    data_seed: int = 0
+    """Selects the images; another number makes others."""
+    font: str | None = None
+    """NotoColorEmoji.ttf; default: where Debian's fonts-noto-color-emoji puts it."""
+
 
 _KEEPER = Keeper(
     file="metadata.json",  # which TFDS writes
@@ -36,33 +43,30 @@ _KEEPER = Keeper(
 _PREVIEWED = 64
 
 
-def main(argv):
-    with cli.user_errors():
-        cli.no_arguments(argv)
-        if not _TO_DIR.value:
-            raise UserError("--to_dir is missing: name the folder to make the data set in")
-        if _COUNT.value < 1:
-            raise UserError(f"--count={_COUNT.value}: make at least one picture")
-        if _DATA_SEED.value < 0:
-            raise UserError(f"--data_seed={_DATA_SEED.value}: give 0 or more")
-        root = pathlib.Path(_TO_DIR.value)
-        nearest = next(path for path in (root, *root.parents) if path.exists())
-        if not nearest.is_dir():
-            raise UserError(f"--to_dir={root}: {nearest} is a file, name a folder")
-        from experiments.emoji import dataset
+def run(options: Options) -> None:
+    """Make the data set and its preview. Raises UserError for a folder of other options."""
+    cli.require("to_dir", options.to_dir, "name the folder to make the data set in")
+    if options.count < 1:
+        raise UserError(f"--count={options.count}: make at least one image")
+    if options.data_seed < 0:
+        raise UserError(f"--data_seed={options.data_seed}: give 0 or more")
+    root = pathlib.Path(options.to_dir)
+    nearest = next(path for path in (root, *root.parents) if path.exists())
+    if not nearest.is_dir():
+        raise UserError(f"--to_dir={root}: {nearest} is a file, name a folder")
+    from experiments.emoji import dataset
 
-        if not dataset.SIZES[0] <= _SIDE.value <= dataset.SIZES[1]:
-            raise UserError(
-                f"--side={_SIDE.value}: give {dataset.SIZES[0]} to {dataset.SIZES[1]} pixels"
-            )
-        _make(root, dataset.Glyphs(_FONT.value or dataset.FONT))
+    smallest, largest = dataset.SIZES
+    if not smallest <= options.side <= largest:
+        raise UserError(f"--side={options.side}: give {smallest} to {largest} pixels")
+    settings = dict(seed=options.data_seed, size=options.side, count=options.count)
+    _make(root, dataset.Glyphs(options.font or dataset.FONT), settings)
 
 
-def _make(root, font):
+def _make(root, font, settings):
     from experiments.emoji import dataset
 
     made = root / dataset.Emoji.name / str(dataset.Emoji.VERSION)
-    settings = dict(seed=_DATA_SEED.value, size=_SIDE.value, count=_COUNT.value)
     if (made / "dataset_info.json").exists():
         _KEEPER.check(made, settings | {"font_sha256": font.digest})
         print(f"{made} is there already, nothing to do")
@@ -70,7 +74,8 @@ def _make(root, font):
         (root / "preview.png").unlink(missing_ok=True)
         _build(root, font, settings)
         print(
-            f"made {made}: {_COUNT.value} captioned pictures of {_SIDE.value} px from {len(font.names)} emoji"
+            f"made {made}: {settings['count']} captioned pictures of {settings['size']} px "
+            f"from {len(font.names)} emoji"
         )
     if not (root / "preview.png").exists():  # of a killed command as well
         _preview(root / "preview.png", font, **settings)
@@ -100,7 +105,7 @@ def _build(root, font, settings):
 
 
 def _preview(path, font, *, seed, size, count):
-    """Writes the first pictures as one sheet."""
+    """Write the first images as one grid."""
     import numpy as np
 
     from experiments.emoji import dataset
@@ -111,4 +116,4 @@ def _preview(path, font, *, seed, size, count):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=cli.parse_flags, argv=sys.argv)
+    cli.start(Options, run, sys.argv[1:], prog="python -m experiments.emoji", description=__doc__)

@@ -1,24 +1,27 @@
-"""The page of a run, finished or not: python -m sprint_jax report --run_dir=DIR
+"""Write the report page of a run, finished or not.
 
-Writes DIR/report.html, as every run does at its end.
+The page is RUN_DIR/report.html. Every run writes it at its end as well.
 """
 
-import sys
+import dataclasses
+import pathlib
 
-from absl import app, flags
-
-from sprint_jax.commands import run_flag
-from sprint_jax.reporting import page
 from sprint_jax.runtime import cli
 
-flags.adopt_module_key_flags(run_flag)  # --help shows it here
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `sprint-jax report`."""
+
+    run_dir: str = ""
+    """Work directory of a run, its --workdir."""
 
 
-def main(argv):
-    with cli.user_errors():
-        cli.no_arguments(argv)
-        print(f"wrote {page.write(run_flag.given())}")
+def run(options: Options) -> pathlib.Path:
+    """Write the page and return its path. Raises UserError if the folder holds no run."""
+    cli.require("run_dir", options.run_dir, "name the --workdir of a run")
+    from sprint_jax.reporting import page
 
-
-if __name__ == "__main__":
-    app.run(main, flags_parser=cli.parse_flags, argv=sys.argv)
+    written = page.write(options.run_dir)
+    print(f"wrote {written}")
+    return written

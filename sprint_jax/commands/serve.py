@@ -9,7 +9,6 @@ import dataclasses
 import os
 from typing import Literal
 
-from sprint_jax.errors import UserError
 from sprint_jax.runtime import cli, compile_cache
 
 
@@ -47,34 +46,11 @@ class Options:
 
 def run(options: Options) -> None:
     """Serve until a signal ends the process."""
-    if not options.model:
-        raise UserError("--model is missing: give a model's folder, a run, or an exported file")
-    try:
-        from sprint_jax.serving import service
-    except ModuleNotFoundError as error:
-        remedy = "pip install 'sprint_jax[app]'"
-        raise UserError(f"serving needs the package {error.name}: {remedy}") from None
+    cli.require("model", options.model, "give a model's folder, a run, or an exported file")
+    from sprint_jax.serving import service
+
     compile_cache.start()
     values = dataclasses.asdict(options)
     instruction = values.pop("instruction_file")
     password = options.password or os.environ.get("SPRINT_JAX_PASSWORD")
     service.serve(**values | {"instruction": instruction, "password": password})
-
-
-if __name__ == "__main__":
-    from absl import app, flags
-
-    for field in dataclasses.fields(Options):
-        define = {int: flags.DEFINE_integer, bool: flags.DEFINE_bool, tuple: flags.DEFINE_list}
-        kind = type(field.default)
-        kind = int if field.name == "ready_tokens" else kind
-        define.get(kind, flags.DEFINE_string)(field.name, field.default, field.name)
-
-    def main(argv):
-        """Parse flags until the commands share a parser."""
-        with cli.user_errors():
-            cli.no_arguments(argv)
-            values = {f.name: getattr(flags.FLAGS, f.name) for f in dataclasses.fields(Options)}
-            run(Options(**values))
-
-    app.run(main, flags_parser=cli.parse_flags)

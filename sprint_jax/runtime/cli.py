@@ -1,24 +1,55 @@
-"""What the commands share: bad input ends in one line on stderr and a non-zero exit, never a traceback."""
+"""What the commands share: their start, and bad input that ends in one line on stderr."""
 
 import contextlib
 import os
 import pathlib
 import sys
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
-from absl import flags, logging
+from absl import logging
 
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import options as options_lib
+
+T = TypeVar("T")
+# Packages that only some commands need, by the extra that installs them.
+_EXTRAS = {
+    "array_record": "data",
+    "fastapi": "app",
+    "grain": "data",
+    "pydantic": "app",
+    "tensorflow_datasets": "data",
+    "torch": "eval",
+    "uvicorn": "app",
+}
 
 
-def fail(message):
-    """Prints the message as one line and exits with status 2."""
+def start(
+    options: type[T],
+    run: Callable[[T], Any],
+    arguments: Sequence[str],
+    *,
+    prog: str,
+    description: str | None,
+) -> None:
+    """Run a command from the command line: parse its options, then call it.
+
+    Bad input ends the process with one line on stderr and status 2. See `options.parse`.
+    """
+    with user_errors():
+        run(options_lib.parse(options, arguments, prog=prog, description=description))
+
+
+def fail(message: object) -> NoReturn:
+    """Print the message as one line on stderr and exit with status 2."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr)
     raise SystemExit(2)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None):
-    """Our own warnings as one line for people; anybody else's as Python shows them."""
+    """Print our own warnings as one line, and all others as Python does."""
     if issubclass(category, UserWarning) and "sprint_jax" in filename:
         print(f"warning: {message}", file=sys.stderr)
     else:
@@ -29,28 +60,37 @@ def _show_warning(message, category, filename, lineno, file=None, line=None):
         )
 
 
-def no_arguments(argv):
-    """Refuses what is left on the command line after flags: a forgotten --, or a space instead of =."""
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}: flags look like --name=value")
+def require(name: str, value: object, remedy: str) -> None:
+    """Raise UserError if the value of --name is missing or empty. remedy: what to give."""
+    if not value:
+        raise UserError(f"--{name} is missing: {remedy}")
 
 
-def no_folder(name, path):
-    """Refuses a file to be written, told by --name, where a folder is: said before the work, not after it. None is no file."""
+def check_output_file(name: str, path: str | None) -> None:
+    """Raise UserError, before the work, if the file that --name is to write cannot be made.
+
+    The path is a folder, or its folder does not exist. None is ignored.
+    """
+    no_folder(name, path)
+    if path and not (folder := pathlib.Path(path).parent).is_dir():
+        raise UserError(f"--{name}={path}: there is no folder {folder}, make it first")
+
+
+def no_folder(name: str, path: str | None) -> None:
+    """Raise UserError, before the work, if the file that --name is to write is a folder.
+
+    None is ignored.
+    """
     if path and pathlib.Path(path).is_dir():
         raise UserError(f"--{name}={path} is a folder: name a file")
 
 
-def folder_of(flag):
-    """Refuses a flag that names a folder, or a file in a folder that is not there. None is no file."""
-    no_folder(flag.name, flag.value)
-    if flag.value and not (folder := pathlib.Path(flag.value).parent).is_dir():
-        raise UserError(f"--{flag.name}={flag.value}: there is no folder {folder}, make it first")
-
-
 @contextlib.contextmanager
-def user_errors():
-    """Ends the process in one line on a UserError. Libraries' notes below a warning are left out."""
+def user_errors() -> Iterator[None]:
+    """End the process with one line and status 2 on a UserError, or an error of the environment.
+
+    Other errors keep their traceback. Notes of libraries below the level of a warning are left out.
+    """
     logging.set_verbosity(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -58,60 +98,38 @@ def user_errors():
             yield
     except UserError as error:
         fail(error)
-    except Exception as error:  # of whatever library was at work
-        if (said := _of_the_machine(error)) is None:
+    except Exception as error:  # any library may raise it
+        if (line := _of_the_environment(error)) is None:
             raise
-        fail(said)
+        fail(line)
 
 
-def _of_the_machine(error):
-    """What to say of an error that is the machine's: no space, no memory, no such devices. None for any other."""
+def _of_the_environment(error: Exception) -> str | None:
+    """Return a line for a full disk or memory, missing devices or packages; None for any other."""
     line, platforms = " ".join(str(error).split()), os.environ.get("JAX_PLATFORMS")
     if "No space left on device" in line:
         return f"{line}: free some space, then give the same command"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line:
-        return f"out of memory ({line[:200]}): use --batch_size=1, a smaller size, or --tile; in training a smaller batch, or accumulate"
-    if platforms and _raised_in(error).endswith(
-        "xla_bridge.py"
-    ):  # where JAX starts its devices; some of its errors have no text
+        return (
+            f"out of memory ({line[:200]}): use --batch_size=1, a smaller size, or --tile; "
+            "in training a smaller batch, or accumulate"
+        )
+    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get(error.name or "")):
+        return f"the package {error.name} is not installed: pip install 'sprint_jax[{extra}]'"
+    # The file in which JAX starts its devices; some of its errors have no text.
+    if platforms and _raised_in(error).endswith("xla_bridge.py"):
         reason = line[:200] or "no plug-in for them"
-        return f"JAX_PLATFORMS={platforms}: JAX cannot start these devices here ({reason}): name others, such as cpu, or install theirs"
+        return (
+            f"JAX_PLATFORMS={platforms}: JAX cannot start these devices here ({reason}): "
+            "name others, such as cpu, or install theirs"
+        )
     return None
 
 
-def _raised_in(error):
-    """The file in which an exception was raised."""
+def _raised_in(error: Exception) -> str:
+    """Return the file in which an exception was raised."""
     place = error.__traceback__
+    assert place is not None
     while place.tb_next:
         place = place.tb_next
     return place.tb_frame.f_code.co_filename
-
-
-def parse_flags(argv):
-    """absl flag parsing whose failures (unknown flag, key or preset, unreadable file) are one line."""
-    try:
-        return flags.FLAGS(argv)
-    except UserError as error:
-        fail(error)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
-        if said := _unknown_key(error, argv):
-            fail(said)
-        # A config file that raises comes with its whole traceback in the message; its last line says it.
-        lines = [line for line in str(error).splitlines() if line.strip()] or [repr(error)]
-        fail(lines[-1] if "Traceback" in str(error) else " ".join(lines))
-
-
-def _unknown_key(error, argv):
-    """What to say where a flag --config.KEY names a key that the config has not; None for any other error."""
-    while isinstance(error, AttributeError) and error.args and isinstance(error.args[0], KeyError):
-        error = error.args[0]
-    if not isinstance(error, KeyError):
-        return None
-    name, *hint = str(
-        error.args[0]
-    ).splitlines()  # as ml_collections has it; str(error) would be that in quotes
-    keys = [word.lstrip("-").partition("=")[0] for word in argv[1:]]
-    for key in keys:
-        if key.startswith("config.") and name.strip("'") in key.split("."):
-            return f"unknown config key {key}: {' '.join(hint) or 'see the config file for those that it has'}"
-    return None

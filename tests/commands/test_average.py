@@ -8,10 +8,10 @@ import pytest
 
 from helpers.configs import card
 from sprint_jax import build, config
-from sprint_jax.commands import average
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import loading
 from sprint_jax.storage import weights
+from sprint_jax.training import average
 
 
 def write_run(folder, seed):
@@ -29,10 +29,12 @@ def write_run(folder, seed):
 
 
 def change_config(folder, section, **values):
-    """Change values of one section of a run's config."""
+    """Change values of one section of a run's config. section: keys with dots between."""
     path = folder / "config.json"
-    tree = json.loads(path.read_text())
-    tree[section] |= values
+    tree = inner = json.loads(path.read_text())
+    for key in section.split("."):
+        inner = inner[key]
+    inner |= values
     path.write_text(json.dumps(tree))
     return folder
 
@@ -44,10 +46,10 @@ def test_weights_are_the_mean_and_the_folder_is_a_model(command, tmp_path):
     """
     runs = [write_run(tmp_path / str(i), i) for i in range(3)]
     change_config(runs[1], "model", unroll=2, dtype="bfloat16")
-    change_config(runs[2], "sprint", steps=14)
+    change_config(runs[2], "phases.sprint", steps=14)
     made = tmp_path / "made"
     result = command(
-        "sprint_jax.commands.average", f"--runs={','.join(map(str, runs))}", f"--averaged={made}"
+        "sprint_jax", "average", f"--runs={','.join(map(str, runs))}", f"--averaged={made}"
     )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "mean of 3 students" in result.stdout, result.stderr[-2000:]
@@ -59,9 +61,7 @@ def test_weights_are_the_mean_and_the_folder_is_a_model(command, tmp_path):
         )
     assert loading.read_student(made)[2] == loading.read_student(runs[0])[2]
     before = sorted(p.name for p in made.iterdir())
-    again = command(
-        "sprint_jax.commands.average", f"--runs={runs[0]},{runs[1]}", f"--averaged={made}"
-    )
+    again = command("sprint_jax", "average", f"--runs={runs[0]},{runs[1]}", f"--averaged={made}")
     assert again.returncode == 2
     assert "not empty" in again.stderr
     assert "--averaged" in again.stderr
@@ -88,11 +88,9 @@ def test_refuses_runs_that_have_nothing_in_common(section, values, message, tmp_
 
 def test_refuses_a_controlnet_trained_in_the_run(tmp_path):
     """Two ControlNets begin from different weights, even with one teacher."""
-    runs = [
-        change_config(write_run(tmp_path / str(i), i), "control", depth=1, steps=8)
-        for i in range(2)
-    ]
+    runs = [change_config(write_run(tmp_path / str(i), i), "control", depth=1) for i in range(2)]
     for path in runs:
+        change_config(path, "phases.control", steps=8)
         c = config.parse(json.loads((path / "config.json").read_text()))
         weights.save(path / "student.safetensors", build.student(c).init(jax.random.key(0)))
     with pytest.raises(UserError, match="ControlNet of its own"):
@@ -103,12 +101,11 @@ def test_refuses_a_controlnet_trained_in_the_run(tmp_path):
 
 
 def test_names_what_is_missing(command, tmp_path):
-    one = command(
-        "sprint_jax.commands.average", f"--runs={tmp_path}", f"--averaged={tmp_path / 'made'}"
-    )
+    one = command("sprint_jax", "average", f"--runs={tmp_path}", f"--averaged={tmp_path / 'made'}")
     assert one.returncode == 2 and "two or more" in one.stderr
     none = command(
-        "sprint_jax.commands.average",
+        "sprint_jax",
+        "average",
         f"--runs={tmp_path},{tmp_path}",
         f"--averaged={tmp_path / 'made'}",
     )

@@ -24,17 +24,21 @@ from helpers.encoding import (
     embedded_encoders,
     encode_folder,
     encode_settings,
+    encoders_of,
     folder_contents,
     records_by_caption,
+    settings_of_names,
 )
 from helpers.runs import ROOT
-from sprint_jax.commands import encode
-from sprint_jax.data import encoded, sources
+from sprint_jax.commands import encode as encode_command
+from sprint_jax.data import encode, encode_chunk, encode_options, encoded, sources
 from sprint_jax.encoders import pixels as pixel_codecs
 from sprint_jax.encoders import prompts
 from sprint_jax.encoders import text as text_encoders
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import cards
 from sprint_jax.toy import shapes
+from sprint_jax.training import data_encoders
 
 
 @pytest.fixture(scope="session")
@@ -117,15 +121,20 @@ def test_the_null_prompt_of_the_embedded_encoder(encoding_folder):
     assert found["text"].dtype == found["mask"].dtype == np.float32 and mask.sum() == 1
 
 
-def test_the_encoders_of_a_config():
-    encoders = encode._encoders(f"{ROOT / 'configs/sprint.py'}:smoke")
-    images = np.stack([shapes.example(0, 0, size=encoders.side).image])
-    latents = encoders.pixels.encode(encoders.params["pixels"], images)
+def test_the_encoders_of_a_config(images):
+    card = cards.load(f"{ROOT / 'configs/sprint.py'}:smoke")
+    encoders = data_encoders.of_card(card)
+    drawn = np.stack([shapes.example(0, 0, size=encoders.side).image])
+    latents = encoders.pixels.encode(encoders.params["pixels"], drawn)
     assert latents.shape[-1] == encoders.pixels.channels
     assert encoders.side == encoders.pixels.factor * latents.shape[1]
-    assert encoders.identity == encode._encoders(f"{ROOT / 'configs/sprint.py'}:smoke").identity
+    assert encoders.identity == data_encoders.of_card(card).identity
     with pytest.raises(UserError, match="no config file --encoder=configs/absent.py:smoke"):
-        encode._encoders("configs/absent.py:smoke")
+        encode_command.run(
+            encode_command.Options(
+                source=str(images), encoder="configs/absent.py:smoke", encoded="y", heldout=1
+            )
+        )
 
 
 def test_held_out_examples_are_chosen_by_name(images, encoding_folder, tmp_path):
@@ -135,7 +144,7 @@ def test_held_out_examples_are_chosen_by_name(images, encoding_folder, tmp_path)
     assert records_by_caption(tmp_path / "other", "heldout").keys() == chosen
     encode_folder(images, tmp_path / "fewer", heldout=4)
     assert records_by_caption(tmp_path / "fewer", "heldout").keys() < chosen
-    drawn = encode.Settings("", "", 10000, "features", "", (), 500, 1, "none")
+    drawn = settings_of_names(examples=10000, heldout=500)
     assert 430 < sum(drawn.split(f"{i}.png") == "heldout" for i in range(10000)) < 570
 
 
@@ -420,7 +429,8 @@ def photographs(tmp_path_factory):
 def test_the_command_on_a_published_model(command, published, pipe, photographs, tmp_path):
     """Compare with the parts of the pipeline, one image and one caption at a time."""
     result = command(
-        "sprint_jax.commands.encode",
+        "sprint_jax",
+        "encode",
         f"--source={photographs}",
         f"--encoder={published / 'model'}",
         f"--encoded={tmp_path / 'out'}",
@@ -435,7 +445,7 @@ def test_the_command_on_a_published_model(command, published, pipe, photographs,
     assert "warning: 3.jpg: prompt 0 has" in result.stderr
     assert "encode: 100%" in result.stderr
     manifest = encoded.read_manifest(tmp_path / "out")
-    name = encode.identity(pipe, published / "model")
+    name = data_encoders.identity(pipe, published / "model")
     expected = dict(text_dim=48, text_length=300, channels=8, factor=32, model=name)
     assert {name: manifest[name] for name in expected} == expected
     found = records_by_caption(tmp_path / "out", "train")
@@ -474,7 +484,7 @@ def test_the_null_prompt_of_gemma(published, pipe):
     tokens[0, 0], mask[0, 0] = 2, 1
     with torch.no_grad():
         expected = theirs(tokens, attention_mask=mask)[0][0].numpy()
-    found = encode._null_prompt(encode.Encoders(pipe.pixels, pipe.text, pipe.params, "tiny", 32))
+    found = encode.null_prompt(encoders_of(pipe))
     assert found["text"].shape == (300, 48)
     assert found["mask"].tolist() == [1] + [0] * 299
     assert np.abs(found["text"] - expected).max() < 1e-4 * np.abs(expected).max()
@@ -488,18 +498,20 @@ def test_only_warnings_of_cut_captions_are_counted(category, cut):
         warnings.warn("corrupt EXIF data" if not cut else "cut off", category, stacklevel=1)
         return ["row"]
 
-    work = encode._Work.__new__(encode._Work)
-    work._encoders = types.SimpleNamespace(text=types.SimpleNamespace(prepare=prepare))
-    made = encode._Made(keys={0: "a.png"}, captions={0: "a red fox"})
+    encoder = encode_chunk.ChunkEncoder(
+        **dict.fromkeys(field.name for field in dataclasses.fields(encode_chunk.ChunkEncoder))
+        | {"encoders": types.SimpleNamespace(text=types.SimpleNamespace(prepare=prepare))}
+    )
+    made = encode_chunk.Chunk(keys={0: "a.png"}, captions={0: "a red fox"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert work._prepare(made, 0)
+        assert encoder.prepare(made, 0)
     assert made.cut == cut and made.rows == {0: "row"}
 
 
 def test_stored_tokens(published, pipe, photographs, tmp_path):
     """Tokens are what `GemmaText.features` takes: without the instruction and padding."""
-    encoders = encode.Encoders(pipe.pixels, pipe.text, pipe.params, "tiny", 32)
+    encoders = encoders_of(pipe)
     source = sources.open_source(photographs)
     chosen = encode_settings(source, text="tokens", sizes=((32, 32),), heldout=0)
     with pytest.warns(UserWarning, match="3.jpg: .*cut off"):
@@ -525,8 +537,10 @@ def test_identity_depends_on_the_content(published, pipe, tmp_path):
     folder.write_ours(
         tmp_path / "ours", folder.read_diffusers(published / "model", dtype=None, instruction=words)
     )
-    ours = encode.identity(loading.load(tmp_path / "ours", dtype="float32"), tmp_path / "ours")
-    name = encode.identity(pipe, published / "model")
+    ours = data_encoders.identity(
+        loading.load(tmp_path / "ours", dtype="float32"), tmp_path / "ours"
+    )
+    name = data_encoders.identity(pipe, published / "model")
     assert ours == name and name.startswith("DCAE and Gemma2, float32, ")
     tree = pipe.params["text"]["model"]
     leaf = sorted(tree)[0]
@@ -534,7 +548,7 @@ def test_identity_depends_on_the_content(published, pipe, tmp_path):
     other = dataclasses.replace(
         pipe, params=pipe.params | {"text": pipe.params["text"] | {"model": bent}}
     )
-    assert encode.identity(other, published / "model") != name
+    assert data_encoders.identity(other, published / "model") != name
     for path in (
         published / "model",
         tmp_path / "ours",
@@ -550,9 +564,11 @@ def test_identity_depends_on_the_content(published, pipe, tmp_path):
             "bfloat16"
         }
         assert (mixed.model.dtype, mixed.model.residual_dtype) == ("bfloat16", "bfloat16")
-        assert encode.identity(mixed, path).startswith("DCAE and Gemma2, float32 and bfloat16, ")
+        assert data_encoders.identity(mixed, path).startswith(
+            "DCAE and Gemma2, float32 and bfloat16, "
+        )
     bare = loading.load(tmp_path / "ours", dtype="float32", instruction="")
-    assert encode.identity(bare, tmp_path / "ours") != name
+    assert data_encoders.identity(bare, tmp_path / "ours") != name
 
 
 def with_one_change(tree):
@@ -584,7 +600,7 @@ def with_one_change(tree):
 )
 def test_the_command_refuses(command, images, tmp_path, flags, words):
     source = [f"--source={images}"] if flags else []
-    result = command("sprint_jax.commands.encode", *source, *flags)
+    result = command("sprint_jax", "encode", *source, *flags)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     line = result.stderr.strip().splitlines()[-1]
     assert all(word in line for word in words), line
@@ -592,7 +608,8 @@ def test_the_command_refuses(command, images, tmp_path, flags, words):
 
 def test_the_command_refuses_its_own_output(command, images):
     result = command(
-        "sprint_jax.commands.encode",
+        "sprint_jax",
+        "encode",
         f"--source={images}",
         "--encoder=x",
         f"--encoded={images / 'out'}",
@@ -616,11 +633,10 @@ def test_the_command_refuses_its_own_output(command, images):
         ("0x32", "0x32"),
     ],
 )
-def test_sizes_flag(monkeypatch, text, expected):
-    monkeypatch.setattr(encode, "_SIZES", type("Flag", (), {"value": text}))
+def test_sizes_flag(text, expected):
     if isinstance(expected, str):
         with pytest.raises(UserError, match=expected):
-            encode._sizes(embedded_encoders())
+            encode_options.sizes(text, 4, 32)
     else:
-        sizes = encode._sizes(embedded_encoders())
+        sizes = encode_options.sizes(text, 4, 32)
         assert sizes == expected or len(sizes) == expected

@@ -10,9 +10,8 @@ import pytest
 from helpers.configs import card
 from helpers.runs import TINY_FLAGS
 from sprint_jax import build, config
-from sprint_jax.commands import plan
 from sprint_jax.errors import UserError
-from sprint_jax.planning import gpus, hardware
+from sprint_jax.planning import gpus, hardware, report
 from sprint_jax.training import loop
 
 
@@ -30,7 +29,7 @@ def test_the_table_of_a_small_configuration(command, tmp_path):
         "--config.model.attention=pallas",
         f"--table={tmp_path / 'table.md'}",
     )
-    result = command("sprint_jax.commands.plan", *flags)
+    result = command("sprint_jax", "plan", *flags)
     assert result.returncode == 0, result.stderr[-3000:]
     table = (tmp_path / "table.md").read_text()
     assert table.strip() in result.stdout
@@ -40,7 +39,7 @@ def test_the_table_of_a_small_configuration(command, tmp_path):
         for line in table.splitlines()
         if line.startswith("| ")
     ]
-    assert [row[0] for row in rows] == ["step", "generator", "discriminator"]
+    assert [row[0] for row in rows] == ["step", "sprint student", "sprint heads"]
     c = config.parse(card())
     count = sum(
         a.size for a in jax.tree.leaves(jax.eval_shape(build.student(c).init, jax.random.key(0)))
@@ -48,7 +47,7 @@ def test_the_table_of_a_small_configuration(command, tmp_path):
     for row in rows[1:]:
         assert row[1] == str(c.phases["sprint"].batch)
         assert row[2] == f"{count / 1e6:.1f} M"
-    exchanged = re.search(r"generator (.*); discriminator", table).group(1)
+    exchanged = re.search(r"sprint student (.*); sprint heads", table).group(1)
     assert "all-gather" in exchanged and "Everything fits." in table
     assert "attention is planned in plain JAX" in result.stdout
     # With the compiler of the GPUs if it is installed; otherwise a message says how to get it.
@@ -63,15 +62,16 @@ def test_the_table_of_a_small_configuration(command, tmp_path):
 def test_advice_follows_what_is_too_large():
     c = config.parse(card(preset="sana_600m"))
     device = dataclasses.replace(hardware.H200, memory=10 * 2**30)
-    step = {"name": "generator", "temporary": 20 * 2**30, "held": 2**30}
-    said = plan._fits(c, device, (step, 21 * 2**30))
-    assert "generator step needs 21.00 GiB of 10.00 GiB" in said
+    unlike = dict(times=1, batch=1, parameters=1, state=1, frozen=1, flops=1.0, collectives={})
+    step = report.Step(name="sprint student", temporary=20 * 2**30, held=2**30, **unlike)
+    said = report.advice(c, device, step)
+    assert "sprint student step needs 21.00 GiB of 10.00 GiB" in said
     assert "--config.phases.sprint.accumulate=2" in said
     assert "fsdp" not in said and "remat" not in said
     without = dataclasses.replace(c, model=dataclasses.replace(c.model, remat="none"))
-    assert "--config.model.remat=block" in plan._fits(without, device, (step, 21 * 2**30))
-    held = {"name": "generator", "temporary": 2**30, "held": 20 * 2**30}
-    assert "a larger --config.mesh.fsdp (now 8)" in plan._fits(c, device, (held, 21 * 2**30))
+    assert "--config.model.remat=block" in report.advice(without, device, step)
+    held = dataclasses.replace(step, temporary=2**30, held=20 * 2**30)
+    assert "a larger --config.mesh.fsdp (now 8)" in report.advice(c, device, held)
 
 
 def test_a_batch_that_the_mesh_does_not_divide():
@@ -104,7 +104,7 @@ def test_a_batch_that_the_mesh_does_not_divide():
     ],
 )
 def test_the_command_refuses(command, flags, words):
-    result = command("sprint_jax.commands.plan", *flags)
+    result = command("sprint_jax", "plan", *flags)
     assert "compiling" not in result.stdout
     assert result.returncode == 2, result.stderr[-2000:]
     assert words in result.stderr.strip().splitlines()[-1], result.stderr[-2000:]
@@ -114,7 +114,8 @@ def test_the_command_refuses(command, flags, words):
 def test_an_unwritable_table_is_refused_before_compiling(command, tmp_path):
     (tmp_path / "plan.md").write_bytes(b"Zur\xfcck\n")  # Latin-1
     result = command(
-        "sprint_jax.commands.plan",
+        "sprint_jax",
+        "plan",
         *TINY_FLAGS,
         "--topology=h200:1x2",
         f"--table={tmp_path / 'plan.md'}",

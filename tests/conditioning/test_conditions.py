@@ -377,7 +377,8 @@ def test_command_sees_the_pixels_that_training_sees(command, tmp_path):
         tmp_path / "in/deep.png"
     )
     result = command(
-        "sprint_jax.commands.condition",
+        "sprint_jax",
+        "condition",
         f"--images={tmp_path / 'in'}",
         f"--out={tmp_path / 'out'}",
         "--kind=edges",
@@ -395,7 +396,7 @@ def test_command_sees_the_pixels_that_training_sees(command, tmp_path):
 def test_command_writes_edges_and_keeps_them(command, folder, tmp_path):
     """Existing files are not made again, and a folder keeps to its settings."""
     flags = [f"--images={folder}", f"--out={tmp_path / 'out'}"]
-    result = command("sprint_jax.commands.condition", *flags, "--kind=edges")
+    result = command("sprint_jax", "condition", *flags, "--kind=edges")
     assert result.returncode == 0, result.stderr[-3000:]
     for name, size in (("a", 32), ("more/b", 64)):
         image = shapes.example(0, ["a", "more/b"].index(name), size=size).image
@@ -406,11 +407,11 @@ def test_command_writes_edges_and_keeps_them(command, folder, tmp_path):
     assert json.loads((tmp_path / "out/condition.json").read_text()) == {"kind": "edges"}
     (tmp_path / "out/a.png").unlink()
     (tmp_path / "out/more/b.png").write_bytes(b"kept")
-    assert command("sprint_jax.commands.condition", *flags, "--kind=edges").returncode == 0
+    assert command("sprint_jax", "condition", *flags, "--kind=edges").returncode == 0
     assert (tmp_path / "out/a.png").exists()
     assert (tmp_path / "out/more/b.png").read_bytes() == b"kept"
     assert_refused(
-        command("sprint_jax.commands.condition", *flags, "--kind=hed", "--weights=w.pth"),
+        command("sprint_jax", "condition", *flags, "--kind=hed", "--weights=w.pth"),
         "kind edges, not hed",
         "--out",
     )
@@ -430,7 +431,8 @@ def test_command_writes_edges_and_keeps_them(command, folder, tmp_path):
 def test_command_refuses(command, folder, tmp_path, flags, words):
     assert_refused(
         command(
-            "sprint_jax.commands.condition",
+            "sprint_jax",
+            "condition",
             f"--images={folder}",
             f"--out={tmp_path / 'out'}",
             *flags,
@@ -444,7 +446,8 @@ def test_command_refuses(command, folder, tmp_path, flags, words):
 def test_command_refuses_its_own_output(command, folder):
     assert_refused(
         command(
-            "sprint_jax.commands.condition",
+            "sprint_jax",
+            "condition",
             f"--images={folder}",
             f"--out={folder / 'out'}",
             "--kind=edges",
@@ -455,7 +458,8 @@ def test_command_refuses_its_own_output(command, folder):
     (folder / "a.jpg").write_bytes((folder / "a.png").read_bytes())
     assert_refused(
         command(
-            "sprint_jax.commands.condition",
+            "sprint_jax",
+            "condition",
             f"--images={folder}",
             f"--out={folder}2",
             "--kind=edges",

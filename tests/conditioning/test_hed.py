@@ -185,9 +185,7 @@ def test_command_with_weights(command, tmp_path):
     (tmp_path / "in").mkdir()
     Image.fromarray(image).save(tmp_path / "in/bar.png")
     flags = [f"--images={tmp_path / 'in'}", f"--weights={weights}", "--detect_resolution=64"]
-    result = command(
-        "sprint_jax.commands.condition", *flags, "--kind=hed", f"--out={tmp_path / 'hed'}"
-    )
+    result = command("sprint_jax", "condition", *flags, "--kind=hed", f"--out={tmp_path / 'hed'}")
     assert result.returncode == 0, result.stderr[-3000:]
     found = np.asarray(Image.open(tmp_path / "hed/bar.png"))
     dark, bright = (
@@ -195,7 +193,8 @@ def test_command_with_weights(command, tmp_path):
     )  # the mean of five side outputs
     np.testing.assert_array_equal(found, np.where(image[..., :1] > 0, bright, dark).repeat(3, -1))
     result = command(
-        "sprint_jax.commands.condition",
+        "sprint_jax",
+        "condition",
         *flags,
         "--kind=scribble",
         "--thickness=4",

@@ -56,7 +56,7 @@ def test_round_trip_is_bit_equal_and_diffusers_loads_it(source, command, tmp_pat
     Fails when q, k and v are swapped and when a layout is not undone.
     """
     for origin, target in ((source, tmp_path / "ours"), (tmp_path / "ours", tmp_path / "back")):
-        result = command("sprint_jax.commands.convert", f"--from={origin}", f"--to={target}")
+        result = command("sprint_jax", "convert", f"--from={origin}", f"--to={target}")
         assert result.returncode == 0, result.stderr
     for part, stem in PARTS.items():
         first, again = read_raw(source / part, stem), read_raw(tmp_path / "back" / part, stem)
@@ -83,9 +83,7 @@ def test_round_trip_is_bit_equal_and_diffusers_loads_it(source, command, tmp_pat
 
 def test_run_becomes_a_transformer_that_diffusers_runs(finished, command, tmp_path):
     """The student of a run has the same velocity in diffusers."""
-    result = command(
-        "sprint_jax.commands.convert", f"--from={finished}", f"--to={tmp_path / 'out'}"
-    )
+    result = command("sprint_jax", "convert", f"--from={finished}", f"--to={tmp_path / 'out'}")
     assert result.returncode == 0, result.stderr
     theirs = fabricate.diffusers.SanaTransformer2DModel.from_pretrained(
         tmp_path / "out" / "transformer"
@@ -477,7 +475,8 @@ def test_long_prompts_are_cut_with_a_warning(source):
 
 def test_the_command_warns_in_one_line(source, command, tmp_path):
     result = command(
-        "sprint_jax.commands.sample",
+        "sprint_jax",
+        "sample",
         f"--model={source}",
         f"--prompt={'lighthouse ' * 160}",
         "--steps=1",
@@ -518,7 +517,8 @@ def test_sample_command_on_a_folder(source, command, tmp_path):
         picture
     )
     result = command(
-        "sprint_jax.commands.sample",
+        "sprint_jax",
+        "sample",
         f"--model={source}",
         "--prompt=gulls",
         "--prompt=a lake",
@@ -536,7 +536,8 @@ def test_sample_command_on_a_folder(source, command, tmp_path):
     ]
     assert rows[1] == {"file": "00001.png", "prompt": "a lake", "seed": 0, "steps": 2}
     result = command(
-        "sprint_jax.commands.sample",
+        "sprint_jax",
+        "sample",
         f"--model={source}",
         "--prompt=x",
         "--height=65",

@@ -19,9 +19,8 @@ from helpers.inputs import encode_shapes, write_images
 from helpers.records import MANIFEST_FIELDS, is_readable, numbered_record
 from helpers.runs import ROOT
 from sprint_jax import build, config
-from sprint_jax.commands import encode
 from sprint_jax.conditioning import detector, hed, hed_weights, sketches
-from sprint_jax.data import batches, encoded, sources
+from sprint_jax.data import batches, encode, encode_options, encoded, sources
 from sprint_jax.errors import UserError
 from sprint_jax.toy import shapes
 from sprint_jax.training import datasets, run
@@ -137,7 +136,7 @@ def test_thickness_depends_on_the_name_alone():
 
     A digest chooses the names of those too.
     """
-    settings = encode.Settings("", "", 20000, "features", "", (), 1000, 1, "")
+    settings = encoding.settings_of_names(examples=20000, heldout=1000)
     keys = [f"{i}.png" for i in range(20000)]
     drawn = {split: [] for split in encoded.SPLITS}
     for key in keys:
@@ -184,7 +183,17 @@ def test_without_a_condition_nothing_changes(images, tmp_path):
 
     No file contains "condition", and a reader takes it as none.
     """
-    plain = encode.Settings("s", "e", 10, "features", "prompt", ((32, 32),), 2, 4, "none")
+    plain = encode.Settings(
+        source="s",
+        encoder="e",
+        examples=10,
+        text="features",
+        caption_field="prompt",
+        sizes=((32, 32),),
+        heldout=2,
+        shard_records=4,
+        condition="none",
+    )
     assert plain.digest() == "e89052c73f2d0ee2e7a11d6bfa8e41613fa10e3a7c5847c7110627e6d9db3dde"
     assert dataclasses.replace(plain, condition="edges").digest() != plain.digest()
     out = encode_with(images, tmp_path / "out", None)
@@ -242,16 +251,18 @@ def test_a_condition_that_settings_do_not_name(images, tmp_path):
         ("scribble", "/nowhere.pth", None, "no HED weights at /nowhere.pth"),
     ],
 )
-def test_flags_of_conditions(monkeypatch, kind, weights, thickness, words):
-    for name, flag, value in (
-        ("_CONDITION", "condition", kind),
-        ("_HED", "hed_weights", weights),
-        ("_THICKNESS", "thickness", thickness),
-    ):
-        monkeypatch.setattr(encode, name, type("Flag", (), {"name": flag, "value": value}))
+def test_flags_of_conditions(kind, weights, thickness, words):
+    options = encode_options.Options(
+        source="s",
+        encoder="e",
+        encoded="d",
+        condition=kind,
+        hed_weights=weights,
+        thickness=thickness,
+    )
     with pytest.raises(UserError, match=words):
-        encode._check_condition()
-        encode._condition()
+        encode_options.check(options)
+        encode_options.condition(options)
 
 
 def test_ready_latents_need_their_image(tmp_path):
@@ -483,7 +494,8 @@ def test_the_command_writes_scribbles(command, tmp_path):
     Image.fromarray(image).save(tmp_path / "source/bar.png")
     (tmp_path / "source/bar.txt").write_text("a red square")
     result = command(
-        "sprint_jax.commands.encode",
+        "sprint_jax",
+        "encode",
         f"--source={tmp_path / 'source'}",
         f"--encoder={ROOT / 'configs/sprint.py'}:smoke",
         "--heldout=0",

@@ -12,13 +12,12 @@ from helpers.configs import card, smoke_config
 from helpers.inputs import encode_shapes, write_images
 from helpers.runs import TINY_FLAGS
 from sprint_jax import build, config
-from sprint_jax.commands import encode
-from sprint_jax.data import encoded, sources
+from sprint_jax.data import encode, encoded, sources
 from sprint_jax.encoders import pixels as pixel_codecs
 from sprint_jax.encoders import words
 from sprint_jax.errors import UserError
 from sprint_jax.toy import shapes
-from sprint_jax.training import datasets
+from sprint_jax.training import data_encoders, datasets
 
 pytestmark = pytest.mark.second_pass
 
@@ -187,11 +186,11 @@ def test_token_ids_become_the_features(tmp_path_factory, tmp_path):
     source = sources.open_source(write_images(tmp_path / "pictures", 12, size=32))
     pipe = loading.load(path, dtype="float32")
     encoders = encode.Encoders(
-        pipe.pixels,
-        pipe.text,
-        {n: pipe.params[n] for n in ("pixels", "text")},
-        encode.identity(pipe, path),
-        32,
+        pixels=pipe.pixels,
+        text=pipe.text,
+        params={n: pipe.params[n] for n in ("pixels", "text")},
+        identity=data_encoders.identity(pipe, path),
+        side=32,
     )
     found = {}
     for kind in ("features", "tokens"):

@@ -130,7 +130,8 @@ def test_score_of_pairs_matches_transformers(folder, peer, command, tmp_path):
         Image.fromarray(image).save(tmp_path / f"pictures/{i:05d}.png")
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
     result = command(
-        "sprint_jax.commands.evaluate",
+        "sprint_jax",
+        "evaluate",
         "--suite=clip",
         f"--folder={tmp_path / 'pictures'}",
         f"--prompts={tmp_path / 'prompts.txt'}",

@@ -13,7 +13,7 @@ from sprint_jax.errors import UserError
 from sprint_jax.evaluation import gallery
 from sprint_jax.toy import frechet
 
-DOOR = "sprint_jax.commands.evaluate"
+DOOR = "sprint_jax", "evaluate"
 
 
 def read_report(out, suite):
@@ -37,7 +37,7 @@ def generated(command, finished, tmp_path_factory):
         "--dtype=float32",
         f"--batch_size={config['evaluation']['batch']}",
     ]
-    result = command(DOOR, *flags)
+    result = command(*DOOR, *flags)
     assert result.returncode == 0, result.stderr[-3000:]
     return out, flags
 
@@ -74,7 +74,7 @@ def test_existing_images_are_kept_and_missing_ones_generated(generated, command,
     for name in lost:
         (copy / "pictures" / name).unlink()
     kept = {p.name: p.stat().st_mtime_ns for p in (copy / "pictures").iterdir()}
-    result = command(DOOR, *[f"--out={copy}" if f.startswith("--out=") else f for f in flags])
+    result = command(*DOOR, *[f"--out={copy}" if f.startswith("--out=") else f for f in flags])
     assert result.returncode == 0, result.stderr[-3000:]
     assert {p.name: p.read_bytes() for p in (copy / "pictures").iterdir()} == before
     assert {name: (copy / "pictures" / name).stat().st_mtime_ns for name in kept} == kept
@@ -86,7 +86,7 @@ def test_another_protocol_is_refused_by_name(generated, command):
     out, flags = generated
     before = (out / "protocol.json").read_bytes()
     assert_refused(
-        command(DOOR, *[f for f in flags if not f.startswith("--steps")], "--steps=1"),
+        command(*DOOR, *[f for f in flags if not f.startswith("--steps")], "--steps=1"),
         "steps=2",
         "now 1",
         "--out",
@@ -110,9 +110,9 @@ def test_a_refused_command_claims_no_folder(finished, command, tmp_path):
     """The corrected command may use the folder that the wrong one named."""
     flags = [f"--model={finished}", "--suite=shapes", f"--out={tmp_path / 'out'}", "--first=1"]
     for wrong in (["--guidance_scale=nan"], ["--timesteps=3,0", "--steps=1"], ["--height=31"]):
-        assert_refused(command(DOOR, *flags, *wrong), wrong[0].strip("-").partition("=")[0])
+        assert_refused(command(*DOOR, *flags, *wrong), wrong[0].strip("-").partition("=")[0])
         assert not (tmp_path / "out/protocol.json").exists()
-    result = command(DOOR, *flags, "--steps=1")
+    result = command(*DOOR, *flags, "--steps=1")
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -153,7 +153,7 @@ def test_shares_on_two_devices_generate_the_same_images(generated, command, tmp_
         "--first=5",
     ]
     for share in ("0/2", "1/2"):
-        result = command(DOOR, *mine, f"--shard={share}", environment={"XLA_FLAGS": two})
+        result = command(*DOOR, *mine, f"--shard={share}", environment={"XLA_FLAGS": two})
         assert result.returncode == 0, result.stderr[-3000:]
     assert not (tmp_path / "report-shapes.json").exists()
     names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
@@ -171,7 +171,7 @@ def test_images_of_an_earlier_command_are_scored(generated, command, tmp_path):
     """OUT and OUT/pictures name the same images, whose prompts are in OUT/manifest.jsonl."""
     out, _ = generated
     for folder in (out, out / "pictures"):
-        result = command(DOOR, "--suite=shapes", f"--folder={folder}", f"--out={tmp_path}")
+        result = command(*DOOR, "--suite=shapes", f"--folder={folder}", f"--out={tmp_path}")
         assert result.returncode == 0, result.stderr[-3000:]
         found = read_report(tmp_path, "shapes")
         assert found["scores"] == read_report(out, "shapes")["scores"]
@@ -187,7 +187,7 @@ def test_distance_on_features_of_a_hook(generated, command, tmp_path):
     hook, stats = "--hook=sprint_jax.toy.frechet:features", tmp_path / "real.npz"
     common = ["--suite=fid", hook, "--scoring_batch=3"]
     result = command(
-        DOOR,
+        *DOOR,
         *common,
         f"--folder={out / 'pictures'}",
         f"--save_reference={stats}",
@@ -204,7 +204,7 @@ def test_distance_on_features_of_a_hook(generated, command, tmp_path):
         )
         assert stored["count"] == len(paths) and stored["file_format"] == "png"
     result = command(
-        DOOR,
+        *DOOR,
         *common,
         f"--folder={out / 'pictures'}",
         f"--reference={stats}",
@@ -215,7 +215,7 @@ def test_distance_on_features_of_a_hook(generated, command, tmp_path):
     assert abs(found["scores"]["frechet_distance_not_fid"]) < 1e-4
     assert found["protocol"]["reference_pictures"] == len(paths)
     result = command(
-        DOOR,
+        *DOOR,
         *common,
         f"--folder={out / 'pictures'}",
         f"--reference={stats}",
@@ -251,7 +251,7 @@ def test_geneval_from_model_to_score(finished, command, tmp_path):
         "--steps=1",
         "--grid",
     ]
-    result = command(DOOR, *flags)
+    result = command(*DOOR, *flags)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "--detections" in result.stdout
     assert sorted(
@@ -281,7 +281,7 @@ def test_geneval_from_model_to_score(finished, command, tmp_path):
         [*alone, f"--folder={out / 'pictures'}"],
         [*alone, f"--folder={out}"],
     ):
-        result = command(DOOR, *which)
+        result = command(*DOOR, *which)
         assert result.returncode == 0, result.stderr[-3000:]
         assert read_report(out, "geneval")["scores"] == {
             "overall": 0.625,
@@ -299,7 +299,7 @@ def test_dpg_grids_and_score(finished, command, tmp_path):
         f"--out={out}",
         "--steps=1",
     ]
-    result = command(DOOR, *flags)
+    result = command(*DOOR, *flags)
     assert result.returncode == 0, result.stderr[-3000:]
     size = json.loads((finished / "config.json").read_text())["data"]["size"]
     assert Image.open(out / "pictures/c.png").size == (2 * size, 2 * size)
@@ -309,7 +309,7 @@ def test_dpg_grids_and_score(finished, command, tmp_path):
         for n, (a, b) in enumerate(given)
     ]
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = command(DOOR, *flags, f"--answers={answers}")
+    result = command(*DOOR, *flags, f"--answers={answers}")
     assert result.returncode == 0, result.stderr[-3000:]
     assert read_report(out, "dpg")["scores"] == {"dpg": 62.5}
 
@@ -321,7 +321,7 @@ def test_a_hook_scores_images_with_their_prompts(generated, command, tmp_path):
     images = [np.asarray(Image.open(out / "pictures" / row["file"])) for row in rows]
     expected = np.mean([len(row["prompt"]) * image.mean() for row, image in zip(rows, images)])
     result = command(
-        DOOR,
+        *DOOR,
         "--suite=imagereward",
         "--hook=helpers.rewards:reward",
         f"--folder={out / 'pictures'}",
@@ -356,9 +356,9 @@ def test_damaged_images_and_sizes_are_counted(folder, command, tmp_path):
         f"--out={tmp_path}",
     ]
     Image.fromarray(np.zeros((16, 20, 3), np.uint8)).save(folder / "d.png")
-    assert_refused(command(DOOR, *flags), "2 sizes", "1 of 16 x 20", "--picture_size")
+    assert_refused(command(*DOOR, *flags), "2 sizes", "1 of 16 x 20", "--picture_size")
     (folder / "e.png").write_bytes(b"no picture")
-    assert_refused(command(DOOR, *flags), "1 of 5 pictures cannot be read", "e.png")
+    assert_refused(command(*DOOR, *flags), "1 of 5 pictures cannot be read", "e.png")
     assert not (tmp_path / "s.npz").exists()
 
 
@@ -367,9 +367,9 @@ def test_prompts_without_images_are_counted(folder, command, tmp_path):
     prompts.write_text("".join(json.dumps({"id": i, "prompt": "a circle"}) + "\n" for i in "abcxy"))
     flags = ["--suite=shapes", f"--folder={folder}", f"--out={tmp_path / 'out'}"]
     assert_refused(
-        command(DOOR, *flags, f"--prompts={prompts}"), "2 of 5 prompts have no picture", "first x"
+        command(*DOOR, *flags, f"--prompts={prompts}"), "2 of 5 prompts have no picture", "first x"
     )
-    assert_refused(command(DOOR, *flags), "manifest.jsonl", "--prompts")
+    assert_refused(command(*DOOR, *flags), "manifest.jsonl", "--prompts")
 
 
 @pytest.mark.parametrize(
@@ -413,7 +413,7 @@ def test_prompts_without_images_are_counted(folder, command, tmp_path):
     ],
 )
 def test_the_command_refuses(command, flags, words):
-    assert_refused(command(DOOR, *flags), *words)
+    assert_refused(command(*DOOR, *flags), *words)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +434,7 @@ def test_inputs_of_scoring_are_checked_first(command, tmp_path, flags, words):
     """The check comes before prompts and model, which are both absent, and so before any image."""
     assert_refused(
         command(
-            DOOR, "--model=/nowhere", "--prompts=/nowhere.txt", f"--out={tmp_path / 'out'}", *flags
+            *DOOR, "--model=/nowhere", "--prompts=/nowhere.txt", f"--out={tmp_path / 'out'}", *flags
         ),
         *words,
     )
@@ -443,7 +443,7 @@ def test_inputs_of_scoring_are_checked_first(command, tmp_path, flags, words):
 def test_missing_and_wrong_weights_are_named(folder, command, tmp_path):
     flags = ["--suite=fid", f"--folder={folder}", f"--reference={folder}", f"--out={tmp_path}"]
     assert_refused(
-        command(DOOR, *flags, "--weights=/nowhere.pth"),
+        command(*DOOR, *flags, "--weights=/nowhere.pth"),
         "/nowhere.pth",
         "pt_inception-2015-12-05-6726825d.pth",
     )
@@ -453,10 +453,10 @@ def test_missing_and_wrong_weights_are_named(folder, command, tmp_path):
         safetensors.numpy.save({"a": np.zeros(3, np.float32)})
     )
     assert_refused(
-        command(DOOR, *flags, f"--weights={tmp_path / 'other.safetensors'}"),
+        command(*DOOR, *flags, f"--weights={tmp_path / 'other.safetensors'}"),
         "SHA-256",
         "6726825d",
         "--unpublished_weights",
     )
-    assert_refused(command(DOOR, *flags, "--hook=sprint_jax.toy.frechet:absent"), "no absent")
-    assert_refused(command(DOOR, *flags, "--hook=nowhere:f"), "cannot import nowhere")
+    assert_refused(command(*DOOR, *flags, "--hook=sprint_jax.toy.frechet:absent"), "no absent")
+    assert_refused(command(*DOOR, *flags, "--hook=nowhere:f"), "cannot import nowhere")

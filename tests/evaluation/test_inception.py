@@ -176,7 +176,8 @@ def test_statistics_of_a_folder_match_pytorch(state, command, tmp_path):
         resized = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
         expected = Peer(state).features(2 * resized - 1).double().numpy()
     result = command(
-        "sprint_jax.commands.evaluate",
+        "sprint_jax",
+        "evaluate",
         "--suite=fid",
         f"--folder={tmp_path / 'pictures'}",
         f"--weights={weights}",
@@ -197,7 +198,8 @@ def test_statistics_of_a_folder_match_pytorch(state, command, tmp_path):
     assert protocol["resize"] == "pytorch-fid"
     assert protocol["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     result = command(
-        "sprint_jax.commands.evaluate",
+        "sprint_jax",
+        "evaluate",
         "--suite=fid",
         f"--folder={tmp_path / 'pictures'}",
         f"--weights={weights}",

@@ -1,25 +1,25 @@
 """The config cards, as tests read them."""
 
 import dataclasses
-import runpy
+import importlib
+from types import ModuleType
 from typing import Any
 
-from helpers.runs import ROOT
 from sprint_jax import config
 
 
-def _namespace(file: str) -> dict[str, Any]:
-    return runpy.run_path(str(ROOT / f"configs/{file}.py"))
+def _module(file: str) -> ModuleType:
+    return importlib.import_module(f"sprint_jax.cards.{file}")
 
 
 def card(file: str = "sprint", preset: str = "smoke") -> Any:
     """Return the ConfigDict of a preset of configs/`file`.py."""
-    return _namespace(file)["get_config"](preset)
+    return _module(file).get_config(preset)
 
 
 def presets(file: str = "sprint") -> tuple[str, ...]:
     """Return the names of the presets of configs/`file`.py."""
-    return tuple(_namespace(file)["PRESETS"])
+    return tuple(_module(file).PRESETS)
 
 
 def smoke_config(**data: Any) -> config.Config:

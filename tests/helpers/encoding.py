@@ -4,8 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from sprint_jax.commands import encode
-from sprint_jax.data import encoded, sources
+from sprint_jax.data import encode, encoded, sources
 from sprint_jax.encoders import patches, words
 from sprint_jax.encoders import pixels as pixel_codecs
 from sprint_jax.encoders import text as text_encoders
@@ -18,7 +17,29 @@ def embedded_encoders() -> encode.Encoders:
     """Return the embedded codec and text encoder."""
     params = {"pixels": {}, "text": {}}
     pixels, text = pixel_codecs.EmbeddedPixels(CODEC), text_encoders.EmbeddedText(TEXT)
-    return encode.Encoders(pixels, text, params, "tiny", 32)
+    return encode.Encoders(pixels=pixels, text=text, params=params, identity="tiny", side=32)
+
+
+def encoders_of(pipe: Any) -> encode.Encoders:
+    """Return the encoders of a loaded pipeline."""
+    return encode.Encoders(
+        pixels=pipe.pixels, text=pipe.text, params=pipe.params, identity="tiny", side=32
+    )
+
+
+def settings_of_names(examples: int, heldout: int) -> encode.Settings:
+    """Return settings of no source: of use are the number of examples, and of those held out."""
+    return encode.Settings(
+        source="",
+        encoder="",
+        examples=examples,
+        text="features",
+        caption_field="",
+        sizes=(),
+        heldout=heldout,
+        shard_records=1,
+        condition="none",
+    )
 
 
 def encode_settings(source: Any, **changes: Any) -> encode.Settings:

@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 
 from sprint_jax import config
-from sprint_jax.commands import encode
+from sprint_jax.data import encode
 from sprint_jax.toy import shapes
 from sprint_jax.training import datasets
 
@@ -25,7 +25,13 @@ def encode_shapes(
 ) -> pathlib.Path:
     """Encode a source with the embedded encoders of a config and return the folder `out`."""
     pixels, words, name = datasets.embedded(c)
-    encoders = encode.Encoders(pixels, words, {"pixels": {}, "text": {}}, name, c.data.size)
+    encoders = encode.Encoders(
+        pixels=pixels,
+        text=words,
+        params={"pixels": {}, "text": {}},
+        identity=name,
+        side=c.data.size,
+    )
     settings = encode.Settings(
         source=source.identity(),
         encoder=name,

@@ -24,9 +24,9 @@ pytestmark = pytest.mark.second_pass
         (["--config=configs/absent.py"], ["absent.py"]),
         ([], ["--config"]),
         (
-            [*TINY_FLAGS, "--config.phases.sprint.objective.stepz=4"],
+            [*TINY_FLAGS, "--config.phases.sprint.stepz=4"],
             [
-                "unknown config key config.phases.sprint.objective.stepz: "
+                "unknown config key config.phases.sprint.stepz: "
                 'Did you mean "steps" instead of "stepz"?'
             ],
         ),
@@ -38,7 +38,10 @@ pytestmark = pytest.mark.second_pass
         ([*TINY_FLAGS, "--config.phases.sprint.steps=many"], ["steps"]),
         ([*TINY_FLAGS, "--nonsense=1"], ["nonsense"]),
         ([*TINY_FLAGS, "--workdir=/proc/none"], ["/proc/none", "--workdir"]),
-        ([*TINY_FLAGS, "--config.phases.sprint.steps=3"], ["config.phases.sprint.steps", "even"]),
+        (
+            [*TINY_FLAGS, "--config.phases.sprint.steps=3"],
+            ["config.phases.sprint.steps", "multiple of 2"],
+        ),
         ([*TINY_FLAGS, "--process=1"], ["--coordinator", "--processes"]),
         ([*TINY_FLAGS, "--config.mesh.fsdp=3"], ["config.mesh", "3", "devices"]),
     ],
@@ -65,7 +68,7 @@ def test_main_refuses(command, flags, words):
 )
 def test_sample_refuses(finished, command, tmp_path, flags, words):
     result = command(
-        "sprint_jax.commands.sample", f"--model={finished}", f"--out={tmp_path / 'out'}", *flags
+        "sprint_jax", "sample", f"--model={finished}", f"--out={tmp_path / 'out'}", *flags
     )
     assert_refused(result, *words)
     assert not list(tmp_path.glob("out/*.png"))
@@ -85,8 +88,8 @@ _CUDA = pytest.param(
 def test_absent_devices_are_named_by_their_variable(finished, command, tmp_path, platforms):
     for module, flags in (
         (
-            "sprint_jax.commands.sample",
-            [f"--model={finished}", "--prompt=a circle", f"--out={tmp_path}"],
+            "sprint_jax",
+            ["sample", f"--model={finished}", "--prompt=a circle", f"--out={tmp_path}"],
         ),
         ("sprint_jax.main", [*TINY_FLAGS, f"--workdir={tmp_path / 'run'}"]),
     ):
@@ -114,6 +117,15 @@ def test_no_memory_is_one_line_with_a_remedy(capsys, error):
     )
 
 
+def test_a_missing_package_is_one_line_with_its_extra(capsys):
+    with pytest.raises(SystemExit), cli.user_errors():
+        raise ModuleNotFoundError("No module named 'grain'", name="grain")
+    line = capsys.readouterr().err
+    assert line == "error: the package grain is not installed: pip install 'sprint_jax[data]'\n"
+    with pytest.raises(ModuleNotFoundError), cli.user_errors():
+        raise ModuleNotFoundError("No module named 'sprint_jax.typo'", name="sprint_jax.typo")
+
+
 def test_other_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match="^a mistake$"), cli.user_errors():
         raise RuntimeError("a mistake")
@@ -134,7 +146,8 @@ def test_other_errors_keep_their_traceback():
 def test_extract_refuses(finished, command, tmp_path, flags, words):
     assert_refused(
         command(
-            "sprint_jax.commands.extract",
+            "sprint_jax",
+            "extract",
             f"--run_dir={finished}",
             *(flag.format(tmp=tmp_path) for flag in flags),
         ),
@@ -146,16 +159,15 @@ def test_extract_refuses(finished, command, tmp_path, flags, words):
 @pytest.mark.parametrize(
     "module, flags",
     [
-        ("report", "run_dir"),
-        ("extract", "run_dir stage"),
-        ("ablate", "workdir suite"),
-        ("plan", "config topology"),
-        ("main", "config workdir processes"),
+        ("experiments.ablations", "workdir suite"),
+        ("experiments.emoji", "to_dir font"),
+        ("benchmarks", "suite no_peers"),
+        ("sprint_jax.main", "config workdir processes"),
     ],
 )
-def test_help_shows_the_flags_that_a_command_needs(command, module, flags):
-    shown = command(f"sprint_jax.{module}", "--help").stdout
-    assert [flag for flag in flags.split() if f"\n  --{flag}:" not in shown] == []
+def test_help_shows_the_flags_of_a_program(command, module, flags):
+    shown = command(module, "--help").stdout
+    assert [flag for flag in flags.split() if f"--{flag}" not in shown] == []
 
 
 def test_fit_codec_refuses_a_folder(command, tmp_path):
@@ -198,6 +210,8 @@ def test_weights_of_another_shape(finished, tmp_path):
 
 def test_workdir_of_another_config_is_left_alone(finished):
     config = card()
+    config.teacher.update(base_qk_norm=False, base_time_scale=1000.0)
+    config.phases.finetune.steps = 4
     config.phases.sprint.batch = 16
     before = (finished / "summary.json").read_bytes()
     with pytest.raises(UserError, match="config.phases.sprint.batch=8, now 16"):

@@ -1,11 +1,12 @@
 """README and the pages of docs/: what they name exists, and they keep their form."""
 
 import importlib.util
+import pathlib
 import re
-import runpy
 
 import pytest
 
+from helpers import configs
 from helpers.runs import ROOT
 from sprint_jax import __main__
 
@@ -34,7 +35,7 @@ def test_links_lead_to_files(page):
 def test_commands_and_modules_exist(page):
     text = page.read_text()
     commands = set(re.findall(r"(?:python -m sprint_jax|sprint-jax) ([a-z_]+)", text))
-    assert commands <= {*__main__.COMMANDS, "train"}, commands
+    assert commands <= set(__main__.NAMES), commands
     for module in set(re.findall(r"python -m ((?:sprint_jax|benchmarks|experiments)[.\w]*)", text)):
         assert importlib.util.find_spec(module), module
     for script in set(re.findall(r"(?:python|bash) ([\w/]+\.(?:py|sh))", text)):
@@ -44,7 +45,7 @@ def test_commands_and_modules_exist(page):
 @every_page
 def test_presets_exist(page):
     for card, preset in set(re.findall(r"(configs/\w+\.py):(\w+)", page.read_text())):
-        assert preset in runpy.run_path(str(ROOT / card))["PRESETS"], f"{card}:{preset}"
+        assert preset in configs.presets(pathlib.PurePath(card).stem), f"{card}:{preset}"
 
 
 @every_page
@@ -85,7 +86,7 @@ def test_every_equation_has_its_function():
 @every_page
 def test_config_keys_exist(page):
     """Fails when a key that a page names is renamed."""
-    card = runpy.run_path(str(ROOT / "configs/sprint.py"))["get_config"]().to_dict()
+    card = configs.card(preset="shapes").to_dict()
     for name in set(
         re.findall(r"\bconfig\.((?!py\b|md\b|json\b)[a-z_]+(?:\.[a-z_]+)*)", page.read_text())
     ):

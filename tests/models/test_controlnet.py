@@ -603,7 +603,7 @@ def test_sample_takes_a_sketch(finished_controlnet, command, tmp_path):
             "--steps=1",
             f"--out={tmp_path / name}",
         ]
-        result = command("sprint_jax.commands.sample", *flags)
+        result = command("sprint_jax", "sample", *flags)
         assert result.returncode == 0, result.stderr
         made.append(np.asarray(Image.open(tmp_path / name / "00000.png"), int))
     pipe = loading.load(finished_controlnet, dtype="float32")
@@ -619,7 +619,7 @@ def test_runs_are_converted_and_their_stages_extracted(finished_controlnet, comm
     from sprint_jax.conversion import folder
 
     result = command(
-        "sprint_jax.commands.convert", f"--from={finished_controlnet}", f"--to={tmp_path / 'out'}"
+        "sprint_jax", "convert", f"--from={finished_controlnet}", f"--to={tmp_path / 'out'}"
     )
     assert result.returncode == 0, result.stderr
     model, params = folder.read_controlnet(tmp_path / "out")
@@ -629,7 +629,8 @@ def test_runs_are_converted_and_their_stages_extracted(finished_controlnet, comm
     )
     jax.tree.map(np.testing.assert_array_equal, params, whole["control"])
     result = command(
-        "sprint_jax.commands.extract",
+        "sprint_jax",
+        "extract",
         f"--run_dir={finished_controlnet}",
         "--stage=control",
         f"--to_file={tmp_path / 'c.safetensors'}",
@@ -650,6 +651,6 @@ def test_a_model_without_a_controlnet_refuses_sketches(finished, command, tmp_pa
         f"--control={tmp_path / 'sketch.png'}",
         f"--out={tmp_path / 'out'}",
     ]
-    result = command("sprint_jax.commands.sample", *flags)
+    result = command("sprint_jax", "sample", *flags)
     assert result.returncode != 0
     assert result.stderr.strip().splitlines()[-1].count("has no ControlNet") == 1

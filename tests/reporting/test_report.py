@@ -525,7 +525,7 @@ def copy_unfinished(finished, folder, stages, last):
 
 def test_unfinished_runs_and_runs_without_a_student(finished, command, tmp_path):
     folder = copy_unfinished(finished, tmp_path / "a<b>", ("teacher",), 6)
-    result = command("sprint_jax.commands.report", f"--run_dir={folder}")
+    result = command("sprint_jax", "report", f"--run_dir={folder}")
     assert result.returncode == 0 and "report.html" in result.stdout, result.stderr
     found = Page((folder / "report.html").read_text())
     assert found.headings == ["teacher", "Config"]
@@ -568,7 +568,7 @@ def test_report_refuses_what_is_not_a_run(command, tmp_path):
         ([], "--run_dir is missing"),
         ([f"--run_dir={tmp_path}"], "has no config.json"),
     ):
-        result = command("sprint_jax.commands.report", *flags)
+        result = command("sprint_jax", "report", *flags)
         assert result.returncode == 2
         assert words in result.stderr
         assert len(result.stderr.splitlines()) == 1

@@ -140,7 +140,8 @@ def test_sample_keeps_its_programs(finished, tmp_path):
     words = [
         sys.executable,
         "-m",
-        "sprint_jax.commands.sample",
+        "sprint_jax",
+        "sample",
         f"--model={finished}",
         "--prompt=a circle",
         "--steps=1",

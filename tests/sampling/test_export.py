@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from helpers.runs import ROOT
-from sprint_jax.commands import export
 from sprint_jax.errors import UserError
-from sprint_jax.sampling import exported, generation, loading
+from sprint_jax.sampling import export, exported, generation, loading
 from sprint_jax.storage import weights
 
 pytestmark = pytest.mark.second_pass
@@ -71,10 +70,8 @@ def test_sample_needs_no_network_code(finished, exported_file, command, tmp_path
     program = (
         "import atexit, json, sys\n"
         "atexit.register(lambda: print(json.dumps(sorted(sys.modules))))\n"
-        "from absl import app\n"
-        "from sprint_jax.commands import sample\n"
-        "from sprint_jax.runtime import cli\n"
-        "app.run(sample.main, flags_parser=cli.parse_flags, argv=sys.argv)\n"
+        "from sprint_jax import __main__\n"
+        "__main__.dispatch(['sample', *sys.argv[1:]])\n"
     )
     flags = [
         "--prompt=a red circle",
@@ -109,7 +106,7 @@ def test_sample_needs_no_network_code(finished, exported_file, command, tmp_path
     ):
         assert name not in modules
     direct = command(
-        "sprint_jax.commands.sample", f"--model={finished}", *flags, f"--out={tmp_path / 'direct'}"
+        "sprint_jax", "sample", f"--model={finished}", *flags, f"--out={tmp_path / 'direct'}"
     )
     assert direct.returncode == 0, direct.stderr[-2000:]
     for name in ("00000.png", "00001.png", "manifest.jsonl"):
@@ -230,7 +227,8 @@ def test_other_formats_and_platforms(exported_file, command, tmp_path):
         lambda header: header.update(platforms=["tpu", "cuda"]),
     )
     result = command(
-        "sprint_jax.commands.sample",
+        "sprint_jax",
+        "sample",
         f"--model={tpu}",
         "--prompt=a circle",
         f"--out={tmp_path / 'out'}",
@@ -270,7 +268,8 @@ def test_export_for_absent_platforms(finished, command, tmp_path):
         made, generation.generate(pipe, ["a red circle"], steps=2, batch_size=1)
     )
     result = command(
-        "sprint_jax.commands.export",
+        "sprint_jax",
+        "export",
         f"--model={finished}",
         f"--out={tmp_path / 'cuda'}",
         "--steps=1",
@@ -306,7 +305,8 @@ def test_export_for_absent_platforms(finished, command, tmp_path):
 )
 def test_export_refuses(finished, command, tmp_path, flags, words):
     result = command(
-        "sprint_jax.commands.export",
+        "sprint_jax",
+        "export",
         *(flag.format(finished=finished, tmp=tmp_path) for flag in flags),
     )
     lines = result.stderr.strip().splitlines()
@@ -320,7 +320,8 @@ def test_export_refuses(finished, command, tmp_path, flags, words):
 
 def test_flags_that_a_file_has_fixed(exported_file, command, tmp_path):
     result = command(
-        "sprint_jax.commands.sample",
+        "sprint_jax",
+        "sample",
         f"--model={exported_file}",
         "--prompt=a circle",
         "--dtype=bfloat16",

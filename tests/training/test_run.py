@@ -13,10 +13,9 @@ from tensorboardX.proto import event_pb2
 from helpers.configs import card
 from helpers.runs import TINY_FLAGS, read_rows, wait_for_row
 from sprint_jax import config
-from sprint_jax.commands import extract
 from sprint_jax.errors import UserError
 from sprint_jax.toy import checker
-from sprint_jax.training import run
+from sprint_jax.training import extract, run
 
 pytestmark = pytest.mark.second_pass
 
@@ -92,12 +91,12 @@ def test_extract_reads_the_newest_checkpoint(finished, command, tmp_path):
     incomplete checkpoint.
     """
     out = tmp_path / "now" / "student.safetensors"
-    result = command("sprint_jax.commands.extract", f"--run_dir={finished}", f"--to_file={out}")
+    result = command("sprint_jax", "extract", f"--run_dir={finished}", f"--to_file={out}")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "after 12 steps" in result.stdout, result.stderr[-2000:]
     for name in ("student.safetensors", "config.json"):
         assert (tmp_path / "now" / name).read_bytes() == (finished / name).read_bytes()
-    refused = command("sprint_jax.commands.extract", f"--run_dir={tmp_path}", f"--to_file={out}")
+    refused = command("sprint_jax", "extract", f"--run_dir={tmp_path}", f"--to_file={out}")
     assert refused.returncode == 2 and "no work directory" in refused.stderr
 
 
@@ -224,7 +223,8 @@ def test_sample_depends_on_seed_index_and_prompt_alone(finished, command, tmp_pa
     prompts = ["a red circle", "a blue square above a green triangle", "two white squares"] * 7
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n")
     many = command(
-        "sprint_jax.commands.sample",
+        "sprint_jax",
+        "sample",
         f"--model={finished}",
         f"--prompts={tmp_path / 'prompts.txt'}",
         "--steps=3",
@@ -233,7 +233,8 @@ def test_sample_depends_on_seed_index_and_prompt_alone(finished, command, tmp_pa
     )
     assert many.returncode == 0, many.stderr
     few = command(
-        "sprint_jax.commands.sample",
+        "sprint_jax",
+        "sample",
         f"--model={finished}",
         *(f"--prompt={p}" for p in prompts[:2]),
         "--steps=3",

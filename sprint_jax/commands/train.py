@@ -1,0 +1,60 @@
+"""Train a model: the main job, the same as `python -m sprint_jax.main`.
+
+--config is the name of a shipped card, with a preset if you like (sprint, sprint:smoke), or the path
+of a card's file. --config.KEY=VALUE replaces a value of it: --config.phases.sprint.steps=400.
+Run the command again to resume. Several processes, on one machine or many, run as one: see launch/.
+"""
+
+import dataclasses
+import os
+import pathlib
+
+from ml_collections import ConfigDict
+
+from sprint_jax.runtime import cards, compile_cache, distributed, quick_compile
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `sprint-jax train`."""
+
+    config: str = ""
+    """Card, NAME[:PRESET] or FILE.py[:PRESET]; --config.KEY=VALUE replaces its values."""
+    overrides: tuple[str, ...] = ()
+    """KEY=VALUE for each replaced value."""
+    workdir: str | None = None
+    """Directory of the run; default: runs/ and the names of card and preset."""
+    coordinator: str | None = None
+    """host:port of process 0 (the next port is used too)."""
+    processes: int | None = None
+    """Processes of this run; default: from variables of SLURM, JobSet or TPUs, or one."""
+    process: int | None = None
+    """Number of this process, from 0."""
+    startup_seconds: float = 300.0
+    """How long to wait for all processes."""
+
+
+def run(options: Options) -> None:
+    """Train. Raises UserError for a bad card, and for a work directory of other settings."""
+    start(cards.load(options.config, options.overrides), options)
+
+
+def start(card: ConfigDict, options: Options) -> None:
+    """Train by a card that is loaded already; options.config only names the work directory."""
+    file, preset = cards.split(options.config)
+    name = f"{pathlib.Path(file).stem}{'_' * bool(preset)}{preset}"
+    place = distributed.place(options.coordinator, options.processes, options.process, os.environ)
+    compile_cache.start()
+    from sprint_jax import config
+    from sprint_jax.training import run as training
+    from sprint_jax.training.loop import Interrupted
+
+    parsed = config.parse(card)
+    if parsed.run.quick_compile:
+        quick_compile.start()
+    with distributed.started(place, seconds=options.startup_seconds):
+        try:
+            training.run(parsed, pathlib.Path(options.workdir or f"runs/{name}"))
+        except Interrupted as stop:
+            if place is None or place.process == 0:
+                print(stop)

@@ -1,0 +1,273 @@
+"""Encoding a source of captioned images into a data set (`encoded` has its format), resumably.
+
+The source is cut into chunks. A chunk becomes a train shard, perhaps a heldout shard, and last of all
+a part-NUMBER.json that says so. A job that is killed resumes with the chunks that have none, and ends
+with the same bytes as one that never was. Several hosts share the chunks; whichever sees the last one
+done writes the manifest.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sprint_jax.conditioning.detector import Lines
+from sprint_jax.data import encode_chunk, encoded
+from sprint_jax.data.encode_options import Options, sizes
+from sprint_jax.data.encode_settings import Encoders, Settings
+from sprint_jax.encoders import prompts
+from sprint_jax.encoders.text import GemmaText
+from sprint_jax.errors import UserError
+from sprint_jax.storage import files, weights
+from sprint_jax.storage.settings import Keeper
+
+SETTINGS = "settings.json"
+_LISTED = 1000  # unusable examples listed in a part
+_KEEPER = Keeper(
+    file=SETTINGS,
+    flag="encoded",
+    refusal="--{flag}={folder} was begun with {key} {old!r}, this command has {new!r}: "
+    "use the same, or another folder",
+    foreign="--{flag}={folder} holds {found} and no encoded data set: choose another folder",
+    unreadable="cannot use --{flag}={folder} ({why}): choose another folder",
+    unwritable="cannot use --{flag}={folder} ({why}): choose another folder",
+)
+
+
+def settings(
+    options: Options, source: Any, encoders: Encoders, condition: Lines | None
+) -> Settings:
+    """Return the settings that the options of the command ask for.
+
+    Raises UserError for sizes that are not of the encoders.
+    """
+    return Settings(
+        source=source.identity(),
+        encoder=encoders.identity,
+        examples=len(source),
+        text=options.text,
+        caption_field=options.caption_field,
+        sizes=sizes(options.sizes, encoders.pixels.factor, encoders.side),
+        heldout=options.heldout,
+        shard_records=options.shard_records,
+        condition=condition.identity if condition else encoded.NO_CONDITION,
+    )
+
+
+def encode(
+    source: Any,
+    encoders: Encoders,
+    out: str | pathlib.Path,
+    settings: Settings,
+    *,
+    condition: Lines | None = None,
+    batch: int = 16,
+    hosts: int = 1,
+    host: int = 0,
+    max_bad: float = 0.05,
+    say: Callable[[str], object] = lambda message: None,
+) -> None:
+    """Encode the chunks host, host + hosts, ... that are missing; write the manifest after the last.
+
+    Args:
+      source: of `data.sources`.
+      encoders: what makes records.
+      out: the folder.
+      settings: what the folder keeps to.
+      condition: the lines that settings.condition names; None for "none".
+      batch: images, or captions, of a program run.
+      hosts, host: number of jobs that share the work, and which this is.
+      max_bad: share of this host's examples that may be unusable; three are always tolerated.
+      say: called with a line on what has been done.
+
+    Raises UserError for a folder of other settings, past max_bad, and if no example is left to train
+    on.
+    """
+    named = condition.identity if condition else encoded.NO_CONDITION
+    if settings.condition != named:
+        raise ValueError(f"the condition is {named}, settings say {settings.condition}")
+    out = pathlib.Path(out)
+    _text_size(encoders.text, settings.text)  # refuses before the folder is claimed
+    _claim(out, settings)
+    tally = encode_chunk.Tally(max_bad)
+    mine, done = range(host, settings.chunks, hosts), _read_parts(out, settings)
+    for chunk in mine:
+        if chunk in done:
+            tally.begin(settings.indices(chunk))
+            tally.bad += done[chunk]["counts"]["skipped"]
+    missing = [chunk for chunk in mine if chunk not in done]
+    with _bar(settings, mine, missing) as bar, _threads() as pool:
+        encoder = encode_chunk.ChunkEncoder(
+            source=source,
+            encoders=encoders,
+            settings=settings,
+            condition=condition,
+            batch=batch,
+            pool=pool,
+            tally=tally,
+            step=bar.update,
+        )
+        for chunk in missing:
+            _write_part(out, chunk, settings, encoder.run(settings.indices(chunk)))
+    done = _read_parts(out, settings)  # with those of other hosts
+    if left := settings.chunks - len(done):
+        say(
+            f"host {host} of {hosts} is done; {left} of {settings.chunks} chunks are still to "
+            "come from others"
+        )
+        return
+    ordered = [done[chunk] for chunk in range(settings.chunks)]
+    say(_finish(out, encoders, settings, ordered, own=f".host{host}"))
+
+
+def _threads() -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+
+
+def _bar(settings: Settings, mine: Sequence[int], missing: Sequence[int]) -> Any:
+    import tqdm
+
+    total, left = (
+        sum(len(settings.indices(chunk)) for chunk in chunks) for chunks in (mine, missing)
+    )
+    return tqdm.tqdm(total=total, initial=total - left, unit="example", desc="encode")
+
+
+def _claim(out: pathlib.Path, settings: Settings) -> None:
+    """Make the folder this data set's. Raises UserError with both values for one of others."""
+    full = settings.plain() | {"condition": settings.condition}
+    dataclasses.replace(_KEEPER, defaults={"condition": encoded.NO_CONDITION}).check(out, full)
+    _KEEPER.claim(out, settings.plain())
+
+
+def _read_parts(out: pathlib.Path, settings: Settings) -> dict[int, dict[str, Any]]:
+    """Return {chunk: what `_write_part` wrote} of the chunks that are whole."""
+    parts = {chunk: _read_part(out, chunk, settings) for chunk in range(settings.chunks)}
+    return {chunk: part for chunk, part in parts.items() if part is not None}
+
+
+def _part_path(out: pathlib.Path, chunk: int) -> pathlib.Path:
+    return out / f"part-{chunk:05d}.json"
+
+
+def _read_part(out: pathlib.Path, chunk: int, settings: Settings) -> dict[str, Any] | None:
+    """Return what `_write_part` wrote about a chunk, None if it or a shard of it is not whole."""
+    try:
+        part = json.loads(_part_path(out, chunk).read_text(encoding="utf-8"))
+        sizes = [(out / shard["file"]).stat().st_size for shard in part["shards"]]
+    except (OSError, ValueError, KeyError):
+        return None
+    if part["settings"] != settings.digest():
+        # Two hosts of different settings began at the same moment.
+        raise UserError(
+            f"{_part_path(out, chunk)} was made with other settings than {SETTINGS} says: "
+            "begin again"
+        )
+    return part if sizes == [shard["bytes"] for shard in part["shards"]] else None
+
+
+def _write_part(
+    out: pathlib.Path, chunk: int, settings: Settings, made: encode_chunk.Chunk
+) -> None:
+    """Write a chunk's shards, then its part file."""
+    shards = []
+    for split in encoded.SPLITS:
+        chosen = [record for key, record in made.records if settings.split(key) == split]
+        if chosen:
+            shards.append(encoded.write_shard(out / f"{split}-{chunk:05d}{encoded.SUFFIX}", chosen))
+    counts = {
+        split: sum(s["records"] for s in shards if s["split"] == split) for split in encoded.SPLITS
+    }
+    counts |= {"skipped": len(made.skipped), "cut": made.cut}
+    skipped = [
+        {"key": key, "reason": reason}
+        for _, (key, reason) in sorted(made.skipped.items())[:_LISTED]
+    ]
+    part = {"settings": settings.digest(), "counts": counts, "shards": shards, "skipped": skipped}
+    files.write_text(_part_path(out, chunk), json.dumps(part, indent=1, ensure_ascii=False) + "\n")
+
+
+def _finish(
+    out: pathlib.Path,
+    encoders: Encoders,
+    settings: Settings,
+    ordered: Sequence[dict[str, Any]],
+    own: str,
+) -> str:
+    """Write the null prompt and the manifest of all parts; return a line that says what there is.
+
+    own: ends the name under which this host writes before it renames: several may get here at once,
+    with the same bytes. Raises UserError if no example is left to train on.
+    """
+    shards = [shard for part in ordered for shard in part["shards"]]
+    skipped = [entry for part in ordered for entry in part["skipped"]]
+    names = ordered[0]["counts"]
+    counts = {name: sum(part["counts"][name] for part in ordered) for name in names}
+    if not counts["train"]:
+        bad = f"; {skipped[0]['key']}: {skipped[0]['reason']}" if skipped else ""
+        raise UserError(
+            f"none of {settings.examples} examples is left to train on, {counts['skipped']} cannot "
+            f"be used and {counts['heldout']} are held out{bad}. Repair the source, or hold out "
+            "fewer, and use another --encoded"
+        )
+    described = _described(encoders, settings)
+    null, manifest = out / (encoded.NULL + own), out / (encoded.MANIFEST + own)
+    weights.save(null, null_prompt(encoders))
+    os.replace(null, out / encoded.NULL)
+    encoded.write_manifest(manifest, described, shards, skipped, counts["skipped"])
+    os.replace(manifest, out / encoded.MANIFEST)
+    return (
+        f"{counts['train']} train and {counts['heldout']} heldout examples in {out}; "
+        f"{counts['skipped']} skipped, "
+        f"{counts['cut']} captions cut to {described['text_length']} tokens"
+    )
+
+
+def _described(encoders: Encoders, settings: Settings) -> dict[str, Any]:
+    """Return what the manifest says about the records."""
+    dim, length = _text_size(encoders.text, settings.text)
+    described = {
+        "model": encoders.identity,
+        "source": settings.source,
+        "text": settings.text,
+        "text_dim": dim,
+        "text_length": length,
+        "channels": encoders.pixels.channels,
+        "factor": encoders.pixels.factor,
+    }
+    if settings.condition != encoded.NO_CONDITION:
+        described["condition"] = settings.condition.partition(",")[0]
+    return described
+
+
+def _text_size(text: Any, kind: str) -> tuple[int, int]:
+    """Return (width of features or 0, longest row) of the text that is stored.
+
+    Raises UserError for tokens of an encoder that has none.
+    """
+    if isinstance(text, GemmaText):
+        # With an instruction the first feature is that of <bos>, which is no token of the caption.
+        first = 1 if kind == "tokens" and len(text.prompts.prefix) else 0
+        return (text.model.width if kind == "features" else 0), prompts.WINDOW - first
+    if kind == "tokens":
+        raise UserError("--text=tokens: this text encoder has no tokens, use --text=features")
+    return text.encoder.dim, text.encoder.length
+
+
+def null_prompt(encoders: Encoders) -> dict[str, np.ndarray]:
+    """Return {"text" float32 [L, D], "mask" float32 [L]} of the empty prompt, padding included.
+
+    Published models read it without the instruction: it is <bos> and padding.
+    """
+    if isinstance(encoders.text, GemmaText):
+        tokens, mask = prompts.pad([np.array([prompts.BOS], np.int32)], prompts.WINDOW)
+        text = jax.jit(encoders.text.model.apply)(encoders.params["text"]["model"], tokens, mask)
+    else:
+        text, mask = encoders.text.encoder.encode([""])
+    return {"text": np.asarray(text[0], np.float32), "mask": np.asarray(mask[0], np.float32)}

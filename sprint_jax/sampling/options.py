@@ -1,0 +1,93 @@
+"""Options of the commands that load a model or generate images with one."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how it is computed."""
+
+    model: str = ""
+    """Diffusers folder, converted folder, or work directory of a run (--workdir)."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Of weights and arithmetic; default: bfloat16, on a CPU float32."""
+    tile: bool = False
+    """Decode in overlapping tiles of 1024 px: less memory for large images."""
+    instruction_file: str | None = None
+    """Text before each prompt of a published model; '' for none; default: the model's own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageOptions(ModelOptions):
+    """Which images a model generates."""
+
+    prompts: str | None = None
+    """File of prompts, UTF-8 text, one a line."""
+    steps: int = 2
+    """Network calls per image, 1 or more."""
+    seed: int = 0
+    """Selects the noise."""
+    out: str | None = None
+    """Folder for the images and manifest.jsonl."""
+    guidance_scale: float | None = None
+    """Embedded guidance scale; default: the model's."""
+    schedule: Literal["code", "paper"] | None = None
+    """List of times; default: the model's."""
+    timesteps: tuple[float, ...] | None = None
+    """Angles from about 1.57 to 0, steps + 1 of them, instead of a schedule."""
+    height: int | None = None
+    """Pixels, a multiple of 32; default: the model's."""
+    width: int | None = None
+    """Pixels, a multiple of 32; default: the model's."""
+    images_per_prompt: int | None = None
+    """Images of each prompt; default: 1."""
+    batch_size: int | None = None
+    """Images generated at a time; default: the model's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleOptions(ImageOptions):
+    """Options of `sprint-jax sample`."""
+
+    out: str = "pictures"
+    """Folder for the images and manifest.jsonl."""
+    prompt: list[str] = dataclasses.field(default_factory=list)
+    """What to draw; may be repeated."""
+    resolution_binning: bool = False
+    """Generate the nearest of diffusers' sizes for the published models, then resize."""
+    image: str | None = None
+    """Image to start from."""
+    strength: float | None = None
+    """With --image: how much may change, more than 0 and at most 1; default: 0.6."""
+    control: str | None = None
+    """Sketch for a model with a ControlNet: an image, white lines on black."""
+    control_scale: float | None = None
+    """With --control: how strongly it is followed; default: 1, as in training."""
+    controlnet: str | None = None
+    """Folder of a diffusers ControlNet to condition the model on."""
+    attention: Literal["plain", "pallas"] | None = None
+    """Attention and depthwise convolutions by XLA, or by kernels where the device has them;
+    default: kernels on an NVIDIA GPU."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions(ModelOptions):
+    """Options of `sprint-jax export`."""
+
+    out: str = ""
+    """File to make."""
+    steps: tuple[int, ...] = (1, 2, 4)
+    """Network calls per image, a program for each."""
+    height: int | None = None
+    """Pixels, a multiple of 32; default: the model's."""
+    width: int | None = None
+    """Pixels, a multiple of 32; default: the model's."""
+    schedule: Literal["code", "paper"] | None = None
+    """List of times that is used by default; default: the model's."""
+    batch_sizes: tuple[int, ...] | None = None
+    """Images generated at a time, a program for each; default: the model's."""
+    longest_prompt: int | None = None
+    """Tokens of the longest prompt; default: all that the model reads."""
+    platforms: tuple[Literal["cpu", "cuda", "rocm", "tpu"], ...] | None = None
+    """Devices to export for; default: this one."""

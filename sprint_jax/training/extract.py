@@ -1,0 +1,80 @@
+"""Weights out of a run's checkpoints."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from sprint_jax.errors import UserError
+from sprint_jax.storage import files, run_files, weights
+from sprint_jax.training import checkpoints, run, stages
+
+
+def write(
+    run_dir: pathlib.Path,
+    stage: str,
+    to_file: pathlib.Path,
+    *,
+    say: Callable[[str], object] = print,
+) -> pathlib.Path:
+    """Write the weights of a stage's newest checkpoint as safetensors and return the file.
+
+    A student that is called student.safetensors gets the run's config beside it. Raises UserError
+    as `check_place` and `extract` do.
+    """
+    drawn = stage == "sprint" and to_file.name == run_files.STUDENT
+    check_place(run_dir, to_file, drawn)
+    step, params = extract(run_dir, stage)
+    _make_folder(to_file)
+    weights.save(to_file, params)
+    say(f"wrote {to_file}: {stage} after {step} steps")
+    if drawn:
+        with files.whole(to_file.with_name(run_files.CONFIG)) as partial:
+            partial.write_bytes((run_dir / run_files.CONFIG).read_bytes())
+        say(
+            f"and its {run_files.CONFIG}: "
+            f"python -m sprint_jax sample --model={to_file.parent} draws with it"
+        )
+    return to_file
+
+
+def check_place(run_dir: pathlib.Path, to_file: pathlib.Path, drawn: bool) -> None:
+    """Raise UserError if the file would end a stage of the run, or its config replace another's."""
+    ends = (run_files.TEACHER, run_files.CONTROL, run_files.STUDENT)
+    if to_file.resolve().parent == run_dir.resolve() and to_file.name in ends:
+        raise UserError(
+            f"--to_file={to_file}: by that file the run would count as trained to its end; "
+            "name one in another folder"
+        )
+    ours, theirs = run_dir / run_files.CONFIG, to_file.with_name(run_files.CONFIG)
+    if drawn and theirs.exists() and ours.exists() and theirs.read_bytes() != ours.read_bytes():
+        raise UserError(
+            f"--to_file={to_file}: {theirs} is another run's; name a file in a folder of its own"
+        )
+
+
+def _make_folder(to_file: pathlib.Path) -> None:
+    try:
+        to_file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--to_file={to_file}: cannot make its folder ({error.strerror}): choose another"
+        ) from None
+
+
+def extract(run_dir: pathlib.Path, stage: str) -> tuple[int, Any]:
+    """Return (step, parameters as NumPy) of the newest whole checkpoint of a phase.
+
+    Raises UserError if the run has none.
+    """
+    c = run.read_config(run_dir)
+    there = [name for name in c.order if (run_dir / "checkpoints" / name).is_dir()]
+    if stage not in there:
+        raise UserError(
+            f"{run_dir} has no checkpoint of --stage={stage}: "
+            f"it has {', '.join(there) or 'none of any stage yet'}"
+        )
+    phase = c.phases[stage]
+    made = stages.networks(c, phase)
+    model = made.trained.control if phase.network == "control" else made.trained
+    part = ("roles", phase.objective.objective(made).main, "ema" if phase.ema else "params")
+    return checkpoints.read_part(run_dir / "checkpoints" / stage, part, run.abstract(model))
