@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# N processes on this machine that work as one: launch/local.sh N --config=configs/sprint.py --workdir=DIR ...
+# Run N processes on this machine as one:
 #
-# Every line is marked with the process it comes from; stop all with Ctrl-C (they save first). Needs the two
-# free ports that it picks. Environment:
+#   launch/local.sh N --config=configs/sprint.py --workdir=DIR ...
+#
+# Each line of output begins with the number of its process. Ctrl-C stops all processes; they save
+# first. The script picks two free ports. Environment:
 #   PYTHON   interpreter (default: python)
-#   DEVICES  simulated CPU devices of each process (default: those that the machine has)
+#   DEVICES  simulated CPU devices of each process (default: the devices of the machine)
 set -uo pipefail
 if [ $# -lt 1 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
   echo "usage: launch/local.sh N --config=... --workdir=... (N: number of processes)" >&2
@@ -18,7 +20,7 @@ if [ -n "${DEVICES:-}" ]; then
 fi
 port=$("$python" - <<'END'
 import random, socket
-# Two neighbouring ports that nobody listens on; at random, for two jobs may look at the same moment.
+# Two adjacent ports that nobody listens on. At random, because two jobs may look at the same time.
 for port in random.sample(range(20000, 32000, 2), 6000):
     try:
         with socket.socket() as a, socket.socket() as b:
@@ -41,7 +43,7 @@ trap stop INT TERM
 
 worst=0
 for pid in "${pids[@]}"; do
-  # A trapped signal ends a wait early; go on until the process is gone.
+  # A trapped signal ends a wait early: wait again until the process is gone.
   while true; do
     wait "$pid"
     status=$?

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# One process per node of a SLURM cluster, all GPUs of a node in its process:
+# Run one process on each node of a SLURM cluster, with all GPUs of the node:
 #
 #   sbatch --nodes=8 launch/slurm.sh --config=configs/sprint.py:sana_600m --workdir=/shared/run ...
 #
-# --workdir must be on a file system that all nodes share. The processes find each other by SLURM's variables;
-# port 29400 + 2 x (job id mod 10000) and the one after it must be open between nodes. SLURM sends SIGTERM five
-# minutes before the time limit: the job saves and ends, and the same command goes on from there.
+# --workdir must be on a file system that all nodes share. The processes find each other by SLURM's
+# variables. Port 29400 + 2 x (job id mod 10000) and the next one must be open between nodes. SLURM
+# sends SIGTERM five minutes before the time limit: the job saves and ends. Submit the same command
+# again to resume.
 #SBATCH --job-name=sprint_jax
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -20,5 +21,5 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
   echo "this script is for sbatch: sbatch --nodes=N launch/slurm.sh --config=... --workdir=..." >&2
   exit 2
 fi
-# --kill-on-bad-exit=1: one that fails takes the others with it instead of leaving nodes idle.
+# --kill-on-bad-exit=1: a process that fails ends the others instead of leaving nodes idle.
 exec srun --kill-on-bad-exit=1 python -u -m sprint_jax.main "$@"
