@@ -121,19 +121,27 @@ def source(*folders: pathlib.Path) -> Source:
 
 def commands() -> str:
     """Return a section for each command, with a table of its options."""
-    package, sections = source(PACKAGE), []
+    sections = []
+    for name, (read, fields) in options().items():
+        path = PACKAGE / "commands" / f"{name}.py"
+        description = ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
+        sections += [f"## {name}", "", _paragraphs(description), ""]
+        sections += ["| option | type | default | meaning |", "|---|---|---|---|"]
+        sections += [*(_option(read, field) for field in fields), ""]
+    return "\n".join(sections)
+
+
+def options() -> dict[str, tuple[Source, list[Field]]]:
+    """Return the options of each command, with the source that explains their types."""
+    package, found = source(PACKAGE), {}
     for path in sorted((PACKAGE / "commands").glob("[a-z]*.py")):
         file, name = _options(path)
         own = source(file)
         read = dataclasses.replace(
             package, classes=package.classes | own.classes, lines=package.lines | own.lines
         )
-        description = ast.get_docstring(ast.parse(path.read_text()), clean=False) or ""
-        sections += [f"## {path.stem}", "", _paragraphs(description), ""]
-        sections += ["| option | type | default | meaning |", "|---|---|---|---|"]
-        sections += [_option(read, field) for field in read.fields(name)]
-        sections.append("")
-    return "\n".join(sections)
+        found[path.stem] = read, read.fields(name)
+    return found
 
 
 def _options(path: pathlib.Path) -> tuple[pathlib.Path, str]:
@@ -147,9 +155,14 @@ def _options(path: pathlib.Path) -> tuple[pathlib.Path, str]:
     return path, "Options"
 
 
+def option_name(field: Field) -> str:
+    """Return the name of an option on the command line."""
+    return field.name.rstrip("_")  # `from` is no name in Python
+
+
 def _option(read: Source, field: Field) -> str:
     default = "required" if field.default is None else _default(field.default)
-    name = "config.KEY" if field.name == "overrides" else field.name.rstrip("_")
+    name = "config.KEY" if field.name == "overrides" else option_name(field)
     cells = (f"`--{name}`", read.type(field.annotation), default, field.doc)
     return _row(cells)
 

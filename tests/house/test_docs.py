@@ -3,17 +3,21 @@
 import importlib.util
 import pathlib
 import re
+import sys
 
 import pytest
 
 from helpers import configs
 from helpers.runs import ROOT
-from sprint_jax import __main__
 
 README = ROOT / "README.md"
 # The lab notebook is dated: it names what existed on its day.
 PAGES = [README, *sorted(p for p in (ROOT / "docs").rglob("*.md") if "lab-notebook" not in p.parts)]
 _FOLDERS = "sprint_jax|configs|tests|benchmarks|launch|notebooks|docs|experiments|examples"
+
+sys.path.insert(0, str(ROOT / "docs"))
+OPTIONS = importlib.import_module("hooks").options()
+sys.path.pop(0)
 
 pytestmark = pytest.mark.second_pass
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -35,7 +39,7 @@ def test_links_lead_to_files(page):
 def test_commands_and_modules_exist(page):
     text = page.read_text()
     commands = set(re.findall(r"(?:python -m sprint_jax|sprint-jax) ([a-z_]+)", text))
-    assert commands <= set(__main__.NAMES), commands
+    assert commands <= OPTIONS.keys(), commands
     for module in set(re.findall(r"python -m ((?:sprint_jax|benchmarks|experiments)[.\w]*)", text)):
         assert importlib.util.find_spec(module), module
     for script in set(re.findall(r"(?:python|bash) ([\w/]+\.(?:py|sh))", text)):
@@ -94,3 +98,14 @@ def test_config_keys_exist(page):
         for word in name.split("."):
             assert word in section, f"config.{name}"
             section = section[word]
+
+
+@every_page
+def test_options_of_commands_exist(page):
+    """In commands of code blocks. Fails when an option is renamed."""
+    known = {name: {f.name.rstrip("_") for f in fields} for name, (_, fields) in OPTIONS.items()}
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)
+    text = "\n".join(blocks).replace("\\\n", " ")
+    for name, rest in re.findall(r"(?:python -m sprint_jax|sprint-jax) ([a-z]+)(.*)", text):
+        for option in re.findall(r"(?<=\s)--([a-z_]+)(?=[=\s]|$)", rest):
+            assert option in known[name], f"sprint-jax {name} --{option}"
