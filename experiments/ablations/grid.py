@@ -13,13 +13,13 @@ KINDS = ("distil", "distil_untransferred", "gradients", "sample_trigflow", "samp
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One configuration, made with several seeds.
+    """One configuration, run with several seeds.
 
-    name: of its work directory. kind: what is done, "distil"                a student from the
-      teacher, scored in 1, 2 and 4 steps "distil_untransferred"  the same without Eq. 6-8: the
-      flow network is used as if it were a TrigFlow one "gradients"             a short teacher
-      from nothing, then sCM alone with the whole tangent: gradient norms "sample_trigflow",
-      "sample_flow"   the teacher with guidance in evaluation.teacher_steps steps
+    name: of its work directory. kind: one of KINDS,
+      "distil"                a student from the teacher, scored in 1, 2 and 4 steps
+      "distil_untransferred"  the same without Eq. 6-8: the flow network is taken for a TrigFlow one
+      "gradients"             a short teacher from nothing, then sCM alone with the whole tangent
+      "sample_trigflow", "sample_flow"   the guided teacher in evaluation.teacher_steps steps
     changes: {dotted key of the card: value}. size: "narrow" or "wide", one of the scale's small
     networks for "gradients"; "" for the card's own.
     """
@@ -32,9 +32,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of a table. run: whose results. label: what the table calls it. metric: appended to
-    "score" and "frechet" of the run ("2" is the student in two steps). fid, clip: the paper's
-    numbers, None where it has none.
+    """A row of a table.
+
+    run: name of the run whose results it shows. label: its name in the table. metric: suffix of
+    "score" and "frechet" ("2" is the student in two steps). fid, clip: the paper's numbers, None
+    where it has none.
     """
 
     label: str
@@ -46,12 +48,12 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table or figure. claims: pairs of labels that the paper compares.
+    """A table or figure.
 
-    rule: "paper" reads each claim's direction off the paper's numbers, and leaves a metric without
-    numbers unjudged; "better" claims that the first row is the better one; "equal" claims no
-    difference. metrics: what is shown. steps: the student's steps at which the table is judged,
-    each a suffix of the metrics; empty where rows name their own.
+    claims: pairs of labels that the paper compares. rule: "paper" reads the direction of each claim
+    off the paper's numbers and skips a metric without numbers; "better" claims that the first row
+    is better; "equal" claims no difference. metrics: columns. steps: the student's steps at which
+    the table is judged, each a suffix of the metrics; empty where rows name their own.
     """
 
     name: str
@@ -190,7 +192,7 @@ TABLES = (
     Table(
         "table5",
         "Table 5: weight of the adversarial loss",
-        "sCM : LADD. 1 : 5 is the embedded default and has no row in the paper.",
+        "sCM : LADD. 1 : 5 is the toy default and has no row in the paper.",
         (
             Row("1 : 0.1", "lambda_01", fid=8.90, clip=27.76),
             Row("1 : 0.5", "lambda_05", fid=8.43, clip=27.85),
@@ -203,8 +205,7 @@ TABLES = (
         "table4",
         "Table 4: embedded guidance scale",
         "Without the embedding the student learns the unguided teacher, as in the published code; "
-        "the paper's text "
-        "keeps guidance in its teacher.",
+        "the paper's text keeps guidance in its teacher.",
         (
             Row("without", "no_embed", fid=9.23, clip=27.15),
             Row("with", "base", fid=8.72, clip=28.09),
@@ -215,16 +216,14 @@ TABLES = (
         "",
         "",
         "Short teachers from nothing, then sCM alone with the whole tangent (r = 1). Geometric "
-        "mean over its updates "
-        "of the gradient's norm before clipping, and of the tangent's norm before it is "
-        "normalised.",
+        "mean over its updates of the gradient's norm before clipping, and of the tangent's norm "
+        "before it is normalized.",
     ),
     Table(
         "figure3d",
         "Figure 3d: schedule transfer",
-        "Without it the flow network is distilled as if it were a TrigFlow one; the paper shows "
-        "pictures: training "
-        "diverges.",
+        "Without it the flow network is distilled as if it were a TrigFlow one. The paper shows "
+        "images: training diverges.",
         (Row("with", "base"), Row("without", "no_transfer")),
         (("with", "without"),),
         rule="better",
@@ -245,13 +244,13 @@ TABLES = (
     Table(
         "samplers",
         "Appendix: times of the generator",
-        "(P_mean, P_std). The paper names (0.0, 1.6) the best of its means at 1.6, from sCM alone; "
-        "here both losses train.",
+        "(P_mean, P_std). The paper finds (0.0, 1.6) best among its means at 1.6, from sCM alone. "
+        "Here both losses train.",
         (
             Row("(-0.8, 1.6)", "p_mean_low"),
             Row("(0.0, 1.6)", "p_mean_0"),
             Row("(0.4, 1.6)", "p_mean_high"),
-            Row("(-0.4, 1.4), embedded", "base"),
+            Row("(-0.4, 1.4), toy default", "base"),
         ),
         (("(0.0, 1.6)", "(-0.8, 1.6)"), ("(0.0, 1.6)", "(0.4, 1.6)")),
         rule="better",
@@ -285,15 +284,14 @@ TABLES = (
     ),
 )
 
-# What was looked into where scale `tiny` disagrees with the paper.
+# Questions that follow where scale `tiny` disagrees with the paper.
 FOLLOW_UPS = (
     Table(
         "table3_head",
         "Table 3: does the log-variance's gradient spoil sCM?",
         "network: the gradient of the adaptive weight's log-variance trains its head and, through "
-        "it, the time embedding that all "
-        "blocks are steered by, as published. head: it trains the head alone, as the embedded "
-        "default does since. Long: 640 updates.",
+        "it, the time embedding that modulates all blocks, as published. head: it trains the head "
+        "alone, as the toy default does. Long: 640 updates.",
         (
             Row("sCM, network", "scm"),
             Row("sCM, head", "scm_head"),
@@ -318,8 +316,8 @@ FOLLOW_UPS = (
     Table(
         "table3_late",
         "Table 3: is sCM behind LADD for its warm-up, or for the short training?",
-        "H = 300 is the embedded baseline of 320 updates, so the whole tangent is there at the end "
-        "alone. Long: 640 updates.",
+        "H = 300 is the baseline of 320 updates, so the whole tangent is reached only at the end. "
+        "Long: 640 updates.",
         (
             Row("sCM", "scm"),
             Row("sCM, H = 80", "scm_warm"),
@@ -347,16 +345,16 @@ FOLLOW_UPS = (
     ),
     *_figure3(
         "_free",
-        ", where the tangent is not normalised",
-        "As in the paper's suite, but the tangent enters the loss as it is. Paper and "
-        "published code divide it by its norm, and then the gradient does not see how long it was.",
+        ", where the tangent is not normalized",
+        "As in the paper's suite, but the tangent enters the loss as it is. Paper and published "
+        "code divide it by its norm, which hides its length from the gradient.",
     ),
     Table(
         "disc_std",
         "Appendix: the spread of the discriminator's times",
         "(mean, standard deviation) of the renoising; the paper gives FID alone. The runs are "
-        "those of the paper's suite, seed by seed: "
-        "this table says more than that one only with a larger --seeds.",
+        "those of the paper's suite, seed by seed, so this table adds to that one only with a "
+        "larger --seeds.",
         (Row("(-0.6, 1.0)", "base", fid=9.48), Row("(-0.6, 2.0)", "disc_wide", fid=10.36)),
         (("(-0.6, 1.0)", "(-0.6, 2.0)"),),
     ),
@@ -365,7 +363,7 @@ FOLLOW_UPS = (
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """name: of --suite, and of the report where it is not told. title: of the report."""
+    """Tables that one command makes. name: value of --suite, and the report's default name."""
 
     name: str
     title: str
@@ -375,17 +373,16 @@ class Suite:
 PAPER = Suite("paper", "The paper's ablations", TABLES)
 SUITES = (
     PAPER,
-    Suite(
-        "followups", "Where the ablations disagree with the paper: what was looked into", FOLLOW_UPS
-    ),
+    Suite("followups", "Follow-ups: where the ablations disagree with the paper", FOLLOW_UPS),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """preset: of configs/sprint.py. base: changes of every run. gradients: further ones of that
-    kind. sizes: networks of that kind. minutes: what the paper's suite is expected to take with
-    three seeds.
+    """How large the runs are.
+
+    preset: of configs/sprint.py. base: changes of every run. gradients: further changes for runs of
+    that kind. sizes: their networks. minutes: expected time of the paper's suite with three seeds.
     """
 
     name: str

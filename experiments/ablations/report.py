@@ -13,7 +13,7 @@ from experiments.ablations import grid, plots, verdict
 from sprint_jax.storage import files
 
 NAMES = {
-    "score": "whole caption right",
+    "score": "whole caption correct",
     "frechet": "Fréchet",
     "grad_norm": "gradient norm",
     "tangent_norm": "tangent norm",
@@ -224,50 +224,65 @@ def _head(rows, suite, scale):
     )
     devices = ", ".join(sorted({row["device"] for row in rows})) or "none"
     minutes = sum(row["seconds"] for row in rows) / 60
+    command = f"python -m experiments.ablations --suite={suite.name} --scale={scale.name}"
     return [
-        f"# {suite.title} (scale `{scale.name}`)",
+        f"# {suite.title}",
         "",
-        f"Made by `python -m experiments.ablations --suite={suite.name} --scale={scale.name}`: "
-        f"{len(rows)} runs, {minutes:.0f} minutes, "
-        f"device {devices}, jax {', '.join(sorted({row['jax'] for row in rows}))}, commit "
-        f"{commits}.",
-        "",
+        *_paragraph(
+            f"`{command}`: {len(rows)} runs, {minutes:.0f} minutes, device {devices}, jax "
+            f"{', '.join(sorted({row['jax'] for row in rows}))}, commit {commits}."
+        ),
         f"Card `configs/sprint.py:{scale.preset}` with",
         "",
-        *(f"- `{name}` = {value}" for name, value in scale.base.items()),
+        *(_setting(name, value) for name, value in scale.base.items()),
         "",
         "and for the short trainings of Figure 3",
         "",
-        *(f"- `{name}` = {value}" for name, value in scale.gradients.items()),
-        *(
-            f"- {size}: " + (", ".join(f"`{n}` = {v}" for n, v in c.items()) or "as above")
-            for size, c in scale.sizes.items()
+        *(_setting(name, value) for name, value in scale.gradients.items()),
+        *(line for size, changes in scale.sizes.items() for line in _size(size, changes)),
+        "",
+        *_paragraph(
+            f"""
+            Everything is varied around the toy baseline, which differs from the published recipe:
+            lambda is 5 (published 0.5), P_mean and P_std are -0.4 and 1.4 (0.0 or 0.2, and 1.6),
+            the optimizer is Muon (CAME), the tangent warm-up is H = 300 of
+            {scale.base["phases.sprint.steps"]} updates (4000 of 20 000), and the batch is small. A
+            row says what a change does here. The verdict says whether that agrees with the paper.
+            """
         ),
-        "",
-        "Everything is varied around the embedded baseline, which differs from the published "
-        "recipe: lambda is 5 (published "
-        "0.5), P_mean, P_std -0.4, 1.4 (0.0 or 0.2, 1.6), the optimiser Muon (CAME), the tangent "
-        "warm-up H = 300 of "
-        f"{scale.base['phases.sprint.steps']} updates (4000 of 20 000), and the batch is small. So "
-        f"a row says what the change does "
-        "here; whether it goes the paper's way is the verdict.",
-        "",
-        "Whole caption right is the share of held-out prompts whose every word is drawn (the paper "
-        "has a CLIP score and "
-        "GenEval there); the Fréchet distance is on own features and is not FID. Numbers are means "
-        "± standard errors over "
-        "seeds; a seed changes parameters, training noise, the order of the data and the noise of "
-        "the pictures. The paper's "
-        "ablations are in 2 steps, from pi/2 over 1.0; here the middle time is the card's 1.3.",
-        "",
-        "Verdicts: Welch's t-test. *agrees* and *disagrees*: the difference, in the paper's "
-        "direction or against it, is above "
-        "the 95 % point of Student's t; *not resolved*: it is not. Where a table says *equals*, "
-        "*agrees* is a difference within one standard deviation of seeds. "
-        "The last column is about the number of seeds of each row with which the test would find "
-        "the difference seen here in 80 % of all tries, "
-        "one or two too few where it is below five. With so many claims, one in twenty of those "
-        "with "
-        "nothing behind them is resolved by chance in each direction.",
-        "",
+        *_paragraph(
+            """
+            *Whole caption correct* is the share of held-out prompts whose every word is drawn; the
+            paper has a CLIP score and GenEval there. The Fréchet distance is taken on fixed
+            untrained features and is not FID. Numbers are means ± standard errors over seeds. A seed
+            changes parameters, training noise, the order of the data and the noise of the images.
+            The paper's ablations take 2 steps, from pi/2 over 1.0; here the middle time is the
+            card's 1.3.
+            """
+        ),
+        *_paragraph(
+            """
+            Verdicts are of Welch's t-test. *agrees* and *disagrees*: the difference, in the paper's
+            direction or against it, is above the 95 % point of Student's t. *not resolved*: it is
+            not. Where a table says *equals*, *agrees* is a difference within one standard deviation
+            of seeds. The last column is about the number of seeds of each row with which the test
+            would find the difference seen here in 80 % of all tries; it is one or two too low where
+            it is below five. With so many claims, one in twenty of those that are not true here is
+            resolved by chance in each direction.
+            """
+        ),
     ]
+
+
+def _setting(name: str, value: object) -> str:
+    return f"- `{name}` = " + (f"`{value}`" if value != "" else "empty")
+
+
+def _paragraph(text: str) -> list[str]:
+    return [textwrap.fill(" ".join(text.split()), 100), ""]
+
+
+def _size(size: str, changes: dict) -> list[str]:
+    """Return the line of one network of the short trainings."""
+    listed = ", ".join(f"`{name}` = `{value}`" for name, value in changes.items()) or "as above"
+    return textwrap.wrap(f"- {size}: {listed}", 100, subsequent_indent="  ")

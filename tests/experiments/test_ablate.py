@@ -284,12 +284,12 @@ def test_the_report_renders_from_recorded_rows(tmp_path):
     text = path.read_text()
     assert "| sCM + LADD |  | 51.0 ± 0.6 % |" not in text  # no empty column for one step
     assert "| sCM + LADD | 51.0 ± 0.6 % | 0.1100 ± 0.0058 | 3 | 8.11 | 28.02 |" in text
-    claim = "whole caption right, 2 steps | sCM + LADD better than sCM"
+    claim = "whole caption correct, 2 steps | sCM + LADD better than sCM"
     assert f"| {claim} | +20.0 ± 0.8 points | agrees |" in text
     claim = "gradient norm | with, narrow better than without, narrow"
     assert f"| {claim} | factor 100 (× or ÷ 1.76) | agrees |" in text
     assert "flow Euler equals TrigFlow" in text
-    assert "Nothing to judge yet." in text and "`sprint.steps` = 320" in text
+    assert "Nothing to judge yet." in text and "`phases.sprint.steps` = `320`" in text
     for name in re.findall(r"\]\((ablations/[\w.]+)\)", text):
         assert Image.open(path.parent / name).width > 500
     assert (path.parent / "ablations" / "table3.png").exists()
