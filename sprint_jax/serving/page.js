@@ -146,7 +146,7 @@ async function watch() {
     } else {
       $("ready").replaceChildren(
         element("progress", { max: Math.max(health.programs, 1), value: health.compiled }),
-        `The model is being compiled: ${health.compiled} of ${health.programs} programs`,
+        `Compiling: ${health.compiled} of ${health.programs} programs`,
       );
     }
   } catch {
