@@ -11,7 +11,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from sprint_jax.runtime import cards, compile_cache, distributed, quick_compile
+from sprint_jax.runtime import cards, compile_cache, distributed, launchers, quick_compile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def start(card: ConfigDict, options: Options) -> None:
     """Train by a card that is loaded already; options.config only names the work directory."""
     file, preset = cards.split(options.config)
     name = f"{pathlib.Path(file).stem}{'_' * bool(preset)}{preset}"
-    place = distributed.place(options.coordinator, options.processes, options.process, os.environ)
+    place = launchers.place(options.coordinator, options.processes, options.process, os.environ)
     compile_cache.start()
     from sprint_jax import config
     from sprint_jax.training import run as training

@@ -1,138 +1,39 @@
-"""Several processes as one program: who takes part, a roll call that names who is missing, and a watch.
+"""Several processes as one program: a roll call that names missing processes, and a watch.
 
-JAX's own start-up ends a process without saying whom it waited for, and a process that is killed leaves
-the others in a collective until a heartbeat is missed minutes later. So the processes first meet on the
-port after the coordinator's: process 0 counts them, and the connections stay open. One that closes
-without a goodbye is a process that died; its name goes to all and everybody ends at once.
+JAX's own start-up ends a process without saying which process it waited for. After a kill, JAX
+leaves the other processes in a collective until a heartbeat is missed minutes later. So the
+processes first connect on the port after the coordinator's. Process 0 counts them, and the
+connections stay open. A connection that closes without a goodbye means that its process died:
+process 0 sends its name to all, and every process ends at once.
 """
 
 import atexit
 import contextlib
-import dataclasses
 import json
 import os
-import re
 import select
 import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 from sprint_jax.errors import UserError
+from sprint_jax.runtime.launchers import Place
 
-DIED = 3  # exit status of the processes that are left when one dies
-_PORT = 29400
+DIED = 3  # exit status of the remaining processes after one died
 _HELLO = 5.0  # seconds to answer once connected
 _LAST = 0.5  # seconds that process 0 stays longer than the others
 _GRACE = 2.0  # seconds in which the news of a death arrives
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """coordinator: "host:port" of process 0; the next port is used too. process: this one, of `processes`."""
-
-    coordinator: str
-    processes: int
-    process: int
-
-
-def place(coordinator, processes, process, environ) -> Place | None:
-    """Where this process stands: from flags, SLURM, a GKE JobSet or GKE's TPU variables; None if alone.
-
-    coordinator, processes, process: flags, each None when not given; all or none. Raises UserError for flags or variables
-    that say half, naming what is missing or is no number.
-    """
-    given = [coordinator is not None, processes is not None, process is not None]
-    if all(given):
-        return _checked(Place(coordinator, processes, process))
-    if any(given):
-        raise UserError(
-            "--coordinator, --processes and --process belong together: give all three, or none"
-        )
-    found = _slurm(environ) or _jobset(environ) or _tpu(environ)
-    return _checked(found) if found else None
-
-
-def _checked(place):
-    host, _, port = place.coordinator.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65535:
-        raise UserError(
-            f"--coordinator={place.coordinator}: use host:port, for example 10.0.0.1:{_PORT}"
-        )
-    if not 0 <= place.process < place.processes:
-        raise UserError(
-            f"--process={place.process} with --processes={place.processes}: use 0 to {place.processes - 1}"
-        )
-    return place
-
-
-def _told(environ, name):
-    """What a launcher said in a variable. Raises UserError where it said the rest and not this."""
-    if not environ.get(name):
-        raise UserError(
-            f"{name} is not set, where other variables of its launcher are: set it, or give --coordinator, --processes and --process"
-        )
-    return environ[name]
-
-
-def _number(environ, name):
-    value = _told(environ, name)
-    if not value.isdecimal():
-        raise UserError(
-            f"{name}={value} is no whole number: mend or unset it, or give --coordinator, --processes and --process"
-        )
-    return int(value)
-
-
-def _slurm(environ):
-    if (
-        "SLURM_NTASKS" not in environ
-        or _number(environ, "SLURM_NTASKS") < 2
-        or "SLURM_PROCID" not in environ
-    ):
-        return None
-    nodes = environ.get("SLURM_STEP_NODELIST") or _told(environ, "SLURM_JOB_NODELIST")
-    # Jobs that share a node get ports of their own.
-    port = _PORT + 2 * (
-        _number(environ, "SLURM_JOB_ID") % 10000 if "SLURM_JOB_ID" in environ else 0
-    )
-    return Place(
-        f"{first_node(nodes)}:{port}",
-        _number(environ, "SLURM_NTASKS"),
-        _number(environ, "SLURM_PROCID"),
-    )
-
-
-def first_node(nodes):
-    """First host of a SLURM list: "gpu[003-007,9],login1" -> "gpu003"."""
-    host = re.match(r"(?:\[[^\]]*\]|[^,\[])+", nodes).group()
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", host)
-
-
-def _jobset(environ):
-    """Indexed jobs of a JobSet: the manifest in launch/ sets PROCESSES and COORDINATOR."""
-    if "JOB_COMPLETION_INDEX" not in environ or "COORDINATOR" not in environ:
-        return None
-    return Place(
-        environ["COORDINATOR"],
-        _number(environ, "PROCESSES"),
-        _number(environ, "JOB_COMPLETION_INDEX"),
-    )
-
-
-def _tpu(environ):
-    hosts = environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    if len(hosts) < 2 or "TPU_WORKER_ID" not in environ:
-        return None
-    return Place(f"{hosts[0]}:{_PORT}", len(hosts), _number(environ, "TPU_WORKER_ID"))
-
-
 @contextlib.contextmanager
-def started(place: Place | None, *, seconds, heartbeat=100):
-    """Starts JAX's distributed runtime for as long as the context lasts; nothing for a single process.
+def started(place: Place | None, *, seconds: float, heartbeat: int = 100) -> Iterator[None]:
+    """Run JAX's distributed runtime inside the context. Do nothing for a single process.
 
-    seconds: until a process that has not come is named in a UserError. heartbeat: seconds until JAX
-    itself gives up on a host that went silent without closing its connections (a loss of power).
+    seconds: time for all processes to start. heartbeat: seconds until JAX gives up on a host that
+    went silent without closing its connections, by a loss of power, say. Raises UserError naming
+    the processes that did not start in time.
     """
     if place is None or place.processes == 1:
         yield
@@ -140,7 +41,7 @@ def started(place: Place | None, *, seconds, heartbeat=100):
     import jax
 
     watch = _Watch(place, seconds)
-    # It would take SIGTERM from the training loop, which has an agreement of its own.
+    # JAX's handler would take SIGTERM from the training loop, whose processes agree on a stop.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -155,24 +56,28 @@ def started(place: Place | None, *, seconds, heartbeat=100):
         jax.distributed.shutdown()
     except BaseException as error:
         watch.fail(error)
-        # JAX's own goodbye at exit waits for processes that are gone, and aborts over them after the error was told.
+        # JAX's own shutdown at exit waits for dead processes, and aborts after the error line.
         atexit.register(_exit, place, 2 if isinstance(error, UserError) else 1)
         raise
 
 
 def _exit(place, status):
-    """Ends this process at once; process 0, with which JAX's service goes, after the others could read why."""
-    sys.stdout.flush(), sys.stderr.flush()
+    """End this process at once.
+
+    Process 0 hosts JAX's service, so it stays until the others could read the reason.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
     if place.process == 0:
         time.sleep(_LAST)
     os._exit(status)
 
 
 class _Watch:
-    """Connections between process 0 and every other, and a thread that reads them.
+    """Connections between process 0 and each other process, and a thread that reads them.
 
-    Lines of JSON: {"hello": process, "host": name} up, {"go": names} down, {"bye": process} up,
-    {"died": text} down.
+    Messages are lines of JSON. To process 0: {"hello": process, "host": name, "processes": count}
+    and {"bye": process}. From process 0: {"go": names}. Both ways: {"died": text}.
     """
 
     def __init__(self, place, seconds):
@@ -196,7 +101,8 @@ class _Watch:
             server = socket.create_server(("", address[1]), backlog=self._place.processes)
         except OSError as error:
             raise UserError(
-                f"cannot listen on port {address[1]} ({error.strerror}): give another --coordinator port"
+                f"cannot listen on port {address[1]} ({error.strerror}): "
+                "give another --coordinator port"
             ) from None
         with server:
             while len(self._peers) < self._place.processes - 1:
@@ -215,7 +121,7 @@ class _Watch:
         peer.settimeout(_HELLO)
         try:
             hello = _receive(peer)
-        except (OSError, ValueError):  # silent, or something else that tries ports
+        except (OSError, ValueError):  # silent, or another program that scans ports
             hello = None
         if not isinstance(hello, dict) or "hello" not in hello:
             peer.close()
@@ -224,12 +130,14 @@ class _Watch:
         if hello["processes"] != self._place.processes:
             self._peers[process] = peer
             self._refuse(
-                f"{name} was started with --processes={hello['processes']}, process 0 with {self._place.processes}: use one number"
+                f"{name} was started with --processes={hello['processes']}, process 0 with "
+                f"{self._place.processes}: use one number"
             )
         if process in self._peers or process == 0:
             self._peers[-1 - len(self._peers)] = peer
             self._refuse(
-                f"two processes say that they are {process}: {self._names[process]} and {name}; give each its own --process"
+                f"two processes say that they are {process}: {self._names[process]} and {name}; "
+                "give each its own --process"
             )
         self._peers[process], self._names[process] = peer, name
 
@@ -237,8 +145,9 @@ class _Watch:
         missing = sorted(set(range(self._place.processes)) - self._names.keys())
         here = ", ".join(self._names[p] for p in sorted(self._names))
         return (
-            f"process {', '.join(map(str, missing))} of {self._place.processes} did not come within {seconds:.0f} s "
-            f"(here: {here}): start the missing, look at its log, or raise --startup_seconds"
+            f"process {', '.join(map(str, missing))} of {self._place.processes} did not come "
+            f"within {seconds:.0f} s (here: {here}): start the missing, look at its log, "
+            "or raise --startup_seconds"
         )
 
     def _refuse(self, message):
@@ -256,8 +165,9 @@ class _Watch:
             except OSError as error:
                 if time.monotonic() >= deadline:
                     raise UserError(
-                        f"process 0 does not answer at {self._place.coordinator} (port {address[1]}: {error}) within "
-                        f"{seconds:.0f} s: start it, open the port, or raise --startup_seconds"
+                        f"process 0 does not answer at {self._place.coordinator} "
+                        f"(port {address[1]}: {error}) within {seconds:.0f} s: "
+                        "start it, open the port, or raise --startup_seconds"
                     ) from None
                 time.sleep(0.2)
         _keep_alive(peer)
@@ -273,7 +183,7 @@ class _Watch:
             )
             peer.settimeout(max(_HELLO, deadline - time.monotonic()) + _HELLO)
             answer = _receive(peer)
-        except OSError:  # silent, or closed while this process still waited to be counted
+        except OSError:  # silent, or closed before process 0 answered
             answer = None
         if not answer or "go" not in answer:
             raise UserError(
@@ -283,7 +193,7 @@ class _Watch:
         self._peers[0] = peer
 
     def _read(self):
-        """Ends this program when a peer's connection closes without a goodbye, or process 0 says so."""
+        """End this program if a connection closes without a goodbye, or process 0 says so."""
         for peer in self._peers.values():
             peer.settimeout(_HELLO)
         while not self._closing.is_set():
@@ -299,15 +209,15 @@ class _Watch:
                     message = None
                 if self._closing.is_set():
                     return
-                self._heard(waiting[peer], message)
+                self._handle(waiting[peer], message)
 
-    def _heard(self, process, message):
+    def _handle(self, process, message):
         if message and "bye" in message:
             self._gone.add(process)
             return
         text = (message or {}).get("died") or (
-            f"{self._names[process]} ended unexpectedly: all processes stop. See its log; the same command goes on "
-            "from the last checkpoint"
+            f"{self._names[process]} ended unexpectedly: all processes stop. See its log; "
+            "the same command resumes from the last checkpoint"
         )
         if self._place.process == 0:
             for other in self._peers.values():
@@ -317,22 +227,22 @@ class _Watch:
         # The main thread may hang in a collective that no exception reaches.
         _exit(self._place, DIED)
 
-    def leave(self):
-        """Says goodbye: from now on a closed connection is no news."""
+    def leave(self) -> None:
+        """Say goodbye, after which closed connections mean nothing."""
         self._closing.set()
         for peer in self._peers.values():
             with contextlib.suppress(OSError):
                 _send(peer, {"bye": self._place.process})
 
-    def fail(self, error):
-        """Tells the others why this process ends, so that none waits for it."""
+    def fail(self, error: BaseException) -> None:
+        """Tell the others why this process ends, so that none waits for it."""
         reason = (
             " ".join(str(error).split())
             if isinstance(error, UserError)
             else f"{type(error).__name__}; see its log"
         )
         if not isinstance(error, UserError):
-            # A collective that lost its peer raises here too: first let the thread hear who that was.
+            # A collective that lost its peer raises here too: first let the thread learn which.
             self._thread.join(_GRACE)
         self._closing.set()
         for peer in self._peers.values():
@@ -345,7 +255,7 @@ def _send(peer, message):
 
 
 def _receive(peer):
-    """One line of JSON, or None at the end of the stream."""
+    """Return one line of JSON, None at the end of the stream."""
     line = b""
     while not line.endswith(b"\n"):
         byte = peer.recv(1)
@@ -356,7 +266,7 @@ def _receive(peer):
 
 
 def _keep_alive(peer):
-    """A host that vanished without closing is noticed by the system within about a minute."""
+    """Let the system notice within about a minute that a host vanished without closing."""
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 20), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):

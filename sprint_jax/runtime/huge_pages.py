@@ -1,42 +1,47 @@
-"""A training command starts itself again with the C library asking for huge pages.
+"""Restarts a training command with the C library asking for huge pages.
 
-Each training step on a CPU takes hundreds of megabytes from the C library and hands them back, and a fifth of its time
-is the kernel clearing them again, 4 KiB by 4 KiB (`docs/results/speed.md`). In pages of 2 MiB that is a
-five-hundredth of the faults. glibc (2.35 or newer) reads the wish from GLIBC_TUNABLES when a process starts, and at no other
-time, so the process replaces itself, under the same number. Nothing happens where the variable is set, even to
-nothing, and where the machine gives huge pages to all or to none.
+Each training step on a CPU takes hundreds of megabytes from the C library and gives them back. The
+kernel clears that memory again in pages of 4 KiB, which is a fifth of the step's time. Pages of
+2 MiB cause a five-hundredth of the faults (`docs/results/speed.md`).
+
+glibc (2.35 or newer) reads this setting from GLIBC_TUNABLES only when a process starts, so the
+process replaces itself and keeps its process number. Nothing happens if the variable is set, even
+to nothing, or if the machine gives huge pages to all processes or to none.
 """
 
 import os
 import pathlib
 import platform
 import sys
+from collections.abc import Mapping
 
 _VARIABLE = "GLIBC_TUNABLES"
-_WISH = "glibc.malloc.hugetlb=1"
+_SETTING = "glibc.malloc.hugetlb=1"
 _MODE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def restart():
-    """Replaces the process by the same command with the wish. Returns where that is not of use, or is refused."""
-    if not of_use(os.environ, platform.libc_ver(), _mode()):
+def restart() -> None:
+    """Replace the process by the same command with huge pages.
+
+    Return if that is useless here, or if the system refuses it.
+    """
+    if not is_useful(os.environ, platform.libc_ver(), _mode()):
         return
     try:
-        # The command as Python itself was given it: -m, and any program it runs under, included.
+        # The command line that Python itself got: with -m, and a program that Python runs under.
         os.execve(
-            sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {_VARIABLE: _WISH}
+            sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {_VARIABLE: _SETTING}
         )
     except OSError:
         pass  # the command goes on, only slower
 
 
-def of_use(environment, libc, mode) -> bool:
-    """Whether the wish would change anything.
+def is_useful(environment: Mapping[str, str], libc: tuple[str, str], mode: str) -> bool:
+    """Return whether the setting would change anything.
 
-    Args:
-      environment: mapping of environment variables.
-      libc: (name, version) as platform.libc_ver() gives them.
-      mode: text of the kernel's switch, the choice in brackets: "always [madvise] never"; "" where there is none.
+    environment: environment variables. libc: (name, version) as `platform.libc_ver` returns them.
+    mode: text of the kernel's switch with the choice in brackets, "always [madvise] never" for
+    example, "" if the kernel has none.
     """
     name, version = libc
     numbers = version.split(".")[:2]
@@ -48,7 +53,7 @@ def of_use(environment, libc, mode) -> bool:
     return recent and "[madvise]" in mode and _VARIABLE not in environment
 
 
-def _mode():
+def _mode() -> str:
     try:
         return _MODE.read_text()
     except OSError:

@@ -59,7 +59,7 @@ def start(**variables):
     ],
 )
 def test_when_a_restart_helps(libc, mode, environment, expected):
-    assert huge_pages.of_use(environment, libc, mode) is expected
+    assert huge_pages.is_useful(environment, libc, mode) is expected
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -67,7 +67,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 @linux
 def test_it_restarts_once_with_the_same_arguments_and_pid():
-    if not huge_pages.of_use({}, platform.libc_ver(), huge_pages._mode()):
+    if not huge_pages.is_useful({}, platform.libc_ver(), huge_pages._mode()):
         pytest.skip("this machine has no huge pages to ask for, or gives them to all")
     first, second, last = start()
     assert first == second and first.endswith(" one --two=a b")
@@ -89,7 +89,7 @@ def test_if_it_cannot_restart_it_continues(monkeypatch):
         calls.append(words)
         raise PermissionError("not here")
 
-    monkeypatch.setattr(huge_pages, "of_use", lambda *_: True)
+    monkeypatch.setattr(huge_pages, "is_useful", lambda *_: True)
     monkeypatch.setattr(os, "execve", refuse)
     huge_pages.restart()
     ((program, words, environment),) = calls

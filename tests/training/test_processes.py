@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 from helpers.runs import ROOT, SMOKE_FLAGS, TINY_FLAGS, free_port, read_rows, wait_for_row
 from sprint_jax.errors import UserError
-from sprint_jax.runtime import distributed
-from sprint_jax.runtime.distributed import Place
+from sprint_jax.runtime import distributed, launchers
+from sprint_jax.runtime.launchers import Place
 
 # Threads of this process stand in for processes that `os._exit` ends.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -237,7 +237,7 @@ def test_a_failed_collective_does_not_hide_who_died(coordinator, ended, capsys):
     ],
 )
 def test_place_from_the_environment(environ, expected):
-    assert distributed.place(None, None, None, environ) == expected
+    assert launchers.place(None, None, None, environ) == expected
 
 
 @pytest.mark.parametrize(
@@ -255,12 +255,12 @@ def test_place_from_the_environment(environ, expected):
 )
 def test_an_incomplete_environment_is_named(environ, words):
     with pytest.raises(UserError, match=f"^{words}.*--coordinator"):
-        distributed.place(None, None, None, environ)
+        launchers.place(None, None, None, environ)
 
 
 def test_flags_override_the_environment():
     environ = {"TPU_WORKER_HOSTNAMES": "t0,t1,t2", "TPU_WORKER_ID": "1"}
-    assert distributed.place("h:1", 2, 0, environ) == Place("h:1", 2, 0)
+    assert launchers.place("h:1", 2, 0, environ) == Place("h:1", 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_flags_override_the_environment():
 )
 def test_wrong_places(flags, words):
     with pytest.raises(UserError, match=words):
-        distributed.place(*flags, {})
+        launchers.place(*flags, {})
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_wrong_places(flags, words):
     ],
 )
 def test_first_node(nodes, first):
-    assert distributed.first_node(nodes) == first
+    assert launchers.first_node(nodes) == first
 
 
 # --- the job in several processes ---
