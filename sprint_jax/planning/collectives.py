@@ -1,100 +1,120 @@
-"""What a compiled program sends between devices, read from the text of its HLO.
+"""The traffic between devices of a compiled program, read from the text of its HLO.
 
-`jax.jit(f).lower(...).compile().as_text()` is the program of one device; so are the bytes here. XLA's own
-`cost_analysis` has no collectives and takes a loop's body once.
+`jax.jit(f).lower(...).compile().as_text()` is the program of one device, and bytes here are those
+of one device. XLA's own `cost_analysis` has no collectives and counts a loop's body once.
 """
 
 import collections
 import dataclasses
 import math
 import re
+from collections.abc import Iterable, Mapping
 
 from sprint_jax.planning import hlo
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Collective:
-    """One collective operation of one device's program.
+    """One collective operation of one device's program."""
 
-    kind: one of KINDS. bytes: of its result (an all-gather's whole array), of a reduce-scatter its operand.
-    times: how often it runs, the product of the enclosing loops' trips; known: False where a loop's trips
-    could not be read and it was counted once, or where only one branch of a conditional holds it.
-    group_size: devices taking part together; 2 for a collective-permute, a sender and a receiver.
-    """
-
+    # One of KINDS.
     kind: str
+    # Bytes of its result (an all-gather's whole array); of its operand for a reduce-scatter.
     bytes: int
+    # How often it runs: the product of the trips of the loops around it.
     times: int
+    # Devices that take part together; 2 for a collective-permute, a sender and a receiver.
     group_size: int
+    # False if the trips of a loop could not be read and count as one, or if only one branch of a
+    # conditional holds the operation.
     known: bool = True
 
 
-def parse(hlo_text) -> list[Collective]:
-    """Every collective of compiled.as_text(), in the order of the program; a start-done pair is one."""
+def parse(hlo_text: str) -> list[Collective]:
+    """Return every collective of compiled.as_text(), in the order of the program.
+
+    A pair of start and done is one.
+    """
     computations, entry = hlo.parse(hlo_text)
-    found = []
+    found: list[Collective] = []
     if entry is not None:
-        _walk(entry, computations, 1, True, _device_count(hlo_text), found)
+        walk = _Walk(computations=computations, devices=_device_count(hlo_text), found=found)
+        walk.computation(entry, times=1, known=True)
     return found
 
 
-def totals(collectives_) -> dict[str, int]:
-    """{kind: bytes over all runs}; kinds that do not occur are left out."""
-    sums = collections.Counter()
-    for c in collectives_:
-        sums[c.kind] += c.bytes * c.times
+def totals(collectives: Iterable[Collective]) -> dict[str, int]:
+    """Return {kind: bytes over all runs} of the kinds that occur."""
+    sums: collections.Counter[str] = collections.Counter()
+    for collective in collectives:
+        sums[collective.kind] += collective.bytes * collective.times
     return dict(sums)
 
 
-def _walk(name, computations, times, known, devices, found, fused=None):
-    """Appends the collectives of a computation and of those it calls, all run `times` times.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Walk:
+    """What does not change while a program is walked. found: grows by each collective."""
 
-    fused: inside a fusion, the channels of its caller's fusions counted so far. TPUs hide a collective behind
-    other work as a chain of fusions, each of which holds the same operation on the same channel.
-    """
-    channels = set() if fused is None else fused
-    for i in computations[name]:
-        if i.opcode.endswith(("-done", "-update")):  # the rest of a -start
-            continue
-        kind = i.opcode.removesuffix("-start")
-        if kind in KINDS:
-            channel = re.search(r"channel_id=\d+", i.rest)
-            if fused is not None and channel:
-                if (kind, channel[0]) in fused:
-                    continue
-                fused.add((kind, channel[0]))
-            group = _group_size(kind, i.rest, devices)
-            if name.startswith("all-reduce-scatter"):
-                # TPU: a fusion of the sum and the slice that is kept; the sum is as large as the operand.
-                found.append(Collective("reduce-scatter", hlo.size(i.type), times, group, known))
-            else:
-                found.append(Collective(kind, _bytes(i, kind, group), times, group, known))
-            continue
-        runs, certain = times, known and i.opcode != "conditional"
-        if i.opcode == "while":
-            trips = hlo.trips(i, computations)
-            runs, certain = times * (1 if trips is None else trips), known and trips is not None
-        for called in hlo.called(i.rest):
-            if called in computations:
-                inside = channels if i.opcode == "fusion" else None
-                _walk(called, computations, runs, certain, devices, found, inside)
+    computations: Mapping[str, list[hlo.Instruction]]
+    devices: int
+    found: list[Collective]
+
+    def computation(
+        self, name: str, times: int, known: bool, fused: set[tuple[str, str]] | None = None
+    ) -> None:
+        """Append the collectives of a computation, and of those it calls, that run `times` times.
+
+        fused: inside a fusion, the (kind, channel) pairs of its caller's fusions counted so far.
+        TPUs hide a collective behind other work as a chain of fusions, each of which holds the same
+        operation on the same channel.
+        """
+        channels = set() if fused is None else fused
+        for i in self.computations[name]:
+            if i.opcode.endswith(("-done", "-update")):  # the rest of a -start
+                continue
+            kind = i.opcode.removesuffix("-start")
+            if kind in KINDS:
+                channel = re.search(r"channel_id=\d+", i.rest)
+                if fused is not None and channel:
+                    if (kind, channel[0]) in fused:
+                        continue
+                    fused.add((kind, channel[0]))
+                self.found.append(self._collective(name, i, kind, times, known))
+                continue
+            runs, certain = times, known and i.opcode != "conditional"
+            if i.opcode == "while":
+                trips = hlo.trips(i, self.computations)
+                runs, certain = times * (1 if trips is None else trips), known and trips is not None
+            for called in hlo.called(i.rest):
+                if called in self.computations:
+                    inside = channels if i.opcode == "fusion" else None
+                    self.computation(called, runs, certain, inside)
+
+    def _collective(self, computation, instruction, kind, times, known):
+        group = _group_size(kind, instruction.rest, self.devices)
+        size = _bytes(instruction, kind, group)
+        if computation.startswith("all-reduce-scatter"):
+            # TPU: a fusion of the sum and the slice that is kept; the sum has the operand's size.
+            kind, size = "reduce-scatter", hlo.size(instruction.type)
+        return Collective(kind=kind, bytes=size, times=times, group_size=group, known=known)
 
 
 def _bytes(instruction, kind, group):
     type_ = instruction.type
-    # An asynchronous start holds (operands, results, more); only all-reduce's is its result alone, but for GPUs.
+    # An asynchronous start holds (operands, results, more). Except on GPUs, that of an all-reduce
+    # is its result alone.
     if instruction.opcode.endswith("-start") and (kind != "all-reduce" or type_.startswith("((")):
         type_ = hlo.elements(type_)[1]
     return hlo.size(type_) * (group if kind == "reduce-scatter" else 1)
 
 
 def _group_size(kind, rest, devices):
-    """Devices of one group, from any of the forms XLA writes.
+    """Return the number of devices of one group, from any of the forms that XLA writes.
 
-    replica_groups={{0,1},{2,3}}, all devices where that is {}; [groups,size]<=[...]; or the axes of a mesh,
-    mesh['data'=2,'fsdp'=4] {'fsdp'}, where an axis may be a part of one, 'fsdp':(stride)size.
+    The forms are replica_groups={{0,1},{2,3}}, {} for all devices, [groups,size]<=[...], and axes
+    of a mesh, mesh['data'=2,'fsdp'=4] {'fsdp'}. An axis may be part of one: 'fsdp':(stride)size.
     """
     if kind == "collective-permute":
         return 2
@@ -110,7 +130,7 @@ def _group_size(kind, rest, devices):
 
 
 def _device_count(text):
-    """Devices of the program, from the module's first line."""
+    """Return the number of devices of the program, from the module's first line."""
     counts = (
         re.search(rf"\b{word}=(\d+)", text.partition("\n")[0])
         for word in ("replica_count", "num_partitions")

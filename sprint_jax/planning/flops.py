@@ -1,18 +1,21 @@
 """Arithmetic of a function by its traced operations, without running or compiling it.
 
-XLA's own count (`cost_analysis`) takes a loop's body once; here a scan counts its length. A multiply-add is two.
+XLA's own count (`cost_analysis`) counts a loop's body once. Here the body of a scan counts as often
+as it runs. A multiply-add counts as two.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.interpreters import partial_eval
 
 from sprint_jax.errors import UserError
 
-# Where a primitive that runs one jaxpr once keeps it; for a custom derivative's primal and a linear call, that
-# is the rule for running forward (traced derivatives are ordinary equations by then).
+# The parameter that holds the jaxpr of a primitive that runs one jaxpr once. For custom derivatives
+# and linear calls that is the forward rule; traced derivatives are ordinary equations by then.
 _BODY = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
@@ -26,7 +29,7 @@ _BODY = {
     "composite": "jaxpr",
 }
 
-# Nothing is computed: moved, renamed or converted only.
+# Primitives that compute nothing: they move, rename or convert.
 _MOVES = frozenset(
     [
         "broadcast_in_dim",
@@ -96,32 +99,30 @@ _REDUCTIONS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """FLOP of a whole program, over all devices.
+    """FLOP of a whole program, over all devices."""
 
-    matmul: dot products, 2 per multiply-add. convolution: the same of convolutions, at every tap of every
-    output: the border's zeros count, the zeros a transposed convolution puts between its inputs do not.
-    elementwise: one per output element of anything else that computes; reductions one per input element.
-    unknown_loops: while loops whose number of trips the trace does not tell, each counted as one trip.
-    """
-
+    # Dot products, 2 for each multiply-add.
     matmul: int = 0
+    # Convolutions, 2 for each tap of each output. Zeros of the border count; zeros that a
+    # transposed convolution puts between its inputs do not.
     convolution: int = 0
+    # Anything else that computes, 1 for each output element; reductions 1 for each input element.
     elementwise: int = 0
+    # While loops whose number of trips the trace does not tell. Each counts as one trip.
     unknown_loops: int = 0
 
     @property
-    def multiplied(self):
-        """What a matrix unit does: matmul + convolution."""
+    def multiplied(self) -> int:
+        """The FLOP of a matrix unit: matmul + convolution."""
         return self.matmul + self.convolution
 
 
-def count(function, *abstract_args) -> Flops:
-    """FLOP of function(*abstract_args); arguments are arrays or trees of jax.ShapeDtypeStruct.
+def count(function: Callable[..., Any], *abstract_args: Any) -> Flops:
+    """Return the FLOP of function(*abstract_args).
 
-    What no output depends on is left out, as the compiler will. Equal computations are not merged.
-
-    Raises:
-      UserError: matrix products inside a primitive whose number of repetitions is not known here.
+    The arguments are arrays or trees of `jax.ShapeDtypeStruct`. Operations on which no output
+    depends are left out, as the compiler does. Equal computations are not merged. Raises UserError
+    for matrix products inside a primitive whose number of repetitions is not known here.
     """
     closed = jax.make_jaxpr(function)(*abstract_args)
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
@@ -146,18 +147,20 @@ def _equation(equation):
         trip = _add([_jaxpr(_open(params["cond_jaxpr"])), _jaxpr(_open(params["body_jaxpr"]))])
         return dataclasses.replace(trip, unknown_loops=trip.unknown_loops + 1)
     if name == "cond":
-        # The dearest branch. `platform_dependent` is one too: the platform with the most products counts.
+        # Count the most expensive branch. `platform_dependent` is a cond too: the platform with the
+        # most products counts.
         branches = [_jaxpr(_open(b)) for b in params["branches"]]
         return max(branches, key=lambda f: (f.multiplied, f.elementwise))
     if name == "shard_map":  # the body is one device's part along the manual axes
         sizes = dict(params["mesh"].shape)
         return _times(
-            _jaxpr(_open(params["jaxpr"])), math.prod(sizes[a] for a in params["newly_manual_axes"])
+            _jaxpr(_open(params["jaxpr"])),
+            math.prod(sizes[axis] for axis in params["newly_manual_axes"]),
         )
     if name == "pallas_call":
         return _times(_jaxpr(_open(params["jaxpr"])), math.prod(params["grid_mapping"].grid))
     if _inner(params).multiplied:
-        remedy = "say in sprint_jax/planning/flops.py how often it runs"
+        remedy = "state in sprint_jax/planning/flops.py how often it runs"
         raise UserError(f"FLOP of primitive {name} are not known: {remedy}")
     if name in _MOVES:
         return Flops()
@@ -172,7 +175,7 @@ def _matmul(equation):
 
 
 def _convolution(equation):
-    """Each output element meets every tap and every input channel of its group once."""
+    """Return the FLOP: each output element meets each tap of each input channel of its group."""
     kernel = equation.invars[1].aval.shape
     outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
     taps = math.prod(kernel) // outputs
@@ -181,13 +184,13 @@ def _convolution(equation):
 
 
 def _inner(params):
-    """FLOP of all jaxprs among a primitive's parameters, once each."""
+    """Return the FLOP of all jaxprs among a primitive's parameters, once each."""
     values = [v for p in params.values() for v in (p if isinstance(p, (tuple, list)) else [p])]
     return _add(_jaxpr(_open(v)) for v in values if hasattr(_open(v), "eqns"))
 
 
 def _open(jaxpr):
-    """The jaxpr inside a closed one, or itself."""
+    """Return the jaxpr inside a closed one, or the jaxpr itself."""
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
@@ -201,7 +204,7 @@ def _add(parts):
 
 
 def _times(flops, n):
-    """n runs; a loop of unknown length stays one loop."""
+    """Return the FLOP of n runs; a loop of unknown length stays one loop."""
     return Flops(
         n * flops.matmul, n * flops.convolution, n * flops.elementwise, flops.unknown_loops
     )

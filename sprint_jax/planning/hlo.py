@@ -1,13 +1,17 @@
-"""A compiled program as text: `jax.jit(f).lower(...).compile().as_text()`, read into computations and instructions."""
+"""The text of a compiled program, read into computations and instructions.
+
+The text is that of `jax.jit(f).lower(...).compile().as_text()`.
+"""
 
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Instruction:
-    """name = type opcode(rest, up to the end of the line. root: what its computation gives."""
+    """One line, `name = type opcode(rest`. root: whether it is its computation's result."""
 
     name: str
     type: str
@@ -17,13 +21,14 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names of what it works on."""
+        """The names of its operands."""
         return re.findall(r"%([\w.-]+)", self.rest.split("), ")[0])
 
 
-def parse(text) -> tuple[dict[str, list[Instruction]], str | None]:
-    """({name: [instructions]}, name of the entry or None)."""
-    computations, entry, body = {}, None, None
+def parse(text: str) -> tuple[dict[str, list[Instruction]], str | None]:
+    """Return ({name: instructions} of the computations, the name of the entry or None)."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, body = None, None
     for line in text.splitlines():
         header = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$", line)
         if header:
@@ -42,12 +47,16 @@ def _instruction(line):
     end = _type_end(rest)
     opcode = re.match(r" ([\w-]+)\(", rest[end:])
     return opcode and Instruction(
-        found[2], rest[:end], opcode[1], rest[end + opcode.end() :], bool(found[1])
+        name=found[2],
+        type=rest[:end],
+        opcode=opcode[1],
+        rest=rest[end + opcode.end() :],
+        root=bool(found[1]),
     )
 
 
 def _type_end(text):
-    """Where a type ends: at the first space outside parentheses and braces."""
+    """Return where a type ends: at the first space outside parentheses and braces."""
     depth = 0
     for position, letter in enumerate(text):
         depth += (letter in "({") - (letter in ")}")
@@ -56,8 +65,8 @@ def _type_end(text):
     return len(text)
 
 
-def elements(type_) -> list[str]:
-    """Types of a tuple's elements, nested tuples whole."""
+def elements(type_: str) -> list[str]:
+    """Return the types of a tuple's elements, nested tuples whole."""
     parts, depth, start = [], 0, 1
     for position, letter in enumerate(type_):
         depth += (letter in "({[") - (letter in ")}]")
@@ -67,8 +76,8 @@ def elements(type_) -> list[str]:
     return parts
 
 
-def size(type_) -> int:
-    """Bytes of an array type or of all arrays of a tuple; layouts add nothing."""
+def size(type_: str) -> int:
+    """Return the bytes of an array type or of all arrays of a tuple; layouts add nothing."""
     bits = 0
     for dtype, shape in re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", type_):
         bits += _bits(dtype) * math.prod(int(n.lstrip("<=")) for n in shape.split(",") if n)
@@ -76,29 +85,36 @@ def size(type_) -> int:
 
 
 def _bits(dtype):
-    """bf16 -> 16, f8e4m3fn -> 8, c64 -> 64; pred takes a byte, tokens and the like nothing."""
+    """Return the bits of an element: bf16 -> 16, f8e4m3fn -> 8, pred -> 8, tokens -> 0."""
     number = re.match(r"(?:bf|[fscu])(\d+)", dtype)
     return int(number[1]) if number else 8 * (dtype == "pred")
 
 
-def called(rest) -> list[str]:
-    """Computations an instruction names: of fusions, calls, loops, branches and asynchronous wrappers."""
+def called(rest: str) -> list[str]:
+    """Return the computations that an instruction names.
+
+    Fusions, calls, loops, branches and asynchronous wrappers name some.
+    """
     names = []
-    words = "calls|to_apply|body|condition|true_computation|false_computation|branch_computations|called_computations"
+    words = (
+        "calls|to_apply|body|condition|true_computation|false_computation|branch_computations|"
+        "called_computations"
+    )
     for value in re.findall(rf"\b(?:{words})=(\{{[^}}]*\}}|%?[\w.-]+)", rest):
         names += re.findall(r"[\w.-]+", value)
     return names
 
 
-def trips(loop, computations) -> int | None:
-    """How often a loop runs, or None: as the compiler noted, else from a condition `counter < constant`.
+def trips(loop: Instruction, computations: Mapping[str, list[Instruction]]) -> int | None:
+    """Return how often a loop runs, None if it cannot be read.
 
-    The second assumes that the counter rises from 0 by 1, as in the loops JAX writes.
+    The compiler may note the number. Otherwise it is read from a condition `counter < constant`,
+    for a counter that rises from 0 by 1, as in the loops that JAX writes.
     """
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
         return int(noted[1])
     condition = re.search(r"\bcondition=%?([\w.-]+)", loop.rest)
-    pending, names, instructions = [condition[1]], set(), []
+    pending, names, instructions = [condition[1]] if condition else [], set(), []
     while pending:
         name = pending.pop()
         if name in computations and name not in names:
@@ -112,4 +128,4 @@ def trips(loop, computations) -> int | None:
     if len(compares) != 1 or len(constants) != 1 or "direction=LT" not in compares[0].rest:
         return None
     bound = re.match(r"-?\d+", constants[0].rest)
-    return max(0, int(bound[0]))
+    return max(0, int(bound[0])) if bound else None

@@ -259,7 +259,7 @@ def compiled():
 
 def test_fsdp_gathers_each_layer_in_the_loop():
     text = compiled()["fsdp"]
-    expected = [collectives.Collective("all-gather", 32 * 32 * 4, times=5, group_size=4)]
+    expected = [collectives.Collective(kind="all-gather", bytes=32 * 32 * 4, times=5, group_size=4)]
     assert collectives.parse(text) == expected
     assert collectives.totals(expected) == {"all-gather": 5 * 32 * 32 * 4}
     # The trip count from the loop's condition, and a loop without a readable count.
@@ -267,7 +267,9 @@ def test_fsdp_gathers_each_layer_in_the_loop():
     assert unnoted != text and collectives.parse(unnoted) == expected
     unread = unnoted.replace("direction=LT", "direction=NE")
     assert collectives.parse(unread) == [
-        collectives.Collective("all-gather", 32 * 32 * 4, 1, 4, known=False)
+        collectives.Collective(
+            kind="all-gather", bytes=32 * 32 * 4, times=1, group_size=4, known=False
+        )
     ]
 
 
@@ -281,7 +283,9 @@ def test_fsdp_gathers_each_layer_in_the_loop():
     ],
 )
 def test_single_collectives(name, kind, size, group):
-    assert collectives.parse(compiled()[name]) == [collectives.Collective(kind, size, 1, group)]
+    assert collectives.parse(compiled()[name]) == [
+        collectives.Collective(kind=kind, bytes=size, times=1, group_size=group)
+    ]
 
 
 # Output of the TPU compiler, shortened: 16 devices as data 2 x fsdp 8.
@@ -386,7 +390,11 @@ calls=%scattered
 
 
 def test_text_of_a_tpu():
-    one = collectives.Collective
+    def one(kind, size, times, group_size, known=True):
+        return collectives.Collective(
+            kind=kind, bytes=size, times=times, group_size=group_size, known=known
+        )
+
     found = collectives.parse(TPU)
     assert found == [
         one("all-gather", 2 * 1024 * 1024, 2 * 28, 8),  # a chain of fusions on one channel
