@@ -20,6 +20,7 @@ import tempfile
 import time
 
 from sprint_jax.runtime import cli
+from sprint_jax.storage import json_lines, run_files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,9 +70,8 @@ class _Running:
 
 def _reached(workdir):
     """(stage, step) of the last whole row; rows are written a round late."""
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    row = json.loads(lines[-1]) if lines else {"stage": "teacher", "step": 0}
+    rows = json_lines.rows(workdir / run_files.METRICS)
+    row = rows[-1] if rows else {"stage": "teacher", "step": 0}
     return row["stage"], row["step"]
 
 

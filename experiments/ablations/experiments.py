@@ -7,7 +7,6 @@ compiles a dozen programs, not sixty.
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 from typing import Any
@@ -22,6 +21,7 @@ from sprint_jax.diffusion import samplers, trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.heldout import Evaluator
 from sprint_jax.objectives import step
+from sprint_jax.reporting import rows as metric_rows
 from sprint_jax.sampling import programs
 from sprint_jax.storage import run_files, weights
 from sprint_jax.training import datasets, loop, scores, sharding, stages, workdirs
@@ -182,10 +182,7 @@ class Experiments:
         # Programs of the generator alone: not those of whole rounds.
         compiled = self._programs.setdefault(("gradients", _structure(c)), {})
         self._train(alone, c, folder, compiled, lambda share: advance((1 + share) / 2))
-        rows = {
-            stage: [row for row in _rows(folder) if row["stage"] == stage]
-            for stage in ("teacher", "gradients")
-        }
+        rows = metric_rows.read(folder)
         metrics = {
             name: geometric_mean([row[name] for row in rows["gradients"]])
             for name in ("grad_norm", "tangent_norm")
@@ -336,10 +333,3 @@ def geometric_mean(values):
     values = np.asarray(values, np.float64)
     finite = values[np.isfinite(values)]
     return float(np.exp(np.log(finite).mean())) if finite.size else math.inf
-
-
-def _rows(folder):
-    return [
-        json.loads(line)
-        for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
-    ]

@@ -14,7 +14,7 @@ import tqdm
 
 from experiments.ablations import grid
 from sprint_jax.errors import UserError
-from sprint_jax.storage import files
+from sprint_jax.storage import json_lines
 
 RESULTS = "results.jsonl"
 _BAR = (
@@ -47,7 +47,8 @@ def go(
     todo = [(r, seed) for r in runs for seed in range(seeds)]
     rows = read(workdir)
     done = finished(rows, scale)
-    _mend(workdir / RESULTS, rows)
+    if (workdir / RESULTS).exists():
+        json_lines.write(workdir / RESULTS, rows)  # without a line that was cut off
     with tqdm.tqdm(
         total=len(todo), desc="ablations", bar_format=_BAR, mininterval=1.0, smoothing=0.0
     ) as bar:
@@ -66,8 +67,7 @@ def go(
                     "seconds": time.perf_counter() - begin,
                     **about,
                 }
-                with (workdir / RESULTS).open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                json_lines.append(workdir / RESULTS, row)
                 rows.append(row)
                 say(_line(row, i + 1, len(todo)))
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -78,25 +78,11 @@ def go(
 
 
 def read(workdir) -> list[dict]:
-    """Rows of results.jsonl, none where there is no such file; a last line that is cut off is no
-    row.
+    """Return the rows of results.jsonl; a last line that is cut off is no row.
+
+    Raises UserError for any other line that is damaged.
     """
-    path, rows = pathlib.Path(workdir) / RESULTS, []
-    lines = path.read_text().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise UserError(f"{path} line {number} is not a result: remove that line") from None
-    return rows
-
-
-def _mend(path, rows):
-    """Leaves the whole lines alone in a file whose last one was cut off."""
-    whole = "".join(json.dumps(row) + "\n" for row in rows)
-    if path.exists() and path.read_text() != whole:
-        files.write_text(path, whole)
+    return json_lines.rows(pathlib.Path(workdir) / RESULTS, ("run", "seed"), kind="a result")
 
 
 def finished(rows, scale: grid.Scale) -> set:

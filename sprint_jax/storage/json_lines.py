@@ -1,18 +1,33 @@
-"""Files that another program wrote, one JSON object a line, each line for one picture."""
+"""Files of JSON lines: one object a line."""
 
 import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from sprint_jax.errors import UserError
 from sprint_jax.storage import files
 
 
-def read(path, flag, parse, *, kind, form) -> dict:
-    """{key: value} of a file's lines; empty lines are passed over.
+def read(
+    path: str | os.PathLike,
+    flag: str,
+    parse: Callable[[Any], tuple[Any, Any, str]],
+    *,
+    kind: str,
+    form: str,
+) -> dict[Any, Any]:
+    """Return {key: value} of a file that another program wrote; empty lines are left out.
 
     Args:
-      flag: name of the command's flag that names the file. parse: row -> (key, value, the key in words).
-      kind: what a line is, with its article. form: module whose docstring says how it looks.
-    Raises UserError naming the first line that is not one, or whose key has a line already.
+      path: the file.
+      flag: name of the command's flag that gives the file.
+      parse: row -> (key, value, the key in words).
+      kind: what a line is, with its article.
+      form: module whose docstring describes a line.
+
+    Raises UserError naming the first line that is malformed, or whose key has a line already.
     """
     try:
         lines = files.read_lines(path)
@@ -26,9 +41,44 @@ def read(path, flag, parse, *, kind, form) -> dict:
             key, value, words = parse(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path} line {number} is not {kind} ({type(error).__name__}: {error}): see {form} for the form"
+                f"{path} line {number} is not {kind} ({type(error).__name__}: {error}): "
+                f"see {form} for the form"
             ) from None
         if key in found:
             raise UserError(f"{path} line {number}: {words} has a line already")
         found[key] = value
     return found
+
+
+def rows(
+    path: str | os.PathLike, keys: Iterable[str] = (), *, kind: str | None = None
+) -> list[dict[str, Any]]:
+    """Return the rows of a file that a command appends to; none if there is no file.
+
+    A command that is killed may leave a damaged line, which is left out: no JSON, or an object
+    without all of `keys`. kind: what a line is, with its article; damaged lines before the last one
+    then raise UserError, for files whose every line is dear.
+    """
+    path, keys, found = pathlib.Path(path), frozenset(keys), []
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:  # no JSON, or no UTF-8
+            row = None
+        if isinstance(row, dict) and keys <= row.keys():
+            found.append(row)
+        elif kind is not None and number < len(lines):
+            raise UserError(f"{path} line {number} is not {kind}: remove that line")
+    return found
+
+
+def write(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows, the file whole or not at all."""
+    files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def append(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
+    """Add a row to a file."""
+    with pathlib.Path(path).open("a") as file:
+        file.write(json.dumps(row) + "\n")

@@ -1,5 +1,5 @@
-"""Names of what a run leaves in its work directory."""
+"""Names of the files of a run in its work directory."""
 
 CONFIG, SUMMARY = "config.json", "summary.json"
 TEACHER, CONTROL, STUDENT = "teacher.safetensors", "controlnet.safetensors", "student.safetensors"
-REPORT, PREVIEWS = "report.html", "previews"
+METRICS, REPORT, PREVIEWS = "metrics.jsonl", "report.html", "previews"

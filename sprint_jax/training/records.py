@@ -1,6 +1,5 @@
 """What a run leaves for people: metrics.jsonl, TensorBoard events and the progress line."""
 
-import json
 import pathlib
 import sys
 import types
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
-from sprint_jax.storage import files
+from sprint_jax.storage import json_lines, run_files
 
 
 class Records:
@@ -26,30 +25,23 @@ class Records:
         self._writer = None
         if workdir is None:
             return
-        self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        self._path = pathlib.Path(workdir) / run_files.METRICS
         self._writer = _metric_writer(pathlib.Path(workdir) / "events")
 
     def rewind(self, stage: str, step: int) -> None:
         """Drop rows of `stage` after `step`, and a line that was cut off or damaged."""
         if self._writer is None or not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_bytes().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # no JSON, or no UTF-8
-                continue
-            if row["stage"] != stage or row["step"] <= step:
-                kept.append(line.decode() + "\n")
-        files.write_text(self._path, "".join(kept))
+        rows = json_lines.rows(self._path, ("stage", "step"))
+        kept = [row for row in rows if row["stage"] != stage or row["step"] <= step]
+        json_lines.write(self._path, kept)
 
     def write(self, stage: str, step: int, scalars: Mapping[str, Any]) -> None:
         """Append a row."""
         if self._writer is None:
             return
         row = {"stage": stage, "step": step, **{k: float(v) for k, v in sorted(scalars.items())}}
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        json_lines.append(self._path, row)
         # Sums by time mean nothing without their shares: `reporting` divides them, TensorBoard
         # cannot.
         shown = {

@@ -62,9 +62,9 @@ def test_a_dropped_update_leaves_no_gap():
         "by_time/error/1": 3.0,
         "by_time/share/1": 0.5,
     }
-    _, means = rows_lib.by_time("teacher", [row(1.0), row(math.nan), row(2.0)], "error")
+    _, means = rows_lib.by_time([row(1.0), row(math.nan), row(2.0)], "error", 1.0)
     assert means == pytest.approx([3.0, 6.0])
-    assert math.isnan(rows_lib.by_time("teacher", [row(math.inf)], "error")[1][0])
+    assert math.isnan(rows_lib.by_time([row(math.inf)], "error", 1.0)[1][0])
 
 
 def test_buckets_against_a_loop():
@@ -76,11 +76,8 @@ def test_buckets_against_a_loop():
     expected = bucket_means(t, math.pi / 2, value)
     np.testing.assert_allclose(found["share"] * len(t), [n for _, n in expected], atol=1e-5)
     assert expected[2][1] == 0 and found["error"][2] == 0
-    times, means = rows_lib.by_time("sprint", [to_row(found)], "error")
-    assert (
-        rows_lib.by_time("gradients", [to_row(found)], "error")[0] == times
-    )  # the students of the ablations
-    assert rows_lib.by_time("teacher", [to_row(found)], "error")[0] == pytest.approx(
+    times, means = rows_lib.by_time([to_row(found)], "error", math.pi / 2)
+    assert rows_lib.by_time([to_row(found)], "error", 1.0)[0] == pytest.approx(
         [t * 2 / math.pi for t in times]
     )
     assert math.isnan(means[2])
@@ -111,8 +108,10 @@ def test_parts_of_a_batch_and_rows_add_up():
         )
         for i in (0, 1)
     ]
-    _, expected = rows_lib.by_time("sprint", [to_row(whole)], "error")
-    np.testing.assert_allclose(rows_lib.by_time("sprint", halves, "error")[1], expected, rtol=1e-5)
+    _, expected = rows_lib.by_time([to_row(whole)], "error", math.pi / 2)
+    np.testing.assert_allclose(
+        rows_lib.by_time(halves, "error", math.pi / 2)[1], expected, rtol=1e-5
+    )
 
 
 def test_a_bad_value_stays_in_its_bucket():
@@ -481,7 +480,7 @@ def test_the_page_of_a_run(finished):
     """The run writes it in one file: all stages, images bit for bit, scores as in the summary."""
     found = Page((finished / "report.html").read_text())
     assert found.headings == [
-        "Held-out prompts, the same noise in each sheet",
+        "Held-out prompts, the same noise in each grid",
         "Scores",
         "teacher",
         "finetune",
@@ -490,7 +489,7 @@ def test_the_page_of_a_run(finished):
     ]
     assert found.plots == TEACHER + TEACHER + SPRINT and not found.links
     assert list(found.pictures)[:5] == [
-        "real pictures",
+        "real images",
         "teacher",
         "student, 1 step",
         "student, 2 steps",
@@ -588,6 +587,8 @@ def test_values_by_time_of_a_run(finished):
         "finetune": ["loss"],
         "sprint": ["error", "logvar", "scm", "tangent_norm"],
     }
+    tops = {stage: rows_lib.top(found) for stage, found in stages.items()}
+    assert tops == {"teacher": 1.0, "finetune": 1.0, "sprint": math.pi / 2}
     for row in (row for found in stages.values() for row in found):
         assert sum(row[f"by_time/share/{i}"] for i in range(buckets.COUNT)) == pytest.approx(
             1, abs=1e-6
