@@ -14,7 +14,7 @@ from sprint_jax.conditioning.hed import HED
 from sprint_jax.conversion import rules
 from sprint_jax.conversion.rules import Row
 from sprint_jax.errors import UserError
-from sprint_jax.storage import tensors, torch_files, weights
+from sprint_jax.storage import safetensors_files, torch_files, weights
 
 FILE = "ControlNetHED.pth"
 _GIVE = f"give {FILE} (of lllyasviel/Annotators), or the file that --save_weights wrote from it"
@@ -36,7 +36,7 @@ def load(path: str | os.PathLike[str], model: HED) -> dict[str, Any]:
     )
     # A damaged file is reported as it is; only an error of the fit says which file to give.
     arrays = torch_files.read(path, elsewhere) if pickled else {}
-    found = {} if pickled else tensors.scan(path)
+    found = {} if pickled else safetensors_files.scan(path)
     try:
         if pickled:
             return rules.from_arrays(table, arrays, abstract, what)

@@ -19,7 +19,7 @@ from sprint_jax.models.controlnet import ControlNet
 from sprint_jax.models.dc_ae import DCAE, Stage
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
-from sprint_jax.storage import tensors, weights
+from sprint_jax.storage import safetensors_files, weights
 
 INDEX = "model_index.json"  # diffusers
 MODEL = "model.json"  # ours
@@ -155,11 +155,11 @@ class Description:
     def _files(self, part, model):
         if self.diffusers:
             stored = _PARTS[part]
-            found = tensors.find(self.path / stored.folder, stored.stem)
+            found = safetensors_files.find(self.path / stored.folder, stored.stem)
             return stored.rows(model), found, stored.folder
         flat = weights.flatten(_abstract(model))
         rows = [rules.Row(name, leaf.shape, name) for name, leaf in flat.items()]
-        return rows, tensors.scan(self.path / f"{part}.safetensors"), part
+        return rows, safetensors_files.scan(self.path / f"{part}.safetensors"), part
 
 
 def describe(path: _StrPath, *, dtype: str | None) -> Description:
@@ -256,7 +256,7 @@ def _subfolder(path: _StrPath, name: str) -> pathlib.Path:
 
 def _load_alone(part: str, path: pathlib.Path, model: Any) -> Any:
     stored = _PARTS[part]
-    found = tensors.find(path, stored.stem)
+    found = safetensors_files.find(path, stored.stem)
     return _load(part, stored.rows(model), found, model, "float32", _keep)
 
 
@@ -267,7 +267,7 @@ def _dtype_of(part: str, dtype: str | None, pixels_dtype: str | None) -> str | N
 def _load(
     part: str,
     rows: Sequence[rules.Row],
-    found: Mapping[str, tensors.Tensor],
+    found: Mapping[str, safetensors_files.Tensor],
     model: Any,
     dtype: str | None,
     place: _Place,
@@ -308,7 +308,9 @@ def write_diffusers(
             (partial / stored.folder).mkdir()
             configs.write_json(partial / stored.folder / "config.json", stored.to_json(model))
             named = rules.export(stored.rows(model), checkpoint.params[part])
-            tensors.write(partial / stored.folder, stored.stem, named, shard_bytes=shard_bytes)
+            safetensors_files.write(
+                partial / stored.folder, stored.stem, named, shard_bytes=shard_bytes
+            )
         (partial / "scheduler").mkdir()
         configs.write_json(
             partial / "scheduler" / "scheduler_config.json", configs.scheduler_json()
@@ -402,7 +404,7 @@ def write_ours(path: _StrPath, checkpoint: Checkpoint) -> None:
         )
         for part in models:
             flat = weights.flatten(checkpoint.params[part])
-            tensors.write(partial, part, flat, shard_bytes=2**62)
+            safetensors_files.write(partial, part, flat, shard_bytes=2**62)
         shutil.copytree(checkpoint.tokenizer, partial / "tokenizer")
 
 
@@ -412,7 +414,11 @@ def read_native(file: _StrPath) -> Checkpoint:
     The file has no config. Sizes follow from the shapes, and the numbers of heads are the published
     ones for the width. Raises UserError for another file or an unknown width.
     """
-    found = {name: t for name, t in tensors.scan(file).items() if name not in tables.NATIVE_DROPPED}
+    found = {
+        name: t
+        for name, t in safetensors_files.scan(file).items()
+        if name not in tables.NATIVE_DROPPED
+    }
     try:
         width, channels = found["x_embedder.proj.weight"].shape[:2]
         hidden = found["blocks.0.mlp.point_conv.conv.weight"].shape[1]

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sprint_jax.errors import UserError
-from sprint_jax.storage import tensors, weights
+from sprint_jax.storage import safetensors_files, weights
 
 Params: TypeAlias = dict[str, Any]  # nested dicts with arrays (or other leaves) at the ends
 Place: TypeAlias = tuple[int | slice, ...]  # index of a part of an array
@@ -79,7 +79,7 @@ class Row:
 
 def load(
     rows: Sequence[Row],
-    found: Mapping[str, tensors.Tensor],
+    found: Mapping[str, safetensors_files.Tensor],
     abstract: Params,
     dtype: npt.DTypeLike | None,
     what: str,
@@ -102,7 +102,7 @@ def load(
     shapes = {path: leaf.shape for path, leaf in weights.flatten(abstract).items()}
     check_cover(rows, shapes)
     for name in names.values():
-        tensors.check_dtype(found[name], name)
+        safetensors_files.check_dtype(found[name])
     if dtype is None:
         dtype = widest(np.dtype(found[name].dtype) for name in names.values())
     flat: dict[str, Any] = {}
@@ -114,7 +114,7 @@ def load(
         array = np.empty(shapes[path], dtype)
         for row in by_target[path]:
             arrange = None if row.is_copy() else row.to_ours
-            tensors.read(found[names[row]], names[row], array[row.place], arrange)
+            safetensors_files.read(found[names[row]], array[row.place], arrange)
         flat[path] = place(path, array)
     return weights.unflatten(flat)
 

@@ -1,19 +1,25 @@
-"""DPG-Bench: scores from recorded answers of a visual question answerer, and the crops that it is asked about.
+"""DPG-Bench: scores from recorded answers to questions about images.
 
-Answers come as JSON lines, one picture a line; a prompt has four, the crops of its 2 x 2 grid in reading order:
+Answers come as JSON lines, one line for each image. A prompt has four images, the crops of its
+2 x 2 grid in reading order:
 
     {"item_id": "partiprompts0", "picture": 0, "answers": {"1": "yes", "2": "no", ...}}
 
-The keys of answers are the proposition ids of the official dpg_bench.csv, whose columns item_id, text,
-proposition_id and dependency are read here. The official answerer is mPLUG-large; its "yes" is 1, all else 0.
+The keys of answers are the proposition ids of the official dpg_bench.csv. Its columns item_id,
+text, proposition_id and dependency are read here. The official model that answers is mPLUG-large;
+its "yes" is 1, everything else 0.
 
-The official script leaves the first row of its table out (the first proposition of one prompt), whose header is gone by then,
-and prompts whose picture it cannot score; here every row counts, and a prompt without answers is an error.
+The official script leaves out the first row of its table, the first proposition of one prompt,
+because it takes the row for a header. It also leaves out prompts whose image it cannot score. Here
+every row counts, and a prompt without answers is an error.
 """
 
 import csv
 import dataclasses
+import os
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -26,15 +32,18 @@ _COLUMNS = ("item_id", "text", "proposition_id", "dependency")
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A prompt and its questions. parents: {proposition id: ids it depends on}, in the order of the file."""
+    """A prompt and its questions.
+
+    parents: {proposition id: ids that it depends on}, in the order of the file.
+    """
 
     id: str
     prompt: str
     parents: dict[int, tuple[int, ...]]
 
 
-def read_questions(path) -> list[Item]:
-    """The prompts of dpg_bench.csv. Raises UserError naming the line that is wrong."""
+def read_questions(path: str | os.PathLike) -> list[Item]:
+    """Return the prompts of dpg_bench.csv. Raises UserError naming the line that is wrong."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -45,7 +54,8 @@ def read_questions(path) -> list[Item]:
     lacking = [name for name in _COLUMNS if not rows or rows[0].get(name) is None]
     if lacking:
         raise UserError(f"{path} lacks the columns {', '.join(lacking)}: give dpg_bench.csv")
-    texts, parents = {}, {}
+    texts: dict[str, str] = {}
+    parents: dict[str, dict[int, tuple[int, ...]]] = {}
     for number, row in enumerate(rows, 2):
         item = row["item_id"]
         try:
@@ -56,9 +66,10 @@ def read_questions(path) -> list[Item]:
                 f"{path} line {number}: proposition_id and dependency must be whole numbers"
             ) from None
         questions = parents.setdefault(item, {})
-        if question in questions:  # the official reader keeps the last one too, without a word
+        if question in questions:  # the official reader silently keeps the last one too
             warnings.warn(
-                f"{path} line {number}: {item} has proposition {question} twice, the later one counts",
+                f"{path} line {number}: {item} has proposition {question} twice, "
+                "the later one counts",
                 stacklevel=2,
             )
         texts.setdefault(item, row["text"])
@@ -72,11 +83,12 @@ def read_questions(path) -> list[Item]:
     return [Item(item, texts[item], parents[item]) for item in texts]
 
 
-def picture_score(answers, parents) -> float:
-    """Mean over questions, a question counting 0 where one it depends on counts 0.
+def picture_score(answers: Mapping[int, bool], parents: Mapping[int, tuple[int, ...]]) -> float:
+    """Return the mean score of an image's questions.
 
-    answers: {proposition id: bool}. parents: as in `Item`, walked in its order, so that a "no" reaches the
-    questions below it through those that come before them in the file.
+    A question scores 0 if a question that it depends on scores 0. answers: {proposition id: bool}.
+    parents: as in `Item`. Questions are scored in its order, so a "no" reaches a question through
+    those that come before it in the file.
     """
     scores = {question: float(answers[question]) for question in parents}
     for question, wanted in parents.items():
@@ -85,16 +97,21 @@ def picture_score(answers, parents) -> float:
     return float(np.mean(list(scores.values())))
 
 
-def score(answers, items, pictures=PICTURES) -> dict:
-    """{"score": 100 x the mean over prompts of the mean over pictures, "items": {id: share}}.
+def score(
+    answers: Mapping[tuple[str, int], Mapping[int, bool]],
+    items: Sequence[Item],
+    pictures: int = PICTURES,
+) -> dict[str, Any]:
+    """Return {"score": 100 x the mean over prompts, "items": {id: mean over images}}.
 
-    answers: {(item id, picture): {proposition id: bool}}. Raises UserError for answers that are missing.
+    answers: {(item id, number of the image): {proposition id: bool}}. Raises UserError for missing
+    answers.
     """
     absent = [(i.id, n) for i in items for n in range(pictures) if (i.id, n) not in answers]
     if absent:
         raise UserError(
-            f"{len(absent)} of {len(items) * pictures} pictures have no answers, first picture {absent[0][1]} of {absent[0][0]}: "
-            "ask about all of them"
+            f"{len(absent)} of {len(items) * pictures} images have no answers, "
+            f"first picture {absent[0][1]} of {absent[0][0]}: ask about all of them"
         )
     shares = {}
     for item in items:
@@ -111,8 +128,11 @@ def score(answers, items, pictures=PICTURES) -> dict:
     return {"score": 100 * float(np.mean(list(shares.values()))), "items": shares}
 
 
-def read_answers(path) -> dict:
-    """{(item id, picture): {proposition id: bool}}. Raises UserError naming the first line that is not one."""
+def read_answers(path: str | os.PathLike) -> dict[tuple[str, int], dict[int, bool]]:
+    """Return {(item id, number of the image): {proposition id: bool}} of a file of answers.
+
+    Raises UserError naming the first line that is malformed.
+    """
     return json_lines.read(
         path, "answers", _answers, kind="an answer", form="sprint_jax/evaluation/dpg.py"
     )
@@ -132,18 +152,21 @@ def _yes(answer):
     raise ValueError(f"answer {answer!r}")
 
 
-def grid(images):
-    """Four pictures uint8 [4, H, W, 3] -> [2 H, 2 W, 3] in reading order, without gaps."""
+def grid(images: np.ndarray) -> np.ndarray:
+    """Return four images, uint8 [4, H, W, 3], as one [2 H, 2 W, 3], in reading order, no gaps."""
     a, b, c, d = images
     return np.concatenate([np.concatenate([a, b], 1), np.concatenate([c, d], 1)])
 
 
-def crops(sheet):
-    """The inverse of `grid`: uint8 [2 H, 2 W, 3] -> [4, H, W, 3]. Raises UserError for odd sides."""
+def crops(sheet: np.ndarray) -> np.ndarray:
+    """Cut a grid, uint8 [2 H, 2 W, 3], into its four images [4, H, W, 3]: the inverse of `grid`.
+
+    Raises UserError for odd sides.
+    """
     height, width = sheet.shape[:2]
     if height % 2 or width % 2:
         raise UserError(
-            f"a 2 x 2 grid of {height} x {width} pixels cannot be cut in four equal pictures"
+            f"a 2 x 2 grid of {height} x {width} pixels cannot be cut in four equal images"
         )
     h, w = height // 2, width // 2
     return np.stack([sheet[:h, :w], sheet[:h, w:], sheet[h:, :w], sheet[h:, w:]])

@@ -1,17 +1,19 @@
-"""How well the edges of a picture agree with those it was asked for."""
+"""Agreement of the edges of images with reference edges."""
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import ndimage
 
 
-def agreement(edges_a, edges_b):
-    """Intersection over union of two edge maps after both are dilated by one pixel. -> float64 [B] in [0, 1].
+def agreement(edges_a: ArrayLike, edges_b: ArrayLike) -> np.ndarray:
+    """Return the intersection over union of edge maps that are dilated by one pixel.
 
-    Each map becomes the set of pixels within one pixel, diagonals included (a 3 x 3 square), of any of its edges; the
-    share is of the pixels in both sets among those in either. So lines one pixel apart still agree by half (a straight
-    line: 2 of 4 pixels across), and lines three apart not at all. Two empty maps agree: 1.
+    Dilation adds the eight neighbors of every edge pixel. So straight lines that are one pixel
+    apart agree by half (2 of 4 pixels across), and lines three pixels apart not at all. Two empty
+    maps agree by 1. The measure is symmetric.
 
-    edges_a, edges_b: [B, H, W], bool or numbers, an edge where not 0. Symmetric. Raises ValueError for unequal shapes.
+    edges_a, edges_b: [B, H, W], bool or numbers; nonzero is an edge. Returns float64 [B] in [0, 1].
+    Raises ValueError for unequal shapes.
     """
     a, b = np.asarray(edges_a) != 0, np.asarray(edges_b) != 0
     if a.shape != b.shape or a.ndim != 3:
@@ -24,4 +26,4 @@ def agreement(edges_a, edges_b):
 
 
 def _dilated(edges):
-    return ndimage.binary_dilation(edges, np.ones((1, 3, 3), bool))
+    return np.asarray(ndimage.binary_dilation(edges, np.ones((1, 3, 3), bool)), bool)

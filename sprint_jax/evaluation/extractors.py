@@ -10,22 +10,18 @@ import pathlib
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.networks import clip as clip_lib
 from sprint_jax.evaluation.networks import inception
-from sprint_jax.storage import files, torch_files
-from sprint_jax.storage import tensors as tensors_lib
+from sprint_jax.storage import files, safetensors_files, torch_files
 
 # The first digits of the SHA-256 of pytorch-fid's weights are part of their file's name.
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 _INCEPTION_SHA256 = "6726825d"
 _SOURCE = "source_sha256"  # of the .pth that a .safetensors file was made of
-RESIZES = ("pytorch-fid", "clean-fid")
 
 
 def sha256(path) -> str:
@@ -116,14 +112,12 @@ def load_inception(path, *, unpublished=False):
 def _read_inception(path):
     """({name: array}, digest) of a .safetensors or a .pth file."""
     if path.suffix == ".safetensors":
-        try:
-            with safetensors.safe_open(path, "numpy") as file:
-                digest = (file.metadata() or {}).get(_SOURCE) or sha256(path)
-                return {name: file.get_tensor(name) for name in file.keys()}, digest
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(
-                f"{path} is not a readable safetensors file ({error}): copy it again"
-            ) from None
+        found = {}
+        for name, tensor in safetensors_files.scan(path).items():
+            if not isinstance(tensor.dtype, str):  # counters are no weights
+                found[name] = np.empty(tensor.shape, tensor.dtype)
+                safetensors_files.read(tensor, found[name])
+        return found, safetensors_files.metadata(path).get(_SOURCE) or sha256(path)
     remedy = f"run sprint-jax evaluate there with --weights={path} --save_weights=FILE.safetensors, and give that file"
     return torch_files.read(path, remedy), sha256(path)
 
@@ -133,13 +127,9 @@ def save_inception(source, target, *, unpublished=False):
     load_inception(source, unpublished=unpublished)  # refused here rather than where it is used
     found, digest = _read_inception(pathlib.Path(source))
     layers = tuple(f"{name}." for name in inception.layer_shapes())
-    kept = {
-        k: np.ascontiguousarray(v)
-        for k, v in found.items()
-        if k.startswith(layers) and v.dtype == np.float32
-    }
+    kept = {k: v for k, v in found.items() if k.startswith(layers) and v.dtype == np.float32}
     with files.whole(target) as partial:
-        partial.write_bytes(safetensors.numpy.save(kept, metadata={_SOURCE: digest}))
+        safetensors_files.write_file(partial, kept, metadata={_SOURCE: digest})
 
 
 class CLIP:
@@ -200,7 +190,7 @@ def load_clip(path, *, batch):
         raise UserError(
             f"{path / 'config.json'} does not describe a CLIP ({type(error).__name__}: {error})"
         ) from None
-    found, wanted = tensors_lib.find(path, "model"), model.tensor_shapes()
+    found, wanted = safetensors_files.find(path, "model"), model.tensor_shapes()
     absent = sorted(wanted.keys() - found.keys())
     if absent:
         raise UserError(
@@ -213,7 +203,7 @@ def load_clip(path, *, batch):
                 f"{path} holds {name} with shape {tuple(found[name].shape)}, its config.json needs {shape}"
             )
         arrays[name] = np.empty(shape, np.float32)
-        tensors_lib.read(found[name], name, arrays[name], lambda a: a)
+        safetensors_files.read(found[name], arrays[name])
     digests = [sha256(file) for file in sorted({tensor.file for tensor in found.values()})]
     digest = (
         digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

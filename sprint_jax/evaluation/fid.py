@@ -1,29 +1,38 @@
-"""The statistic of FID: Gaussians fitted to features, and the Fréchet distance between two of them, in float64.
+"""The statistic of FID: Gaussians fitted to features, and their Fréchet distance, in float64.
 
-What the features are is the caller's business (`extractors.py`); on the same features the distance equals that
-of pytorch-fid and clean-fid. It is FID only on the pooled features of the published Inception network.
+Callers choose the features (`extractors.py`). On the same features the distance equals that of
+pytorch-fid and clean-fid. It is FID only on the pooled features of the published Inception network.
 """
 
 import dataclasses
+import os
 import pathlib
 import warnings
 import zipfile
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import scipy.linalg
 
 from sprint_jax.errors import UserError
 from sprint_jax.storage import files
+from sprint_jax.toy import frechet
 
-# Added to both diagonals where the product of the covariances has no finite root (pytorch-fid's default).
+# Added to both diagonals if the covariances' product has no finite root (pytorch-fid's default).
 EPS = 1e-6
-# Largest imaginary part on the diagonal of the root that is rounding (pytorch-fid's tolerance).
+# The largest imaginary part on the root's diagonal that passes for rounding (pytorch-fid's).
 _IMAGINARY = 1e-3
+# What NumPy raises for files that are no npz; an npy file is an array alone, no context manager.
+_UNREADABLE = (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Gaussian:
-    """mean [D] and covariance [D, D] (divisor count - 1) of count features; count 0: not known."""
+    """A Gaussian fitted to features.
+
+    mean: [D]. covariance: [D, D], with divisor count - 1. count: of features, 0 if it is unknown.
+    """
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -32,10 +41,10 @@ class Gaussian:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Moments:
-    """What a stream of features [N, D] leaves behind; parts seen on several devices or hosts are merged.
+    """Moments of a stream of features [N, D]. Those of parts, on several hosts say, can be merged.
 
-    count: N. mean: float64 [D]. scatter: float64 [D, D], the sum of outer products of deviations from the mean.
-    Deviations, not raw products: those would lose the digits that the mean and the spread have in common.
+    count: N. mean: float64 [D]. scatter: float64 [D, D], the sum of outer products of deviations
+    from the mean. Sums of raw products would lose the digits that mean and spread have in common.
     """
 
     count: int
@@ -43,14 +52,14 @@ class Moments:
     scatter: np.ndarray
 
     @classmethod
-    def of(cls, features):
-        """[N, D], N at least 1."""
+    def of(cls, features: np.ndarray) -> "Moments":
+        """Return the moments of features [N, D], N at least 1."""
         x = np.asarray(features, np.float64)
         mean = x.mean(0)
         return cls(len(x), mean, (x - mean).T @ (x - mean))
 
-    def merged(self, other):
-        """The moments of both sets of features together."""
+    def merged(self, other: "Moments") -> "Moments":
+        """Return the moments of both sets of features together."""
         count = self.count + other.count
         apart = other.mean - self.mean
         between = np.outer(apart, apart) * (self.count * other.count / count)
@@ -59,61 +68,71 @@ class Moments:
         )
 
     def gaussian(self) -> Gaussian:
-        """Raises UserError for fewer than two features."""
+        """Return the fitted Gaussian. Raises UserError for fewer than two features."""
         if self.count < 2:
             raise UserError(
-                f"{self.count} picture has no covariance: give at least two, and thousands for an FID"
+                f"{self.count} image has no covariance: give at least two, and thousands for an FID"
             )
         return Gaussian(self.mean, self.scatter / (self.count - 1), self.count)
 
 
-def merge(parts) -> Moments:
-    """All parts as one. Raises UserError where there is none."""
-    total = None
+def merge(parts: Iterable[Moments]) -> Moments:
+    """Return the moments of all parts together. Raises UserError if there is no part."""
+    total: Moments | None = None
     for part in parts:
         total = part if total is None else total.merged(part)
     if total is None:
-        raise UserError("no pictures: nothing to take statistics of")
+        raise UserError("no images: nothing to take statistics of")
     return total
 
 
 def distance(a: Gaussian, b: Gaussian) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), with pytorch-fid's treatment of singular products.
+    """Return the Fréchet distance, with pytorch-fid's treatment of singular covariances.
 
     Raises UserError for Gaussians of different sizes and for a root that is not real.
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(
-            f"features have {len(a.mean)} and {len(b.mean)} numbers: both sets need the same extractor"
+            f"features have {len(a.mean)} and {len(b.mean)} numbers: "
+            "both sets need the same extractor"
         )
-    root = _root(a.covariance @ b.covariance)
-    if not np.isfinite(root).all():
-        offset = EPS * np.eye(len(a.mean))
-        root = _root((a.covariance + offset) @ (b.covariance + offset))
-    if np.iscomplexobj(root):
-        if np.abs(np.diagonal(root).imag).max() > _IMAGINARY:
-            largest = np.abs(root.imag).max()
-            raise UserError(
-                f"the root of the covariances has an imaginary part of {largest:.3g}: give more pictures"
-            )
-        root = root.real
-    apart = a.mean - b.mean
-    return float(
-        apart @ apart + np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.trace(root)
+    return frechet.distance(
+        (a.mean, a.covariance), (b.mean, b.covariance), trace_of_root=_trace_of_root
     )
 
 
+def _trace_of_root(a, b):
+    """Return tr((a b)^(1/2)) by the matrix root, as pytorch-fid does.
+
+    The sum of the roots of eigenvalues, `frechet.trace_of_root`, is the same number for regular
+    covariances. For singular ones the two roundings differ in the eighth digit.
+    """
+    root = _root(a @ b)
+    if not np.isfinite(root).all():
+        offset = EPS * np.eye(len(a))
+        root = _root((a + offset) @ (b + offset))
+    if np.iscomplexobj(root):
+        if np.abs(np.imag(np.diagonal(root))).max() > _IMAGINARY:
+            largest = np.abs(np.imag(root)).max()
+            raise UserError(
+                f"the root of the covariances has an imaginary part of {largest:.3g}: "
+                "give more images"
+            )
+        root = np.real(root)
+    return np.trace(root)
+
+
 def _root(matrix):
-    with (
-        warnings.catch_warnings()
-    ):  # a singular product is expected of few pictures, and looked at by the caller
+    with warnings.catch_warnings():  # few images give a singular product, which callers expect
         warnings.simplefilter("ignore", RuntimeWarning)
-        return scipy.linalg.sqrtm(matrix)
+        return np.asarray(scipy.linalg.sqrtm(matrix))
 
 
-def save(path, gaussian: Gaussian, protocol: dict):
-    """Writes an npz file with `mu`, `sigma`, `count` and every field of protocol, whole or not at all."""
-    fields = {name: np.array("" if value is None else value) for name, value in protocol.items()}
+def save(path: str | os.PathLike, gaussian: Gaussian, protocol: Mapping[str, Any]) -> None:
+    """Write an npz file with `mu`, `sigma`, `count` and every field of protocol."""
+    fields: dict[str, Any] = {
+        name: np.array("" if value is None else value) for name, value in protocol.items()
+    }
     with files.whole(path) as partial, open(partial, "wb") as file:
         np.savez(
             file,
@@ -124,23 +143,16 @@ def save(path, gaussian: Gaussian, protocol: dict):
         )
 
 
-def load(path) -> tuple[Gaussian, dict]:
-    """(Gaussian, protocol fields as strings) of an npz file with at least `mu` and `sigma`, ours or another tool's.
+def load(path: str | os.PathLike) -> tuple[Gaussian, dict[str, str]]:
+    """Return (Gaussian, fields of the protocol) of an npz file, ours or another tool's.
 
-    Raises UserError for anything else.
+    The file has at least `mu` and `sigma`. Raises UserError for anything else.
     """
     path = pathlib.Path(path)
     try:
         with np.load(path, allow_pickle=False) as stored:
             fields = {name: stored[name] for name in stored.files}
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-    ) as error:  # an npy file is an array alone
+    except _UNREADABLE as error:
         raise UserError(
             f"cannot read statistics from {path} ({error}): give an npz file with mu and sigma"
         ) from None
@@ -151,13 +163,14 @@ def load(path) -> tuple[Gaussian, dict]:
     mean, covariance = (np.asarray(fields.pop(name), np.float64) for name in ("mu", "sigma"))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(
-            f"{path} has mu {mean.shape} and sigma {covariance.shape}: [D] and [D, D] belong together"
+            f"{path} has mu {mean.shape} and sigma {covariance.shape}: "
+            "[D] and [D, D] belong together"
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{path} holds values that are not finite: compute the statistics again")
     count = fields.pop("count", np.array(0))
     if count.shape or not np.issubdtype(count.dtype, np.number):
-        raise UserError(f"{path} has count {count}: it is the number of pictures")
+        raise UserError(f"{path} has count {count}: it is the number of images")
     count = int(count)
     return Gaussian(mean, covariance, count), {
         name: str(value) for name, value in fields.items() if value.ndim == 0

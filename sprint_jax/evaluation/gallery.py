@@ -1,45 +1,52 @@
-"""A folder of pictures of many prompts, made with one protocol, that can be interrupted and gone on with.
+"""A folder of generated images of many prompts, made with one protocol.
 
-    OUT/protocol.json      the settings that decide about pixels, and who made pictures with them
-    OUT/manifest.jsonl     file, prompt and noise of every picture that belongs here
-    OUT/pictures/          the pictures
+    OUT/protocol.json      the settings that decide about pixels, and what generated with them
+    OUT/manifest.jsonl     file, prompt and noise of every image that belongs here
+    OUT/pictures/          the images
 
-A folder keeps to its settings: other ones are refused by name. What is there is kept. It is nobody's until the first
-pictures are there, so that a command that ends before them locks nothing.
+Generation can be interrupted and resumed; existing images are kept. A folder keeps to its settings.
+It is claimed when the first images are written, so a command that fails earlier claims nothing.
 """
 
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import dpg, image_sets
+from sprint_jax.evaluation.prompt_sets import Prompt
 from sprint_jax.sampling import generation, pipeline
-from sprint_jax.storage import files, image_files, revision, run_files
+from sprint_jax.storage import files, image_files, json_lines, revision, run_files
 from sprint_jax.storage.settings import Keeper
 
 PROTOCOL, MANIFEST, PICTURES = "protocol.json", "manifest.jsonl", "pictures"
 FORMATS = {"png": "PNG", "jpeg": "JPEG"}
 _KEEPER = Keeper(file=PROTOCOL, flag="out", section="settings")
-_WINDOW = 8  # batches whose pictures are made before they are written
-_ENDS = 1 << 20  # bytes at each end of a file that go into its fingerprint
+_WINDOW = 8  # batches that are generated before their images are written
+_ENDS = 1 << 20  # bytes at each end of a file that enter its fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
 class Unit:
-    """A file to make: one picture, or four as a 2 x 2 grid. indices: name the noise of each picture."""
+    """A file to generate: one image, or four as a 2 x 2 grid.
+
+    indices: numbers that determine the noise of each image.
+    """
 
     file: str
     prompt: str
     indices: tuple[int, ...]
 
 
-def plain(prompts, per_prompt, ending):
-    """ID.png, or ID_0.png ... where a prompt has several pictures."""
+def plain(prompts: Sequence[Prompt], per_prompt: int, ending: str) -> list[Unit]:
+    """Return the files ID.png, or ID_0.png and so on for several images of a prompt."""
     name = lambda prompt, j: f"{prompt.id}{f'_{j}' if per_prompt > 1 else ''}.{ending}"
     return [
         Unit(name(prompt, j), prompt.text, (i * per_prompt + j,))
@@ -48,8 +55,11 @@ def plain(prompts, per_prompt, ending):
     ]
 
 
-def geneval(prompts, per_prompt):
-    """The official folders: 00000/samples/00000.png. `metadata` writes what stands beside them."""
+def geneval(prompts: Sequence[Prompt], per_prompt: int) -> list[Unit]:
+    """Return the files of the official folders, 00000/samples/00000.png.
+
+    `write_metadata` writes the other files of these folders.
+    """
     return [
         Unit(f"{i:05d}/samples/{j:05d}.png", prompt.text, (i * per_prompt + j,))
         for i, prompt in enumerate(prompts)
@@ -57,21 +67,21 @@ def geneval(prompts, per_prompt):
     ]
 
 
-def grids(prompts):
-    """DPG-Bench's: ID.png with four pictures."""
+def grids(prompts: Sequence[Prompt]) -> list[Unit]:
+    """Return the files of DPG-Bench: ID.png with four images."""
     n = dpg.PICTURES
     return [
         Unit(f"{p.id}.png", p.text, tuple(range(n * i, n * i + n))) for i, p in enumerate(prompts)
     ]
 
 
-def write_metadata(out, prompts, per_prompt, with_grid):
-    """metadata.jsonl, and perhaps grid.png, in each folder of a prompt."""
+def write_metadata(
+    out: str | os.PathLike, prompts: Sequence[Prompt], per_prompt: int, with_grid: bool
+) -> None:
+    """Write metadata.jsonl, and with_grid also grid.png, in each folder of a prompt."""
     for i, prompt in enumerate(prompts):
         folder = pathlib.Path(out) / PICTURES / f"{i:05d}"
-        files.write_text(
-            folder / "metadata.jsonl", json.dumps(prompt.row, ensure_ascii=False) + "\n"
-        )
+        json_lines.write(folder / "metadata.jsonl", [prompt.row])
         if with_grid:
             images = [image_sets.read(folder / f"samples/{j:05d}.png") for j in range(per_prompt)]
             image_files.save(
@@ -79,12 +89,16 @@ def write_metadata(out, prompts, per_prompt, with_grid):
             )
 
 
-def fingerprint(model) -> str:
-    """Of a model's files: names, sizes and both ends of each, without reading gigabytes."""
+def fingerprint(model: str | os.PathLike) -> str:
+    """Return a digest of names, sizes and both ends of a model's files.
+
+    It does not read gigabytes. Raises UserError if there is no such folder.
+    """
     model = pathlib.Path(model)
     if not model.is_dir():
         raise UserError(
-            f"no directory {model}: give a diffusers folder, a converted model or the --workdir of a run"
+            f"no directory {model}: give a diffusers folder, a converted model or the --workdir "
+            "of a run"
         )
     if (model / run_files.STUDENT).is_file():
         paths = [model / run_files.CONFIG, model / run_files.STUDENT]
@@ -102,7 +116,7 @@ def fingerprint(model) -> str:
     return digest.hexdigest()
 
 
-def check(out, settings, units):
+def check(out: str | os.PathLike, settings: Mapping[str, Any], units: Sequence[Unit]) -> None:
     """Raise UserError where `claim` would; claim nothing.
 
     The folder is made, so that one that cannot be written is refused as well.
@@ -113,7 +127,7 @@ def check(out, settings, units):
         _rows(out, units)
 
 
-def claim(out, settings, units):
+def claim(out: str | os.PathLike, settings: Mapping[str, Any], units: Sequence[Unit]) -> None:
     """Make the folder belong to these settings.
 
     settings: plain values that decide about pixels. Several processes may claim one folder at once.
@@ -126,9 +140,7 @@ def claim(out, settings, units):
         rows = _rows(out, units).values()
         with _KEEPER.writing(out):
             (out / PICTURES).mkdir(exist_ok=True)
-            files.write_text(
-                out / MANIFEST, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            )
+            json_lines.write(out / MANIFEST, rows)
 
 
 def _check_settings(out, settings):
@@ -139,32 +151,53 @@ def _check_settings(out, settings):
 
 
 def _rows(out, units):
-    """{file: row} of the manifest, with those of the units."""
-    rows = {}
-    if (out / MANIFEST).exists():
-        for line in filter(None, files.read_lines(out / MANIFEST)):
-            row = json.loads(line)
-            rows[row["file"]] = row
+    """Return {file: row} of the manifest and of the units."""
+    known = json_lines.rows(out / MANIFEST, ("file", "prompt", "indices"), kind="an image's")
+    rows = {row["file"]: row for row in known}
     for unit in units:
         row = {"file": unit.file, "prompt": unit.prompt, "indices": list(unit.indices)}
         if rows.setdefault(unit.file, row) != row:
             raise UserError(
-                f"{out} has {unit.file} of {rows[unit.file]['prompt']!r} with noise {rows[unit.file]['indices']}, now of "
-                f"{unit.prompt!r} with {row['indices']}: use the same prompts, or another --out"
+                f"{out} has {unit.file} of {rows[unit.file]['prompt']!r} with noise "
+                f"{rows[unit.file]['indices']}, now of {unit.prompt!r} with {row['indices']}: "
+                "use the same prompts, or another --out"
             )
     return rows
 
 
-def missing(out, units):
-    """Units whose files are not there yet. Files appear whole, so one that is there is done."""
+def missing(out: str | os.PathLike, units: Sequence[Unit]) -> list[Unit]:
+    """Return the units whose files do not exist. Files appear whole, so existing ones are done."""
     return [unit for unit in units if not (pathlib.Path(out) / PICTURES / unit.file).exists()]
 
 
-def make(out, units, pipe, options, *, batch, file_format, bar, claim):
-    """Makes and writes the pictures of units; records in protocol.json with what. bar: of tqdm, in pictures.
+class Bar(Protocol):
+    """A progress bar of tqdm that counts images."""
 
-    options: keywords of `generation.generate`. batch: pictures a program run, rounded up to a multiple of the devices.
-    claim: called when the first pictures are made, before they are written; `claim` of this folder.
+    @property
+    def n(self) -> float:
+        """The images so far."""
+        ...
+
+    def update(self, n: float, /) -> Any:
+        """Add images."""
+
+
+def make(
+    out: str | os.PathLike,
+    units: Sequence[Unit],
+    pipe: pipeline.Pipeline,
+    options: Mapping[str, Any],
+    *,
+    batch: int,
+    file_format: str,
+    bar: Bar,
+    claim: Callable[[], object],
+) -> None:
+    """Generate and write the images of units, and record in protocol.json what generated them.
+
+    options: keywords of `generation.generate`. batch: images of a program run, rounded up to a
+    multiple of the devices. file_format: of `FORMATS`. claim: `claim` of this folder, called when
+    the first images are generated and before they are written.
     """
     out, devices = pathlib.Path(out), jax.local_devices()
     batch = -(-batch // len(devices)) * len(devices)
@@ -211,7 +244,7 @@ def _record(out, maker):
             files.write_text(out / PROTOCOL, json.dumps(known, indent=2) + "\n")
 
 
-def protocol(out) -> dict:
+def protocol(out: str | os.PathLike) -> dict[str, Any]:
     """Return {"settings", "made_by"} of a folder."""
     path = pathlib.Path(out) / PROTOCOL
     try:

@@ -1,47 +1,57 @@
-"""GenEval (arXiv 2310.11513): its rules on recorded detections, and the folders that its detector reads.
+"""GenEval (arXiv 2310.11513): its rules on recorded detections.
 
-Detections come as JSON lines, one picture a line, from whatever runs the detector (officially Mask2Former Swin-S
-of mmdet, and CLIP ViT-L/14 for the colour of each box):
+Detections come as JSON lines, one line for each image, from whatever runs the detector. Officially
+that is Mask2Former Swin-S of mmdet, and CLIP ViT-L/14 for the color of each box:
 
     {"file": "00000/samples/00000.png",
-     "objects": [{"class": "dog", "box": [x1, y1, x2, y2], "confidence": 0.97, "colour": "red"}, ...]}
+     "objects": [{"class": "dog", "box": [x1, y1, x2, y2], "confidence": 0.97, "color": "red"}]}
 
-`file` is relative to the folder of pictures. `box` is in pixels, x to the right and y down. All objects that the
-detector reports belong in the list, of any confidence; thresholds are applied here. `colour` (or `color`) is one
-of `COLOURS`; it is needed only of objects whose class a prompt asks for by colour. A picture without objects has
-an empty list; a picture without a line is an error.
+`file` is relative to the folder of images. `box` is in pixels, x to the right and y down. The list
+has all objects that the detector reports, of any confidence; thresholds are applied here. `color`
+(or `colour`) is one of `COLORS`. It is needed only for objects whose class a prompt asks for by
+color. An image without objects has an empty list. An image without a line is an error.
 
-The metadata of a prompt are those of the official evaluation_metadata.jsonl: `prompt`, `tag`, `include` (a list
-of {"class", "count"} with perhaps "color" and "position": [relation, index into include]) and perhaps `exclude`.
+The metadata of a prompt are those of the official evaluation_metadata.jsonl: `prompt`, `tag`,
+`include` and perhaps `exclude`. `include` is a list of {"class", "count"} with perhaps "color" and
+"position": [relation, index into include].
 """
 
 import collections
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from sprint_jax.errors import UserError
 from sprint_jax.storage import json_lines
 
+Detection: TypeAlias = dict[str, Any]  # an object of a line, with the keys above
+
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 CONFIDENCE = 0.3  # an object counts above this
 COUNTING_CONFIDENCE = 0.9  # in the task of counting
 MOST_OBJECTS = 16  # of a class, the most confident ones
-POSITION_MARGIN = 0.1  # of the two extents together, taken off the distance of two centres
-_DIRECTION = 0.5  # least share of the distance that must lie along the named axis
-_LEVEL = 1e-3  # pixels; less is no direction
+POSITION_MARGIN = 0.1  # share of both extents that is taken off the distance of two centers
+_DIRECTION = 0.5  # smallest share of the distance that lies along the named axis
+_LEVEL = 1e-3  # pixels; a smaller distance has no direction
 
 
-def check_metadata(metadata, where):
-    """Raises UserError where the metadata of a prompt are not of the official form. where: names them."""
+def check_metadata(metadata: Any, where: str) -> None:
+    """Raise UserError if the metadata of a prompt are not of the official form.
+
+    where: names the prompt in the error line.
+    """
     if (
         not isinstance(metadata, dict)
         or metadata.get("tag") not in TASKS
         or not metadata.get("include")
     ):
         raise UserError(
-            f"{where} is not GenEval metadata: it needs prompt, tag (one of {', '.join(TASKS)}) and include"
+            f"{where} is not GenEval metadata: "
+            f"it needs prompt, tag (one of {', '.join(TASKS)}) and include"
         )
     for kind in ("include", "exclude"):
         for number, wanted in enumerate(metadata.get(kind, [])):
@@ -52,34 +62,40 @@ def check_metadata(metadata, where):
             ):
                 raise UserError(f"{where}: {kind} {number} needs class and count, a number")
     for number, wanted in enumerate(metadata["include"]):
-        if wanted.get("color", COLOURS[0]) not in COLOURS:
+        if wanted.get("color", COLORS[0]) not in COLORS:
             raise UserError(
-                f"{where}: include {number} asks for color {wanted['color']!r}: use one of {', '.join(COLOURS)}"
+                f"{where}: include {number} asks for color {wanted['color']!r}: "
+                f"use one of {', '.join(COLORS)}"
             )
         if "position" in wanted:
             match wanted["position"]:
                 case [relation, int(target)] if relation in RELATIONS and 0 <= target < number:
                     continue
             raise UserError(
-                f"{where}: include {number} has position {wanted['position']}: a relation and an earlier index"
+                f"{where}: include {number} has position {wanted['position']}: "
+                "give a relation and an earlier index"
             )
 
 
-def kept(objects, task):
-    """{class: its objects}: those above the task's confidence, the most confident first, at most 16 of a class."""
+def kept(objects: Sequence[Detection], task: str) -> dict[str, list[Detection]]:
+    """Return {class: objects} above the task's confidence.
+
+    The most confident objects come first, at most 16 of a class.
+    """
     least = COUNTING_CONFIDENCE if task == "counting" else CONFIDENCE
-    by_class = collections.defaultdict(list)
+    by_class: dict[str, list[Detection]] = collections.defaultdict(list)
     for one in sorted(objects, key=lambda o: -o["confidence"]):
         if one["confidence"] > least and len(by_class[one["class"]]) < MOST_OBJECTS:
             by_class[one["class"]].append(one)
     return {name: found for name, found in by_class.items() if found}
 
 
-def relations(box, other):
-    """Where a box is as seen from another: a set of none, one or (exactly diagonal) two of `RELATIONS`.
+def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
+    """Return where a box is as seen from another.
 
-    The distance of the centres is shortened on each axis by a tenth of both extents; a direction holds where what
-    is left on its axis is more than half of the whole distance.
+    The set has none, one, or on an exact diagonal two of `RELATIONS`. The distance of the centers
+    is shortened on each axis by a tenth of both extents. A direction holds if the rest on its axis
+    is more than half of the whole distance.
     """
     a, b = (np.asarray(corners, np.float64).reshape(2, 2) for corners in (box, other))
     apart = a.mean(0) - b.mean(0)
@@ -97,14 +113,17 @@ def relations(box, other):
     return {name for name, true in holds.items() if true}
 
 
-def judge(objects, metadata) -> tuple[bool, list[str]]:
-    """Whether a picture shows what its prompt asks for, and why not.
+def judge(objects: Sequence[Detection], metadata: Mapping[str, Any]) -> tuple[bool, list[str]]:
+    """Return whether an image shows what its prompt asks for, and what is wrong.
 
-    objects: detections of one picture, as in the file. Raises KeyError where a colour is needed and not given.
+    objects: detections of one image, as in the file. Raises KeyError if a color that is needed is
+    missing.
     """
-    found, groups, faults = kept(objects, metadata["tag"]), [], []
+    found = kept(objects, metadata["tag"])
+    groups: list[list[Detection] | None] = []
+    faults: list[str] = []
     for wanted in metadata["include"]:
-        # The most confident ones stand for the class, in colour and position too.
+        # The most confident ones stand for the class, in color and position too.
         chosen = found.get(wanted["class"], [])[: wanted["count"]]
         fault = _fault(chosen, wanted, groups)
         groups.append(None if fault else chosen)
@@ -119,13 +138,14 @@ def judge(objects, metadata) -> tuple[bool, list[str]]:
 
 
 def _fault(chosen, wanted, groups):
-    """What is wrong with the objects chosen for one entry of include; None where nothing is."""
+    """Return what is wrong with the objects chosen for one entry of include, None if nothing."""
     if len(chosen) < wanted["count"]:
         return f"expected {wanted['count']} {wanted['class']}, found {len(chosen)}"
     if "color" in wanted:
-        colours = [o["colour"] if "colour" in o else o["color"] for o in chosen]
-        if colours.count(wanted["color"]) < wanted["count"]:
-            return f"expected {wanted['count']} {wanted['color']} {wanted['class']}, found {', '.join(colours)}"
+        colors = [o["colour"] if "colour" in o else o["color"] for o in chosen]
+        if colors.count(wanted["color"]) < wanted["count"]:
+            expected = f"{wanted['count']} {wanted['color']} {wanted['class']}"
+            return f"expected {expected}, found {', '.join(colors)}"
     if "position" in wanted:
         relation, target = wanted["position"]
         if groups[target] is None:
@@ -139,8 +159,11 @@ def _fault(chosen, wanted, groups):
     return None
 
 
-def read_detections(path) -> dict[str, list]:
-    """{file: objects} of a file of detections. Raises UserError naming the first line that is not one."""
+def read_detections(path: str | os.PathLike) -> dict[str, list[Detection]]:
+    """Return {file: objects} of a file of detections.
+
+    Raises UserError naming the first line that is malformed.
+    """
     return json_lines.read(
         path, "detections", _detections, kind="a detection", form="sprint_jax/evaluation/geneval.py"
     )
@@ -153,36 +176,44 @@ def _detections(row):
 def _object(row):
     if len(row["box"]) != 4 or not np.isfinite([*row["box"], row["confidence"]]).all():
         raise ValueError(f"box {row['box']} with confidence {row['confidence']}")
-    colour = row.get("colour", row.get("color"))
-    if colour is not None and colour not in COLOURS:
-        raise ValueError(f"colour {colour!r}")
-    return {"class": row["class"], "box": row["box"], "confidence": float(row["confidence"])} | (
-        {"colour": colour} if colour else {}
-    )
+    color = row.get("colour", row.get("color"))
+    if color is not None and color not in COLORS:
+        raise ValueError(f"color {color!r}")
+    found = {"class": row["class"], "box": row["box"], "confidence": float(row["confidence"])}
+    return found | ({"color": color} if color else {})
 
 
-def score(detections, pictures) -> dict:
-    """Shares right of each task, over pictures, and `overall`, the mean of the tasks.
+def score(
+    detections: Mapping[str, Sequence[Detection]],
+    images: Sequence[tuple[str, Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """Return the share of right images of each task, and the mean of the tasks.
 
     Args:
-      detections: {file: objects}. pictures: [(file, metadata)].
+      detections: {file: objects}.
+      images: [(file, metadata)].
+
     Returns:
-      {"overall", "tasks": {task: share}, "counts": {task: pictures}, "wrong": {file: reasons}}. Without all six
-      tasks, "overall" is the mean of those that are there.
-    Raises UserError for pictures without detections, and for a colour that is needed and missing.
+      {"overall": mean of the tasks that occur, "tasks": {task: share},
+      "counts": {task: number of images}, "wrong": {file: reasons}}.
+
+    Raises UserError for images without detections, and for a color that is needed and missing.
     """
-    absent = [file for file, _ in pictures if file not in detections]
+    absent = [file for file, _ in images if file not in detections]
     if absent:
         raise UserError(
-            f"{len(absent)} of {len(pictures)} pictures have no detections, first {absent[0]}: run the detector on all"
+            f"{len(absent)} of {len(images)} images have no detections, first {absent[0]}: "
+            "run the detector on all"
         )
-    right, wrong = collections.defaultdict(list), {}
-    for file, metadata in pictures:
+    right: dict[str, list[bool]] = collections.defaultdict(list)
+    wrong: dict[str, list[str]] = {}
+    for file, metadata in images:
         try:
             correct, reasons = judge(detections[file], metadata)
         except KeyError:
             raise UserError(
-                f'detections of {file} lack a colour that its prompt asks about: add "colour" to its objects'
+                f"detections of {file} lack a color that its prompt asks about: "
+                'add "color" to its objects'
             ) from None
         right[metadata["tag"]].append(correct)
         if not correct:

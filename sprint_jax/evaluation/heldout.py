@@ -1,26 +1,52 @@
-"""Scores of pictures made for held-out prompts: the checker of `shapes` where it reads them, a Fréchet distance."""
+"""Scores of images generated for held-out prompts.
+
+They are a Fréchet distance, the shares of the checker of `shapes` for its captions, and with a
+ControlNet the agreement of edges.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
 
 from sprint_jax.conditioning import sketches
 from sprint_jax.evaluation import edges
 from sprint_jax.toy import checker, frechet
 
 
+class HeldOut(Protocol):
+    """Held-out examples."""
+
+    @property
+    def meanings(self) -> Sequence[Any] | None:
+        """The scenes that the prompts describe; None for data sets other than `shapes`."""
+        ...
+
+    @property
+    def reference(self) -> np.ndarray:
+        """Real images, uint8 [N, H, W, 3]."""
+        ...
+
+    @property
+    def edges(self) -> np.ndarray | None:
+        """The edges that images should have, [count, H, W]; None without a ControlNet."""
+        ...
+
+
 class Evaluator:
-    """Scores sets of pictures against the same prompts and the same real reference.
+    """Scores sets of images against the same prompts and the same real images."""
 
-    heldout: `inputs.Heldout`, or anything with its `meanings`, `reference` and `edges`.
-    """
-
-    def __init__(self, heldout):
+    def __init__(self, heldout: HeldOut):
         self._meanings, self._edges = heldout.meanings, heldout.edges
         self._reference = frechet.moments(frechet.features(heldout.reference))
 
-    def __call__(self, images):
-        """uint8 [count, H, W, 3] -> {"frechet": distance}, and {"score": share, "tasks": {task: share}} for `shapes`.
+    def __call__(self, images: np.ndarray) -> dict[str, Any]:
+        """Return the scores of images, uint8 [count, H, W, 3], one for each prompt.
 
-        With edges that the pictures should follow also {"agreement": mean of `edges.agreement`}.
+        They are {"frechet": distance}, for `shapes` also {"score": share, "tasks": {task: share}},
+        and with edges also {"agreement": mean of `edges.agreement`}.
         """
-        scores = {
+        scores: dict[str, Any] = {
             "frechet": frechet.distance(frechet.moments(frechet.features(images)), self._reference)
         }
         if self._meanings is not None:

@@ -1,13 +1,16 @@
-"""Pictures on disk, to be scored: finding, checking and reading them."""
+"""Images on disk that are scored: finding, checking and reading them."""
 
 import collections
 import json
+import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from sprint_jax.errors import UserError
+from sprint_jax.evaluation.prompt_sets import Prompt
 from sprint_jax.storage import files
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -20,22 +23,24 @@ _UNREADABLE = (
 )
 
 
-def found(folder) -> list[pathlib.Path]:
-    """All pictures under a folder, by name. Raises UserError where there is none."""
+def found(folder: str | os.PathLike) -> list[pathlib.Path]:
+    """Return all images below a folder, sorted by name. Raises UserError if there is none."""
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise UserError(f"no directory {folder}: give a folder of pictures")
+        raise UserError(f"no directory {folder}: give a folder of images")
     paths = sorted(p for p in files.below(folder) if p.suffix.lower() in _ENDINGS)
     if not paths:
-        raise UserError(f"{folder} holds no pictures ({', '.join(_ENDINGS)})")
+        raise UserError(f"{folder} holds no images ({', '.join(_ENDINGS)})")
     return paths
 
 
-def with_prompts(folder, prompts):
-    """([path], [prompt text]) of a folder: file ID.png of each prompt, or what the folder's manifest.jsonl says.
+def with_prompts(
+    folder: str | os.PathLike, prompts: Sequence[Prompt] | None
+) -> tuple[list[pathlib.Path], list[str]]:
+    """Return the paths of the images of a folder, and the prompt of each.
 
-    prompts: of `prompt_sets`, or None for the manifest, which is looked for in the folder and beside it. Raises
-    UserError for prompts without a picture, with their count.
+    The image of a prompt is its file ID.png. prompts: None to read manifest.jsonl, in the folder or
+    beside it. Raises UserError for prompts without an image, with their count.
     """
     folder = pathlib.Path(folder)
     if prompts is None:
@@ -44,7 +49,7 @@ def with_prompts(folder, prompts):
     absent = [p.id for p in prompts if p.id not in by_name]
     if absent:
         raise UserError(
-            f"{len(absent)} of {len(prompts)} prompts have no picture in {folder}, first {absent[0]}"
+            f"{len(absent)} of {len(prompts)} prompts have no image in {folder}, first {absent[0]}"
         )
     return [by_name[p.id] for p in prompts], [p.text for p in prompts]
 
@@ -56,54 +61,62 @@ def _by_manifest(folder):
     )
     if manifest is None:
         raise UserError(
-            f"{folder} has no manifest.jsonl: say with --prompts=FILE what its pictures show"
+            f"{folder} has no manifest.jsonl: give the prompts of its images by --prompts=FILE"
         )
     try:
         rows = [json.loads(line) for line in files.read_lines(manifest) if line.strip()]
         pairs = [(folder / row["file"], row["prompt"]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{manifest} is not a manifest ({error}): say with --prompts=FILE what the pictures show"
+            f"{manifest} is not a manifest ({error}): give the prompts by --prompts=FILE"
         ) from None
     absent = [path for path, _ in pairs if not path.is_file()]
     if absent or not pairs:
         raise UserError(
-            f"{len(absent)} of {len(pairs)} pictures of {manifest} are missing, first {absent[0] if absent else ''}"
+            f"{len(absent)} of {len(pairs)} images of {manifest} are missing, "
+            f"first {absent[0] if absent else ''}"
         )
     return [path for path, _ in pairs], [prompt for _, prompt in pairs]
 
 
-def inspected(paths):
-    """({(height, width): how many}, sorted file formats) from the headers.
+def inspected(
+    paths: Sequence[pathlib.Path],
+) -> tuple[collections.Counter[tuple[int, int]], list[str]]:
+    """Return ({(height, width): count}, sorted file formats) of images, from their headers.
 
-    Raises UserError for pictures that are no pictures, with their count.
+    Raises UserError for files that are no images, with their count.
     """
-    sizes, formats, bad = collections.Counter(), set(), []
+    sizes: collections.Counter[tuple[int, int]] = collections.Counter()
+    formats, bad = set(), []
     for path in paths:
         try:
             with Image.open(path) as image:
                 sizes[image.height, image.width] += 1
-                formats.add(image.format.lower())
+                formats.add((image.format or "").lower())
         except _UNREADABLE as error:
             bad.append((path, error))
     if bad:
         raise UserError(
-            f"{len(bad)} of {len(paths)} pictures cannot be read, first {bad[0][0]} ({bad[0][1]}): make them again"
+            f"{len(bad)} of {len(paths)} images cannot be read, first {bad[0][0]} ({bad[0][1]}): "
+            "generate them again"
         )
     return sizes, sorted(formats)
 
 
-def one_size(sizes, remedy):
-    """Raises UserError where pictures differ in size. remedy: what to do about it."""
+def one_size(sizes: collections.Counter[tuple[int, int]], remedy: str) -> None:
+    """Raise UserError if images differ in size. sizes: of `inspected`. remedy: what to do."""
     if len(sizes) > 1:
         most = ", ".join(f"{count} of {h} x {w}" for (h, w), count in sizes.most_common(3))
-        raise UserError(f"pictures have {len(sizes)} sizes ({most}): {remedy}")
+        raise UserError(f"images have {len(sizes)} sizes ({most}): {remedy}")
 
 
-def read(path):
-    """uint8 [H, W, 3]: as stored, without a profile or a turn, as the metrics' own tools read them."""
+def read(path: str | os.PathLike) -> np.ndarray:
+    """Return an image, uint8 [H, W, 3].
+
+    Color profiles and EXIF rotation are ignored, as the metrics' own tools do.
+    """
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except _UNREADABLE as error:
-        raise UserError(f"cannot read the picture {path} ({error}): make it again") from None
+        raise UserError(f"cannot read the image {path} ({error}): generate it again") from None

@@ -1,8 +1,9 @@
-"""Prompts of a benchmark: text, JSON lines, MJHQ's JSON, GenEval's metadata, DPG-Bench's questions."""
+"""Prompts of benchmarks: text, JSON lines, MJHQ's JSON, GenEval's metadata, DPG-Bench's table."""
 
 import collections
 import dataclasses
 import json
+import os
 import pathlib
 import re
 from typing import Any
@@ -17,19 +18,25 @@ _ID = re.compile(r"[\w-][\w.-]*")
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """id: unique, names the picture's file. row: everything that the file says about it (DPG: a `dpg.Item`)."""
+    """A prompt of a benchmark.
+
+    id: unique, names the image's file. row: everything that the file says about the prompt; for
+    DPG-Bench a `dpg.Item`.
+    """
 
     id: str
     text: str
     row: Any
 
 
-def read(path) -> list[Prompt]:
-    """The prompts of a file, by its ending.
+def read(path: str | os.PathLike) -> list[Prompt]:
+    """Return the prompts of a file.
 
-    .jsonl: rows with "prompt" and perhaps "id". .json: {id: {"prompt": ...}}, as MJHQ-30K's meta_data.json.
-    .csv: dpg_bench.csv. Any other: text, one prompt a line. Ids default to the number of the prompt in five
-    digits. Raises UserError naming the first line that cannot be used, and ids that occur twice with their count.
+    The name's ending decides about the form. .jsonl: rows with "prompt" and perhaps "id". .json:
+    {id: {"prompt": ...}}, as MJHQ-30K's meta_data.json. .csv: dpg_bench.csv. Any other: text, one
+    prompt a line. The default id is the number of the prompt in five digits.
+
+    Raises UserError naming the first line that cannot be used, and ids that occur twice.
     """
     path = pathlib.Path(path)
     if path.suffix == ".csv":
@@ -63,7 +70,7 @@ def _table(text, path):
 
 
 def _unique(text):
-    """JSON whose repeated keys are an error instead of being dropped."""
+    """Parse JSON. Repeated keys raise ValueError instead of being dropped."""
 
     def table(pairs):
         twice = sorted(
@@ -106,7 +113,10 @@ def _check(prompts, path):
         )
 
 
-def heldout_captions(seed, count, size) -> list[Prompt]:
-    """The held-out captions of `shapes` that a run with this data.eval_seed is scored on, in the same order."""
+def heldout_captions(seed: int, count: int, size: int) -> list[Prompt]:
+    """Return the first held-out captions of `shapes` that a run is scored on.
+
+    seed: data.eval_seed of the run. size: data.size, in pixels.
+    """
     examples = (shapes.example(seed, i, size=size, split="heldout") for i in range(count))
     return [Prompt(f"{i:05d}", example.text, {}) for i, example in enumerate(examples)]

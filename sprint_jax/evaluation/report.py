@@ -1,15 +1,22 @@
-"""A report: numbers beside everything that decides about them, as JSON and for reading."""
+"""The report of an evaluation: scores and everything that decides about them.
+
+It is written as JSON and as markdown.
+"""
 
 import json
+import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from sprint_jax.storage import files
 
 
-def write(out, report):
-    """Writes report-SUITE.json and report-SUITE.md to the folder `out`; returns the latter's path.
+def write(out: str | os.PathLike, report: Mapping[str, Any]) -> pathlib.Path:
+    """Write report-SUITE.json and report-SUITE.md to the folder `out`. Return the latter's path.
 
-    report: {"suite": str, "scores": {name: number or {name: number}}, and sections {name: {field: value}}}.
+    report: {"suite": name, "scores": {name: number or {name: number}}}, and sections
+    {name: {field: value}}.
     """
     out, suite = pathlib.Path(out), report["suite"]
     files.write_text(
@@ -19,8 +26,8 @@ def write(out, report):
     return out / f"report-{suite}.md"
 
 
-def readable(report) -> str:
-    """The report as markdown."""
+def readable(report: Mapping[str, Any]) -> str:
+    """Return the report as markdown."""
     lines = [f"# {report['suite']}", "", "| score | |", "|---|---|"]
     for name, value in report["scores"].items():
         rows = value.items() if isinstance(value, dict) else [(None, value)]

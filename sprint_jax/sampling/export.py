@@ -17,7 +17,7 @@ from sprint_jax.encoders.text import GemmaText
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import exported, generation, loading, pipeline
 from sprint_jax.sampling.options import ExportOptions
-from sprint_jax.storage import files, revision, weights
+from sprint_jax.storage import files, revision, safetensors_files
 
 
 def export_model(options: ExportOptions) -> exported.Header:
@@ -179,7 +179,7 @@ def _write(
         if tokenizer is not None:
             archive.writestr(_member(exported.TOKENIZER), tokenizer)
         with archive.open(_member(exported.WEIGHTS), "w", force_zip64=True) as stream:
-            weights.write_stream(stream, arrays)
+            safetensors_files.write_stream(stream, arrays)
 
 
 @contextlib.contextmanager

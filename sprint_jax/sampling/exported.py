@@ -40,7 +40,7 @@ from sprint_jax.encoders import prompts as prompts_lib
 from sprint_jax.encoders import words as text_lib
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import generation
-from sprint_jax.storage import weights
+from sprint_jax.storage import safetensors_files
 
 FORMAT = "sprint_jax exported 1"
 HEADER, TOKENIZER, WEIGHTS = "header.json", "tokenizer.json", "weights.safetensors"
@@ -270,7 +270,8 @@ def load(path: pathlib.Path | str, say: Callable[[str], None] = lambda message: 
         text = _text(header, archive)
         say(f"reading {path}")
         with archive.open(WEIGHTS) as member:
-            params = {name: jax.device_put(array) for name, array in weights.read_stream(member)}
+            arrays = safetensors_files.read_stream(member)
+            params = {name: jax.device_put(array) for name, array in arrays}
     pixels = _Pixels(header.factor, header.channels)
     return Exported(path=path, header=header, text=text, pixels=pixels, params=params)
 

@@ -1,19 +1,18 @@
-"""Which source tree made something."""
+"""The commit of the source tree."""
 
 import pathlib
 import subprocess
 
 
 def commit() -> str:
-    """Commit of the source tree, with + where it has changes; "unknown" outside one."""
-    here = pathlib.Path(__file__).parent
-    git = lambda *words: subprocess.run(["git", *words], cwd=here, capture_output=True, text=True)
+    """Return the commit of the source tree, with + if files were changed; "unknown" outside one."""
+    folder = pathlib.Path(__file__).parent
+    git = lambda *words: subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True)
     try:
         found = git("rev-parse", "HEAD")
         if found.returncode:
             return "unknown"
-        return found.stdout.strip() + (
-            "+" if git("status", "--porcelain", "--untracked-files=no").stdout else ""
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no").stdout
+        return found.stdout.strip() + ("+" if changed else "")
     except FileNotFoundError:
         return "unknown"

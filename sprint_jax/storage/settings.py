@@ -31,17 +31,19 @@ class Keeper:
     """How the folder of one command keeps to its settings.
 
     The last five fields are error lines, templates of `str.format`. All of them may use {folder},
-    {path} (of the JSON file) and {flag}; `refusal` may use {key}, {old} and {new}, where {key} has
-    dots between the names of nested settings and a missing value is None; `foreign` may use {found},
-    a name in the folder; `unreadable` and `unwritable` may use {why}.
+    {path} (of the JSON file) and {flag}. Some may use more:
+      refusal: {key}, {old} and {new}. Dots join the names of nested settings. A missing value is
+        None.
+      foreign: {found}, a name in the folder.
+      unreadable, unwritable: {why}.
     """
 
     # Name of the JSON file in the folder.
     file: str
     # Name of the flag that gives the folder, without dashes.
     flag: str
-    # Key of the JSON file under which the settings are; None if they are the whole file. `claim`
-    # then leaves the file's other keys alone.
+    # Key of the JSON file that holds the settings; `claim` then leaves the file's other keys alone.
+    # None if the settings are the whole file.
     section: str | None = None
     # Keys that the settings must have. A file without them belongs to another program.
     required: frozenset[str] = frozenset()

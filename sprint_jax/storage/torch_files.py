@@ -1,12 +1,20 @@
-"""PyTorch's own weight files. Other code opens safetensors only; this is for networks published in no other form."""
+"""PyTorch's own weight files, for networks that are published in no other form.
+
+Other code opens safetensors only.
+"""
+
+import os
+
+import numpy as np
 
 from sprint_jax.errors import UserError
 
 
-def read(path, elsewhere):
-    """{name: NumPy array} of a .pth file, without running any code of the file. Needs PyTorch.
+def read(path: str | os.PathLike, elsewhere: str) -> dict[str, np.ndarray]:
+    """Return {name: array} of a .pth file, without running any code of the file. Needs PyTorch.
 
-    elsewhere: what to do on a machine with PyTorch, for the error line where there is none. Raises UserError.
+    elsewhere: what to do on a machine with PyTorch, for the error line if it is missing here.
+    Raises UserError if PyTorch is missing or the file is no state dict.
     """
     try:
         import torch
@@ -18,6 +26,7 @@ def read(path, elsewhere):
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: value.numpy() for name, value in state.items()}
     except Exception as error:  # the library raises many kinds for a damaged file
+        why = " ".join(str(error).split())[:120]
         raise UserError(
-            f"{path} is not a state dict of PyTorch ({' '.join(str(error).split())[:120]}): download it again"
+            f"{path} is not a state dict of PyTorch ({why}): download it again"
         ) from None

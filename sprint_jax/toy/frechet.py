@@ -5,6 +5,7 @@ seeded random weights. An image has 64 features, the means and standard deviatio
 of each layer. Statistics are float64.
 """
 
+from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
@@ -54,11 +55,19 @@ def moments(features: np.ndarray) -> Moments:
     return features.mean(0), np.cov(features, rowvar=False)
 
 
-def distance(a: Moments, b: Moments) -> float:
+def trace_of_root(a: np.ndarray, b: np.ndarray) -> float:
+    """Return tr((a b)^(1/2)) of two covariances [D, D], as the sum of the roots of eigenvalues."""
+    # For covariances of any rank the eigenvalues are real and nonnegative, except for rounding.
+    eigenvalues = scipy.linalg.eigvals(a @ b)
+    return np.sqrt(np.clip(np.real(eigenvalues), 0, None)).sum()
+
+
+def distance(
+    a: Moments,
+    b: Moments,
+    trace_of_root: Callable[[np.ndarray, np.ndarray], float] = trace_of_root,
+) -> float:
     """Return |mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two Gaussians."""
     (mean_a, cov_a), (mean_b, cov_b) = a, b
-    # The trace of the root of C_a C_b is the sum of the roots of its eigenvalues. For any rank
-    # these are real and nonnegative, except for rounding.
-    eigenvalues = scipy.linalg.eigvals(cov_a @ cov_b)
-    root = np.sqrt(np.clip(np.real(eigenvalues), 0, None)).sum()
+    root = trace_of_root(cov_a, cov_b)
     return float(np.square(mean_a - mean_b).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root)

@@ -20,7 +20,7 @@ from sprint_jax.models.dc_ae import DCAE_F32C32  # noqa: E402
 from sprint_jax.models.gemma2 import GEMMA2_2B  # noqa: E402
 from sprint_jax.models.linear_dit import SANA_600M  # noqa: E402
 from sprint_jax.sampling import generation, loading  # noqa: E402
-from sprint_jax.storage import tensors, weights  # noqa: E402
+from sprint_jax.storage import safetensors_files, weights  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:prompt")
 PARTS = {
@@ -370,7 +370,7 @@ def test_doubled_names_and_pickles_are_refused(source, tmp_path):
         old.unlink()
     (broken / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"cos\nsystem\n")
     with pytest.raises(UserError, match="pickled"):
-        tensors.find(broken / "vae", "diffusion_pytorch_model")
+        safetensors_files.find(broken / "vae", "diffusion_pytorch_model")
 
 
 def test_an_export_is_complete_or_absent(source, tmp_path, monkeypatch):
@@ -379,7 +379,7 @@ def test_an_export_is_complete_or_absent(source, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tensors, "write", full)
+    monkeypatch.setattr(safetensors_files, "write", full)
     for write in (folder.write_ours, folder.write_diffusers):
         with pytest.raises(UserError, match="No space left"):
             write(tmp_path / "out", checkpoint)

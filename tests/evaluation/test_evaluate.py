@@ -358,7 +358,7 @@ def test_damaged_images_and_sizes_are_counted(folder, command, tmp_path):
     Image.fromarray(np.zeros((16, 20, 3), np.uint8)).save(folder / "d.png")
     assert_refused(command(*DOOR, *flags), "2 sizes", "1 of 16 x 20", "--picture_size")
     (folder / "e.png").write_bytes(b"no picture")
-    assert_refused(command(*DOOR, *flags), "1 of 5 pictures cannot be read", "e.png")
+    assert_refused(command(*DOOR, *flags), "1 of 5 images cannot be read", "e.png")
     assert not (tmp_path / "s.npz").exists()
 
 
@@ -367,7 +367,7 @@ def test_prompts_without_images_are_counted(folder, command, tmp_path):
     prompts.write_text("".join(json.dumps({"id": i, "prompt": "a circle"}) + "\n" for i in "abcxy"))
     flags = ["--suite=shapes", f"--folder={folder}", f"--out={tmp_path / 'out'}"]
     assert_refused(
-        command(*DOOR, *flags, f"--prompts={prompts}"), "2 of 5 prompts have no picture", "first x"
+        command(*DOOR, *flags, f"--prompts={prompts}"), "2 of 5 prompts have no image", "first x"
     )
     assert_refused(command(*DOOR, *flags), "manifest.jsonl", "--prompts")
 

@@ -235,7 +235,7 @@ def test_published_files_are_recognized(tmp_path, monkeypatch, state):
     assert a == b == digest
     jax.tree.map(np.testing.assert_array_equal, first, second)
     pathlib.Path(ours).write_bytes(ours.read_bytes()[:-10])
-    with pytest.raises(UserError, match="not a readable safetensors"):
+    with pytest.raises(UserError, match="not a whole safetensors file"):
         extractors.load_inception(ours)
 
 

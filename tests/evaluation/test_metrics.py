@@ -141,7 +141,7 @@ def test_statistics_survive_a_file(tmp_path):
         (dict(mu=np.zeros(3)), "mu and sigma"),
         (dict(mu=np.zeros(3), sigma=np.eye(4)), "belong together"),
         (dict(mu=np.zeros(3), sigma=np.full((3, 3), np.nan)), "not finite"),
-        (dict(mu=np.zeros(3), sigma=np.eye(3), count=np.arange(2)), "number of pictures"),
+        (dict(mu=np.zeros(3), sigma=np.eye(3), count=np.arange(2)), "number of images"),
     ],
 )
 def test_bad_statistics_are_named(tmp_path, arrays, words):
@@ -317,9 +317,9 @@ def test_geneval_overall_is_the_mean_of_tasks():
 
 
 def test_geneval_missing_images_are_named(tmp_path):
-    with pytest.raises(UserError, match="1 of 2 pictures have no detections, first b"):
+    with pytest.raises(UserError, match="1 of 2 images have no detections, first b"):
         geneval.score({"a": []}, [("a", ONE_DOG), ("b", ONE_DOG)])
-    with pytest.raises(UserError, match="detections of a lack a colour"):
+    with pytest.raises(UserError, match="detections of a lack a color"):
         geneval.score({"a": [detection("dog")]}, [("a", RED_DOG)])
     for row, words in (
         ({"file": "a"}, "line 2"),
@@ -405,7 +405,7 @@ def test_dpg_from_files(tmp_path):
     assert found["items"] == {"lake": 0.625, "fox": 1.0}
     assert found["score"] == pytest.approx(81.25)
     write(rows[:-1])
-    with pytest.raises(UserError, match="1 of 8 pictures have no answers, first picture 3 of fox"):
+    with pytest.raises(UserError, match="1 of 8 images have no answers, first picture 3 of fox"):
         dpg.score(dpg.read_answers(tmp_path / "a.jsonl"), items)
     write([rows[0] | {"answers": {"1": "yes"}}, *rows[1:]])
     with pytest.raises(UserError, match="picture 0 of lake has no answer to proposition 2"):

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import DTypeLike
 
 from sprint_jax.conversion import configs, rules, tables
-from sprint_jax.storage import tensors
+from sprint_jax.storage import safetensors_files
 
 
 def to_torch(x: np.ndarray) -> torch.Tensor:
@@ -39,5 +39,5 @@ def converted(
     model = describe(configs.read_json(tmp_path / "config.json"))
     stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
     abstract = jax.eval_shape(model.init, jax.random.key(0))
-    found = tensors.find(tmp_path, stem)
+    found = safetensors_files.find(tmp_path, stem)
     return model, rules.load(getattr(tables, part)(model), found, abstract, dtype, part)

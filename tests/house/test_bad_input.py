@@ -195,7 +195,7 @@ def test_loading_what_is_not_a_model(finished, tmp_path):
     (tmp_path / "student.safetensors").write_bytes(
         (finished / "student.safetensors").read_bytes()[:1000]
     )
-    with pytest.raises(UserError, match="not a readable safetensors"):
+    with pytest.raises(UserError, match="not a whole safetensors file"):
         loading.load(tmp_path)
 
 

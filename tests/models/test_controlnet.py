@@ -155,7 +155,7 @@ def test_parity_with_diffusers(tmp_path):
     from helpers import fabricate
     from helpers.torch_models import converted, from_torch, to_torch
     from sprint_jax.conversion import configs, folder, rules, tables
-    from sprint_jax.storage import tensors
+    from sprint_jax.storage import safetensors_files
 
     theirs = fabricate.controlnet().eval()
     model, params = converted(
@@ -211,7 +211,7 @@ def test_parity_with_diffusers(tmp_path):
 
     # The export restores the tensors.
     back = rules.export(tables.controlnet(model), params)
-    found = tensors.find(tmp_path / "controlnet", "diffusion_pytorch_model")
+    found = safetensors_files.find(tmp_path / "controlnet", "diffusion_pytorch_model")
     assert back.keys() == found.keys()
     for name, tensor in theirs.state_dict().items():
         np.testing.assert_array_equal(back[name], tensor.numpy())
