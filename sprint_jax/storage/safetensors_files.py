@@ -14,7 +14,7 @@ import pathlib
 import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -242,7 +242,7 @@ def write_file(
     path.chmod(mode)  # the library makes files private to their owner
 
 
-def write_stream(file: BinaryIO, named_tensors: Mapping[str, Any]) -> None:
+def write_stream(file: IO[bytes], named_tensors: Mapping[str, Any]) -> None:
     """Write {name: array} to a file that is open for writing, one array after the other.
 
     The library needs all bytes in memory to write anything but a file: three times the weights.
@@ -264,7 +264,7 @@ def write_stream(file: BinaryIO, named_tensors: Mapping[str, Any]) -> None:
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def read_stream(file: BinaryIO) -> Iterator[tuple[str, np.ndarray]]:
+def read_stream(file: IO[bytes]) -> Iterator[tuple[str, np.ndarray]]:
     """Yield (name, array) of what `write_stream` wrote, to the end of the file.
 
     Raises ValueError if the bytes do not fit the header.
