@@ -95,7 +95,11 @@ def in_folder(options: Options, found: list[prompt_sets.Prompt] | None) -> Image
 
 
 def folder(options: Options) -> pathlib.Path:
-    """Return the folder of images: --folder, or pictures/ in it if this command made it, or of --out."""
+    """Return the folder of images.
+
+    It is --folder, or pictures/ in it if this command made it. Without --folder it is pictures/ in
+    --out.
+    """
     given = pathlib.Path(options.folder or options.out or "")
     if options.folder and not (given / gallery.PROTOCOL).is_file():
         return given
@@ -204,7 +208,7 @@ def _generate(
         total=total, initial=total - left, unit="image", desc="generate", delay=5
     ) as bar:
         gallery.make(
-            options.out,
+            options.out or "",
             units,
             pipe,
             keywords,

@@ -50,7 +50,7 @@ class Options(ImageOptions):
     grid: bool = False
     """geneval: also write grid.png for each prompt."""
     hook: str | None = None
-    """module:function. imagereward: (prompts, images) -> scores. fid: images -> features, instead of
+    """module:function. imagereward: (prompts, images) -> scores. fid: images -> features, not by
     Inception."""
 
     @property

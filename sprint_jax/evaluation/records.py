@@ -80,7 +80,7 @@ def _read_metadata(path: pathlib.Path) -> Any:
         metadata = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): make the folder again") from None
-    geneval.check_metadata(metadata, path)
+    geneval.check_metadata(metadata, str(path))
     return metadata
 
 

@@ -24,7 +24,8 @@ _Step = tuple[str, int, Placed, Callable, dict[str, Any]]
 class Step:
     """One step of a configuration, measured by compiling it.
 
-    name: the phase, and the part of its round if there are several. times: how often the recipe runs it.
+    name: the phase, and the part of its round if there are several.
+    times: how often the recipe runs it.
     batch: samples. parameters: of the network that it trains.
     state, frozen, held, temporary: bytes a device.
     flops: of all devices together. collectives: {kind: bytes that a device sends}.
@@ -102,12 +103,15 @@ def _measure(
         held=held,
         temporary=memory.temp_size_in_bytes,
         flops=counted.multiplied,
-        collectives=collectives.totals(collectives.parse(compiled.as_text())),
+        collectives=collectives.totals(collectives.parse(compiled.as_text() or "")),
     )
 
 
 def render(config: Config, name: str, where: str, steps: Sequence[Step]) -> str:
-    """Return the table. name: of the card. where: the topology, as `hardware.parse_topology` reads it."""
+    """Return the table.
+
+    name: of the card. where: the topology, as `hardware.parse_topology` reads it.
+    """
     device, shape, count = hardware.parse_topology(where)
     fsdp = config.mesh.fsdp
     data = count // fsdp if config.mesh.data == -1 else config.mesh.data
@@ -161,7 +165,8 @@ def _seconds(
 ) -> tuple[float, float]:
     """Return the least seconds of (arithmetic, what a device sends) of one step.
 
-    On GPUs what gathers weights stays inside a node if fsdp does; the sums over all devices leave it.
+    On GPUs the traffic that gathers weights stays inside a node if fsdp does; the sums over all
+    devices leave it.
     """
     inside = topology.is_tpu(device) or math.prod(shape) == shape[-1]
     gathers = device.link if inside or shape[-1] % fsdp == 0 else device.outside

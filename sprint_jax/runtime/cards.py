@@ -51,7 +51,7 @@ def split(card: str) -> tuple[str, str]:
 
 
 def is_card(text: str) -> bool:
-    """Return whether a text names a card: a .py file, or a shipped card if no such folder exists."""
+    """Return whether a text names a card: a .py file, or a shipped card that is no folder."""
     name, _ = split(text)
     return name.endswith(".py") or (name in shipped() and not pathlib.Path(text).is_dir())
 

@@ -1,4 +1,6 @@
-"""Command-line options as frozen dataclasses: `parse` builds one from arguments, Python builds it itself.
+"""Command-line options as frozen dataclasses.
+
+`parse` builds one from arguments, Python callers build it themselves.
 
 A field's type decides its form on the command line: `str`, `int`, `float`, `Literal` and `bool` are
 single flags, `tuple[X, ...]` is one flag with commas between values, `list[str]` is a flag that may
@@ -79,7 +81,7 @@ def _flag(field: dataclasses.Field) -> str:
 
 
 def _normalized(options: type, arguments: Sequence[str], prog: str) -> Iterator[str]:
-    """Yield the arguments as `--name=value`, then `--name` for booleans that are not at their default.
+    """Yield the arguments as `--name=value`, then `--name` for booleans without their default.
 
     Raises UserError for what names no flag, and for a flag without its value.
     """
@@ -197,7 +199,7 @@ def _shown(value: Any) -> str:
 
 
 def _reader(flag: Flag, hint: Any) -> Any:
-    """Return tyro's specification of one flag: its placeholder, and how its text becomes a value."""
+    """Return tyro's specification of one flag: its placeholder and its reader."""
     import tyro
 
     kind, several = _kind(hint)
