@@ -156,7 +156,8 @@ class ChunkEncoder:
             if example.image is None:
                 raise sources.BadExample("it has a latent and no picture to make a condition of")
             image = sources.load_picture(example.image)
-            bucket = sources.nearest_bucket(*image.shape[:2], self.settings.sizes)
+            height, width = image.shape[:2]
+            bucket = sources.nearest_bucket(height, width, self.settings.sizes)
             return example, sources.fit(image, *bucket)
         except sources.BadExample as error:
             return example, error

@@ -41,7 +41,8 @@ def load(card: str, overrides: Sequence[str] = (), *, flag: str = "config") -> C
             f"--{flag}={card}: {name} has no get_config, it is no config file; "
             "use configs/sprint.py:PRESET"
         )
-    return override(get_config(preset) if preset else get_config(), overrides)
+    tree: Any = get_config(preset) if preset else get_config()
+    return override(tree, overrides)
 
 
 def split(card: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ def convert(
     target: pathlib.Path,
     instruction_file: str | None,
     *,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], None] = print,
 ) -> None:
     """Write a checkpoint in the other layout.
 
@@ -45,7 +45,7 @@ def convert(
         raise UserError(f"no folder or file {source}: give a checkpoint")
 
 
-def _convert_run(source: pathlib.Path, target: pathlib.Path, say: Callable[[str], object]) -> None:
+def _convert_run(source: pathlib.Path, target: pathlib.Path, say: Callable[[str], None]) -> None:
     """Write a run's student for diffusers and say what it lacks there."""
     student, config = _student(source)
     folder.write_diffusers(target, student)

@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -250,7 +250,7 @@ def _lowered(
     pipe: pipeline.Pipeline,
     held: _Held,
     program: exported.Program,
-    arrays: dict[str, Any],
+    arrays: Mapping[str, Any],
     shape: tuple[int, int, int],
     platforms: Sequence[str],
 ) -> jax_export.Exported:

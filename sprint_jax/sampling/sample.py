@@ -110,6 +110,10 @@ def _generate(options: SampleOptions, prompts: list[str]) -> np.ndarray:
     each = options.images_per_prompt or 1
     scale = options.control_scale
     with tqdm.tqdm(total=len(prompts) * each, unit="image", desc="sample", delay=5) as bar:
+
+        def show(done: int) -> None:
+            bar.update(done - bar.n)
+
         images = generation.generate(
             pipe,
             prompts,
@@ -126,7 +130,7 @@ def _generate(options: SampleOptions, prompts: list[str]) -> np.ndarray:
             control_scale=_CONTROL_SCALE if scale is None else scale,
             images_per_prompt=each,
             batch_size=options.batch_size,
-            say=lambda done: bar.update(done - bar.n),
+            say=show,
         )
     return aspect_ratios.fit(images, height, width)
 
