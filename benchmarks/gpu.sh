@@ -57,7 +57,7 @@ part depthwise_tests 60 "${tests[@]}" tests/ops/test_kernels.py -k test_depthwis
 part kernel_tests 240 "${tests[@]}" tests/ops/test_kernels.py
 part numeric_tests 540 "${tests[@]}" \
   tests/diffusion/test_flow_trigflow.py tests/diffusion/test_scm.py tests/diffusion/test_ladd.py tests/diffusion/test_samplers.py \
-  tests/models/test_linear_dit.py tests/ops/test_products.py tests/training/test_steps.py tests/models/test_controlnet.py
+  tests/models/test_linear_dit.py tests/ops/test_products.py tests/objectives/test_steps.py tests/models/test_controlnet.py
 # Published sizes with random weights, against diffusers with and without torch.compile and against the floors. A
 # part that its limit cuts short has written the rows of the cases it finished.
 bench() { # bench NAME SUITE CASES

@@ -405,9 +405,16 @@ def objective_class(kind: str, path: str = "config") -> type:
             f"{path}.kind {kind!r}: use flow_matching, scm, ladd, scm_ladd, or module:Class"
         )
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"{path}.kind {kind!r} cannot be imported ({error})") from None
+    lacks = [n for n in ("round", "problems", "needs", "objective") if not hasattr(found, n)]
+    if lacks or not (isinstance(found, type) and dataclasses.is_dataclass(found)):
+        raise UserError(
+            f"{path}.kind {kind!r} is no settings class: give a dataclass like those of "
+            f"sprint_jax.objectives{', with ' + lacks[0] if lacks else ''}"
+        )
+    return found
 
 
 def _positive(section: Any, *names: str) -> Problems:
@@ -479,6 +486,7 @@ _NETWORKS = ("base", "teacher", "control", "student")
 
 def _rules(c: Config) -> Iterator[tuple[bool, str]]:
     """Yield (whether a rule between sections holds, what to say where it does not)."""
+    yield bool(c.order), "config.order is empty: name phases of config.phases"
     for name in c.order:
         yield name in c.phases, f"config.order names {name!r}: use names of config.phases"
     yield from _data_rules(c)
@@ -591,6 +599,10 @@ def _needs(phase: Phase, depth: int, at: str) -> Iterator[tuple[bool, str]]:
     yield (
         phase.network in needs.network,
         f"{at}.network {phase.network}: {kind} trains {' or '.join(needs.network)}",
+    )
+    yield (
+        not needs.teacher or phase.network in ("control", "student"),
+        f"{at}.network {phase.network}: {kind} learns from a teacher, which is not trained yet",
     )
     yield (
         all(block < depth for block in needs.blocks),

@@ -139,6 +139,12 @@ class Objective:
     start: Callable[[Frozen, PyTree, jax.Array], dict[str, Start]]
     sampler: Literal["renoise", "guided_euler"]
 
+    def __post_init__(self) -> None:
+        """Raise ValueError where two roles would write the same column of the metrics."""
+        names = [name for update in self.updates.values() for name in update.names]
+        if len(set(names)) < len(names):
+            raise ValueError(f"updates report {', '.join(names)}: give each role names of its own")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needs:

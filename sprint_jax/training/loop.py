@@ -114,7 +114,7 @@ def train(
             progress = records_lib.progress(
                 stage.name, done, stage.steps, shown=bar and hosts.primary()
             )
-            watch = Watch(stage.name, run, records, progress, window)
+            watch = Watch(stage, run, records, progress, window)
             stopping = False
             while done < stage.steps and not stopping:
                 state, done, reports = next(rounds)

@@ -10,6 +10,7 @@ from sprint_jax import config as config_lib
 from sprint_jax.errors import UserError
 from sprint_jax.objectives.base import Report
 from sprint_jax.training import hosts
+from sprint_jax.training.stage import Stage
 
 
 class Interrupted(Exception):
@@ -55,8 +56,8 @@ class Watch:
     updates.
     """
 
-    def __init__(self, name: str, run: config_lib.Run, records, bar, window: Window):
-        self._name, self._run, self._records = name, run, records
+    def __init__(self, stage: Stage, run: config_lib.Run, records, bar, window: Window):
+        self._name, self._labels, self._run, self._records = stage.name, stage.labels, run, records
         self._bar, self._window = bar, window
         self._waiting: tuple[int, list[Report]] | None = None
 
@@ -80,21 +81,16 @@ class Watch:
             norms |= report.norms
             by_time |= report.by_time
         self._window.add(by_time)
-        latest = {self._role(report): report.rejected for report in reports}.values()
+        # A role may be updated several times in a round: its last counters are the newest.
+        latest = dict(zip(self._labels, (r.rejected for r in reports), strict=True)).values()
         self._refuse_lasting(step, max(int(r[0]) for r in latest), norms)
         self._bar.update(step - self._bar.n)
         if step % self._run.log_every == 0:
-            self._bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
+            if "loss" in scalars:
+                self._bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
             rejected = {"rejected": sum(int(r[1]) for r in latest)}
             row = scalars | norms | self._window.take() | rejected
             self._records.write(self._name, step, row)
-
-    @staticmethod
-    def _role(report: Report) -> str:
-        """Tell roles apart by the names of their norms; a role may report several times in a
-        round.
-        """
-        return min(report.norms)
 
     def _refuse_lasting(self, step: int, in_a_row: int, norms: dict[str, Any]) -> None:
         if in_a_row < self._run.max_rejected:

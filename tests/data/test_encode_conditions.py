@@ -23,7 +23,7 @@ from sprint_jax.conditioning import detector, hed, hed_weights, sketches
 from sprint_jax.data import batches, encode, encode_options, encoded, sources
 from sprint_jax.errors import UserError
 from sprint_jax.toy import shapes
-from sprint_jax.training import datasets, run
+from sprint_jax.training import datasets, stages
 
 EDGES = detector.Lines("edges", None, None)
 
@@ -392,15 +392,14 @@ def encoded_edges(tmp_path_factory):
 
 def test_the_control_stage_on_an_encoded_folder(encoded_edges):
     """Three steps of `main`: the condition reaches the ControlNet, which begins to change."""
-    c = controlnet_config(encoded_edges, dropout=0.0)
+    c = controlnet_config(encoded_edges)
     data = datasets.open_dataset(c, print)
     assert data.identity.endswith(", with edges")
     rng = np.random.default_rng(0)
     random = lambda a: 0.1 * rng.standard_normal(a.shape).astype(a.dtype)  # compiles nothing
-    stage = run.control_stage(
-        c, data, jax.tree.map(random, jax.eval_shape(build.teacher(c).init, jax.random.key(0)))
-    )
-    state = stage.start(stage.frozen, {})
+    teacher = jax.tree.map(random, jax.eval_shape(build.teacher(c).init, jax.random.key(0)))
+    stage = stages.make(c, "control", data, teacher=teacher)
+    state = stage.start(stage.frozen, stage.init_arrays)
     step = jax.jit(
         lambda state, frozen, batch: stage.functions[0](
             state, frozen, stage.prepare(frozen, batch)
@@ -413,9 +412,9 @@ def test_the_control_stage_on_an_encoded_folder(encoded_edges):
             assert {k: (a.shape, a.dtype) for k, a in batch.items()} == {
                 k: (a.shape, a.dtype) for k, a in abstract.items()
             }
-            state, metrics = step(state, stage.frozen, batch)
-            assert np.isfinite(metrics["loss"])
-    assert metrics["grad_norm/zero_in/kernel"] > 0
+            state, report = step(state, stage.frozen, batch)
+            assert np.isfinite(report.scalars["loss"])
+    assert report.norms["grad_norm/zero_in/kernel"] > 0
 
 
 def test_held_out_examples_have_their_edges(encoded_edges):

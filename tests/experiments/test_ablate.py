@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import types
 
 import jax
 import numpy as np
@@ -17,9 +18,9 @@ from sprint_jax import build, config
 from sprint_jax.diffusion import trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.objectives import base, scm_ladd
 from sprint_jax.storage import weights
-from sprint_jax.training import datasets
-from sprint_jax.training import run as run_lib
+from sprint_jax.training import datasets, stages
 
 SCALE = dataclasses.replace(grid.TINY, name="test")
 
@@ -384,26 +385,52 @@ def test_without_transfer_the_network_is_a_trigflow_network():
         np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=2e-5)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Labeled(base.Update):
+    """An update that names the settings it was built from."""
+
+    settings: scm_ladd.ScmLadd
+
+
 def test_runs_of_one_structure_share_programs(monkeypatch):
     """Differences between two such configurations reach the steps as arguments."""
-    for name in ("make_generator_step", "make_discriminator_step"):
-        told = lambda nets, c, seed: lambda state, frozen, batch: (c, seed)
-        monkeypatch.setattr(experiments.sprint_step, name, told)
+    built = scm_ladd.ScmLadd.objective
+
+    def labeled(self, networks):
+        objective = built(self, networks)
+        updates = {
+            role: Labeled(**vars(update), settings=self)
+            for role, update in objective.updates.items()
+        }
+        return dataclasses.replace(objective, updates=updates)
+
+    monkeypatch.setattr(scm_ladd.ScmLadd, "objective", labeled)
+    monkeypatch.setattr(
+        experiments.step,
+        "make_step",
+        lambda update, tx, *, seed, **_: lambda state, frozen, batch: (update.settings, seed),
+    )
     by_structure = {}
     for r in (r for r in grid.RUNS if r.kind == "distil"):
         for seed in (0, 1):
             c = experiments.configuration(card(preset="shapes"), grid.TINY, r, seed)
-            _, functions = by_structure.setdefault(
-                experiments._structure(c), experiments._sprint_programs(c, True)
-            )
+            phase, structure = c.phases["sprint"], experiments._structure(c)
+            if structure not in by_structure:
+                stage = experiments._stage(c, "sprint", datasets.Abstract(c), True)
+                by_structure[structure] = phase, stage.functions
+            first, functions = by_structure[structure]
+            assert dataclasses.replace(first, objective=phase.objective) == phase, r.name
+            numbers = experiments._knobs(c, "sprint")
             for function in functions:
-                settings, key = function(None, {"knobs": experiments._knobs(c)}, None)
+                settings, key = function(None, types.SimpleNamespace(numbers=numbers), None)
                 for field in dataclasses.fields(settings):
-                    value, expected = getattr(settings, field.name), getattr(c.sprint, field.name)
+                    value, expected = (
+                        getattr(each, field.name) for each in (settings, phase.objective)
+                    )
                     assert value == (
                         np.float32(expected) if field.name in experiments.KNOBS else expected
                     ), (r.name, field.name)
-                assert key == c.seed + 1  # as in run.sprint_stage
+                assert key == c.seed + 1  # as in stages.make
     # Both losses, either alone, three weights, no embedding. Follow-ups: a warm-up, two lengths,
     # three with the head alone.
     assert len(by_structure) == 13
@@ -412,37 +439,33 @@ def test_runs_of_one_structure_share_programs(monkeypatch):
 @pytest.mark.long
 def test_a_run_takes_the_updates_of_the_main_job():
     """Seed and times as arguments of the program give the same as constants in it."""
-    c = config.parse(card())
-    c = dataclasses.replace(
-        c,
-        seed=3,
-        sprint=dataclasses.replace(c.sprint, max_time=0.3, p_mean=0.1, disc_std=1.3, batch=4),
+    c = dataclasses.replace(config.parse(card()), seed=3)
+    settings = dataclasses.replace(
+        c.phases["sprint"].objective, max_time=0.3, p_mean=0.1, disc_std=1.3
     )
+    c = stages.with_phase(c, "sprint", objective=settings, batch=4)
     data = datasets.Shapes(c)
     teacher = build.teacher(c).init(jax.random.key(5))
     batch = {
         k: jax.random.normal(jax.random.key(9), a.shape)
         for k, a in datasets.abstract_batch(c, 4).items()
     } | {"mask": np.ones((4, 16), np.float32)}
-    stage = run_lib.sprint_stage(c, data, teacher)
-    start, functions = experiments._sprint_programs(c, True)
-    frozen = stage.frozen | {"knobs": experiments._knobs(c)}
-    ours, theirs = start(frozen, {}), stage.start(stage.frozen, {})
-    for mine, main in zip(functions, stage.functions, strict=True):
-        ours, metrics = jax.jit(mine)(ours, frozen, batch)
+    stage = stages.make(c, "sprint", data, teacher=teacher)
+    shared = experiments._stage(c, "sprint", data, True)
+    frozen = stage.frozen.replace(numbers=experiments._knobs(c, "sprint"))
+    ours, theirs = shared.start(frozen, None), stage.start(stage.frozen, None)
+    for mine, main in zip(shared.functions, stage.functions, strict=True):
+        ours, report = jax.jit(mine)(ours, frozen, batch)
         theirs, expected = jax.jit(main)(theirs, stage.frozen, batch)
-        name = "grad_norm" if "loss" in metrics else "disc"
-        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5),
-        ours.params,
-        theirs.params,
-    )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5),
-        ours.heads,
-        theirs.heads,
-    )
+        found, wanted = (r.scalars | r.norms for r in (report, expected))
+        name = "grad_norm" if "loss" in found else "disc"
+        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4)
+    for role in ("student", "heads"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5),
+            ours.roles[role].params,
+            theirs.roles[role].params,
+        )
 
 
 @pytest.mark.parametrize(

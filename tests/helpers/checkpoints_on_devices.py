@@ -13,8 +13,9 @@ import numpy as np
 
 from helpers import on_devices
 from sprint_jax import build
-from sprint_jax.training import datasets, loop, run, sharding
+from sprint_jax.training import datasets, sharding, stages
 from sprint_jax.training.checkpoints import Checkpoints, fingerprints
+from sprint_jax.training.stage import Placed, place
 
 
 def restore_on(folder: pathlib.Path, out: pathlib.Path, counts: list[int]) -> None:
@@ -25,30 +26,28 @@ def restore_on(folder: pathlib.Path, out: pathlib.Path, counts: list[int]) -> No
     settings = on_devices.parse_config()
     data = datasets.Shapes(settings)
     teacher = on_devices.randomize(jax.jit(build.teacher(settings).init)(jax.random.key(0)))
-    stage = run.sprint_stage(settings, data, teacher)
+    stage = stages.make(settings, "sprint", data, teacher=teacher)
     # The discriminator's step: it compiles in a third of the generator's time.
     stage = dataclasses.replace(stage, functions=stage.functions[1:])
     rows = on_devices.random_batch(settings)
 
     def next_step(placed, state):
-        frozen = loop.place(stage.frozen, placed.frozen)
+        frozen = place(stage.frozen, placed.frozen)
         batch = {k: jax.device_put(a, sharding.batch(placed.mesh)) for k, a in rows.items()}
         return placed.lower(stage.functions[0], batch).compile()(state, frozen, batch)
 
-    first = loop.Placed.on(stage, sharding.mesh(1, 8))
-    start = on_devices.randomize(jax.jit(stage.start)(stage.frozen, stage.begun).params)
-    state = loop.place(
-        jax.jit(stage.start)(stage.frozen, stage.begun).replace(params=start), first.state
-    )
+    first = Placed.on(stage, sharding.mesh(1, 8))
+    state = place(on_devices.random_start(stage), first.state)
     state, _ = next_step(first, state)
     with Checkpoints(folder, keep=1) as checkpoints:
         checkpoints.save(1, state)
     saved, numbers = jax.device_get(state), fingerprints(state)
-    _, expected = next_step(first, state)
+    _, report = next_step(first, state)
+    expected = report.scalars | report.norms
     found = {}
     for count in counts:
         shape = {1: (1, 1), 2: (1, 2), 4: (2, 2)}[count]
-        placed = loop.Placed.on(stage, sharding.mesh(*shape, jax.devices()[:count]))
+        placed = Placed.on(stage, sharding.mesh(*shape, jax.devices()[:count]))
         with Checkpoints(folder, keep=1) as checkpoints:
             restored, step = checkpoints.restore_newest(placed.state)
         equal = all(
@@ -57,7 +56,8 @@ def restore_on(folder: pathlib.Path, out: pathlib.Path, counts: list[int]) -> No
         )
         places = jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, placed.state)
         same_numbers = fingerprints(restored) == numbers
-        _, metrics = next_step(placed, restored)
+        _, report = next_step(placed, restored)
+        metrics = report.scalars | report.norms
         found[count] = {
             "step": step,
             "equal": equal,

@@ -5,7 +5,6 @@
 Compares the result on each mesh with that on one device and writes the differences.
 """
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -18,7 +17,8 @@ import numpy as np
 from helpers.configs import card
 from sprint_jax import build, config
 from sprint_jax.planning import collectives
-from sprint_jax.training import datasets, loop, run, sharding
+from sprint_jax.training import datasets, sharding, stages
+from sprint_jax.training.stage import Placed, place
 
 BATCH = 16
 MESHES = ((8, 1), (4, 2), (2, 4), (1, 8))
@@ -31,9 +31,8 @@ def parse_config() -> config.Config:
     """
     tree = card()
     plain = dict(kind="adamw", lr=1e-3, muon_lr=0.0, b1=0.9, b2=0.99, warmup=0, decay_to=1.0)
-    tree.teacher.update(batch=BATCH, pretrained="none")
+    tree.phases.teacher.batch = tree.phases.sprint.batch = BATCH
     tree.phases.teacher.optimizers.network.update(plain)
-    tree.phases.sprint.objective.update(batch=BATCH)
     tree.phases.sprint.optimizers.student.update(plain)
     tree.phases.sprint.optimizers.heads.update(plain)
     return config.parse(tree)
@@ -68,14 +67,14 @@ def tree_difference(tree: Any, expected: Any) -> float:
 def run_functions(
     stage: Any, mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], start: Any
 ) -> tuple[list, dict[str, float]]:
-    """Run each function of a stage once and return ([(metrics, state)], measurements).
+    """Run each function of a stage once and return ([(report, state)], measurements).
 
     `share` is the share of the state's bytes that one device holds. `gathered` is the size of the
     largest all-gather divided by that of the largest leaf.
     """
-    placed = loop.Placed.on(stage, mesh)
-    state = loop.place(start, placed.state)
-    frozen = loop.place(stage.frozen, placed.frozen)
+    placed = Placed.on(stage, mesh)
+    state = place(start, placed.state)
+    frozen = place(stage.frozen, placed.frozen)
     split = sharding.batch(mesh)
     results, gathered = [], 0
     for function in stage.functions:
@@ -83,8 +82,8 @@ def run_functions(
         compiled = placed.lower(function, arrays).compile()
         found = collectives.parse(compiled.as_text())
         gathered = max([gathered, *(c.bytes for c in found if c.kind == "all-gather")])
-        state, metrics = compiled(state, frozen, arrays)
-        results.append(jax.device_get((metrics, state)))
+        state, report = compiled(state, frozen, arrays)
+        results.append(jax.device_get((report, state)))
     sizes = [a.size * a.dtype.itemsize for a in jax.tree.leaves(placed.state)]
     measured = {
         "share": sharding.per_device_bytes(placed.state) / sum(sizes),
@@ -101,22 +100,24 @@ def randomize(tree: Any) -> Any:
     return jax.tree.map(move, jax.tree.map(np.asarray, tree))
 
 
+def random_start(stage: Any) -> Any:
+    """Return the state at step 0 with noise added to the parameters of the main role."""
+    state = jax.jit(stage.start)(stage.frozen, stage.init_arrays)
+    role = state.roles[stage.main]
+    moved = role.replace(params=randomize(role.params))
+    return jax.tree.map(np.asarray, state.replace(roles=state.roles | {stage.main: moved}))
+
+
 def main() -> None:
     c = parse_config()
     chosen = [tuple(map(int, name.split("x"))) for name in sys.argv[2:]] or MESHES
     data = datasets.Shapes(c)
     one = sharding.mesh(1, 1, jax.devices()[:1])
     teacher = randomize(jax.jit(build.teacher(c).init)(jax.random.key(0)))
-    scratch = dataclasses.replace(c, teacher=dataclasses.replace(c.teacher, pretrained=""))
-    stages = {
-        "teacher": run.teacher_stages(scratch, data, None)[0](None),
-        "sprint": run.sprint_stage(c, data, teacher),
-    }
     found = {}
-    for name, stage in stages.items():
-        fresh = jax.jit(stage.start)(stage.frozen, stage.begun)
-        start = fresh.replace(params=randomize(fresh.params))
-        start = jax.tree.map(np.asarray, start)
+    for name, distilled in (("teacher", None), ("sprint", teacher)):
+        stage = stages.make(c, name, data, teacher=distilled)
+        start = random_start(stage)
         expected, _ = run_functions(stage, one, random_batch(c), start)
         for data_axis, fsdp in chosen:
             mesh = sharding.mesh(data_axis, fsdp)

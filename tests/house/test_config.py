@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from helpers.configs import card, presets
@@ -16,8 +17,11 @@ from sprint_jax import build, config
 from sprint_jax.errors import UserError
 from sprint_jax.models import discriminator
 from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
+from sprint_jax.optim import came, optimizers
+from sprint_jax.sampling import programs
 from sprint_jax.storage import weights
-from sprint_jax.training import came, datasets, run, state
+from sprint_jax.training import datasets
+from sprint_jax.training import stages as stages_lib
 
 pytestmark = pytest.mark.second_pass
 
@@ -58,11 +62,12 @@ def recording(value, seen, path=""):
     """Return a copy of a config whose fields add their dotted names to `seen` when they are
     read.
     """
+    if isinstance(value, dict):
+        return {n: recording(v, seen, f"{path}{n}.") for n, v in value.items()}
+    if not dataclasses.is_dataclass(value):
+        return value
     fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    inner = {
-        n: recording(v, seen, f"{path}{n}.") if dataclasses.is_dataclass(v) else v
-        for n, v in fields.items()
-    }
+    inner = {n: recording(v, seen, f"{path}{n}.") for n, v in fields.items()}
 
     def read(self, name):
         if name in fields:
@@ -78,6 +83,8 @@ def replace_fields(value, **changes):
     return type(value)(**(held | changes))
 
 
+IMAGE = (32, 32, 3)  # of the default card
+
 # These belong to a run, a folder or files, and the test below does not read them. Only their names
 # are checked.
 ELSEWHERE = {
@@ -87,11 +94,9 @@ ELSEWHERE = {
     "data.max_bad",
     "mesh.data",
     "mesh.fsdp",
-    "teacher.pretrained",
     "teacher.start",
-    "control.pretrained",
-    "evaluation.prompts",
-    "evaluation.batch",
+    # `parse` reads it: it chooses the class of the section.
+    *(f"phases.{name}.objective.kind" for name in ("teacher", "finetune", "control", "sprint")),
     "evaluation.reference",
     "evaluation.samples",
     *(f"run.{f.name}" for f in dataclasses.fields(config.Run)),
@@ -99,17 +104,21 @@ ELSEWHERE = {
 
 
 def test_every_field_of_every_section_is_read(monkeypatch):
-    """By stages, their steps and their data.
+    """By stages, their steps, their data and their previews.
 
     Fails when a network is trained with the batch, rate or clipping of another: the names are the
     same.
     """
     monkeypatch.setattr(dataclasses, "replace", replace_fields)
     tree, seen = card("controlnet"), set()
-    tree.teacher.update(base_qk_norm=False, base_time_scale=1000.0, finetune_steps=4)
+    tree.teacher.update(pretrained="", base_qk_norm=False, base_time_scale=1000.0)
+    tree.phases.finetune.steps = 4
+    drawn = lambda *_, batch, **others: np.zeros((batch, *IMAGE), np.uint8)
+    monkeypatch.setattr(programs, "run", drawn)
     for kind in ("muon", "came", "adamw"):  # each kind has fields of its own
         for optimizer in (
             tree.phases.teacher.optimizers.network,
+            tree.phases.finetune.optimizers.network,
             tree.phases.control.optimizers.network,
             tree.phases.sprint.optimizers.student,
             tree.phases.sprint.optimizers.heads,
@@ -120,21 +129,20 @@ def test_every_field_of_every_section_is_read(monkeypatch):
             jax.eval_shape(model.init, jax.random.key(0))
             for model in (build.base_teacher(c), build.teacher(c), build.distilled_teacher(c))
         )
-        data = datasets.Abstract(c)
-        first, second = run.teacher_stages(c, data, None)
+        data = datasets.Shapes(c)
         stages = (
-            first(None),
-            second(base),
-            run.control_stage(c, data, teacher),
-            run.sprint_stage(c, data, distilled),
+            stages_lib.make(c, "teacher", data),
+            stages_lib.make(c, "finetune", data, begin=base),
+            stages_lib.make(c, "control", data, teacher=teacher),
+            stages_lib.make(c, "sprint", data, teacher=distilled),
         )
+        assert config.active(c) == tuple(stage.name for stage in stages)
     for stage in stages:
-        state = jax.eval_shape(stage.start, stage.frozen, stage.begun)
+        state = jax.eval_shape(stage.start, stage.frozen, stage.init_arrays)
         for step in stage.functions:
             jax.eval_shape(step, state, stage.frozen, datasets.abstract_batch(c, stage.batch))
-    drawn = datasets.Shapes(c)
-    drawn.heldout(2, 2)
-    with drawn.batches(2, 0, 1, 0, 1) as batches:
+        stage.preview(None)
+    with data.batches(2, 0, 1, 0, 1) as batches:
         next(batches)
     assert weights.flatten(config.to_dict(config.parse(tree))).keys() - seen == ELSEWHERE
 
@@ -150,8 +158,10 @@ def test_the_published_recipe(preset, size):
     """Numbers of the paper's appendix and of the released configuration, with their networks."""
     c = config.parse(card(preset=preset))
     assert build.student(c) == size
-    s = c.sprint
-    assert (s.steps, s.batch, s.tangent_warmup, s.guidance) == (20000, 512, 4000, (4.0, 4.5, 5.0))
+    phase = c.phases["sprint"]
+    s = phase.objective
+    assert (phase.steps, phase.batch) == (20000, 512)
+    assert (s.tangent_warmup, s.guidance) == (4000, (4.0, 4.5, 5.0))
     assert (s.p_mean, s.p_std, s.disc_mean, s.disc_std) == (0.2, 1.6, -0.6, 1.0)
     assert (s.scm_weight, s.adv_weight, s.max_time, s.head_blocks) == (
         1.0,
@@ -159,7 +169,8 @@ def test_the_published_recipe(preset, size):
         0.5,
         (2, 8, 14, 19),
     )
-    for o in (s.optimizer, s.head_optimizer):
+    assert phase.optimizers.keys() == {"student", "heads"}
+    for o in phase.optimizers.values():
         assert (o.kind, o.lr, o.b1, o.b2, o.b3, o.clip, o.reference_batch) == (
             "came",
             2e-6,
@@ -169,8 +180,10 @@ def test_the_published_recipe(preset, size):
             0.1,
             256,
         )
-    t = config.parse(card("teacher", preset)).teacher
-    assert (t.finetune_steps, t.batch, t.finetune_lr, t.base_qk_norm) == (5000, 1024, 2e-5, False)
+    c = config.parse(card("teacher", preset))
+    t = c.phases["finetune"]
+    assert config.active(c) == ("finetune",) and not c.teacher.base_qk_norm
+    assert (t.steps, t.batch, t.optimizers["network"].lr) == (5000, 1024, 2e-5)
 
 
 def test_the_square_root_rule():
@@ -178,11 +191,9 @@ def test_the_square_root_rule():
 
     Fails when the ratio is inverted and when the root is missing.
     """
-    o = dataclasses.replace(
-        config.parse(card(preset="shapes")).sprint.head_optimizer, lr=1e-3, reference_batch=256
-    )
-    rules = (came.dit_factored, came.dit_stacked)
-    tx = state.optimizer(o, 100, 1024, came_rules=rules)
+    heads = config.parse(card(preset="shapes")).phases["sprint"].optimizers["heads"]
+    o = dataclasses.replace(heads, lr=1e-3, reference_batch=256)
+    tx = optimizers.make(o, updates=100, batch=1024, rules=came.LINEAR_DIT)
     params = {"w": jnp.ones((3,))}
     updates, _ = tx.update({"w": jnp.full((3,), 0.1)}, tx.init(params), params)
     assert abs(float(updates["w"][0]) + 2e-3) < 1e-6
@@ -190,14 +201,14 @@ def test_the_square_root_rule():
 
 def test_shape_that_lacks_a_key():
     tree = card(preset="shapes").to_dict()
-    del tree["sprint"]["max_time"]
+    del tree["phases"]["sprint"]["objective"]["max_time"]
     with pytest.raises(UserError, match="config.phases.sprint.objective.max_time is missing"):
         config.parse(tree)
 
 
 def test_unknown_key_names_its_neighbour():
     tree = card(preset="shapes").to_dict()
-    tree["teacher"]["captoin_dropout"] = 0.1
+    tree["phases"]["teacher"]["objective"]["captoin_dropout"] = 0.1
     with pytest.raises(
         UserError,
         match="captoin_dropout; did you mean config.phases.teacher.objective.caption_dropout",
@@ -293,15 +304,15 @@ def test_values_out_of_range_are_named(path, value):
     [
         (
             {"phases.sprint.optimizers.student.kind": "came"},
-            "phases.sprint.optimizers.student.b1 0.0, b3 0.0",
+            r"phases.sprint.optimizers.student.b1 0.0: kind came needs b1 and b3 \(0.0\)",
         ),
         (
             {"teacher.pretrained": "", "teacher.base_time_scale": 1000.0},
-            "base_time_scale 1000.0 .* use equal ones, or finetune_steps",
+            "base_time_scale 1000.0 .* use equal ones, or phases.finetune.steps",
         ),
         (
             {"teacher.pretrained": "", "model.time_scale": 1000.0},
-            "use equal ones, or finetune_steps",
+            "use equal ones, or phases.finetune.steps",
         ),
         ({"teacher.pretrained": "", "teacher.base_qk_norm": False}, "base_qk_norm False"),
         (
@@ -326,6 +337,91 @@ def test_values_that_do_not_go_together_are_named(changes, words):
         functools.reduce(lambda node, part: node[part], sections, tree)[name] = value
     with pytest.raises(UserError, match=words):
         config.parse(tree)
+
+
+@pytest.mark.parametrize(
+    "path, value, remedy",
+    [
+        ("phases.sprint.steps", "400", "use a whole number"),
+        ("phases.sprint.steps", True, "use a whole number"),
+        ("phases.sprint.steps", 4.0, "use a whole number"),
+        ("phases.sprint.objective.guidance", "x", "use a list, each a number"),
+        ("phases.sprint.objective.guidance", (1.5, "x"), "use a number"),
+        ("phases.sprint.objective.head_blocks", (0.5,), "use a whole number"),
+        ("phases.sprint.objective.tangent_normalize", 1, "use True or False"),
+        ("phases.sprint.optimizers.student.lr", "fast", "use a number"),
+        ("phases.sprint.optimizers.student.lr", False, "use a number"),
+        ("phases.sprint.optimizers.student", 3, "give a section with keys"),
+        ("phases.sprint.optimizers", 3, "use a section with keys"),
+        ("phases.sprint.objective", 3, "use flow_matching, scm, ladd, scm_ladd, or module:Class"),
+        ("phases.sprint", 3, "give a section with keys"),
+        ("phases", [3], "use a section with keys"),
+        ("order", "sprint", "use a list, each a text"),
+        ("order", (1,), "use a text"),
+        ("mesh", 3, "give a section with keys"),
+        ("data.encoded", None, "use a text"),
+        ("model.dtype", 16, "use float32 or bfloat16"),
+    ],
+)
+def test_values_of_the_wrong_type_are_one_line(path, value, remedy):
+    """The line names the key, the value and what to use.
+
+    Fails when True counts as a whole number, and when a text counts as a list.
+    """
+    tree = card(preset="shapes").to_dict()
+    *sections, name = path.split(".")
+    functools.reduce(dict.__getitem__, sections, tree)[name] = value
+    with pytest.raises(UserError) as error:
+        config.parse(tree)
+    line = str(error.value)
+    assert line.startswith(f"config.{path}") and line.endswith(remedy), line
+    assert (
+        repr(value[-1] if remedy.startswith("use a ") and isinstance(value, tuple) else value)
+        in line
+    )
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "path, value, words",
+    [
+        ("phases.sprint.objective.kind", "drift", "objective.kind 'drift': use flow_matching, scm"),
+        ("phases.sprint.objective.kind", "no_module:X", "'no_module:X' cannot be imported"),
+        ("phases.sprint.objective.kind", "math:X", "'math:X' cannot be imported"),
+        ("phases.sprint.objective.kind", "math:pi", "'math:pi' is no settings class"),
+        ("phases.sprint.objective.kind", "scm", "unknown config key .*objective.scm_weight"),
+        ("phases.sprint.optimizers", "student", "optimizers student: give one for each of heads"),
+        ("phases.sprint.network", "control", "network control: scm_ladd trains student"),
+        ("phases.teacher.network", "student", "network student: flow_matching trains base or"),
+        ("order", ("teacher", "distil"), "config.order names 'distil': use names of config.phases"),
+        ("order", ("sprint", "teacher"), "config.order sprint, teacher: .* in the order of their"),
+        ("order", ("teacher", "sprint", "sprint"), "name each phase once"),
+        ("order", (), "config.order is empty"),
+    ],
+)
+def test_phases_that_cannot_run_are_named(path, value, words):
+    """Each is one line, before anything is compiled."""
+    tree = card(preset="shapes").to_dict()
+    *sections, name = path.split(".")
+    section = functools.reduce(dict.__getitem__, sections, tree)
+    section[name] = {value: section[name][value]} if name == "optimizers" else value
+    with pytest.raises(UserError, match=words) as error:
+        config.parse(tree)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_of_version_0_1_names_the_new_keys():
+    """Each old key has a new name that exists in today's cards."""
+    with pytest.raises(UserError, match="version 0.1, .* is now config.phases.sprint.steps"):
+        config.parse({"seed": 0, "sprint": {"steps": 4}})
+    today = weights.flatten(card("controlnet").to_dict())
+    for old, new in config.RENAMED.items():
+        assert any(f"{key}.".startswith(f"{new}.") for key in today), (old, new)
+        assert not any(f"{key}.".startswith(f"{old}.") for key in today), (old, new)
+    assert config.renamed("sprint.steps") == "phases.sprint.steps"
+    assert config.renamed("sprint.max_time") == "phases.sprint.objective.max_time"
+    assert config.renamed("teacher.optimizer.lr") == "phases.teacher.optimizers.network.lr"
+    assert config.renamed("teacher.start") is None
 
 
 def test_batches_that_normalize_in_unequal_groups_are_refused():
@@ -363,8 +459,9 @@ def test_a_controlnet_that_nothing_trains_or_shows_is_named():
         UserError, match="control.pretrained is empty and config.phases.control.steps is 0"
     ):
         config.parse(tree)
-    tree["control"] |= {"steps": 10, "condition": "hed"}
-    with pytest.raises(UserError, match="condition hed needs encoded pictures"):
+    tree["control"]["condition"] = "hed"
+    tree["phases"]["control"]["steps"] = 10
+    with pytest.raises(UserError, match="condition hed needs encoded images"):
         config.parse(tree)
 
 
@@ -375,7 +472,7 @@ def test_encoded_images_have_no_rough_sketches():
     tree["control"]["freehand"] = 0.5
     with pytest.raises(
         UserError,
-        match="config.control.freehand 0.5: encoded pictures have no rough sketches, use 0",
+        match="config.control.freehand 0.5: encoded images have no rough sketches, use 0",
     ) as error:
         config.parse(tree)
     assert "\n" not in str(error.value)

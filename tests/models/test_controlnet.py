@@ -17,10 +17,12 @@ from sprint_jax.diffusion import samplers
 from sprint_jax.errors import UserError
 from sprint_jax.models.controlnet import Controlled, ControlNet
 from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.objectives import views
+from sprint_jax.objectives.conditions import conditions
 from sprint_jax.sampling import generation, loading, pipeline, programs
 from sprint_jax.storage import image_files, weights
 from sprint_jax.toy import shapes
-from sprint_jax.training import datasets, run, sharding, sprint_step
+from sprint_jax.training import datasets, sharding, stages
 
 TRUNK = LinearDiT(
     in_channels=4,
@@ -350,39 +352,33 @@ def test_control_stage_trains_the_controlnet_alone(small, batch):
     """The trunk is an argument and not part of the state."""
     data, rows = batch
     teacher = randomize(build.teacher(small).init(jax.random.key(0)))
-    stage = run.control_stage(small, data, teacher)
-    assert jax.tree.structure(stage.frozen["trunk"]) == jax.tree.structure(teacher)
-    state = stage.start(stage.frozen, {})
+    stage = stages.make(small, "control", data, teacher=teacher)
+    assert jax.tree.structure(stage.frozen.teacher) == jax.tree.structure(teacher)
+    state = stage.start(stage.frozen, stage.init_arrays)
     np.testing.assert_array_equal(
-        state.params["blocks"]["ff"]["conv_point"]["kernel"],
+        state.roles["network"].params["blocks"]["ff"]["conv_point"]["kernel"],
         teacher["blocks"]["ff"]["conv_point"]["kernel"][:1],
     )
-    new, metrics = jax.jit(stage.functions[0], compiler_options=SAME_BITS)(
-        state, stage.frozen, rows
-    )
+    new, report = jax.jit(stage.functions[0], compiler_options=SAME_BITS)(state, stage.frozen, rows)
     # At first only the outer zero projection has a gradient. The inner parts follow once it
     # changed.
-    assert metrics["grad_norm/zero_out/kernel"] > 0
-    assert metrics["grad_norm/zero_in/kernel"] == 0
-    assert np.abs(new.params["zero_out"]["kernel"]).max() > 0
+    assert report.norms["grad_norm/zero_out/kernel"] > 0
+    assert report.norms["grad_norm/zero_in/kernel"] == 0
+    assert np.abs(stage.result(new)["zero_out"]["kernel"]).max() > 0
 
 
 def test_a_dropped_condition_is_no_condition(small, batch):
     """The sprint drops the sketch of its share of samples; other draws of a step do not depend on
     it.
     """
-    from sprint_jax.training import batch as batch_lib
-
     _, rows = batch
     many = {name: np.repeat(rows[name], 100, 0) for name in ("text", "mask", "control")}
     key = jax.random.key(5)
-    scale = np.asarray(batch_lib.conditions(many, key, 0.25)["control_scale"])
+    scale = np.asarray(conditions(many, key, 0.25)["control_scale"])
     assert set(scale) == {0.0, 1.0} and 0.7 < scale.mean() < 0.8
-    assert batch_lib.conditions(many, key, 0.0)["control_scale"].min() == 1.0
-    assert batch_lib.conditions({k: rows[k] for k in ("text", "mask")}, key, 0.25).keys() == {
-        "text",
-        "mask",
-    }
+    assert conditions(many, key, 0.0)["control_scale"].min() == 1.0
+    without = {k: rows[k] for k in ("text", "mask")}
+    assert conditions(without, key, 0.25).keys() == {"text", "mask"}
 
 
 def test_student_and_teacher_both_receive_the_condition(small, batch):
@@ -391,10 +387,11 @@ def test_student_and_teacher_both_receive_the_condition(small, batch):
     The student starts as the teacher. Without dropout all samples have the condition.
     """
     data, rows = batch
-    nets = build.nets(small)
-    teacher = randomize(nets.teacher.init(jax.random.key(0)))
-    params = sprint_step.student_params(teacher, nets, jax.random.key(1), logvar_start=0.0)
-    assert isinstance(nets.teacher, Controlled) and isinstance(nets.student, Controlled)
+    networks = stages.networks(small, small.phases["sprint"])
+    student = networks.trained
+    teacher = randomize(networks.teacher.init(jax.random.key(0)))
+    params = views.student_params(teacher, student, jax.random.key(1), logvar_start=0.0)
+    assert isinstance(networks.teacher, Controlled) and isinstance(student, Controlled)
     cond = {
         "text": rows["text"],
         "mask": rows["mask"],
@@ -403,15 +400,13 @@ def test_student_and_teacher_both_receive_the_condition(small, batch):
     }
     w, t = jnp.full(8, 1.5), jnp.linspace(0.2, 1.4, 8)
     x = normals(*rows["latent"].shape, seed=4)
-    frozen = {"teacher": teacher} | data.frozen
+    frozen = data.frozen.replace(teacher=teacher)
 
     @jax.jit
     def both(cond):
-        F, _ = sprint_step.student_F(nets, params, cond, w)(x, t)
-        one = sprint_step.teacher_velocity(nets, frozen, cond, jnp.ones(8), "cond")(
-            0.5 * x, t
-        )  # unguided
-        return F, one / 0.5
+        F, _ = views.student_F(student, params, cond, w)(x, t)
+        unguided = views.teacher_velocity(networks, frozen, cond, jnp.ones(8), "cond")
+        return F, unguided(0.5 * x, t) / 0.5
 
     F, velocity = both(cond)
     np.testing.assert_allclose(F, velocity, atol=1e-4)
@@ -426,22 +421,23 @@ def test_dropping_every_condition_gives_the_controlnet_no_gradient(small, batch)
     Fails when the steps of the stage ignore the config's share.
     """
     data, rows = batch
-    small = dataclasses.replace(small, sprint=dataclasses.replace(small.sprint, scm_weight=0.0))
+    adversarial = dataclasses.replace(small.phases["sprint"].objective, scm_weight=0.0)
     teacher = randomize(jax.jit(build.distilled_teacher(small).init)(jax.random.key(0)))
-    of = lambda share: run.sprint_stage(
-        dataclasses.replace(small, control=dataclasses.replace(small.control, dropout=share)),
-        data,
-        teacher,
-    )
-    start = jax.jit(of(0.0).start)(of(0.0).frozen, {})
-    metrics_of = jax.jit(
-        lambda share, *args: of(share).functions[0](*args)[1]
-    )  # one program for all shares
+
+    def stage_of(share):
+        objective = dataclasses.replace(adversarial, control_dropout=share)
+        c = stages.with_phase(small, "sprint", objective=objective)
+        return stages.make(c, "sprint", data, teacher=teacher)
+
+    stage = stage_of(0.0)
+    start = jax.jit(stage.start)(stage.frozen, stage.init_arrays)
+    # One program for all shares.
+    norms_of = jax.jit(lambda share, *args: stage_of(share).functions[0](*args)[1].norms)
     for share, taught in ((0.0, True), (1.0, False)):
-        metrics = metrics_of(share, start, of(0.0).frozen, rows)
-        norms = [float(v) for name, v in metrics.items() if name.startswith("grad_norm/control")]
+        found = norms_of(share, start, stage.frozen, rows)
+        norms = [float(v) for name, v in found.items() if name.startswith("grad_norm/control")]
         assert norms and all((norm > 0) == taught for norm in norms)
-        assert metrics["grad_norm/trunk/blocks"] > 0
+        assert found["grad_norm/trunk/blocks"] > 0
 
 
 def test_every_new_parameter_has_a_sharding_rule(small):
@@ -451,18 +447,19 @@ def test_every_new_parameter_has_a_sharding_rule(small):
     came = dataclasses.replace(
         small.phases["control"].optimizers["network"], kind="came", b3=0.9999
     )
-    c = dataclasses.replace(
-        small,
-        control=dataclasses.replace(small.control, optimizer=came),
-        sprint=dataclasses.replace(small.sprint, optimizer=came),
-    )
+    heads = small.phases["sprint"].optimizers["heads"]
+    c = stages.with_phase(small, "control", optimizers={"network": came})
+    c = stages.with_phase(c, "sprint", optimizers={"student": came, "heads": heads})
     mesh = jax.sharding.AbstractMesh((1, 2), ("data", "fsdp"))
     teacher = jax.eval_shape(build.teacher(c).init, jax.random.key(0))
     control = jax.eval_shape(build.distilled_teacher(c).init, jax.random.key(0))
     data, checked = datasets.Abstract(c), set()
-    for stage in (run.control_stage(c, data, teacher), run.sprint_stage(c, data, control)):
+    for stage in (
+        stages.make(c, "control", data, teacher=teacher),
+        stages.make(c, "sprint", data, teacher=control),
+    ):
         frozen = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), stage.frozen)
-        state = jax.eval_shape(stage.start, frozen, {})
+        state = jax.eval_shape(stage.start, frozen, stage.init_arrays)
         for path, leaf in jax.tree_util.tree_leaves_with_path(state):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             if (

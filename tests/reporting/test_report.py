@@ -1,4 +1,4 @@
-"""The report of a run: losses by time, preview strips, and the page that shows them."""
+"""The report of a run: losses by time, previews, and the page that shows them."""
 
 import base64
 import dataclasses
@@ -19,20 +19,24 @@ import pytest
 from PIL import Image
 
 from helpers.configs import card
-from sprint_jax import config
+from sprint_jax import build, config
 from sprint_jax.errors import UserError
+from sprint_jax.objectives import by_time, step
+from sprint_jax.objectives.base import Report, Role, State
 from sprint_jax.reporting import page, plots
 from sprint_jax.reporting import rows as rows_lib
-from sprint_jax.training import buckets, datasets, loop, previews, records, sharding, state
+from sprint_jax.storage import run_files
+from sprint_jax.training import datasets, loop, previews, records, sharding, watch
+from sprint_jax.training.stage import Stage
 
 # --- sums by time ---
 
 
 def bucket_means(t, top, value):
     """Return [(mean, count)] of each bucket, one sample after the other in float64."""
-    held = [[] for _ in range(buckets.COUNT)]
+    held = [[] for _ in range(by_time.COUNT)]
     for one, v in zip(t, value, strict=True):
-        held[min(int(float(one) * buckets.COUNT / top), buckets.COUNT - 1)].append(float(v))
+        held[min(int(float(one) * by_time.COUNT / top), by_time.COUNT - 1)].append(float(v))
     return [(np.mean(h) if h else None, len(h)) for h in held]
 
 
@@ -41,16 +45,16 @@ def sampled_times(n=48):
     them.
     """
     t = np.random.default_rng(0).uniform(0, math.pi / 2, n).astype(np.float32)
-    width = math.pi / 2 / buckets.COUNT
+    width = math.pi / 2 / by_time.COUNT
     t[(t >= 2 * width) & (t < 3 * width)] = 3.5 * width
     t[0], t[1] = math.pi / 2, 0.0
     return t, (3 + t + np.random.default_rng(1).standard_normal(n)).astype(np.float32)
 
 
-def to_row(by_time):
+def to_row(sums):
     """Return the sums as entries of a row."""
     return {"stage": "sprint", "step": 2} | {
-        f"by_time/{k}/{i}": float(v) for k, row in by_time.items() for i, v in enumerate(row)
+        f"by_time/{k}/{i}": float(v) for k, row in sums.items() for i, v in enumerate(row)
     }
 
 
@@ -72,7 +76,7 @@ def test_buckets_against_a_loop():
     bucket reads as zero.
     """
     t, value = sampled_times()
-    found = jax.jit(lambda t, v: buckets.by_time(t, math.pi / 2, {"error": v}))(t, value)
+    found = jax.jit(lambda t, v: by_time.by_time(t, math.pi / 2, {"error": v}))(t, value)
     expected = bucket_means(t, math.pi / 2, value)
     np.testing.assert_allclose(found["share"] * len(t), [n for _, n in expected], atol=1e-5)
     assert expected[2][1] == 0 and found["error"][2] == 0
@@ -81,30 +85,30 @@ def test_buckets_against_a_loop():
         [t * 2 / math.pi for t in times]
     )
     assert math.isnan(means[2])
-    assert times[2] == pytest.approx(2.5 * math.pi / 2 / buckets.COUNT)
+    assert times[2] == pytest.approx(2.5 * math.pi / 2 / by_time.COUNT)
     for mean, (wanted, count) in zip(means, expected, strict=True):
         assert math.isnan(mean) if count == 0 else mean == pytest.approx(wanted, rel=1e-5)
 
 
 def test_parts_of_a_batch_and_rows_add_up():
-    """Through `state.value_and_grad` in four parts, and in two rows.
+    """Through `step.value_and_grad` in four parts, and in two rows.
 
     Fails when parts report means of their own.
     """
     t, value = sampled_times()
 
     def loss(scale, part):
-        return (scale * part["v"]).mean(), buckets.by_time(
+        return (scale * part["v"]).mean(), by_time.by_time(
             part["t"], math.pi / 2, {"error": part["v"]}
         )
 
-    (_, whole), _ = state.value_and_grad(loss, jnp.float32(1), {"t": t, "v": value}, 1)
-    (_, parted), _ = state.value_and_grad(loss, jnp.float32(1), {"t": t, "v": value}, 4)
+    (_, whole), _ = step.value_and_grad(loss, jnp.float32(1), {"t": t, "v": value}, 1)
+    (_, parted), _ = step.value_and_grad(loss, jnp.float32(1), {"t": t, "v": value}, 4)
     for name in ("share", "error"):
         np.testing.assert_allclose(parted[name], whole[name], rtol=1e-5, atol=1e-7)
     halves = [
         to_row(
-            buckets.by_time(jnp.asarray(t[i::2]), math.pi / 2, {"error": jnp.asarray(value[i::2])})
+            by_time.by_time(jnp.asarray(t[i::2]), math.pi / 2, {"error": jnp.asarray(value[i::2])})
         )
         for i in (0, 1)
     ]
@@ -117,8 +121,8 @@ def test_parts_of_a_batch_and_rows_add_up():
 def test_a_bad_value_stays_in_its_bucket():
     t, value = sampled_times()
     value[0] = np.nan  # at pi/2
-    found = buckets.by_time(jnp.asarray(t), math.pi / 2, {"error": jnp.asarray(value)})
-    assert np.isnan(found["error"]).tolist() == [False] * (buckets.COUNT - 1) + [True]
+    found = by_time.by_time(jnp.asarray(t), math.pi / 2, {"error": jnp.asarray(value)})
+    assert np.isnan(found["error"]).tolist() == [False] * (by_time.COUNT - 1) + [True]
 
 
 # --- windows of rounds: the loop around a stage that trains nothing ---
@@ -160,16 +164,42 @@ class Rows:
         pass
 
 
-def counting_stage(strip, reading=lambda count: None):
+def counting_role():
+    """Return a role that trains nothing."""
+    return Role(
+        params={"w": jnp.zeros(2)},
+        ema=None,
+        opt=(),
+        extra=None,
+        updates=jnp.int32(0),
+        rejected=jnp.zeros(2, jnp.int32),
+    )
+
+
+def counting_step(role, finite=True):
+    """Return the step of a role whose sum by time is the number of the step."""
+
+    def one(now, frozen, batch):
+        counted = now.roles[role].replace(
+            rejected=step.count_rejected(now.roles[role].rejected, jnp.asarray(finite))
+        )
+        now = now.replace(step=now.step + 1, roles=now.roles | {role: counted})
+        report = Report(
+            scalars={"loss": now.step * 1.0},
+            by_time={"share": jnp.full(2, 0.5), "loss": now.step * jnp.array([1.0, 0.25])},
+            norms={"grad_norm": jnp.ones(())},
+            rejected=counted.rejected,
+        )
+        return now, report
+
+    return one
+
+
+def counting_stage(preview, reading=lambda count: None):
     """Return a stage of twelve rounds whose sum by time is the number of the step.
 
     `reading` is called with the number of each read.
     """
-
-    def step(now, frozen, batch):
-        now = now.replace(step=now.step + 1)
-        by_time = {"share": jnp.full(2, 0.5), "loss": now.step * jnp.array([1.0, 0.25])}
-        return now, {"loss": now.step * 1.0, "by_time": by_time, "rejected": now.rejected}
 
     class Reader:
         def __enter__(self):
@@ -188,36 +218,33 @@ def counting_stage(strip, reading=lambda count: None):
         reader.read = start
         return reader
 
-    def start(frozen, begun):
-        return state.TeacherState(
-            step=jnp.int32(0),
-            params={"w": jnp.zeros(2)},
-            ema=None,
-            opt=(),
-            rejected=jnp.zeros(2, jnp.int32),
-        )
+    def start(frozen, begin):
+        return State(step=jnp.int32(0), roles={"network": counting_role()})
 
-    return loop.Stage(
+    return Stage(
         name="teacher",
         steps=12,
         start=start,
-        begun={},
-        functions=(step,),
+        init_arrays={},
+        functions=(counting_step("network"),),
+        labels=("network",),
         frozen={},
         prepare=lambda frozen, batch: batch,
         batch=1,
         batches=batches,
         data="",
-        strip=strip,
+        main="network",
+        result=lambda now: now.roles["network"].params,
+        preview=preview,
     )
 
 
 @pytest.mark.parametrize("where", ["between checkpoints", "while drawing"])
-def test_rows_and_strips_survive_a_kill(tmp_path, where):
+def test_rows_and_previews_survive_a_kill(tmp_path, where):
     """With rows of six steps and checkpoints of four, a run resumed inside a row writes the same
-    rows and strips.
+    rows and previews.
 
-    Fails when the window is not kept beside the checkpoint, and when strips are drawn after it.
+    Fails when the window is not kept beside the checkpoint, and when previews are drawn after it.
     """
     run = config.Run(
         log_every=6,
@@ -251,7 +278,7 @@ def test_rows_and_strips_survive_a_kill(tmp_path, where):
     ]  # the means of 1..6 and of 7..12
     assert whole.written[1]["by_time/loss/1"] == 9.5 / 4
     names = [
-        [p.name for p in sorted((tmp_path / d / "strips").iterdir())] for d in ("whole", "parted")
+        [p.name for p in sorted((tmp_path / d / "previews").iterdir())] for d in ("whole", "parted")
     ]
     assert names[0] == names[1] == [f"teacher_{step:07d}.png" for step in (0, 4, 8, 12)]
 
@@ -293,14 +320,17 @@ def test_a_stop_at_the_end_of_a_stage_starts_no_other_stage(tmp_path, monkeypatc
     if where.startswith("last save"):
         monkeypatch.setattr(loop.Checkpoints, "wait", waiting)
     if where.endswith("late"):
-        monkeypatch.setattr(loop._Stop, "agreed", late)
-    with pytest.raises(loop.Interrupted, match="step 12 of 12"):
+        monkeypatch.setattr(watch.Stop, "agreed", late)
+    with pytest.raises(watch.Interrupted, match="step 12 of 12"):
         loop.train(counting_stage(drawing), run, mesh, tmp_path, Rows([]), print)
     assert int(loop.train(counting_stage(drawing), run, mesh, tmp_path, Rows([]), print).step) == 12
 
 
 def test_a_network_that_fails_in_every_round_ends_the_run(tmp_path):
-    """Either counter does, however often the updates of the other network are finite."""
+    """Either counter does, however often the updates of the other network are finite.
+
+    Fails when roles are told apart by the names of what they report.
+    """
     run = config.Run(
         log_every=2,
         checkpoint_every=4,
@@ -310,44 +340,45 @@ def test_a_network_that_fails_in_every_round_ends_the_run(tmp_path):
         quick_compile=False,
     )
 
-    def failing(now, frozen, batch):
-        now = now.replace(
-            step=now.step + 1, rejected=state.count_rejected(now.rejected, False, network=1)
-        )
-        return now, {"loss": now.step * 1.0, "by_time": {}, "rejected": now.rejected}
-
     counting = counting_stage(None)
-    start = lambda frozen, begun: counting.start(frozen, begun).replace(
-        rejected=jnp.zeros(3, jnp.int32)
-    )
-    stage = dataclasses.replace(counting, start=start, functions=(failing,))
-    with pytest.raises(UserError, match="3 updates in a row were not finite"):
-        loop.train(stage, run, sharding.mesh(1, 1, jax.devices()[:1]), tmp_path, Rows([]), print)
+    labels = ("student", "heads")
+    roles = {name: counting_role() for name in labels}
+    for failing in labels:
+        stage = dataclasses.replace(
+            counting,
+            start=lambda frozen, begin: counting.start(frozen, begin).replace(roles=roles),
+            functions=tuple(counting_step(name, finite=name != failing) for name in labels),
+            labels=labels,
+            main="student",
+        )
+        mesh = sharding.mesh(1, 1, jax.devices()[:1])
+        with pytest.raises(UserError, match="3 updates in a row were not finite"):
+            loop.train(stage, run, mesh, tmp_path / failing, Rows([]), print)
 
 
-# --- preview strips ---
+# --- previews ---
 
 
-def test_strips_are_the_first_images_of_the_sheets(finished):
-    """The last strip of the student is the first row of its one-step sheet.
+def test_previews_are_the_first_images_of_the_sheets(finished):
+    """The last preview of the student is the first row of its one-step sheet.
 
     Fails for other seeds, prompts or guidance.
     """
     with (
-        Image.open(finished / "strips/sprint_0000012.png") as last,
+        Image.open(finished / "previews/sprint_0000012.png") as last,
         Image.open(finished / "samples_1.png") as sheet,
     ):
-        strip, row = np.asarray(last), np.asarray(sheet)[: last.height]
-    assert strip.shape == row.shape and strip.shape[1] == (previews.COUNT * 34 + 2) * 3
-    np.testing.assert_array_equal(strip, row)
-    names = sorted(p.name for p in (finished / "strips").iterdir())
+        preview, row = np.asarray(last), np.asarray(sheet)[: last.height]
+    assert preview.shape == row.shape and preview.shape[1] == (previews.COUNT * 34 + 2) * 3
+    np.testing.assert_array_equal(preview, row)
+    names = sorted(p.name for p in (finished / "previews").iterdir())
     steps = {"finetune": (0,), "sprint": (0, 6, 12), "teacher": (0, 6, 12)}
     assert names == [f"{stage}_{step:07d}.png" for stage, at in steps.items() for step in at]
 
 
-def test_no_strips_without_pixels():
+def test_no_previews_without_pixels():
     c = config.parse(card())
-    assert previews.student(c, datasets.Abstract(c)) is None
+    assert previews.make(c, datasets.Abstract(c), build.student(c), "renoise") is None
 
 
 # --- plots ---
@@ -552,14 +583,12 @@ def test_a_damaged_row_is_left_out_like_a_truncated_one(tmp_path):
 
 def test_large_images_are_linked(finished, tmp_path, monkeypatch):
     folder = copy_unfinished(finished, tmp_path / "run", ("sprint",), 12)
-    (folder / "strips").mkdir()
-    for step in (0, 12):
-        name = f"strips/sprint_{step:07d}.png"
+    (folder / run_files.PREVIEWS).mkdir()
+    names = {n: f"{run_files.PREVIEWS}/sprint_{n:07d}.png" for n in (0, 12)}
+    for name in names.values():
         (folder / name).write_bytes((finished / name).read_bytes())
     monkeypatch.setattr(page, "_EMBEDDED", 100)
-    assert Page(page.render(folder)).pictures == {
-        f"step {step}": f"strips/sprint_{step:07d}.png" for step in (0, 12)
-    }
+    assert Page(page.render(folder)).pictures == {f"step {n}": name for n, name in names.items()}
 
 
 def test_report_refuses_what_is_not_a_run(command, tmp_path):
@@ -590,10 +619,10 @@ def test_values_by_time_of_a_run(finished):
     tops = {stage: rows_lib.top(found) for stage, found in stages.items()}
     assert tops == {"teacher": 1.0, "finetune": 1.0, "sprint": math.pi / 2}
     for row in (row for found in stages.values() for row in found):
-        assert sum(row[f"by_time/share/{i}"] for i in range(buckets.COUNT)) == pytest.approx(
+        assert sum(row[f"by_time/share/{i}"] for i in range(by_time.COUNT)) == pytest.approx(
             1, abs=1e-6
         )
     for row in stages["sprint"]:  # one round in each row
         for name in ("error", "logvar", "scm", "tangent_norm"):
-            total = sum(row[f"by_time/{name}/{i}"] for i in range(buckets.COUNT))
+            total = sum(row[f"by_time/{name}/{i}"] for i in range(by_time.COUNT))
             assert total == pytest.approx(row[name], rel=1e-5, abs=1e-9)

@@ -458,7 +458,7 @@ def test_interrupted_and_killed_runs_end_bit_equal(two_processes_with_student, j
     saved = max(int(p.name) for p in (workdir / "checkpoints/sprint").iterdir() if p.name.isdigit())
     assert "teacher: resumed from checkpoint at step 4 of 16" in out
     assert f"sprint: stopped at step {saved} of 16" in out
-    assert "the same command goes on" in out
+    assert "rerun the same command to resume" in out
     assert 4 <= saved < 16 and read_rows(workdir)[-1]["step"] <= saved
 
     out, _err = end(job(workdir, 2))

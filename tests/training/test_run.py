@@ -15,7 +15,7 @@ from helpers.runs import TINY_FLAGS, read_rows, wait_for_row
 from sprint_jax import config
 from sprint_jax.errors import UserError
 from sprint_jax.toy import checker
-from sprint_jax.training import extract, run
+from sprint_jax.training import extract, run, workdirs
 
 pytestmark = pytest.mark.second_pass
 
@@ -123,41 +123,41 @@ def test_a_directory_belongs_to_a_config_once_training_began(tmp_path):
     of = lambda seed, fsdp=1: dataclasses.replace(
         c, seed=seed, mesh=dataclasses.replace(c.mesh, fsdp=fsdp)
     )
-    run.write_config(of(1), tmp_path)
+    workdirs.write_config(of(1), tmp_path)
     (tmp_path / "events").mkdir()
-    run.write_config(of(2), tmp_path)
+    workdirs.write_config(of(2), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 2
     (tmp_path / "checkpoints").mkdir()
-    run.write_config(of(2, fsdp=4), tmp_path)
+    workdirs.write_config(of(2, fsdp=4), tmp_path)
     with pytest.raises(UserError, match="was made with config.seed=2, now 3"):
-        run.write_config(of(3), tmp_path)
+        workdirs.write_config(of(3), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["mesh"]["fsdp"] == 4
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match="not empty and not a run"):
-        run.write_config(of(3), tmp_path)
+        workdirs.write_config(of(3), tmp_path)
     (tmp_path / "theirs").mkdir()
     for foreign in ('{"model_type": "gemma2"}', "[1]", "{"):
         (tmp_path / "theirs/config.json").write_text(foreign)
         with pytest.raises(UserError, match="not a config of this project"):
-            run.write_config(of(3), tmp_path / "theirs")
+            workdirs.write_config(of(3), tmp_path / "theirs")
         assert (tmp_path / "theirs/config.json").read_text() == foreign
 
 
 KILLED = """
     import os, pathlib, time
-    from sprint_jax.training import loop
+    from sprint_jax.training.watch import Watch
 
-    launched = loop._Watch.launched
+    launched = Watch.launched
 
-    def killing(watch, step, metrics):
-        launched(watch, step, metrics)
+    def killing(watch, step, reports):
+        launched(watch, step, reports)
         if (watch._name, step) == ({stage!r}, {step}):
             watch.flush()  # a row that the checkpoint knows nothing of
             while not pathlib.Path({checkpoint!r}).is_dir():
                 time.sleep(0.05)
             os.kill(os.getpid(), 9)
 
-    loop._Watch.launched = killing
+    Watch.launched = killing
 """
 
 
@@ -185,7 +185,7 @@ def test_killed_between_checkpoints_then_resumed_is_bit_equal(finished, command,
         assert (tmp_path / "run" / name).read_bytes() == (finished / name).read_bytes()
     assert read_rows(tmp_path / "run") == read_rows(finished)
     ours, theirs = (
-        {p.name: p.read_bytes() for p in (d / "strips").iterdir()}
+        {p.name: p.read_bytes() for p in (d / "previews").iterdir()}
         for d in (tmp_path / "run", finished)
     )
     assert ours == theirs
@@ -202,7 +202,7 @@ def test_sigterm_saves_and_says_how_to_resume(command, tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-2000:]
-    assert "the same command goes on" in out
+    assert "rerun the same command to resume" in out
     saved = [
         int(p.name) for p in (tmp_path / "run/checkpoints/teacher").iterdir() if p.name.isdigit()
     ]

@@ -13,7 +13,8 @@ from sprint_jax import build, config
 from sprint_jax.errors import UserError
 from sprint_jax.models.discriminator import LADDHeads
 from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
-from sprint_jax.training import datasets, loop, run, sharding
+from sprint_jax.training import datasets, sharding, stages
+from sprint_jax.training.stage import Placed
 
 pytestmark = pytest.mark.second_pass
 
@@ -60,8 +61,8 @@ def test_state_is_sharded_evenly():
     """
     c = config.parse(card())
     teacher = jax.eval_shape(build.teacher(c).init, jax.random.key(0))
-    stage = run.sprint_stage(c, datasets.Abstract(c), teacher)
-    state = loop.Placed.on(stage, abstract_mesh(1, 8)).state
+    stage = stages.make(c, "sprint", datasets.Abstract(c), teacher=teacher)
+    state = Placed.on(stage, abstract_mesh(1, 8)).state
     whole = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
     assert 1 / 8 <= sharding.per_device_bytes(state) / whole <= 1 / 8 + 0.05
 

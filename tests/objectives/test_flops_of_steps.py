@@ -15,8 +15,10 @@ import pytest
 from helpers.configs import card
 from sprint_jax import build, config
 from sprint_jax.diffusion import scm
+from sprint_jax.objectives import ladd, step
+from sprint_jax.objectives.base import Frozen
 from sprint_jax.planning import flops
-from sprint_jax.training import sprint_step
+from sprint_jax.training import stages
 
 BATCH = 8
 
@@ -25,7 +27,8 @@ def looped_config(model=(), **sprint):
     """Return a small config: six blocks in a loop and two heads, the last at block four."""
     tree = card()
     tree.model.update(dict(width=64, depth=6, heads=2, cross_heads=2, unroll=1) | dict(model))
-    tree.phases.sprint.objective.update(dict(head_blocks=(1, 3), batch=BATCH) | sprint)
+    tree.phases.sprint.batch = BATCH
+    tree.phases.sprint.objective.update(dict(head_blocks=(1, 3)) | sprint)
     return config.parse(tree)
 
 
@@ -39,9 +42,9 @@ class Case:
 
     def __post_init__(self):
         array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-        self.nets = dataclasses.replace(
-            build.nets(self.c), tx=optax.sgd(1.0), heads_tx=optax.sgd(1.0)
-        )
+        self.settings = self.c.phases["sprint"].objective
+        self.networks = stages.networks(self.c, self.c.phases["sprint"])
+        self.objective = self.settings.objective(self.networks)
         text = self.c.text.length, self.c.text.dim
         self.latent = build.latent_shape(self.c)
         self.batch = {
@@ -49,14 +52,20 @@ class Case:
             "text": array(BATCH, *text),
             "mask": array(BATCH, text[0]),
         }
-        teacher = jax.eval_shape(self.nets.teacher.init, jax.random.key(0))
-        self.frozen = {
-            "teacher": teacher,
-            "null_text": array(1, *text),
-            "null_mask": array(1, text[0]),
-        }
-        begin = lambda p, k: sprint_step.start(p, self.nets, self.c.sprint, k)
-        self.state = jax.eval_shape(begin, teacher, jax.random.key(0))
+        self.frozen = Frozen(
+            null_text=array(1, *text),
+            null_mask=array(1, text[0]),
+            teacher=jax.eval_shape(self.networks.teacher.init, jax.random.key(0)),
+        )
+        begin = lambda frozen, key: step.start(
+            self.objective,
+            dict.fromkeys(self.objective.updates, optax.sgd(1.0)),
+            ema=self.c.phases["sprint"].ema,
+            frozen=frozen,
+            begin=None,
+            key=key,
+        )
+        self.state = jax.eval_shape(begin, self.frozen, jax.random.key(0))
         self.inputs = (
             array(BATCH, *self.latent),
             array(BATCH),
@@ -65,7 +74,7 @@ class Case:
         )
 
     def network(self, *args, **options):
-        out = self.nets.teacher.apply(*args, **options)
+        out = self.networks.teacher.apply(*args, **options)
         return out.velocity, out.features
 
     def forward(self):
@@ -73,7 +82,7 @@ class Case:
 
     def features(self):
         partial = functools.partial(
-            self.network, features=self.c.sprint.head_blocks, velocity=False
+            self.network, features=self.settings.head_blocks, velocity=False
         )
         return flops.count(partial, self.frozen.teacher, *self.inputs).multiplied
 
@@ -81,15 +90,20 @@ class Case:
         tokens = jax.ShapeDtypeStruct(
             (BATCH, self.latent[0] * self.latent[1], self.c.model.width), jnp.float32
         )
-        return flops.count(
-            self.nets.heads.apply, self.state.heads, self.state.spectral, [tokens] * 2
-        ).multiplied
+        heads, role = ladd.heads_of(self.settings, self.networks), self.state.roles["heads"]
+        return flops.count(heads.apply, role.params, role.extra["real"], [tokens] * 2).multiplied
 
-    def step(self, make):
-        return make(self.nets, self.c.sprint, 0)
+    def step(self, role):
+        return step.make_step(
+            self.objective.updates[role],
+            optax.sgd(1.0),
+            ema=self.c.phases["sprint"].ema if role == "student" else 0.0,
+            accumulate=1,
+            seed=0,
+        )
 
-    def count(self, make):
-        return flops.count(self.step(make), self.state, self.frozen, self.batch).multiplied
+    def count(self, role):
+        return flops.count(self.step(role), self.state, self.frozen, self.batch).multiplied
 
 
 def unshared(F, v, xt, t, *, r):
@@ -109,10 +123,10 @@ def test_generator_shares_the_primal(monkeypatch):
     The text has no tangent. The unshared form takes 1 F more.
     """
     case = Case(looped_config(adv_weight=0.0))
-    forward, counted = case.forward(), case.count(sprint_step.make_generator_step)
+    forward, counted = case.forward(), case.count("student")
     assert 5.6 * forward < counted < 6 * forward
     monkeypatch.setattr(scm, "consistency", unshared)
-    assert case.count(sprint_step.make_generator_step) - counted == pytest.approx(forward, rel=0.05)
+    assert case.count("student") - counted == pytest.approx(forward, rel=0.05)
 
 
 @pytest.mark.parametrize("remat,again", [("none", 0), ("cheap", 0.5), ("block", 2.7)])
@@ -123,7 +137,7 @@ def test_whole_generator(remat, again):
     """
     case = Case(looped_config({"remat": remat}))
     least = 9 * case.forward() + 2 * case.features() + 2 * case.heads()
-    counted = case.count(sprint_step.make_generator_step)
+    counted = case.count("student")
     assert 0.93 * least < counted < least + again * case.forward()
 
 
@@ -141,7 +155,7 @@ def test_whole_discriminator():
     """
     case = Case(looped_config())
     most = case.forward() + 3 * case.features() + 9 * case.heads()
-    assert 0.97 * most < case.count(sprint_step.make_discriminator_step) <= most
+    assert 0.97 * most < case.count("heads") <= most
 
 
 @pytest.mark.slow
@@ -162,7 +176,5 @@ def test_compiler_agrees():
         )
 
     forward = compiled(case.network, case.frozen.teacher, *case.inputs)
-    generator = compiled(
-        case.step(sprint_step.make_generator_step), case.state, case.frozen, case.batch
-    )
+    generator = compiled(case.step("student"), case.state, case.frozen, case.batch)
     assert 5.6 * forward < generator < 6.4 * forward

@@ -11,14 +11,16 @@ import pytest
 
 from helpers.configs import card
 from sprint_jax import build, config
-from sprint_jax.training import datasets, run, state
+from sprint_jax.objectives import step as step_lib
+from sprint_jax.optim import came, optimizers
+from sprint_jax.training import plans, stages
 
-NONE = (lambda *_: False, lambda *_: False)  # rules of CAME, which no test here uses
+NONE = came.Rules(lambda *_: False, lambda *_: 0)  # which no test here uses
 
 
 def plain_optimizer(**changes):
     """Return an optimizer whose update for a constant gradient is the learning rate."""
-    o = config.parse(card()).sprint.head_optimizer
+    o = config.parse(card()).phases["sprint"].optimizers["heads"]
     usual = dict(kind="adamw", lr=0.01, warmup=0, decay_to=1.0, b1=0.0, weight_decay=0.0, clip=1e9)
     return dataclasses.replace(o, **(usual | changes))
 
@@ -28,13 +30,13 @@ def test_the_average_of_three_updates():
 
     Fails when the two shares are swapped.
     """
-    ema = state.start_ema({"w": jnp.ones(2)}, 0.15)
+    ema = step_lib.start_ema({"w": jnp.ones(2)}, 0.15)
     for step, (value, expected) in enumerate([(2.0, 1.9), (3.0, 2.835), (5.0, 4.67525)]):
-        ema = state.update_ema(ema, {"w": jnp.full(2, value)}, 0.15, step)
+        ema = step_lib.update_ema(ema, {"w": jnp.full(2, value)}, 0.15, step)
         np.testing.assert_allclose(ema["w"], expected, rtol=1e-6)
     assert (
-        state.start_ema({"w": jnp.ones(2)}, 0.0)
-        is state.update_ema(None, {"w": jnp.ones(2)}, 0.0, 0)
+        step_lib.start_ema({"w": jnp.ones(2)}, 0.0)
+        is step_lib.update_ema(None, {"w": jnp.ones(2)}, 0.0, 0)
         is None
     )
 
@@ -52,7 +54,7 @@ def test_clipping_is_by_the_norm_of_the_whole_gradient():
     of_norm = lambda g, c: jax.tree.map(
         lambda a: jnp.float32(a * c / np.sqrt(sum(np.square(x).sum() for x in g.values()))), g
     )
-    tx = state.optimizer(plain_optimizer(b1=0.9, clip=0.3), 10, 1, came_rules=NONE)
+    tx = optimizers.make(plain_optimizer(b1=0.9, clip=0.3), updates=10, batch=1, rules=NONE)
 
     def second_update(first, then):
         """Return the second update."""
@@ -107,7 +109,7 @@ def test_parameters_that_muon_takes_as_matrices():
             {jax.tree_util.keystr(path, simple=True, separator="/"): (leaf.ndim, axes)}
         ),
         params,
-        state._matrices(params),
+        optimizers._matrices(params),
     )
     matrices = {name: axes for name, (_, axes) in found.items() if axes is not None}
     trunk, control = (
@@ -130,7 +132,7 @@ def test_updates_of_muon_have_singular_values_near_one(shape):
 
     Fails when AdamW takes the kernels, and when a stack is taken for one matrix.
     """
-    tx = state.optimizer(plain_optimizer(kind="muon", muon_lr=1.0), 10, 1, came_rules=NONE)
+    tx = optimizers.make(plain_optimizer(kind="muon", muon_lr=1.0), updates=10, batch=1, rules=NONE)
     g = {
         "dense": {
             "kernel": jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
@@ -161,40 +163,38 @@ def test_rates_of_a_distillation():
     """
     c = config.parse(card())
     curve = dict(warmup=4, decay_to=0.1)
-    own = dict(optimizer=plain_optimizer(**curve), head_optimizer=plain_optimizer(**curve, lr=0.02))
-    nets = build.nets(dataclasses.replace(c, sprint=dataclasses.replace(c.sprint, steps=40, **own)))
+    own = dict(student=plain_optimizer(**curve), heads=plain_optimizer(**curve, lr=0.02))
+    phase = dataclasses.replace(c.phases["sprint"], steps=40, optimizers=own)
+    txs = stages.transformations(phase, phase.objective.objective(stages.networks(c, phase)))
     share = [
         (i + 1) / 5 if i < 4 else 0.1 + 0.9 * (1 + math.cos(math.pi * (i - 4) / 16)) / 2
         for i in range(21)
     ]
     assert share[4] == 1 and share[20] == pytest.approx(0.1)
-    np.testing.assert_allclose(first_rates(nets.tx, 21), 0.01 * np.array(share), rtol=1e-4)
-    np.testing.assert_allclose(first_rates(nets.heads_tx, 21), 0.02 * np.array(share), rtol=1e-4)
+    np.testing.assert_allclose(first_rates(txs["student"], 21), 0.01 * np.array(share), rtol=1e-4)
+    np.testing.assert_allclose(first_rates(txs["heads"], 21), 0.02 * np.array(share), rtol=1e-4)
 
 
 def test_rates_of_a_fine_tuning(monkeypatch):
-    """Both rates are lowered by the same factor, over their own steps.
+    """Each phase has its own rates over its own steps. The card lowers both by the same factor.
 
-    Fails when Muon keeps the rate of the first training.
+    Fails when the fine-tune takes the optimizer of the first training, and when Muon keeps its
+    rate.
     """
     tree = card()
-    tree.teacher.update(
-        base_qk_norm=False,
-        base_time_scale=1000.0,
-        finetune_steps=6,
-        finetune_lr=tree.phases.teacher.optimizers.network.lr / 4,
-    )
+    tree.teacher.update(base_qk_norm=False, base_time_scale=1000.0)
+    tree.phases.finetune.steps = 6
     c = config.parse(tree)
     seen = []
     monkeypatch.setattr(
-        run.state,
-        "optimizer",
-        lambda o, steps, batch, came_rules: seen.append((o, steps, batch)) or optax.sgd(0.0),
+        optimizers,
+        "make",
+        lambda o, *, updates, batch, rules: seen.append((o, updates, batch)) or optax.sgd(0.0),
     )
-    for stage in run.teacher_stages(c, datasets.Abstract(c), None):
-        stage({})
-    o = c.phases["teacher"].optimizers["network"]
-    slower = dataclasses.replace(o, lr=o.lr / 4, muon_lr=o.muon_lr / 4)
-    phase = c.phases["teacher"]
-    assert seen == [(o, phase.steps, phase.batch), (slower, 6, phase.batch)]
-    assert o.muon_lr > 0
+    first, second, _ = plans.abstract_stages(c)
+    assert (first.name, second.name) == ("teacher", "finetune")
+    of_teacher, of_finetune = c.phases["teacher"], c.phases["finetune"]
+    o, slower = of_teacher.optimizers["network"], of_finetune.optimizers["network"]
+    assert seen[:2] == [(o, of_teacher.steps, of_teacher.batch), (slower, 6, of_finetune.batch)]
+    assert slower.lr / o.lr == pytest.approx(slower.muon_lr / o.muon_lr)
+    assert 0 < slower.muon_lr < o.muon_lr

@@ -15,7 +15,10 @@ from helpers.compiler import UNOPTIMIZED
 from helpers.configs import card
 from sprint_jax import build, config
 from sprint_jax.diffusion import flow, scm, trigflow
-from sprint_jax.training import came, sprint_step, state, teacher_step
+from sprint_jax.objectives import flow_matching, step, views
+from sprint_jax.objectives.base import Frozen
+from sprint_jax.optim import came, optimizers
+from sprint_jax.training import stages
 
 pytestmark = pytest.mark.second_pass
 
@@ -59,20 +62,36 @@ def conditions(rows):
     return {name: rows[name] for name in ("text", "mask")}
 
 
-@functools.cache
-def nets():
-    """Return the networks with plain descent.
+def settings(**changes):
+    """Return the settings of sCM + LADD, with changes."""
+    return dataclasses.replace(tiny_config().phases["sprint"].objective, **changes)
 
-    It compiles faster, and its first update is the gradient itself.
-    """
-    descent = lambda rate: optax.sgd(rate, momentum=0.9)
-    return dataclasses.replace(build.nets(tiny_config()), tx=descent(1.0), heads_tx=descent(0.05))
+
+@functools.cache
+def networks():
+    """Return the networks of the distillation."""
+    return stages.networks(tiny_config(), tiny_config().phases["sprint"])
+
+
+# Plain descent. It compiles faster, and its first update is the gradient itself.
+DESCENT = {"student": optax.sgd(1.0, momentum=0.9), "heads": optax.sgd(0.05, momentum=0.9)}
+
+
+def make_step(role, *, accumulate=1, seed=0, **changes):
+    """Return the step of a role, with changes to the settings; not compiled."""
+    return step.make_step(
+        settings(**changes).objective(networks()).updates[role],
+        DESCENT[role],
+        ema=tiny_config().phases["sprint"].ema if role == "student" else 0.0,
+        accumulate=accumulate,
+        seed=seed,
+    )
 
 
 @functools.cache
 def teacher():
     """Return parameters of the teacher, none at its initial value."""
-    params = jit(nets().teacher.init)(jax.random.key(0))
+    params = jit(networks().teacher.init)(jax.random.key(0))
     leaves, tree = jax.tree.flatten(params)
     moved = [np.asarray(a) + 0.1 * normals(*a.shape, seed=i) for i, a in enumerate(leaves)]
     return jax.tree.unflatten(tree, [a.astype(np.float32) for a in moved])
@@ -82,29 +101,45 @@ def teacher():
 def frozen():
     """Return the frozen arrays of the distillation."""
     null_text, null_mask = build.text_encoder(tiny_config()).encode([""])
-    return {"teacher": teacher(), "null_text": null_text, "null_mask": null_mask}
+    return Frozen(null_text=null_text, null_mask=null_mask, teacher=teacher())
 
 
 @functools.cache
 def start():
     """Return the distillation's state at step 0."""
     teacher()
-    make = lambda key: sprint_step.init(
-        sprint_step.student_params(
-            teacher(), nets(), key, logvar_start=tiny_config().sprint.logvar_start
-        ),
-        nets(),
-        tiny_config().sprint,
-        key,
+    make = lambda key: step.start(
+        settings().objective(networks()),
+        DESCENT,
+        ema=tiny_config().phases["sprint"].ema,
+        frozen=frozen(),
+        begin=None,
+        key=key,
     )
     return jax.tree.map(np.asarray, jit(make)(jax.random.key(1)))
+
+
+def student_role(state):
+    """Return the student's role."""
+    return state.roles["student"]
 
 
 @functools.cache
 def steps():
     """Return (generator step, discriminator step), compiled."""
-    make = sprint_step.make_generator_step, sprint_step.make_discriminator_step
-    return tuple(jit(m(nets(), tiny_config().sprint, 0)) for m in make)
+    return tuple(jit(make_step(role)) for role in ("student", "heads"))
+
+
+# What an update may change in a role, beside its counters.
+PARTS = ("params", "ema", "opt", "extra")
+
+
+def rejected(state):
+    """Return [the student's rejections in a row, those of the heads, all of both together]."""
+    (student_row, of_student), (heads_row, of_heads) = (
+        state.roles[name].rejected.tolist() for name in ("student", "heads")
+    )
+    return [student_row, heads_row, of_student + of_heads]
 
 
 def same_bits(one, other):
@@ -120,17 +155,40 @@ def batch_with_nan():
     return bad
 
 
+def flow_settings(**changes):
+    """Return the settings of the teacher's flow matching, with changes."""
+    return dataclasses.replace(tiny_config().phases["teacher"].objective, **changes)
+
+
+def teacher_start_and_step(settings, tx, *, ema, accumulate, seed):
+    """Return (state at step 0 around `teacher`, compiled step) of flow matching."""
+    phase = tiny_config().phases["teacher"]
+    objective = settings.objective(stages.networks(tiny_config(), phase))
+    update = objective.updates["network"]
+    now = step.start(
+        objective,
+        {"network": tx},
+        ema=ema,
+        frozen=frozen(),
+        begin=teacher(),
+        key=jax.random.key(0),
+    )
+    return now, jit(step.make_step(update, tx, ema=ema, accumulate=accumulate, seed=seed))
+
+
 @functools.cache
 def teacher_run():
     """Return (initial state, step) of the teacher."""
-    tx = state.optimizer(
-        tiny_config().teacher.optimizer,
-        1000,
-        BATCH,
-        came_rules=(came.dit_factored, came.dit_stacked),
+    phase = tiny_config().phases["teacher"]
+    tx = optimizers.make(
+        phase.optimizers["network"], updates=1000, batch=BATCH, rules=came.LINEAR_DIT
     )
-    step = jit(teacher_step.make_step(nets().teacher, tx, tiny_config().teacher, 0))
-    return teacher_step.init(teacher(), tx, tiny_config().teacher), step
+    return teacher_start_and_step(flow_settings(), tx, ema=phase.ema, accumulate=1, seed=0)
+
+
+def teacher_role(state):
+    """Return the teacher's role."""
+    return state.roles["network"]
 
 
 def test_teacher_learns_a_batch():
@@ -138,51 +196,43 @@ def test_teacher_learns_a_batch():
 
     Fails when the sign of the gradient is flipped.
     """
-    now, step = teacher_run()
+    now, update = teacher_run()
     losses = []
     for _ in range(20):
-        now, metrics = step(now, frozen(), batch())
-        losses.append(float(metrics["loss"]))
+        now, report = update(now, frozen(), batch())
+        losses.append(float(report.scalars["loss"]))
     assert 0 < np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
-    assert int(now.step) == 20
-    assert not same_bits(now.ema, teacher())
-    assert not same_bits(now.ema, now.params)
+    assert int(now.step) == int(teacher_role(now).updates) == 20
+    assert not same_bits(teacher_role(now).ema, teacher())
+    assert not same_bits(teacher_role(now).ema, teacher_role(now).params)
 
 
 def test_teacher_rejects_a_nan():
     """Fails when select always takes the new values, and when count_rejected does not reset its
     row.
     """
-    now, step = teacher_run()
+    now, update = teacher_run()
     for count in (1, 2):
-        bad, metrics = step(now, frozen(), batch_with_nan())
-        for part in ("params", "opt", "ema"):
-            assert same_bits(getattr(bad, part), getattr(now, part))
-        assert not np.isfinite(metrics["loss"])
-        assert bad.rejected.tolist() == [count, count] and int(bad.step) == count
+        bad, report = update(now, frozen(), batch_with_nan())
+        for part in PARTS:
+            assert same_bits(getattr(teacher_role(bad), part), getattr(teacher_role(now), part))
+        assert not np.isfinite(report.scalars["loss"])
+        assert teacher_role(bad).rejected.tolist() == report.rejected.tolist() == [count, count]
+        assert int(bad.step) == count
         now = bad
-    good, metrics = step(now, frozen(), batch())
-    assert good.rejected.tolist() == [0, 2] and np.isfinite(metrics["loss"])
-    assert not same_bits(good.params, now.params)
+    good, report = update(now, frozen(), batch())
+    assert teacher_role(good).rejected.tolist() == [0, 2] and np.isfinite(report.scalars["loss"])
+    assert not same_bits(teacher_role(good).params, teacher_role(now).params)
 
 
 @functools.cache
 def teacher_descent(parts):
-    """Return (state, metrics) after an update by the gradient itself, of a batch in `parts`
+    """Return (state, report) after an update by the gradient itself, of a batch in `parts`
     parts.
     """
-    c = dataclasses.replace(
-        tiny_config().teacher,
-        accumulate=parts,
-        caption_dropout=0.5,
-        time_mean=0.3,
-        time_std=0.7,
-        time_shift=3.0,
-    )
-    tx = optax.sgd(1.0)
-    return jit(teacher_step.make_step(nets().teacher, tx, c, 5))(
-        teacher_step.init(teacher(), tx, c), frozen(), batch()
-    )
+    drawn = flow_settings(caption_dropout=0.5, time_mean=0.3, time_std=0.7, time_shift=3.0)
+    now, update = teacher_start_and_step(drawn, optax.sgd(1.0), ema=0.0, accumulate=parts, seed=5)
+    return update(now, frozen(), batch())
 
 
 def test_teacher_step_is_the_loss_of_its_draws():
@@ -191,17 +241,17 @@ def test_teacher_step_is_the_loss_of_its_draws():
 
     Fails without either, and when the null text has another mask.
     """
-    (_, metrics), b = teacher_descent(1), batch()
+    (_, report), b = teacher_descent(1), batch()
     k_time, k_noise, k_drop = jax.random.split(jax.random.fold_in(jax.random.key(5), 0), 3)
     odds = 3 * np.exp(0.3 + 0.7 * np.asarray(jax.random.normal(k_time, (BATCH,))))
     t, z = odds / (1 + odds), jax.random.normal(k_noise, b["latent"].shape)
     dropped = np.asarray(jax.random.bernoulli(k_drop, 0.5, (BATCH, 1, 1)))
-    text = np.where(dropped, frozen()["null_text"], b["text"])
+    text = np.where(dropped, frozen().null_text, b["text"])
     assert 4 < dropped.sum() < BATCH - 4
 
-    v = lambda x, t: nets().teacher.apply(teacher(), x, t, text, b["mask"]).velocity
+    v = lambda x, t: networks().teacher.apply(teacher(), x, t, text, b["mask"]).velocity
     expected = jit(lambda: flow.loss(v, b["latent"], z, t).mean())()
-    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(report.scalars["loss"], expected, rtol=1e-5)
 
 
 def test_a_start_in_which_padding_matters():
@@ -209,14 +259,14 @@ def test_a_start_in_which_padding_matters():
 
     Fails when another row of the table is raised.
     """
-    model, key = nets().teacher, jax.random.key(3)
+    model, key = networks().teacher, jax.random.key(3)
     flat = lambda params: {
         "/".join(path): np.asarray(a) for path, a in traverse_util.flatten_dict(params).items()
     }
     starts = jit(
         lambda: (
             model.init(key),
-            *(teacher_step.start(model, key, borders=b) for b in (True, False)),
+            *(flow_matching.fresh(model, key, borders=b) for b in (True, False)),
         )
     )
     usual, raised, same_start = map(flat, starts())
@@ -246,34 +296,38 @@ def test_generator_step_updates_the_student_alone():
     """Fails when the adversarial loss enters without its weight."""
     generator, _ = steps()
     before = start()
-    after, metrics = generator(before, frozen(), batch())
-    for part in ("heads", "heads_opt", "spectral"):
-        assert same_bits(getattr(after, part), getattr(before, part))
-    assert not same_bits(after.params, before.params)
-    assert not same_bits(after.opt, before.opt)
-    assert int(after.step) == 1 and after.rejected.tolist() == [0, 0, 0]
-    total = metrics["scm"] + 0.5 * metrics["adv"]
-    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
+    after, report = generator(before, frozen(), batch())
+    assert same_bits(after.roles["heads"], before.roles["heads"])
+    assert not same_bits(student_role(after).params, student_role(before).params)
+    assert not same_bits(student_role(after).opt, student_role(before).opt)
+    assert int(after.step) == 1 and rejected(after) == [0, 0, 0]
+    total = report.scalars["scm"] + 0.5 * report.scalars["adv"]
+    np.testing.assert_allclose(report.scalars["loss"], total, rtol=1e-5)
     moved = [
-        np.square(a - b).sum() for a, b in zip(*map(jax.tree.leaves, (after.params, before.params)))
+        np.square(a - b).sum()
+        for a, b in zip(*(jax.tree.leaves(student_role(now).params) for now in (after, before)))
     ]
-    np.testing.assert_allclose(np.sqrt(sum(moved)), metrics["grad_norm"], rtol=1e-3)
+    np.testing.assert_allclose(np.sqrt(sum(moved)), report.norms["grad_norm"], rtol=1e-3)
 
 
 def test_discriminator_step_updates_the_heads_alone():
-    """Fails when make_discriminator_step runs with update=False, and when its gradient is
+    """Fails when `prepare` does not advance the singular vectors, and when the gradient is
     negated.
     """
     _, discriminator = steps()
     before = start()
-    after, metrics = discriminator(before, frozen(), batch())
-    for part in ("params", "opt", "ema"):
-        assert same_bits(getattr(after, part), getattr(before, part))
-    for part in ("heads", "heads_opt", "spectral"):
-        assert not same_bits(getattr(after, part), getattr(before, part))
-    assert int(after.step) == 1 and np.isfinite(metrics["disc"])
-    _, again = discriminator(before.replace(heads=after.heads), frozen(), batch())
-    assert 0 < again["disc"] < metrics["disc"] - 1e-4  # the same draws, after the update
+    after, report = discriminator(before, frozen(), batch())
+    assert same_bits(student_role(after), student_role(before))
+    for part in ("params", "opt", "extra"):
+        assert not same_bits(
+            getattr(after.roles["heads"], part), getattr(before.roles["heads"], part)
+        )
+    assert int(after.step) == 1 and np.isfinite(report.scalars["disc"])
+    moved = before.roles["heads"].replace(params=after.roles["heads"].params)
+    changed = before.replace(roles=before.roles | {"heads": moved})
+    _, again = discriminator(changed, frozen(), batch())
+    # The same draws, after the update.
+    assert 0 < again.scalars["disc"] < report.scalars["disc"] - 1e-4
 
 
 def test_the_students_average_counts_rounds():
@@ -290,8 +344,9 @@ def test_the_students_average_counts_rounds():
         lambda e, p: share * e + (1 - share) * p, ema, params
     )
     far = lambda a, b: float(optax.tree.norm(jax.tree.map(jnp.subtract, a, b)))
-    once = mixed(1 / 10, start().params, first.params)
-    assert far(first.ema, once) < 1e-4 * far(start().params, first.params)
+    zeroth, first, between, second = map(student_role, (start(), first, between, second))
+    once = mixed(1 / 10, zeroth.params, first.params)
+    assert far(first.ema, once) < 1e-4 * far(zeroth.params, first.params)
     assert same_bits(between.ema, first.ema)
     assert far(second.ema, mixed(2 / 11, once, second.params)) < 1e-3 * far(once, second.params)
 
@@ -302,10 +357,8 @@ def test_margins_are_of_the_students_images_alone():
     Fails when the mean is over both kinds of fakes.
     """
     _, with_pairs = steps()[1](start(), frozen(), batch())
-    alone = sprint_step.make_discriminator_step(
-        nets(), dataclasses.replace(tiny_config().sprint, misaligned=False), 0
-    )
-    _, without = jit(alone)(start(), frozen(), batch())
+    _, without = jit(make_step("heads", misaligned=False))(start(), frozen(), batch())
+    with_pairs, without = with_pairs.scalars, without.scalars
     assert abs(with_pairs["disc"] - without["disc"]) > 1e-4
     for side in ("real", "fake"):
         np.testing.assert_allclose(
@@ -315,16 +368,18 @@ def test_margins_are_of_the_students_images_alone():
 
 
 def test_sprint_steps_reject_a_nan():
-    """Fails when spectral keeps its new value in make_discriminator_step."""
+    """Fails when the singular vectors keep their new value in make_step."""
     now = start()
-    for count, step in enumerate(steps(), 1):
-        bad, _metrics = step(now, frozen(), batch_with_nan())
-        for part in ("params", "opt", "ema", "heads", "heads_opt", "spectral"):
-            assert same_bits(getattr(bad, part), getattr(now, part)), part
-        assert bad.rejected.tolist() == [1, count - 1, count]
+    for count, update in enumerate(steps(), 1):
+        bad, _report = update(now, frozen(), batch_with_nan())
+        for name in ("student", "heads"):
+            for part in PARTS:
+                before, after = (getattr(each.roles[name], part) for each in (now, bad))
+                assert same_bits(after, before), (name, part)
+        assert rejected(bad) == [1, count - 1, count]
         now = bad
     good, _ = steps()[0](now, frozen(), batch())
-    assert good.rejected.tolist() == [0, 1, 2]
+    assert rejected(good) == [0, 1, 2]
 
 
 def test_a_network_that_always_fails_is_not_hidden_by_the_other():
@@ -334,18 +389,24 @@ def test_a_network_that_always_fails_is_not_hidden_by_the_other():
     generator, discriminator = steps()
     now = start()
     for count in (1, 2, 3):
-        now, _ = generator(now, frozen(), batch_with_nan())
-        now, metrics = discriminator(now, frozen(), batch())
-        assert now.rejected.tolist() == metrics["rejected"].tolist() == [count, 0, count]
+        now, of_student = generator(now, frozen(), batch_with_nan())
+        now, of_heads = discriminator(now, frozen(), batch())
+        assert rejected(now) == [count, 0, count]
+        assert of_student.rejected.tolist() == [count, count]
+        assert of_heads.rejected.tolist() == [0, 0]
 
 
 def test_student_starts_as_the_teacher():
     """This holds at each guidance scale. Fails when student_params prefers its fresh values."""
     b, u = batch(), normals(BATCH, *build.latent_shape(tiny_config()), seed=5)
     t = TIMES
-    v = lambda x, t: nets().teacher.apply(teacher(), x, t, b["text"], b["mask"]).velocity
+    v = lambda x, t: networks().teacher.apply(teacher(), x, t, b["text"], b["mask"]).velocity
     expected = jit(trigflow.from_flow(v))(u, t)
-    student = jit(lambda w: sprint_step.student_F(nets(), start().params, conditions(b), w)(u, t))
+    student = jit(
+        lambda w: views.student_F(
+            networks().trained, student_role(start()).params, conditions(b), w
+        )(u, t)
+    )
     for w in (0.0, 2.0, 7.0):
         F, logvar = student(np.full(BATCH, w, np.float32))
         assert max_error(F, expected) < 1e-6
@@ -363,20 +424,22 @@ def test_the_student_receives_the_guidance_of_each_sample():
         normals(BATCH, *build.latent_shape(tiny_config()), seed=5),
     )
     t = TIMES
-    embed = start().params["inputs"]["guidance_embed"]
+    embed = student_role(start()).params["inputs"]["guidance_embed"]
     told_more = jax.tree.map(
         lambda a: a + 0.3 * normals(*a.shape, seed=a.size), embed
     )  # it ends with zeros
-    params = start().params | {"inputs": start().params["inputs"] | {"guidance_embed": told_more}}
-    F = jit(lambda w: sprint_step.student_F(nets(), params, conditions(b), w)(u, t)[0])
+    params = student_role(start()).params | {
+        "inputs": student_role(start()).params["inputs"] | {"guidance_embed": told_more}
+    }
+    F = jit(lambda w: views.student_F(networks().trained, params, conditions(b), w)(u, t)[0])
 
     @jit
     def alike(one):
         s = trigflow.to_flow_time(t)
         x = trigflow.to_flow_state(u, t)
         v = (
-            nets()
-            .student.apply(
+            networks()
+            .trained.apply(
                 params, x, s, guidance=np.full(BATCH, 1, np.float32) * one, **conditions(b)
             )
             .velocity
@@ -398,16 +461,14 @@ def test_teacher_velocity_is_two_calls(uncond_mask):
     b, w = batch(), np.tile(np.float32([0.0, 1.0, 2.0, 4.5]), BATCH // 4)
     xt = 0.5 * normals(*b["latent"].shape, seed=3)
     t = TIMES
-    value = jit(sprint_step.teacher_velocity(nets(), frozen(), conditions(b), w, uncond_mask))(
-        xt, t
-    )
+    value = jit(views.teacher_velocity(networks(), frozen(), conditions(b), w, uncond_mask))(xt, t)
 
     def F(text, mask):
-        v = lambda x, t: nets().teacher.apply(teacher(), x, t, text, mask).velocity
+        v = lambda x, t: networks().teacher.apply(teacher(), x, t, text, mask).velocity
         return np.asarray(jit(trigflow.from_flow(v))(2 * xt, t))
 
-    null_mask = b["mask"] if uncond_mask == "cond" else np.repeat(frozen()["null_mask"], BATCH, 0)
-    uncond, cond = F(np.repeat(frozen()["null_text"], BATCH, 0), null_mask), F(b["text"], b["mask"])
+    null_mask = b["mask"] if uncond_mask == "cond" else np.repeat(frozen().null_mask, BATCH, 0)
+    uncond, cond = F(np.repeat(frozen().null_text, BATCH, 0), null_mask), F(b["text"], b["mask"])
     w = w[:, None, None, None]
     assert max_error(value, 0.5 * ((1 - w) * uncond + w * cond)) < 1e-5
     assert all(max_error(uncond[i], cond[i]) > 1e-3 for i in range(3))
@@ -418,11 +479,13 @@ def test_adversarial_gradient_alone():
 
     Fails when generate's x0_hat is stopped before the renoising.
     """
-    before, c = start(), dataclasses.replace(tiny_config().sprint, scm_weight=0.0)
-    after, metrics = jit(sprint_step.make_generator_step(nets(), c, 0))(before, frozen(), batch())
-    slope = jax.tree.map(lambda a, b: a - b, before.params, after.params)
-    assert "scm" not in metrics and float(metrics["grad_norm"]) > 1e-3
-    np.testing.assert_allclose(metrics["loss"], 0.5 * metrics["adv"], rtol=1e-6)
+    before = start()
+    after, report = jit(make_step("student", scm_weight=0.0))(before, frozen(), batch())
+    slope = jax.tree.map(
+        lambda a, b: a - b, student_role(before).params, student_role(after).params
+    )
+    assert "scm" not in report.scalars and float(report.norms["grad_norm"]) > 1e-3
+    np.testing.assert_allclose(report.scalars["loss"], 0.5 * report.scalars["adv"], rtol=1e-6)
     for leaf in slope["blocks"]["ff"]["conv_point"]["kernel"]:
         assert np.abs(leaf).max() > 0
     assert np.abs(slope["inputs"]["logvar"]["kernel"]).max() == 0
@@ -433,19 +496,19 @@ def test_qk_norm_is_added_and_nothing_else():
 
     Fails when a merged weight is zero instead of one.
     """
-    model = nets().teacher
+    model = networks().teacher
     bare = dataclasses.replace(model, qk_norm=False)
     params = jax.tree.map(np.copy, teacher())
     for attention in ("attn1", "attn2"):
         for name in ("norm_q", "norm_k"):
             del params["blocks"][attention][name]
-    done = teacher_step.add_qk_norm(params, model, jax.random.key(0))
+    done = flow_matching.add_qk_norm(params, model, jax.random.key(0))
     assert jax.tree.structure(done) == jax.tree.structure(teacher())
     for attention in ("attn1", "attn2"):
         for name in ("norm_q", "norm_k"):
             assert (np.asarray(done["blocks"][attention].pop(name)["weight"]) == 1).all()
     assert same_bits(done, params)
-    done = teacher_step.add_qk_norm(params, model, jax.random.key(0))
+    done = flow_matching.add_qk_norm(params, model, jax.random.key(0))
     b, t = batch(), TIMES / 1.6
     run = lambda m, p: jit(lambda p: m.apply(p, b["latent"], t, b["text"], b["mask"]).velocity)(p)
     # Without the norms in the forward pass the completed tree is the old network.
@@ -454,7 +517,7 @@ def test_qk_norm_is_added_and_nothing_else():
     assert max_error(run(model, done), plain) > 1e-3
     del params["inputs"]["time_proj"]
     with pytest.raises(ValueError, match="inputs/time_proj/(bias|kernel) is missing"):
-        teacher_step.add_qk_norm(params, model, jax.random.key(0))
+        flow_matching.add_qk_norm(params, model, jax.random.key(0))
 
 
 def test_frozen_teacher_gets_no_gradient():
@@ -467,9 +530,9 @@ def test_frozen_teacher_gets_no_gradient():
     t = TIMES
 
     def loss(teacher_params):
-        F = sprint_step.student_F(nets(), start().params, conditions(b), w)
-        held = frozen() | {"teacher": teacher_params}
-        velocity = sprint_step.teacher_velocity(nets(), held, conditions(b), w, "cond")
+        F = views.student_F(networks().trained, student_role(start()).params, conditions(b), w)
+        held = frozen().replace(teacher=teacher_params)
+        velocity = views.teacher_velocity(networks(), held, conditions(b), w, "cond")
         return scm.loss(F, velocity, x0, z, t, r=1.0, weighting="code", normalize=True)[0].mean()
 
     value, slope = jit(jax.value_and_grad(loss))(teacher())
@@ -484,15 +547,15 @@ def test_logvar_gradient_reaches_its_head_alone_on_request():
     """
     b, w = batch(), np.full(BATCH, 2.0, np.float32)
     u, t = normals(*b["latent"].shape, seed=1), TIMES
-    params = jax.tree.map(np.copy, start().params)
+    params = jax.tree.map(np.copy, student_role(start()).params)
     params["inputs"]["logvar"]["kernel"] += normals(
         *params["inputs"]["logvar"]["kernel"].shape, seed=2
     )  # starts at zero
 
     def sloped(who):
-        mean = lambda p: sprint_step.student_F(nets(), p, conditions(b), w, logvar_gradient=who)(
-            u, t
-        )[1].mean()
+        mean = lambda p: views.student_F(
+            networks().trained, p, conditions(b), w, logvar_gradient=who
+        )(u, t)[1].mean()
         value, slope = jit(jax.value_and_grad(mean))(params)
         return value, traverse_util.flatten_dict(slope)
 
@@ -513,11 +576,14 @@ def test_logvar_starts_at_the_given_value():
     """
     b, key = batch(), jax.random.key(1)
     zero, moved = (
-        sprint_step.student_params(teacher(), nets(), key, logvar_start=start)
+        views.student_params(teacher(), networks().trained, key, logvar_start=start)
         for start in (0.0, -6.0)
     )
-    F = sprint_step.student_F(
-        nets(), moved, conditions(b), np.tile(np.float32([1.0, 1.5, 2.0, 4.5]), BATCH // 4)
+    F = views.student_F(
+        networks().trained,
+        moved,
+        conditions(b),
+        np.tile(np.float32([1.0, 1.5, 2.0, 4.5]), BATCH // 4),
     )
     u, t = normals(*b["latent"].shape, seed=1), TIMES
     np.testing.assert_array_equal(jit(F)(u, t)[1], np.full(BATCH, -6.0, np.float32))
@@ -526,23 +592,24 @@ def test_logvar_starts_at_the_given_value():
 
 
 def test_generator_step_obeys_logvar_gradient():
-    """Fails when make_generator_step does not pass the key to student_F."""
+    """Fails when scm.term does not pass the key to student_F."""
     before = start()
-    kernel = before.params["inputs"]["logvar"]["kernel"]
-    logvar = before.params["inputs"]["logvar"] | {"kernel": normals(*kernel.shape, seed=2)}
-    before = before.replace(
-        params=before.params | {"inputs": before.params["inputs"] | {"logvar": logvar}}
-    )
-    c = dataclasses.replace(tiny_config().sprint, adv_weight=0.0)
-    steps = {
-        who: sprint_step.make_generator_step(nets(), dataclasses.replace(c, logvar_gradient=who), 0)
+    params = student_role(before).params
+    kernel = params["inputs"]["logvar"]["kernel"]
+    logvar = params["inputs"]["logvar"] | {"kernel": normals(*kernel.shape, seed=2)}
+    params = params | {"inputs": params["inputs"] | {"logvar": logvar}}
+    roles = before.roles | {"student": student_role(before).replace(params=params)}
+    before = before.replace(roles=roles)
+    updates = {
+        who: make_step("student", adv_weight=0.0, logvar_gradient=who)
         for who in ("network", "head")
     }
     # In one program, so that the shared part is compiled once.
-    norms = jit(lambda *args: {who: step(*args)[1] for who, step in steps.items()})(
+    reports = jit(lambda *args: {who: update(*args)[1] for who, update in updates.items()})(
         before, frozen(), batch()
     )
-    assert norms["head"]["loss"] == norms["network"]["loss"]
+    assert reports["head"].scalars["loss"] == reports["network"].scalars["loss"]
+    norms = {who: report.norms for who, report in reports.items()}
     assert norms["head"]["grad_norm/inputs/logvar"] == pytest.approx(
         float(norms["network"]["grad_norm/inputs/logvar"]), rel=1e-4
     )
@@ -553,35 +620,35 @@ def test_generator_step_obeys_logvar_gradient():
 
 
 @pytest.mark.parametrize(
-    "which, make", enumerate([sprint_step.make_generator_step, sprint_step.make_discriminator_step])
+    "which, role, loss", [(0, "student", "loss"), (1, "heads", "disc")], ids=["student", "heads"]
 )
-def test_accumulation_changes_nothing(which, make):
+def test_accumulation_changes_nothing(which, role, loss):
     """Two parts equal the whole.
 
     Fails when parts are summed instead of averaged, and when a part has draws of its own.
     """
     results = []
-    in_two = jit(make(nets(), dataclasses.replace(tiny_config().sprint, accumulate=2), 0))
-    for step in (steps()[which], in_two):
-        after, metrics = step(start(), frozen(), batch())
-        results.append(
-            (jax.device_get(after), metrics["loss"] if "loss" in metrics else metrics["disc"])
-        )
-    (one, loss), (two, other) = results
-    assert abs(loss - other) < 1e-5 * abs(loss)
+    for update in (steps()[which], jit(make_step(role, accumulate=2))):
+        after, report = update(start(), frozen(), batch())
+        results.append((jax.device_get(after), report.scalars[loss]))
+    (one, whole), (two, parted) = results
+    assert abs(whole - parted) < 1e-5 * abs(whole)
     before = start()
-    for part in ("params", "heads", "spectral"):
-        for a, b, c in zip(
-            *(jax.tree.leaves(getattr(s, part)) for s in (one, two, before)), strict=True
-        ):
-            # Of the update, not of the parameter. Biases before a normalization change by rounding
-            # alone.
-            assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a - c) + 1e-6
+    for name in ("student", "heads"):
+        for part in ("params", "extra"):
+            trees = (getattr(each.roles[name], part) for each in (one, two, before))
+            for a, b, c in zip(*map(jax.tree.leaves, trees), strict=True):
+                # Of the update, not of the parameter. Biases before a normalization change by
+                # rounding alone.
+                assert np.linalg.norm(a - b) <= 1e-3 * np.linalg.norm(a - c) + 1e-6
 
 
 def test_accumulation_of_the_teacher():
     """Fails when parts are summed instead of averaged."""
     (one, whole), (four, parted) = teacher_descent(1), teacher_descent(4)
-    assert abs(whole["loss"] - parted["loss"]) < 1e-5 * whole["loss"]
-    for a, b in zip(*map(jax.tree.leaves, (one.params, four.params)), strict=True):
+    whole, parted = whole.scalars["loss"], parted.scalars["loss"]
+    assert abs(whole - parted) < 1e-5 * whole
+    for a, b in zip(
+        *(jax.tree.leaves(teacher_role(now).params) for now in (one, four)), strict=True
+    ):
         assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)

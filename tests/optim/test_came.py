@@ -8,11 +8,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from sprint_jax.models import discriminator, linear_dit
-from sprint_jax.training import came
+from sprint_jax.optim import came
 
 pytestmark = pytest.mark.second_pass
 
-RULES = dict(factored=came.dit_factored, stacked=came.dit_stacked)
+RULES = came.LINEAR_DIT._asdict()
 SHAPES = {
     "blocks": {
         "attn": {"kernel": (3, 5, 7), "bias": (3, 7)},
@@ -127,7 +127,10 @@ def test_steps_equal_those_of_the_package(weight_decay):
             p.grad = torch.tensor(g[k])
         optimizer.step()
     tx = came.came(
-        0.1, weight_decay=weight_decay, factored=came.dit_factored, stacked=lambda path, leaf: 0
+        0.1,
+        weight_decay=weight_decay,
+        factored=came.LINEAR_DIT.factored,
+        stacked=lambda path, leaf: 0,
     )
     ours = descend(tx, start, gradients)
     for k in shapes:
@@ -235,11 +238,9 @@ def test_rules_of_the_networks():
 
     heads = discriminator.LADDHeads(width=8, count=2, dtype="float32")
     params, _ = jax.eval_shape(heads.init, jax.random.key(0))
-    state = jax.eval_shape(
-        came.came(1.0, factored=came.heads_factored, stacked=came.heads_stacked).init, params
-    )
+    state = jax.eval_shape(came.came(1.0, **came.HEADS._asdict()).init, params)
     assert not jax.tree.leaves(state.row) and leaves(state.nu) == leaves(params)
-    assert all(came.heads_stacked((), a) == 1 and a.shape[0] == 2 for a in jax.tree.leaves(params))
+    assert all(came.HEADS.stacked((), a) == 1 and a.shape[0] == 2 for a in jax.tree.leaves(params))
 
 
 def test_misuse_is_refused():

@@ -11,37 +11,53 @@ import pytest
 from helpers.configs import card
 from sprint_jax import build, config
 from sprint_jax.data import shapes_batches
-from sprint_jax.training import sprint_step
+from sprint_jax.objectives import ladd, step, views
+from sprint_jax.objectives.base import Frozen
+from sprint_jax.training import stages
 
 
 @pytest.fixture(scope="module")
 def both_metrics():
     """Return (metrics of a generator step, those of the discriminator step after it, config)."""
     c = config.parse(card())
-    nets, encoder = build.nets(c), build.text_encoder(c)
-    teacher = nets.teacher.init(jax.random.key(0))
+    phase, encoder = c.phases["sprint"], build.text_encoder(c)
+    networks = stages.networks(c, phase)
+    objective = phase.objective.objective(networks)
+    txs = stages.transformations(phase, objective)
+    teacher = networks.teacher.init(jax.random.key(0))
     null_text, null_mask = encoder.encode([""])
-    frozen = {"teacher": teacher, "null_text": null_text, "null_mask": null_mask}
-    student = sprint_step.student_params(
-        teacher, nets, jax.random.key(1), logvar_start=c.phases["sprint"].objective.logvar_start
+    frozen = Frozen(null_text=null_text, null_mask=null_mask, teacher=teacher)
+    student = views.student_params(
+        teacher, networks.trained, jax.random.key(1), logvar_start=phase.objective.logvar_start
     )
-    state = sprint_step.init(student, nets, c.sprint, jax.random.key(2))
+    state = step.start(
+        objective, txs, ema=phase.ema, frozen=frozen, begin=student, key=jax.random.key(3)
+    )
+    # The recorded numbers are of heads drawn by a key of their own.
+    heads, spectral = ladd.heads_of(phase.objective, networks).init(jax.random.key(2))
+    role = state.roles["heads"].replace(params=heads, extra=ladd.start_spectral(spectral))
+    state = state.replace(roles=state.roles | {"heads": role})
     batch = lambda k: shapes_batches.make_batch(
         k,
         seed=0,
-        batch=c.phases["sprint"].batch,
+        batch=phase.batch,
         size=c.data.size,
         codec=build.codec(c),
         text_encoder=encoder,
     )
-    state, generator = jax.jit(sprint_step.make_generator_step(nets, c.sprint, 1))(
-        state, frozen, batch(0)
-    )
-    state, discriminator = jax.jit(sprint_step.make_discriminator_step(nets, c.sprint, 1))(
-        state, frozen, batch(1)
-    )
+    reports = []
+    for i, name in enumerate(objective.round):
+        update = step.make_step(
+            objective.updates[name],
+            txs[name],
+            ema=phase.ema if name == objective.main else 0.0,
+            accumulate=1,
+            seed=1,
+        )
+        state, report = jax.jit(update)(state, frozen, batch(i))
+        reports.append(report.scalars | report.norms)
     assert int(state.step) == 2
-    return jax.device_get(generator), jax.device_get(discriminator), c
+    return *jax.device_get(reports), c
 
 
 def test_identities(both_metrics):
