@@ -578,14 +578,14 @@ def _control_rules(c: Config) -> Iterator[tuple[bool, str]]:
 
 def _phase_rules(c: Config) -> Iterator[tuple[bool, str]]:
     """Yield the rules of each phase, among them what its objective needs of the run around it."""
+    for name in c.order:
+        yield from _needs(c.phases[name], c.model.depth, f"config.phases.{name}")
     ranks = [_NETWORKS.index(c.phases[name].network) for name in c.order]
     yield (
         ranks == sorted(ranks) and len(set(c.order)) == len(c.order),
         f"config.order {', '.join(c.order)}: name each phase once, in the order of their networks "
         f"({', '.join(_NETWORKS)})",
     )
-    for name in c.order:
-        yield from _needs(c.phases[name], c.model.depth, f"config.phases.{name}")
 
 
 def _needs(phase: Phase, depth: int, at: str) -> Iterator[tuple[bool, str]]:

@@ -40,3 +40,9 @@ def tree_error(value: Any, expected: Any) -> float:
     """Return the largest `relative_error` over the leaves of two trees of the same structure."""
     pairs = zip(jax.tree.leaves(value), jax.tree.leaves(expected), strict=True)
     return max(relative_error(a, b) for a, b in pairs)
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Return whether two trees are bit-equal; NaN equals nothing."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(a, b) for a, b in pairs)

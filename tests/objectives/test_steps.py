@@ -10,68 +10,26 @@ import optax
 import pytest
 from flax import traverse_util
 
-from helpers.arrays import max_error, normals
-from helpers.compiler import UNOPTIMIZED
-from helpers.configs import card
-from sprint_jax import build, config
+from helpers.arrays import max_error, normals, same_bits
+from helpers.distillation import (
+    BATCH,
+    TIMES,
+    batch,
+    conditions,
+    frozen,
+    jit,
+    networks,
+    settings,
+    teacher,
+    tiny_config,
+)
+from sprint_jax import build
 from sprint_jax.diffusion import flow, scm, trigflow
 from sprint_jax.objectives import flow_matching, step, views
-from sprint_jax.objectives.base import Frozen
 from sprint_jax.optim import came, optimizers
 from sprint_jax.training import stages
 
 pytestmark = pytest.mark.second_pass
-
-BATCH, SIDE = 2 * 8, 4  # two parts of one normalization group each
-
-
-def jit(function):
-    """Compile a function quickly."""
-    return jax.jit(function, compiler_options=UNOPTIMIZED)
-
-
-@functools.cache
-def tiny_config():
-    """Return the config of a narrow network on small latents."""
-    tree = card()
-    tree.data.size = SIDE * tree.codec.block
-    tree.model.update(width=16, unroll=1)
-    tree.phases.teacher.optimizers.network.update(lr=3e-3, warmup=0)
-    tree.phases.sprint.objective.update(
-        head_blocks=(1,), scm_weight=1.0, adv_weight=0.5, misaligned=True, reduction="code"
-    )
-    return config.parse(tree)
-
-
-TIMES = np.tile(np.float32([0.1, 0.6, 1.1, 1.5]), BATCH // 4)
-
-
-def batch():
-    """Return a batch with four prompts, one of them empty."""
-    prompts = ["a red circle", "a blue square above a green triangle", "a circle", ""]
-    text, mask = build.text_encoder(tiny_config()).encode(prompts * (BATCH // 4))
-    return {
-        "latent": normals(BATCH, *build.latent_shape(tiny_config())),
-        "text": text,
-        "mask": mask,
-    }
-
-
-def conditions(rows):
-    """Return what networks receive of a batch besides the state."""
-    return {name: rows[name] for name in ("text", "mask")}
-
-
-def settings(**changes):
-    """Return the settings of sCM + LADD, with changes."""
-    return dataclasses.replace(tiny_config().phases["sprint"].objective, **changes)
-
-
-@functools.cache
-def networks():
-    """Return the networks of the distillation."""
-    return stages.networks(tiny_config(), tiny_config().phases["sprint"])
-
 
 # Plain descent. It compiles faster, and its first update is the gradient itself.
 DESCENT = {"student": optax.sgd(1.0, momentum=0.9), "heads": optax.sgd(0.05, momentum=0.9)}
@@ -86,22 +44,6 @@ def make_step(role, *, accumulate=1, seed=0, **changes):
         accumulate=accumulate,
         seed=seed,
     )
-
-
-@functools.cache
-def teacher():
-    """Return parameters of the teacher, none at its initial value."""
-    params = jit(networks().teacher.init)(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    moved = [np.asarray(a) + 0.1 * normals(*a.shape, seed=i) for i, a in enumerate(leaves)]
-    return jax.tree.unflatten(tree, [a.astype(np.float32) for a in moved])
-
-
-@functools.cache
-def frozen():
-    """Return the frozen arrays of the distillation."""
-    null_text, null_mask = build.text_encoder(tiny_config()).encode([""])
-    return Frozen(null_text=null_text, null_mask=null_mask, teacher=teacher())
 
 
 @functools.cache
@@ -140,12 +82,6 @@ def rejected(state):
         state.roles[name].rejected.tolist() for name in ("student", "heads")
     )
     return [student_row, heads_row, of_student + of_heads]
-
-
-def same_bits(one, other):
-    """Return whether two trees are bit-equal; NaN equals nothing."""
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return all(np.array_equal(a, b) for a, b in pairs)
 
 
 def batch_with_nan():
