@@ -12,7 +12,7 @@ from sprint_jax import config as config_lib
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import cli
 from sprint_jax.sampling import loading
-from sprint_jax.training import run
+from sprint_jax.training import run, workdirs
 
 pytestmark = pytest.mark.second_pass
 
@@ -252,3 +252,15 @@ def test_missing_pretrained_weights(tmp_path):
     config.teacher.pretrained = str(tmp_path / "absent.safetensors")
     with pytest.raises(UserError, match="no weights at"):
         run.run(config_lib.parse(config), tmp_path / "run")
+
+
+def test_a_run_of_version_0_1_is_refused(tmp_path):
+    """By training and by sampling, with what to do; its files stay."""
+    old = json.dumps({"seed": 0, "data": {}, "model": {}, "teacher": {}, "sprint": {"steps": 4}})
+    (tmp_path / "config.json").write_text(old)
+    (tmp_path / "student.safetensors").touch()
+    with pytest.raises(UserError, match="written by version 0.1, .*: choose another --workdir"):
+        workdirs.write_config(config_lib.parse(card()), tmp_path)
+    with pytest.raises(UserError, match="is a run of version 0.1: use it with that version"):
+        loading.load(tmp_path)
+    assert (tmp_path / "config.json").read_text() == old
