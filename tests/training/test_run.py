@@ -15,7 +15,7 @@ from helpers.runs import TINY_FLAGS, read_rows, wait_for_row
 from sprint_jax import config
 from sprint_jax.errors import UserError
 from sprint_jax.toy import checker
-from sprint_jax.training import extract, run, workdirs
+from sprint_jax.training import extract, workdirs
 
 pytestmark = pytest.mark.second_pass
 
