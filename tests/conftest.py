@@ -8,10 +8,12 @@ import textwrap
 import filelock
 import pytest
 
+from helpers import shape_checks
 from helpers.compiler import XLA_FLAGS
 from helpers.runs import OLD_TEACHER_FLAGS, ROOT, TINY_FLAGS
 
 os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)
+shape_checks.install()
 
 
 @pytest.fixture

@@ -8,51 +8,53 @@ Symbols: x0 data at unit scale [B, ...], z noise, xt state, t time [B], v(xt, t)
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
+
+from sprint_jax.diffusion.types import Network, PerSample, Samples, Scalar
 
 
-def expand(t, x):
-    """t [B] -> [B, 1, ..., 1], to broadcast against x."""
+def expand(t: Shaped[Array, "*s"], x: Shaped[Array, "*d"]) -> Shaped[Array, "*e"]:
+    """Reshape t [B] to [B, 1, ..., 1], to broadcast against x [B, ...]."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
-def mean_per_sample(x):
-    """[B, ...] -> [B], the mean over everything but the batch."""
+def mean_per_sample(x: Samples) -> PerSample:
+    """Return the mean over everything but the batch."""
     return x.reshape(x.shape[0], -1).mean(-1)
 
 
-def interpolate(x0, z, t):
-    """The path x_t = (1 - t) x0 + t z."""
+def interpolate(x0: Samples, z: Samples, t: PerSample) -> Samples:
+    """Return the path x_t = (1 - t) x0 + t z."""
     t = expand(t, x0)
     return (1 - t) * x0 + t * z
 
 
-def sample_time(key, batch, *, mean, std, shift):
-    """Logit-normal times, shifted towards noise.
+def sample_time(
+    key: PRNGKeyArray, batch: int, *, mean: Scalar, std: Scalar, shift: Scalar
+) -> Float[Array, " {batch}"]:
+    """Draw logit-normal times in (0, 1), shifted toward noise, float32.
 
-    t = sigmoid(n), n ~ N(mean, std^2), then t <- shift t / (1 + (shift - 1) t). The published trainer
-    reads t off a grid of 1000; here it is continuous.
-
-    Returns: [batch] float32 in (0, 1).
+    t = sigmoid(n), n ~ N(mean, std^2), then t <- shift t / (1 + (shift - 1) t). The published
+    trainer reads t off a grid of 1000; here it is continuous.
     """
     t = jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch,)))
     return shift * t / (1 + (shift - 1) * t)
 
 
-def loss(v, x0, z, t):
-    """Mean squared velocity error of each sample.
+def loss(v: Network, x0: Samples, z: Samples, t: PerSample) -> PerSample:
+    """Return the mean squared velocity error of each sample.
 
     Args:
-      v: callable (xt [B, ...], t [B]) -> [B, ...].
-      x0, z: data and noise at unit scale [B, ...]; t: [B].
-    Returns:
-      [B].
+      v: the network.
+      x0, z: data and noise at unit scale.
+      t: times.
     """
     xt = interpolate(x0, z, t)
     return mean_per_sample(jnp.square(v(xt, t) - (z - x0)))
 
 
-def guided(v_uncond, v_cond, w):
-    """Classifier-free guidance v_u + w (v_c - v_u), w [B]."""
+def guided(v_uncond: Samples, v_cond: Samples, w: PerSample) -> Samples:
+    """Apply classifier-free guidance, v_u + w (v_c - v_u)."""
     return v_uncond + expand(w, v_cond) * (v_cond - v_uncond)
 
 

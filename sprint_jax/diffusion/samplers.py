@@ -1,17 +1,22 @@
 """Samplers: few-step SCM for the student, TrigFlow rotation and flow Euler for the teacher.
 
-Each takes a network as a callable, noise as arrays and a list of times ending in 0, and returns clean
-latents at unit scale. Steps are a `lax.scan`, so compile time does not grow with their number.
+Each takes a network as a callable, noise as arrays and a list of times that ends in 0, and returns
+clean latents at unit scale. Steps are a `lax.scan`, so compile time does not grow with their
+number.
+
 Symbols: F(u, t) TrigFlow network, v(x, t) flow network, s -> t one step.
 """
 
 import math
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from sprint_jax.diffusion import trigflow
+from sprint_jax.diffusion.types import Network, Samples
 from sprint_jax.errors import UserError
 
 SIGMA_D = trigflow.SIGMA_D
@@ -25,12 +30,19 @@ _PAPER = {
     4: (math.atan(400.0), 1.3, 1.1, 0.6, 0.0),
 }
 
+Times: TypeAlias = Float[Array | np.ndarray, " n"]  # decreasing, ending in 0
 
-def scm_times(steps, schedule="code"):
-    """Angles of the few-step sampler, steps + 1 of them, ending in 0.
 
-    schedule: "code" is the released sampler (2 steps: 1.57080, 1.3, 0; else evenly spaced from 1.57080);
-    "paper" is Table 7 and exists for 1, 2 and 4 steps.
+def scm_times(steps: int, schedule: str = "code") -> Float[np.ndarray, " n"]:
+    """Return the angles of the few-step sampler, steps + 1 of them, ending in 0.
+
+    Args:
+      steps: 1 or more.
+      schedule: "code" is the released sampler (2 steps: 1.57080, 1.3, 0; else evenly spaced from
+        1.57080). "paper" is Table 7 and exists for 1, 2 and 4 steps.
+
+    Raises:
+      UserError: for other steps or schedules.
     """
     if steps < 1:
         raise UserError(f"steps {steps}: use 1 or more")
@@ -47,31 +59,46 @@ def scm_times(steps, schedule="code"):
     return np.linspace(PUBLISHED_T_MAX, 0, steps + 1, dtype=np.float32)
 
 
-def trig_times(steps):
-    """Evenly spaced angles from pi/2 to 0."""
+def trig_times(steps: int) -> Float[np.ndarray, " n"]:
+    """Return evenly spaced angles from pi/2 to 0, steps + 1 of them."""
     return np.linspace(trigflow.T_MAX, 0, steps + 1, dtype=np.float32)
 
 
-def flow_times(steps, shift=1.0):
-    """Evenly spaced flow times from 1 to 0, shifted towards noise: t <- shift t / (1 + (shift - 1) t)."""
+def flow_times(steps: int, shift: float = 1.0) -> Float[np.ndarray, " n"]:
+    """Return flow times from 1 to 0, steps + 1 of them, shifted toward noise.
+
+    Evenly spaced times become t <- shift t / (1 + (shift - 1) t).
+    """
     t = np.linspace(1, 0, steps + 1)
     return (shift * t / (1 + (shift - 1) * t)).astype(np.float32)
 
 
-def scm(F, noise, step_noise, times, start=None):
-    """Multi-step consistency sampling (paper section 2.2; released `SCMScheduler`).
+def scm(
+    F: Network,
+    noise: Samples,
+    step_noise: Float[Array, "k b *d"],
+    times: Times,
+    start: Samples | None = None,
+) -> Samples:
+    """Sample by multi-step consistency (paper section 2.2; released `SCMScheduler`).
 
-        x0_hat = cos(s) x - sin(s) sigma_d F(x / sigma_d, s);   x <- cos(t) x0_hat + sin(t) sigma_d noise
+        x0_hat = cos(s) x - sin(s) sigma_d F(x / sigma_d, s)
+        x <- cos(t) x0_hat + sin(t) sigma_d noise
 
     Args:
-      F: callable (u [B, ...], t [B]) -> [B, ...].
-      noise: [B, ...] unit-variance start. step_noise: [steps - 1, B, ...] unit-variance draws between
-        steps (the released code also draws one at t = 0, where it is multiplied by sin 0).
-      times: [steps + 1], ending in 0.
-      start: clean latents [B, ...] at unit scale to begin from (img2img): x = sigma_d (cos(s) start +
+      F: the TrigFlow network.
+      noise: unit-variance start.
+      step_noise: unit-variance draws between steps, one less than steps. The released code also
+        draws one at t = 0, where it is multiplied by sin 0.
+      times: angles, steps + 1 of them.
+      start: clean latents at unit scale to begin from (img2img). Then x = sigma_d (cos(s) start +
         sin(s) noise) at the first time s. None begins from noise alone.
+
     Returns:
-      [B, ...] at unit scale: the last x0_hat / sigma_d.
+      The last x0_hat / sigma_d, at unit scale.
+
+    Raises:
+      ValueError: for another number of draws.
     """
     times = jnp.asarray(times)
     if step_noise.shape[0] != times.shape[0] - 2:
@@ -88,15 +115,17 @@ def scm(F, noise, step_noise, times, start=None):
     x = SIGMA_D * noise
     if start is not None:
         x = SIGMA_D * (jnp.cos(times[0]) * start + jnp.sin(times[0]) * noise)
-    if times.shape[0] > 2:  # a loop that runs no time would still be traced and compiled
+    if times.shape[0] > 2:  # an empty loop would still be traced and compiled
         x, _ = jax.lax.scan(step, x, (times[:-2], times[1:-1], step_noise))
     return denoise(x, times[-2]) / SIGMA_D
 
 
-def trigflow_euler(F, noise, times):
-    """First-order rotation along the PF-ODE: x_t = cos(s - t) x_s - sin(s - t) sigma_d F(x_s / sigma_d, s).
+def trigflow_euler(F: Network, noise: Samples, times: Times) -> Samples:
+    """Sample by first-order rotation along the PF-ODE.
 
-    Args: as in `scm`, without draws between steps. Returns [B, ...] at unit scale.
+        x_t = cos(s - t) x_s - sin(s - t) sigma_d F(x_s / sigma_d, s)
+
+    The arguments and the result are those of `scm`, without draws between steps.
     """
 
     def step(x, st):
@@ -109,8 +138,8 @@ def trigflow_euler(F, noise, times):
     return x / SIGMA_D
 
 
-def flow_euler(v, noise, times):
-    """Euler steps of dx/dt = v(x, t) in flow time. noise [B, ...], times [steps + 1] from 1 to 0."""
+def flow_euler(v: Network, noise: Samples, times: Times) -> Samples:
+    """Sample by Euler steps of dx/dt = v(x, t) in flow time. times: from 1 to 0."""
 
     def step(x, st):
         s, t = st

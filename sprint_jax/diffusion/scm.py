@@ -1,60 +1,79 @@
 """Continuous-time consistency distillation in TrigFlow, sCM (paper Eq. 4, 5, 9; section 3.1-3.2).
 
-Symbols: x0 data and z noise at scale sigma_d [B, ...], t angle [B], F the student network at unit scale,
-F- its stopped copy, v = dx_t/dt the teacher's velocity, l = logvar [B] (w_phi = -l in the paper),
-r the tangent warm-up, g the tangent target.
+Symbols: x0 data and z noise at scale sigma_d [B, ...], t angle [B], F the student network at unit
+scale, F- its stopped copy, v = dx_t/dt the teacher's velocity, l = logvar [B] (w_phi = -l in the
+paper), r the tangent warm-up, g the tangent target.
 
 Where paper and published code differ, the default is the code:
   weighting="code"   omega(t) / e^l * error + l with the prior omega(t) = 1 / (sigma_d tan t)
   weighting="paper"  e^w / D * error - w, no prior (Eq. 9)
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 
 from sprint_jax.diffusion import trigflow
 from sprint_jax.diffusion.flow import expand, guided, mean_per_sample
+from sprint_jax.diffusion.types import Network, PerSample, Samples, Scalar, Student
 
 SIGMA_D = trigflow.SIGMA_D
 WEIGHTINGS = ("code", "paper")
 
+Aux = TypeVar("Aux")
 
-def teacher_velocity(F_uncond, F_cond, w):
-    """dx_t/dt = sigma_d (F_u + w (F_c - F_u)), from the teacher's two answers and the scale w [B]."""
+
+def teacher_velocity(F_uncond: Samples, F_cond: Samples, w: PerSample) -> Samples:
+    """Return dx_t/dt = sigma_d (F_u + w (F_c - F_u)) of the teacher at guidance scale w."""
     return SIGMA_D * guided(F_uncond, F_cond, w)
 
 
-def tangent_warmup(step, steps):
-    """r = min(1, step / H); step counts generator and discriminator updates from one."""
+def tangent_warmup(step: Scalar, steps: int) -> Scalar:
+    """Return r = min(1, step / H). Steps count updates of both networks from one."""
     return jnp.minimum(1.0, step / max(1, steps))
 
 
-def tangent(F_minus, J, v, xt, t, r):
-    """cos(t) df/dt of Eq. (5), with the second bracket scaled by r.
+def tangent(
+    F_minus: Samples, J: Samples, v: Samples, xt: Samples, t: PerSample, r: Scalar
+) -> Samples:
+    """Return cos(t) df/dt of Eq. (5), with the second bracket scaled by r.
 
     g = -cos^2(t) (sigma_d F- - v) - r (cos(t) sin(t) x_t + sigma_d J)
 
-    J already carries the factor cos(t) sin(t): it is dF along (cos sin v / sigma_d, cos sin), which keeps
-    the tangent finite as t -> pi/2.
+    J already carries the factor cos(t) sin(t): it is dF along (cos sin v / sigma_d, cos sin), which
+    keeps the tangent finite as t -> pi/2.
     """
     cos, sin = jnp.cos(expand(t, xt)), jnp.sin(expand(t, xt))
     return -cos * cos * (SIGMA_D * F_minus - v) - r * (cos * sin * xt + SIGMA_D * J)
 
 
-def normalize_tangent(g, c=0.1):
-    """g / (||g||_2 + c), the full L2 norm of each sample (not a root mean square), c = 0.1."""
+def normalize_tangent(g: Samples, c: float = 0.1) -> tuple[Samples, PerSample]:
+    """Return g / (||g||_2 + c) and the norm, which is the full L2 norm of each sample."""
     norm = jnp.sqrt(jnp.square(g).reshape(g.shape[0], -1).sum(-1))
     return g / expand(norm + c, g), norm
 
 
-def consistency(F, v, xt, t, *, r):
-    """One forward-mode pass: the student's value and its stopped tangent target.
+def consistency(
+    F: Callable[[Samples, PerSample], tuple[Samples, Aux]],
+    v: Samples,
+    xt: Samples,
+    t: PerSample,
+    *,
+    r: Scalar,
+) -> tuple[Samples, Aux, Samples]:
+    """Return the student's value and its stopped tangent target by one forward-mode pass.
 
     Args:
-      F: callable (u [B, ...], t [B]) -> (F [B, ...], logvar [B] or None).
-      v: dx_t/dt at (xt, t) [B, ...]; xt [B, ...] at scale sigma_d; t [B]; r scalar.
+      F: (u, t) -> (F, logvar or any other value), the student.
+      v: dx_t/dt at (xt, t).
+      xt: state at scale sigma_d.
+      t: angle.
+      r: tangent warm-up.
+
     Returns:
-      (F value with gradient, logvar with gradient, g [B, ...] stopped and not yet normalised)
+      F and logvar, both with gradient, and g, stopped and not yet normalized.
     """
     cos_sin = jnp.cos(t) * jnp.sin(t)
     tangents = (expand(cos_sin, xt) * v / SIGMA_D, cos_sin)
@@ -63,16 +82,33 @@ def consistency(F, v, xt, t, *, r):
     return value, logvar, jax.lax.stop_gradient(tangent(F_minus, J, v, xt, t, r))
 
 
-def loss(F, velocity, x0, z, t, *, r, weighting, normalize):
-    """The sCM loss, Eq. (9), of each sample.
+def loss(
+    F: Student,
+    velocity: Network,
+    x0: Samples,
+    z: Samples,
+    t: PerSample,
+    *,
+    r: Scalar,
+    weighting: str,
+    normalize: bool,
+) -> tuple[PerSample, dict[str, PerSample]]:
+    """Return the sCM loss of each sample, Eq. (9).
 
     Args:
-      F: callable (u, t) -> (F, logvar), the student.
-      velocity: callable (xt, t) -> dx_t/dt, the guided teacher; it gets no gradient.
-      x0, z: [B, ...] at scale sigma_d. t: [B] in (0, pi/2). r: tangent warm-up in [0, 1].
-      weighting: "code" or "paper". normalize: divide the tangent by its norm (both sources do).
+      F: (u, t) -> (F, logvar), the student.
+      velocity: (xt, t) -> dx_t/dt, the guided teacher. It gets no gradient.
+      x0, z: data and noise at scale sigma_d.
+      t: angle in (0, pi/2).
+      r: tangent warm-up in [0, 1].
+      weighting: "code" or "paper".
+      normalize: divide the tangent by its norm, as both sources do.
+
     Returns:
-      loss [B], and {"error", "tangent_norm", "logvar"}, each [B].
+      The loss, and {"error", "tangent_norm", "logvar"} of each sample.
+
+    Raises:
+      ValueError: for an unknown weighting.
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting {weighting!r}: use one of {WEIGHTINGS}")

@@ -226,11 +226,11 @@ def clip_model(config) -> clip_lib.CLIP:
     """The description in transformers' config.json. What a file leaves out has transformers' default."""
     vision, text = dict(config["vision_config"]), dict(config["text_config"])
     tower = lambda c, width, inner, heads: clip_lib.Tower(
-        c.get("hidden_size", width),
-        c.get("num_hidden_layers", 12),
-        c.get("num_attention_heads", heads),
-        c.get("intermediate_size", inner),
-        c.get("layer_norm_eps", 1e-5),
+        width=c.get("hidden_size", width),
+        layers=c.get("num_hidden_layers", 12),
+        heads=c.get("num_attention_heads", heads),
+        inner=c.get("intermediate_size", inner),
+        eps=c.get("layer_norm_eps", 1e-5),
     )
     activations = {c.get("hidden_act", "quick_gelu") for c in (vision, text)}
     if len(activations) != 1 or not activations <= {"quick_gelu", "gelu"}:

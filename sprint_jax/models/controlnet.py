@@ -1,63 +1,89 @@
-"""ControlNet on the Linear-DiT: copies of its first blocks read a condition and add to its hidden states.
+"""ControlNet on the Linear-DiT: copies of its first blocks read a condition and steer the trunk.
 
-`ControlNet` is diffusers' `SanaControlNetModel`, with QK-norm where the trunk has it: tokens of the state plus a
-zero-initialised projection of the condition's tokens (one patch embedding for both) pass through the copies, and a
-zero-initialised projection of what each gives is added to the trunk behind its block 1, 2, ... (never block 0). At the start all
-residuals are zero and the trunk draws as it did.
+`ControlNet` is diffusers' `SanaControlNetModel`, with QK-norm if the trunk has it. Tokens of the
+state plus a zero-initialized projection of the condition's tokens (one patch embedding for both)
+pass through the copies. A zero-initialized projection of each copy's output is added to the trunk
+after its block 1, 2, ... (never block 0). Initially all residuals are zero, so the trunk generates
+the same images as without them.
 
-`Controlled` is trunk and ControlNet as one network with the interface of `LinearDiT`, so steps and samplers serve both.
+`Controlled` is trunk and ControlNet as one network with the interface of `LinearDiT`, so steps and
+samplers serve both.
 """
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from sprint_jax.models import layers
+from sprint_jax.models.layers import Params
 from sprint_jax.models.linear_dit import LinearDiT, Output, patchify
 from sprint_jax.ops import placement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ControlNet:
-    """Description.
+    """Description of a ControlNet."""
 
-    net: the network whose first blocks are copied, without guidance embedding and log-variance head: the published
-      ControlNet is told neither. depth: number of copies, 7 in the published ones.
-    """
-
+    # The network whose first blocks are copied. It has no guidance embedding and no log-variance
+    # head, since the published ControlNet is not conditioned on either.
     net: LinearDiT
-    depth: int
+    depth: int  # number of copies, 7 in the published ones
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Raise ValueError if the depth or the network cannot be copied."""
         if not 1 <= self.depth < self.net.depth:
             raise ValueError(
-                f"depth {self.depth} of the ControlNet: use 1 to {self.net.depth - 1}, below the trunk's depth"
+                f"depth {self.depth} of the ControlNet: use 1 to {self.net.depth - 1}, below the "
+                "trunk's depth"
             )
         if self.net.guidance_embed or self.net.logvar_head:
             raise ValueError("a ControlNet copies a network without guidance_embed and logvar_head")
 
-    def init(self, key):
-        """Random parameters {"inputs", "blocks" (leading axis depth), "zero_in", "zero_out" (leading axis depth)}."""
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Draw parameters {"inputs", "blocks", "zero_in", "zero_out"}.
+
+        "blocks" and "zero_out" have a leading axis depth.
+        """
         return self.start(self.net.init(key))
 
-    def start(self, trunk):
-        """Parameters that copy those of a trunk, of a teacher or a student, and change nothing yet."""
-        D, copy = self.net.width, lambda tree: jax.tree.map(jnp.copy, tree)
-        kept = ("patch_embed", "time_embed", "time_proj", "caption")
-        zeros = lambda *lead: {"kernel": jnp.zeros((*lead, D, D)), "bias": jnp.zeros((*lead, D))}
+    def start(self, trunk: Params) -> Params:
+        """Return parameters that copy those of a trunk, teacher or student, without effect yet."""
+        width, copy = self.net.width, lambda tree: jax.tree.map(jnp.copy, tree)
+        copied = ("patch_embed", "time_embed", "time_proj", "caption")
+        zeros = lambda *lead: {
+            "kernel": jnp.zeros((*lead, width, width)),
+            "bias": jnp.zeros((*lead, width)),
+        }
         return {
-            "inputs": copy({name: trunk["inputs"][name] for name in kept}),
+            "inputs": copy({name: trunk["inputs"][name] for name in copied}),
             "blocks": copy(jax.tree.map(lambda a: a[: self.depth], trunk["blocks"])),
             "zero_in": zeros(),
             "zero_out": zeros(self.depth),
         }
 
-    def apply(self, params, x, t, text, mask, control, scale):
-        """Residuals [depth, B, H, W, D] for `LinearDiT.apply`.
+    def apply(
+        self,
+        params: Params,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        text: Float[Array, "b l e"],
+        mask: Shaped[Array, "b l"],
+        *,
+        control: Float[Array, "_ _ _ _"],
+        scale: Float[Array, " b"],
+    ) -> Float[Array, "k b y x d"]:
+        """Return the residuals of `LinearDiT.apply`, one for each copy.
 
-        x, t, text, mask: as there. control: [B, H, W, in_channels] latents of the condition at unit scale, scale: [B],
-        what residuals are multiplied by.
+        Args:
+          params: tree from `init`, or `unstack` of it.
+          x, t, text, mask: as in `LinearDiT.apply`.
+          control: latents of the condition at unit scale, of x's shape.
+          scale: factor of the residuals of each sample.
+
+        Raises:
+          ValueError: if control and x have different shapes.
         """
         net, dtype = self.net, self.net.compute_dtype
         if control.shape != x.shape:
@@ -67,14 +93,10 @@ class ControlNet:
         h, _, modulation, text, _ = net.inputs(params["inputs"], x, t, text, None)
         embed = placement.gather_weights(params["inputs"]["patch_embed"], dtype)
         hint = _dense(embed, patchify(control, net.patch_size), dtype)
-        h = h + _dense(
-            placement.gather_weights(params["zero_in"], dtype),
-            placement.split_over_devices(hint),
-            dtype,
-        )
+        zero_in = placement.gather_weights(params["zero_in"], dtype)
+        h = h + _dense(zero_in, placement.split_over_devices(hint), dtype)
         scale = scale[:, None, None, None].astype(h.dtype)
-
-        text = net.text(params, text)
+        text = net.project_text(params, text)
 
         def body(h, block_and_zero, text=text):
             block, zero = block_and_zero
@@ -84,8 +106,8 @@ class ControlNet:
         stack = (params["blocks"], params["zero_out"])
         if isinstance(params["blocks"], list):
             found = []
-            for *each, its_text in zip(*stack, text, strict=True):
-                h, residual = body(h, each, its_text)
+            for block, zero, own_text in zip(*stack, text, strict=True):
+                h, residual = body(h, (block, zero), own_text)
                 found.append(residual)
             return jnp.stack(found)
         _, residuals = jax.lax.scan(
@@ -93,8 +115,8 @@ class ControlNet:
         )
         return residuals
 
-    def unstack(self, params):
-        """As `LinearDiT.unstack`."""
+    def unstack(self, params: Params) -> Params:
+        """Return the parameters unstacked, as `LinearDiT.unstack` does."""
         blocks, zero_out = (
             layers.unstack_layers(params[name], self.depth) for name in ("blocks", "zero_out")
         )
@@ -102,15 +124,15 @@ class ControlNet:
         return params | {"blocks": blocks, "text": text, "zero_out": zero_out}
 
 
-def _dense(params, x, dtype):
-    return layers.Dense(params["kernel"].shape[-1], dtype=dtype).apply({"params": params}, x)
+def _dense(params: Params, x: Array, dtype: jnp.dtype) -> Array:
+    return layers.run(layers.Dense(params["kernel"].shape[-1], dtype=dtype), params, x)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Controlled:
-    """A trunk steered by a ControlNet, with the interface of `LinearDiT`.
+    """A trunk with a ControlNet, with the interface of `LinearDiT`.
 
-    Parameters: {"trunk", "control"}. Without a condition it is the trunk alone.
+    Parameters are {"trunk", "control"}. Without a condition it is the trunk alone.
     """
 
     trunk: LinearDiT
@@ -118,35 +140,46 @@ class Controlled:
 
     @property
     def guidance_embed(self) -> bool:
+        """Whether the trunk embeds the guidance scale."""
         return self.trunk.guidance_embed
 
     @property
     def depth(self) -> int:
+        """The number of blocks of the trunk."""
         return self.trunk.depth
 
-    def init(self, key):
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Draw parameters {"trunk", "control"}."""
         k_trunk, k_control = jax.random.split(key)
         return {"trunk": self.trunk.init(k_trunk), "control": self.control.init(k_control)}
 
     def apply(
         self,
-        params,
-        x,
-        t,
-        text,
-        mask,
-        guidance=None,
+        params: Params,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        text: Float[Array, "b l e"],
+        mask: Shaped[Array, "b l"],
+        guidance: Float[Array, " b"] | None = None,
         *,
-        control=None,
-        control_scale=None,
-        features=(),
-        velocity=True,
+        control: Float[Array, "_ _ _ _"] | None = None,
+        control_scale: Float[Array, " b"] | None = None,
+        features: tuple[int, ...] = (),
+        velocity: bool = True,
     ) -> Output:
-        """As `LinearDiT.apply`. control: latents of the condition [B, H, W, C], or None. control_scale: [B], with control."""
+        """Run the trunk, with residuals of the ControlNet if a condition is given.
+
+        Args:
+          params: tree from `init`, or `unstack` of it.
+          x, t, text, mask, guidance, features, velocity: as in `LinearDiT.apply`.
+          control, control_scale: as in `ControlNet.apply`, both or neither.
+        """
         residuals = None
         if control is not None:
+            if control_scale is None:
+                raise ValueError("control needs control_scale")
             residuals = self.control.apply(
-                params["control"], x, t, text, mask, control, control_scale
+                params["control"], x, t, text, mask, control=control, scale=control_scale
             )
         return self.trunk.apply(
             params["trunk"],
@@ -160,8 +193,8 @@ class Controlled:
             residuals=residuals,
         )
 
-    def unstack(self, params):
-        """As `LinearDiT.unstack`, of both."""
+    def unstack(self, params: Params) -> Params:
+        """Return the parameters of both networks unstacked, as `LinearDiT.unstack` does."""
         return {
             "trunk": self.trunk.unstack(params["trunk"]),
             "control": self.control.unstack(params["control"]),

@@ -1,51 +1,56 @@
 """DC-AE, the deep-compression autoencoder of SANA (f32c32), as pure functions of a parameter tree.
 
-Residual blocks at fine resolutions, EfficientViT blocks (multi-scale ReLU linear attention and a gated
-depthwise convolution) at coarse ones, and parameter-free shortcuts around every change of resolution.
-Everything is NHWC. Names, order and epsilons follow diffusers' `AutoencoderDC`; the encoder is deterministic.
+It has residual blocks at fine resolutions, EfficientViT blocks (multi-scale ReLU linear attention
+and a gated depthwise convolution) at coarse ones, and parameter-free shortcuts around every change
+of resolution. Arrays are NHWC. Names, order and epsilons follow diffusers' `AutoencoderDC`. The
+encoder is deterministic.
 
 Shape letters: B batch, H and W pixels, h and w latent cells, C channels.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from sprint_jax.models import layers
+from sprint_jax.models.layers import Params
 from sprint_jax.ops import backend, conv3x3, depthwise, linear_attention
 from sprint_jax.ops.norms import rms_norm
 
 NORM_EPS = 1e-5
 RESIDUAL, EFFICIENT_VIT = "ResBlock", "EfficientViTBlock"  # diffusers' names
+# cuDNN and our kernels index arrays with 32 bits; larger ones are slower or rejected.
+MOST_ELEMENTS = 2**31
 
 
-def space_to_channels(x):
+def space_to_channels(x: Float[Array, "b y x c"]) -> Float[Array, "b h w d"]:
     """Pixel-unshuffle by 2. [B, 2H, 2W, C] -> [B, H, W, 4C], channel order (c, dy, dx)."""
     return einops.rearrange(x, "b (h p) (w q) c -> b h w (c p q)", p=2, q=2)
 
 
-def channels_to_space(x):
+def channels_to_space(x: Float[Array, "b h w d"]) -> Float[Array, "b y x c"]:
     """Pixel-shuffle by 2, the inverse of `space_to_channels`."""
     return einops.rearrange(x, "b h w (c p q) -> b (h p) (w q) c", p=2, q=2)
 
 
-def group_mean(x, channels):
-    """Mean over groups of consecutive channels. [..., C] -> [..., channels]."""
+def group_mean(x: Float[Array, "*s c"], channels: int) -> Float[Array, "*s {channels}"]:
+    """Average groups of consecutive channels."""
     return x.reshape(*x.shape[:-1], channels, -1).mean(-1)
 
 
-def repeat_channels(x, channels):
-    """Each channel repeated in place. [..., C] -> [..., channels]."""
+def repeat_channels(x: Float[Array, "*s c"], channels: int) -> Float[Array, "*s {channels}"]:
+    """Repeat each channel in place."""
     return jnp.repeat(x, channels // x.shape[-1], axis=-1)
 
 
 class _Conv(nn.Module):
-    """3x3 convolution; `stride` 2 halves the picture, `upsample` doubles it first."""
+    """3x3 convolution; `stride` 2 halves the image, `upsample` doubles it first."""
 
     channels: int
     stride: int = 1
@@ -54,14 +59,12 @@ class _Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], self.channels)
-        )
-        y = (
-            conv3x3.upsample_conv(x, kernel)
-            if self.upsample
-            else conv3x3.conv(x, kernel, self.stride)
-        )
+        shape = (3, 3, x.shape[-1], self.channels)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        if self.upsample:
+            y = conv3x3.upsample_conv(x, kernel)
+        else:
+            y = conv3x3.conv(x, kernel, self.stride)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.channels,)).astype(y.dtype)
         return y.astype(x.dtype)
@@ -89,8 +92,9 @@ class _Residual(nn.Module):
 class _MultiscaleAttention(nn.Module):
     """ReLU linear attention over q, k, v and over depthwise-smoothed copies of them.
 
-    The concatenated projections are cut into groups of three heads' widths, and each group into that
-    head's q, k and v: what diffusers calls `to_q`, `to_k`, `to_v` are not the q, k and v of any head.
+    The concatenated projections are cut into groups of three heads' widths, and each group into
+    the q, k and v of its head. What diffusers calls `to_q`, `to_k`, `to_v` are not the q, k and v
+    of any head.
     """
 
     ae: "DCAE"
@@ -102,32 +106,27 @@ class _MultiscaleAttention(nn.Module):
         group = self.ae.head_dim
         qkv = layers.Dense(3 * channels, use_bias=False, dtype=x.dtype, name="to_qkv")(x)
         copies = [qkv]
+        init = nn.initializers.lecun_normal()
         for i, size in enumerate(self.scales):
-            stencil = self.param(
-                f"scale_{i}_depth", nn.initializers.lecun_normal(), (size, size, 3 * channels)
-            )
-            mixing = self.param(
-                f"scale_{i}_point",
-                nn.initializers.lecun_normal(),
-                (3 * channels // group, group, group),
-            )
+            stencil = self.param(f"scale_{i}_depth", init, (size, size, 3 * channels))
+            mixing = self.param(f"scale_{i}_point", init, (3 * channels // group, group, group))
             smooth = depthwise.conv(qkv, stencil.astype(x.dtype), backend=self.ae.depthwise)
             grouped = smooth.reshape(*smooth.shape[:3], -1, group)
-            copies.append(
-                jnp.einsum("bhwgi,gio->bhwgo", grouped, mixing.astype(x.dtype)).reshape(qkv.shape)
-            )
-        out = self._attend([a.reshape(batch, height * width, -1) for a in copies]).reshape(
-            batch, height, width, -1
+            mixed = jnp.einsum("bhwgi,gio->bhwgo", grouped, mixing.astype(x.dtype))
+            copies.append(mixed.reshape(qkv.shape))
+        out = self._attend([a.reshape(batch, height * width, -1) for a in copies])
+        out = layers.Dense(channels, use_bias=False, dtype=x.dtype, name="to_out")(
+            out.reshape(batch, height, width, -1)
         )
-        out = layers.Dense(channels, use_bias=False, dtype=x.dtype, name="to_out")(out)
         return x + _Norm(name="norm_out")(out)
 
-    def _attend(self, copies):
-        """Of copies [B, N, 3 C] -> [B, N, copies C]."""
+    def _attend(self, copies: list[Array]) -> Array:
+        """Return the attention of copies [B, N, 3 C], side by side."""
         group = 3 * self.ae.head_dim
         attend = lambda a: linear_attention.attend_interleaved(
             a, heads=a.shape[-1] // group, backend=self.ae.attention
         )
+        # One call by XLA, but one kernel for each copy: they read arrays as they lie in memory.
         if self.ae.attention == "plain":
             return attend(jnp.concatenate(copies, -1))
         return jnp.concatenate([attend(a) for a in copies], -1)
@@ -146,19 +145,20 @@ class _EfficientViT(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One resolution. block: "ResBlock" or "EfficientViTBlock"; scales: depthwise sizes of its attention."""
+    """The blocks of one resolution."""
 
     channels: int
     layers: int
-    block: str
-    scales: tuple[int, ...]
+    block: str  # RESIDUAL or EFFICIENT_VIT
+    scales: tuple[int, ...]  # depthwise sizes of its attention
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Raise ValueError for an unknown block."""
         if self.block not in (RESIDUAL, EFFICIENT_VIT):
             raise ValueError(f"block {self.block!r}: use {RESIDUAL!r} or {EFFICIENT_VIT!r}")
 
 
-def _blocks(stage, ae, x):
+def _blocks(stage: Stage, ae: "DCAE", x: Array) -> Array:
     for i in range(stage.layers):
         if stage.block == RESIDUAL:
             x = _Residual(name=f"block_{i}")(x)
@@ -227,33 +227,22 @@ class _Decoder(nn.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DCAE:
-    """Description of a DC-AE.
+    """Description of a DC-AE."""
 
-    in_channels: of pictures. latent_channels: of latents. head_dim: of the attention.
-    encoder, decoder: stages from the finest resolution to the coarsest.
-    scaling_factor: multiplies encoded latents for the diffusion model.
-    depthwise: what computes its depthwise convolutions: "plain", or a backend of `ops/pallas/depthwise.py`, for inference.
-    attention: what computes its attention, one of `kernels.backend.BACKENDS`.
-    """
-
-    in_channels: int
+    in_channels: int  # of images
     latent_channels: int
-    head_dim: int
-    encoder: tuple[Stage, ...]
-    decoder: tuple[Stage, ...]
-    scaling_factor: float
-    depthwise: str = "plain"
-    attention: str = "plain"
+    head_dim: int  # of the attention
+    encoder: tuple[Stage, ...]  # from the finest resolution to the coarsest
+    decoder: tuple[Stage, ...]  # likewise
+    scaling_factor: float  # multiplies encoded latents for the diffusion model
+    depthwise: str = "plain"  # one of `ops.backend.DEPTHWISE`
+    attention: str = "plain"  # one of `ops.backend.BACKENDS`
 
-    def __post_init__(self):
-        if self.attention not in backend.BACKENDS:
-            raise ValueError(
-                f"attention {self.attention!r}: use one of {', '.join(backend.BACKENDS)}"
-            )
-        if self.depthwise not in backend.DEPTHWISE:
-            raise ValueError(
-                f"depthwise {self.depthwise!r}: use one of {', '.join(backend.DEPTHWISE)}"
-            )
+    def __post_init__(self) -> None:
+        """Raise ValueError for unknown backends or another number of stages."""
+        for name, choices in (("attention", backend.BACKENDS), ("depthwise", backend.DEPTHWISE)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r}: use one of {', '.join(choices)}")
         if len(self.encoder) != len(self.decoder):
             raise ValueError(
                 f"{len(self.encoder)} encoder stages and {len(self.decoder)} decoder stages"
@@ -264,82 +253,93 @@ class DCAE:
         """Pixels per latent cell along each side."""
         return 2 ** (len(self.encoder) - 1)
 
-    def init(self, key):
-        """Random parameters {"encoder", "decoder"}, float32."""
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Draw parameters {"encoder", "decoder"}, float32."""
         k_encoder, k_decoder = jax.random.split(key)
         plain = dataclasses.replace(self, attention="plain")  # parameters do not depend on it
-        picture = jnp.zeros((1, self.factor, self.factor, self.in_channels))
+        image = jnp.zeros((1, self.factor, self.factor, self.in_channels))
         latent = jnp.zeros((1, 1, 1, self.latent_channels))
         return {
-            "encoder": _Encoder(plain).init(k_encoder, picture)["params"],
+            "encoder": _Encoder(plain).init(k_encoder, image)["params"],
             "decoder": _Decoder(plain).init(k_decoder, latent)["params"],
         }
 
-    def encode(self, params, x):
-        """Pictures [B, H, W, 3] in [-1, 1] -> latents [B, H/f, W/f, latent_channels], not yet scaled."""
+    def encode(self, params: Params, x: Float[Array, "b y x 3"]) -> Float[Array, "b h w c"]:
+        """Encode images in [-1, 1] to latents, not yet scaled.
+
+        Raises:
+          ValueError: if a side is not a multiple of `factor`.
+        """
         if x.shape[1] % self.factor or x.shape[2] % self.factor:
             raise ValueError(
-                f"picture of {x.shape[1]} x {x.shape[2]}: sides must be multiples of {self.factor}"
+                f"image of {x.shape[1]} x {x.shape[2]}: sides must be multiples of {self.factor}"
             )
-        return _Encoder(self).apply({"params": params["encoder"]}, x)
+        return layers.run(_Encoder(self), params["encoder"], x)
 
-    def decode(self, params, z):
-        """Latents [B, h, w, latent_channels] as `encode` returns them -> pictures about [-1, 1]."""
-        return _Decoder(self).apply({"params": params["decoder"]}, z)
+    def decode(self, params: Params, z: Float[Array, "b h w c"]) -> Float[Array, "b y x 3"]:
+        """Decode latents as `encode` returns them to images in about [-1, 1]."""
+        return layers.run(_Decoder(self), params["decoder"], z)
 
-    def encode_in_parts(self, params, x):
-        """`encode`; a batch whose arrays would be too large for libraries goes through in parts (`pictures_at_once`)."""
-        return in_parts(
-            functools.partial(self.encode, params),
-            x,
-            pictures_at_once(self, x.shape[1] * x.shape[2]),
-        )
+    def encode_in_parts(
+        self, params: Params, x: Float[Array, "b y x 3"]
+    ) -> Float[Array, "b h w c"]:
+        """Encode, splitting a batch whose arrays would exceed `MOST_ELEMENTS`."""
+        most = images_at_once(self, x.shape[1] * x.shape[2])
+        return map_in_parts(functools.partial(self.encode, params), x, most)
 
-    def decode_in_parts(self, params, z):
-        """`decode`, as `encode_in_parts`."""
-        return in_parts(
-            functools.partial(self.decode, params),
-            z,
-            pictures_at_once(self, z.shape[1] * z.shape[2] * self.factor**2),
-        )
+    def decode_in_parts(
+        self, params: Params, z: Float[Array, "b h w c"]
+    ) -> Float[Array, "b y x 3"]:
+        """Decode, splitting a batch whose arrays would exceed `MOST_ELEMENTS`."""
+        most = images_at_once(self, z.shape[1] * z.shape[2] * self.factor**2)
+        return map_in_parts(functools.partial(self.decode, params), z, most)
 
 
-# Elements of one array up to which libraries of convolutions and kernels count in 32 bits; beyond, they are slower or refuse.
-MOST_ELEMENTS = 2**31
+def images_at_once(ae: DCAE, pixels: int) -> int:
+    """Return how many images of `pixels` pixels fit, at least 1.
 
-
-def pictures_at_once(m: DCAE, pixels: int) -> int:
-    """Pictures of so many pixels whose largest array inside encoder or decoder stays below `MOST_ELEMENTS`; at least 1."""
-    wide = {
-        RESIDUAL: 1,
-        EFFICIENT_VIT: 8,
-    }  # of a stage's channels, the second inside its gated convolution
+    Their largest array inside the encoder or decoder stays below `MOST_ELEMENTS`.
+    """
+    # Widths over a stage's channels; the second is inside the gated convolution.
+    wide = {RESIDUAL: 1, EFFICIENT_VIT: 8}
     largest = max(
         pixels // 4**i * wide[s.block] * s.channels
-        for stages in (m.encoder, m.decoder)
+        for stages in (ae.encoder, ae.decoder)
         for i, s in enumerate(stages)
     )
     return max(1, (MOST_ELEMENTS - 1) // largest)
 
 
-def in_parts(function: Callable, x, most: int):
-    """function(x) of independent samples [B, ...], in equal parts of at most `most` samples, one after the other."""
-    B = x.shape[0]
-    parts = next(n for n in range(1, B + 1) if B % n == 0 and B // n <= most) if most < B else 1
+ArrayFunction = Callable[[Array], Array]
+
+
+def map_in_parts(
+    function: ArrayFunction, x: Float[Array, "b ..."], most: int
+) -> Float[Array, "b ..."]:
+    """Apply a function of independent samples in equal parts of at most `most` samples each."""
+    batch = x.shape[0]
+    parts = 1
+    if most < batch:
+        parts = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most)
     if parts == 1:
         return function(x)
     out = jax.lax.map(function, x.reshape(parts, -1, *x.shape[1:]))
-    return out.reshape(B, *out.shape[2:])
+    return out.reshape(batch, *out.shape[2:])
 
 
-def tiled(function: Callable, x, *, tile: int, stride: int, scale: float):
-    """Applies `function` (encode or decode) to overlapping tiles and blends them linearly.
+def tiled(
+    function: ArrayFunction, x: Float[Array, "b h w c"], *, tile: int, stride: int, scale: float
+) -> Float[Array, "b y x d"]:
+    """Apply `function` (encode or decode) to overlapping tiles and blend them linearly.
 
-    Memory then grows with the tile, not with the picture. Attention is global, so the result is near to
-    the untiled one, not equal. Tile order and blending are diffusers' `tiled_decode`.
+    Memory then grows with the tile, not with the image. Attention is global, so the result is
+    close to the untiled one, but not equal. The order of tiles and the blending are those of
+    diffusers' `tiled_decode`.
 
     Args:
-      x: [B, H, W, C]. tile, stride: side and distance of tiles in cells of x.
+      function: maps a tile [B, h, w, C] to its output.
+      x: the input.
+      tile, stride: side and distance of tiles, in cells of x.
       scale: output cells per input cell: the factor when decoding, 1 / factor when encoding.
     """
     height, width = x.shape[1:3]
@@ -360,8 +360,8 @@ def tiled(function: Callable, x, *, tile: int, stride: int, scale: float):
     return jnp.concatenate(rows, 1)[:, : round(height * scale), : round(width * scale)]
 
 
-def _blend(before, after, extent, axis):
-    """`after`, whose first `extent` lines fade in over the last ones of `before`."""
+def _blend(before: Array, after: Array, extent: int, axis: int) -> Array:
+    """Return `after`, whose first `extent` lines fade in over the last ones of `before`."""
     extent = min(before.shape[axis], after.shape[axis], extent)
     shape = [1] * after.ndim
     shape[axis] = extent
@@ -375,7 +375,7 @@ def _blend(before, after, extent, axis):
 _WIDTHS = (128, 256, 512, 512, 1024, 1024)
 
 
-def _published(depths):
+def _published(depths: Sequence[int]) -> tuple[Stage, ...]:
     return tuple(
         Stage(c, n, RESIDUAL if i < 3 else EFFICIENT_VIT, () if i < 3 else (5,))
         for i, (c, n) in enumerate(zip(_WIDTHS, depths, strict=True))

@@ -1,43 +1,47 @@
 """Discriminator heads on the features of the frozen teacher (LADD), as released with SANA-Sprint.
 
 One head per hooked block: spectral-norm 1x1 convolution, BatchNormLocal, LeakyReLU, a residual k=9
-circular convolution along the row-major token axis, and a 1x1 convolution to one logit per token. Heads
-see no text; conditioning enters through the teacher's features alone.
+circular convolution along the row-major token axis, and a 1x1 convolution to one logit per token.
+Heads do not see the text; conditioning enters through the teacher's features alone.
+
+Shape letters: B batch, N tokens, D width.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from sprint_jax.models.layers import Params
 from sprint_jax.ops import matmul
 
-GROUP = 8  # BatchNormLocal: samples per normalisation group
+GROUP = 8  # BatchNormLocal: samples per normalization group
 KERNEL = 9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LADDHeads:
-    """Description of the heads.
+    """Description of the heads."""
 
-    width: feature width D. count: number of hooked blocks, one head each.
-    dtype: of the operands of products, "float32" or "bfloat16" (published: bfloat16 autocast). Parameters, sums and norms are float32.
-    """
-
-    width: int
-    count: int
+    width: int  # of the features, D
+    count: int  # hooked blocks, one head each
+    # Of the operands of products, "float32" or "bfloat16" (published: bfloat16 autocast).
+    # Parameters, sums and norms are float32.
     dtype: str
 
-    def init(self, key):
-        """(params, spectral): parameters and the singular vectors of spectral norm, a leading axis per head."""
+    def init(self, key: PRNGKeyArray) -> tuple[Params, Params]:
+        """Draw parameters and singular vectors of spectral norm, with a leading axis of heads."""
         keys = jax.random.split(key, self.count)
         return jax.vmap(lambda k: _init_head(k, self.width))(keys)
 
-    def advance(self, params, spectral):
-        """The singular vectors after one power iteration: once before each use in a discriminator step.
+    def advance(self, params: Params, spectral: Params) -> Params:
+        """Return the singular vectors after one power iteration.
 
-        Generator steps use the stored ones as they are, as spectral norm in eval mode does.
+        A discriminator step calls it once before each use of the heads. Generator steps use the
+        stored vectors, as spectral norm in eval mode does.
         """
         step = jax.vmap(power_iteration)
         return {
@@ -45,10 +49,17 @@ class LADDHeads:
             for name, v in spectral.items()
         }
 
-    def apply(self, params, spectral, features):
-        """Logits of every head: list of `count` arrays [B, N] float32.
+    def apply(
+        self, params: Params, spectral: Params, features: Sequence[Float[Array, "b n d"]]
+    ) -> list[Float[Array, "b n"]]:
+        """Return the logits of every head, float32.
 
-        params, spectral: from `init`. features: `count` arrays [B, N, width].
+        Args:
+          params, spectral: from `init`.
+          features: `count` arrays.
+
+        Raises:
+          ValueError: for another number of features.
         """
         if len(features) != self.count:
             raise ValueError(f"{len(features)} features for {self.count} heads")
@@ -59,7 +70,7 @@ class LADDHeads:
         ]
 
 
-def _init_head(key, width):
+def _init_head(key: Array, width: int) -> tuple[Params, Params]:
     sizes = {"conv_in": (width, width), "conv_mid": (KERNEL * width, width), "conv_out": (width, 1)}
     params, spectral = {}, {}
     for k, (name, shape) in zip(jax.random.split(key, 3), sizes.items()):
@@ -71,14 +82,15 @@ def _init_head(key, width):
         }
         kernel = params[name]["kernel"]
         vectors = {"u": _unit(jax.random.normal(k_u, shape[1:])), "v": jnp.zeros(shape[:1])}
-        # So that the first generator steps see a true sigma. The published heads' spectral_norm begins from random u and v, without these.
+        # So that the first generator steps see a true sigma. The published heads start from random
+        # u and v, without these iterations.
         spectral[name] = jax.lax.fori_loop(0, 15, lambda _, v: power_iteration(kernel, v), vectors)
     for name in ("norm_in", "norm_mid"):
         params[name] = {"scale": jnp.ones((width,)), "bias": jnp.zeros((width,))}
     return params, spectral
 
 
-def _apply_head(params, spectral, x):
+def _apply_head(params: Params, spectral: Params, x: Float[Array, "b n d"]) -> Float[Array, "b n"]:
     dtype = x.dtype
     weights = {name: spectral_norm(params[name]["kernel"], v) for name, v in spectral.items()}
     conv = lambda name, x: matmul.dense(x.astype(dtype), weights[name]) + params[name]["bias"]
@@ -91,42 +103,55 @@ def _apply_head(params, spectral, x):
     return conv("conv_out", h)[..., 0]
 
 
-def circular_windows(x):
-    """[B, N, D] -> [B, N, KERNEL * D]: each token with its neighbours, wrapping around, offset -4 first."""
+def circular_windows(x: Float[Array, "b n d"]) -> Float[Array, "b n e"]:
+    """Return each token with its neighbors, wrapping around, offset -4 first.
+
+    The result is [B, N, KERNEL * D].
+    """
     half = KERNEL // 2
     return jnp.concatenate([jnp.roll(x, -o, axis=1) for o in range(-half, half + 1)], -1)
 
 
-def _unit(v):
+def _unit(v: Array) -> Array:
     return v / jnp.maximum(jnp.linalg.norm(v), 1e-12)
 
 
-def power_iteration(kernel, vectors):
-    """One step towards the leading singular pair. kernel [fan_in, fan_out], {"u" [out], "v" [in]}."""
+def power_iteration(kernel: Float[Array, "i o"], vectors: dict[str, Array]) -> dict[str, Array]:
+    """Take one step toward the leading singular pair {"u" [fan_out], "v" [fan_in]}."""
     v = _unit(kernel @ vectors["u"])
     return {"u": _unit(v @ kernel), "v": v}
 
 
-def spectral_norm(kernel, vectors):
-    """kernel / sigma, sigma = v' kernel u, PyTorch's rule: gradients reach the kernel, not u and v.
+def spectral_norm(kernel: Float[Array, "i o"], vectors: dict[str, Array]) -> Float[Array, "i o"]:
+    """Return kernel / sigma with sigma = v' kernel u and {"u" [fan_out], "v" [fan_in]}.
 
-    kernel [fan_in, fan_out], vectors {"u", "v"} -> [fan_in, fan_out].
+    Gradients reach the kernel but not u and v, which is PyTorch's rule.
     """
     return kernel / (vectors["v"] @ kernel @ vectors["u"])
 
 
-def batch_norm_local(x, scale, bias, eps=1e-5):
-    """Normalises each channel over groups of GROUP consecutive samples and all tokens; no running stats.
+def batch_norm_local(
+    x: Float[Array, "b n d"],
+    scale: Float[Array, " d"],
+    bias: Float[Array, " d"],
+    eps: float = 1e-5,
+) -> Float[Array, "b n d"]:
+    """Normalize each channel over groups of GROUP consecutive samples and all tokens.
 
-    x: [B, N, D]. A batch that GROUP does not divide is split into ceil(B / GROUP) equal groups and must
-    divide by that number. "Local" is a group of the global batch in its order, whatever the devices: the
-    result does not depend on how the batch is split over them. Where each device holds a multiple of GROUP
-    samples no group crosses devices, and this is what the published trainer computes on each GPU.
+    There are no running statistics. A batch that GROUP does not divide is split into
+    ceil(B / GROUP) equal groups and must divide by that number.
+
+    "Local" means a group of the global batch in its order, whatever the devices: the result does
+    not depend on how the batch is split over them. If each device holds a multiple of GROUP
+    samples, no group crosses devices, and this is what the published trainer computes on each GPU.
+
+    Raises:
+      ValueError: if the batch does not split into equal groups.
     """
     batch, tokens, width = x.shape
     groups = math.ceil(batch / GROUP)
     if batch % groups:
-        raise ValueError(f"batch {batch} does not split into {groups} equal normalisation groups")
+        raise ValueError(f"batch {batch} does not split into {groups} equal normalization groups")
     g = x.reshape(groups, batch // groups * tokens, width)
     mean = g.mean(1, keepdims=True)
     variance = jnp.square(g - mean).mean(1, keepdims=True)

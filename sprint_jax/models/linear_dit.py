@@ -1,21 +1,28 @@
 """The Linear-DiT of SANA (0.6B, 1.6B and smaller) as pure functions of a parameter tree.
 
-`LinearDiT` is a frozen description; `init(key)` makes parameters and `apply(params, ...)` is a function
-of its arguments alone. The network predicts the flow-matching velocity (noise minus data) and knows
-nothing of TrigFlow: `sprint_jax.diffusion.trigflow` wraps it. Blocks are stacked and scanned over depth,
-in segments that end at the blocks whose features are asked for (LADD), and nothing after the last
-wanted block is computed when the velocity is not.
+`LinearDiT` is a frozen description. `init(key)` draws parameters and `apply(params, ...)` is a
+function of its arguments alone. The network predicts the flow-matching velocity (noise minus data)
+and does not know TrigFlow; `sprint_jax.diffusion.trigflow` wraps it.
+
+Blocks are stacked and scanned over depth, in segments that end at the blocks whose features are
+requested (LADD). Without the velocity, nothing after the last requested block is computed.
+
+Shape letters: B batch, H x W tokens, L text tokens, D width, E width of text features.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import einops
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, Shaped
 
 from sprint_jax.models import layers
+from sprint_jax.models.layers import Params
 from sprint_jax.ops import autodiff, backend, placement
 from sprint_jax.ops.norms import layer_norm
 
@@ -24,16 +31,11 @@ REMAT = ("none", "block", "cheap")
 
 @flax.struct.dataclass
 class Output:
-    """Result of `LinearDiT.apply`.
+    """Result of `LinearDiT.apply`."""
 
-    velocity: [B, H, W, in_channels] float32, or None when only features were asked for.
-    logvar: [B] float32, or None when the model has no log-variance head.
-    features: tuple of [B, N, D] in residual_dtype, the outputs of the blocks asked for, in that order.
-    """
-
-    velocity: jax.Array | None
-    logvar: jax.Array | None
-    features: tuple
+    velocity: Float[Array, "b h w c"] | None  # float32; None if only features were requested
+    logvar: Float[Array, " b"] | None  # float32; None without a log-variance head
+    features: tuple[Float[Array, "b n d"], ...]  # of the requested blocks, in residual_dtype
 
 
 class _Inputs(nn.Module):
@@ -93,7 +95,7 @@ class _Block(nn.Module):
 
 
 class _Outputs(nn.Module):
-    """Final modulated projection. Uses the conditioning itself, before its SiLU."""
+    """Final modulated projection. It takes the conditioning before its SiLU."""
 
     dit: "LinearDiT"
 
@@ -111,94 +113,76 @@ class _Outputs(nn.Module):
         return unpatchify(x.reshape(batch, height, width, channels), c.patch_size)
 
 
-def _table_init(key, shape, dtype=jnp.float32):
+def _table_init(key: Array, shape: Any, dtype: Any = jnp.float32) -> Array:
     return jax.random.normal(key, shape, dtype) / jnp.sqrt(shape[-1])
 
 
-def patchify(x, size):
-    """[B, H, W, C] -> [B, H/size, W/size, size*size*C]; the inverse of `unpatchify`."""
+def patchify(x: Float[Array, "b y x c"], size: int) -> Float[Array, "b h w e"]:
+    """Return [B, H / size, W / size, size * size * C], the inverse of `unpatchify`."""
     return einops.rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=size, q=size)
 
 
-def unpatchify(x, size):
-    """[B, H, W, size*size*C] -> [B, size*H, size*W, C]."""
+def unpatchify(x: Float[Array, "b h w e"], size: int) -> Float[Array, "b y x c"]:
+    """Return [B, size * H, size * W, C] of [B, H, W, size * size * C]."""
     return einops.rearrange(x, "b h w (p q c) -> b (h p) (w q) c", p=size, q=size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearDiT:
-    """Description of a Linear-DiT.
+    """Description of a Linear-DiT."""
 
-    in_channels: latent channels (also predicted).
-    width, depth: D and the number of blocks.
-    heads, cross_heads: heads of self- and cross-attention; published self heads are 32 wide.
-    mlp_ratio: hidden width of the Mix-FFN over D.
-    text_dim: width of the text features.
-    patch_size: 1 in the published models.
-    qk_norm: RMSNorm of queries and keys in both attentions (off: original SANA, paper Fig. 3a).
-    time_scale: 1 feeds t in [0, 1] to the sinusoid (dense embedding), 1000 is original SANA (Eq. 10).
-    guidance_embed: adds the embedding of the guidance scale (student only).
-    guidance_scale_factor: multiplies the guidance scale before its sinusoid (0.1 published).
-    logvar_head: adds the linear head of the adaptive weight (student only).
-    remat: what the backward pass recomputes: "none", "block" (each block, from its input) or "cheap"
-      (norms and activations; results of products, attentions and, by kernels, of the gated convolution are kept).
-    unroll: blocks per scan step; depth removes the loop, which XLA's CPU backend likes.
-    dtype: of the operands and results of products, "float32" or "bfloat16"; parameters are always float32.
-    residual_dtype: of the residual stream and of the tables that modulate it: dtype, as in diffusers, or "float32", as the published
-      trainer's autocast has it around products in bfloat16.
-    attention: what computes both attentions, one of `kernels.backend.BACKENDS`; parameters are the same for all.
-    depthwise: what computes the Mix-FFN's convolution: "plain", or a backend of `ops/pallas/depthwise.py`.
-    """
-
-    in_channels: int
-    width: int
-    depth: int
-    heads: int
+    in_channels: int  # channels of latents, also predicted
+    width: int  # D
+    depth: int  # number of blocks
+    heads: int  # of self-attention; published ones are 32 wide
     cross_heads: int
-    mlp_ratio: float
-    text_dim: int
-    patch_size: int
-    qk_norm: bool
-    time_scale: float
-    guidance_embed: bool
-    guidance_scale_factor: float
-    logvar_head: bool
+    mlp_ratio: float  # hidden width of the Mix-FFN over D
+    text_dim: int  # width of the text features
+    patch_size: int  # 1 in the published models
+    qk_norm: bool  # RMSNorm of queries and keys in both attentions; False is original SANA
+    time_scale: float  # 1 for the dense embedding of t in [0, 1]; 1000 is original SANA (Eq. 10)
+    guidance_embed: bool  # add the embedding of the guidance scale (student only)
+    guidance_scale_factor: float  # multiplies the guidance scale before its sinusoid; 0.1 published
+    logvar_head: bool  # add the linear head of the adaptive weight (student only)
+    # What the backward pass recomputes: "none", "block" (each block, from its input) or "cheap"
+    # (norms and activations; it saves results of products, attentions and convolutions by kernels).
     remat: str
-    unroll: int
+    unroll: int  # blocks per scan step; depth removes the loop, which is faster on a CPU
+    # Of the operands and results of products, "float32" or "bfloat16". Parameters are float32.
     dtype: str
+    # Of the residual stream and the tables that modulate it: dtype, as in diffusers, or "float32",
+    # as the autocast of the published trainer has it.
     residual_dtype: str
-    attention: str
-    depthwise: str = "plain"
+    attention: str  # one of `ops.backend.BACKENDS`; parameters are the same for all
+    depthwise: str = "plain"  # for the Mix-FFN's convolution, one of `ops.backend.DEPTHWISE`
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Raise ValueError for sizes or names that do not fit."""
         for name in ("heads", "cross_heads"):
             if self.width % getattr(self, name):
                 raise ValueError(
                     f"width {self.width} is not divisible by {name} {getattr(self, name)}"
                 )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype {self.dtype!r}: use 'float32' or 'bfloat16'")
         if self.residual_dtype not in ("float32", self.dtype):
             raise ValueError(
-                f"residual_dtype {self.residual_dtype!r}: use 'float32', or dtype, which is {self.dtype!r}"
+                f"residual_dtype {self.residual_dtype!r}: use 'float32' or dtype {self.dtype!r}"
             )
-        if self.remat not in REMAT:
-            raise ValueError(f"remat {self.remat!r}: use one of {', '.join(REMAT)}")
-        if self.depthwise not in backend.DEPTHWISE:
-            raise ValueError(
-                f"depthwise {self.depthwise!r}: use one of {', '.join(backend.DEPTHWISE)}"
-            )
-        if self.attention not in backend.BACKENDS:
-            raise ValueError(
-                f"attention {self.attention!r}: use one of {', '.join(backend.BACKENDS)}"
-            )
+        for name, choices in (
+            ("dtype", ("float32", "bfloat16")),
+            ("remat", REMAT),
+            ("depthwise", backend.DEPTHWISE),
+            ("attention", backend.BACKENDS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r}: use one of {', '.join(choices)}")
 
     @property
-    def compute_dtype(self):
+    def compute_dtype(self) -> jnp.dtype:
+        """The dtype of the operands and results of products."""
         return jnp.dtype(self.dtype)
 
-    def init(self, key):
-        """Random parameters: {"inputs", "blocks" (leading axis depth), "outputs"}, float32."""
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Draw parameters {"inputs", "blocks" (leading axis depth), "outputs"}, float32."""
         k_in, k_blocks, k_out = jax.random.split(key, 3)
         side = self.patch_size
         x = jnp.zeros((1, side, side, self.in_channels))
@@ -206,9 +190,8 @@ class LinearDiT:
         (tokens, cond, modulation, text, _), inputs = _Inputs(self).init_with_output(
             k_in, x, ones, text, ones
         )
-        block = _Block(
-            dataclasses.replace(self, attention="plain")
-        )  # parameters do not depend on it
+        # Parameters do not depend on the backend of attention.
+        block = _Block(dataclasses.replace(self, attention="plain"))
         one_block = lambda k: block.init(k, tokens, modulation, text, mask)["params"]
         return {
             "inputs": inputs["params"],
@@ -217,65 +200,100 @@ class LinearDiT:
         }
 
     def apply(
-        self, params, x, t, text, mask, guidance=None, *, features=(), velocity=True, residuals=None
+        self,
+        params: Params,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        text: Float[Array, "b l e"],
+        mask: Shaped[Array, "b l"],
+        guidance: Float[Array, " b"] | None = None,
+        *,
+        features: Sequence[int] = (),
+        velocity: bool = True,
+        residuals: Float[Array, "k b y x d"] | None = None,
     ) -> Output:
-        """Runs the network.
+        """Run the network.
 
         Args:
           params: tree from `init`, or `unstack` of it.
-          x: [B, H, W, in_channels] flow-matching state at unit scale.
-          t: [B] flow-matching time in [0, 1].
-          text: [B, L, text_dim] text features.
-          mask: [B, L], non-zero where a text token counts.
-          guidance: [B] guidance scale; required if and only if the model embeds it.
+          x: flow-matching state at unit scale.
+          t: flow-matching time in [0, 1].
+          text: text features.
+          mask: non-zero where a text token counts.
+          guidance: guidance scale; required if and only if the model embeds it.
           features: increasing block indices (0-based) whose outputs are returned.
           velocity: False skips the final layer and every block after the last of `features`.
-          residuals: [K, B, H, W, D] of a ControlNet (`models/controlnet.py`): number j is added after block j + 1,
-            none after block 0, as in diffusers' `SanaTransformer2DModel`.
+          residuals: of a ControlNet (`models/controlnet.py`). Number j is added after block j + 1
+            and none after block 0, as in diffusers' `SanaTransformer2DModel`.
+
+        Raises:
+          ValueError: if the arguments do not fit the model or each other.
         """
         if x.ndim != 4 or x.shape[-1] != self.in_channels:
             raise ValueError(f"x has shape {x.shape}; expected [B, H, W, {self.in_channels}]")
         if (guidance is not None) != self.guidance_embed:
             raise ValueError("guidance must be given exactly when the model has guidance_embed")
-        if list(features) != sorted(set(features)) or any(
-            not 0 <= f < self.depth for f in features
-        ):
-            raise ValueError(f"features {features} must increase within 0..{self.depth - 1}")
-        h, cond, modulation, text, logvar = self.inputs(params["inputs"], x, t, text, guidance)
-        text = self.text(params, text)
         last = self.depth if velocity else max(features, default=-1) + 1
-        # Segments of alike blocks: they end where features are asked for, and where residuals begin and end.
-        steered = range(0) if residuals is None else range(1, 1 + len(residuals))
-        if steered.stop > self.depth:
-            raise ValueError(
-                f"{len(residuals)} residuals for {self.depth} blocks: use at most {self.depth - 1}"
-            )
-        ends = {f + 1 for f in features} | {steered.start, steered.stop, last}
+        ends = self._segment_ends(features, last, residuals)
+        h, cond, modulation, text, logvar = self.inputs(params["inputs"], x, t, text, guidance)
+        text = self.project_text(params, text)
         collected, start = {}, 0
-        for end in sorted(e for e in ends if 0 < e <= last):
-            part = residuals[start - 1 : end - 1] if start in steered else None
-            h = self._run_blocks(params["blocks"], start, end, h, modulation, text, mask, part)
+        for end in ends:
+            added = None
+            if residuals is not None and 1 <= start <= len(residuals):
+                added = residuals[start - 1 : end - 1]
+            h = self._run_blocks(
+                params["blocks"], range(start, end), h, (modulation, text, mask), added
+            )
             collected[end - 1] = h.reshape(h.shape[0], -1, self.width)
             start = end
         out = None
         if velocity:
             outputs = placement.gather_weights(params["outputs"], self.compute_dtype)
-            out = _Outputs(self).apply({"params": outputs}, h, cond).astype(jnp.float32)
+            out = layers.run(_Outputs(self), outputs, h, cond).astype(jnp.float32)
         return Output(velocity=out, logvar=logvar, features=tuple(collected[f] for f in features))
 
-    def unstack(self, params):
-        """The same parameters with a list of blocks instead of a stack, for running without a loop, and one projection of the text.
+    def _segment_ends(
+        self, features: Sequence[int], last: int, residuals: Array | None
+    ) -> list[int]:
+        """Return where segments of similar blocks end, in the order of blocks.
 
-        A loop copies each block's slice of the stack before its products, a twentieth of a CPU's time and a fifth of a
-        GPU's; compilation takes longer in return. For inference: steps and checkpoints know the stack alone.
+        Segments end where features are requested, and where residuals begin and end.
+        """
+        if list(features) != sorted(set(features)) or any(
+            not 0 <= f < self.depth for f in features
+        ):
+            raise ValueError(f"features {features} must increase within 0..{self.depth - 1}")
+        ends = {f + 1 for f in features} | {last}
+        if residuals is not None:
+            if len(residuals) >= self.depth:
+                raise ValueError(
+                    f"{len(residuals)} residuals for {self.depth} blocks: use at most "
+                    f"{self.depth - 1}"
+                )
+            ends |= {1, 1 + len(residuals)}
+        return sorted(end for end in ends if 0 < end <= last)
+
+    def unstack(self, params: Params) -> Params:
+        """Return the parameters with a list of blocks and one projection of the text.
+
+        A scan copies each block's weights before its products, which costs about 5 % of the time
+        on a CPU and 20 % on a GPU. Unrolling avoids that but compiles longer. Use it for
+        inference: training steps and checkpoints take the stack only.
         """
         blocks, text = layers.fuse_text_projections(
             layers.unstack_layers(params["blocks"], self.depth)
         )
         return params | {"blocks": blocks, "text": text}
 
-    def _run_blocks(self, blocks, start, end, h, modulation, text, mask, residuals=None):
-        """Blocks start .. end - 1, after each of which its own of residuals [end - start, B, H, W, D] is added."""
+    def _run_blocks(
+        self, blocks: Params, which: range, h: Array, conditions: tuple, residuals: Array | None
+    ) -> Array:
+        """Run the blocks `which` and add to each output its own of residuals [n, B, H, W, D].
+
+        conditions: modulation, text and mask, as `block` takes them.
+        """
+        modulation, text, mask = conditions
 
         def body(h, block_and_residual, text=text):
             block, residual = block_and_residual
@@ -283,53 +301,78 @@ class LinearDiT:
             return (h if residual is None else h + residual), None
 
         if isinstance(blocks, list):
-            for i in range(start, end):
-                h, _ = body(
-                    h, (blocks[i], None if residuals is None else residuals[i - start]), text[i]
-                )
+            for n, i in enumerate(which):
+                h, _ = body(h, (blocks[i], None if residuals is None else residuals[n]), text[i])
             return h
-        segment = jax.tree.map(lambda a: a[start:end], blocks)
+        segment = jax.tree.map(lambda a: a[which.start : which.stop], blocks)
         h, _ = jax.lax.scan(
-            self.with_remat(body), h, (segment, residuals), unroll=min(self.unroll, end - start)
+            self.with_remat(body), h, (segment, residuals), unroll=min(self.unroll, len(which))
         )
         return h
 
-    def text(self, params, text):
-        """What each block has of the projected text [B, L, D]: that itself, or of `unstack`ed parameters a list of keys and values."""
+    def project_text(self, params: Params, text: Float[Array, "b l d"]) -> Any:
+        """Return the text input of the blocks.
+
+        It is the projected text, or a list of (keys, values) by block for unstacked parameters.
+        """
         if "text" not in params:
             return text
         return layers.project_text(
             placement.gather_weights(params["text"], self.compute_dtype), text, self.compute_dtype
         )
 
-    def block(self, params, h, modulation, text, mask):
-        """One block on h [B, H, W, D]. params: of one layer, not of the stack. text: of that layer, see `text`."""
+    def block(
+        self,
+        params: Params,
+        h: Float[Array, "b h w d"],
+        modulation: Float[Array, "b 6 d"],
+        text: Any,
+        mask: Shaped[Array, "b l"],
+    ) -> Float[Array, "b h w d"]:
+        """Run one block. params: of one layer. text: of that layer, see `project_text`."""
         params = placement.gather_weights(params, self.compute_dtype)
-        return placement.split_over_devices(
-            _Block(self).apply({"params": params}, h, modulation, text, mask)
+        h = layers.run(_Block(self), params, h, modulation, text, mask)
+        return placement.split_over_devices(h)
+
+    def inputs(
+        self,
+        params: Params,
+        x: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        text: Float[Array, "b l e"],
+        guidance: Float[Array, " b"] | None,
+    ) -> tuple[
+        Float[Array, "b y x d"],
+        Float[Array, "b d"],
+        Float[Array, "b 6 d"],
+        Float[Array, "b l d"],
+        Float[Array, " b"] | None,
+    ]:
+        """Compute everything before the blocks.
+
+        Returns:
+          Tokens in residual_dtype, conditioning, modulation, projected text, and logvar.
+        """
+        params = placement.gather_weights(params, self.compute_dtype)
+        tokens, *arrays, logvar = layers.run(_Inputs(self), params, x, t, text, guidance)
+        tokens, conditioning, modulation, text = (
+            placement.split_over_devices(a) for a in (tokens.astype(self.residual_dtype), *arrays)
         )
+        return tokens, conditioning, modulation, text, logvar
 
-    def inputs(self, params, x, t, text, guidance):
-        """(tokens [B, H, W, D] in residual_dtype, conditioning, modulation, text, logvar): everything before the blocks."""
-        params = placement.gather_weights(params, self.compute_dtype)
-        tokens, *arrays, logvar = _Inputs(self).apply({"params": params}, x, t, text, guidance)
-        arrays = (tokens.astype(self.residual_dtype), *arrays)
-        return (*(placement.split_over_devices(a) for a in arrays), logvar)
-
-    def with_remat(self, body):
-        """The body of a scan over blocks, under the policy of `remat`."""
+    def with_remat(self, body: Callable) -> Callable:
+        """Wrap the body of a scan over blocks in the rematerialization policy of `remat`."""
         if self.remat == "none":
             return body
-        policy = (
-            None
-            if self.remat == "block"
-            else jax.checkpoint_policies.save_only_these_names(autodiff.EXPENSIVE)
-        )
+        policy = None
+        if self.remat == "cheap":
+            policy = jax.checkpoint_policies.save_only_these_names(autodiff.EXPENSIVE)
         return jax.checkpoint(body, prevent_cse=False, policy=policy)
 
 
-# The published sizes (SANA-Sprint 0.6B and 1.6B); in_channels and text_dim are DC-AE's and Gemma-2's.
-_PUBLISHED = dict(
+# The published sizes (SANA-Sprint 0.6B and 1.6B); in_channels and text_dim are those of DC-AE and
+# Gemma-2.
+_PUBLISHED: dict[str, Any] = dict(
     in_channels=32,
     text_dim=2304,
     mlp_ratio=2.5,

@@ -171,7 +171,7 @@ def test_parity_with_diffusers(tmp_path):
     t = np.float32([0.9, 0.4, 0.03])
     scale = np.full(3, 0.7, np.float32)
     ours = jax.jit(model.apply, compiler_options=SAME_BITS)(
-        params, x, t, text, mask, control, scale
+        params, x, t, text, mask, control=control, scale=scale
     )
     with torch.no_grad():
         expected = theirs(

@@ -192,11 +192,11 @@ def test_a_batch_is_split_into_parts():
         return 2 * part
 
     for most, size in ((6, 6), (5, 3), (3, 3), (1, 1), (100, 6)):
-        np.testing.assert_array_equal(dc_ae.in_parts(double, x, most), 2 * x)
+        np.testing.assert_array_equal(dc_ae.map_in_parts(double, x, most), 2 * x)
         assert seen.pop() == size
     # At 1024 px the last stage has 2^20 x 128 elements for each image; at 4096 px one image is too
     # large.
-    assert [dc_ae.pictures_at_once(dc_ae.DCAE_F32C32, side**2) for side in (512, 1024, 4096)] == [
+    assert [dc_ae.images_at_once(dc_ae.DCAE_F32C32, side**2) for side in (512, 1024, 4096)] == [
         63,
         15,
         1,

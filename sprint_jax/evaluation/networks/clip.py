@@ -1,19 +1,23 @@
 """CLIP (ViT): image and text towers to features in one space. Pure functions of arrays, float32.
 
-Follows transformers' `CLIPModel` and OpenAI's network, which agree: pre-norm blocks, quick GELU, causal text,
-the text feature read at the first end-of-text token. Parameter names are those of transformers; the blocks of a
-tower are stacked along a leading axis and run in a loop.
+It follows transformers' `CLIPModel` and OpenAI's network, which agree: pre-norm blocks, quick GELU,
+causal text, the text feature read at the first end-of-text token. Parameter names are those of
+transformers. The blocks of a tower are stacked along a leading axis and run in a loop.
 
-Shape letters: B batch, S image side, N patches + 1 or text tokens, D width of a tower, P features in common.
+Shape letters: B batch, S image side, N patches + 1 or text tokens, D width of a tower, P common
+features.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
 
-# Means and deviations of the pixels that the published models were trained with.
+# Means and standard deviations of the pixels in the training data of the published models.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 _BLOCK = (
@@ -29,37 +33,40 @@ _BLOCK = (
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
-@dataclasses.dataclass(frozen=True)
-class Tower:
-    """width D, layers, heads, inner: width of the feed-forward part. eps: of the norms."""
+Params = Any  # a tree of arrays
 
-    width: int
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tower:
+    """Description of a stack of transformer blocks."""
+
+    width: int  # D
     layers: int
     heads: int
-    inner: int
-    eps: float
+    inner: int  # width of the feed-forward part
+    eps: float  # of the norms
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIP:
-    """vision, text: towers. size: side of a picture, patch: of a patch, in pixels. vocabulary, length: of texts.
-
-    features: P. end: id of the end-of-text token; None: the largest id of a text (files before transformers 4.31
-    say 2 where they mean this). activation: "quick_gelu" or "gelu".
-    """
+    """Description of both towers and of what they read."""
 
     vision: Tower
     text: Tower
-    size: int
-    patch: int
+    size: int  # side of an image, in pixels
+    patch: int  # side of a patch, in pixels
     vocabulary: int
-    length: int
-    features: int
+    length: int  # of texts, in tokens
+    features: int  # P
+    # Id of the end-of-text token. None means the largest id of a text; files before transformers
+    # 4.31 write 2 for it.
     end: int | None
-    activation: str
+    activation: str  # "quick_gelu" or "gelu"
 
-    def image_features(self, params, images):
-        """uint8 or float [B, S, S, 3] in 0..255 -> [B, P], not normalised."""
+    def image_features(
+        self, params: Params, images: Shaped[Array, "b s s 3"]
+    ) -> Float[Array, "b p"]:
+        """Return the features of images in 0..255 (uint8 or float), not normalized."""
         p = params["vision_model"]
         x = (jnp.asarray(images, jnp.float32) / 255 - jnp.array(MEAN)) / jnp.array(DEVIATION)
         x = jax.lax.conv_general_dilated(
@@ -79,8 +86,11 @@ class CLIP:
             _norm(x[:, 0], p["post_layernorm"], self.vision.eps), params["visual_projection"]
         )
 
-    def text_features(self, params, tokens):
-        """int32 [B, N], N at most `length`, padded with anything after the end token -> [B, P], not normalised."""
+    def text_features(self, params: Params, tokens: Int[Array, "b n"]) -> Float[Array, "b p"]:
+        """Return the features of texts of at most `length` tokens, not normalized.
+
+        Any padding may follow the end token.
+        """
         p, count = params["text_model"], tokens.shape[1]
         x = p["token_embedding"][tokens] + p["position_embedding"][:count]
         x = self._blocks(self.text, p["blocks"], x, jnp.tril(jnp.ones((count, count), bool)))
@@ -88,12 +98,9 @@ class CLIP:
         end = jnp.argmax(tokens, 1) if self.end is None else jnp.argmax(tokens == self.end, 1)
         return _dense(x[jnp.arange(len(x)), end], params["text_projection"])
 
-    def _blocks(self, tower, blocks, x, mask):
-        activation = (
-            _quick_gelu
-            if self.activation == "quick_gelu"
-            else lambda y: jax.nn.gelu(y, approximate=False)
-        )
+    def _blocks(self, tower: Tower, blocks: Params, x: Array, mask: Array | None) -> Array:
+        exact_gelu = lambda y: jax.nn.gelu(y, approximate=False)
+        activation = _quick_gelu if self.activation == "quick_gelu" else exact_gelu
 
         def block(x, p):
             y = _norm(x, p["layer_norm1"], tower.eps)
@@ -103,8 +110,8 @@ class CLIP:
 
         return jax.lax.scan(block, x, blocks)[0]
 
-    def tensor_shapes(self):
-        """{name: shape} of the tensors that `params_of` needs, as transformers stores them."""
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return {name: shape} of the tensors that `params_of` needs, by transformers' names."""
         v, t = self.vision, self.text
         patches = (self.size // self.patch) ** 2
         shapes = {
@@ -135,14 +142,17 @@ class CLIP:
                     shapes[f"{where}.bias"] = (out,)
         return shapes
 
-    def params_of(self, tensors):
-        """Parameters of the features from NumPy arrays by transformers' names, float32, and {"logit_scale": []}."""
+    def params_of(self, tensors: Mapping[str, np.ndarray]) -> Params:
+        """Return the parameters of both feature functions, and "logit_scale", in float32.
+
+        tensors: NumPy arrays by transformers' names.
+        """
         get = lambda name: np.asarray(tensors[name], np.float32)
         pair = lambda name: {"weight": get(f"{name}.weight"), "bias": get(f"{name}.bias")}
 
         def blocks(name, tower):
             layer = lambda i: {
-                part: _turned(pair(f"{name}.encoder.layers.{i}.{part}")) for part in _BLOCK
+                part: _transpose(pair(f"{name}.encoder.layers.{i}.{part}")) for part in _BLOCK
             }
             return jax.tree.map(
                 lambda *leaves: np.stack(leaves), *(layer(i) for i in range(tower.layers))
@@ -170,34 +180,33 @@ class CLIP:
         }
 
 
-def _turned(layer):
+def _transpose(layer: Params) -> Params:
     return layer | {"weight": layer["weight"].T}  # a norm's vector is its own transpose
 
 
-def _dense(x, layer):
+def _dense(x: Array, layer: Params) -> Array:
     y = jnp.matmul(x, layer["weight"], precision=_PRECISION)
     return y + layer["bias"] if "bias" in layer else y
 
 
-def _norm(x, layer, eps):
-    centred = x - x.mean(-1, keepdims=True)
-    return (
-        centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps) * layer["weight"]
-        + layer["bias"]
-    )
+def _norm(x: Array, layer: Params, eps: float) -> Array:
+    centered = x - x.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)
+    return centered * inverse * layer["weight"] + layer["bias"]
 
 
-def _quick_gelu(x):
+def _quick_gelu(x: Array) -> Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-def _attention(x, p, heads, mask):
-    """Softmax attention of x [B, N, D] with itself; mask: bool [N, N] of what may be seen, or None."""
+def _attention(
+    x: Float[Array, "b n d"], p: Params, heads: int, mask: Shaped[Array, "n n"] | None
+) -> Float[Array, "b n d"]:
+    """Return the softmax attention of x to itself. mask: whether a token sees another, or None."""
     split = lambda y: y.reshape(*y.shape[:2], heads, -1)
     q, k, v = (split(_dense(x, p[f"self_attn.{name}_proj"])) for name in "qkv")
-    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, precision=_PRECISION) / np.sqrt(
-        q.shape[-1]
-    ).astype(np.float32)
+    scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, precision=_PRECISION)
+    scores = scores / np.sqrt(q.shape[-1]).astype(np.float32)
     if mask is not None:
         scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
     y = jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(scores, -1), v, precision=_PRECISION)

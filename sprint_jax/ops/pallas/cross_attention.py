@@ -154,7 +154,7 @@ def _pieces(width: int) -> tuple[int, ...]:
 _OF_QUERIES = ("q", "dq", "g", "out", "dout", "gq")
 
 
-def _operands(tiling: _Tiling, by_keys: bool) -> dict[str, Callable[[Array], Operand]]:
+def _operands(tiling: _Tiling, by_keys: bool) -> dict[str, Callable[[Any], Operand]]:
     """Return makers of `Operand`s by kind, for the grids of `_run`."""
     heads_wide, block_q, block_k = tiling.head, tiling.block_q, tiling.block_k
     rows = block_q * tiling.inner
@@ -211,9 +211,9 @@ def _run(
         partial=((batch, tiling.parts, columns, tiling.heads * head), jnp.float32),
     )
     if by_keys:
-        grid = (None, tiling.heads, tiling.columns // tiling.block_k, tiling.parts)
+        grid = (tiling.heads, tiling.columns // tiling.block_k, tiling.parts)
     else:
-        grid = (None, tiling.heads, tiling.rows // tiling.block_q)
+        grid = (tiling.heads, tiling.rows // tiling.block_q)
     return kernel.launch(
         lambda refs: body(_Program(tiling, dtype, by_keys, refs)),
         grid,

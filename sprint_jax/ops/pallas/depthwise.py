@@ -117,7 +117,7 @@ def _run(
         index = lambda b, g, i, j: (b, 0, 0, g)
     found = kernel.launch(
         lambda refs: body(_Program(k, (height, width), x.dtype, backend, refs)),
-        (None, out // size, pl.cdiv(height, ROWS), pl.cdiv(width, COLUMNS)),
+        (out // size, pl.cdiv(height, ROWS), pl.cdiv(width, COLUMNS)),
         ins,
         {"out": Operand(jax.ShapeDtypeStruct(shape, x.dtype), block, index)},
         backend=backend,

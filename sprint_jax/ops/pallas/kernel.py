@@ -63,14 +63,14 @@ def local_batch(batch: int) -> int:
 
 def launch(
     body: Callable[[Refs], None],
-    grid: Sequence[int | None],
+    grid: Sequence[int],
     ins: Mapping[Any, Operand],
     outs: Mapping[Any, Operand],
     *,
     backend: str,
     name: str,
 ) -> dict[Any, Array]:
-    """Run `body(refs)` once for each index of `grid` and return the outputs by name.
+    """Run `body(refs)` once for each sample and index of `grid`, and return the outputs by name.
 
     On a mesh every device runs the kernel on its own samples, or on all of them if their number
     does not divide by the devices. Without that the compiler, which cannot split a kernel, would
@@ -79,7 +79,7 @@ def launch(
     Args:
       body: function of a dict of references, named as in `ins` and `outs`. Programs must not
         depend on each other.
-      grid: numbers of programs. The first axis counts samples and is given as None.
+      grid: numbers of programs along each axis after the first, which counts samples.
       ins, outs: dicts of `Operand`.
       backend: "interpret", "triton" or "tpu".
       name: name of the kernel in profiles.
@@ -96,7 +96,7 @@ def launch(
     def run(*arrays):
         return pl.pallas_call(
             kernel,
-            grid=(local, *grid[1:]),
+            grid=(local, *grid),
             in_specs=[o.spec for o in ins.values()],
             out_specs=[o.spec for o in outs.values()],
             out_shape=[
@@ -104,7 +104,7 @@ def launch(
                 for o in outs.values()
             ],
             interpret=backend == "interpret",
-            compiler_params=_compiler_params(backend, len(grid)),
+            compiler_params=_compiler_params(backend, 1 + len(grid)),
             name=name,
         )(*arrays)
 

@@ -211,6 +211,11 @@ class _Tiling:
             x = x.reshape(*lead, self.heads, self.head)[..., : self.width // self.heads]
         return x.reshape(*lead, self.width)
 
+    def inverse_rms(self, squares: Array) -> Array:
+        """Return 1 / rms of tokens from the sums of their squares."""
+        assert self.eps is not None
+        return jax.lax.rsqrt(squares / self.width + self.eps)
+
     def row(self, weight: Array) -> Array:
         """Return the weights [D] of a norm as [1, G C]."""
         return (weight if self.unpadded else self._pad_channels(weight))[None]
@@ -275,7 +280,7 @@ def _run(
     )
     found = kernel.launch(
         lambda refs: body(_Program(tiling, dtype, refs)),
-        (None, groups, parts if summing else parts * tiling.inner),
+        (groups, parts if summing else parts * tiling.inner),
         {key: make[kind](array) for key, (kind, array) in ins.items()},
         {key: make[kind](jax.ShapeDtypeStruct(*shapes[kind])) for key, kind in outs.items()},
         backend=tiling.backend,
@@ -330,8 +335,7 @@ class _Program:
 
     def inverse_rms(self, x: _Norm, rows: Any) -> Array:
         """Return 1 / rms of the tokens `rows` of q or k, float32 [n, 1]."""
-        squares = self.refs[f"squares_{x}"][rows, :]
-        return jax.lax.rsqrt(squares / self.tiling.width + self.tiling.eps)
+        return self.tiling.inverse_rms(self.refs[f"squares_{x}"][rows, :])
 
     def features(self, x: _Norm, rows: Any) -> tuple[Array, Array, Array]:
         """Return (relu(x'), x', x / rms) of the tokens `rows` of q or k.
@@ -640,7 +644,7 @@ def _through_rms(tiling: _Tiling, x: Array, squares: Array, of_unit: Array, alon
     squares: sums of x^2, [B, N, 1]. along: products of x with the cotangent, summed over blocks of
     channels, [B, G, rows, 1].
     """
-    inverse = jax.lax.rsqrt(squares / tiling.width + tiling.eps)
+    inverse = tiling.inverse_rms(squares)
     along = along.sum(1)[:, : tiling.tokens]
     term = inverse**3 * along / tiling.width
     return (inverse * _wide(of_unit) - _wide(x) * term).astype(x.dtype)
