@@ -1,4 +1,4 @@
-"""Depthwise 3x3 convolution: ours against nine shifted multiplies and the library's grouped convolution.
+"""Time our depthwise 3x3 convolution beside nine shifted multiplies and a grouped convolution.
 
     python -m benchmarks.depthwise
 
@@ -7,6 +7,7 @@ Prints medians of one run and ratios to ours, at the shape of the embedded model
 
 import statistics
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ SHAPE = (32, 8, 8, 512)
 REPEATS = 25
 
 
-def median_ms(function, *arguments):
+def median_ms(function: Callable, *arguments: jax.Array) -> float:
+    """Return the median milliseconds of a call."""
     jax.block_until_ready(function(*arguments))
     seconds = []
     for _ in range(REPEATS):
@@ -27,7 +29,8 @@ def median_ms(function, *arguments):
     return 1e3 * statistics.median(seconds)
 
 
-def main():
+def main() -> None:
+    """Print the table."""
     x = jax.random.normal(jax.random.key(0), SHAPE)
     w = jax.random.normal(jax.random.key(1), (3, 3, SHAPE[-1]))
     ways = {
@@ -36,7 +39,8 @@ def main():
         "grouped conv": depthwise._grouped_conv,
     }
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {SHAPE} float32, median of {REPEATS}"
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {SHAPE} float32, "
+        f"median of {REPEATS}"
     )
     print(f"{'':14}{'forward':>18}{'tangent in x':>18}{'both gradients':>18}")
     base = None

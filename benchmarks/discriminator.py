@@ -1,22 +1,25 @@
-"""Could the heads tell a student's one-step pictures from real ones, if they had the time?
+"""Measure whether fresh heads can tell a student's one-step images from real ones.
 
-    python -m benchmarks.discriminator RUN_DIR [--updates=600] [--kind=muon --muon_lr=0.01 --lr=1e-3] [--head_blocks=0,2,4,6]
+    python -m benchmarks.discriminator RUN_DIR [--updates=600] [--kind=muon --muon_lr=0.01]
+        [--lr=1e-3] [--head_blocks=0,2,4,6]
 
-Fresh heads are trained by the run's own discriminator step against its finished student, which stands still. Then, at
-some noise levels, the share of pairs of held-out prompts in which a real picture has the higher logit (mean over
-tokens and heads): than the student's picture in one step ("student"), and than a real picture of another prompt
-("misaligned"). One half is chance: nothing there for the student to learn from. RUN_DIR is a run whose teacher was given.
+The run's discriminator step trains fresh heads against its finished, fixed student. For some noise
+levels it then prints the share of pairs of held-out prompts in which a real image has the higher
+logit (mean over tokens and heads): than the student's one-step image ("student"), and than a real
+image of another prompt ("misaligned"). One half is chance and leaves the student nothing to learn.
+RUN_DIR is a run whose teacher was given (config.teacher.pretrained).
 """
 
-import argparse
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 
+from benchmarks.harness import options as options_lib
 from sprint_jax import config
 from sprint_jax.diffusion import ladd, trigflow
 from sprint_jax.errors import UserError
@@ -29,12 +32,13 @@ NOISE = (0.05, 0.2, 0.55, 1.0)  # tan s
 BATCH = 64
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    """Train heads and print the table."""
+    parser = options_lib.parser(__doc__)
     parser.add_argument("run", type=pathlib.Path)
     parser.add_argument("--updates", type=int, default=600)
     parser.add_argument("--count", type=int, default=256, help="held-out prompts")
-    parser.add_argument("--kind", help="of the heads' optimiser: adamw or muon")
+    parser.add_argument("--kind", help="optimizer of the heads: adamw or muon")
     parser.add_argument("--lr", type=float)
     parser.add_argument("--muon_lr", type=float)
     parser.add_argument(
@@ -43,11 +47,12 @@ def main():
     parser.add_argument(
         "--no_misaligned",
         action="store_true",
-        help="the student's pictures as the only fakes (paper)",
+        help="use only the student's images as fakes (paper)",
     )
     options = parser.parse_args()
     c = _config(options)
-    phase, data = c.phases["sprint"], datasets.open_dataset(c, print)
+    data: Any = datasets.open_dataset(c, print)
+    phase = c.phases["sprint"]
     nets = stages.networks(c, phase)
     teacher = datasets.teacher_weights(c.teacher.pretrained, nets.teacher)
     student = jax.tree.map(jnp.asarray, loading.read_student(options.run)[1])
@@ -68,8 +73,8 @@ def main():
             frozen,
             state,
             i,
-            x0[i : i + BATCH],
-            jax.tree.map(lambda a, i=i: a[i : i + BATCH], heldout.cond),
+            x0=x0[i : i + BATCH],
+            cond=jax.tree.map(lambda a, i=i: a[i : i + BATCH], heldout.cond),
         )
         for i in range(0, options.count, BATCH)
     ]
@@ -79,17 +84,21 @@ def main():
         print(f"{level:8.2f}{higher(r, f):10.1%}{higher(r, m):12.1%}")
 
 
-def higher(a, b):
-    """Share of pairs in which a's logit is the higher one: the area under the ROC curve. a: [N], b: [M]."""
+def higher(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the share of pairs in which a's logit is higher, the area under the ROC curve.
+
+    a: [N], b: [M].
+    """
     return float((np.asarray(a)[:, None] > np.asarray(b)[None]).mean())
 
 
 def _config(options):
-    """The run's config with the options in place of its own."""
+    """Return the run's config with the options applied."""
     c = loading.read_config(options.run)
     if c.control.depth or not c.teacher.pretrained:
         raise UserError(
-            f"{options.run} is no text-to-image run from a given teacher (config.teacher.pretrained): give such a run"
+            f"{options.run} is not a text-to-image run from a given teacher "
+            "(config.teacher.pretrained): give such a run"
         )
     tree = config.to_dict(c)
     tree["phases"]["sprint"]["optimizers"]["heads"] |= {
@@ -101,10 +110,10 @@ def _config(options):
     return config.parse(tree)
 
 
-def _logits(nets, c, frozen, state, index, x0, cond):
-    """Mean logits [len(NOISE), B] of real pictures, of the student's in one step, of real ones with another's text.
+def _logits(nets, c, frozen, state, index, *, x0, cond):
+    """Return mean logits [len(NOISE), B] of real, student's and misaligned images.
 
-    All of a prompt are renoised alike, at every level.
+    Images of one prompt are renoised alike, at every level.
     """
     n = len(x0)
     k_start, k_renoise = jax.random.split(

@@ -1,18 +1,18 @@
-"""How many examples a second the reader of encoded data sets gives one core, beside what a GPU takes.
+"""Measure how many examples a second the reader of encoded data sets delivers per core.
 
-    python -m benchmarks.input_speed [--encoded=DIR] [--text=features|tokens] [--records=1000] [--batch=32]
+    python -m benchmarks.input_speed [--encoded=DIR] [--text=features|tokens] [--records=1000]
+        [--batch=32]
 
-Without --encoded it makes a temporary data set of random records in the published shape: 32 x 32 x 32 float16
-latents (1024 px) with 300 tokens, or with 300 x 2304 float16 text features. Those are as large as records get:
-captions are usually shorter. The file system's cache is warm in the second pass, so that the first says how
-fast the storage is and the second how fast the reader is.
+Without --encoded it writes a temporary data set of random records in the published shape:
+32 x 32 x 32 float16 latents (1024 px) with 300 tokens, or with 300 x 2304 float16 text features.
+Records get no larger than that, since captions are usually shorter. In the second pass the file
+system's cache is warm. So the first pass measures the storage and the second one the reader.
 
-One H200 is given 48 examples a second: 790 TFLOP/s of dense bfloat16 over the 16.4 TFLOP that one example of
-the 0.6B model costs in a generator and a discriminator step together. It is arithmetic at full speed, which
-no training reaches.
+The result is compared with an H200 that takes 48 examples a second: 790 TFLOP/s of dense bfloat16
+over the 16.4 TFLOP that one example of the 0.6B model costs in a generator and a discriminator
+step together. No training reaches this speed.
 """
 
-import argparse
 import os
 import pathlib
 import tempfile
@@ -20,6 +20,7 @@ import time
 
 import numpy as np
 
+from benchmarks.harness import options as options_lib
 from sprint_jax.data import batches, encoded
 
 H200_FLOPS = 790e12
@@ -27,8 +28,8 @@ EXAMPLE_FLOPS = 16.4e12
 SHAPE, LENGTH, WIDTH = (32, 32, 32), 300, 2304
 
 
-def make(folder, kind, count, shard=250):
-    """A data set of random records."""
+def write_random(folder: pathlib.Path, kind: str, count: int, shard: int = 250) -> None:
+    """Write a data set of random records. kind: "features" or "tokens"."""
     rng = np.random.default_rng(0)
 
     def record():
@@ -55,7 +56,8 @@ def make(folder, kind, count, shard=250):
     encoded.write_manifest(folder / encoded.MANIFEST, described, shards)
 
 
-def measure(folder, batch):
+def measure(folder: pathlib.Path | str, batch: int) -> None:
+    """Read a data set twice and print the speed of both passes."""
     data = encoded.Encoded(folder, "train")
     batch = min(batch, len(data))
     read = batches.Make(data, 0, batch)
@@ -76,17 +78,19 @@ def measure(folder, batch):
         wall, core = time.perf_counter() - begin, time.process_time() - used
         speed = steps * batch / core
         print(
-            f"{name:<12} {speed:8.0f} examples/s of one core ({steps * batch / wall:.0f} by the clock), "
+            f"{name:<12} {speed:8.0f} examples/s per core "
+            f"({steps * batch / wall:.0f} by wall clock), "
             f"{speed / needed:.1f} times the {needed:.0f} of one H200",
             flush=True,
         )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    """Measure the data set that the options name, or a random one."""
+    parser = options_lib.parser(__doc__)
     parser.add_argument(
         "--encoded",
-        help="folder of an encoded data set; default: a temporary one of random records",
+        help="folder of an encoded data set; default: a temporary, random one",
     )
     parser.add_argument("--text", choices=sorted(encoded.KINDS), default="features")
     parser.add_argument("--records", type=int, default=1000)
@@ -94,9 +98,10 @@ def main():
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores", flush=True)
     if options.encoded:
-        return measure(options.encoded, options.batch)
+        measure(options.encoded, options.batch)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        make(pathlib.Path(folder), options.text, options.records)
+        write_random(pathlib.Path(folder), options.text, options.records)
         measure(folder, options.batch)
 
 

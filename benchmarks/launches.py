@@ -1,46 +1,49 @@
-"""What an NVIDIA GPU that is not here would be given to do: launches and bytes of a program, compiled for it.
+"""Count the launches and bytes of a program compiled for an NVIDIA GPU that is not attached.
 
-    pip install "jax[cuda12]"                                 at jax's version; no GPU and no driver are needed
-    python -m benchmarks.launches --program=picture|sketch|pair [--size=0.6b] [--attention=plain|pallas] [--longest=20]
+    pip install "jax[cuda12]"          at jax's version; neither a GPU nor a driver is needed
+    python -m benchmarks.launches --program=picture|sketch|pair [--size=0.6b]
+        [--attention=plain|pallas] [--longest=20]
 
-A picture is one step at 1024 px, `--batch` of them (1), prompt tokens to pixels; a sketch has a ControlNet of 7 blocks and its encoder besides; a
-pair is the published training step on 16 samples (`--remat=cheap`). All in bfloat16; with `--attention=pallas` by kernels, those of depthwise
-convolutions too. The compiler searches for nothing here: on a GPU it also chooses between its own products and a library's by
-timing them, so counts differ a little, and nothing is said of time.
+"picture" is one step at 1024 px from prompt tokens to pixels, for `--batch` images (1). "sketch"
+adds a ControlNet of 7 blocks and its encoder. "pair" is the published training step on 16 samples
+(`--remat=cheap`). All are bfloat16. `--attention=pallas` uses kernels, for depthwise convolutions
+too. On a GPU the compiler also chooses between its own products and a library's by timing them,
+which is impossible here. So counts differ a little, and there are no times.
 """
 
-import argparse
 import dataclasses
 from unittest import mock
 
 from benchmarks.harness import launches
+from benchmarks.harness import options as options_lib
 from sprint_jax.planning import gpus, hardware
 
-SIDE, CONTROL_DEPTH = 32, 7  # latent cells of 1024 px; as `benchmarks/harness/suites.py`
+SIDE, CONTROL_DEPTH = 32, 7  # latent cells of 1024 px; as in `benchmarks/harness/suites.py`
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    """Print launches and bytes of the program that the options name."""
+    parser = options_lib.parser(__doc__)
     parser.add_argument("--program", choices=("picture", "sketch", "pair"), default="picture")
     parser.add_argument("--size", choices=("0.6b", "1.6b"), default="0.6b")
     parser.add_argument("--attention", choices=("plain", "pallas"), default="plain")
     parser.add_argument("--remat", choices=("none", "block", "cheap"), default="cheap")
-    parser.add_argument("--batch", type=int, default=1, help="pictures or sketches at a time")
+    parser.add_argument("--batch", type=int, default=1, help="images at a time")
     parser.add_argument(
         "--residual",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="of a pair's residual streams, see model.residual_dtype",
+        help="dtype of a pair's residual streams (model.residual_dtype)",
     )
     parser.add_argument(
         "--unroll",
         type=int,
         default=1,
-        help="blocks per step of a pair's loops; the depth removes them",
+        help="blocks per step of a pair's loops; the depth removes the loops",
     )
     parser.add_argument("--device", choices=("h200", "h100", "a100"), default="h200")
     parser.add_argument(
-        "--longest", type=int, default=0, help="list so many launches that move most bytes"
+        "--longest", type=int, default=0, help="list the N launches that move most bytes"
     )
     options = parser.parse_args()
     if not gpus.compiler():
@@ -60,15 +63,18 @@ def _report(name, compiled, device, longest):
     count, size = (sum(column) for column in zip(*kinds.values(), strict=True))
     memory = compiled.memory_analysis().temp_size_in_bytes
     print(
-        f"{name}: {count} launches, {size / 1e9:.1f} GB read and written, {memory / 2**30:.2f} GiB of temporaries"
+        f"{name}: {count} launches, {size / 1e9:.1f} GB read and written, "
+        f"{memory / 2**30:.2f} GiB of temporaries"
     )
     for kind, (count, size) in kinds.items():
         print(
-            f"  {kind:18} {count:6d}   {size / 1e9:7.2f} GB   {1e3 * size / device.bandwidth:6.2f} ms at the memory's speed"
+            f"  {kind:18} {count:6d}   {size / 1e9:7.2f} GB   "
+            f"{1e3 * size / device.bandwidth:6.2f} ms at the memory's speed"
         )
     for launch in sorted(found, key=lambda launch: -launch.bytes * launch.times)[:longest]:
         print(
-            f"  {launch.bytes * launch.times / 1e6:9.1f} MB in {launch.times:3d} x {launch.kind:18} {launch.shape:28} {launch.source[-80:]}"
+            f"  {launch.bytes * launch.times / 1e6:9.1f} MB in {launch.times:3d} x "
+            f"{launch.kind:18} {launch.shape:28} {launch.source[-80:]}"
         )
 
 
@@ -100,16 +106,16 @@ def _pictures(options, device):
         found = jax.eval_shape(network.init, jax.random.key(0))
         return jax.tree.map(lambda a: shape(*a.shape), found)
 
-    def in_a_row(network):
-        """Blocks one by one, as `loading.load` has them on a GPU."""
+    def unrolled(network):
+        """Return abstract unstacked parameters, as `loading.load` has them on a GPU."""
         return placed(jax.eval_shape(network.unstack, parameters(network)))
 
-    transformer, pixels, sketch = in_a_row(model), parameters(autoencoder), None
+    transformer, pixels, sketch = unrolled(model), parameters(autoencoder), None
     if options.program == "sketch":
         control = ControlNet(
             net=dataclasses.replace(model, guidance_embed=False), depth=CONTROL_DEPTH
         )
-        transformer = {"trunk": transformer, "control": in_a_row(control)}
+        transformer = {"trunk": transformer, "control": unrolled(control)}
         model, sketch = (
             Controlled(trunk=model, control=control),
             shape(options.batch, SIDE * 32, SIDE * 32, 3, dtype=jnp.uint8),
@@ -117,7 +123,7 @@ def _pictures(options, device):
     instruction = shape(subjects.PREFIX_TOKENS, dtype=jnp.int32)
     prefix = placed(jax.eval_shape(text.prefix, parameters(text), instruction))
     params = {
-        "text": {"model": in_a_row(text), "prefix": prefix},
+        "text": {"model": unrolled(text), "prefix": prefix},
         "transformer": transformer,
         "pixels": pixels,
     }
@@ -127,7 +133,10 @@ def _pictures(options, device):
     draws = shape(1, options.batch, SIDE, SIDE, size.in_channels, dtype=jnp.float32)
     run = jax.jit(subjects.prompt_to_pixels(text, model, autoencoder, samplers.scm_times(1)))
     with jax.set_mesh(mesh):
-        what = f"{options.program}_{options.size}_1step, batch {options.batch}, attention {options.attention}"
+        what = (
+            f"{options.program}_{options.size}_1step, batch {options.batch}, "
+            f"attention {options.attention}"
+        )
         yield what, run.lower(params, tokens, mask, draws, sketch).compile()
 
 
@@ -140,12 +149,19 @@ def _pair(options, device):
     from sprint_jax.training.stage import Placed
 
     preset = "sana_600m" if options.size == "0.6b" else "sana_1600m"
-    with mock.patch.object(jax, "default_backend", lambda: "gpu"):  # what kernels are chosen by
+    with mock.patch.object(jax, "default_backend", lambda: "gpu"):  # kernels are chosen by it
         c = suites.published_card(
-            preset, options.remat, options.attention, options.unroll, options.residual
+            preset,
+            options.remat,
+            attention=options.attention,
+            unroll=options.unroll,
+            residual=options.residual,
         )
         batch = c.phases["sprint"].batch
-        what = f"of {preset}, {batch} samples, remat {options.remat}, attention {options.attention}, residual {options.residual}"
+        what = (
+            f"of {preset}, {batch} samples, remat {options.remat}, "
+            f"attention {options.attention}, residual {options.residual}"
+        )
         teacher = run.abstract(build.distilled_teacher(c))
         stage = stages.make(c, "sprint", datasets.Abstract(c), teacher=teacher)
         placed = Placed.on(stage, sharding.mesh(1, 1, gpus.devices(device, 1, 1)))

@@ -1,19 +1,19 @@
-"""How lossless is the TrigFlow conversion in practice? (paper Table 1, by distance instead of FID)
+"""Measure how lossless the TrigFlow conversion is (paper Table 1, by distance instead of FID).
 
     python -m benchmarks.lossless [--count=256] [--steps=50]
 
-Samples the shipped teacher by flow Euler and by TrigFlow rotation from the same noise, and compares the
-Fréchet distance between the two sets with the distance of either to pictures of pure noise. Flow Euler runs
-twice: at the images of the evenly spaced angles, where both samplers are the same steps in other
-coordinates, and at its own evenly spaced times, as one would run it (Table 1).
+Samples the shipped teacher by flow Euler and by TrigFlow rotation from the same noise. Compares the
+Fréchet distance between the two sets with the distance of either to images of pure noise. Flow
+Euler runs twice: at the times that correspond to the evenly spaced angles, where both samplers take
+the same steps in other coordinates, and at its own evenly spaced times (Table 1).
 """
 
-import argparse
 import pathlib
 
 import jax
 import numpy as np
 
+from benchmarks.harness import options as options_lib
 from sprint_jax import build, config
 from sprint_jax.diffusion import samplers
 from sprint_jax.runtime import cards
@@ -25,8 +25,9 @@ from sprint_jax.training import datasets
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    """Sample and print the distances."""
+    parser = options_lib.parser(__doc__)
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()
@@ -38,15 +39,15 @@ def main():
     null = {"text": data.frozen.null_text, "mask": data.frozen.null_mask}
     angles = samplers.trig_times(options.steps)
     matched = (np.sin(angles) / (np.sin(angles) + np.cos(angles))).astype(np.float32)
-    roads = {
+    paths = {
         "flow_matched": ("flow", matched),
         "flow_even": ("flow", samplers.flow_times(options.steps)),
         "trigflow": ("trigflow", angles),
     }
-    made = {}
-    for name, (kind, times) in roads.items():
+    images = {}
+    for name, (kind, times) in paths.items():
         sampler = programs.teacher_sampler(model, data.pixels, shape, times, sampler=kind)
-        made[name] = programs.run(
+        images[name] = programs.run(
             sampler,
             {"transformer": params, "pixels": {}},
             null,
@@ -57,18 +58,18 @@ def main():
             say=lambda n, name=name: print(f"{name}: {n} of {options.count}", flush=True),
         )
     noise = jax.random.normal(jax.random.key(0), (options.count, *shape))
-    made["noise"] = np.asarray(data.pixels.decode({}, noise))
-    moments = {k: frechet.moments(frechet.features(v)) for k, v in made.items()}
-    to_noise = min(frechet.distance(moments[name], moments["noise"]) for name in roads)
+    images["noise"] = np.asarray(data.pixels.decode({}, noise))
+    moments = {k: frechet.moments(frechet.features(v)) for k, v in images.items()}
+    to_noise = min(frechet.distance(moments[name], moments["noise"]) for name in paths)
     print(
-        f"{options.steps} steps, {options.count} pictures; Fréchet distance to noise {to_noise:.4f}"
+        f"{options.steps} steps, {options.count} images; Fréchet distance to noise {to_noise:.4f}"
     )
     for name in ("flow_matched", "flow_even"):
         between = frechet.distance(moments[name], moments["trigflow"])
-        pixels = np.abs(made[name].astype(int) - made["trigflow"]).mean()
+        pixels = np.abs(images[name].astype(int) - images["trigflow"]).mean()
         print(
-            f"{name:12} to trigflow: Fréchet {between:.2e} ({100 * between / to_noise:.2g} % of that), "
-            f"mean pixel difference {pixels:.2g} of 255"
+            f"{name:12} to trigflow: Fréchet {between:.2e} "
+            f"({100 * between / to_noise:.2g} % of that), mean pixel difference {pixels:.2g} of 255"
         )
 
 

@@ -1,24 +1,32 @@
-"""How far is a student from the end of its teacher's ODE? What sCM alone should make smaller.
+"""Measure how far a student is from the end of its teacher's ODE, which sCM alone should reduce.
 
     python -m benchmarks.ode_distance RUN_DIR [RUN_DIR ...] [--count=128] [--steps=24]
 
-For held-out pictures noised to some angles t: the guided teacher's PF-ODE from x_t to 0 (Heun, --steps even steps), and
-against it the student's f(x_t, t), Eq. 4, as mean square over the variance of the data (1 is as far as another
-picture's mean). Beside it the variance of f over that of the data, which is 1 for pictures as contrasted as real
-ones, and the share of whole captions right. Then how far the student's embedding of t has moved from the teacher's,
-over its size, and the share of that along the weights of the log-variance head. All runs must have one teacher.
+Held-out images are noised to some angles t. From there it solves the guided teacher's PF-ODE to 0
+(Heun, --steps even steps) and compares the student's f(x_t, t), Eq. 4, with its end. It prints
+
+  - the mean squared distance over the variance of the data (1 is as far as the mean image);
+  - the variance of f over that of the data, 1 for images with the contrast of real ones;
+  - the share of captions that are entirely right;
+  - how far the student's embedding of t has moved from the teacher's, over its size, and the share
+    of that along the weights of the log-variance head.
+
+All runs must have the same teacher.
 """
 
-import argparse
 import dataclasses
 import functools
 import pathlib
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.harness import options as options_lib
+from sprint_jax import config
 from sprint_jax.diffusion import trigflow
 from sprint_jax.evaluation.heldout import Evaluator
 from sprint_jax.objectives import views
@@ -30,25 +38,17 @@ ANGLES = (0.3, 0.6, 0.9, 1.2, 1.4, 1.5, trigflow.T_MAX)
 SIGMA_D = trigflow.SIGMA_D
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    """Solve the ODE and print the table of each run."""
+    parser = options_lib.parser(__doc__)
     parser.add_argument("runs", nargs="+", type=pathlib.Path)
     parser.add_argument("--count", type=int, default=128)
     parser.add_argument("--steps", type=int, default=24)
     options = parser.parse_args()
-    configs = [loading.read_config(path) for path in options.runs]
-    c = configs[0]
-    for path, other in zip(options.runs, configs, strict=True):
-        alike = (
-            other.teacher.pretrained == c.teacher.pretrained != ""
-            and dataclasses.replace(other.model, unroll=c.model.unroll) == c.model
-        )
-        if other.control.depth or not alike:
-            sys.exit(
-                f"{path} is no text-to-image run from a given teacher (config.teacher.pretrained) and with the model of {options.runs[0]}: give such runs"
-            )
-    phase = c.phases["sprint"]
-    nets, data, n = stages.networks(c, phase), datasets.open_dataset(c, print), options.count
+    c = _common_config(options.runs)
+    data: Any = datasets.open_dataset(c, print)
+    phase, n = c.phases["sprint"], options.count
+    nets = stages.networks(c, phase)
     teacher = datasets.teacher_weights(c.teacher.pretrained, nets.teacher)
     frozen = data.frozen.replace(teacher=teacher)
     heldout = data.heldout(n, 64)
@@ -63,32 +63,25 @@ def main():
     for t, xt in zip(ANGLES, states, strict=True):
         ends.append(solve(xt, t))
         print(f"ODE from t = {t:.3f} solved", file=sys.stderr, flush=True)
-    spread, right = (
-        jnp.var(x0),
-        lambda x: evaluator(np.asarray(data.pixels.decode({}, x / SIGMA_D)))["score"],
-    )
+    spread = jnp.var(x0)
+    right = lambda x: evaluator(np.asarray(data.pixels.decode({}, x / SIGMA_D)))["score"]
 
     def report(name, f):
-        made = [f(xt, jnp.full((n,), t)) for t, xt in zip(ANGLES, states, strict=True)]
-        _line(
-            f"{name}: distance",
-            [jnp.mean(jnp.square(x - end)) / spread for x, end in zip(made, ends, strict=True)],
-            ".4f",
-        )
-        _line("variance", [jnp.var(x) / spread for x in made], ".3f")
-        _line("right", [right(x) for x in made], ".1%")
+        found = [f(xt, jnp.full((n,), t)) for t, xt in zip(ANGLES, states, strict=True)]
+        errors = (jnp.mean(jnp.square(x - end)) for x, end in zip(found, ends, strict=True))
+        _line(f"{name}: distance", [error / spread for error in errors], ".4f")
+        _line("variance", [jnp.var(x) / spread for x in found], ".3f")
+        _line("right", [right(x) for x in found], ".1%")
 
     _line("t", ANGLES, ".3f")
     _line("ODE's end: right", [right(x) for x in ends], ".1%")
-    report(
-        "teacher, 1 step", jax.jit(lambda xt, t: trigflow.denoise(velocity(xt, t) / SIGMA_D, xt, t))
-    )
+    one_step = jax.jit(lambda xt, t: trigflow.denoise(velocity(xt, t) / SIGMA_D, xt, t))
+    report("teacher, 1 step", one_step)
 
     @jax.jit
     def denoise(params, xt, t):
-        return trigflow.denoise(
-            views.student_F(nets.trained, params, cond, w)(xt / SIGMA_D, t)[0], xt, t
-        )
+        F = views.student_F(nets.trained, params, cond, w)
+        return trigflow.denoise(F(xt / SIGMA_D, t)[0], xt, t)
 
     for path in options.runs:
         params = loading.read_student(path)[1]
@@ -98,8 +91,25 @@ def main():
         _line("along the head", along, ".0%")
 
 
-def heun(velocity, xt, t, *, steps):
-    """The end at t = 0 of dx/dt = velocity(x, t) from xt [B, ...] at the angle t, in even second-order steps."""
+def _common_config(runs: Sequence[pathlib.Path]) -> config.Config:
+    """Return the config of the first run, or exit if the runs have different teachers or models."""
+    configs = [loading.read_config(path) for path in runs]
+    first = configs[0]
+    for path, c in zip(runs, configs, strict=True):
+        same = (
+            c.teacher.pretrained == first.teacher.pretrained != ""
+            and dataclasses.replace(c.model, unroll=first.model.unroll) == first.model
+        )
+        if c.control.depth or not same:
+            sys.exit(
+                f"{path} is not a text-to-image run from a given teacher "
+                f"(config.teacher.pretrained) with the model of {runs[0]}: give such runs"
+            )
+    return first
+
+
+def heun(velocity: Callable, xt: jax.Array, t: float, *, steps: int) -> jax.Array:
+    """Solve dx/dt = velocity(x, t) from xt [B, ...] at the angle t to 0, in even Heun steps."""
     times, n = t * jnp.linspace(1, 0, steps + 1), len(xt)
 
     def step(x, ab):
@@ -111,8 +121,11 @@ def heun(velocity, xt, t, *, steps):
     return jax.lax.scan(step, xt, (times[:-1], times[1:]))[0]
 
 
-def embedding(nets, teacher, student, w):
-    """At each of ANGLES: (||e - e'|| / ||e'||, the share of its square along the log-variance head's weights)."""
+def embedding(nets: Any, teacher: Any, student: Any, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Compare the student's and the teacher's embeddings e and e' of each of ANGLES.
+
+    Returns ||e - e'|| / ||e'||, and the share of its square along the log-variance head's weights.
+    """
     t, n = trigflow.to_flow_time(jnp.asarray(ANGLES)), len(ANGLES)
     x = jnp.zeros((n, nets.teacher.patch_size, nets.teacher.patch_size, nets.teacher.in_channels))
     text = jnp.zeros((n, 1, nets.teacher.text_dim))

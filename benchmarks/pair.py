@@ -1,16 +1,17 @@
-"""Time and memory of one generator + discriminator pair of a card, by part, on one device.
+"""Measure time and memory of one generator and discriminator step of a card on one device.
 
     python -m benchmarks.pair [--preset=shapes] [--batch=N] [--remat=none|block|cheap]
 
-Random parameters and random batches: for `sana_600m` and `sana_1600m` no weights are needed.
+Parameters and batches are random, so `sana_600m` and `sana_1600m` need no weights.
 """
 
-import argparse
 import statistics
 import time
+from typing import Any
 
 import jax
 
+from benchmarks.harness import options as options_lib
 from benchmarks.harness import training
 from sprint_jax.training import sharding
 from sprint_jax.training.stage import Placed
@@ -18,8 +19,9 @@ from sprint_jax.training.stage import Placed
 REPEATS = 9
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    """Compile, time and print both steps."""
+    parser = options_lib.parser(__doc__)
     parser.add_argument("--preset", default="shapes")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--remat")
@@ -35,8 +37,8 @@ def main():
     placed = Placed.on(stage, sharding.mesh(1, 1, jax.devices()[:1]))
     total = 0.0
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, preset {options.preset}, batch {count}, "
-        f"remat {c.model.remat}, median of {REPEATS}"
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, preset {options.preset}, "
+        f"batch {count}, remat {c.model.remat}, median of {REPEATS}"
     )
     for name, function in zip(stage.labels, stage.functions, strict=True):
         begin = time.perf_counter()
@@ -48,11 +50,13 @@ def main():
             seconds.append(time.perf_counter() - begin)
         middle = statistics.median(seconds[1:])
         total += middle
-        memory = step.memory_analysis().temp_size_in_bytes / 2**20
+        analysis: Any = step.memory_analysis()
+        memory = analysis.temp_size_in_bytes / 2**20
         print(
-            f"{name:14} {1e3 * middle:9.1f} ms   temporaries {memory:7.0f} MiB   compiled in {compile_seconds:.0f} s"
+            f"{name:14} {1e3 * middle:9.1f} ms   temporaries {memory:7.0f} MiB   "
+            f"compiled in {compile_seconds:.0f} s"
         )
-    print(f"{'pair':14} {1e3 * total:9.1f} ms   {count / total:.1f} pictures/s")
+    print(f"{'pair':14} {1e3 * total:9.1f} ms   {count / total:.1f} images/s")
     used = jax.devices()[0].memory_stats()
     if used:
         print(f"peak memory of the device {used['peak_bytes_in_use'] / 2**30:.1f} GiB")

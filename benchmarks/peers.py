@@ -1,12 +1,18 @@
-"""The published models in PyTorch (diffusers, transformers) beside ours: same weights, same inputs, same device.
+"""The published models in PyTorch (diffusers, transformers) with our weights, inputs and device.
 
-Imported by `benchmarks` where PyTorch is installed. Each function returns a `timing.Program`. PyTorch
-may choose: memory formats are tried, and the faster one is timed.
+`benchmarks` imports this module if PyTorch is installed. Functions named like our subjects return
+a `timing.Program`. They try both memory formats of PyTorch and time the faster one.
 """
+
+# The types of these libraries are incomplete.
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportAssignmentType=false
 
 import copy
 import functools
 import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import diffusers
 import jax
@@ -14,44 +20,54 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from torch import nn
 
 from benchmarks.harness import bench as bench_lib
 from benchmarks.harness import machine, timing
 from sprint_jax.conversion import tables
+from sprint_jax.models.dc_ae import DCAE
+from sprint_jax.models.gemma2 import Gemma2
+from sprint_jax.models.linear_dit import LinearDiT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def device(bench):
-    """Where JAX computes. Raises NoPeer where PyTorch cannot."""
+def device(bench: bench_lib.Bench) -> torch.device:
+    """Return the device on which JAX computes.
+
+    Raises:
+      NoPeer: if PyTorch cannot use it.
+    """
     if bench.on_cpu:
         torch.set_num_threads(machine.threads())
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise bench_lib.NoPeer("no peer: this PyTorch has no CUDA")
-    # What JAX does unasked: float32 products in TF32, convolutions by the fastest of several algorithms.
+    # JAX's defaults: float32 products in TF32, the fastest of several algorithms of convolution.
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     return torch.device("cuda")
 
 
-def tensor(array, device):
-    """A JAX or NumPy array as a tensor of its own."""
+def tensor(array: Any, device: torch.device) -> torch.Tensor:
+    """Copy a JAX or NumPy array to a tensor."""
     array = np.array(array, order="C")
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16).to(device)
     return torch.from_numpy(array).to(device)
 
 
-def nchw(array, device):
+def nchw(array: Any, device: torch.device) -> torch.Tensor:
+    """Copy an NHWC array to an NCHW tensor."""
     return tensor(np.moveaxis(np.asarray(array), -1, 1), device)
 
 
-def numpy_nhwc(x):
+def numpy_nhwc(x: torch.Tensor) -> np.ndarray:
+    """Copy an NCHW tensor to a float32 NHWC array."""
     return np.moveaxis(x.detach().float().cpu().numpy(), 1, -1)
 
 
-def split_text_projections(blocks, fused):
+def split_text_projections(blocks: list[Any], fused: Mapping[str, jax.Array]) -> list[Any]:
     """Invert `layers.fuse_text_projections` and return a list of whole blocks."""
     names = ("to_k", "to_v")
     parts = {leaf: iter(jnp.split(a, len(names) * len(blocks), -1)) for leaf, a in fused.items()}
@@ -59,10 +75,20 @@ def split_text_projections(blocks, fused):
     return [block | {"attn2": block["attn2"] | its} for block, its in zip(blocks, own, strict=True)]
 
 
-def filled(module, table, params, device, prefix=""):
-    """A module made on the meta device, with our parameters in it; only names below `prefix` are filled.
+def filled(
+    module: nn.Module, table: Sequence[Any], params: Any, device: torch.device, prefix: str = ""
+) -> nn.Module:
+    """Fill a module created on the meta device with our parameters, one tensor at a time.
 
-    params: blocks stacked or as a list. One tensor at a time: a second copy of the whole tree is not needed.
+    Args:
+      module: the module.
+      table: rows of its conversion.
+      params: blocks stacked or as a list.
+      device: of the tensors.
+      prefix: fill only names that begin with it.
+
+    Raises:
+      ValueError: if a weight is missing or unexpected.
     """
     if "text" in params:
         params = params | {"blocks": split_text_projections(params["blocks"], params["text"])}
@@ -78,17 +104,17 @@ def filled(module, table, params, device, prefix=""):
 
 
 def _place(params, row):
-    """The part of our parameters that a row of a conversion table names."""
+    """Return the part of our parameters that a row of a conversion table names."""
     node, place = params, row.place
     for name in row.ours.split("."):
-        if isinstance(node, list):  # blocks one by one: the first index says which
+        if isinstance(node, list):  # a list of blocks: the first index selects one
             node, place = node[place[0]], place[1:]
         node = node[name]
     return node[place]
 
 
-def sana(model, **changes):
-    """diffusers' transformer of our description, without weights."""
+def sana(model: LinearDiT, **changes: Any) -> nn.Module:
+    """Create diffusers' transformer of our description, without weights."""
     fields = dict(
         in_channels=model.in_channels,
         out_channels=model.in_channels,
@@ -109,8 +135,8 @@ def sana(model, **changes):
         return diffusers.SanaTransformer2DModel(**fields | changes)
 
 
-def autoencoder(model):
-    """diffusers' DC-AE of our description, without weights."""
+def autoencoder(model: DCAE) -> Any:
+    """Create diffusers' DC-AE of our description, without weights."""
     lists = {}
     for part, stages in (("encoder", model.encoder), ("decoder", model.decoder)):
         lists |= {
@@ -133,11 +159,14 @@ def autoencoder(model):
         )
 
 
-def _wait(on):
+def waiting(on: torch.device) -> Callable[[Any], None]:
+    """Return a function that waits for a result on a device."""
     return (lambda result: None) if on.type == "cpu" else (lambda result: torch.cuda.synchronize())
 
 
-def inferring(function):
+def inferring(function: Callable) -> Callable:
+    """Run a function in PyTorch's inference mode."""
+
     @functools.wraps(function)
     def run(*args, **kwargs):
         with torch.inference_mode():
@@ -146,15 +175,20 @@ def inferring(function):
     return run
 
 
-def seconds(start, wait):
-    """What one call takes, its result included."""
+def seconds(start: Callable[[], Any], wait: Callable[[Any], None]) -> float:
+    """Return the seconds of one call, its result included."""
     begin = time.perf_counter()
     wait(start())
     return time.perf_counter() - begin
 
 
-def in_faster_format(module, start, wait):
-    """Puts the module in the memory format in which `start` takes less time, by one run of each after a first in that format."""
+def in_faster_format(
+    module: nn.Module, start: Callable[[], Any], wait: Callable[[Any], None]
+) -> str:
+    """Bring a module into the memory format in which `start` is faster, and return a note.
+
+    Each format is timed once, after a first run in it.
+    """
     formats = (torch.contiguous_format, torch.channels_last)
     times = []
     for memory_format in formats:
@@ -171,21 +205,30 @@ def _transformer(bench, model, params, on):
     return bench.kept("their transformer", model, make)
 
 
-def transformer(bench, model, params, arrays, *, compiled):
-    """One call of `SanaTransformer2DModel`. params: ours. arrays: x NHWC, t, text, mask, guidance."""
+def transformer(
+    bench: bench_lib.Bench,
+    model: LinearDiT,
+    params: Any,
+    arrays: Mapping[str, Any],
+    *,
+    compiled: bool,
+) -> timing.Program:
+    """Return one call of `SanaTransformer2DModel`.
+
+    params: ours. arrays: x (NHWC), t, text, mask and guidance. compiled: by torch.compile.
+    """
     on, dtype = device(bench), DTYPES[model.dtype]
     module = _transformer(bench, model, params, on)
     x, text = nchw(arrays["x"], on).to(dtype), tensor(arrays["text"], on).to(dtype)
     t, mask = tensor(arrays["t"], on), tensor(arrays["mask"], on).to(dtype)
     options = {"encoder_attention_mask": mask, "return_dict": False}
     if arrays["guidance"] is not None:
-        options["guidance"] = (tensor(arrays["guidance"], on) * model.guidance_scale_factor).to(
-            dtype
-        )
+        guidance = tensor(arrays["guidance"], on) * model.guidance_scale_factor
+        options["guidance"] = guidance.to(dtype)
     run = torch.compile(module) if compiled else module
     start = inferring(lambda: run(x, text, t, **options)[0])
-    note = None if compiled else in_faster_format(module, start, _wait(on))
-    return timing.Program({"": timing.Call(start, _wait(on))}, lambda: numpy_nhwc(start()), note)
+    note = None if compiled else in_faster_format(module, start, waiting(on))
+    return timing.Program({"": timing.Call(start, waiting(on))}, lambda: numpy_nhwc(start()), note)
 
 
 def _decoder(bench, model, params, on):
@@ -196,19 +239,28 @@ def _decoder(bench, model, params, on):
     return bench.kept("their decoder", key, make)
 
 
-def decoder(bench, model, params, z, *, compiled):
-    """One decoding by `AutoencoderDC`. params: ours, {"decoder"}. z: latents NHWC in the dtype of the weights."""
+def decoder(
+    bench: bench_lib.Bench, model: DCAE, params: Any, z: Any, *, compiled: bool
+) -> timing.Program:
+    """Return one decoding by `AutoencoderDC`.
+
+    params: ours, {"decoder"}. z: NHWC latents in the dtype of the weights. compiled: by
+    torch.compile.
+    """
     on = device(bench)
     module = _decoder(bench, model, params, on)
     latents = nchw(z, on)
     run = torch.compile(module.decoder) if compiled else module.decoder
     start = inferring(lambda: run(latents))
-    note = None if compiled else in_faster_format(module.decoder, start, _wait(on))
-    return timing.Program({"": timing.Call(start, _wait(on))}, lambda: numpy_nhwc(start()), note)
+    note = None if compiled else in_faster_format(module.decoder, start, waiting(on))
+    return timing.Program({"": timing.Call(start, waiting(on))}, lambda: numpy_nhwc(start()), note)
 
 
-def gemma(model, params, on):
-    """transformers' Gemma-2 with our parameters, and eager attention: the only one with its soft cap on any device."""
+def gemma(model: Gemma2, params: Any, on: torch.device) -> Any:
+    """Create transformers' Gemma-2 with our parameters.
+
+    It uses eager attention, the only one that has the soft cap on every device.
+    """
     dtype = DTYPES[np.dtype(jax.tree.leaves(params)[0].dtype).name]
     config = transformers.Gemma2Config(
         vocab_size=model.vocab,
@@ -229,16 +281,16 @@ def gemma(model, params, on):
         eos_token_id=1,
         bos_token_id=2,
     )
-    with torch.device(on):  # not on meta: its rotary table is no weight
+    with torch.device(on):  # not on meta: its rotary table is not a weight
         module = transformers.Gemma2Model(config).to(dtype)
     return filled(module, tables.text_encoder(model), params, on)
 
 
-def _by_layer(module, layers):
-    """The module with these layers of it compiled, one program for all that are alike ("regional compilation").
+def _by_layer(module: Any, layers: Any) -> Any:
+    """Copy a module and compile some of its layers, one program for similar ones.
 
-    A copy: the layers compile in place, and the module itself is timed as it is. Whole networks of 26 and 28 layers take
-    torch.compile minutes each.
+    Layers compile in place, and the module itself is timed too, hence the copy. torch.compile takes
+    minutes for whole networks of 26 or 28 layers.
     """
     places = [name for name, one in module.named_modules() if any(one is layer for layer in layers)]
     module = copy.deepcopy(module)
@@ -248,79 +300,94 @@ def _by_layer(module, layers):
 
 
 def picture(
-    bench,
-    text,
-    transformer,
-    autoencoder,
-    instruction,
-    prompts,
-    draws,
-    times,
+    bench: bench_lib.Bench,
+    text: tuple[Gemma2, Any],
+    transformer: tuple[LinearDiT, Any],
+    autoencoder: tuple[DCAE, Any],
+    inputs: Mapping[str, Any],
     *,
-    published_tokens,
-    compiled,
-):
-    """Prompts to pixels as `SanaSprintPipeline` goes, without its checks and progress bars.
+    published_tokens: int,
+    compiled: bool,
+) -> timing.Program:
+    """Return prompts to pixels as `SanaSprintPipeline` does, without checks and progress bars.
 
-    text, transformer, autoencoder: (our description, our parameters). instruction: tokens [P]. prompts: tokens [B, T],
-    none of them padding. draws: [steps, B, h, w, c]. times: angles, steps + 1. published_tokens: length that the
-    text is padded to. compiled: by torch.compile, transformer and text encoder layer by layer, the decoder whole.
+    Args:
+      bench: the run.
+      text, transformer, autoencoder: our description and our parameters.
+      inputs: instruction, tokens [P]; prompts, tokens [B, T] without padding; draws
+        [steps, B, h, w, c]; times, steps + 1 angles.
+      published_tokens: length to which the text is padded.
+      compiled: by torch.compile, transformer and text encoder layer by layer, the decoder whole.
     """
     on = device(bench)
     model, dtype = transformer[0], DTYPES[transformer[0].dtype]
     encoder = bench.kept("their text", text[0], lambda: gemma(*text, on))
     network = _transformer(bench, model, transformer[1], on)
     vae = _decoder(bench, *autoencoder, on)
-    scaling = autoencoder[0].scaling_factor
-    batch, length = prompts.shape
-    ids = np.zeros((batch, len(instruction) + published_tokens - 1), np.int64)
-    ids[:, : len(instruction)] = instruction
-    ids[:, len(instruction) : len(instruction) + length] = prompts
-    mask = np.zeros_like(ids)
-    mask[:, : len(instruction) + length] = 1
+    ids, mask = _padded(inputs["instruction"], inputs["prompts"], published_tokens)
+    selected = [0, *range(ids.shape[1] - published_tokens + 1, ids.shape[1])]
     ids, mask = tensor(ids, on), tensor(mask, on)
-    kept = [0, *range(ids.shape[1] - published_tokens + 1, ids.shape[1])]
-    noises = [nchw(draw, on) for draw in np.asarray(draws)]
+    batch = len(ids)
     guidance = torch.full((batch,), 4.5 * model.guidance_scale_factor, device=on, dtype=dtype)
-    angles = torch.tensor(np.asarray(times), device=on)
-    sigma = 0.5
     run_network = _by_layer(network, network.transformer_blocks) if compiled else network
     run_decoder = torch.compile(vae.decoder) if compiled else vae.decoder
     run_encoder = _by_layer(encoder, encoder.layers) if compiled else encoder
+    noises = [nchw(draw, on) for draw in np.asarray(inputs["draws"])]
+    angles = torch.tensor(np.asarray(inputs["times"]), device=on)
 
-    # Without a cache of keys, which a prompt that is read once has no use for: compiled layers would differ by their place in it.
+    def velocity(x, time, features, features_mask):
+        return run_network(
+            x.to(dtype),
+            features,
+            time.expand(batch).to(dtype),
+            guidance=guidance,
+            encoder_attention_mask=features_mask,
+            return_dict=False,
+        )[0].float()
+
+    # A prompt that is read once needs no cache of keys, and with one the compiled layers would
+    # differ by their place in it.
     def start():
-        features = run_encoder(ids, attention_mask=mask, use_cache=False)[0][:, kept].to(dtype)
-        features_mask = mask[:, kept].to(dtype)
-        x = sigma * noises[0]
-        for i in range(len(angles) - 1):
-            s, t = angles[i], angles[i + 1]
-            time = torch.sin(s) / (torch.cos(s) + torch.sin(s))
-            norm = torch.sqrt(time**2 + (1 - time) ** 2)
-            inputs = x / sigma * norm
-            velocity = run_network(
-                inputs.to(dtype),
-                features,
-                time.expand(batch).to(dtype),
-                guidance=guidance,
-                encoder_attention_mask=features_mask,
-                return_dict=False,
-            )[0].float()
-            F = ((1 - 2 * time) * inputs + (1 - 2 * time + 2 * time**2) * velocity) / norm
-            clean = torch.cos(s) * x - torch.sin(s) * sigma * F
-            if i + 1 < len(noises):
-                x = torch.cos(t) * clean + torch.sin(t) * sigma * noises[i + 1]
-        pixels = run_decoder((clean / sigma).to(dtype) / scaling)
+        features = run_encoder(ids, attention_mask=mask, use_cache=False)[0][:, selected].to(dtype)
+        features_mask = mask[:, selected].to(dtype)
+        clean = _sample(lambda *xt: velocity(*xt, features, features_mask), noises, angles)
+        pixels = run_decoder(clean.to(dtype) / autoencoder[0].scaling_factor)
         return (255 * (pixels.float() * 0.5 + 0.5).clamp(0, 1)).round().to(torch.uint8)
 
-    start = inferring(start)
-    # The compiled copies were made of modules whose format had been chosen by then.
-    note = (
-        None
-        if compiled
-        else "; ".join(
-            f"{name}: {in_faster_format(one, start, _wait(on))}"
-            for name, one in (("transformer", network), ("decoder", vae.decoder))
-        )
-    )
-    return timing.Program({"": timing.Call(start, _wait(on))}, lambda: numpy_nhwc(start()), note)
+    start, note = inferring(start), None
+    if not compiled:
+        modules = ("transformer", network), ("decoder", vae.decoder)
+        notes = (f"{name}: {in_faster_format(m, start, waiting(on))}" for name, m in modules)
+        note = "; ".join(notes)
+    return timing.Program({"": timing.Call(start, waiting(on))}, lambda: numpy_nhwc(start()), note)
+
+
+def _padded(
+    instruction: np.ndarray, prompts: np.ndarray, published_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return token ids and their mask, the instruction first, padded to the published length."""
+    (batch, length), begin = prompts.shape, len(instruction)
+    ids = np.zeros((batch, begin + published_tokens - 1), np.int64)
+    ids[:, :begin] = instruction
+    ids[:, begin : begin + length] = prompts
+    mask = np.zeros_like(ids)
+    mask[:, : begin + length] = 1
+    return ids, mask
+
+
+def _sample(
+    velocity: Callable, noises: Sequence[torch.Tensor], angles: torch.Tensor
+) -> torch.Tensor:
+    """Run the few-step sampler of a flow network (x, t) -> v. Returns latents at unit scale."""
+    sigma = 0.5
+    x = clean = sigma * noises[0]
+    for i in range(len(angles) - 1):
+        s, t = angles[i], angles[i + 1]
+        time = torch.sin(s) / (torch.cos(s) + torch.sin(s))
+        norm = torch.sqrt(time**2 + (1 - time) ** 2)
+        u = x / sigma * norm
+        F = ((1 - 2 * time) * u + (1 - 2 * time + 2 * time**2) * velocity(u, time)) / norm
+        clean = torch.cos(s) * x - torch.sin(s) * sigma * F
+        if i + 1 < len(noises):
+            x = torch.cos(t) * clean + torch.sin(t) * sigma * noises[i + 1]
+    return clean / sigma

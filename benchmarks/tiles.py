@@ -1,20 +1,23 @@
-"""Which tiles and how many warps suit the kernels of a GPU: the ones in use against others, at the shapes of a published training step.
+"""Time other tiles and numbers of warps for the kernels of a GPU beside the ones in use.
 
     python -m benchmarks.tiles [--kernel=cross|linear|depthwise ...] [--samples=16]
 
-For each choice the value, the value with its tangent and the value with its gradients, bfloat16, heads of the 0.6B size; one line each with the median of
-back-to-back runs, its ratio to the first line and the difference of its results from the first line's. What does not compile says why.
-To take another choice over, change the constant of that name in `sprint_jax/ops/pallas`.
+Shapes are those of a published training step of the 0.6B size, in bfloat16. For each choice it
+times the value, the value with its tangent and the value with its gradients. A line has the median
+of back-to-back runs, its ratio to the first line, and the difference of its results from the first
+line's. A choice that does not compile prints the reason. To adopt a choice, change the constant of
+that name in `sprint_jax/ops/pallas`.
 """
 
-import argparse
 import contextlib
+from collections.abc import Callable
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.harness import bench, timing
+from benchmarks.harness import options as options_lib
 from sprint_jax.ops import cross_attention, depthwise, linear_attention
 from sprint_jax.ops.pallas import cross_attention as cross_kernel
 from sprint_jax.ops.pallas import depthwise as depthwise_kernel
@@ -22,7 +25,8 @@ from sprint_jax.ops.pallas import kernel as kernel_lib
 from sprint_jax.ops.pallas import linear_attention as linear_kernel
 
 ROUNDS, SHORTEST = 5, 0.02  # seconds of runs back to back
-# {kernel: (module, its constants by choice)}, the choice in use first. WARPS and STAGES are those of `ops/pallas/kernel.py`.
+# {kernel: (module, constants of each choice)}, the choice in use first. WARPS and STAGES are in
+# `ops/pallas/kernel.py`.
 CHOICES = {
     "cross": (
         cross_kernel,
@@ -67,24 +71,38 @@ CHOICES = {
 }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    """Time the kernels that the options name."""
+    parser = options_lib.parser(__doc__)
     parser.add_argument("--kernel", action="append", choices=list(CHOICES))
     parser.add_argument("--samples", type=int, default=16)
     options = parser.parse_args()
     if jax.default_backend() != "gpu":
         raise SystemExit(
-            "error: JAX sees no GPU here: the kernels of the other platforms have no such choices"
+            "error: JAX sees no GPU here; kernels of other platforms have no such choices"
         )
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.samples} samples, median of {ROUNDS} times {SHORTEST} s of runs"
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.samples} samples, "
+        f"median of {ROUNDS} times {SHORTEST} s of runs"
     )
     for kernel in options.kernel or CHOICES:
         search(kernel, subject(kernel, "triton", options.samples), print)
 
 
-def subject(kernel, backend, samples, tokens=1024, text=300, width=1152, hidden=5760):
-    """(function, its arrays) of a kernel; the first array moves, all have gradients. tokens: a square number. width: a multiple of 72 and of 32."""
+def subject(
+    kernel: str,
+    backend: str,
+    samples: int,
+    *,
+    tokens: int = 1024,
+    text: int = 300,
+    width: int = 1152,
+    hidden: int = 5760,
+) -> tuple[Callable, tuple[jax.Array, ...]]:
+    """Return a kernel and its arrays. The first array has a tangent, all have gradients.
+
+    tokens: a square number. width: a multiple of 72 and of 32.
+    """
     normal = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
     if kernel == "cross":
         q, k, v = (
@@ -102,8 +120,17 @@ def subject(kernel, backend, samples, tokens=1024, text=300, width=1152, hidden=
     return run, (normal(0, samples, side, side, hidden), normal(1, 3, 3, hidden), jnp.zeros(hidden))
 
 
-def search(kernel, subject, say, rounds=ROUNDS, shortest=SHORTEST):
-    """Says a line for each choice and direction. Returns {choice: {direction: (seconds, difference)}}."""
+def search(
+    kernel: str,
+    subject: tuple[Callable, tuple[jax.Array, ...]],
+    say: Callable[[str], None],
+    rounds: int = ROUNDS,
+    shortest: float = SHORTEST,
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Time each choice and direction and print a line for each by `say`.
+
+    Returns {choice: {direction: (seconds, difference)}}.
+    """
     module, choices = CHOICES[kernel]
     function, arrays = subject
     derived = {
@@ -130,15 +157,16 @@ def search(kernel, subject, say, rounds=ROUNDS, shortest=SHORTEST):
                 difference = float(_difference(result, expected))
                 found.setdefault(label, {})[direction] = seconds, difference
                 say(
-                    f"{kernel:10} {direction:9} {1e6 * seconds:8.0f} us {seconds / base:6.2f} x   difference {difference:.1e}   {label}"
+                    f"{kernel:10} {direction:9} {1e6 * seconds:8.0f} us {seconds / base:6.2f} x   "
+                    f"difference {difference:.1e}   {label}"
                 )
     return found
 
 
 @contextlib.contextmanager
 def _chosen(module, choice):
-    """With some constants of a kernel's module, or of `ops/pallas/kernel.py`, changed."""
-    jax.clear_caches()  # kernels are traced once for each shape
+    """Change constants of a kernel's module, or of `ops/pallas/kernel.py`, inside the context."""
+    jax.clear_caches()  # kernels are traced once per shape
     with contextlib.ExitStack() as stack:
         for name, value in choice.items():
             stack.enter_context(
@@ -150,7 +178,7 @@ def _chosen(module, choice):
 
 @jax.jit
 def _difference(values, expected):
-    """The largest of all arrays' distances, by the size of what was expected."""
+    """Return the largest distance of all arrays, relative to the norm of the expected one."""
     norm = lambda a: jnp.linalg.norm(a.astype(jnp.float32).ravel())
     apart = lambda a, b: (
         norm(a.astype(jnp.float32) - b.astype(jnp.float32)) / jnp.maximum(norm(b), 1e-30)

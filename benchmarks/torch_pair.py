@@ -1,16 +1,22 @@
-"""The generator and discriminator steps of `sprint_jax.training.sprint_step` in PyTorch, to compare their speed.
+"""The generator and discriminator steps of the sprint in PyTorch, to compare their speed.
 
-The networks are diffusers' transformers (their modules, called one by one so that features can be taken and the
-trunk can stop), the heads are written with PyTorch's spectral norm. Losses are the same ones: with the same weights
-and draws they agree to rounding (`tests/benchmarks/test_benchmark.py`). PyTorch chooses what is fastest for it: the tangent by
-`torch.func.jvp` in a pass of its own or in the pass that is differentiated, and explicit or fused attention wherever
-no tangent is taken. Optimisers: AdamW for both, fused.
+The networks are the modules of diffusers' transformers, called one by one so that features can be
+taken and the trunk can stop. The heads use PyTorch's spectral norm. With the same weights and draws
+the losses agree with ours to rounding (`tests/benchmarks/test_benchmark.py`). PyTorch uses its
+fastest choice: the tangent by `torch.func.jvp` in a separate pass or in the differentiated one, and
+explicit or fused attention where no tangent is taken. Both optimizers are fused AdamW.
 """
+
+# The types of these libraries are incomplete.
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportAssignmentType=false
 
 import contextlib
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +28,7 @@ from torch.nn.utils import parametrizations
 from benchmarks import peers
 from benchmarks.harness import bench as bench_lib
 from benchmarks.harness import machine, timing
-from sprint_jax import build
+from sprint_jax import build, config
 from sprint_jax.conversion import tables
 from sprint_jax.diffusion import trigflow
 from sprint_jax.models.discriminator import GROUP, KERNEL
@@ -32,19 +38,14 @@ SIGMA_D = trigflow.SIGMA_D
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What PyTorch can do in more than one way.
+    """Options of the PyTorch implementation."""
 
-    one_pass: value, its gradient and the tangent from one pass; else the tangent from a pass without gradients.
-    fused_attention: where no tangent is taken.
-    """
-
+    # Value, gradient and tangent from one pass; else the tangent from a pass without gradients.
     one_pass: bool
-    fused_attention: bool
+    fused_attention: bool  # where no tangent is taken
 
-    def __str__(self):
-        passes = (
-            "value and tangent in one pass" if self.one_pass else "tangent in a pass of its own"
-        )
+    def __str__(self) -> str:
+        passes = "value and tangent in one pass" if self.one_pass else "tangent in a separate pass"
         return f"{passes}, {'fused' if self.fused_attention else 'explicit'} attention elsewhere"
 
 
@@ -52,16 +53,20 @@ CHOICES = tuple(Choice(*flags) for flags in itertools.product((False, True), (Fa
 
 
 class CrossAttention:
-    """diffusers' cross-attention. `fused` is off where a tangent is taken: the fused kernel has no rule for one."""
+    """diffusers' cross-attention. `fused` is off for tangents, for which the kernel has no rule."""
 
     fused = False
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        q, k, v = (
-            attn.to_q(hidden_states),
-            attn.to_k(encoder_hidden_states),
-            attn.to_v(encoder_hidden_states),
-        )
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the attention, by diffusers' names of arguments."""
+        q = attn.to_q(hidden_states)
+        k, v = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
         if attn.norm_q is not None:
             q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (a.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for a in (q, k, v))
@@ -77,25 +82,34 @@ class CrossAttention:
 
 
 class Network(nn.Module):
-    """diffusers' transformer, with features of chosen blocks and, for the student, a log-variance."""
+    """diffusers' transformer with features of chosen blocks and the student's log-variance."""
 
-    def __init__(self, sana, logvar=None):
+    def __init__(self, sana: Any, logvar: nn.Module | None = None) -> None:
         super().__init__()
         self.sana, self.logvar, self.attention = sana, logvar, CrossAttention()
         for block in sana.transformer_blocks:
             block.attn2.set_processor(self.attention)
 
-    def forward(self, x, t, text, mask, guidance=None, features=(), velocity=True):
-        """x [B, C, H, W], t [B] -> (velocity or None, logvar or None, [features [B, N, D]])."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        text: torch.Tensor,
+        mask: torch.Tensor,
+        guidance: torch.Tensor | None = None,
+        *,
+        features: tuple[int, ...] = (),
+        velocity: bool = True,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[torch.Tensor]]:
+        """Return velocity or None, logvar or None, and features [B, N, D] of x [B, C, H, W]."""
         m = self.sana
         batch, channels, height, width = x.shape
         bias = ((1 - mask) * -10000.0)[:, None].to(x.dtype)
         h = m.patch_embed(x)
-        options = (
-            {} if guidance is None else {"guidance": guidance * m.config.guidance_embeds_scale}
-        )
         if guidance is None:
-            options["batch_size"] = batch
+            options = {"batch_size": batch}
+        else:
+            options = {"guidance": guidance * m.config.guidance_embeds_scale}
         modulation, conditioning = m.time_embed(t, hidden_dtype=h.dtype, **options)
         text = m.caption_norm(m.caption_projection(text).view(batch, -1, h.shape[-1]))
         collected, last = [], len(m.transformer_blocks) if velocity else max(features) + 1
@@ -111,9 +125,9 @@ class Network(nn.Module):
 
 
 class Head(nn.Module):
-    """One LADD head: [B, N, D] -> [B, N]."""
+    """One LADD head, [B, N, D] -> [B, N]."""
 
-    def __init__(self, width):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.conv_in = nn.Conv1d(width, width, 1)
         self.conv_mid = nn.Conv1d(
@@ -124,12 +138,14 @@ class Head(nn.Module):
             self.register_parameter(f"{name}_scale", nn.Parameter(torch.ones(width, 1)))
             self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(width, 1)))
 
-    def normed(self):
+    def normed(self) -> "Head":
+        """Add spectral norm to the convolutions."""
         for name in ("conv_in", "conv_mid", "conv_out"):
             parametrizations.spectral_norm(getattr(self, name))
         return self
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits of features."""
         x = x.float().transpose(1, 2)
         x = nn_f.leaky_relu(
             batch_norm_local(self.conv_in(x), self.norm_in_scale, self.norm_in_bias), 0.2
@@ -138,8 +154,11 @@ class Head(nn.Module):
         return self.conv_out((x + nn_f.leaky_relu(y, 0.2)) / math.sqrt(2))[:, 0]
 
 
-def batch_norm_local(x, scale, bias):
-    """Over groups of GROUP samples and all tokens. x [B, D, N]. PyTorch's own batch norm: groups become channels."""
+def batch_norm_local(x: torch.Tensor, scale: Any, bias: Any) -> torch.Tensor:
+    """Normalize x [B, D, N] over groups of GROUP samples and all tokens.
+
+    It uses PyTorch's batch norm, with groups as channels.
+    """
     batch, width, tokens = x.shape
     groups = math.ceil(batch / GROUP)
     g = (
@@ -152,12 +171,14 @@ def batch_norm_local(x, scale, bias):
     return g * scale + bias
 
 
-def _as4(t):
+def _as4(t: torch.Tensor) -> torch.Tensor:
     return t.view(-1, 1, 1, 1)
 
 
-def trigflow_network(network, u, t, *args, **options):
-    """(F, logvar) at unit scale of the state u and the angle t."""
+def trigflow_network(
+    network: nn.Module, u: torch.Tensor, t: torch.Tensor, *args: Any, **options: Any
+) -> tuple[torch.Tensor, Any]:
+    """Return (F, logvar) of the unit-scale state u and the angle t."""
     t_fm = torch.sin(t) / (torch.cos(t) + torch.sin(t))
     s = _as4(t_fm)
     norm = torch.sqrt(s * s + (1 - s) ** 2)
@@ -166,22 +187,32 @@ def trigflow_network(network, u, t, *args, **options):
     return ((1 - 2 * s) * x + (1 - 2 * s + 2 * s * s) * v.float()) / norm, logvar
 
 
-def interpolate(x0, z, t):
+def interpolate(x0: torch.Tensor, z: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Return the TrigFlow path."""
     return torch.cos(_as4(t)) * x0 + torch.sin(_as4(t)) * z
 
 
 class Pair:
-    """Networks, optimisers and the two steps. autocast: PyTorch's bfloat16 products around float32 weights."""
+    """Networks, optimizers and the two steps."""
 
-    def __init__(self, c, teacher, student, heads, null_text, choice, autocast=False):
-        self.c, self.phase = c.phases["sprint"].objective, c.phases["sprint"]
+    def __init__(
+        self,
+        c: config.Config,
+        *,
+        teacher: Network,
+        student: Network,
+        heads: nn.ModuleList,
+        null_text: torch.Tensor,
+        choice: Choice,
+    ) -> None:
+        """Create the optimizers. A bfloat16 config uses autocast around float32 weights."""
+        self.phase = c.phases["sprint"]
+        self.c: Any = self.phase.objective
         self.teacher, self.student, self.heads = teacher, student, heads
         self.null_text, self.step = null_text, 0
-        self.autocast = (
-            (lambda: torch.autocast(null_text.device.type, torch.bfloat16))
-            if autocast
-            else contextlib.nullcontext
-        )
+        self.autocast: Callable = contextlib.nullcontext
+        if c.model.dtype == "bfloat16":
+            self.autocast = lambda: torch.autocast(null_text.device.type, torch.bfloat16)
         self.set(choice)
         self.trained = [p for p in student.parameters() if p.requires_grad]
         adamw = lambda params, o: torch.optim.AdamW(
@@ -196,7 +227,8 @@ class Pair:
         self.heads_optimizer = adamw(heads.parameters(), c.phases["sprint"].optimizers["heads"])
         self.ema = [p.detach().clone() for p in self.trained] if c.phases["sprint"].ema else None
 
-    def set(self, choice):
+    def set(self, choice: Choice) -> None:
+        """Switch to another implementation."""
         self.choice = choice
         self.teacher.attention.fused = choice.fused_attention
 
@@ -216,7 +248,8 @@ class Pair:
         t = self._time(len(x0), x0, self.c.disc_mean, self.c.disc_std)
         return {"t": t, "z": SIGMA_D * torch.randn_like(x0)}
 
-    def draw_generator(self, x0):
+    def draw_generator(self, x0: torch.Tensor) -> dict[str, Any]:
+        """Draw the random values of a generator step."""
         c = self.c
         return {
             "w": self._guidance(len(x0), x0),
@@ -226,14 +259,15 @@ class Pair:
             "renoise": self._renoising(x0),
         }
 
-    def draw_discriminator(self, x0):
+    def draw_discriminator(self, x0: torch.Tensor) -> dict[str, Any]:
+        """Draw the random values of a discriminator step."""
         names = "fake", "real", "shift"
         return {"w": self._guidance(len(x0), x0), "start": self._start(x0)} | {
             n: self._renoising(x0) for n in names
         }
 
     def _velocity(self, xt, t, batch, w):
-        """dx_t/dt of the guided teacher, both halves in one call."""
+        """Return dx_t/dt of the guided teacher, with both halves in one call."""
         two = lambda a: torch.cat([a, a])
         text = torch.cat([self.null_text.expand_as(batch["text"]), batch["text"]])
         with torch.no_grad():
@@ -289,7 +323,8 @@ class Pair:
     def _discriminate(self, features):
         return [head(f) for head, f in zip(self.heads, features, strict=True)]
 
-    def generator_loss(self, batch, drawn):
+    def generator_loss(self, batch: Mapping[str, Any], drawn: Mapping[str, Any]) -> torch.Tensor:
+        """Return the loss of a generator step."""
         self.heads.eval().requires_grad_(False)
         with self.autocast():
             scm = self._scm(batch, drawn)
@@ -298,7 +333,10 @@ class Pair:
         adv = -torch.stack([one.float().mean() for one in logits]).mean()
         return self.c.scm_weight * scm + self.c.adv_weight * adv
 
-    def discriminator_loss(self, batch, drawn):
+    def discriminator_loss(
+        self, batch: Mapping[str, Any], drawn: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """Return the loss of a discriminator step."""
         self.heads.train().requires_grad_(True)
         with self.autocast():
             with torch.no_grad():
@@ -324,7 +362,8 @@ class Pair:
         self.step += 1
         return norm
 
-    def generator_step(self, batch):
+    def generator_step(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Update the student and return the loss."""
         loss = self.generator_loss(batch, self.draw_generator(batch["x0"]))
         self._update(loss, self.trained, self.optimizer, self.phase.optimizers["student"].clip)
         if self.ema is not None:
@@ -334,7 +373,8 @@ class Pair:
                 )
         return loss.detach()
 
-    def discriminator_step(self, batch):
+    def discriminator_step(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Update the heads and return the loss."""
         loss = self.discriminator_loss(batch, self.draw_discriminator(batch["x0"]))
         self._update(
             loss,
@@ -343,9 +383,6 @@ class Pair:
             self.phase.optimizers["heads"].clip,
         )
         return loss.detach()
-
-
-# ---- Our parameters, state and draws in PyTorch.
 
 
 def _network(model, params, on, trained):
@@ -366,7 +403,7 @@ def _network(model, params, on, trained):
 
 
 def _head(width, params, spectral):
-    """params, spectral: of one head, NumPy."""
+    """Return a head with our parameters and singular vectors, in NumPy."""
     head = Head(width)
     with torch.no_grad():
         for name in ("conv_in", "conv_mid", "conv_out"):
@@ -387,15 +424,20 @@ def _head(width, params, spectral):
             layer = getattr(head, name)
             found = layer.parametrizations.weight[0]
             found._u.copy_(torch.from_numpy(vectors["u"].copy()))
-            v = (
-                vectors["v"].reshape(layer.kernel_size[0], width).T.reshape(-1)
-            )  # theirs counts taps fastest
+            # PyTorch's order has taps last.
+            v = vectors["v"].reshape(layer.kernel_size[0], width).T.reshape(-1)
             found._v.copy_(torch.from_numpy(v.copy()))
     return head
 
 
-def of_ours(c, frozen, state, choice, on=torch.device("cpu")):
-    """A Pair with the weights of a `SprintState`."""
+def of_ours(
+    c: config.Config,
+    frozen: Any,
+    state: Any,
+    choice: Choice,
+    on: torch.device = torch.device("cpu"),
+) -> Pair:
+    """Return a Pair with the weights of a training state."""
     one = lambda tree, i: jax.tree.map(lambda a: np.asarray(a)[i], tree)
     student, heads = state.roles["student"], state.roles["heads"]
     torch_heads = [
@@ -404,17 +446,18 @@ def of_ours(c, frozen, state, choice, on=torch.device("cpu")):
     ]
     return Pair(
         c,
-        _network(build.teacher(c), frozen.teacher, on, False),
-        _network(build.student(c), student.params, on, True),
-        nn.ModuleList(torch_heads).to(on),
-        peers.tensor(frozen.null_text, on),
-        choice,
-        autocast=c.model.dtype == "bfloat16",
+        teacher=_network(build.teacher(c), frozen.teacher, on, False),
+        student=_network(build.student(c), student.params, on, True),
+        heads=nn.ModuleList(torch_heads).to(on),
+        null_text=peers.tensor(frozen.null_text, on),
+        choice=choice,
     )
 
 
-def batch_of_ours(batch, on=torch.device("cpu")):
-    """{"x0" [B, C, H, W] at scale sigma_d, "text", "mask"} of a batch as our steps take it."""
+def batch_of_ours(
+    batch: Mapping[str, Any], on: torch.device = torch.device("cpu")
+) -> dict[str, torch.Tensor]:
+    """Return {"x0" [B, C, H, W] at scale sigma_d, "text", "mask"} of a batch of our steps."""
     return {
         "x0": SIGMA_D * peers.nchw(batch["latent"], on),
         "text": peers.tensor(batch["text"], on),
@@ -422,12 +465,14 @@ def batch_of_ours(batch, on=torch.device("cpu")):
     }
 
 
-def draws_of_ours(c, step, x0, name):
-    """What the step of this number draws in JAX for x0 NHWC. name: "generator" or "discriminator"."""
+def draws_of_ours(c: config.Config, step: int, x0: np.ndarray, name: str) -> dict[str, Any]:
+    """Return what a step of ours draws for x0 (NHWC).
+
+    step: its number. name: "generator" or "discriminator".
+    """
     s, n = c.phases["sprint"].objective, x0.shape[0]
-    keys = jax.random.split(
-        jax.random.fold_in(jax.random.key(c.seed + c.phases["sprint"].seed), step), 7
-    )
+    seed = c.seed + c.phases["sprint"].seed
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 7)
     noise = lambda key: SIGMA_D * jax.random.normal(key, x0.shape)
     choice = lambda key: jax.random.choice(key, np.asarray(s.guidance, np.float32), (n,))
 
@@ -457,14 +502,15 @@ def draws_of_ours(c, step, x0, name):
     return drawn
 
 
-def to_torch(drawn, on=torch.device("cpu")):
-    """Draws as tensors, pictures NCHW."""
+def to_torch(drawn: Any, on: torch.device = torch.device("cpu")) -> Any:
+    """Copy draws to tensors, images to NCHW."""
     return jax.tree.map(lambda a: peers.nchw(a, on) if a.ndim == 4 else peers.tensor(a, on), drawn)
 
 
 def _seconds(pair, choice, batch, wait):
-    """What a generator step takes in this way; infinity where memory is too small for it."""
+    """Return the seconds of a generator step with a choice, infinity if memory is too small."""
     pair.set(choice)
+    took = math.inf
     try:
         for _ in range(2):
             took = peers.seconds(lambda: pair.generator_step(batch), wait)
@@ -474,8 +520,18 @@ def _seconds(pair, choice, batch, wait):
     return took
 
 
-def program(bench, c, frozen, state, batch):
-    """Both steps on `batch`, in the fastest of CHOICES. Raises NoPeer for a config that is written only in JAX."""
+def program(
+    bench: bench_lib.Bench,
+    c: config.Config,
+    frozen: Any,
+    state: Any,
+    batch: Mapping[str, Any],
+) -> timing.Program:
+    """Return both steps on `batch`, in the fastest of CHOICES.
+
+    Raises:
+      NoPeer: for a config that only our steps implement.
+    """
     phase = c.phases["sprint"]
     published = dict(
         weighting="code",
@@ -486,15 +542,15 @@ def program(bench, c, frozen, state, batch):
     )
     same = all(getattr(phase.objective, name) == value for name, value in published.items())
     if phase.accumulate != 1 or not same:
-        raise bench_lib.NoPeer("no peer: benchmarks/torch_pair.py has the published losses alone")
+        raise bench_lib.NoPeer("no peer: benchmarks/torch_pair.py has only the published losses")
     on = peers.device(bench)
     ours = batch_of_ours(batch, on)
     pair = of_ours(c, frozen, state, CHOICES[0], on)
-    wait = (lambda result: None) if on.type == "cpu" else (lambda result: torch.cuda.synchronize())
+    wait = peers.waiting(on)
     seconds = [_seconds(pair, choice, ours, wait) for choice in CHOICES]
     if min(seconds) == math.inf:
         raise torch.OutOfMemoryError(
-            "none of the ways to take a generator step fits this device's memory"
+            "a generator step does not fit this device's memory with any choice"
         )
     chosen = CHOICES[int(np.argmin(seconds))]
     pair.set(chosen)

@@ -1,4 +1,4 @@
-"""From a case to its rows: build our program and its peers, let them take turns, and go on when one fails."""
+"""From a case to its rows: build our program and its peers, alternate them, survive failures."""
 
 import dataclasses
 import functools
@@ -14,39 +14,38 @@ from benchmarks.harness import floors, machine, operations, rows, timing
 
 
 class NoPeer(Exception):
-    """Why there is nothing to compare with, as a sentence."""
+    """A reason, as a sentence, why there is no peer to compare with."""
 
 
-@dataclasses.dataclass(frozen=True)
+Peers = tuple[tuple[str, Callable[[], timing.Program]], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A program of ours, ready to run.
+    """One of our programs, ready to run."""
 
-    program: compiled. compile_s: what that took. dtype: of its arithmetic. work: its floor's, or None.
-    peers: (label, build); build() gives the peer's `timing.Program`, and raises NoPeer where there is none.
-    shortest: see `timing.alternate`. note: a sentence for the table.
-    """
-
-    program: timing.Program
-    compile_s: float | None
-    dtype: str
-    work: floors.Work | None
-    peers: tuple[tuple[str, Callable[[], timing.Program]], ...] = ()
-    shortest: float = 0.0
-    note: str | None = None
+    program: timing.Program  # compiled
+    compile_s: float | None  # seconds of tracing and compiling
+    dtype: str  # of its arithmetic
+    work: floors.Work | None  # for its floor
+    peers: Peers = ()  # (label, build); build() returns the peer's program or raises NoPeer
+    shortest: float = 0.0  # see `timing.alternate`
+    note: str | None = None  # a sentence for the table
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A name and how its subject is built."""
+    """A name and the function that builds its subject."""
 
     name: str
     build: Callable[["Bench"], Subject]
 
 
 class Bench:
-    """What the cases of one run share: how often to repeat, the device's rates, and large things made once.
+    """What the cases of one run share: repeats, the device's rates, and large objects built once.
 
-    operations: how many of a program's longest operations are told to `say`; 0 for none. with_peers: False times ours alone.
+    operations: number of a program's longest operations that are printed by `say`; 0 for none.
+    with_peers: False times only ours.
     """
 
     def __init__(
@@ -55,20 +54,22 @@ class Bench:
         operations: int = 0,
         with_peers: bool = True,
         say: Callable[[str], None] = print,
-    ):
+    ) -> None:
         self.operations, self.with_peers, self.say = operations, with_peers, say
         self.repeats, self.on_cpu = repeats, jax.default_backend() == "cpu"
         self.where = machine.where()
-        self._kept = {}
+        self._kept: dict[str, tuple[Any, Any]] = {}
 
-    @functools.cache  # noqa: B019 one Bench a process
-    def rates(self, dtype):
+    @functools.cache  # noqa: B019 (there is one Bench per process)
+    def rates(self, dtype: str) -> floors.Rates:
+        """Return the device's rates in a dtype."""
         return machine.rates(dtype)
 
-    def kept(self, kind: str, key, make: Callable[[], Any]):
-        """make() for this key. On an accelerator the last one of each kind is kept and an older one let go first.
+    def kept(self, kind: str, key: Any, make: Callable[[], Any]) -> Any:
+        """Return make(), or the last result of this kind if it has the same key.
 
-        On a CPU nothing is: no two cases share weights there, and memory is scarcer.
+        An older result is released first. On a CPU nothing is kept: no two cases share weights
+        there, and memory is scarcer.
         """
         if self.on_cpu:
             return make()
@@ -78,34 +79,39 @@ class Bench:
             self._kept[kind] = key, make()
         return self._kept[kind][1]
 
-    def peers(self, module: str):
-        """A module of the repository's benchmarks/ folder. Raises NoPeer where it or what it needs is missing."""
+    def peers(self, module: str) -> Any:
+        """Import a module of the repository's benchmarks/ folder.
+
+        Raises:
+          NoPeer: if it or one of its dependencies is missing.
+        """
         try:
             return importlib.import_module(f"benchmarks.{module}")
         except ImportError as error:
             if error.name and error.name.split(".")[0] == "benchmarks":
                 raise NoPeer(
-                    "no peer: the repository's benchmarks/ folder is not here, run it from a checkout's root"
+                    "no peer: the repository's benchmarks/ folder is missing, run this from the "
+                    "root of a checkout"
                 ) from None
-            raise NoPeer(f"no peer: {error}; requirements-dev.txt has what it needs") from None
+            raise NoPeer(f"no peer: {error}; install requirements-dev.txt") from None
 
 
-def compiled(function, *arguments, **options):
-    """(program, seconds) of tracing and compiling a function for these arguments."""
+def compiled(function: Callable, *arguments: Any, **options: Any) -> tuple[Any, float]:
+    """Compile a function for these arguments. Returns the program and the seconds it took."""
     begin = time.perf_counter()
     program = jax.jit(function, **options).lower(*arguments).compile()
     return program, time.perf_counter() - begin
 
 
-def program(function, *arguments) -> timing.Program:
-    """A compiled function and its arguments, on the device, as something to time."""
+def program(function: Callable, *arguments: Any) -> timing.Program:
+    """Return a compiled function with its arguments on the device as a program to time."""
     start = lambda: function(*arguments)
     result = lambda: np.asarray(jax.tree.leaves(start())[0].astype("float32"))
     return timing.Program({"": timing.Call(start, jax.block_until_ready)}, result)
 
 
-def relative(value, expected) -> float:
-    """Euclidean norm of the difference, by that of `expected`."""
+def relative(value: Any, expected: Any) -> float:
+    """Return the Euclidean norm of the difference over that of `expected`."""
     value, expected = np.asarray(value, np.float64), np.asarray(expected, np.float64)
     if value.shape != expected.shape:
         raise ValueError(f"results of shapes {value.shape} and {expected.shape}")
@@ -113,7 +119,7 @@ def relative(value, expected) -> float:
 
 
 def sentence(error: BaseException) -> str:
-    """One line of an exception."""
+    """Return an exception as one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
@@ -123,17 +129,18 @@ def _joined(*notes):
 
 
 def _launching(program, repeats):
-    """A line on each call: how much of its time the host needs to start it."""
+    """Return how much of each call's time the host needs to start it, as one line."""
     milliseconds = lambda seconds: f"{1e3 * seconds:.3g} ms"
     lines = []
     try:
         for name, call in program.calls.items():
             found = timing.launching(call, repeats)
             lines.append(
-                f"{name or 'one run'}: started after {milliseconds(found.started)} of {milliseconds(found.alone)}, "
-                f"{repeats} in a row {milliseconds(found.in_a_row)} each"
+                f"{name or 'one run'}: started after {milliseconds(found.started)} of "
+                f"{milliseconds(found.alone)}, {repeats} in a row "
+                f"{milliseconds(found.in_a_row)} each"
             )
-    except Exception as error:  # the program's: the times are there already
+    except Exception as error:  # of the program; the times are measured already
         lines.append(sentence(error))
     return "; ".join(lines)
 
@@ -145,14 +152,15 @@ def _operations(program, most):
 
     try:
         return operations.table(operations.profile(run), most)
-    except Exception as error:  # the profiler's: the times are there already
+    except Exception as error:  # of the profiler; the times are measured already
         return sentence(error)
 
 
 def _prepared(row, build, result):
-    """(its row, the peer's program or None) of a peer that has run. result: ours, to compare with, or None.
+    """Build a peer, run it once, and return its row and its program (None if it failed).
 
-    What fails, fails here, not while the others are timed; when this has returned, nothing holds a failed peer's memory.
+    Failures happen here, not while the others are timed. Afterwards nothing holds a failed peer's
+    memory. result: ours, to compare with, or None.
     """
     try:
         peer = build()
@@ -163,13 +171,13 @@ def _prepared(row, build, result):
             call.wait(call.start())
     except NoPeer as reason:
         return dataclasses.replace(row, peer=None, note=_joined(row.note, str(reason))), None
-    except Exception as error:  # whatever a library raises: the rest goes on
+    except Exception as error:  # whatever a library raises; the other programs still run
         return dataclasses.replace(row, error=sentence(error)), None
     return row, peer
 
 
-def _in_turns(programs, repeats, shortest, warm):
-    """(times, None), or (None, why not) where one of several programs fails after all."""
+def _alternate(programs, repeats, shortest, warm):
+    """Return (times, None), or (None, reason) if one of several programs fails after all."""
     try:
         return timing.alternate(programs, repeats, shortest, warm=warm), None
     except Exception as error:
@@ -179,7 +187,10 @@ def _in_turns(programs, repeats, shortest, warm):
 
 
 def measure(case: Case, bench: Bench) -> list[rows.Row]:
-    """The rows of a case: one for each peer, or one alone. Never raises what the case or a peer raises."""
+    """Return the rows of a case, one for each peer or a single one.
+
+    Errors of the case or of a peer become rows.
+    """
     row = rows.empty(case.name, bench.where)
     try:
         subject = case.build(bench)
@@ -195,10 +206,8 @@ def measure(case: Case, bench: Bench) -> list[rows.Row]:
         peers = subject.peers if bench.with_peers else ()
         # Ours runs first, before a peer takes memory.
         result = subject.program.result() if peers and subject.program.result else None
-        built, waiting = (
-            {"ours": subject.program},
-            [],
-        )  # waiting: (row, label of a program that runs, or None)
+        built = {"ours": subject.program}
+        waiting = []  # (row, label of a program that runs, or None)
         for label, build in peers:
             one, peer = _prepared(dataclasses.replace(row, peer=label), build, result)
             waiting.append((one, label if peer else None))
@@ -207,10 +216,9 @@ def measure(case: Case, bench: Bench) -> list[rows.Row]:
             else:
                 machine.collect()
         ran = result is not None and subject.shortest == 0 and len(subject.program.calls) == 1
-        times, error = _in_turns(built, bench.repeats, subject.shortest, warm=not ran)
-        if (
-            times is None
-        ):  # perhaps one had too little memory beside the others: ours alone is worth a row
+        times, error = _alternate(built, bench.repeats, subject.shortest, warm=not ran)
+        if times is None:
+            # One may have had too little memory beside the others; ours alone is worth a row.
             waiting = [
                 (one if label is None else dataclasses.replace(one, error=error), None)
                 for one, label in waiting
@@ -227,7 +235,8 @@ def measure(case: Case, bench: Bench) -> list[rows.Row]:
     finally:
         machine.collect()
     finished = [
-        rows.filled(one, times["ours"], times.get(label)) for one, label in waiting or [(row, None)]
+        rows.filled(one, times["ours"], times.get(label or ""))
+        for one, label in waiting or [(row, None)]
     ]
-    # Two peers missing for one reason are one row.
+    # Two peers that are missing for the same reason make one row.
     return [one for i, one in enumerate(finished) if one not in finished[:i]]

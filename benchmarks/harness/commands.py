@@ -1,4 +1,4 @@
-"""Whole commands in processes of their own: what a person waits for, imports and compilation included."""
+"""Whole commands in separate processes, including imports and compilation."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,10 +19,11 @@ from sprint_jax import config as config_lib
 from sprint_jax.storage import run_files, weights
 
 
-def sample(bench, *, warm, preset="shapes"):
-    """`python -m sprint_jax sample` of one embedded picture in one step, by a student of random weights.
+def sample(bench: bench_lib.Bench, *, warm: bool, preset: str = "shapes") -> bench_lib.Subject:
+    """Build the subject of `python -m sprint_jax sample`, for one embedded image in one step.
 
-    warm: with JAX's compilation cache filled by a run before; otherwise without a cache.
+    The student has random weights. warm: whether a previous run filled JAX's compilation cache;
+    otherwise the command runs without a cache.
     """
     c = training.card(preset)
     folder = tempfile.TemporaryDirectory()
@@ -49,15 +51,13 @@ def sample(bench, *, warm, preset="shapes"):
     ]
 
     def run():
-        # On a GPU this process has taken the memory: the command's process asks for what it needs alone.
-        options = dict(
+        # On a GPU this process holds memory, so the command's process must not preallocate.
+        options: dict[str, Any] = dict(
             capture_output=True,
             text=True,
             env=os.environ | cache | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         )
-        result = subprocess.run(
-            [*words, f"--out={path / 'pictures'}"], cwd=training.ROOT, **options
-        )
+        result = subprocess.run([*words, f"--out={path / 'images'}"], cwd=training.ROOT, **options)
         if result.returncode:
             raise RuntimeError(
                 f"sprint-jax sample failed: {result.stderr.strip().splitlines()[-1:]}"
@@ -66,9 +66,9 @@ def sample(bench, *, warm, preset="shapes"):
     call = timing.Call(run, lambda result: None)
     weakref.finalize(call, folder.cleanup)
     return bench_lib.Subject(
-        timing.Program({"": call}),
-        None,
-        "float32",
-        None,
-        note="a process of its own, imports included",
+        program=timing.Program({"": call}),
+        compile_s=None,
+        dtype="float32",
+        work=None,
+        note="a separate process, imports included",
     )

@@ -1,12 +1,16 @@
-"""The least time a computation can take: arithmetic from the shapes of the models, nothing measured.
+"""Lower bounds of the time of a computation, by arithmetic from the shapes of the models.
 
-A multiply-add is two FLOP. Bytes are what a perfectly fused program moves: weights once, and each activation
-that crosses a product written once and read once by everything that needs it (norms, activations, gates and
-residual sums ride along). Shape letters: N image tokens, L text tokens, D width, M pixels, C channels.
+A multiply-add is two FLOP. Bytes are those of a perfectly fused program. It moves weights once. It
+writes each activation between products once, and each consumer reads it once. Norms, activations,
+gates and residual sums cost nothing extra.
+
+Shape letters: N image tokens, L text tokens, D width, M pixels, C channels.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -15,54 +19,56 @@ from sprint_jax.models.discriminator import KERNEL
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
 
-# Passes over N x D values of one transformer block: 11 of the self-attention, 7 of the cross-attention, 18 of the
-# Mix-FFN, and 4 where a norm over the whole width has to read its input before it can write.
+# Passes over N x D values of one transformer block: 11 of the self-attention, 7 of the
+# cross-attention, 18 of the Mix-FFN, and 4 of norms over the whole width, which read their input
+# before they can write.
 _BLOCK_PASSES = 40
-# Passes over M x C values of an EfficientViT block: qkv 4, its smoothed copies 6, attention over both 8, projection
-# and residual 4, Mix-FFN of 8 C channels 27. Of a residual block: read, write, read, residual, write.
+# Passes over M x C values of an EfficientViT block: qkv 4, its smoothed copies 6, attention over
+# both 8, projection and residual 4, Mix-FFN of 8 C channels 27. Of a residual block: read, write,
+# read, residual, write.
 _EFFICIENT_VIT_PASSES, _RESIDUAL_PASSES = 49, 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What has to be done. flop: of products and convolutions. bytes: moved to and from memory."""
+    """The work of a computation."""
 
-    flop: float
-    bytes: float
+    flop: float  # of products and convolutions
+    bytes: float  # moved to and from memory
 
-    def __add__(self, other):
+    def __add__(self, other: "Work") -> "Work":
         return Work(self.flop + other.flop, self.bytes + other.bytes)
 
-    def __mul__(self, times):
+    def __mul__(self, times: float) -> "Work":
         return Work(times * self.flop, times * self.bytes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a device reaches at best: FLOP/s of large products, bytes/s of a large copy (read and written)."""
+    """The best rates of a device."""
 
-    flop: float
-    bytes: float
+    flop: float  # FLOP/s of large products
+    bytes: float  # bytes/s of a large copy, read and written
 
 
-# Large bfloat16 products and copies on an H200 reach this much; its data sheet says 989.5 TFLOP/s and 4.8 TB/s.
+# Measured with large bfloat16 products and copies. The data sheet says 989.5 TFLOP/s and 4.8 TB/s.
 H200_BFLOAT16 = Rates(790e12, 4.3e12)
 
 
 def seconds(work: Work, rates: Rates) -> float:
-    """max(FLOP / peak, bytes / bandwidth)."""
+    """Return max(FLOP / peak, bytes / bandwidth)."""
     return max(work.flop / rates.flop, work.bytes / rates.bytes)
 
 
-def parameters(model, part=None) -> int:
-    """Numbers in a model's parameters, or in one part of them ("decoder")."""
+def parameters(model: Any, part: str | None = None) -> int:
+    """Return the number of a model's parameters, or of one part of them ("decoder")."""
     tree = jax.eval_shape(model.init, jax.random.key(0))
     return sum(
         math.prod(leaf.shape) for leaf in jax.tree.leaves(tree if part is None else tree[part])
     )
 
 
-def _block_macs(m: LinearDiT, N, L):
+def _block_macs(m: LinearDiT, N: int, L: int) -> int:
     D, hidden = m.width, int(m.mlp_ratio * m.width)
     head = D // m.heads
     return (
@@ -76,14 +82,19 @@ def _block_macs(m: LinearDiT, N, L):
     )
 
 
-def _around_macs(m: LinearDiT, N, L):
+def _around_macs(m: LinearDiT, N: int, L: int) -> int:
     D, channels = m.width, m.in_channels * m.patch_size**2
     embeddings = (256 + D) * D * (2 if m.guidance_embed else 1) + 6 * D * D
     return 2 * N * channels * D + L * (m.text_dim + D) * D + embeddings
 
 
-def transformer(m: LinearDiT, N, L, *, batch=1, itemsize, blocks=None) -> Work:
-    """One forward pass over N image and L text tokens. blocks: how many are run, default all."""
+def transformer(
+    m: LinearDiT, N: int, L: int, *, batch: int = 1, itemsize: int, blocks: int | None = None
+) -> Work:
+    """Return the work of a forward pass over N image and L text tokens.
+
+    blocks: number of blocks that run; None for all.
+    """
     blocks = m.depth if blocks is None else blocks
     macs = blocks * _block_macs(m, N, L) + _around_macs(m, N, L)
     weights = parameters(m) * blocks / m.depth
@@ -92,8 +103,8 @@ def transformer(m: LinearDiT, N, L, *, batch=1, itemsize, blocks=None) -> Work:
     )
 
 
-def gemma(m: Gemma2, T, *, prefix=0, batch=1, itemsize) -> Work:
-    """T tokens after `prefix` cached ones."""
+def gemma(m: Gemma2, T: int, *, prefix: int = 0, batch: int = 1, itemsize: int) -> Work:
+    """Return the work of encoding T tokens after `prefix` cached ones."""
     queries, keys = m.heads * m.head_dim, m.kv_heads * m.head_dim
     layer = m.width * (2 * queries + 2 * keys) + 3 * m.width * m.hidden
     macs = m.depth * (T * layer + 2 * T * (prefix + T) * queries)
@@ -101,10 +112,13 @@ def gemma(m: Gemma2, T, *, prefix=0, batch=1, itemsize) -> Work:
     return Work(2 * batch * macs, itemsize * (m.depth * layer + batch * passes))
 
 
-def decoder(m: DCAE, height, width, *, batch=1, itemsize, subpixel=True) -> Work:
-    """Decoding height x width latent cells.
+def decoder(
+    m: DCAE, height: int, width: int, *, batch: int = 1, itemsize: int, subpixel: bool = True
+) -> Work:
+    """Return the work of decoding height x width latent cells.
 
-    subpixel: the convolutions after each nearest-neighbour doubling at 4/9 of their products, which is exact.
+    subpixel: count the convolutions after each nearest-neighbor upsampling at 4/9 of their
+      products, which is exact.
     """
     stages, M = m.decoder, height * width
     last = stages[-1].channels
@@ -133,15 +147,18 @@ def picture(
     text: Gemma2,
     m: LinearDiT,
     autoencoder: DCAE,
-    cells,
-    tokens,
-    steps,
+    cells: int,
+    tokens: int,
+    steps: int,
     *,
-    prefix,
-    batch=1,
-    itemsize,
+    prefix: int,
+    batch: int = 1,
+    itemsize: int,
 ) -> Work:
-    """Prompt tokens behind a cached prefix to pixels, `steps` calls of the transformer, cells x cells latents."""
+    """Return the work from prompt tokens after a cached prefix to pixels of cells x cells latents.
+
+    steps: calls of the transformer.
+    """
     one = transformer(m, cells * cells, tokens + 1, batch=batch, itemsize=itemsize)
     encoded = gemma(text, tokens, prefix=prefix, batch=batch, itemsize=itemsize)
     return (
@@ -149,16 +166,19 @@ def picture(
     )
 
 
-def heads(m: LinearDiT, N, count, *, batch=1) -> Work:
-    """The discriminator's heads alone, forward; their bytes are few."""
+def heads(m: LinearDiT, N: int, count: int, *, batch: int = 1) -> Work:
+    """Return the work of the discriminator's heads, forward, without their few bytes."""
     return Work(2 * batch * count * N * ((1 + KERNEL) * m.width**2 + m.width), 0.0)
 
 
-def generator_step(m: LinearDiT, N, L, head_blocks, *, batch, itemsize) -> Work:
-    """Teacher twice, student and its tangent, back through the student, the student again there and back, the
-    teacher's features and the heads there and back to their inputs. Nothing is computed twice.
+def generator_step(
+    m: LinearDiT, N: int, L: int, head_blocks: Sequence[int], *, batch: int, itemsize: int
+) -> Work:
+    """Return the work of a generator step without recomputation.
 
-    Bytes: parameters, their gradients and two moments, read and written once in float32, as AdamW has them.
+    It runs the teacher twice, the student with its tangent and backward, the student again forward
+    and backward, and the teacher's features and the heads forward and backward to their inputs.
+    Bytes are parameters, gradients and AdamW's two moments, read and written once in float32.
     """
     F = transformer(m, N, L, batch=batch, itemsize=itemsize).flop
     features = transformer(
@@ -169,10 +189,21 @@ def generator_step(m: LinearDiT, N, L, head_blocks, *, batch, itemsize) -> Work:
 
 
 def discriminator_step(
-    m: LinearDiT, N, L, head_blocks, *, batch, itemsize, misaligned=True
+    m: LinearDiT,
+    N: int,
+    L: int,
+    head_blocks: Sequence[int],
+    *,
+    batch: int,
+    itemsize: int,
+    misaligned: bool = True,
 ) -> Work:
-    """The student once; the teacher's features of fake, real and misaligned; the heads there and back on each, not to the
-    features, which are the frozen teacher's."""
+    """Return the work of a discriminator step.
+
+    It runs the student once, the teacher's features of fake, real and misaligned samples, and the
+    heads forward and backward on each. The backward pass stops before the frozen teacher's
+    features.
+    """
     F = transformer(m, N, L, batch=batch, itemsize=itemsize).flop
     features = transformer(
         m, N, L, batch=batch, itemsize=itemsize, blocks=max(head_blocks) + 1
@@ -183,11 +214,11 @@ def discriminator_step(
     return Work(F + sides * features + sides * (3 * H - to_features), trained)
 
 
-def linear_attention(N, D, head, *, batch=1, itemsize) -> Work:
-    """q, k, v [B, N, D] -> [B, N, D], heads of `head`."""
+def linear_attention(N: int, D: int, head: int, *, batch: int = 1, itemsize: int) -> Work:
+    """Return the work of linear attention of q, k, v [B, N, D] with heads of `head` channels."""
     return Work(2 * batch * 2 * N * (head + 1) * D, itemsize * batch * 4 * N * D)
 
 
-def cross_attention(N, L, D, *, batch=1, itemsize) -> Work:
-    """q [B, N, D], k and v [B, L, D] -> [B, N, D]."""
+def cross_attention(N: int, L: int, D: int, *, batch: int = 1, itemsize: int) -> Work:
+    """Return the work of cross-attention of q [B, N, D] to k and v [B, L, D]."""
     return Work(2 * batch * 2 * N * L * D, itemsize * batch * (2 * N * D + 2 * L * D))

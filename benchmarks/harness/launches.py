@@ -1,17 +1,18 @@
-"""What a program compiled for a GPU starts on it: one kernel after the other, and the bytes that each reads and writes.
+"""The launches of a program compiled for a GPU, and the bytes that each kernel reads and writes.
 
-Read from the text of its HLO, so it needs no GPU. What a kernel takes is not in the text: bytes over the memory's bandwidth
-are a lower bound where caches do not hold what is read, and a launch costs a few microseconds of its own, which is what many
-small ones take.
+They are read from the text of its HLO, so no GPU is needed. The text has no times. Bytes over the
+memory's bandwidth are a lower bound if caches do not hold the inputs. A launch itself costs a few
+microseconds, which dominate small kernels.
 """
 
 import collections
 import dataclasses
 import re
+from collections.abc import Iterable
 
 from sprint_jax.planning import hlo
 
-# Opcodes for which nothing is started.
+# Opcodes that launch nothing.
 _NOTHING = (
     "parameter",
     "constant",
@@ -26,24 +27,21 @@ _NOTHING = (
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Launch:
-    """One kernel.
+    """One kernel."""
 
-    kind: "convolution" and "product" of a library, "product by Triton" of the compiler's, "kernel" of Pallas, "pass" for everything
-    else. bytes: it reads and writes. times: how often it runs, the product of the enclosing loops' trips.
-    shape: of its result. source: the operation in the model that it comes from, as the compiler has it; may be empty.
-    """
-
+    # "convolution" or "product" by a library, "product by Triton" by the compiler, "kernel" by
+    # Pallas, "pass" for everything else.
     kind: str
-    bytes: int
-    times: int
-    shape: str
-    source: str
+    bytes: int  # read and written
+    times: int  # how often it runs, the product of the trips of enclosing loops
+    shape: str  # of its result
+    source: str  # the operation of the model, as the compiler names it; may be empty
 
 
-def parse(hlo_text) -> list[Launch]:
-    """Every launch of compiled.as_text(), in the order of the program."""
+def parse(hlo_text: str) -> list[Launch]:
+    """Return every launch of compiled.as_text(), in the order of the program."""
     computations, entry = hlo.parse(hlo_text)
     found = []
     if entry is not None:
@@ -51,8 +49,8 @@ def parse(hlo_text) -> list[Launch]:
     return found
 
 
-def totals(launches) -> dict[str, tuple[int, int]]:
-    """{kind: (launches, bytes) over all runs}, most bytes first."""
+def totals(launches: Iterable[Launch]) -> dict[str, tuple[int, int]]:
+    """Return {kind: (launches, bytes)} over all runs, most bytes first."""
     counts, sizes = collections.Counter(), collections.Counter()
     for launch in launches:
         counts[launch.kind] += launch.times
@@ -66,8 +64,9 @@ def _walk(name, computations, times, found):
         if i.opcode in _NOTHING or i.opcode.endswith(("-done", "-update")):
             continue
         if i.opcode == "while":
-            body = re.search(r"\bbody=%?([\w.-]+)", i.rest)[1]
-            _walk(body, computations, times * (hlo.trips(i, computations) or 1), found)
+            body = re.search(r"\bbody=%?([\w.-]+)", i.rest)
+            assert body is not None
+            _walk(body[1], computations, times * (hlo.trips(i, computations) or 1), found)
         elif i.opcode in ("call", "conditional"):
             for called in hlo.called(i.rest):
                 _walk(called, computations, times, found)
@@ -76,11 +75,11 @@ def _walk(name, computations, times, found):
             shape = re.search(r"\w+\[[\d,]*\]", i.type)
             found.append(
                 Launch(
-                    _kind(i),
-                    _bytes(i, types, computations),
-                    times,
-                    shape[0] if shape else "",
-                    source[1] if source else "",
+                    kind=_kind(i),
+                    bytes=_bytes(i, types, computations),
+                    times=times,
+                    shape=shape[0] if shape else "",
+                    source=source[1] if source else "",
                 )
             )
 
@@ -102,7 +101,11 @@ def _kind(i):
 
 
 def _bytes(i, types, computations):
-    """Read and written. What a fusion only slices counts as the slice, what it writes in place as what is new."""
+    """Return the bytes read and written.
+
+    An array that a fusion only slices counts as the slice, and one that it updates in place counts
+    as the update.
+    """
     inside = (
         [computations[c] for c in hlo.called(i.rest)]
         if i.opcode.startswith(("fusion", "async"))

@@ -1,9 +1,10 @@
-"""Where a measurement is made: device, threads, commit, and what the device reaches on large products and copies."""
+"""The machine of a measurement: device, threads, commit, and best rates of products and copies."""
 
 import gc
 import os
 import pathlib
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,12 @@ from sprint_jax.storage import revision
 
 
 def threads() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def where() -> dict:
-    """The columns that every row of a run shares."""
+def where() -> dict[str, Any]:
+    """Return the columns that every row of a run shares."""
     device = jax.devices()[0]
     on_cpu = device.platform == "cpu"
     return {
@@ -38,8 +39,8 @@ def _processor() -> str:
     return names[0] if names else "cpu"
 
 
-def collect():
-    """Gives memory of what is not used any more back to the device, PyTorch's too, whose cache nobody else can take from."""
+def collect() -> None:
+    """Release unused device memory, including PyTorch's cache, which JAX cannot use."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -47,11 +48,12 @@ def collect():
 
 
 def rates(dtype: str) -> floors.Rates:
-    """Known rates of an H200 in bfloat16; elsewhere the best of a few large products and copies made now.
+    """Return the known rates of an H200 in bfloat16, or else the best of a few measured now.
 
-    As many threads as this process may use; float32 products on a GPU in the precision that the models use.
+    Measurements use large products and copies and all threads of this process. float32 products
+    on a GPU have the precision that the models use.
     """
-    if dtype == "bfloat16" and "H200" in jax.devices()[0].device_kind.split():  # a GH200 has others
+    if dtype == "bfloat16" and "H200" in jax.devices()[0].device_kind.split():  # a GH200 differs
         return floors.H200_BFLOAT16
     on_cpu = jax.default_backend() == "cpu"
     n, numbers = (2048, 2**26) if on_cpu else (8192, 2**30)

@@ -1,17 +1,18 @@
-"""Where a program's time goes: what its device did, by name, from JAX's own profiler."""
+"""The time of a program by operation of its device, from JAX's profiler."""
 
 import collections
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """name: of a kernel or an operation. seconds, count: in one run of the program, means of several."""
+    """A kernel or operation in one run of the program, as means over several runs."""
 
     name: str
     seconds: float
@@ -20,18 +21,19 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-    """busy: seconds of one run in which the device ran at least one operation. wall: from the first operation's start to
-    the last one's end, by run; what lies between the two is waiting. waits: how long it waited each time, in all of the runs,
-    longest first. operations: longest first."""
+    """The operations of one run of a program, and the waits between them."""
 
-    busy: float
-    wall: float
-    waits: tuple[float, ...]
-    operations: tuple[Operation, ...]
+    busy: float  # seconds of one run in which the device ran at least one operation
+    wall: float  # seconds of one run from the start of the first operation to the end of the last
+    waits: tuple[float, ...]  # seconds of each wait in all runs, longest first
+    operations: tuple[Operation, ...]  # longest first
 
 
-def profile(run: Callable[[], None], runs=3) -> Profile:
-    """run: one run of a compiled program, ended when it returns. It must have run before."""
+def profile(run: Callable[[], None], runs: int = 3) -> Profile:
+    """Profile several runs of a program.
+
+    run: one run of a compiled program, complete when it returns. It must have run before.
+    """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(runs):
@@ -40,23 +42,32 @@ def profile(run: Callable[[], None], runs=3) -> Profile:
         return summary(list(_events(jax.profiler.ProfileData.from_file(str(path)))), runs)
 
 
-def _events(data) -> Iterable[tuple[str, float, float]]:
-    """(name, start, end) in seconds of what a device did: all of an accelerator's streams, or a CPU's operations."""
+Event = tuple[str, float, float]  # name, start and end in seconds
+
+
+def _events(data: Any) -> Iterable[Event]:
+    """Yield the events of all streams of an accelerator, or the operations of a CPU."""
     devices = [plane for plane in data.planes if plane.name.startswith("/device:")]
     for plane in devices or [plane for plane in data.planes if plane.name == "/host:CPU"]:
         for line in plane.lines:
             for event in line.events:
-                # Of a CPU only operations; of an accelerator all, kernels by their own names: those of libraries tell which.
+                # All events of an accelerator count, kernels by their own names, which identify
+                # those of libraries.
                 if devices or "hlo_op" in dict(event.stats):
                     begin = 1e-9 * event.start_ns
                     yield event.name, begin, begin + 1e-9 * event.duration_ns
 
 
-def summary(events, runs) -> Profile:
-    """events: (name, start, end) of `runs` runs, in any order."""
+def summary(events: Sequence[Event], runs: int) -> Profile:
+    """Summarize the events of `runs` runs, in any order.
+
+    Raises:
+      ValueError: if there are none.
+    """
     if not events:
         raise ValueError("the profiler saw no operation of this device")
-    seconds, counts = collections.Counter(), collections.Counter()
+    seconds: dict[str, float] = collections.defaultdict(float)
+    counts = collections.Counter()
     for name, begin, end in events:
         seconds[name] += end - begin
         counts[name] += 1
@@ -67,21 +78,23 @@ def summary(events, runs) -> Profile:
             waits.append(begin - reached)
         busy += max(0.0, end - max(begin, reached))
         reached = max(reached, end)
-    ordered = (
-        Operation(name, total / runs, counts[name] / runs) for name, total in seconds.most_common()
-    )
+    ordered = sorted(seconds.items(), key=lambda item: item[1], reverse=True)
     return Profile(
-        busy / runs, (reached - first) / runs, tuple(sorted(waits, reverse=True)), tuple(ordered)
+        busy=busy / runs,
+        wall=(reached - first) / runs,
+        waits=tuple(sorted(waits, reverse=True)),
+        operations=tuple(Operation(n, total / runs, counts[n] / runs) for n, total in ordered),
     )
 
 
 def table(found: Profile, most: int) -> str:
-    """The `most` longest operations as markdown, under a line on the whole."""
+    """Return the `most` longest operations as markdown, after a line of totals."""
     shown = found.operations[:most]
     longest = ", ".join(f"{1e3 * wait:.3g}" for wait in found.waits[:8])
     lines = [
-        f"device busy {1e3 * found.busy:.3g} ms of {1e3 * found.wall:.3g} ms a run, {len(found.operations)} kinds of operations; "
-        f"{len(found.waits)} waits in all, the longest {longest} ms",
+        f"device busy {1e3 * found.busy:.3g} ms of {1e3 * found.wall:.3g} ms a run, "
+        f"{len(found.operations)} kinds of operations; {len(found.waits)} waits in all, "
+        f"the longest {longest} ms",
         "",
     ]
     lines += ["| operation | ms | share | runs |", "|---|---|---|---|"]

@@ -1,7 +1,10 @@
-"""What a measurement says: one row per subject and peer, a table for people and a JSON list for programs."""
+"""The rows of a measurement, one per subject and peer, as a table and as a JSON list."""
 
 import dataclasses
 import json
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from benchmarks.harness import timing
 from sprint_jax.storage import files
@@ -9,49 +12,41 @@ from sprint_jax.storage import files
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One subject against one peer; None where there is no value.
+    """One subject against one peer. A missing value is None."""
 
-    name: of the subject. device, threads, dtype, jax, commit: where, in what and of which code.
-    ours_s: median seconds of our program; spread: [least, most]; repeats: how many.
-    parts: medians by part of our program, where it has several. compile_s: tracing and compiling it.
-    peer: what else did the same, or None; peer_s, peer_spread, peer_parts: as ours.
-    ratio: ours_s / peer_s. difference: relative Euclidean distance of the two results.
-    floor_s: the least seconds by arithmetic (`floors`); flop: of that arithmetic.
-    note: a sentence on what was compared, or why there is no peer. error: a sentence, if the row failed.
-    """
-
-    name: str
+    name: str  # of the subject
     device: str
     threads: int | None
     dtype: str | None
-    ours_s: float | None
-    spread: list[float] | None
+    ours_s: float | None  # median seconds of our program
+    spread: list[float] | None  # [least, most] seconds
     repeats: int | None
-    parts: dict | None
-    compile_s: float | None
-    peer: str | None
+    parts: dict[str, float] | None  # medians by part of our program, if it has several
+    compile_s: float | None  # seconds of tracing and compiling
+    peer: str | None  # the other program
     peer_s: float | None
     peer_spread: list[float] | None
-    peer_parts: dict | None
-    ratio: float | None
-    difference: float | None
-    floor_s: float | None
-    flop: float | None
-    note: str | None
-    error: str | None
+    peer_parts: dict[str, float] | None
+    ratio: float | None  # ours_s / peer_s
+    difference: float | None  # relative Euclidean distance of both results
+    floor_s: float | None  # lower bound by arithmetic (`floors`)
+    flop: float | None  # of that arithmetic
+    note: str | None  # a sentence on the comparison, or why there is no peer
+    error: str | None  # a sentence, if the row failed
     jax: str
     commit: str | None
 
 
-def empty(name, where, **values) -> Row:
-    """A row of nothing but a name, `where` (device, threads, jax, commit) and the given values."""
-    nothing = {field.name: None for field in dataclasses.fields(Row)}
-    return Row(**nothing | where | {"name": name} | values)
+def empty(name: str, where: Mapping[str, Any], **values: Any) -> Row:
+    """Return a row with only a name, `where` (device, threads, jax, commit) and given values."""
+    filled: dict[str, Any] = {field.name: None for field in dataclasses.fields(Row)}
+    filled |= {**where, "name": name, **values}
+    return Row(**filled)
 
 
 def filled(row: Row, ours: timing.Times, peer: timing.Times | None) -> Row:
-    """The row with its times and ratio."""
-    values = dict(
+    """Return the row with its times and ratio."""
+    values: dict[str, Any] = dict(
         ours_s=timing.middle(ours.total),
         spread=timing.spread(ours.total),
         repeats=len(ours.total),
@@ -72,16 +67,16 @@ def _parts(times):
     return {name: timing.middle(t) for name, t in times.of.items()} if len(times.of) > 1 else None
 
 
-def write(path, rows):
-    """Writes all rows; the file appears whole or stays as it was."""
+def write(path: pathlib.Path, rows: Iterable[Row]) -> None:
+    """Write all rows atomically."""
     files.write_text(path, json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
 
 
 _COLUMNS = ("name", "ours", "spread", "peer", "its time", "ratio", "floor", "x floor", "difference")
 
 
-def table(rows) -> str:
-    """The rows as markdown, then their notes and errors, each once."""
+def table(rows: Sequence[Row]) -> str:
+    """Return the rows as markdown, then their notes and errors, each once."""
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|---" * len(_COLUMNS) + "|"]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
     for row in rows:
@@ -115,8 +110,8 @@ def _spoken(row):
     return f"ours {say(row.parts)}" + (f"; peer {say(row.peer_parts)}" if row.peer_parts else "")
 
 
-def duration(seconds) -> str:
-    """Three digits in the unit that suits."""
+def duration(seconds: float | None) -> str:
+    """Format seconds with three digits in a suitable unit; None becomes ""."""
     if seconds is None:
         return ""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):

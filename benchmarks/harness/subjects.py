@@ -1,11 +1,14 @@
 """Our side of each comparison: models of published sizes with random weights, drawn on the device.
 
-Every parameter is moved off its initial value, so that no zero or one makes a comparison easy.
+Every parameter is moved off its initial value, so that zeros and ones do not make a comparison
+easy.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +29,16 @@ from sprint_jax.ops import linear_attention as linear
 from sprint_jax.sampling import programs
 
 TEXT_TOKENS = 300  # published length of the text features
-# Published prompts stand behind an instruction of about 200 tokens; a prompt of some twenty words fits the bucket
-# of 32 that `data.prompts` gives it.
+# Published prompts follow an instruction of about 200 tokens. A prompt of about twenty words fits
+# the bucket of 32 tokens.
 PREFIX_TOKENS, PROMPT_TOKENS = 200, 32
 _KERNEL_SECONDS = 0.05
 
 
-def drawn(model, dtype, seed=0, part=None):
-    """Random parameters of a model, or of one part of them, on the device, one array at a time.
+def drawn(model: Any, dtype: str, seed: int = 0, part: str | None = None) -> Any:
+    """Draw parameters of a model, or of one part of it, on the device, one array at a time.
 
-    Drawing them all in one program, as `init` does, needs several times their memory.
+    One program for all of them, such as `init`, needs several times their memory.
     """
     abstract = jax.eval_shape(model.init, jax.random.key(seed))
     abstract = abstract if part is None else {part: abstract[part]}
@@ -50,7 +53,7 @@ def drawn(model, dtype, seed=0, part=None):
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _leaf(key, name, shape, dtype):
-    """Norm weights about 1, vectors about 0, kernels that keep the size of what they multiply."""
+    """Draw norm weights near 1, vectors near 0, and kernels that preserve the input's scale."""
     noise = jax.random.normal(key, shape)
     if name == "weight":
         return (1 + 0.1 * noise).astype(dtype)
@@ -58,8 +61,8 @@ def _leaf(key, name, shape, dtype):
     return (noise * (0.1 if len(shape) < 2 else fan_in**-0.5)).astype(dtype)
 
 
-def inference(model: LinearDiT, dtype, attention=None) -> LinearDiT:
-    """The description as a pipeline runs it. attention: see `_by_kernels`."""
+def inference(model: LinearDiT, dtype: str, attention: str | None = None) -> LinearDiT:
+    """Return the description as a pipeline runs it. attention: see `_by_kernels`."""
     model = dataclasses.replace(
         model, logvar_head=False, remat="none", dtype=dtype, residual_dtype=dtype
     )
@@ -69,8 +72,11 @@ def inference(model: LinearDiT, dtype, attention=None) -> LinearDiT:
 
 
 def _by_kernels(model, attention, linear, cross, dtype):
-    """A transformer or autoencoder with the kernels that `loading.load` takes unless told, attention None, or with attention by a backend;
-    "plain" is without any kernel. linear, cross: channels of a head of each attention, or None."""
+    """Return a transformer or autoencoder with a backend of attention.
+
+    attention: a backend, "plain" for no kernels at all, or None for the default of `loading.load`.
+    linear, cross: channels of a head of each attention, or None.
+    """
     here = jax.default_backend()
     attention = attention or backends.resolve(backends.fastest(here), here, linear, cross, dtype)[0]
     return dataclasses.replace(
@@ -79,7 +85,7 @@ def _by_kernels(model, attention, linear, cross, dtype):
 
 
 def _described(model):
-    """What parameters depend on."""
+    """Return the part of a description that parameters depend on."""
     return dataclasses.replace(model, attention="plain", depthwise="plain")
 
 
@@ -88,7 +94,10 @@ def _normal(seed, shape, dtype=jnp.float32):
 
 
 def _transformer(bench, model, unrolled=None):
-    """Parameters as they are run. unrolled: blocks one by one instead of in a loop; None as `loading.load` has it."""
+    """Return parameters as they are run.
+
+    unrolled: a list of blocks instead of a stack; None as in `loading.load`.
+    """
     unrolled = "transformer" in backends.unrolled(None) if unrolled is None else unrolled
 
     def make():
@@ -108,27 +117,26 @@ def _itemsize(dtype):
 
 
 def transformer(
-    bench,
+    bench: bench_lib.Bench,
     size: LinearDiT,
-    cells,
+    cells: int,
     *,
-    dtype,
-    batch=1,
-    tokens=TEXT_TOKENS,
-    compile_peer=False,
-    attention=None,
-    unrolled=None,
-):
-    """One call of the transformer on cells x cells latents.
+    dtype: str,
+    batch: int = 1,
+    tokens: int = TEXT_TOKENS,
+    compile_peer: bool = False,
+    attention: str | None = None,
+    unrolled: bool | None = None,
+) -> bench_lib.Subject:
+    """Build the subject of one call of the transformer on cells x cells latents.
 
-    attention: see `_by_kernels`, unrolled: see `_transformer`; with either it has no peer, its row is to be read beside the one without.
+    attention: see `_by_kernels`. unrolled: see `_transformer`. With either it has no peer; compare
+    its row with the default one.
     """
     model = inference(size, dtype, attention)
     params = _transformer(bench, model, unrolled)
-    x, text = (
-        _normal(1, (batch, cells, cells, model.in_channels)),
-        _normal(2, (batch, tokens, model.text_dim), dtype),
-    )
+    x = _normal(1, (batch, cells, cells, model.in_channels))
+    text = _normal(2, (batch, tokens, model.text_dim), dtype)
     mask, t, w = jnp.ones((batch, tokens)), jnp.full((batch,), 0.7), jnp.full((batch,), 4.5)
     run = lambda params, *args: model.apply(params, *args).velocity
     program, seconds = bench_lib.compiled(run, params, x, t, text, mask, w)
@@ -137,26 +145,34 @@ def transformer(
     def peer(compiled):
         return bench.peers("peers").transformer(bench, model, params, arrays, compiled=compiled)
 
+    work = floors.transformer(model, cells * cells, tokens, batch=batch, itemsize=_itemsize(dtype))
+    alone = attention is not None or unrolled is not None
     return bench_lib.Subject(
-        bench_lib.program(program, params, x, t, text, mask, w),
-        seconds,
-        dtype,
-        floors.transformer(model, cells * cells, tokens, batch=batch, itemsize=_itemsize(dtype)),
-        () if attention or unrolled is not None else _peers("diffusers", peer, compile_peer),
+        program=bench_lib.program(program, params, x, t, text, mask, w),
+        compile_s=seconds,
+        dtype=dtype,
+        work=work,
+        peers=() if alone else _peers("diffusers", peer, compile_peer),
     )
 
 
-def _peers(label, build, compile_peer):
+def _peers(label: str, build: Callable, compile_peer: bool) -> bench_lib.Peers:
+    """Return the eager peer and, if wanted, the compiled one. build: compiled -> program."""
     eager = (label, functools.partial(build, False))
-    return (
-        (eager, (f"{label}, torch.compile", functools.partial(build, True)))
-        if compile_peer
-        else (eager,)
-    )
+    compiled = (f"{label}, torch.compile", functools.partial(build, True))
+    return (eager, compiled) if compile_peer else (eager,)
 
 
-def decoder(bench, model: DCAE, cells, *, dtype, batch=1, compile_peer=False):
-    """Decoding cells x cells latents to float pictures."""
+def decoder(
+    bench: bench_lib.Bench,
+    model: DCAE,
+    cells: int,
+    *,
+    dtype: str,
+    batch: int = 1,
+    compile_peer: bool = False,
+) -> bench_lib.Subject:
+    """Build the subject of decoding cells x cells latents to float images."""
     model = _by_kernels(model, None, model.head_dim, None, dtype)
     params = bench.kept(
         "decoder",
@@ -170,109 +186,90 @@ def decoder(bench, model: DCAE, cells, *, dtype, batch=1, compile_peer=False):
         return bench.peers("peers").decoder(bench, model, params, z, compiled=compiled)
 
     return bench_lib.Subject(
-        bench_lib.program(program, params, z),
-        seconds,
-        dtype,
-        floors.decoder(model, cells, cells, batch=batch, itemsize=_itemsize(dtype)),
-        _peers("diffusers", peer, compile_peer),
+        program=bench_lib.program(program, params, z),
+        compile_s=seconds,
+        dtype=dtype,
+        work=floors.decoder(model, cells, cells, batch=batch, itemsize=_itemsize(dtype)),
+        peers=_peers("diffusers", peer, compile_peer),
     )
 
 
 def picture(
-    bench,
+    bench: bench_lib.Bench,
     text: Gemma2,
     size: LinearDiT,
     autoencoder: DCAE,
-    cells,
-    steps,
+    cells: int,
+    steps: int,
     *,
-    dtype,
-    batch=1,
-    prefix=PREFIX_TOKENS,
-    tokens=PROMPT_TOKENS,
-    published_tokens=TEXT_TOKENS,
-    compile_peer=False,
-    control_depth=0,
-    attention=None,
-    staged=None,
-):
-    """Prompt tokens to pixels: text encoder behind its cached instruction, `steps` calls, decoder, as `pipeline` does.
+    dtype: str,
+    batch: int = 1,
+    prefix: int = PREFIX_TOKENS,
+    tokens: int = PROMPT_TOKENS,
+    published_tokens: int = TEXT_TOKENS,
+    compile_peer: bool = False,
+    control_depth: int = 0,
+    attention: str | None = None,
+    staged: bool | None = None,
+) -> bench_lib.Subject:
+    """Build the subject from prompt tokens to pixels, as `pipeline` computes it.
 
-    The peer encodes instruction and prompt each time and pads to the published length, as the published pipeline does.
-    control_depth: blocks of a ControlNet, whose sketch is encoded in the program as well; there is no peer for it, and the
-    floor leaves the encoder out.
-    attention: of transformer and autoencoder, see `_by_kernels`. staged: whether it is three programs. None: both as `loading.load` has
-    them. With either it has no peer, as in `transformer`.
+    It runs the text encoder after its cached instruction, `steps` calls of the transformer, and the
+    decoder. The peer encodes instruction and prompt each time and pads to the published length, as
+    the published pipeline does.
+
+    Args:
+      bench: the run.
+      text, size, autoencoder: the models.
+      cells: side of the latents.
+      steps: calls of the transformer.
+      dtype: of arithmetic.
+      batch: images at a time.
+      prefix, tokens: lengths of the instruction and of the prompt.
+      published_tokens: length to which the peer pads.
+      compile_peer: time the compiled peer too.
+      control_depth: blocks of a ControlNet, whose sketch is encoded in the program as well. It has
+        no peer, and the floor leaves the encoder out.
+      attention: of transformer and autoencoder, see `_by_kernels`.
+      staged: whether it is three programs. None as in `loading.load`. With attention or staged
+        it has no peer, as in `transformer`.
     """
-    others = attention is not None or staged is not None
+    alone = bool(control_depth) or attention is not None or staged is not None
     staged = backends.launches_cost(jax.default_backend()) if staged is None else staged
-    model, autoencoder = (
-        inference(size, dtype, attention),
-        _by_kernels(autoencoder, attention, autoencoder.head_dim, None, dtype),
-    )
-    transformer_params = _transformer(bench, model)
+    model = inference(size, dtype, attention)
+    autoencoder = _by_kernels(autoencoder, attention, autoencoder.head_dim, None, dtype)
+    numbers = dict(batch=batch, itemsize=_itemsize(dtype))
+    work = floors.picture(text, model, autoencoder, cells, tokens, steps, prefix=prefix, **numbers)
+    network, transformer_params = model, _transformer(bench, model)
+    if control_depth:
+        network, transformer_params = _controlled(model, transformer_params, control_depth, dtype)
+        net = network.control.net
+        copies = floors.transformer(net, cells**2, tokens + 1, blocks=control_depth, **numbers)
+        work += copies * steps
     part = None if control_depth else "decoder"
     decoder_params = bench.kept(
         "decoder",
         (_described(autoencoder), dtype, part),
         lambda: drawn(autoencoder, dtype, part=part),
     )
-    floor = floors.picture(
-        text,
-        model,
-        autoencoder,
-        cells,
-        tokens,
-        steps,
-        prefix=prefix,
-        batch=batch,
-        itemsize=_itemsize(dtype),
-    )
-    if control_depth:
-        control = ControlNet(
-            net=dataclasses.replace(model, guidance_embed=False), depth=control_depth
-        )
-        steering = drawn(control, dtype)
-        steering = (
-            control.unstack(steering) if "controlnet" in backends.unrolled(None) else steering
-        )
-        transformer_params = {"trunk": transformer_params, "control": steering}
-        copies = floors.transformer(
-            control.net,
-            cells**2,
-            tokens + 1,
-            batch=batch,
-            itemsize=_itemsize(dtype),
-            blocks=control_depth,
-        )
-        model, floor = Controlled(trunk=model, control=control), floor + copies * steps
     text_params = bench.kept("text", (text, dtype), lambda: _text(text, dtype))
     ids = np.random.default_rng(0).integers(3, text.vocab, prefix + batch * tokens).astype(np.int32)
     instruction, prompts = ids[:prefix], ids[prefix:].reshape(batch, tokens)
     cached = jax.jit(text.prefix)(text_params, instruction)
     times = samplers.scm_times(steps)
     draws = _normal(3, (steps, batch, cells, cells, size.in_channels))
-    side = cells * autoencoder.factor
-    sketch = np.random.default_rng(1).integers(0, 2, (batch, side, side, 3)).astype(np.uint8) * 255
-
     params = {
         "transformer": transformer_params,
         "text": {"model": text_params, "prefix": cached},
         "pixels": decoder_params,
     }
-    arguments = (
-        params,
-        prompts,
-        np.ones(prompts.shape, np.float32),
-        draws,
-        sketch if control_depth else None,
-    )
+    sketch = _sketch(batch, cells * autoencoder.factor) if control_depth else None
+    arguments = params, prompts, np.ones(prompts.shape, np.float32), draws, sketch
     if staged:
-        program, seconds = _as_stages(_stages(text, model, autoencoder, times), *arguments)
+        program, seconds = _as_stages(_stages(text, network, autoencoder, times), *arguments)
     else:
-        program, seconds = bench_lib.compiled(
-            prompt_to_pixels(text, model, autoencoder, times), *arguments
-        )
+        whole = prompt_to_pixels(text, network, autoencoder, times)
+        program, seconds = bench_lib.compiled(whole, *arguments)
 
     def peer(compiled):
         return bench.peers("peers").picture(
@@ -280,33 +277,49 @@ def picture(
             (text, text_params),
             (model, transformer_params),
             (autoencoder, decoder_params),
-            instruction,
-            prompts,
-            draws,
-            times,
+            dict(instruction=instruction, prompts=prompts, draws=draws, times=times),
             published_tokens=published_tokens,
             compiled=compiled,
         )
 
     return bench_lib.Subject(
-        bench_lib.program(program, *arguments),
-        seconds,
-        dtype,
-        floor,
-        () if control_depth or others else _peers("diffusers", peer, compile_peer),
+        program=bench_lib.program(program, *arguments),
+        compile_s=seconds,
+        dtype=dtype,
+        work=work,
+        peers=() if alone else _peers("diffusers", peer, compile_peer),
     )
 
 
-def prompt_to_pixels(text: Gemma2, model: LinearDiT | Controlled, autoencoder: DCAE, times):
-    """(params, tokens [B, L], mask [B, L], draws [steps, B, h, w, c], sketch uint8 [B, H, W, 3] or None) -> uint8 [B, H, W, 3].
+def _controlled(
+    model: LinearDiT, params: Any, depth: int, dtype: str
+) -> tuple[Controlled, dict[str, Any]]:
+    """Add a ControlNet with random weights to a transformer and its parameters."""
+    control = ControlNet(net=dataclasses.replace(model, guidance_embed=False), depth=depth)
+    added = drawn(control, dtype)
+    if "controlnet" in backends.unrolled(None):
+        added = control.unstack(added)
+    return Controlled(trunk=model, control=control), {"trunk": params, "control": added}
 
-    params: {"text": {"model", "prefix"}, "transformer", "pixels"}.
+
+def _sketch(batch: int, side: int) -> np.ndarray:
+    """Draw black and white pixels, uint8 [B, side, side, 3]."""
+    return np.random.default_rng(1).integers(0, 2, (batch, side, side, 3)).astype(np.uint8) * 255
+
+
+def prompt_to_pixels(
+    text: Gemma2, model: LinearDiT | Controlled, autoencoder: DCAE, times: np.ndarray
+) -> Callable:
+    """Return a function of (params, tokens, mask, draws, sketch) to uint8 images [B, H, W, 3].
+
+    params: {"text": {"model", "prefix"}, "transformer", "pixels"}. tokens, mask: [B, L].
+    draws: [steps, B, h, w, c]. sketch: uint8 [B, H, W, 3] or None.
     """
     return _joined(*_stages(text, model, autoencoder, times))
 
 
 def _joined(read, paint, decode):
-    """Three functions, or programs, as one function; see `prompt_to_pixels`."""
+    """Chain three functions, or programs, to one; see `prompt_to_pixels`."""
 
     def run(params, tokens, mask, draws, sketch):
         features, mask = read(params["text"], tokens, mask)
@@ -319,16 +332,15 @@ def _joined(read, paint, decode):
 
 
 def _encoder(params, sketch):
-    """All that the second stage has of the autoencoder."""
+    """Return the parameters of the autoencoder that the second stage needs."""
     return None if sketch is None else params["pixels"]
 
 
 def _stages(text, model, autoencoder, times):
-    """Text encoder, transformer with what steers it, decoder: three functions of their parameters and arrays."""
-    encoder, pixels = (
-        text_encoders.GemmaText(text, None),
-        pixel_codecs.AutoencoderPixels(autoencoder, tile=False),
-    )
+    """Return three functions of parameters and arrays: text encoder, transformer and decoder."""
+    no_tokenizer: Any = None  # the prompts are tokens already
+    encoder = text_encoders.GemmaText(text, no_tokenizer)
+    pixels = pixel_codecs.AutoencoderPixels(autoencoder, tile=False)
 
     def read(params, tokens, mask):
         return encoder.features(params, {"tokens": tokens, "mask": mask})
@@ -347,7 +359,10 @@ def _stages(text, model, autoencoder, times):
 
 
 def _as_stages(stages, params, tokens, mask, draws, sketch):
-    """(program, seconds) of the same as three programs, each started while the one before still runs."""
+    """Compile the stages as three programs, each launched while the previous one still runs.
+
+    Returns the chained program and the seconds that it took.
+    """
     read, paint, decode = stages
     encoder = _encoder(params, sketch)
     reader, a = bench_lib.compiled(read, params["text"], tokens, mask)
@@ -362,15 +377,23 @@ def _as_stages(stages, params, tokens, mask, draws, sketch):
     return _joined(reader, painter, decoder), a + b + c
 
 
-# ---- Attention alone, forward and in the two derivatives that training takes.
-
 _NORM_EPS = 1e-5
 
 
-def linear_attention(bench, size: LinearDiT, N, *, dtype, batch, derivative, backend):
-    """The self-attention with its norms of queries and keys at published shapes, all of q, k and v with a tangent.
+def linear_attention(
+    bench: bench_lib.Bench,
+    size: LinearDiT,
+    N: int,
+    *,
+    dtype: str,
+    batch: int,
+    derivative: str,
+    backend: str,
+) -> bench_lib.Subject:
+    """Build the subject of self-attention with its norms at published shapes.
 
-    backend: of `ops.backend.BACKENDS`; anything but "plain" has plain XLA as its peer.
+    All of q, k and v have a tangent. derivative: see `_attention`. backend: one of
+    `ops.backend.BACKENDS`; the peer of a kernel is plain XLA.
     """
     head = size.width // size.heads
     options = dict(heads=size.heads, eps=_NORM_EPS)
@@ -392,9 +415,20 @@ def linear_attention(bench, size: LinearDiT, N, *, dtype, batch, derivative, bac
 
 
 def cross_attention(
-    bench, size: LinearDiT, N, *, dtype, batch, derivative, backend, tokens=TEXT_TOKENS
-):
-    """The cross-attention at published shapes, no text masked, a tangent in q alone as in sCM. backend: as above."""
+    bench: bench_lib.Bench,
+    size: LinearDiT,
+    N: int,
+    *,
+    dtype: str,
+    batch: int,
+    derivative: str,
+    backend: str,
+    tokens: int = TEXT_TOKENS,
+) -> bench_lib.Subject:
+    """Build the subject of cross-attention at published shapes, without masked text.
+
+    Only q has a tangent, as in sCM. derivative and backend: as in `linear_attention`.
+    """
     head = size.width // size.cross_heads
     mask = jnp.ones((batch, tokens))
     plain = lambda q, k, v: cross.attend(q, k, v, mask)
@@ -413,12 +447,26 @@ def cross_attention(
     )
 
 
-def _attention(plain, kernels, work, shapes, moving, *, dtype, derivative):
-    """One attention alone.
+def _attention(
+    plain: Callable,
+    kernels: Callable | None,
+    work: floors.Work,
+    shapes: Sequence[tuple[int, ...]],
+    moving: int,
+    *,
+    dtype: str,
+    derivative: str,
+) -> bench_lib.Subject:
+    """Build the subject of one attention alone.
 
-    plain, kernels: functions of arrays of the given shapes; kernels None times plain XLA alone. work: what it has to do.
-    moving: how many of the arrays, from the first, have a tangent.
-    derivative: "forward", "jvp" (value and tangent), or "sprint" (gradients beside a stopped tangent, as sCM takes).
+    Args:
+      plain, kernels: functions of arrays of `shapes`. With kernels None plain XLA runs alone.
+      work: for the floor.
+      shapes: of the arrays.
+      moving: number of arrays, from the first, that have a tangent.
+      dtype: of the arrays.
+      derivative: "forward", "jvp" (value and tangent), or "sprint" (gradients beside a stopped
+        tangent, as in sCM).
     """
     arrays = [_normal(i, s, dtype) for i, s in enumerate(shapes)]
     tangents = [_normal(9 + i, s, dtype) for i, s in enumerate(shapes[:moving])]
@@ -433,7 +481,13 @@ def _attention(plain, kernels, work, shapes, moving, *, dtype, derivative):
         note += f", of plain XLA {memory(other)}"
         peers = (("plain XLA", lambda: ready(other)),)
     return bench_lib.Subject(
-        ready(program), seconds, dtype, work, peers, shortest=_KERNEL_SECONDS, note=note
+        program=ready(program),
+        compile_s=seconds,
+        dtype=dtype,
+        work=work,
+        peers=peers,
+        shortest=_KERNEL_SECONDS,
+        note=note,
     )
 
 
@@ -442,7 +496,7 @@ def _forward(function, count):
 
 
 def _jvp(function, count):
-    """Of count arrays, followed by tangents of the first of them."""
+    """Return the jvp as a function of `count` arrays and tangents of the first of them."""
 
     def derived(*arrays):
         primals, tangents = arrays[:count], arrays[count:]
@@ -461,8 +515,9 @@ def _sprint(function, count):
     return jax.grad(loss, tuple(range(count)))
 
 
-# (derivative, {sides of each product that move: forward passes it costs}). Both attentions are two products. A tangent
-# adds one of them for each side that moves, a backward pass two for each.
+# (derivative, {sides of each product with a tangent: forward passes that it costs}). Both
+# attentions are two products. A tangent adds one product for each moving side, a backward pass two
+# for each.
 _DERIVATIVES = {
     "forward": (_forward, {1: 1, 2: 1}),
     "jvp": (_jvp, {1: 2, 2: 3}),

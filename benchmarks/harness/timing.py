@@ -1,69 +1,76 @@
-"""Times of programs that take turns in one process: a noisy machine then slows all of them alike."""
+"""Times of programs that alternate in one process, so that noise affects all of them alike."""
 
 import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+Clock = Callable[[], float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Something to time. start: begins the work and returns its result. wait: returns when a result is there."""
+    """Something to time."""
 
-    start: Callable[[], Any]
-    wait: Callable[[Any], Any]
+    start: Callable[[], Any]  # begins the work and returns its result
+    wait: Callable[[Any], Any]  # returns when the result is complete
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Calls that run one after the other, by name (one, or the two steps of a training pair).
-
-    result: what it computes, as a NumPy array, to compare with another program's; None where there is nothing.
-    note: how it does it, where it had a choice.
-    """
+    """Calls that run one after the other, by name (one, or the two steps of a training pair)."""
 
     calls: Mapping[str, Call]
+    # Computes a NumPy array to compare with another program's; None if there is nothing to compare.
     result: Callable[[], Any] | None = None
-    note: str | None = None
+    note: str | None = None  # which of several implementations it uses
 
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of every repeat, by the names of a program's calls."""
+    """Seconds of every repeat, by the name of the call."""
 
     of: Mapping[str, list[float]]
 
     @property
     def total(self) -> list[float]:
-        """Seconds of every repeat of the whole program."""
+        """The seconds of every repeat of the whole program."""
         return [sum(each) for each in zip(*self.of.values(), strict=True)]
 
 
-def middle(seconds) -> float:
+def middle(seconds: Sequence[float]) -> float:
+    """Return the median."""
     return statistics.median(seconds)
 
 
-def spread(seconds) -> list[float]:
-    """[least, most]."""
+def spread(seconds: Sequence[float]) -> list[float]:
+    """Return [least, most]."""
     return [min(seconds), max(seconds)]
 
 
-def burst(seconds, shortest) -> int:
-    """How many runs back to back last at least `shortest`, when one lasts `seconds`; at most 200."""
+def burst(seconds: float, shortest: float) -> int:
+    """Return how many runs of `seconds` last at least `shortest`, at most 200."""
     return max(1, min(200, math.ceil(shortest / max(seconds, 1e-9))))
 
 
 def alternate(
-    programs: Mapping[str, Program], repeats, shortest=0.0, warm=True, clock=time.perf_counter
-):
-    """{name: Times} of programs that take turns, `repeats` times each.
+    programs: Mapping[str, Program],
+    repeats: int,
+    shortest: float = 0.0,
+    warm: bool = True,
+    clock: Clock = time.perf_counter,
+) -> dict[str, Times]:
+    """Time programs that alternate, `repeats` times each.
 
-    warm: run each once before; not needed where a result was computed already.
-
-    shortest: a call is repeated back to back until it lasts about this many seconds, and their mean counts: what
-      accelerators do in microseconds cannot be timed alone. 0 times single runs, which is what latency is.
+    Args:
+      programs: programs by name.
+      repeats: runs of each program.
+      shortest: repeat a call back to back until it lasts about this many seconds, and use the mean,
+        since a call of microseconds cannot be timed alone. 0 times single runs, which is latency.
+      warm: run each program once before. Not needed if a result was computed already.
+      clock: returns seconds.
     """
     counts = {}
     for name, program in programs.items():
@@ -81,16 +88,15 @@ def alternate(
 
 @dataclasses.dataclass(frozen=True)
 class Launching:
-    """Seconds of one call: `started` until its work is handed to the device, `alone` until it is done, and `in_a_row` of each of
-    several that do not wait for each other, as in a busy service. Medians, but for the last, a mean."""
+    """Seconds of one call."""
 
-    started: float
-    alone: float
-    in_a_row: float
+    started: float  # until its work is handed to the device, a median
+    alone: float  # until it is done, a median
+    in_a_row: float  # of each of several calls that do not wait for each other, a mean
 
 
-def launching(call: Call, repeats, clock=time.perf_counter) -> Launching:
-    """Of a call that has run before."""
+def launching(call: Call, repeats: int, clock: Clock = time.perf_counter) -> Launching:
+    """Time a call that has run before."""
     started, alone = [], []
     for _ in range(repeats):
         begin = clock()
@@ -101,8 +107,9 @@ def launching(call: Call, repeats, clock=time.perf_counter) -> Launching:
     return Launching(middle(started), middle(alone), _run(call, repeats, clock))
 
 
-def _run(call, count, clock):
-    begin = clock()
+def _run(call: Call, count: int, clock: Clock) -> float:
+    """Return the mean seconds of `count` calls back to back."""
+    begin, result = clock(), None
     for _ in range(count):
         result = call.start()
     call.wait(result)

@@ -1,8 +1,10 @@
-"""A pair of training steps, generator and discriminator, of one preset of configs/sprint.py on one device."""
+"""A generator and a discriminator step of one preset of configs/sprint.py on one device."""
 
 import functools
 import pathlib
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,36 +13,39 @@ import numpy as np
 from benchmarks.harness import bench as bench_lib
 from benchmarks.harness import floors, timing
 from sprint_jax import build, config
+from sprint_jax.models.linear_dit import LinearDiT
 from sprint_jax.runtime import cards
 from sprint_jax.training import datasets, sharding, stages
 from sprint_jax.training.stage import Placed
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
+Change = Callable[[Any], None]  # edits a config tree
 
-def card(preset, change=lambda tree: None) -> config.Config:
-    """The preset on one device. change: alters the tree before it is parsed."""
+
+def card(preset: str, change: Change = lambda tree: None) -> config.Config:
+    """Return the preset on one device. change: edits the tree before it is parsed."""
     tree = cards.load(f"sprint:{preset}")
     tree.mesh.update(data=1, fsdp=1)
     change(tree)
     return config.parse(tree)
 
 
-def with_adamw(tree):
-    """AdamW for both networks."""
+def with_adamw(tree: Any) -> None:
+    """Use AdamW for both networks."""
     tree.phases.sprint.optimizers.student.update(kind="adamw", muon_lr=0.0, b2=0.99, b3=0.0)
     tree.phases.sprint.optimizers.heads.update(kind="adamw", muon_lr=0.0, b2=0.99, b3=0.0)
 
 
-def published_losses(tree):
-    """The losses that the PyTorch peer has."""
+def published_losses(tree: Any) -> None:
+    """Use the losses of the PyTorch peer."""
     tree.phases.sprint.objective.update(
         weighting="code", logvar_gradient="network", logvar_start=0.0
     )
 
 
-def random_like(abstract, key):
-    """Random normal arrays, 1 in masks."""
+def random_like(abstract: dict[str, Any], key: jax.Array) -> dict[str, jax.Array]:
+    """Draw normal arrays of the given shapes; masks are 1."""
     make = lambda name, a, k: (
         jnp.ones(a.shape, a.dtype) if "mask" in name else jax.random.normal(k, a.shape, a.dtype)
     )
@@ -50,9 +55,12 @@ def random_like(abstract, key):
     }
 
 
-def start(c: config.Config):
-    """(stage, frozen, state, batch) of random parameters and a random batch; every parameter is off its initial value."""
-    data = datasets.Abstract(c)
+def start(c: config.Config) -> tuple[Any, Any, Any, Any]:
+    """Return (stage, frozen, state, batch) with a random batch.
+
+    Every parameter is moved off its initial value.
+    """
+    data: Any = datasets.Abstract(c)
     null = {"null_text": data.frozen.null_text, "null_mask": data.frozen.null_mask}
     data.frozen = data.frozen.replace(**random_like(null, jax.random.key(0)))
     teacher = jax.jit(build.teacher(c).init)(jax.random.key(1))
@@ -72,10 +80,10 @@ def start(c: config.Config):
     )
 
 
-def pair(bench, c: config.Config) -> bench_lib.Subject:
-    """One generator step and one discriminator step; the result compared is the loss of each at the first state.
+def pair(bench: bench_lib.Bench, c: config.Config) -> bench_lib.Subject:
+    """Build the subject of one generator step and one discriminator step.
 
-    The peer is PyTorch without torch.compile.
+    Their losses at the first state are compared. The peer is PyTorch without torch.compile.
     """
     stage, frozen, state, batch = start(c)
     placed = Placed.on(stage, sharding.mesh(1, 1, jax.devices()[:1]))
@@ -85,7 +93,7 @@ def pair(bench, c: config.Config) -> bench_lib.Subject:
         begin = time.perf_counter()
         steps.append(placed.lower(function, batch).compile())
         compile_s += time.perf_counter() - begin
-    held = [jax.tree.map(jnp.copy, state)]  # a step takes its state's memory over
+    held = [jax.tree.map(jnp.copy, state)]  # a step donates its state's memory
 
     def advance(step):
         held[0], metrics = step(held[0], frozen, batch)
@@ -101,6 +109,7 @@ def pair(bench, c: config.Config) -> bench_lib.Subject:
     }
     side, _, _ = build.latent_shape(c)
     N, m, phase = (side // c.model.patch_size) ** 2, build.student(c), c.phases["sprint"]
+    assert isinstance(m, LinearDiT)  # the cards have no ControlNet
     s = phase.objective
     options = dict(batch=phase.batch, itemsize=jnp.dtype(c.model.dtype).itemsize)
     work = floors.generator_step(m, N, c.text.length, s.head_blocks, **options)
@@ -112,12 +121,15 @@ def pair(bench, c: config.Config) -> bench_lib.Subject:
         return bench.peers("torch_pair").program(bench, c, frozen, state, batch)
 
     kinds = {role: optimizer.kind for role, optimizer in phase.optimizers.items()}
-    optimisers = f"{kinds['student']} for the student, {kinds['heads']} for the heads; the peer has AdamW for both"
+    optimizers = (
+        f"{kinds['student']} for the student, {kinds['heads']} for the heads; "
+        "the peer has AdamW for both"
+    )
     return bench_lib.Subject(
-        timing.Program(calls, losses),
-        compile_s,
-        c.model.dtype,
-        work,
-        (("PyTorch", peer),),
-        note=f"batch {phase.batch}, {optimisers}",
+        program=timing.Program(calls, losses),
+        compile_s=compile_s,
+        dtype=c.model.dtype,
+        work=work,
+        peers=(("PyTorch", peer),),
+        note=f"batch {phase.batch}, {optimizers}",
     )

@@ -265,9 +265,9 @@ def test_failures_are_rows_and_other_cases_continue():
 
     def case(*peers):
         work = floors.Work(2e9, 0.0)
+        options = dict(compile_s=0.5, dtype="float32", work=work, peers=peers)
         return bench_lib.Case(
-            "c",
-            lambda bench: bench_lib.Subject(without_times([3.0, 4.0]), 0.5, "float32", work, peers),
+            "c", lambda bench: bench_lib.Subject(program=without_times([3.0, 4.0]), **options)
         )
 
     def measured(*peers):
@@ -319,11 +319,11 @@ def test_a_peer_that_fails_late_keeps_our_times():
         "discriminator": timing.Call(never, lambda r: None),
     }
     subject = bench_lib.Subject(
-        timing.Program({"": timing.Call(lambda: None, lambda r: None)}, ours),
-        0.5,
-        "float32",
-        None,
-        (("two steps", lambda: timing.Program(steps)), ("tires", lambda: later(1))),
+        program=timing.Program({"": timing.Call(lambda: None, lambda r: None)}, ours),
+        compile_s=0.5,
+        dtype="float32",
+        work=None,
+        peers=(("two steps", lambda: timing.Program(steps)), ("tires", lambda: later(1))),
     )
     second, tired = bench_lib.measure(bench_lib.Case("c", lambda bench: subject), make_bench())
     assert order == ["ours", "peer"]
@@ -359,7 +359,9 @@ def test_operations_of_a_program_are_found():
     """
     a = jax.random.normal(jax.random.key(0), (600, 600))
     f, told = jax.jit(lambda a: (a @ a).sum()), []
-    subject = lambda bench: bench_lib.Subject(bench_lib.program(f, a), None, "float32", None)
+    subject = lambda bench: bench_lib.Subject(
+        program=bench_lib.program(f, a), compile_s=None, dtype="float32", work=None
+    )
     (row,) = bench_lib.measure(
         bench_lib.Case("product", subject), make_bench(operations=3, say=told.append)
     )
