@@ -47,7 +47,8 @@ def main() -> None:
     options = parser.parse_args()
     c = _common_config(options.runs)
     data: Any = datasets.open_dataset(c, print)
-    phase, n = c.phases["sprint"], options.count
+    phase: Any = c.phases["sprint"]
+    n = options.count
     nets = stages.networks(c, phase)
     teacher = datasets.teacher_weights(c.teacher.pretrained, nets.teacher)
     frozen = data.frozen.replace(teacher=teacher)

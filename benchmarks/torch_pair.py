@@ -440,9 +440,10 @@ def of_ours(
     """Return a Pair with the weights of a training state."""
     one = lambda tree, i: jax.tree.map(lambda a: np.asarray(a)[i], tree)
     student, heads = state.roles["student"], state.roles["heads"]
+    objective: Any = c.phases["sprint"].objective
     torch_heads = [
         _head(c.model.width, one(heads.params, i), one(heads.extra["real"], i))
-        for i in range(len(c.phases["sprint"].objective.head_blocks))
+        for i in range(len(objective.head_blocks))
     ]
     return Pair(
         c,
@@ -470,7 +471,8 @@ def draws_of_ours(c: config.Config, step: int, x0: np.ndarray, name: str) -> dic
 
     step: its number. name: "generator" or "discriminator".
     """
-    s, n = c.phases["sprint"].objective, x0.shape[0]
+    s: Any = c.phases["sprint"].objective
+    n = x0.shape[0]
     seed = c.seed + c.phases["sprint"].seed
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), 7)
     noise = lambda key: SIGMA_D * jax.random.normal(key, x0.shape)

@@ -110,7 +110,7 @@ def pair(bench: bench_lib.Bench, c: config.Config) -> bench_lib.Subject:
     side, _, _ = build.latent_shape(c)
     N, m, phase = (side // c.model.patch_size) ** 2, build.student(c), c.phases["sprint"]
     assert isinstance(m, LinearDiT)  # the cards have no ControlNet
-    s = phase.objective
+    s: Any = phase.objective
     options = dict(batch=phase.batch, itemsize=jnp.dtype(c.model.dtype).itemsize)
     work = floors.generator_step(m, N, c.text.length, s.head_blocks, **options)
     work += floors.discriminator_step(

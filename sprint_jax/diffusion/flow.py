@@ -58,10 +58,12 @@ def guided(v_uncond: Samples, v_cond: Samples, w: PerSample) -> Samples:
     return v_uncond + expand(w, v_cond) * (v_cond - v_uncond)
 
 
-def guided_halves(f, w):
-    """Return x, t -> guided f, evaluating both halves of the guidance in one call.
+def guided_halves(f: Network, w: PerSample) -> Network:
+    """Return the guided network, which evaluates both halves of the guidance in one call.
 
-    f: callable on 2B samples, whose conditions are B unconditional ones and then B conditional ones. w: [B].
+    Args:
+      f: network on 2B samples, with B unconditional conditions and then B conditional ones.
+      w: guidance scale of each of the B samples.
     """
 
     def guided_f(x, t):
