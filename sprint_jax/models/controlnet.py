@@ -46,9 +46,9 @@ class ControlNet:
 
         "blocks" and "zero_out" have a leading axis depth.
         """
-        return self.start(self.net.init(key))
+        return self.init_from(self.net.init(key))
 
-    def start(self, trunk: Params) -> Params:
+    def init_from(self, trunk: Params) -> Params:
         """Return parameters that copy those of a trunk, teacher or student, without effect yet."""
         width, copy = self.net.width, lambda tree: jax.tree.map(jnp.copy, tree)
         copied = ("patch_embed", "time_embed", "time_proj", "caption")

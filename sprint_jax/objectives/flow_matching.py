@@ -71,7 +71,7 @@ class FlowMatching:
 
 def _begin(settings: FlowMatching, model, frozen, begin, key) -> PyTree:
     if isinstance(model, Controlled):
-        return model.control.start(frozen.teacher) if begin is None else begin
+        return model.control.init_from(frozen.teacher) if begin is None else begin
     if begin is None:
         return fresh(model, key, borders=settings.border_start)
     return add_qk_norm(begin, model, key)

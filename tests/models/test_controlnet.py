@@ -73,7 +73,7 @@ def apply(model, params, **kwargs):
 def test_a_fresh_controlnet_changes_nothing():
     """With zero projections the steered transformer equals the trunk, whatever the condition."""
     trunk = randomize(TRUNK.init(jax.random.key(0)))
-    params = {"trunk": trunk, "control": MODEL.control.start(trunk)}
+    params = {"trunk": trunk, "control": MODEL.control.init_from(trunk)}
     given = dict(control=normals(3, 4, 6, 4, seed=2), control_scale=np.ones(3, np.float32))
     steered = apply(MODEL, params, **arguments(), **given).velocity
     np.testing.assert_allclose(steered, apply(TRUNK, trunk, **arguments()).velocity, atol=1e-6)
