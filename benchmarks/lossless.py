@@ -9,6 +9,7 @@ the same steps in other coordinates, and at its own evenly spaced times (Table 1
 """
 
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +33,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     options = parser.parse_args()
     c = config.parse(cards.load("sprint"))
-    model, data, shape = build.teacher(c), datasets.Shapes(c), build.latent_shape(c)
+    data: Any = datasets.Shapes(c)
+    model, shape = build.teacher(c), build.latent_shape(c)
     path = ROOT / "sprint_jax/assets/shapes_teacher.safetensors"
     params = jax.device_put(weights.load(path, jax.eval_shape(model.init, jax.random.key(0))))
     prompts = data.heldout(options.count, 1)

@@ -124,9 +124,13 @@ _UNROLLED = {"cpu": ("transformer", "controlnet"), "gpu": _ON_GPU, "cuda": _ON_G
 
 
 def unrolled(platform: str | None) -> tuple[str, ...]:
-    """Return the names of published networks that run unrolled (a scan copies each block's weights).
+    """Return the names of published networks that run unrolled on a platform.
 
-    platform: as named by `jax.default_backend()`, None for that one, "" for several, where all keep their loops.
-    A CPU would compile the text encoder's 26 layers for every padded length, for little.
+    A scan copies each block's weights. A CPU keeps the text encoder's loop, since it would compile
+    26 layers for every padded length and gain little.
+
+    Args:
+      platform: as named by `jax.default_backend()`. None for that one, "" for several platforms,
+        where all networks keep their loops.
     """
     return _UNROLLED.get(jax.default_backend() if platform is None else platform, ())
