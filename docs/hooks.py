@@ -339,7 +339,7 @@ def _doc(node: ast.ClassDef) -> str:
 
 def _paragraphs(docstring: str) -> str:
     """Return a docstring as markdown. Indented lines become code."""
-    return re.sub(r"(?m)^ {2,3}(?=\S)", "    ", docstring)
+    return re.sub(r"(?m)^ {2,3}(?=\S)", "    ", docstring.strip())
 
 
 def _default(value: ast.expr) -> str:

@@ -1,10 +1,12 @@
 """Convert checkpoints between the diffusers layout and ours.
 
-from a diffusers SANA-Sprint folder    to our form: model.json, safetensors and instruction
-from our form                          to a diffusers folder with bit-equal tensors
-from a work directory of a run         to diffusers' transformer/ and scheduler/
-from a .safetensors file with the      to diffusers' transformer/ and scheduler/
-     official repository's names
+The content of --from decides what is written to --to.
+
+    a diffusers SANA-Sprint folder    our form: model.json, safetensors and instruction
+    our form                          a diffusers folder with bit-equal tensors
+    a work directory of a run         diffusers' transformer/ and scheduler/
+    a .safetensors file with the      diffusers' transformer/ and scheduler/
+      official repository's names
 """
 
 import dataclasses

@@ -16,8 +16,9 @@ PAGES = [README, *sorted(p for p in (ROOT / "docs").rglob("*.md") if "lab-notebo
 _FOLDERS = "sprint_jax|configs|tests|benchmarks|launch|notebooks|docs|experiments|examples"
 
 sys.path.insert(0, str(ROOT / "docs"))
-OPTIONS = importlib.import_module("hooks").options()
+HOOKS = importlib.import_module("hooks")
 sys.path.pop(0)
+OPTIONS = HOOKS.options()
 
 pytestmark = pytest.mark.second_pass
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -109,3 +110,26 @@ def test_options_of_commands_exist(page):
     for name, rest in re.findall(r"(?:python -m sprint_jax|sprint-jax) ([a-z]+)(.*)", text):
         for option in re.findall(r"(?<=\s)--([a-z_]+)(?=[=\s]|$)", rest):
             assert option in known[name], f"sprint-jax {name} --{option}"
+
+
+def test_every_option_and_key_is_explained():
+    """In the generated references. Fails when a field loses its docstring."""
+    rows = f"{HOOKS.commands()}\n{HOOKS.configuration()}".splitlines()
+    keys = [row for row in rows if row.startswith(("| `--", "| `config."))]
+    assert len(keys) > 200
+    assert not [row for row in keys if row.endswith("|  |")]
+
+
+def test_the_configuration_reference_has_every_key_of_the_default_card():
+    """Fails when a section of the configuration is not reached from its root."""
+    text = HOOKS.configuration()
+    for section, values in configs.card(preset="shapes").to_dict().items():
+        assert f"| `config.{section}" in text
+        for key in values if isinstance(values, dict) and section != "phases" else ():
+            assert f"| `config.{section}.{key}` |" in text
+
+
+def test_the_drawing_has_every_room():
+    """Fails when a room is missing from the page on architecture."""
+    drawn = re.findall(r"<text[^>]*>([^<]+)</text>", HOOKS.rooms())
+    assert sorted(drawn) == sorted(HOOKS._allowed().keys() - {"__main__"})
