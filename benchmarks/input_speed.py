@@ -60,7 +60,7 @@ def measure(folder: pathlib.Path | str, batch: int) -> None:
     """Read a data set twice and print the speed of both passes."""
     data = encoded.Encoded(folder, "train")
     batch = min(batch, len(data))
-    read = batches.Make(data, 0, batch)
+    read = batches.BatchReader(data, seed=0, batch=batch)
     steps = read.plan.steps_per_epoch
     size = sum(
         shard["bytes"] for shard in data.manifest["shards"] if shard["split"] == "train"

@@ -9,11 +9,11 @@ import sys
 
 import numpy as np
 
-from sprint_jax.data import sources
+from sprint_jax.data import captioned, sources
 from sprint_jax.encoders import patches
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import cli
-from sprint_jax.storage import weights
+from sprint_jax.storage import crops, weights
 from sprint_jax.toy import shapes
 
 
@@ -79,9 +79,12 @@ def _images(options: Options) -> np.ndarray:
     count = min(options.pictures, len(source))
     try:
         return np.stack(
-            [sources.fit(sources.load_picture(source[i].image), size, size) for i in range(count)]
+            [
+                crops.fit_bicubic(captioned.decode_image(source[i].image), size, size)
+                for i in range(count)
+            ]
         )
-    except sources.BadExample as error:
+    except captioned.BadExample as error:
         raise UserError(
             f"--of={options.of} holds an example that cannot be used ({error}): remove it; "
             "sprint-jax encode lists such"

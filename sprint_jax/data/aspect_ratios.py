@@ -1,36 +1,38 @@
-"""Aspect-ratio bins of the published models: diffusers' sizes of about one megapixel for them (the trainer has a finer table of 40)."""
+"""Aspect-ratio bins of the published models, and the choice of a size for an image."""
 
-import jax
-import numpy as np
+import math
+from collections.abc import Iterable
 
-# (height, width) of the 33 bins of the 1024 px models.
+# (height, width) of the 33 bins of the 1024 px models, of about one megapixel each. These are the
+# sizes in diffusers; the published trainer has a finer table of 40.
 BINS_1024 = (
-    (512, 2048), (512, 1856), (576, 1792), (576, 1728), (576, 1664), (640, 1600), (640, 1536), (704, 1472),
-    (704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152), (896, 1152), (896, 1088),
-    (960, 1088), (960, 1024), (1024, 1024), (1024, 960), (1088, 960), (1088, 896), (1152, 896), (1152, 832),
-    (1216, 832), (1280, 768), (1344, 768), (1408, 704), (1472, 704), (1536, 640), (1600, 640), (1728, 576),
-    (2048, 512),
+    (512, 2048), (512, 1856), (576, 1792), (576, 1728), (576, 1664), (640, 1600), (640, 1536),
+    (704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152),
+    (896, 1152), (896, 1088), (960, 1088), (960, 1024), (1024, 1024), (1024, 960), (1088, 960),
+    (1088, 896), (1152, 896), (1152, 832), (1216, 832), (1280, 768), (1344, 768), (1408, 704),
+    (1472, 704), (1536, 640), (1600, 640), (1728, 576), (2048, 512),
 )  # fmt: skip
 
 
-def nearest(height, width):
-    """The bin whose ratio height / width, rounded to two digits as published, is nearest to that asked for."""
+def nearest_bin(height: int, width: int) -> tuple[int, int]:
+    """Return the bin with the nearest ratio of height to width.
+
+    Ratios of bins are rounded to two digits, as published.
+    """
     return min(BINS_1024, key=lambda bin: abs(round(bin[0] / bin[1], 2) - height / width))
 
 
-def fit(images, height, width):
-    """Scales pictures to cover height x width and cuts out the middle. uint8 [B, H, W, 3] -> uint8.
+def nearest_bucket(height: int, width: int, buckets: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """Return the bucket (h, w) that crops the least of an image of height x width.
 
-    Bilinear without antialiasing, as the published pipeline does after decoding a bin.
+    Ratios are compared by their quotient, so that transposing the image and the buckets transposes
+    the result. Of several buckets with one ratio, the nearest in area wins. The order of buckets
+    does not matter.
     """
-    count, have_height, have_width, _ = images.shape
-    if (have_height, have_width) == (height, width):
-        return images
-    ratio = max(height / have_height, width / have_width)
-    # Rounded down as published, but never below what is cut out of it: ratios are not exact.
-    size = max(height, int(have_height * ratio)), max(width, int(have_width * ratio))
-    resize = jax.jit(lambda x: jax.image.resize(x, (count, *size, 3), "linear", antialias=False))
-    resized = np.asarray(resize(images.astype(np.float32)))
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    cut = resized[:, top : top + height, left : left + width]
-    return np.clip(np.round(cut), 0, 255).astype(np.uint8)
+
+    def distance(bucket: tuple[int, int]) -> tuple[float, float, int]:
+        h, w = bucket
+        return abs(math.log(h * width / (w * height))), abs(math.log(h * w / (height * width))), h
+
+    height, width = min(buckets, key=distance)
+    return height, width

@@ -1,25 +1,32 @@
-"""Encoded data sets: array_record shards of latents and text in one folder, and what is in them.
+"""Encoded data sets: folders with latents and text in array_record shards.
 
-    DIR/manifest.json   DIR/train-00000.array_record …   DIR/heldout-00000.array_record …   DIR/null.safetensors
+    DIR/manifest.json
+    DIR/train-00000.array_record …
+    DIR/heldout-00000.array_record …
+    DIR/null.safetensors
 
 A record is a safetensors blob of
     latent   float16 [h, w, c] at unit scale
     caption  uint8, its UTF-8 bytes
-    text     float16 [L, D], features at their true length, or tokens int32 [L]
-    control  float16 [h, w, c], the picture of its lines encoded alike, where the manifest names a "condition"
+    text     float16 [L, D], features without padding; or instead tokens, int32 [L]
+    control  float16 [h, w, c], the encoded condition image, if the manifest names a "condition"
 
-null.safetensors holds the null prompt, as the text encoder makes it at its full length: text float32 [L, D],
-padding included (the published trainer reads it under the mask of another prompt), and its mask float32 [L].
+null.safetensors holds the features of the null prompt at full length: text float32 [L, D] and mask
+float32 [L]. It includes padding, because the published trainer reads it under the mask of another
+prompt.
 
-A bucket is one latent size. Records of a shard are sorted by bucket, so that the manifest's counts say where
-every record lies and no record has to be opened to plan an epoch.
+A bucket is one latent size. The records of a shard are sorted by bucket. The counts in the manifest
+therefore give the place of every record, and an epoch can be planned without opening records.
 """
 
 import collections
 import hashlib
 import json
+import os
 import pathlib
 import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import safetensors
@@ -33,21 +40,21 @@ MANIFEST = "manifest.json"
 NULL = "null.safetensors"
 FORMAT = 1
 SPLITS = ("train", "heldout")
-KINDS = {
-    "features": "text",
-    "tokens": "tokens",
-}  # what the manifest calls the text: its name in a record
+# {kind of text in the manifest: its name in a record}
+KINDS = {"features": "text", "tokens": "tokens"}
 SUFFIX = ".array_record"
-NO_CONDITION = (
-    "none"  # in the place of a kind of `conditions`; what a manifest that says nothing means
-)
+NO_CONDITION = "none"  # a manifest without "condition" means the same
 
-_SKIPPED_LISTED = 1000
-# Latents do not compress; reading them uncompressed is more than twice as fast.
+Manifest: TypeAlias = dict[str, Any]  # as in manifest.json, with "condition" always present
+Record: TypeAlias = dict[str, np.ndarray]
+
+_SKIPPED_LISTED = 1000  # maximum number of skipped examples in a manifest
+# Latents do not compress; uncompressed records read more than twice as fast.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0"  # records are read one by one, in random order
-_READER_BUFFER = 32768  # bytes, of each read from the file
-# Readers kept open. Each is a file handle, of which systems often grant 1024; opening again takes 0.1 ms.
+_READER_BUFFER = 32768  # bytes read from the file at once
+# Maximum number of open readers. Each has a file handle, and many systems allow 1024 of them.
+# Opening a reader again takes 0.1 ms.
 _OPEN = 256
 
 _FIELDS = {
@@ -76,19 +83,21 @@ class BadRecord(Exception):
     """A record that cannot be used. The message is the reason."""
 
 
-def bucket_name(shape):
-    """The manifest's name of a latent size: "32x24" of (32, 24) or (32, 24, c)."""
+def bucket_name(shape: Sequence[int]) -> str:
+    """Return the name of a latent size in manifests: "32x24" for (32, 24) or (32, 24, c)."""
     return f"{shape[0]}x{shape[1]}"
 
 
-def write_shard(path, records):
-    """Writes one shard, whole or not at all; equal records make equal bytes.
+def write_shard(path: str | os.PathLike[str], records: Iterable[Mapping[str, np.ndarray]]) -> dict:
+    """Write a shard atomically. Equal records give equal bytes.
 
-    path: DIR/SPLIT-NUMBER.array_record. records: dicts as in the head of this file, in any order; those of
-    one bucket keep theirs.
-    Returns the shard's entry in the manifest.
+    path: DIR/SPLIT-NUMBER.array_record. records: as described in this module, in any order. Records
+    of one bucket keep their order.
+    Returns the entry of the shard in the manifest.
     """
-    from array_record.python import array_record_module
+    from array_record.python import (
+        array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
+    )
 
     path = pathlib.Path(path)
     records = sorted(records, key=lambda record: record["latent"].shape)
@@ -115,13 +124,22 @@ def write_shard(path, records):
     }
 
 
-def write_manifest(path, described, shards, skipped=(), skipped_count=None):
-    """Writes a manifest, whole or not at all.
+def write_manifest(
+    path: str | os.PathLike[str],
+    described: Mapping[str, Any],
+    shards: Sequence[Mapping[str, Any]],
+    skipped: Sequence[Mapping[str, Any]] = (),
+    skipped_count: int | None = None,
+) -> None:
+    """Write a manifest atomically.
 
-    path: the file. described: {"model", "source", "text", "text_dim", "text_length", "channels", "factor"}, and
-      "condition", a kind of `conditions`, where records hold one.
-    shards: entries from `write_shard`. skipped: [{"key", "reason"}]; skipped_count: how many there were if
-    not all are listed.
+    Args:
+      path: the file.
+      described: {"model", "source", "text", "text_dim", "text_length", "channels", "factor"}, and
+        "condition", one of `sketches.KINDS`, if records hold one.
+      shards: entries from `write_shard`.
+      skipped: [{"key", "reason"}] of examples that could not be used.
+      skipped_count: their number, if `skipped` does not list all.
     """
     counts = {split: sum(s["records"] for s in shards if s["split"] == split) for split in SPLITS}
     counts["skipped"] = len(skipped) if skipped_count is None else skipped_count
@@ -130,22 +148,25 @@ def write_manifest(path, described, shards, skipped=(), skipped_count=None):
     files.write_text(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_manifest(folder):
-    """The manifest of a folder, with every shard in its place. Raises UserError for anything else.
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """Read the manifest of a folder, and check that every shard is complete.
 
-    As `write_manifest` wrote it, and "condition" is there in any case: "none" without one.
+    "condition" is always present: "none" if records hold none. Raises UserError if the manifest is
+    missing or damaged, or a shard is missing or of another size.
     """
     folder = pathlib.Path(folder)
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"no {path}: give a folder made by sprint-jax encode; if its work was cut short, the same command ends it"
+            f"no {path}: give a folder made by sprint-jax encode; "
+            "if that command was interrupted, run it again to finish"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise UserError(
-                f"{path} has format {manifest['format']!r}, this version reads {FORMAT}: encode again with this version"
+                f"{path} has format {manifest['format']!r}, this version reads {FORMAT}: "
+                "encode again with this version"
             )
         manifest.setdefault("condition", NO_CONDITION)
         _check(manifest)
@@ -153,25 +174,25 @@ def read_manifest(folder):
         raise UserError(
             f"{path} is damaged ({error!r}): run its sprint-jax encode command again"
         ) from None
+    again = (
+        "copy the folder again, or run its sprint-jax encode command again, "
+        "which writes missing shards"
+    )
     for shard in manifest["shards"]:
         file = folder / shard["file"]
         try:
             size = file.stat().st_size
         except OSError as error:
-            raise UserError(
-                f"cannot find the shard {file} ({error.strerror}): copy the folder again, or run its sprint-jax encode "
-                "command again, which makes what is missing"
-            ) from None
+            raise UserError(f"cannot find the shard {file} ({error.strerror}): {again}") from None
         if size != shard["bytes"]:
             raise UserError(
-                f"the shard {file} has {size} bytes, {MANIFEST} says {shard['bytes']}: copy the folder again, or run "
-                "its sprint-jax encode command again, which makes what is missing"
+                f"the shard {file} has {size} bytes, {MANIFEST} says {shard['bytes']}: {again}"
             )
     return manifest
 
 
-def _check(manifest):
-    """Raises ValueError, KeyError or TypeError for a manifest that is not one."""
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError, KeyError or TypeError for a damaged manifest."""
     for fields, tree in [
         (_FIELDS, manifest),
         *((_SHARD_FIELDS, shard) for shard in manifest["shards"]),
@@ -191,54 +212,57 @@ def _check(manifest):
                 f"{shard['file']} has {shard['records']} records and buckets {shard['buckets']}"
             )
         for name in shard["buckets"]:
-            _bucket(name)
+            _parse_bucket(name)
 
 
-def _bucket(name):
-    """The inverse of `bucket_name`: (h, w)."""
+def _parse_bucket(name: str) -> tuple[int, int]:
+    """Return (h, w); the inverse of `bucket_name`."""
     height, width = map(int, name.split("x"))
     return height, width
 
 
 class Encoded:
-    """One split of an encoded data set, read at random places, from any number of threads.
+    """One split of an encoded data set, for random access from any number of threads.
 
-    Pickles as its path and split: worker processes open their own files.
+    It pickles as its path and split, so that worker processes open their own files.
 
-    manifest: of `read_manifest`. buckets: the latent sizes [(h, w)], sorted. bucket_of: int16 [N], the position in
-    `buckets` of each example.
+    manifest: as `read_manifest` returns it.
+    buckets: the latent sizes [(h, w)], sorted.
+    bucket_of: int16 [N], the position in `buckets` of each example.
     """
 
-    def __init__(self, path, split):
-        """Raises UserError for a folder without a whole data set."""
+    def __init__(self, path: str | os.PathLike[str], split: str):
+        """Open a split, "train" or "heldout". Raises UserError unless the data set is complete."""
         if split not in SPLITS:
             raise UserError(f"split {split!r}: use one of {', '.join(SPLITS)}")
         self.path, self.split = pathlib.Path(path), split
         self.manifest = read_manifest(self.path)
         shards = [shard for shard in self.manifest["shards"] if shard["split"] == split]
-        self.buckets = sorted({_bucket(name) for shard in shards for name in shard["buckets"]})
-        ids = [self.buckets.index(_bucket(name)) for shard in shards for name in shard["buckets"]]
+        names = [name for shard in shards for name in shard["buckets"]]
+        self.buckets = sorted({_parse_bucket(name) for name in names})
+        ids = [self.buckets.index(_parse_bucket(name)) for name in names]
         counts = [count for shard in shards for count in shard["buckets"].values()]
         self.bucket_of = np.repeat(np.array(ids, np.int16), np.array(counts, np.int64))
         self._files = [shard["file"] for shard in shards]
         self._starts = np.cumsum([0] + [shard["records"] for shard in shards])
         self._kind = KINDS[self.manifest["text"]]
-        steered = self.manifest["condition"] != NO_CONDITION
-        self._latents = ("latent", "control") if steered else ("latent",)
-        self._readers, self._lock = collections.OrderedDict(), threading.Lock()
+        controlled = self.manifest["condition"] != NO_CONDITION
+        self._latents = ("latent", "control") if controlled else ("latent",)
+        self._readers: collections.OrderedDict[int, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
 
     def __reduce__(self):
         return Encoded, (self.path, self.split)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.bucket_of)
 
-    def read(self, index):
-        """Example `index` as NumPy arrays.
+    def read(self, index: int) -> Record:
+        """Read example `index`.
 
-        {"latent" float32 [h, w, c], "caption" uint8 [n], and "text" float16 [L, D] or "tokens" int32 [L]},
-        and "control" as latent where the manifest names a condition.
-        Raises BadRecord for one that is damaged, is not finite or is not what the manifest says.
+        Returns {"latent" float32 [h, w, c], "caption" uint8 [n], and "text" float16 [L, D] or
+        "tokens" int32 [L]}. If the manifest names a condition, "control" is like "latent".
+        Raises BadRecord if the record is damaged, not finite, or not as the manifest says.
         """
         shard = int(np.searchsorted(self._starts, index, "right")) - 1
         try:
@@ -246,17 +270,17 @@ class Encoded:
             record = safetensors.numpy.load(blob)
         except (RuntimeError, ValueError, OSError, KeyError, safetensors.SafetensorError) as error:
             raise BadRecord(f"cannot be read ({error})") from None
-        self._check_record(
-            record, (*self.buckets[self.bucket_of[index]], self.manifest["channels"])
-        )
+        bucket = self.buckets[self.bucket_of[index]]
+        self._check_record(record, (*bucket, self.manifest["channels"]))
         return record | {name: record[name].astype(np.float32) for name in self._latents}
 
-    def where(self, index):
-        """Names an example for people: its shard and its place in it."""
+    def describe(self, index: int) -> str:
+        """Return the shard of an example and its place in it, for messages."""
         shard = int(np.searchsorted(self._starts, index, "right")) - 1
         return f"record {index - self._starts[shard]} of {self.path / self._files[shard]}"
 
-    def _check_record(self, record, shape):
+    def _check_record(self, record: Record, shape: tuple[int, ...]) -> None:
+        """Raise BadRecord unless a record is as the manifest says. shape: of its latent."""
         if record.keys() != {*self._latents, "caption", self._kind}:
             raise BadRecord(
                 f"holds {sorted(record)}, not {', '.join(self._latents)}, caption and {self._kind}"
@@ -266,27 +290,27 @@ class Encoded:
             if latent.dtype != np.float16 or latent.shape != shape:
                 raise BadRecord(f"has a {name} {latent.dtype} {latent.shape}, not float16 {shape}")
         text = record[self._kind]
-        width, dtype = (
-            ((self.manifest["text_dim"],), np.float16) if self._kind == "text" else ((), np.int32)
-        )
-        if (
-            text.dtype != dtype
-            or text.shape[1:] != width
-            or len(text) > self.manifest["text_length"]
-        ):
-            at_most = (self.manifest["text_length"], *width)
+        has_features = self._kind == "text"
+        width = (self.manifest["text_dim"],) if has_features else ()
+        dtype = np.dtype(np.float16 if has_features else np.int32)
+        length = self.manifest["text_length"]
+        if text.dtype != dtype or text.shape[1:] != width or len(text) > length:
             raise BadRecord(
-                f"has {self._kind} {text.dtype} {text.shape}, not {np.dtype(dtype)} of at most {at_most}"
+                f"has {self._kind} {text.dtype} {text.shape}, "
+                f"not {dtype} of at most {(length, *width)}"
             )
-        numbers = [record[name] for name in self._latents] + (
-            [text] if self._kind == "text" else []
-        )
-        if not all(map(finite, numbers)):
+        numbers = [record[name] for name in self._latents]
+        if not all(map(is_finite, [*numbers, text] if has_features else numbers)):
             raise BadRecord("is not finite")
 
-    def _reader(self, shard):
-        """An open reader of a shard. Those longest unused are closed when nobody holds them any more."""
-        from array_record.python import array_record_module
+    def _reader(self, shard: int) -> Any:
+        """Return an open reader of a shard.
+
+        The reader that was unused for longest leaves the cache, and closes when no thread uses it.
+        """
+        from array_record.python import (
+            array_record_module,  # pyright: ignore[reportAttributeAccessIssue]
+        )
 
         with self._lock:
             if shard in self._readers:
@@ -304,6 +328,9 @@ class Encoded:
         return reader
 
 
-def finite(array):
-    """Whether all of a float16 array is finite: its exponents as integers, many times as fast as isfinite."""
+def is_finite(array: np.ndarray) -> bool:
+    """Return whether all elements of a float16 array are finite.
+
+    It checks the exponent bits, which is many times faster than np.isfinite.
+    """
     return not ((array.view(np.uint16) & 0x7C00) == 0x7C00).any()

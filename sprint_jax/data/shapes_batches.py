@@ -1,33 +1,45 @@
-"""Training batches of `shapes`: batch k is a pure function of (seed, k), made ahead in a thread."""
+"""Training batches of `shapes`. The batch of a step is a pure function of (seed, step)."""
 
-import queue
-import threading
+from collections.abc import Callable
 
 import numpy as np
 
 from sprint_jax.conditioning import sketches
+from sprint_jax.data.protocols import Batch, CaptionEncoder, ImageCodec
 from sprint_jax.toy import freehand as freehand_lib
 from sprint_jax.toy import shapes
 
 
 def make_batch(
-    step,
+    step: int,
     *,
-    seed,
-    batch,
-    size,
-    codec,
-    text_encoder,
-    condition=None,
-    freehand=0.0,
-    process=0,
-    processes=1,
-):
-    """Rows of one process of global batch `step`, NumPy float32.
+    seed: int,
+    batch: int,
+    size: int,
+    codec: ImageCodec,
+    text_encoder: CaptionEncoder,
+    condition: Callable[[np.ndarray], np.ndarray] | None = None,
+    freehand: float = 0.0,
+    process: int = 0,
+    processes: int = 1,
+) -> Batch:
+    """Return one process's rows of the global batch of a step, float32.
 
-    {"latent" [b, H, W, C], "text" [b, L, D], "mask" [b, L]} with b = batch / processes, and "control" as latent where
-    condition: uint8 [b, H, W, 3] -> pictures of a ControlNet's condition alike, is given. freehand: probability that an
-    example is a composition anywhere, which is shown by its rough sketch instead; not looked at without a condition.
+    Args:
+      step: counted from 0.
+      seed: names the data set.
+      batch: number of examples in the global batch, a multiple of `processes`.
+      size: side of the images, in pixels.
+      codec: encodes images as latents.
+      text_encoder: encodes captions as features.
+      condition: uint8 [b, H, W, 3] -> condition images of the same shape. None for no ControlNet.
+      freehand: probability that an example places its objects anywhere and is shown by a rough
+        sketch. It has no effect without a condition.
+      process, processes: index and number of the processes that share the batch.
+
+    Returns:
+      {"latent" [b, h, w, c], "text" [b, L, D], "mask" [b, L]}, and with a condition
+      "control" [b, h, w, c], where b = batch / processes.
     """
     share = batch // processes
     first = step * batch + process * share
@@ -48,44 +60,3 @@ def make_batch(
         )
         shown[row] = sketches.to_rgb(drawn)
     return rows | {"control": codec.encode(shown)}
-
-
-class Prefetch:
-    """Yields make(start), make(start + 1), ... computed `depth` ahead in a thread. Use as a context.
-
-    An error in the thread is raised by `next`.
-    """
-
-    def __init__(self, make, start, stop, depth=4):
-        self._queue = queue.Queue(depth)
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(make, start, stop), daemon=True)
-
-    def _work(self, make, start, stop):
-        for index in range(start, stop):
-            try:
-                item = (make(index), None)
-            except Exception as error:  # handed to the consumer, which raises it
-                item = (None, error)
-            while not self._stopping.is_set():
-                try:
-                    self._queue.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if self._stopping.is_set() or item[1] is not None:
-                return
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stopping.set()
-        self._thread.join()
-
-    def __next__(self):
-        value, error = self._queue.get()
-        if error is not None:
-            raise error
-        return value

@@ -16,7 +16,7 @@ from PIL import Image
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.networks import clip as clip_lib
 from sprint_jax.evaluation.networks import inception
-from sprint_jax.storage import files, safetensors_files, torch_files
+from sprint_jax.storage import crops, files, safetensors_files, torch_files
 
 # The first digits of the SHA-256 of pytorch-fid's weights are part of their file's name.
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -159,19 +159,7 @@ class CLIP:
 
 def clip_resize(image, size):
     """CLIP's own: the shorter side to `size` by PIL's bicubic, then the middle. uint8 [H, W, 3] -> [size, size, 3]."""
-    return shorter_side(image, size, Image.Resampling.BICUBIC)
-
-
-def shorter_side(image, size, method=Image.Resampling.BILINEAR):
-    """torchvision's Resize(size) and CenterCrop(size) on a PIL picture. uint8 [H, W, 3] -> uint8 [size, size, 3]."""
-    height, width = image.shape[:2]
-    short, long = min(height, width), max(height, width)
-    other = int(size * long / short)
-    rows, columns = (size, other) if height <= width else (other, size)
-    if (rows, columns) != (height, width):
-        image = np.asarray(Image.fromarray(image).resize((columns, rows), method))
-    top, left = round((rows - size) / 2), round((columns - size) / 2)
-    return image[top : top + size, left : left + size]
+    return crops.fit_short_side(image, size, Image.Resampling.BICUBIC)
 
 
 def load_clip(path, *, batch):

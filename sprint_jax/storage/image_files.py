@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from sprint_jax.errors import UserError
-from sprint_jax.storage import files
+from sprint_jax.storage import crops, files
 
 MOST_PIXELS = 100_000_000
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
@@ -50,10 +50,7 @@ def load(path, height, width, ground=WHITE):
 
 def covering(image, height, width, ground):
     """PIL's picture as uint8 [height, width, 3]: scaled by Lanczos to cover that, its middle cut out. ground: as in `opaque`."""
-    # `fit` cuts before it scales, so a picture of one row is never blown up to cover.
-    return np.asarray(
-        ImageOps.fit(opaque(image, ground), (width, height), Image.Resampling.LANCZOS)
-    )
+    return crops.fit_lanczos(opaque(image, ground), height, width)
 
 
 def opaque(image, ground=WHITE):

@@ -18,7 +18,7 @@ import safetensors.numpy
 from sprint_jax import build
 from sprint_jax import config as config_lib
 from sprint_jax.conditioning import sketches
-from sprint_jax.data import batches, encoded, shapes_batches
+from sprint_jax.data import batches, encoded, prefetch, shapes_batches
 from sprint_jax.encoders import load as encoders
 from sprint_jax.encoders.pixels import EmbeddedPixels, PixelCodec
 from sprint_jax.encoders.text import EmbeddedText, TextEncoder
@@ -152,7 +152,7 @@ class Shapes:
             process=process,
             processes=processes,
         )
-        return shapes_batches.Prefetch(make, start, stop)
+        return prefetch.Prefetch(make, start, stop)
 
     def prepare(self, frozen: Frozen, batch: Batch) -> Batch:
         """Return the batch as it is."""

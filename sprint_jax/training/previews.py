@@ -13,11 +13,10 @@ import numpy as np
 
 from sprint_jax import build
 from sprint_jax import config as config_lib
-from sprint_jax.data import aspect_ratios
 from sprint_jax.diffusion import samplers
 from sprint_jax.models.controlnet import Controlled
 from sprint_jax.sampling import programs
-from sprint_jax.storage import image_files
+from sprint_jax.storage import crops, image_files
 
 COUNT = 8  # as many as a row of the grids
 _LARGEST = 256  # pixels of a side; larger images are shown smaller
@@ -64,7 +63,7 @@ def make(
         )
         side = min(_LARGEST, c.data.size)
         zoom = max(1, 96 // side)
-        grid = image_files.grid(aspect_ratios.fit(images, side, side), columns=count)
+        grid = image_files.grid(crops.fit_bilinear(images, side, side), columns=count)
         return np.repeat(np.repeat(grid, zoom, 0), zoom, 1)
 
     return preview

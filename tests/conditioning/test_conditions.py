@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from helpers.runs import assert_refused
 from sprint_jax.conditioning import sketches
-from sprint_jax.data import sources
+from sprint_jax.data import captioned
 from sprint_jax.evaluation import edges
 from sprint_jax.toy import shapes
 
@@ -385,7 +385,7 @@ def test_command_sees_the_pixels_that_training_sees(command, tmp_path):
     )
     assert result.returncode == 0, result.stderr[-2000:]
     for name in ("turned.jpg", "deep.png"):
-        image = sources.load_picture((tmp_path / "in" / name).read_bytes())
+        image = captioned.decode_image((tmp_path / "in" / name).read_bytes())
         expected = sketches.to_rgb(sketches.gradient_edges(image[None]))[0]
         assert expected.any()
         np.testing.assert_array_equal(

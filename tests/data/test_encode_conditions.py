@@ -22,6 +22,7 @@ from sprint_jax import build, config
 from sprint_jax.conditioning import detector, hed, hed_weights, sketches
 from sprint_jax.data import batches, encode, encode_options, encoded, sources
 from sprint_jax.errors import UserError
+from sprint_jax.storage import crops
 from sprint_jax.toy import shapes
 from sprint_jax.training import datasets, stages
 
@@ -69,7 +70,7 @@ def fitted_images(images):
     """Return {caption: (key, image)} of the usable examples."""
     found = {}
     for i in set(range(22)) - {5}:
-        picture = sources.fit(
+        picture = crops.fit_bicubic(
             np.asarray(Image.open(images / f"{i:03d}.png")), *SIZES[0 if i % 3 else 1]
         )
         found[(images / f"{i:03d}.txt").read_text()] = f"{i:03d}.png", picture
@@ -358,10 +359,10 @@ def test_a_manifest_of_another_condition(tmp_path):
 def test_batches_contain_the_condition(tmp_path):
     """Row by row, as float32, also from a pickle; left out where it is not wanted."""
     data = data_set(tmp_path)
-    arrays, _ = batches.Make(data, 0, 4)(0)
+    arrays, _ = batches.BatchReader(data, seed=0, batch=4)(0)
     assert arrays["control"].dtype == np.float32
     np.testing.assert_array_equal(arrays["control"], -arrays["latent"])
-    without = batches.Make(data, 0, 4, control=False)
+    without = batches.BatchReader(data, seed=0, batch=4, control=False)
     for made in (without, pickle.loads(pickle.dumps(without))):
         assert made(0)[0].keys() == {"latent", "tokens", "mask"}
     with batches.iterate(data, seed=0, batch=4, start=0, stop=1, control=False) as read:

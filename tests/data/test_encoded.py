@@ -242,9 +242,9 @@ def test_features_that_are_not_finite(tmp_path):
 
 def test_is_finite():
     values = np.float16([0, 65504, -65504, 6e-8])
-    assert encoded.finite(values)
+    assert encoded.is_finite(values)
     for bad in (np.nan, np.inf, -np.inf):
-        assert not encoded.finite(np.append(values, np.float16(bad)))
+        assert not encoded.is_finite(np.append(values, np.float16(bad)))
 
 
 def flip_bit(folder, number):
@@ -284,7 +284,7 @@ def test_every_example_once_an_epoch():
     assert p.steps_per_epoch == 8
     orders = []
     for epoch in range(4):
-        steps = [p.at(8 * epoch + i) for i in range(8)]
+        steps = [p.indices(8 * epoch + i) for i in range(8)]
         assert sorted(np.concatenate(steps)) == list(range(32))
         orders.append(tuple(np.concatenate(steps)))
     assert len(set(orders)) == 4
@@ -295,7 +295,7 @@ def test_leftovers_are_dropped_and_change_with_the_epoch():
     assert p.steps_per_epoch == 7
     dropped = set()
     for epoch in range(20):
-        seen = np.concatenate([p.at(7 * epoch + i) for i in range(7)])
+        seen = np.concatenate([p.indices(7 * epoch + i) for i in range(7)])
         assert len(set(seen)) == 28 and (seen < 32).all()
         dropped |= set(range(32)) - set(seen.tolist())
     assert len(dropped) > 20  # with 23 + 9 examples none is left over in all epochs
@@ -305,7 +305,7 @@ def test_buckets_are_never_mixed_and_alternate():
     p = plan_batches([24, 24])
     of_step = []
     for step in range(48):
-        buckets = set((p.at(step) >= 24).tolist())
+        buckets = set((p.indices(step) >= 24).tolist())
         assert len(buckets) == 1
         of_step.append(buckets.pop())
     patterns = {tuple(of_step[i : i + 12]) for i in range(0, 48, 12)}
@@ -318,7 +318,7 @@ def test_the_seed_decides_the_order():
     With Grain alone they would be equal.
     """
     steps = lambda seed, start: [
-        p.at(start + i).tolist() for p in [plan_batches([24, 8], seed)] for i in range(8)
+        p.indices(start + i).tolist() for p in [plan_batches([24, 8], seed)] for i in range(8)
     ]
     assert steps(0, 0) == steps(0, 0)
     assert steps(0, 0) != steps(1, 0)
@@ -328,7 +328,12 @@ def test_the_seed_decides_the_order():
 def test_golden_order():
     """Runs resume in the middle of this order, so Grain must not change it unnoticed."""
     p = plan_batches([6, 5], batch=2)
-    assert [p.at(step).tolist() for step in (0, 1, 2, 1000003)] == [[4, 2], [7, 8], [5, 3], [1, 4]]
+    assert [p.indices(step).tolist() for step in (0, 1, 2, 1000003)] == [
+        [4, 2],
+        [7, 8],
+        [5, 3],
+        [1, 4],
+    ]
 
 
 def test_ten_million_examples_are_planned_fast():
@@ -336,7 +341,7 @@ def test_ten_million_examples_are_planned_fast():
     buckets = np.random.default_rng(0).integers(0, 33, 10_000_000).astype(np.int16)
     begin = time.perf_counter()
     p = batches.Plan(buckets, seed=0, batch=512)
-    first, late = p.at(0), p.at(10**9)
+    first, late = p.indices(0), p.indices(10**9)
     assert time.perf_counter() - begin < 10
     assert len(set(buckets[first])) == len(set(buckets[late])) == 1
 
@@ -354,7 +359,7 @@ def test_no_bucket_fills_a_batch():
 def test_rows_are_padded_and_masked(tmp_path):
     for kind in ("tokens", "text"):
         data = encoded.Encoded(write_mixed_set(tmp_path / kind, kind), "train")
-        arrays, bad = batches.Make(data, 0, 4)(0)
+        arrays, bad = batches.BatchReader(data, seed=0, batch=4)(0)
         assert bad == [] and arrays["latent"].shape in ((4, 4, 4, 3), (4, 2, 8, 3))
         assert arrays[kind].shape == ((4, 7) if kind == "tokens" else (4, 7, 5))
         assert {a.dtype.name for a in arrays.values()} == (
@@ -372,8 +377,11 @@ def test_rows_are_padded_and_masked(tmp_path):
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_a_batch(data, count):
-    whole = batches.Make(data, 3, 4)
-    parts = [batches.Make(data, 3, 4, i, count) for i in range(count)]
+    whole = batches.BatchReader(data, seed=3, batch=4)
+    parts = [
+        batches.BatchReader(data, seed=3, batch=4, process_index=i, process_count=count)
+        for i in range(count)
+    ]
     for step in range(20):
         expected, shares = whole(step)[0], [part(step)[0] for part in parts]
         for name in expected:
@@ -386,14 +394,14 @@ def test_a_process_reads_only_its_own_rows(data, monkeypatch):
     read, original = [], encoded.Encoded.read
     noting = lambda self, index: (read.append(int(index)), original(self, index))[1]
     monkeypatch.setattr(encoded.Encoded, "read", noting)
-    make = batches.Make(data, 3, 8, 1, 4)
+    make = batches.BatchReader(data, seed=3, batch=8, process_index=1, process_count=4)
     make(5)
-    assert read == make.plan.at(5)[2:4].tolist()
+    assert read == make.plan.indices(5)[2:4].tolist()
 
 
 def test_a_batch_that_does_not_divide(data):
     with pytest.raises(UserError, match="global batch of 6 does not divide by 4 processes"):
-        batches.Make(data, 0, 6, 0, 4)
+        batches.BatchReader(data, seed=0, batch=6, process_index=0, process_count=4)
 
 
 def take(data, start, stop, **options):
@@ -406,7 +414,7 @@ def take(data, start, stop, **options):
 
 
 def test_read_ahead_in_order(data):
-    make = batches.Make(data, 3, 4)
+    make = batches.BatchReader(data, seed=3, batch=4)
     assert take(data, 0, 20) == [
         (numbers(make(step)[0]), make(step)[0]["mask"].tolist()) for step in range(20)
     ]
@@ -419,7 +427,7 @@ def test_resumed_batches_are_the_tail(data):
 def test_reading_stops_early(data):
     with batches.iterate(data, seed=0, batch=4, start=0, stop=10**9, say=print) as ahead:
         first = next(ahead)
-    assert numbers(first) == numbers(batches.Make(data, 0, 4)(0)[0])
+    assert numbers(first) == numbers(batches.BatchReader(data, seed=0, batch=4)(0)[0])
     with pytest.raises(ValueError, match="closed"):  # no thread continues to read
         next(ahead)
 
@@ -462,9 +470,9 @@ def test_a_bad_record_is_replaced_by_the_next(tmp_path):
     """The next one of its bucket, past other bad ones, in a ring; the same in each epoch."""
     data = write_damaged_set(tmp_path, [10, 11, 63])
     stands_in = {10: 12, 11: 12, 63: 0}
-    make = batches.Make(data, 0, 16)
+    make = batches.BatchReader(data, seed=0, batch=16)
     for step in range(8):
-        expected = make.plan.at(step).tolist()
+        expected = make.plan.indices(step).tolist()
         arrays, bad = make(step)
         assert numbers(arrays) == [stands_in.get(i, i) for i in expected]
         met = [[10, 11] if i == 10 else [i] for i in expected if i in stands_in]
@@ -472,11 +480,11 @@ def test_a_bad_record_is_replaced_by_the_next(tmp_path):
 
 
 def test_the_replacement_is_of_the_same_bucket(data):
-    p = batches.Make(data, 0, 4).plan
+    p = batches.BatchReader(data, seed=0, batch=4).plan
     for index in range(32):
-        follower = p.after(index)
+        follower = p.replacement(index)
         assert follower != index and data.bucket_of[follower] == data.bucket_of[index]
-    rings = {index: p.after(index) for index in range(32)}
+    rings = {index: p.replacement(index) for index in range(32)}
     assert sorted(rings.values()) == list(range(32))
 
 
@@ -530,4 +538,4 @@ def test_no_readable_record_is_an_error(tmp_path):
     with pytest.raises(
         UserError, match="100 records in a row cannot be used, the last being record"
     ):
-        batches.Make(data, 0, 16)(0)
+        batches.BatchReader(data, seed=0, batch=16)(0)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sprint_jax.data import sources
+from sprint_jax.data import aspect_ratios, captioned, sources
 from sprint_jax.errors import UserError
+from sprint_jax.storage import crops
 
 CAPTIONS = ("a grey step", "two ramps", "a blue corner", "ünïcode, with a comma")
 
@@ -120,7 +121,7 @@ def tfds_folder(tmp_path_factory):
 
 def reason_for(source, index):
     """Return why an example cannot be used."""
-    with pytest.raises(sources.BadExample) as caught:
+    with pytest.raises(captioned.BadExample) as caught:
         source[index]
     return str(caught.value)
 
@@ -135,7 +136,7 @@ def test_all_kinds_of_sources_give_the_same_examples(tmp_path, tfds_folder):
         assert len({e.key for e in examples}) == 4
         assert all(e.latent is None for e in examples)
         for index, example in enumerate(examples):
-            np.testing.assert_array_equal(sources.load_picture(example.image), draw_image(index))
+            np.testing.assert_array_equal(captioned.decode_image(example.image), draw_image(index))
         for beyond in (4, -1):
             with pytest.raises(IndexError):
                 source[beyond]
@@ -379,17 +380,17 @@ def test_what_is_not_a_source(tmp_path, tfds_folder):
     refused(tmp_path / "absent", "no folder .*absent")
     refused(tmp_path, "empty")
     write_file(tmp_path / "notes/readme.md", "hello")
-    refused(tmp_path, "nothing in .* is understood")
+    refused(tmp_path, ".* holds no known data")
     refused(tmp_path / "notes/readme.md", "is a file")
     write_file(tmp_path / "notes/a.png", PNGS[0])
-    refused(tmp_path, "no picture in .* has a caption")
+    refused(tmp_path, "no image in .* has a caption")
     write_tars(tmp_path / "deeper/tars")
     refused(tmp_path, "deeper/tars is: give that")
     refused(tfds_folder.parent, "1.0.0 is: give that")
     write_file(tmp_path / "bad/a.tar", b"no tar at all" * 100)
     refused(tmp_path / "bad", "a.tar")
     write_tar(tmp_path / "other/a.tar", [("a.mp3", b"")])
-    refused(tmp_path / "other", "no pictures")
+    refused(tmp_path / "other", "no images")
 
 
 def test_images_are_rotated_by_their_exif_orientation():
@@ -397,23 +398,25 @@ def test_images_are_rotated_by_their_exif_orientation():
     tall[0, 1] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by a quarter turn clockwise
-    turned = sources.load_picture(encode_image(tall, exif=exif))
+    turned = captioned.decode_image(encode_image(tall, exif=exif))
     np.testing.assert_array_equal(turned, np.rot90(tall, -1))
 
 
 def test_transparency_is_white_and_gray_is_gray():
     clear = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 128]]], np.uint8)
     np.testing.assert_array_equal(
-        sources.load_picture(encode_image(clear)), [[[255, 0, 0], [255] * 3, [127] * 3]]
+        captioned.decode_image(encode_image(clear)), [[[255, 0, 0], [255] * 3, [127] * 3]]
     )
     palette = Image.fromarray(np.array([[[255, 0, 0], [0, 0, 255]]], np.uint8)).convert("P")
     stream = io.BytesIO()
     palette.save(stream, "PNG", transparency=palette.getpixel((0, 0)))
-    np.testing.assert_array_equal(sources.load_picture(stream.getvalue())[0, 0], [255] * 3)
+    np.testing.assert_array_equal(captioned.decode_image(stream.getvalue())[0, 0], [255] * 3)
     deep = np.array([[0, 257 * 100, 65535]], np.uint16)
-    np.testing.assert_array_equal(sources.load_picture(encode_image(deep))[0, :, 0], [0, 100, 255])
     np.testing.assert_array_equal(
-        sources.load_picture(encode_image(draw_image(1)[..., 0]))[..., 2], draw_image(1)[..., 0]
+        captioned.decode_image(encode_image(deep))[0, :, 0], [0, 100, 255]
+    )
+    np.testing.assert_array_equal(
+        captioned.decode_image(encode_image(draw_image(1)[..., 0]))[..., 2], draw_image(1)[..., 0]
     )
 
 
@@ -426,15 +429,17 @@ def decompression_bomb():
 def test_undecodable(data):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with pytest.raises(sources.BadExample, match="^undecodable image$"):
-            sources.load_picture(decompression_bomb() if data is None else data)
+        with pytest.raises(captioned.BadExample, match="^undecodable image$"):
+            captioned.decode_image(decompression_bomb() if data is None else data)
 
 
 def test_fit_crops_the_center():
     wide = draw_image(0, 8, 12)
-    np.testing.assert_array_equal(sources.fit(wide, 8, 6), wide[:, 3:9])
-    np.testing.assert_array_equal(sources.fit(wide.swapaxes(0, 1), 6, 8), wide.swapaxes(0, 1)[3:9])
-    assert sources.fit(wide, 8, 12) is wide
+    np.testing.assert_array_equal(crops.fit_bicubic(wide, 8, 6), wide[:, 3:9])
+    np.testing.assert_array_equal(
+        crops.fit_bicubic(wide.swapaxes(0, 1), 6, 8), wide.swapaxes(0, 1)[3:9]
+    )
+    assert crops.fit_bicubic(wide, 8, 12) is wide
 
 
 @pytest.mark.parametrize(
@@ -450,22 +455,22 @@ def test_fit_is_the_crop_of_the_resized_image(have, want):
     top, left = (height - want[0]) / 2, (width - want[1]) / 2
     assert top == int(top) and left == int(left)
     cut = scaled[int(top) : int(top) + want[0], int(left) : int(left) + want[1]]
-    difference = np.abs(sources.fit(image, *want).astype(int) - cut)
+    difference = np.abs(crops.fit_bicubic(image, *want).astype(int) - cut)
     assert difference.max() <= 1
 
 
 def test_fit_of_a_very_long_image():
-    assert sources.fit(draw_image(0, 1, 50_000), 64, 64).shape == (64, 64, 3)
+    assert crops.fit_bicubic(draw_image(0, 1, 50_000), 64, 64).shape == (64, 64, 3)
 
 
 def test_nearest_bucket():
     buckets = [(512, 512), (384, 640), (640, 384), (300, 900)]
-    assert sources.nearest_bucket(100, 101, buckets) == (512, 512)
-    assert sources.nearest_bucket(1080, 1920, buckets) == (384, 640)
-    assert sources.nearest_bucket(1920, 1080, buckets) == (640, 384)
-    assert sources.nearest_bucket(10, 1000, buckets) == (300, 900)
+    assert aspect_ratios.nearest_bucket(100, 101, buckets) == (512, 512)
+    assert aspect_ratios.nearest_bucket(1080, 1920, buckets) == (384, 640)
+    assert aspect_ratios.nearest_bucket(1920, 1080, buckets) == (640, 384)
+    assert aspect_ratios.nearest_bucket(10, 1000, buckets) == (300, 900)
     # Between 1/2 and 2 by quotient. By difference, 1.2 would go to 0.5.
-    assert sources.nearest_bucket(12, 10, [(1, 2), (2, 1)]) == (2, 1)
+    assert aspect_ratios.nearest_bucket(12, 10, [(1, 2), (2, 1)]) == (2, 1)
     same = [(256, 256), (1024, 1024), (512, 512)]
     for order in itertools.permutations(same):
-        assert sources.nearest_bucket(500, 530, order) == (512, 512)
+        assert aspect_ratios.nearest_bucket(500, 530, order) == (512, 512)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from experiments.emoji import dataset
-from sprint_jax.data import sources
+from sprint_jax.data import captioned, sources
 from sprint_jax.errors import UserError
 
 SIZE = 64
@@ -264,7 +264,7 @@ def test_the_data_set_can_be_read(font, tmp_path):
     for index in range(12):
         image, caption = dataset.example(font, 5, index, SIZE)
         example = source[index]
-        np.testing.assert_array_equal(sources.load_picture(example.image), image)
+        np.testing.assert_array_equal(captioned.decode_image(example.image), image)
         assert example.caption == caption
 
 

@@ -18,7 +18,7 @@ from sprint_jax.models import dc_ae
 from sprint_jax.ops import conv3x3
 from sprint_jax.planning import flops
 from sprint_jax.sampling import generation, loading
-from sprint_jax.storage import image_files
+from sprint_jax.storage import crops, image_files
 
 pytestmark = pytest.mark.second_pass
 
@@ -67,10 +67,10 @@ def test_bins():
     assert len(aspect_ratios.BINS_1024) == len(set(aspect_ratios.BINS_1024)) == 33
     for height, width in aspect_ratios.BINS_1024:
         assert height % 32 == width % 32 == 0 and 0.9 < height * width / 2**20 < 1.1
-        assert aspect_ratios.nearest(2 * height, 2 * width) == (height, width)
-    assert aspect_ratios.nearest(128, 128) == (1024, 1024)
-    assert aspect_ratios.nearest(720, 1280) == (768, 1344)
-    assert aspect_ratios.nearest(9000, 100) == (
+        assert aspect_ratios.nearest_bin(2 * height, 2 * width) == (height, width)
+    assert aspect_ratios.nearest_bin(128, 128) == (1024, 1024)
+    assert aspect_ratios.nearest_bin(720, 1280) == (768, 1344)
+    assert aspect_ratios.nearest_bin(9000, 100) == (
         2048,
         512,
     )
@@ -79,10 +79,10 @@ def test_bins():
 def test_fit_covers_and_crops_the_center():
     """A ramp keeps its middle, and an image of the right size is returned as it is."""
     ramp = np.broadcast_to(np.arange(80, dtype=np.uint8)[:, None, None], (80, 40, 3))[None]
-    fitted = aspect_ratios.fit(ramp, 20, 20)
+    fitted = crops.fit_bilinear(ramp, 20, 20)
     assert fitted.shape == (1, 20, 20, 3)
     np.testing.assert_allclose(fitted[0, :, 0, 0], 20.5 + 2 * np.arange(20), atol=0.51)
-    assert aspect_ratios.fit(ramp, 80, 40) is ramp
+    assert crops.fit_bilinear(ramp, 80, 40) is ramp
 
 
 def test_fit_is_never_short_of_a_pixel():
@@ -91,7 +91,7 @@ def test_fit_is_never_short_of_a_pixel():
         picture = np.broadcast_to(
             np.arange(have[1], dtype=np.uint16)[:, None] // 8, (1, *have, 3)
         ).astype(np.uint8)
-        assert aspect_ratios.fit(picture, *want).shape == (1, *want, 3)
+        assert crops.fit_bilinear(picture, *want).shape == (1, *want, 3)
 
 
 def test_images_of_users(tmp_path):

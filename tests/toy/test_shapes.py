@@ -9,7 +9,7 @@ import pytest
 
 from helpers.configs import card
 from sprint_jax import build, config
-from sprint_jax.data import shapes_batches
+from sprint_jax.data import prefetch, shapes_batches
 from sprint_jax.encoders import patches, words
 from sprint_jax.errors import UserError
 from sprint_jax.toy import checker, shapes
@@ -284,7 +284,7 @@ def batches(**changes):
 
 
 def test_batches_depend_on_the_step_alone():
-    with shapes_batches.Prefetch(batches(), 2, 5) as ahead:
+    with prefetch.Prefetch(batches(), 2, 5) as ahead:
         for step in (2, 3, 4):
             taken, direct = next(ahead), batches()(step)
             for name in direct:
@@ -298,5 +298,11 @@ def test_an_error_in_the_thread_reaches_the_loop():
         """Raise an error at a step."""
         raise RuntimeError(f"step {step}")
 
-    with shapes_batches.Prefetch(fail, 7, 9) as ahead, pytest.raises(RuntimeError, match="step 7"):
+    with prefetch.Prefetch(fail, 7, 9) as ahead, pytest.raises(RuntimeError, match="step 7"):
         next(ahead)
+
+
+def test_prefetching_ends_after_the_last_step():
+    """Fails by a wait without end when the thread does not report its end."""
+    with prefetch.Prefetch(lambda step: step, 3, 9, depth=2) as ahead:
+        assert list(ahead) == [3, 4, 5, 6, 7, 8]

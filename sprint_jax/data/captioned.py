@@ -1,0 +1,123 @@
+"""Captioned examples, and what the readers of image sources have in common."""
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from sprint_jax.storage import image_files
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One captioned image."""
+
+    key: str  # unique within its source, and the same each time that the source is opened
+    image: bytes | None  # an image file that may not decode; None if there is only a latent
+    latent: (
+        np.ndarray | None
+    )  # float32 [C, h, w], finite and scaled; None if there is only an image
+    caption: str  # not empty, without white space at its ends
+
+
+class BadExample(Exception):
+    """An example that cannot be used.
+
+    The message is a short reason, the same for all examples with the same defect. Manifests store
+    it.
+    """
+
+
+class Source(Protocol):
+    """A set of captioned images on disk.
+
+    A source can be pickled, and several threads may read it at the same time.
+    """
+
+    def __len__(self) -> int:
+        """Return the number of examples, including those that cannot be used."""
+        ...
+
+    def __getitem__(self, index: int) -> Example:
+        """Read an example. Raises BadExample if it cannot be used, IndexError beyond the end."""
+        ...
+
+    def key(self, index: int) -> str:
+        """Return the key of an example, usable or not, without reading it."""
+        ...
+
+    def identity(self) -> str:
+        """Return a hash of the names and sizes of the files, not of their content."""
+        ...
+
+
+def check_index(index: int, source: Source) -> None:
+    """Raise IndexError unless `source` has an example `index`."""
+    if not 0 <= index < len(source):
+        raise IndexError(f"example {index} of {len(source)}")
+
+
+def hash_files(kind: str, files: Iterable[tuple[str, int]]) -> str:
+    """Return the identity of a source. files: (name, bytes) in a fixed order."""
+    lines = [kind, *(f"{size} {name}" for name, size in files)]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse the JSON of an example. Raises BadExample if it is damaged."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        raise BadExample("corrupt record") from None
+
+
+def first_text(fields: Any, names: Iterable[str]) -> str:
+    """Return the first of the named fields that is a string and not blank, stripped, or ""."""
+    if isinstance(fields, Mapping):
+        for name in names:
+            value = fields.get(name)
+            if isinstance(value, str) and value.strip():
+                return value.strip()
+    return ""
+
+
+def encode_text(text: str) -> bytes:
+    """Encode text as UTF-8. Keep unpaired surrogates, which `decode_caption` then rejects."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def decode_caption(data: bytes) -> str:
+    """Decode the bytes of a caption.
+
+    Raises BadExample if they are blank or not UTF-8. An unpaired surrogate, which JSON can hold, is
+    not UTF-8.
+    """
+    try:
+        caption = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise BadExample("corrupt record") from None
+    if not caption:
+        raise BadExample("missing caption")
+    return caption
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """Decode an image file as uint8 [H, W, 3].
+
+    The image is rotated as its EXIF data says, transparency becomes white, and only the first frame
+    is read. Raises BadExample if it does not decode, or has more than 100 million pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > image_files.MOST_PIXELS:
+                raise ValueError("a decompression bomb")
+            return np.array(image_files.opaque(image))
+    except Exception:  # decoders of malformed bytes raise many kinds of errors
+        raise BadExample("undecodable image") from None
