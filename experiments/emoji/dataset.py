@@ -1,25 +1,28 @@
-"""`emoji`: captioned pictures made of the glyphs of a colour font, each a pure function of (seed, index, size).
+"""The data set `emoji`: captioned images composed of the glyphs of a color font.
 
-Captions use the Unicode names of the glyphs:
+An image is a pure function of (seed, index, size). Captions use the Unicode names of the glyphs:
 
-    a {name}                                      single, any size and place
+    a {name}                                         of any size, anywhere
     a {name} left of|right of|above|below a {name}
     two|three {names}
 
-and about half of them name the background:
+About half of them name the background:
 
-    ... on a {colour} background
-    ... on a {colour} to {colour} gradient background
-    ... on a striped|dotted|checked {colour} background
+    ... on a {color} background
+    ... on a {color} to {color} gradient background
+    ... on a striped|dotted|checked {color} background
 
-`Emoji` writes such pictures as a TFDS data set, without TensorFlow. Needs Noto Color Emoji or another font with
-colour bitmaps of 109 px.
+`Emoji` writes the images as a TFDS data set, without TensorFlow. It needs Noto Color Emoji, or
+another font with color bitmaps of 109 px.
 """
 
 import hashlib
 import io
+import os
 import pathlib
 import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -27,11 +30,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sprint_jax.errors import UserError
 
+T = TypeVar("T")
+_Thing: TypeAlias = tuple[str, float, float, float]  # name, x, y, extent
+
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 SIZES = (64, 128)
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {"two": 2, "three": 3}
-COLOURS = {
+COLORS = {
     "red": (205, 50, 50),
     "orange": (240, 150, 40),
     "yellow": (250, 220, 70),
@@ -50,9 +56,8 @@ COLOURS = {
 PATTERNS = ("striped", "dotted", "checked")
 
 _NO_CHARACTER = 0x10FFFF
-_BITMAP = 109  # the one size that the font's bitmaps have
-# The emoji blocks beyond the basic plane (in that, "black" and "white" mean filled and outlined), without what came
-# after Unicode 14, which is what Python 3.11 has names for: data must not depend on the Python version.
+_BITMAP = 109  # the only size of the font's bitmaps
+# The emoji blocks beyond the basic plane, in which "black" and "white" mean filled and outlined.
 _BLOCKS = (
     (0x1F300, 0x1F5FF),
     (0x1F600, 0x1F64F),
@@ -61,6 +66,8 @@ _BLOCKS = (
     (0x1F900, 0x1F9FF),
     (0x1FA70, 0x1FAFF),
 )
+# Python 3.11 knows the names of Unicode 14. Characters that are newer than that are left out,
+# because the data must not depend on the version of Python.
 _NEWER = {
     0x1F6D8,
     0x1F6DC,
@@ -73,11 +80,11 @@ _NEWER = {
     *range(0x1FAE8, 0x1FAF0),
     *range(0x1FAF7, 0x1FB00),
 }
-# Not things of their own, or named by an outline that the font fills with another colour; "two hearts" and its
-# like would read as a count, and "grapes" not as one thing (`_is_several`).
+# Names that do not work in captions: parts of other emoji, and outlines that the font fills with
+# another color. "two hearts" would read as a count.
 _LEFT_OUT = ("emoji modifier", "emoji component", "keycap", "white sun", "two ", "three ")
 _LEFT_OUT_ENDS = ("backhand index",)
-_VOWELS_BY_SOUND = {"european": "a", "unicorn": "a", "one": "a", "one-piece": "a", "x-ray": "an"}
+_ARTICLE_BY_SOUND = {"european": "a", "unicorn": "a", "one": "a", "one-piece": "a", "x-ray": "an"}
 _AFTER_THE_NOUN = {
     "with",
     "without",
@@ -118,104 +125,109 @@ _IRREGULAR = {
 }
 
 
-def candidates():
-    """[(code point, lower-cased Unicode name)] of the emoji that pictures are made of, whatever font is there."""
+def candidates() -> list[tuple[int, str]]:
+    """Return [(code point, lower-case Unicode name)] of the emoji that images may show.
+
+    The list does not depend on the font. Names in the plural, such as "grapes", are left out.
+    """
     listed = []
     for first, last in _BLOCKS:
         for point in range(first, last + 1):
             name = unicodedata.name(chr(point), "").lower()
-            wanted = (
-                point not in _NEWER
-                and not name.startswith(_LEFT_OUT)
-                and not name.endswith(_LEFT_OUT_ENDS)
-            )
-            if name and wanted and not _is_several(name):
+            left_out = name.startswith(_LEFT_OUT) or name.endswith(_LEFT_OUT_ENDS)
+            if name and point not in _NEWER and not left_out and not _is_plural(name):
                 listed.append((point, name))
     return listed
 
 
 class Glyphs:
-    """The glyphs of one font file.
+    """The glyphs of a font file.
 
-    names: those that it has, in the order of their code points. digest: a hash of the file.
+    names: the names of the available emoji, in the order of their code points.
+    digest: SHA-256 of the file.
     """
 
-    def __init__(self, path=FONT):
-        data = _font_file(path)
+    def __init__(self, path: str | os.PathLike[str] = FONT):
+        """Open a font. Raises UserError if it lacks bitmaps of 109 px or emoji."""
+        data = _read_font(path)
         self.digest = hashlib.sha256(data).hexdigest()
         try:
-            # BASIC: one code point is one glyph, whether or not PIL was built with a text shaper.
+            # With BASIC, a code point is a glyph even if PIL was built with a text shaper.
             layout = ImageFont.Layout.BASIC
             self._font = ImageFont.truetype(io.BytesIO(data), _BITMAP, layout_engine=layout)
         except OSError as error:
             raise UserError(
-                f"{path} has no bitmaps of {_BITMAP} px ({error}): give --font=NotoColorEmoji.ttf of the Debian "
-                "package fonts-noto-color-emoji"
+                f"{path} has no bitmaps of {_BITMAP} px ({error}): give --font=NotoColorEmoji.ttf "
+                "of the Debian package fonts-noto-color-emoji"
             ) from None
-        # What the font draws for a character that there is none of, often a box, is no glyph.
-        self._lacking = self._font.getmask(chr(_NO_CHARACTER))
+        # Fonts draw a placeholder, often a box, for characters that they do not have.
+        self._placeholder = self._mask(_NO_CHARACTER)
         self._points = {name: point for point, name in candidates() if self._has(point)}
         self.names = tuple(self._points)
         if len(self.names) < 2:
             raise UserError(
-                f"{path} has {len(self.names)} emoji: give --font=NotoColorEmoji.ttf of the Debian package "
-                "fonts-noto-color-emoji"
+                f"{path} has {len(self.names)} emoji: give --font=NotoColorEmoji.ttf of the Debian "
+                "package fonts-noto-color-emoji"
             )
-        self._pictures = {}
+        self._images: dict[str, np.ndarray] = {}
 
-    def _has(self, point):
+    def _has(self, point: int) -> bool:
         left, top, right, bottom = self._font.getbbox(chr(point))
-        return (
-            right > left and bottom > top and not self._is_lacking(self._font.getmask(chr(point)))
-        )
+        if right <= left or bottom <= top:
+            return False
+        return self._mask(point) != self._placeholder
 
-    def _is_lacking(self, mask):
-        return mask.size == self._lacking.size and bytes(mask) == bytes(self._lacking)
+    def _mask(self, point: int) -> tuple[tuple[int, int], bytes]:
+        """Return the size and the pixels of a glyph's mask."""
+        mask: Any = self._font.getmask(chr(point))
+        return mask.size, bytes(mask)
 
-    def picture(self, name):
-        """uint8 [h, w, 4] RGBA, cut to what is drawn. Rendered once; do not write to it."""
-        if name not in self._pictures:
+    def image(self, name: str) -> np.ndarray:
+        """Return a glyph as RGBA, uint8 [h, w, 4], cropped to its opaque part.
+
+        The array is cached; do not write to it.
+        """
+        if name not in self._images:
             text = chr(self._points[name])
             _, _, right, bottom = self._font.getbbox(text)
-            canvas = Image.new("RGBA", (right, bottom))
+            canvas = Image.new("RGBA", (int(right), int(bottom)))
             ImageDraw.Draw(canvas).text((0, 0), text, font=self._font, embedded_color=True)
-            self._pictures[name] = np.asarray(canvas.crop(canvas.getchannel("A").getbbox()))
-        return self._pictures[name]
+            self._images[name] = np.asarray(canvas.crop(canvas.getchannel("A").getbbox()))
+        return self._images[name]
 
 
-def _font_file(path):
+def _read_font(path: str | os.PathLike[str]) -> bytes:
     try:
         return pathlib.Path(path).read_bytes()
     except OSError:
         raise UserError(
-            f"no font {path}: install the Debian package fonts-noto-color-emoji or name a copy of NotoColorEmoji.ttf "
-            "with --font"
+            f"no font {path}: install the Debian package fonts-noto-color-emoji or pass a copy of "
+            "NotoColorEmoji.ttf with --font"
         ) from None
 
 
-def article(words):
-    """ "a" or "an", as the words sound."""
-    by_sound = _VOWELS_BY_SOUND.get(words.split()[0])
+def article(words: str) -> str:
+    """Return "a" or "an", as the words are pronounced."""
+    by_sound = _ARTICLE_BY_SOUND.get(words.split()[0])
     return by_sound or ("an" if words[0] in "aeiou" else "a")
 
 
-def _noun(words):
-    """Index of the noun: the last word before "with", "of" and their like."""
-    return (
-        next((i for i, word in enumerate(words) if i and word in _AFTER_THE_NOUN), len(words)) - 1
-    )
+def _find_noun(words: Sequence[str]) -> int:
+    """Return the index of the noun: the last word before "with", "of" or a similar word."""
+    later = (i for i, word in enumerate(words) if i and word in _AFTER_THE_NOUN)
+    return next(later, len(words)) - 1
 
 
-def _is_several(name):
+def _is_plural(name: str) -> bool:
     words = name.split()
-    word = words[_noun(words)]
+    word = words[_find_noun(words)]
     return word.endswith("s") and not word.endswith(_SINGULAR_ENDS)
 
 
-def plural(name):
-    """The name of several: its noun in the plural."""
+def plural(name: str) -> str:
+    """Return a name with its noun in the plural."""
     words = name.split()
-    noun = _noun(words)
+    noun = _find_noun(words)
     word = words[noun]
     if word in _IRREGULAR:
         word = _IRREGULAR[word]
@@ -228,63 +240,70 @@ def plural(name):
     return " ".join((*words[:noun], word, *words[noun + 1 :]))
 
 
-def example(font, seed, index, size):
-    """Picture and caption number `index`: uint8 [size, size, 3], str. Depends on the arguments alone.
+def example(font: Glyphs, seed: int, index: int, size: int) -> tuple[np.ndarray, str]:
+    """Draw an image, uint8 [size, size, 3], and its caption. They depend on the arguments only.
 
     Args:
-      font: a `Glyphs`.
-      seed, index: non-negative integers; together they name the example, which is the same scene at any size.
+      font: the glyphs.
+      seed, index: non-negative integers that together name the example. It is the same scene at any
+        size.
       size: side in pixels.
     """
     rng = np.random.default_rng([seed, index])
     ground, where = _background(rng, size)
     things, words = _scene(rng, font.names)
     for name, x, y, extent in things:
-        _put(ground, font.picture(name), x, y, extent)
+        _paste(ground, font.image(name), (x, y), extent)
     return ground.round().astype(np.uint8), words + where
 
 
-def _pick(rng, options):
-    # random() alone is used throughout: its stream is the part of NumPy's generators that is stable.
+def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
+    # This module calls only random(): no other method is stable across versions of NumPy.
     return options[int(rng.random() * len(options))]
 
 
-def _between(rng, low, high):
+def _draw_between(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
 
 
-def _background(rng, size):
-    """float64 [size, size, 3] in 0 to 255, and the end of the caption that names it, empty in half of the cases."""
+def _background(rng: np.random.Generator, size: int) -> tuple[np.ndarray, str]:
+    """Draw a background, float64 [size, size, 3] from 0 to 255, and the end of the caption.
+
+    The end of the caption names the background, or is empty in half of the cases.
+    """
     kind = rng.random()
-    colour, other = _pick(rng, tuple(COLOURS)), _pick(rng, tuple(COLOURS))
+    color, other = _pick(rng, tuple(COLORS)), _pick(rng, tuple(COLORS))
     pattern, angle, period = (
         _pick(rng, PATTERNS),
         _pick(rng, (0, 1, 2)),
         _pick(rng, (0.125, 0.1875, 0.25)),
     )
-    told = rng.random() < 0.5
+    named = rng.random() < 0.5
     share = (np.arange(size) + 0.5) / size
     x, y = share[None, :] + 0 * share[:, None], share[:, None] + 0 * share[None, :]
-    base = np.array(COLOURS[colour], float)
-    if kind < 0.4 or (kind < 0.6 and other == colour):
-        mix, words = np.zeros((size, size)), f"{colour} background"
+    base = np.array(COLORS[color], float)
+    if kind < 0.4 or (kind < 0.6 and other == color):
+        mix, words = np.zeros((size, size)), f"{color} background"
         end = base
     elif kind < 0.6:
-        mix, words = (y, x, (x + y) / 2)[angle], f"{colour} to {other} gradient background"
-        end = np.array(COLOURS[other], float)
+        mix, words = (y, x, (x + y) / 2)[angle], f"{color} to {other} gradient background"
+        end = np.array(COLORS[other], float)
     else:
         mix, words = (
             _pattern(pattern, angle, x / period, y / period),
-            f"{pattern} {colour} background",
+            f"{pattern} {color} background",
         )
-        # A paler or, for pale colours, darker shade of itself: the colour stays what it is called.
+        # The second shade is paler, or darker for pale colors, so that the name still fits.
         end = base + 0.5 * (255 - base) if base.mean() < 170 else 0.75 * base
     ground = base + mix[..., None] * (end - base)
-    return ground, f" on {article(words)} {words}" if told else ""
+    return ground, f" on {article(words)} {words}" if named else ""
 
 
-def _pattern(pattern, angle, x, y):
-    """Where the second shade is: float64 0 or 1 like x and y, which count periods."""
+def _pattern(pattern: str, angle: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return where the second shade is: float64, 0 or 1, of the shape of x and y.
+
+    x, y: coordinates in periods of the pattern.
+    """
     if pattern == "striped":
         return ((y, x, x + y)[angle] % 1 < 0.5).astype(float)
     if pattern == "dotted":
@@ -292,41 +311,52 @@ def _pattern(pattern, angle, x, y):
     return ((np.floor(x) + np.floor(y)) % 2).astype(float)
 
 
-def _scene(rng, names):
-    """[(name, x, y, extent)] and the words for it. x, y: centres; extent: longer side; all as shares of the side."""
+def _scene(rng: np.random.Generator, names: Sequence[str]) -> tuple[list[_Thing], str]:
+    """Draw a scene: [(name, x, y, extent)], and the words for it.
+
+    x, y: centers. extent: longer side of a glyph. All are fractions of the image's side.
+    """
     kind = rng.random()
     name = _pick(rng, names)
     if kind < 0.6:
-        extent = _between(rng, 0.4, 0.9)
-        x, y = (_between(rng, extent / 2, 1 - extent / 2) for _ in range(2))
+        extent = _draw_between(rng, 0.4, 0.9)
+        x, y = (_draw_between(rng, extent / 2, 1 - extent / 2) for _ in range(2))
         return [(name, x, y, extent)], f"{article(name)} {name}"
     if kind < 0.8:
         other = _pick(rng, [n for n in names if n != name])
         relation = _pick(rng, RELATIONS)
-        near, far = _between(rng, 0.22, 0.28), _between(rng, 0.72, 0.78)
-        level = _between(rng, 0.25, 0.75)
-        levels = [level + _between(rng, -0.03, 0.03) for _ in range(2)]
+        near, far = _draw_between(rng, 0.22, 0.28), _draw_between(rng, 0.72, 0.78)
+        level = _draw_between(rng, 0.25, 0.75)
+        levels = [level + _draw_between(rng, -0.03, 0.03) for _ in range(2)]
         along = (near, far) if relation in ("left of", "above") else (far, near)
         flat = relation in ("left of", "right of")
         things = [
-            (n, *((a, b) if flat else (b, a)), _between(rng, 0.3, 0.43))
+            (n, *((a, b) if flat else (b, a)), _draw_between(rng, 0.3, 0.43))
             for n, a, b in zip((name, other), along, levels, strict=True)
         ]
         return things, f"{article(name)} {name} {relation} {article(other)} {other}"
     number = _pick(rng, tuple(NUMBERS))
-    extent = _between(rng, 0.3, 0.43)
+    extent = _draw_between(rng, 0.3, 0.43)
     corners = np.argsort([rng.random() for _ in range(4)])[: NUMBERS[number]]
     things = []
     for corner in corners.tolist():
         x, y = (
-            0.25 + 0.5 * side + _between(rng, -0.03, 0.03) for side in (corner % 2, corner // 2)
+            0.25 + 0.5 * side + _draw_between(rng, -0.03, 0.03)
+            for side in (corner % 2, corner // 2)
         )
         things.append((name, x, y, extent))
     return things, f"{number} {plural(name)}"
 
 
-def _put(ground, glyph, x, y, extent):
-    """Draws RGBA uint8 [h, w, 4] into float64 [S, S, 3], its longer side `extent` of S, whole."""
+def _paste(
+    ground: np.ndarray, glyph: np.ndarray, center: tuple[float, float], extent: float
+) -> None:
+    """Paste a glyph into an image in place, moved so that all of it is inside.
+
+    ground: float64 [S, S, 3]. glyph: RGBA, uint8 [h, w, 4]. center: (x, y). center, extent: as in
+    `_scene`.
+    """
+    x, y = center
     size, scale = len(ground), extent * len(ground) / max(glyph.shape[:2])
     height, width = (max(1, round(scale * side)) for side in glyph.shape[:2])
     drawn = np.asarray(
@@ -339,20 +369,36 @@ def _put(ground, glyph, x, y, extent):
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Writes the data set `emoji`: split train, features image (PNG), caption, id, in the order of the ids."""
+    """The builder of the data set `emoji`, split "train", in the order of ids.
+
+    Its features are image (PNG), caption and id.
+    """
 
     name = "emoji"
     VERSION = tfds.core.Version("1.0.0")
-    # Said here because TFDS's own way of finding it imports a package that it does not ask pip for.
-    code_path = pathlib.Path(__file__)
+    # Set explicitly, because TFDS finds it with a package that it does not declare as a dependency.
+    code_path: Any = pathlib.Path(__file__)
 
-    def __init__(self, *, font, seed, size, count, each=iter, **options):
-        """font, seed, size: as in `example`. count: pictures. each: wraps the ids, as a progress bar does."""
+    def __init__(
+        self,
+        *,
+        font: Glyphs,
+        seed: int,
+        size: int,
+        count: int,
+        each: Callable[[Iterable[int]], Iterable[int]] = iter,
+        **options: Any,
+    ):
+        """Describe a data set; `download_and_prepare` writes it.
+
+        font, seed, size: as in `example`. count: number of images. each: wraps the ids, for example
+        in a progress bar. options: of the TFDS builder.
+        """
         self._settings = {"seed": seed, "size": size, "count": count, "font_sha256": font.digest}
         self._glyphs, self._each = font, each
         super().__init__(file_format="array_record", **options)
 
-    def _info(self):
+    def _info(self) -> tfds.core.DatasetInfo:
         size = self._settings["size"]
         return tfds.core.DatasetInfo(
             builder=self,
@@ -368,15 +414,15 @@ class Emoji(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager):
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager  # nothing is downloaded
         return {"train": self._generate_examples()}
 
-    def _generate_examples(self):
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
         s = self._settings
         for index in self._each(range(s["count"])):
             image, caption = example(self._glyphs, s["seed"], index, s["size"])
             png = io.BytesIO()
             Image.fromarray(image).save(png, format="PNG")
-            # An array instead of a file's bytes would make TFDS ask for TensorFlow.
+            # Bytes of a file, because TFDS needs TensorFlow to encode an array.
             yield index, {"image": png.getvalue(), "caption": caption, "id": index}

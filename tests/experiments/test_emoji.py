@@ -66,7 +66,7 @@ def test_missing_glyphs_are_not_emoji():
     """An outline font with a few dozen emoji draws a box for all others."""
     matplotlib = pytest.importorskip("matplotlib")
     few = dataset.Glyphs(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf")
-    drawn = {few.picture(name).tobytes() for name in few.names}
+    drawn = {few.image(name).tobytes() for name in few.names}
     assert 2 <= len(few.names) < 200 and len(drawn) == len(few.names)
 
 
@@ -93,7 +93,7 @@ def default_examples(font):
 def test_glyphs_are_what_the_font_draws(font):
     assert len(font.names) > 1000
     assert "black droplet" not in font.names  # has a name and is not in this font
-    face = font.picture("grinning face")
+    face = font.image("grinning face")
     assert face.dtype == np.uint8
     assert face.shape[2] == 4
     assert min(face.shape[:2]) > 90
@@ -105,9 +105,9 @@ def test_glyphs_are_what_the_font_draws(font):
     assert middle[0] > 200
     assert middle[1] > 150
     assert middle[2] < 130  # yellow: a color glyph, not a black outline
-    assert font.picture("grinning face") is face
+    assert font.image("grinning face") is face
     for name in font.names[::100]:
-        assert font.picture(name)[..., 3].max() > 200, name
+        assert font.image(name)[..., 3].max() > 200, name
 
 
 def test_examples_are_pure_and_differ(font, default_examples):
@@ -135,7 +135,7 @@ def caption_pattern(font):
     """Return the pattern of all captions."""
     one = "|".join(re.escape(f"{dataset.article(n)} {n}") for n in font.names)
     several = "|".join(re.escape(dataset.plural(n)) for n in font.names)
-    color = "|".join(dataset.COLOURS)
+    color = "|".join(dataset.COLORS)
     ground = (
         f" on an? (?:(?:{color}) background|(?:{color}) to (?:{color}) gradient background"
         f"|(?:striped|dotted|checked) (?:{color}) background)"
@@ -171,14 +171,14 @@ def test_captions_follow_the_grammar(font, default_examples):
 def without_glyphs(font, index, monkeypatch):
     """Return the same example with nothing drawn on its background."""
     with monkeypatch.context() as patched:
-        patched.setattr(dataset, "_put", lambda *_: None)
+        patched.setattr(dataset, "_paste", lambda *_: None)
         return dataset.example(font, 0, index, SIZE)[0]
 
 
 def test_the_background_is_the_named_color(font, default_examples, monkeypatch):
-    plain = re.compile(" on an? (" + "|".join(dataset.COLOURS) + ") background$")
+    plain = re.compile(" on an? (" + "|".join(dataset.COLORS) + ") background$")
     patterned = re.compile(
-        " on an? (striped|dotted|checked) (" + "|".join(dataset.COLOURS) + ") background$"
+        " on an? (striped|dotted|checked) (" + "|".join(dataset.COLORS) + ") background$"
     )
     gradient = re.compile(" on an? ([a-z ]+) to ([a-z ]+) gradient background$")
     seen = set()
@@ -186,17 +186,17 @@ def test_the_background_is_the_named_color(font, default_examples, monkeypatch):
         ground = without_glyphs(font, index, monkeypatch).astype(int)
         shades = len(np.unique(ground.reshape(-1, 3), axis=0))
         if match := plain.search(caption):
-            assert (ground == dataset.COLOURS[match[1]]).all()
+            assert (ground == dataset.COLORS[match[1]]).all()
             seen.add("plain")
         elif match := patterned.search(caption):
             assert shades == 2
-            assert (ground == dataset.COLOURS[match[2]]).all(-1).mean() > 0.4
+            assert (ground == dataset.COLORS[match[2]]).all(-1).mean() > 0.4
             seen.add(match[1])
         elif match := gradient.search(caption):
             corners = ground[0, 0], ground[-1, -1]
             assert match[1] != match[2]
             for corner, color in zip(corners, match.groups(), strict=True):
-                assert np.abs(corner - dataset.COLOURS[color]).max() < 8
+                assert np.abs(corner - dataset.COLORS[color]).max() < 8
             seen.add("gradient")
     assert seen == {"plain", "gradient", *dataset.PATTERNS}
 
@@ -206,8 +206,8 @@ def drawn_regions(font, index, monkeypatch):
 
     Each mask is from the example drawn with all glyphs but one left out.
     """
-    put, drawn = dataset._put, []
-    names = {id(font.picture(name)): name for name in font.names}
+    put, drawn = dataset._paste, []
+    names = {id(font.image(name)): name for name in font.names}
 
     def alone(ground, glyph, *place):
         blank = np.zeros((SIZE, SIZE, 3))
@@ -215,7 +215,7 @@ def drawn_regions(font, index, monkeypatch):
         drawn.append((names[id(glyph)], blank[..., 0] > 64))
 
     with monkeypatch.context() as patched:
-        patched.setattr(dataset, "_put", alone)
+        patched.setattr(dataset, "_paste", alone)
         dataset.example(font, 0, index, SIZE)
     return drawn
 
