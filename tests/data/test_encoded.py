@@ -73,7 +73,7 @@ def test_written_records_are_read(tmp_path, kind):
             np.testing.assert_array_equal(read[name], expected[name])
         seen.append(number)
     assert sorted(seen) == list(range(32))
-    assert data.where(9) == f"record 1 of {tmp_path / 'set'}/train-00001.array_record"
+    assert data.describe(9) == f"record 1 of {tmp_path / 'set'}/train-00001.array_record"
 
 
 def test_the_manifest_entry_of_a_shard(tmp_path):
@@ -263,7 +263,7 @@ def test_a_flipped_bit_is_found(tmp_path):
     flip_bit(folder, 9)
     data = encoded.Encoded(folder, "train")
     bad = [i for i in range(32) if not is_readable(data, i)]
-    assert len(bad) == 1 and data.where(bad[0]).endswith("train-00001.array_record")
+    assert len(bad) == 1 and data.describe(bad[0]).endswith("train-00001.array_record")
     with pytest.raises(encoded.BadRecord, match="cannot be read"):
         data.read(bad[0])
     assert is_readable(data, bad[0] - 1) and is_readable(data, bad[0] + 1)
