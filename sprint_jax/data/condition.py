@@ -133,7 +133,7 @@ def _write(
     """Draw and write the missing images, of `total`."""
     import tqdm
 
-    from sprint_jax.data import sources
+    from sprint_jax.data import captioned
     from sprint_jax.storage import image_files
 
     with tqdm.tqdm(
@@ -142,8 +142,8 @@ def _write(
         for target, path in missing.items():
             try:
                 # The pixels that `sprint-jax encode --condition` sees.
-                image = sources.load_picture(path.read_bytes())
-            except (OSError, sources.BadExample) as error:
+                image = captioned.decode_image(path.read_bytes())
+            except (OSError, captioned.BadExample) as error:
                 raise UserError(
                     f"cannot read the image {path} ({error}): repair or remove it; "
                     "what is done is kept"

@@ -13,10 +13,11 @@ import jax
 import numpy as np
 
 from sprint_jax.conditioning.detector import Lines
-from sprint_jax.data import sources
+from sprint_jax.data import aspect_ratios, captioned
 from sprint_jax.data.encode_settings import Encoders, Settings
 from sprint_jax.encoders import prompts
 from sprint_jax.errors import UserError
+from sprint_jax.storage import crops
 
 _TOLERATED = 3  # unusable examples that never stop the work, however few there are
 _SHOWN = 10  # captions that were cut, warned about one by one
@@ -149,17 +150,17 @@ class ChunkEncoder:
             if self._is_ready(example):
                 if len(example.latent) != channels:
                     have = len(example.latent)
-                    raise sources.BadExample(
+                    raise captioned.BadExample(
                         f"its latent has {have} channels, the encoder's have {channels}"
                     )
                 return example, _half(example.latent.transpose(1, 2, 0))
             if example.image is None:
-                raise sources.BadExample("it has a latent and no picture to make a condition of")
-            image = sources.load_picture(example.image)
+                raise captioned.BadExample("it has a latent and no picture to make a condition of")
+            image = captioned.decode_image(example.image)
             height, width = image.shape[:2]
-            bucket = sources.nearest_bucket(height, width, self.settings.sizes)
-            return example, sources.fit(image, *bucket)
-        except sources.BadExample as error:
+            bucket = aspect_ratios.nearest_bucket(height, width, self.settings.sizes)
+            return example, crops.fit_bicubic(image, *bucket)
+        except captioned.BadExample as error:
             return example, error
 
     def _is_ready(self, example: Any) -> bool:

@@ -15,6 +15,7 @@ from sprint_jax.errors import UserError
 from sprint_jax.evaluation import clip_score, extractors, fid, image_sets
 from sprint_jax.evaluation.images import Images, captions
 from sprint_jax.evaluation.options import Options
+from sprint_jax.storage import crops
 from sprint_jax.toy import checker
 
 Protocol = dict[str, Any]
@@ -135,7 +136,7 @@ def _gaussian(
     fit = (
         (lambda image: image)
         if side is None
-        else functools.partial(extractors.shorter_side, size=side)
+        else functools.partial(crops.fit_short_side, size=side)
     )
     parts = (
         fid.Moments.of(extract([fit(image) for image in images]))

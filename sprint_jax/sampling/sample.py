@@ -15,7 +15,7 @@ from sprint_jax.data import aspect_ratios
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import generation
 from sprint_jax.sampling.options import SampleOptions
-from sprint_jax.storage import files, image_files
+from sprint_jax.storage import crops, files, image_files
 
 _SAY = functools.partial(print, file=sys.stderr, flush=True)
 _STRENGTH, _CONTROL_SCALE = 0.6, 1.0
@@ -97,7 +97,7 @@ def _generate(options: SampleOptions, prompts: list[str]) -> np.ndarray:
     pipe = load(options)
     height, width = _size(options, pipe)
     made_at = (
-        aspect_ratios.nearest(height, width) if options.resolution_binning else (height, width)
+        aspect_ratios.nearest_bin(height, width) if options.resolution_binning else (height, width)
     )
     generation.latent_shape(pipe, *made_at)  # refuses a bad size before an image is read
     image, control = (
@@ -132,7 +132,7 @@ def _generate(options: SampleOptions, prompts: list[str]) -> np.ndarray:
             batch_size=options.batch_size,
             say=show,
         )
-    return aspect_ratios.fit(images, height, width)
+    return crops.fit_bilinear(images, height, width)
 
 
 def _size(options: SampleOptions, pipe: Any) -> tuple[int, int]:

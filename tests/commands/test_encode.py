@@ -37,6 +37,7 @@ from sprint_jax.encoders import prompts
 from sprint_jax.encoders import text as text_encoders
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import cards
+from sprint_jax.storage import crops
 from sprint_jax.toy import shapes
 from sprint_jax.training import data_encoders
 
@@ -79,7 +80,7 @@ def test_records_are_the_encoders_own(images, encoding_folder):
     assert found.keys() == captions.keys()
     for caption, i in captions.items():
         size = SIZES[0] if i % 3 else SIZES[1]
-        picture = sources.fit(np.asarray(Image.open(images / f"{i:03d}.png")), *size)
+        picture = crops.fit_bicubic(np.asarray(Image.open(images / f"{i:03d}.png")), *size)
         np.testing.assert_array_equal(
             found[caption]["latent"], CODEC.encode(picture[None])[0].astype(np.float16)
         )
@@ -452,7 +453,7 @@ def test_the_command_on_a_published_model(command, published, pipe, photographs,
     features_of = jax.jit(pipe.text.features)
     for i in range(4):
         caption = (photographs / f"{i}.txt").read_text().strip()
-        picture = sources.fit(np.asarray(Image.open(photographs / f"{i}.jpg")), 32, 64)
+        picture = crops.fit_bicubic(np.asarray(Image.open(photographs / f"{i}.jpg")), 32, 64)
         alone = np.asarray(pipe.pixels.encode(pipe.params["pixels"], picture[None]))[0]
         assert found[caption]["latent"].shape == (1, 2, 8)
         np.testing.assert_allclose(
