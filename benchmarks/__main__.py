@@ -1,14 +1,14 @@
 """Measure how fast this is, here, against PyTorch and against arithmetic.
 
-    --suite=cpu       float32: 0.6B transformer, DC-AE decoder, a pair of training steps, a whole command
+    --suite=cpu       float32: 0.6B transformer, DC-AE decoder, a pair of steps, a whole command
     --suite=gpu       bfloat16: components, prompt to pixels at 512 and 1024 px, the published pair
     --suite=kernels   the two attentions alone, forward and in the derivatives of training
 
-Prints a table and writes its rows to --out as a JSON list, after every case, so that a run cut short
-leaves what it measured. Peers (diffusers, PyTorch) run in the same process, alternating with ours;
-they need a checkout and requirements-dev.txt, and without them the rows say so. Weights are random:
-nothing is downloaded. --operations=N says after each case where its time goes: the N longest
-operations of the device.
+Prints a table and writes its rows to --out as a JSON list, after every case, so that a run cut
+short leaves what it measured. Peers (diffusers, PyTorch) run in the same process, alternating with
+ours; they need a checkout and requirements-dev.txt, and without them the rows say so. Weights are
+random: nothing is downloaded. --operations=N says after each case where its time goes: the N
+longest operations of the device.
 """
 
 import dataclasses
@@ -93,12 +93,14 @@ def _cases(options):
     names = [case.name for case in cases]
     if not options.only:
         raise UserError(
-            f"--only= names no case: leave it out for all of --suite={options.suite}, or use some of {', '.join(names)}"
+            f"--only= names no case: leave it out for all of --suite={options.suite}, or use some "
+            f"of {', '.join(names)}"
         )
     for pattern in options.only:
         if not fnmatch.filter(names, pattern):
             raise UserError(
-                f"--only={pattern} names no case of --suite={options.suite}: use some of {', '.join(names)}"
+                f"--only={pattern} names no case of --suite={options.suite}: use some of "
+                f"{', '.join(names)}"
             )
     return [
         case
@@ -120,7 +122,8 @@ def _run(cases, out, options):
     where = bench.where
     threads = f", {where['threads']} threads" if where["threads"] else ""
     print(
-        f"{where['device']}{threads}, jax {where['jax']}, commit {where['commit']}, {options.repeats} repeats",
+        f"{where['device']}{threads}, jax {where['jax']}, commit {where['commit']}, "
+        f"{options.repeats} repeats",
         flush=True,
     )
     with tqdm.tqdm(cases, unit="case", desc="benchmark") as bar:

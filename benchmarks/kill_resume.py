@@ -1,11 +1,12 @@
-"""Kills a run at random moments of training, restarts it each time, and compares it with an undisturbed run.
+"""Kills a run at random moments of training, restarts it each time, and compares it with an
+undisturbed run.
 
     python -m benchmarks.kill_resume [--kills=20] [--seed=0] [--out=DIR]
 
-The job is the `smoke` preset with longer stages and a checkpoint every few steps, on the CPU. A kill is
-SIGKILL; its moment is a step drawn evenly over the training and a part of a second after that. Exits with 1
-when a checkpoint that was on disk is not the one resumed from, when more than the interval in flight is lost,
-or when weights, metrics or scores at the end differ in one bit.
+The job is the `smoke` preset with longer stages and a checkpoint every few steps, on the CPU. A
+kill is SIGKILL; its moment is a step drawn evenly over the training and a part of a second after
+that. Exits with 1 when a checkpoint that was on disk is not the one resumed from, when more than
+the interval in flight is lost, or when weights, metrics or scores at the end differ in one bit.
 """
 
 import dataclasses
@@ -131,7 +132,8 @@ def _measure(out, options):
         before = stage, step, _on_disk(killed, stage)
     differing = _differences(whole, killed)
     print(
-        f"\n{options.kills} kills, {lost_in_all} steps done twice, {time.perf_counter() - begin:.0f} s"
+        f"\n{options.kills} kills, {lost_in_all} steps done twice, "
+        f"{time.perf_counter() - begin:.0f} s"
     )
     faults += [f"{name} differs from the undisturbed run's" for name in differing]
     print(
@@ -147,7 +149,9 @@ def _resumed(workdir):
 
 
 def _judge(number, before, resumed, faults):
-    """Prints the row of a kill once its restart is known; returns the steps that had to be done again."""
+    """Prints the row of a kill once its restart is known; returns the steps that had to be done
+    again.
+    """
     stage, step, disk = before
     begun = next((int(s) for name, s in resumed if name == stage), 0)
     lost = step - begun

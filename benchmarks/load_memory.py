@@ -42,7 +42,8 @@ def run(options: Options) -> None:
     weights = sum(a.nbytes for a in jax.tree.leaves(pipe.params)) / 2**30
     loaded = peak() - before
     print(
-        f"weights {weights:.2f} GiB, peak while loading {loaded:.2f} GiB above the libraries' {before:.2f}: "
+        f"weights {weights:.2f} GiB, peak while loading {loaded:.2f} GiB above the libraries' "
+        f"{before:.2f}: "
         f"{loaded / weights:.2f} x the weights",
         flush=True,
     )

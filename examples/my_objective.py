@@ -1,9 +1,11 @@
-"""A distillation method from outside the package, and the card that trains with it: velocity regression.
+"""A distillation method from outside the package, and the card that trains with it: velocity
+regression.
 
     python -m sprint_jax.main --config=examples/my_objective.py --workdir=runs/mine
 
-The student regresses the velocity of the guided teacher at its own times, which distills the guidance:
-loss = mean |F_student - F_teacher|^2. The card is the smoke run with this method in its last phase.
+The student regresses the velocity of the guided teacher at its own times, which distills the
+guidance: loss = mean |F_student - F_teacher|^2. The card is the smoke run with this method in its
+last phase.
 """
 
 import dataclasses

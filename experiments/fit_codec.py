@@ -1,6 +1,6 @@
 """Fit a pixel codec: the recipe of the shipped ones.
 
---of=""             drawn `shapes` (shapes_codec; shapes_64_codec: --size=64 --block=16 --channels=48)
+--of=""             drawn shapes (shapes_codec; shapes_64_codec: --size=64 --block=16 --channels=48)
 --of=emoji/1.0.0    images of a folder, tars or TFDS set (emoji_codec: --size=64 --channels=64)
 """
 

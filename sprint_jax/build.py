@@ -53,7 +53,8 @@ def latent_shape(c: config_lib.Config) -> tuple[int, int, int]:
 
 
 def attention(c: config_lib.Config) -> tuple[str, str | None]:
-    """Choose what computes attention here, and say so in a sentence where it is not what was wanted.
+    """Choose what computes attention here, and say so in a sentence where it is not what was
+    wanted.
 
     Where it is "plain", so is the convolution.
     """
@@ -86,7 +87,7 @@ def teacher(c: config_lib.Config) -> LinearDiT:
 
 
 def distilled_teacher(c: config_lib.Config) -> LinearDiT | Controlled:
-    """Describe what the student learns from: the teacher, with its ControlNet where there is one."""
+    """Describe what the student learns from: the teacher, perhaps with its ControlNet."""
     return _controlled(c, teacher(c))
 
 
@@ -122,7 +123,8 @@ def published_transformer(path: pathlib.Path, model: LinearDiT) -> Any:
     if found.time_scale != 1.0 and not math.isclose(1000 * found.time_scale, model.time_scale):
         raise UserError(
             f"{path} holds a transformer with timestep_scale={found.time_scale}, for flow "
-            f"times in [0, 1] a time_scale of {1000 * found.time_scale:g}, the config asks for {model.time_scale:g}: change "
+            f"times in [0, 1] a time_scale of {1000 * found.time_scale:g}, the config asks for "
+            f"{model.time_scale:g}: change "
             "config.model.time_scale or config.teacher.base_time_scale, or give another folder"
         )
     return params

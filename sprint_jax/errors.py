@@ -2,4 +2,7 @@
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: what is wrong, with its name and value, and the remedy."""
+    """Bad input.
+
+    The message is one line: what is wrong, with its name and value, and the remedy.
+    """

@@ -1,7 +1,7 @@
 """Train: python -m sprint_jax.main --config=configs/sprint.py[:PRESET] [--config.KEY=VALUE ...]
 
-`sprint-jax train` does the same, and takes the names of shipped cards as well. Several processes, on
-one machine or many, run as one: see `launch/`.
+`sprint-jax train` does the same, and takes the names of shipped cards as well. Several processes,
+on one machine or many, run as one: see `launch/`.
 """
 
 import pathlib

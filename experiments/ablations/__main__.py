@@ -1,9 +1,9 @@
 """Run the paper's ablations, several seeds of each configuration, and write a report with plots.
 
---suite=followups looks into what came out against the paper. Both suites share a work directory, and
-each takes over what the other has made. Every run has a directory under --workdir; run the command
-again to resume. The report is written after each configuration and at the end, and alone with
---report_only.
+--suite=followups looks into what came out against the paper. Both suites share a work directory,
+and each takes over what the other has made. Every run has a directory under --workdir; run the
+command again to resume. The report is written after each configuration and at the end, and alone
+with --report_only.
 """
 
 import dataclasses
@@ -65,7 +65,10 @@ def run(options: Options) -> None:
 
 
 def chosen(tables, names) -> tuple[grid.Table, ...]:
-    """Those of the tables that have the given names, all for none. Raises UserError for an unknown name."""
+    """Those of the tables that have the given names, all for none.
+
+    Raises UserError for an unknown name.
+    """
     known = [t.name for t in tables]
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -95,7 +98,8 @@ def _run(asked, scale, workdir, where, seeds):
         work = experiments.Experiments(card, scale, workdir, say)
         say(
             f"ablations: {len(runs)} configurations x {seeds} seeds in {workdir}; "
-            f"the whole suite `paper` at scale {scale.name} with 3 seeds takes, in minutes: {scale.minutes}"
+            f"the whole suite `paper` at scale {scale.name} with 3 seeds takes, in minutes: "
+            f"{scale.minutes}"
         )
         about = {
             "commit": revision.commit(),

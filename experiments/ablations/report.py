@@ -254,8 +254,8 @@ def _head(rows, suite, scale):
             """
             *Whole caption correct* is the share of held-out prompts whose every word is drawn; the
             paper has a CLIP score and GenEval there. The Fréchet distance is taken on fixed
-            untrained features and is not FID. Numbers are means ± standard errors over seeds. A seed
-            changes parameters, training noise, the order of the data and the noise of the images.
+            untrained features and is not FID. Numbers are means ± standard errors over seeds. A
+            seed changes parameters, training noise, the order of the data and the noise of images.
             The paper's ablations take 2 steps, from pi/2 over 1.0; here the middle time is the
             card's 1.3.
             """

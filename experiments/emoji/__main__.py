@@ -1,8 +1,8 @@
 """Make a data set of captioned emoji.
 
 Images, captions and their grammar: experiments/emoji/dataset.py. Needs the font Noto Color Emoji
-(Debian: fonts-noto-color-emoji). Makes DIR/emoji/1.0.0 (TFDS, array_record) and DIR/preview.png; the
-same options give the same images.
+(Debian: fonts-noto-color-emoji). Makes DIR/emoji/1.0.0 (TFDS, array_record) and DIR/preview.png;
+the same options give the same images.
 """
 
 import contextlib

@@ -9,8 +9,8 @@ that are missing, and ends with the same bytes as one that never was. --hosts co
 (sprint_jax/data/encoded.py has the format). Unusable examples are skipped, counted and listed with
 the reason.
 
-For a ControlNet --condition=edges|hed|scribble adds to each example what it is conditioned on: lines
-of its image, encoded alike. hed and scribble need --hed_weights=ControlNetHED.pth.
+For a ControlNet --condition=edges|hed|scribble adds to each example what it is conditioned on:
+lines of its image, encoded alike. hed and scribble need --hed_weights=ControlNetHED.pth.
 """
 
 import functools

@@ -9,8 +9,9 @@
     imagereward  --hook=module:function
 
 Generates the images (existing files are kept: run the command again to resume), scores them, and
-writes OUT/report-SUITE.json and .md. --folder=DIR scores the images of a folder instead. --shard=i/n
-generates every n-th image, for n of these commands; then the command without it scores.
+writes OUT/report-SUITE.json and .md. --folder=DIR scores the images of a folder instead.
+--shard=i/n generates every n-th image, for n of these commands; then the command without it
+scores.
 """
 
 import pathlib

@@ -1,10 +1,10 @@
 """Export a model as one file that draws without the networks' code.
 
 --model is a folder that `sprint-jax sample` takes; an exported file cannot be exported again. The
-file holds the traced and lowered programs, the weights and the tokenizer, and
-`sprint-jax sample --model=FILE` draws from it. Exported for a CPU and drawn on it, the images equal
-those of the folder to the last bit, at equal steps, batch size and seed. A file may also be exported
-for devices that are not here; they compile it when they run it.
+file holds the traced and lowered programs, the weights and the tokenizer, and `sprint-jax sample
+--model=FILE` draws from it. Exported for a CPU and drawn on it, the images equal those of the
+folder to the last bit, at equal steps, batch size and seed. A file may also be exported for
+devices that are not here; they compile it when they run it.
 """
 
 import pathlib

@@ -1,7 +1,8 @@
 """Generate images of prompts in few steps.
 
 --model is a SANA-Sprint folder in the diffusers layout, a folder of `sprint-jax convert`, the
---workdir of a run, or a file of `sprint-jax export`. Writes 00000.png and so on, and manifest.jsonl.
+--workdir of a run, or a file of `sprint-jax export`. Writes 00000.png and so on, and
+manifest.jsonl.
 """
 
 import pathlib

@@ -1,8 +1,9 @@
 """Train a model: the main job, the same as `python -m sprint_jax.main`.
 
---config is the name of a shipped card, with a preset if you like (sprint, sprint:smoke), or the path
-of a card's file. --config.KEY=VALUE replaces a value of it: --config.phases.sprint.steps=400.
-Run the command again to resume. Several processes, on one machine or many, run as one: see launch/.
+--config is the name of a shipped card, with a preset if you like (sprint, sprint:smoke), or the
+path of a card's file. --config.KEY=VALUE replaces a value of it: --config.phases.sprint.steps=400.
+Run the command again to resume. Several processes, on one machine or many, run as one: see
+launch/.
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ class Detector:
     detect: Callable[[np.ndarray, int], np.ndarray]
 
 
-def load(path) -> Detector:
+def load(path: pathlib.Path | str) -> Detector:
     """Load the published detector from a .pth or .safetensors file.
 
     Its function `detect` compiles once for each image size. Raises UserError as `hed_weights.load`.

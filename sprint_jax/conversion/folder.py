@@ -104,8 +104,8 @@ def _ignore(message: str) -> None:
 class Description:
     """A checkpoint folder of which only the descriptions were read.
 
-    Whoever reads its parameters chooses which parts, and how they are computed (`replace`), before any array
-    is read.
+    Whoever reads its parameters chooses which parts, and how they are computed (`replace`), before
+    any array is read.
     """
 
     path: pathlib.Path
@@ -137,7 +137,8 @@ class Description:
           parts: names of parts.
           dtype: "float32" or "bfloat16" for every part. None keeps the dtypes of the files.
           pixels_dtype: dtype of the autoencoder, if it differs.
-          place: (part, dotted path, NumPy array) -> leaf, called for each array as soon as it is read.
+          place: (part, dotted path, NumPy array) -> leaf, called for each array as soon as it is
+          read.
           say: called with a line of progress before each part.
 
         Raises UserError if a file is missing or damaged.
@@ -191,7 +192,8 @@ def read_diffusers(
 ) -> Checkpoint:
     """Read the folder of a SANA-Sprint pipeline.
 
-    instruction: text that precedes every prompt. Other arguments and errors are those of `Description.read`.
+    instruction: text that precedes every prompt. Other arguments and errors are those of
+    `Description.read`.
     """
     described = describe(path, dtype=dtype)
     params = described.read(dtype=dtype, pixels_dtype=pixels_dtype, place=place, say=say)

@@ -118,6 +118,6 @@ def decode_image(data: bytes) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > image_files.MOST_PIXELS:
                 raise ValueError("a decompression bomb")
-            return np.array(image_files.opaque(image))
+            return np.array(image_files.flatten(image))
     except Exception:  # decoders of malformed bytes raise many kinds of errors
         raise BadExample("undecodable image") from None

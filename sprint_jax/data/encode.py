@@ -1,9 +1,9 @@
 """Encoding a source of captioned images into a data set (`encoded` has its format), resumably.
 
-The source is cut into chunks. A chunk becomes a train shard, perhaps a heldout shard, and last of all
-a part-NUMBER.json that says so. A job that is killed resumes with the chunks that have none, and ends
-with the same bytes as one that never was. Several hosts share the chunks; whichever sees the last one
-done writes the manifest.
+The source is cut into chunks. A chunk becomes a train shard, perhaps a heldout shard, and last of
+all a part-NUMBER.json that says so. A job that is killed resumes with the chunks that have none,
+and ends with the same bytes as one that never was. Several hosts share the chunks; whichever sees
+the last one done writes the manifest.
 """
 
 import concurrent.futures
@@ -73,7 +73,8 @@ def encode(
     max_bad: float = 0.05,
     say: Callable[[str], object] = lambda message: None,
 ) -> None:
-    """Encode the chunks host, host + hosts, ... that are missing; write the manifest after the last.
+    """Encode the chunks host, host + hosts, ... that are missing; write the manifest after the
+    last.
 
     Args:
       source: of `data.sources`.
@@ -86,8 +87,8 @@ def encode(
       max_bad: share of this host's examples that may be unusable; three are always tolerated.
       say: called with a line on what has been done.
 
-    Raises UserError for a folder of other settings, past max_bad, and if no example is left to train
-    on.
+    Raises UserError for a folder of other settings, past max_bad, and if no example is left to
+    train on.
     """
     named = condition.identity if condition else encoded.NO_CONDITION
     if settings.condition != named:

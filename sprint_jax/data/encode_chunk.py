@@ -155,7 +155,7 @@ class ChunkEncoder:
                     )
                 return example, _half(example.latent.transpose(1, 2, 0))
             if example.image is None:
-                raise captioned.BadExample("it has a latent and no picture to make a condition of")
+                raise captioned.BadExample("it has a latent and no image to make a condition of")
             image = captioned.decode_image(example.image)
             height, width = image.shape[:2]
             bucket = aspect_ratios.nearest_bucket(height, width, self.settings.sizes)
@@ -190,7 +190,9 @@ class ChunkEncoder:
         return False
 
     def prepare(self, made: Chunk, index: int) -> bool:
-        """Fill made.rows with what the text encoder makes of a caption; return whether it takes it."""
+        """Fill made.rows with what the text encoder makes of a caption; return whether it takes
+        it.
+        """
         key = made.keys[index]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

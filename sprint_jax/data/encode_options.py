@@ -32,13 +32,15 @@ class Options:
     """Of the autoencoder; the published trainer's is float32."""
     sizes: str | None = None
     """HEIGHTxWIDTH,... to choose from by aspect ratio, or 'published' for the bins of the published
-    models; default: the model's own square."""
+    models; default: the model's own square.
+    """
     condition: Literal["none", "edges", "hed", "scribble"] = "none"
     """Lines to store for a ControlNet."""
     hed_weights: str | None = None
     """hed, scribble: ControlNetHED.pth or .safetensors."""
     thickness: int | None = None
-    """scribble: of strokes, in pixels; default: drawn for each example from 0 to 24, as published."""
+    """scribble: of strokes, in pixels; default: drawn for each example from 0 to 24, as published.
+    """
     heldout: int = 256
     """About how many examples to hold out. A hash of its name decides about each."""
     shard_records: int = 1024
@@ -49,13 +51,16 @@ class Options:
     """Which of them this is, from 0."""
     max_bad_share: float = 0.05
     """Abort if more than this share of the examples, 0 to 1, is unusable; three are always
-    tolerated."""
+    tolerated.
+    """
     encode_batch: int = 16
     """Images, and captions, encoded at a time."""
 
 
 def check(options: Options) -> None:
-    """Raise UserError for missing options, values out of range, and options that do not go together."""
+    """Raise UserError for missing options, values out of range, and options that do not go
+    together.
+    """
     for name in ("source", "encoder", "encoded"):
         if not getattr(options, name):
             raise UserError(f"--{name} is missing: give a folder")

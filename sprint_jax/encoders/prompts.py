@@ -63,7 +63,9 @@ class GemmaPrompts:
         return WINDOW - 1 if len(self.prefix) else WINDOW
 
     def prepare(self, prompts: Sequence[str]) -> list[tuple[int, dict[str, np.ndarray]]]:
-        """Return one (padded length, {"tokens" int32 [length], "mask" float32 [length]}) per prompt."""
+        """Return one (padded length, {"tokens" int32 [length], "mask" float32 [length]}) per
+        prompt.
+        """
         rows = []
         for ids in self.tokens(prompts):
             length = bucket(len(ids))

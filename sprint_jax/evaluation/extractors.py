@@ -1,12 +1,14 @@
-"""Pictures and texts to features, by weights that the user has: the FID Inception and CLIP.
+"""Features of images and texts, by weights that the user brings: the FID Inception and CLIP.
 
-An extractor is any callable from a list of uint8 pictures [H, W, 3] to features [N, D]; these are two.
+An extractor is any callable from a list of uint8 images [H, W, 3] to features [N, D].
 """
 
 import hashlib
 import importlib
 import json
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,19 +23,19 @@ from sprint_jax.storage import crops, files, safetensors_files, torch_files
 # The first digits of the SHA-256 of pytorch-fid's weights are part of their file's name.
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 _INCEPTION_SHA256 = "6726825d"
-_SOURCE = "source_sha256"  # of the .pth that a .safetensors file was made of
+_SOURCE = "source_sha256"  # of the .pth that a .safetensors file was made from
 
 
-def sha256(path) -> str:
-    """Of a file's bytes, as hexadecimal digits."""
+def sha256(path: pathlib.Path | str) -> str:
+    """Return the SHA-256 of a file's bytes as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Batched:
-    """function(params, rows) in batches of one size, a batch spread over the devices of this process."""
+    """A function (params, rows), run in batches of one size, each sharded over local devices."""
 
-    def __init__(self, function, params, batch):
+    def __init__(self, function: Callable[..., Any], params: Any, batch: int):
         devices = jax.local_devices()
         mesh = jax.sharding.Mesh(np.array(devices), ("rows",))
         self._batch = -(-batch // len(devices)) * len(devices)
@@ -41,39 +43,39 @@ class Batched:
         self._params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         self._function = jax.jit(function)
 
-    def __call__(self, rows):
-        """[N, ...] -> [N, D] as NumPy; the last batch is padded."""
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """Return [N, D] as NumPy of rows [N, ...]; the last batch is padded."""
         made = []
         for start in range(0, len(rows), self._batch):
             part = rows[start : start + self._batch]
             padded = np.concatenate([part, np.repeat(part[-1:], self._batch - len(part), 0)])
-            made.append(
-                np.asarray(self._function(self._params, jax.device_put(padded, self._rows)))[
-                    : len(part)
-                ]
-            )
+            found = self._function(self._params, jax.device_put(padded, self._rows))
+            made.append(np.asarray(found)[: len(part)])
         return np.concatenate(made)
 
 
 class Inception:
-    """The published Inception's pooled features, with pytorch-fid's or clean-fid's resize to 299."""
+    """Pooled features of the published Inception, with one of two resizes to 299."""
 
-    def __init__(self, params, *, resize, batch):
+    def __init__(self, params: Any, *, resize: str, batch: int):
         if resize == "pytorch-fid":
             function = lambda p, x: inception.features(p, inception.resized(x))
         else:  # clean-fid's range differs too: 128 is the middle
             function = lambda p, x: inception.features(p, (x - 128) / 128)
         self._resize, self._run = resize, Batched(function, params, batch)
 
-    def __call__(self, images):
-        """uint8 pictures of one size, [N, H, W, 3] or a list -> float64 [N, 2048]."""
+    def __call__(self, images: Any) -> np.ndarray:
+        """Return features float64 [N, 2048] of uint8 images of one size, [N, H, W, 3] or a list."""
         if self._resize == "clean-fid":
             images = [clean_resize(image) for image in images]
         return self._run(np.stack(images)).astype(np.float64)
 
 
-def clean_resize(image):
-    """uint8 [H, W, 3] -> float32 [299, 299, 3] in 0..255: PIL's antialiased bicubic on float channels, not rounded."""
+def clean_resize(image: np.ndarray) -> np.ndarray:
+    """Resize uint8 [H, W, 3] to float32 [299, 299, 3] in 0..255, as clean-fid does.
+
+    PIL's antialiased bicubic on float channels, not rounded.
+    """
     side = (inception.SIDE, inception.SIDE)
     channels = [
         np.asarray(
@@ -84,21 +86,24 @@ def clean_resize(image):
     return np.clip(np.stack(channels, -1), 0, 255)
 
 
-def load_inception(path, *, unpublished=False):
-    """(parameters, SHA-256 of the published file they come from) of the .pth file or of what `save_inception` made.
+def load_inception(path: pathlib.Path | str, *, unpublished: bool = False) -> tuple[Any, str]:
+    """Load the published .pth file, or a file of `save_inception`.
 
-    unpublished: accept weights of any origin; their own digest is given then. Raises UserError for a file that is
-    not there, not whole, or not of the published weights.
+    Returns (parameters, SHA-256 of the published file that they come from). unpublished: accept
+    weights of any origin, with their own digest. Raises UserError for
+    a file that is not there, not whole, or not of the published weights.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(
-            f"no Inception weights at {path}: download {INCEPTION_FILE} (of pytorch-fid) and give its path"
+            f"no Inception weights at {path}: download {INCEPTION_FILE} (of pytorch-fid) and give "
+            f"its path"
         )
     found, digest = _read_inception(path)
     if not digest.startswith(_INCEPTION_SHA256) and not unpublished:
         raise UserError(
-            f"{path} does not come from {INCEPTION_FILE}: the SHA-256 is {digest[:8]}..., not {_INCEPTION_SHA256}...; download "
+            f"{path} does not come from {INCEPTION_FILE}: the SHA-256 is {digest[:8]}..., not "
+            f"{_INCEPTION_SHA256}...; download "
             "it again, or say --unpublished_weights for a distance that is not FID"
         )
     try:
@@ -110,7 +115,7 @@ def load_inception(path, *, unpublished=False):
 
 
 def _read_inception(path):
-    """({name: array}, digest) of a .safetensors or a .pth file."""
+    """Read ({name: array}, digest) of a .safetensors or a .pth file."""
     if path.suffix == ".safetensors":
         found = {}
         for name, tensor in safetensors_files.scan(path).items():
@@ -118,12 +123,20 @@ def _read_inception(path):
                 found[name] = np.empty(tensor.shape, tensor.dtype)
                 safetensors_files.read(tensor, found[name])
         return found, safetensors_files.metadata(path).get(_SOURCE) or sha256(path)
-    remedy = f"run sprint-jax evaluate there with --weights={path} --save_weights=FILE.safetensors, and give that file"
+    remedy = (
+        f"run sprint-jax evaluate there with --weights={path} --save_weights=FILE.safetensors, and "
+        f"give that file"
+    )
     return torch_files.read(path, remedy), sha256(path)
 
 
-def save_inception(source, target, *, unpublished=False):
-    """Writes the weights of a .pth file as safetensors, by the same names, with its SHA-256. Needs PyTorch."""
+def save_inception(
+    source: pathlib.Path | str, target: pathlib.Path | str, *, unpublished: bool = False
+) -> None:
+    """Write the weights of a .pth file as safetensors, by the same names, with its SHA-256.
+
+    Needs PyTorch.
+    """
     load_inception(source, unpublished=unpublished)  # refused here rather than where it is used
     found, digest = _read_inception(pathlib.Path(source))
     layers = tuple(f"{name}." for name in inception.layer_shapes())
@@ -133,44 +146,52 @@ def save_inception(source, target, *, unpublished=False):
 
 
 class CLIP:
-    """Features of pictures and texts by a CLIP of transformers' layout. logit_scale: its logarithm, as stored."""
+    """Features of images and texts by a CLIP of transformers' layout.
 
-    def __init__(self, model, params, tokenizer, *, batch):
+    logit_scale: its logarithm, as stored.
+    """
+
+    def __init__(self, model: clip_lib.CLIP, params: Any, tokenizer: Any, *, batch: int):
         self._model, self._tokenizer = model, tokenizer
         self.logit_scale = float(params["logit_scale"])
         self._image = Batched(model.image_features, params, batch)
         self._text = Batched(model.text_features, params, batch)
 
-    def images(self, images):
-        """uint8 pictures [H, W, 3] -> float32 [N, P]."""
+    def images(self, images: Any) -> np.ndarray:
+        """Return features float32 [N, P] of uint8 images [H, W, 3]."""
         return self._image(np.stack([clip_resize(image, self._model.size) for image in images]))
 
-    def texts(self, texts):
-        """Texts, cut to the model's window with the end token kept -> float32 [N, P]."""
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Return features float32 [N, P] of texts, cut to the window with the end token kept."""
         return self._text(self.tokens(texts))
 
-    def tokens(self, texts):
-        """int32 [N, 77]: padded after the end token, of which the first one counts."""
+    def tokens(self, texts: Sequence[str]) -> np.ndarray:
+        """Return tokens int32 [N, 77], padded after the end token; the first end token counts."""
         encoded = self._tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self._model.length
         )
         return np.array(encoded["input_ids"], np.int32)
 
 
-def clip_resize(image, size):
-    """CLIP's own: the shorter side to `size` by PIL's bicubic, then the middle. uint8 [H, W, 3] -> [size, size, 3]."""
+def clip_resize(image: np.ndarray, size: int) -> np.ndarray:
+    """Resize uint8 [H, W, 3] to [size, size, 3] as CLIP does.
+
+    The shorter side becomes `size` by PIL's bicubic; the middle is kept.
+    """
     return crops.fit_short_side(image, size, Image.Resampling.BICUBIC)
 
 
-def load_clip(path, *, batch):
-    """(extractor, SHA-256 of the weights' file, or over those of several) of a folder with transformers' CLIPModel and its tokenizer.
+def load_clip(path: pathlib.Path | str, *, batch: int) -> tuple[CLIP, str]:
+    """Load a folder with transformers' CLIPModel and its tokenizer.
 
+    Returns (extractor, SHA-256 of the weights' file, or over those of several).
     Raises UserError for a folder that lacks a part, or whose parts do not fit each other.
     """
     path = pathlib.Path(path)
     if not (path / "config.json").is_file():
         raise UserError(
-            f"{path} has no config.json: give the folder of a CLIP model (openai/clip-vit-large-patch14)"
+            f"{path} has no config.json: give the folder of a CLIP model "
+            f"(openai/clip-vit-large-patch14)"
         )
     try:
         model = clip_model(json.loads((path / "config.json").read_text()))
@@ -188,7 +209,8 @@ def load_clip(path, *, batch):
     for name, shape in wanted.items():
         if tuple(found[name].shape) != shape:
             raise UserError(
-                f"{path} holds {name} with shape {tuple(found[name].shape)}, its config.json needs {shape}"
+                f"{path} holds {name} with shape {tuple(found[name].shape)}, its config.json needs "
+                f"{shape}"
             )
         arrays[name] = np.empty(shape, np.float32)
         safetensors_files.read(found[name], arrays[name])
@@ -206,12 +228,13 @@ def _tokenizer(path):
         return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     except Exception as error:  # the library raises many kinds for a damaged folder
         raise UserError(
-            f"cannot read the tokenizer in {path} ({' '.join(str(error).split())[:120]}): download it again"
+            f"cannot read the tokenizer in {path} ({' '.join(str(error).split())[:120]}): download "
+            f"it again"
         ) from None
 
 
-def clip_model(config) -> clip_lib.CLIP:
-    """The description in transformers' config.json. What a file leaves out has transformers' default."""
+def clip_model(config: Mapping[str, Any]) -> clip_lib.CLIP:
+    """Describe the CLIP of transformers' config.json. Missing keys have transformers' defaults."""
     vision, text = dict(config["vision_config"]), dict(config["text_config"])
     tower = lambda c, width, inner, heads: clip_lib.Tower(
         width=c.get("hidden_size", width),
@@ -237,8 +260,8 @@ def clip_model(config) -> clip_lib.CLIP:
     )
 
 
-def hook(name):
-    """The user's function called "module:function". Raises UserError naming what cannot be found."""
+def hook(name: str) -> Callable[..., Any]:
+    """Import the user's function "module:function". Raises UserError where it cannot be found."""
     module, _, function = name.partition(":")
     if not module or not function:
         raise UserError(f"--hook={name}: write it as module:function")

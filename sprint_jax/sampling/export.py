@@ -238,7 +238,10 @@ class _Held:
         return dataclasses.replace(self, arrays=kept)
 
     def unflatten(self, arrays: dict[str, Any]) -> Any:
-        """Return the tree of traced arrays. What was left out, because nothing reads it, is zero."""
+        """Return the tree of traced arrays.
+
+        What was left out, because nothing reads it, is zero.
+        """
         leaves = [
             arrays[name] if name in arrays else jnp.zeros(a.shape, a.dtype)
             for name, a in self.all.items()

@@ -30,10 +30,11 @@ import json
 import pathlib
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from jax import export as jax_export
 
 from sprint_jax.encoders import prompts as prompts_lib
@@ -110,7 +111,7 @@ class _Embedded:
 
     encoder: Any
 
-    def prepare(self, prompts):
+    def prepare(self, prompts: Sequence[str]) -> list[tuple[int, dict[str, np.ndarray]]]:
         """Return one (length, arrays) per prompt."""
         return text_lib.prepare(self.encoder, prompts)
 
@@ -121,10 +122,11 @@ class _Tokenizer:
 
     inner: Any
 
-    def __call__(self, text, add_special_tokens):
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": self.inner.encode(text, add_special_tokens=add_special_tokens).ids}
 
-    def decode(self, ids):
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens."""
         return self.inner.decode(list(map(int, ids)), skip_special_tokens=False)
 
 

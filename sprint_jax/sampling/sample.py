@@ -40,7 +40,8 @@ def check(options: SampleOptions) -> None:
     """Raise UserError for a value out of range, or an option without the one that it belongs to."""
     if not options.model:
         raise UserError(
-            "--model is missing: give a diffusers folder, a converted one, or the --workdir of a run"
+            "--model is missing: give a diffusers folder, a converted one, or the --workdir of a "
+            "run"
         )
     if not 0 <= options.seed < 2**31:
         raise UserError(f"--seed={options.seed}: use 0 to {2**31 - 1}")

@@ -1,6 +1,7 @@
 """uvicorn with limits for slow clients, and the socket that it listens at."""
 
 import socket
+from typing import Any
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -20,7 +21,7 @@ class Impatient(H11Protocol):
 
     _idle = _sending = None  # timers
 
-    def connection_made(self, transport) -> None:
+    def connection_made(self, transport: Any) -> None:
         """Start waiting for the first request."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # report every byte that is not taken
@@ -66,13 +67,13 @@ class Impatient(H11Protocol):
             self._sending.cancel()
             self._sending = None
 
-    def connection_lost(self, exc) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         """Stop watching: nobody is there."""
         self._stop_watching()
         super().connection_lost(exc)
 
 
-def configure(app) -> uvicorn.Config:
+def configure(app: Any) -> uvicorn.Config:
     """Return uvicorn's configuration for an application."""
     return uvicorn.Config(
         app,

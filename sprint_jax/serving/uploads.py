@@ -21,7 +21,12 @@ _FORMATS = ("PNG", "JPEG", "WEBP")  # every further decoder of PIL would be one 
 
 
 def from_base64(
-    text: str, height: int, width: int, *, name: str = "image", background=image_files.WHITE
+    text: str,
+    height: int,
+    width: int,
+    *,
+    name: str = "image",
+    background: image_files.Color = image_files.WHITE,
 ) -> np.ndarray:
     """Decode base64 text or a data: URL, then do as `from_bytes`."""
     encoded = text.partition(",")[2] if text.startswith("data:") else text
@@ -35,7 +40,12 @@ def from_base64(
 
 
 def from_bytes(
-    data: bytes, height: int, width: int, *, name: str = "image", background=image_files.WHITE
+    data: bytes,
+    height: int,
+    width: int,
+    *,
+    name: str = "image",
+    background: image_files.Color = image_files.WHITE,
 ) -> np.ndarray:
     """Scale an image file to cover height x width and crop its center: uint8 [height, width, 3].
 
@@ -52,7 +62,7 @@ def from_bytes(
             if image.width * image.height > MOST_PIXELS:
                 size = f"{image.width} x {image.height}"
                 raise Refused(413, f"{name} has {size} pixels: send at most {MOST_PIXELS}")
-            return image_files.covering(image, height, width, background)
+            return image_files.cover(image, height, width, background)
     except Refused:
         raise
     except Image.DecompressionBombError:

@@ -1,4 +1,6 @@
-"""Picture files: reading one to start from, and PNGs and grids, written whole or not at all."""
+"""Image files: reading one to start from, and writing images and grids whole or not at all."""
+
+import pathlib
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -7,11 +9,12 @@ from sprint_jax.errors import UserError
 from sprint_jax.storage import crops, files
 
 MOST_PIXELS = 100_000_000
+Color = tuple[int, int, int]
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 
-def grid(images, columns, gap=2):
-    """uint8 [N, H, W, 3] -> one picture, row by row, on a grey ground."""
+def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
+    """Arrange uint8 [N, H, W, 3] row by row on a gray background."""
     count, height, width, _ = images.shape
     rows = -(-count // columns)
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 96, np.uint8)
@@ -21,17 +24,19 @@ def grid(images, columns, gap=2):
     return sheet
 
 
-def save(path, image, zoom=1, file_format="PNG"):
-    """Writes uint8 [H, W, 3] as PNG or JPEG (of PIL's default quality), each pixel repeated `zoom` times."""
+def save(
+    path: pathlib.Path | str, image: np.ndarray, zoom: int = 1, file_format: str = "PNG"
+) -> None:
+    """Write uint8 [H, W, 3] as PNG or JPEG (PIL's default quality), pixels repeated `zoom` times."""
     image = np.repeat(np.repeat(image, zoom, 0), zoom, 1)
     with files.whole(path) as partial:
         Image.fromarray(image).save(partial, format=file_format)
 
 
-def load(path, height, width, ground=WHITE):
-    """A picture file as `covering` gives it.
+def load(path: pathlib.Path | str, height: int, width: int, ground: Color = WHITE) -> np.ndarray:
+    """Read an image file and crop it as `cover` does.
 
-    Raises UserError for what is no whole picture, or has more than 100 million pixels.
+    Raises UserError for a file that is not a whole image, or has more than 100 million pixels.
     """
     try:
         with Image.open(path) as image:
@@ -39,24 +44,28 @@ def load(path, height, width, ground=WHITE):
                 raise UserError(
                     f"{path} has {image.width} x {image.height} pixels: use at most {MOST_PIXELS}"
                 )
-            return covering(image, height, width, ground)
+            return cover(image, height, width, ground)
     except UserError:
         raise
     except Exception as error:  # decoders raise dozens of kinds for damaged bytes
         raise UserError(
-            f"cannot read the picture {path} ({error}): give a PNG or JPEG file"
+            f"cannot read the image {path} ({error}): give a PNG or JPEG file"
         ) from None
 
 
-def covering(image, height, width, ground):
-    """PIL's picture as uint8 [height, width, 3]: scaled by Lanczos to cover that, its middle cut out. ground: as in `opaque`."""
-    return crops.fit_lanczos(opaque(image, ground), height, width)
+def cover(image: Image.Image, height: int, width: int, ground: Color) -> np.ndarray:
+    """Scale PIL's image by Lanczos to cover uint8 [height, width, 3] and crop its middle.
+
+    ground: as for `flatten`.
+    """
+    return crops.fit_lanczos(flatten(image, ground), height, width)
 
 
-def opaque(image, ground=WHITE):
-    """PIL's picture as an RGB one: first frame, turned as EXIF says.
+def flatten(image: Image.Image, ground: Color = WHITE) -> Image.Image:
+    """Turn PIL's image into an RGB one: its first frame, rotated as EXIF says.
 
-    ground: (r, g, b) behind what is transparent. Of 16 bits of grey, which PIL would clip, the upper eight.
+    ground: (r, g, b) behind transparent pixels. 16-bit gray, which PIL would clip, keeps its upper
+    eight bits.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):

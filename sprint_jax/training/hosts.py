@@ -42,7 +42,10 @@ def any_true(flag: bool) -> bool:
 
 
 def anywhere(flag: bool) -> jax.Array:
-    """Start `any_true` without waiting: a device array. All processes must call it equally often."""
+    """Start `any_true` without waiting: a device array.
+
+    All processes must call it equally often.
+    """
     devices = jax.sharding.Mesh(np.array(jax.devices()), "d")
     split, whole = (
         jax.sharding.NamedSharding(devices, jax.sharding.PartitionSpec(*axes))

@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics.jsonl, TensorBoard events and the progress line."""
+"""Records of a run: metrics.jsonl, TensorBoard events and the progress bar."""
 
 import pathlib
 import sys
@@ -13,7 +13,8 @@ from sprint_jax.storage import json_lines, run_files
 
 
 class Records:
-    """Writer of metrics.jsonl, one JSON object a line, and of the same scalars as TensorBoard events.
+    """Writer of metrics.jsonl, one JSON object a line, and of the same scalars as TensorBoard
+    events.
 
     Writes nothing where workdir is None.
 
@@ -105,32 +106,32 @@ def _install_summary_writer():
 class _SummaryWriter:
     """The part of clu's SummaryWriter interface that this project uses, on tensorboardX."""
 
-    def __init__(self, logdir):
+    def __init__(self, logdir: str):
         import tensorboardX
 
         self._writer = tensorboardX.SummaryWriter(logdir)
 
-    def write_summaries(self, step, values, metadata=None):
+    def write_summaries(self, step: int, values: Any, metadata: Any = None) -> None:
         raise NotImplementedError("raw summaries need TensorFlow")
 
-    def write_scalars(self, step, scalars):
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         for name, value in scalars.items():
             self._writer.add_scalar(name, float(value), step)
 
-    def write_images(self, step, images):
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
         for name, batch in images.items():
             for i, image in enumerate(np.asarray(batch)):
                 self._writer.add_image(f"{name}/{i}", image, step, dataformats="HWC")
 
-    def write_texts(self, step, texts):
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         for name, value in texts.items():
             self._writer.add_text(name, value, step)
 
-    def write_hparams(self, hparams):
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         self.write_texts(0, {"hparams": "\n".join(f"    {k}: {v}" for k, v in hparams.items())})
 
-    def flush(self):
+    def flush(self) -> None:
         self._writer.flush()
 
-    def close(self):
+    def close(self) -> None:
         self._writer.close()

@@ -102,7 +102,8 @@ def _spec(name, leaf, mesh):
         return P()
     if len(spec) > leaf.ndim:
         raise UserError(
-            f"{name} has shape {leaf.shape} and its sharding rule {spec} has more axes: fix the rule"
+            f"{name} has shape {leaf.shape} and its sharding rule {spec} has more axes: fix the "
+            f"rule"
         )
     for axis, size in zip(spec, leaf.shape):
         if axis is not None and size % mesh.shape[axis]:
@@ -131,6 +132,8 @@ def abstract(tree: Any, placed: Any) -> Any:
 
 
 def per_device_bytes(tree: Any) -> int:
-    """Count the bytes that one device holds of a tree of arrays or ShapeDtypeStructs with shardings."""
+    """Count the bytes that one device holds of a tree of arrays or ShapeDtypeStructs with
+    shardings.
+    """
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)

@@ -1,7 +1,7 @@
 """Checks of jaxtyping's shapes while tests run.
 
-Functions of the checked rooms raise `jaxtyping.TypeCheckError` if an argument or a result has another
-type, kind of dtype or shape than their signature says.
+Functions of the checked rooms raise `jaxtyping.TypeCheckError` if an argument or a result has
+another type, kind of dtype or shape than their signature says.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""The seam for objectives: methods alone and together, rounds, roles, phases, and what they need."""
+"""The seam for objectives: methods alone and together, rounds, roles, phases and needs."""
 
 import dataclasses
 import functools

@@ -302,7 +302,7 @@ def test_initial_images(tmp_path):
     image.save(path, exif=exif)
     np.testing.assert_array_equal(image_files.load(path, 2, 4), np.asarray(image)[::-1, ::-1])
     (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(UserError, match="cannot read the picture"):
+    with pytest.raises(UserError, match="cannot read the image"):
         image_files.load(tmp_path / "text.png", 2, 4)
 
 
