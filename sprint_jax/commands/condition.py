@@ -25,8 +25,7 @@ class Options:
     kind: Literal["edges", "hed", "scribble"] | None = None
     """What to draw of them."""
     thickness: int | None = None
-    """scribble: of strokes, 0 to 24 in published training; 0 thins, 1 to 3 leave them; default 1.
-    """
+    """scribble: width of strokes, 0 (thinned) to 24 in published training; default 1."""
     detect_resolution: int | None = None
     """hed, scribble: short side that the detector sees, in pixels; default 512."""
     weights: str | None = None

@@ -9,7 +9,8 @@ import dataclasses
 import os
 from typing import Literal
 
-from sprint_jax.runtime import cli, compile_cache
+from sprint_jax.runtime import compile_cache
+from sprint_jax.sampling.options import model_or_shipped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,8 @@ class Options:
     """Options of `sprint-jax serve`."""
 
     model: str = ""
-    """Diffusers folder, converted folder, run directory, or exported file."""
+    """Diffusers folder, converted folder, run directory, or exported file; default: the student of
+    shapes that ships with the code."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of weights and arithmetic; default: bfloat16, on a CPU float32."""
     attention: Literal["plain", "pallas"] | None = None
@@ -46,11 +48,11 @@ class Options:
 
 def run(options: Options) -> None:
     """Serve until a signal ends the process."""
-    cli.require("model", options.model, "give a model's folder, a run, or an exported file")
     from sprint_jax.serving import service
 
     compile_cache.start()
     values = dataclasses.asdict(options)
+    values["model"] = model_or_shipped(options.model)
     instruction = values.pop("instruction_file")
     password = options.password or os.environ.get("SPRINT_JAX_PASSWORD")
     service.serve(**values | {"instruction": instruction, "password": password})

@@ -2,8 +2,7 @@
 
 --config is the name of a shipped card, with a preset if you like (sprint, sprint:smoke), or the
 path of a card's file. --config.KEY=VALUE replaces a value of it: --config.phases.sprint.steps=400.
-Run the command again to resume. Several processes, on one machine or many, run as one: see
-launch/.
+Run the command again to resume. launch/ starts several processes that run as one.
 """
 
 import dataclasses

@@ -1,7 +1,20 @@
 """Options of the commands that load a model or generate images with one."""
 
 import dataclasses
+import pathlib
+import sys
 from typing import Literal
+
+# A finished student of the embedded shapes, as a run directory.
+SHIPPED = pathlib.Path(__file__).parents[1] / "assets" / "shapes"
+
+
+def model_or_shipped(model: str) -> str:
+    """Return the model, or the shipped student of shapes, with a line on stderr, for an empty one."""
+    if model:
+        return model
+    print("no --model: using the student of shapes that ships with the code", file=sys.stderr)
+    return str(SHIPPED)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +63,10 @@ class ImageOptions(ModelOptions):
 class SampleOptions(ImageOptions):
     """Options of `sprint-jax sample`."""
 
-    out: str = "pictures"
+    model: str = ""
+    """Diffusers folder, converted folder, work directory of a run, or exported file; default: the
+    student of shapes that ships with the code."""
+    out: str = "images"
     """Folder for the images and manifest.jsonl."""
     prompt: list[str] = dataclasses.field(default_factory=list)
     """What to draw; may be repeated."""

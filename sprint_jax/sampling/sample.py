@@ -14,7 +14,7 @@ import numpy as np
 from sprint_jax.data import aspect_ratios
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import generation
-from sprint_jax.sampling.options import SampleOptions
+from sprint_jax.sampling.options import SampleOptions, model_or_shipped
 from sprint_jax.storage import crops, files, image_files
 
 _SAY = functools.partial(print, file=sys.stderr, flush=True)
@@ -38,11 +38,6 @@ def sample(options: SampleOptions) -> pathlib.Path:
 
 def check(options: SampleOptions) -> None:
     """Raise UserError for a value out of range, or an option without the one that it belongs to."""
-    if not options.model:
-        raise UserError(
-            "--model is missing: give a diffusers folder, a converted one, or the --workdir of a "
-            "run"
-        )
     if not 0 <= options.seed < 2**31:
         raise UserError(f"--seed={options.seed}: use 0 to {2**31 - 1}")
     for name, value in (
@@ -161,7 +156,7 @@ def load(options: SampleOptions) -> Any:
     from sprint_jax.sampling import loading
 
     return loading.load(
-        options.model,
+        model_or_shipped(options.model),
         dtype=options.dtype or loading.default_dtype(),
         attention=options.attention,
         controlnet=options.controlnet,

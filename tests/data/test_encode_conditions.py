@@ -292,7 +292,7 @@ def test_ready_latents_need_their_image(tmp_path):
         np.testing.assert_array_equal(
             found[shapes.example(0, i).text]["latent"], CODEC.encode(picture)[0].astype(np.float16)
         )
-    reason = "it has a latent and no picture to make a condition of"
+    reason = "it has a latent and no image to make a condition of"
     assert encoded.read_manifest(out)["skipped"] == [{"key": "0.tar:0", "reason": reason}]
 
 
