@@ -9,11 +9,10 @@ last phase.
 """
 
 import dataclasses
-import pathlib
-import runpy
 
 import jax.numpy as jnp
 
+from sprint_jax.cards import sprint
 from sprint_jax.diffusion import trigflow
 from sprint_jax.objectives import guided, scm, views
 from sprint_jax.objectives.base import Aux, Needs, Objective, Start, Update
@@ -52,8 +51,7 @@ class VelocityRegression(guided.Guided):
 
 def get_config():
     """Return the smoke card with velocity regression in place of sCM + LADD."""
-    card = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "configs/sprint.py"))
-    config = card["get_config"]("smoke")
+    config = sprint.get_config("smoke")
     phase = config.phases.sprint
     fields = [f.name for f in dataclasses.fields(guided.Guided)]
     phase.objective = {name: phase.objective[name] for name in fields}
