@@ -35,6 +35,10 @@ pytestmark = pytest.mark.second_pass
             ["unknown config key config.phases.sprint.objective.nope: see the config file"],
         ),
         ([*TINY_FLAGS, "--config.nope.steps=4"], ["unknown config key config.nope.steps"]),
+        (
+            [*TINY_FLAGS, "--config.sprint.steps=4"],
+            ["unknown config key config.sprint.steps: it is config.phases.sprint.steps now"],
+        ),
         ([*TINY_FLAGS, "--config.phases.sprint.steps=many"], ["steps"]),
         ([*TINY_FLAGS, "--nonsense=1"], ["nonsense"]),
         ([*TINY_FLAGS, "--workdir=/proc/none"], ["/proc/none", "--workdir"]),

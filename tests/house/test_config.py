@@ -18,6 +18,7 @@ from sprint_jax.errors import UserError
 from sprint_jax.models import discriminator
 from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M
 from sprint_jax.optim import came, optimizers
+from sprint_jax.runtime.renamed_keys import RENAMED, renamed
 from sprint_jax.sampling import programs
 from sprint_jax.storage import weights
 from sprint_jax.training import datasets
@@ -416,13 +417,13 @@ def test_a_config_of_version_0_1_names_the_new_keys():
     with pytest.raises(UserError, match="version 0.1, .* is now config.phases.sprint.steps"):
         config.parse({"seed": 0, "sprint": {"steps": 4}})
     today = weights.flatten(card("controlnet").to_dict())
-    for old, new in config.RENAMED.items():
+    for old, new in RENAMED.items():
         assert any(f"{key}.".startswith(f"{new}.") for key in today), (old, new)
         assert not any(f"{key}.".startswith(f"{old}.") for key in today), (old, new)
-    assert config.renamed("sprint.steps") == "phases.sprint.steps"
-    assert config.renamed("sprint.max_time") == "phases.sprint.objective.max_time"
-    assert config.renamed("teacher.optimizer.lr") == "phases.teacher.optimizers.network.lr"
-    assert config.renamed("teacher.start") is None
+    assert renamed("sprint.steps") == "phases.sprint.steps"
+    assert renamed("sprint.max_time") == "phases.sprint.objective.max_time"
+    assert renamed("teacher.optimizer.lr") == "phases.teacher.optimizers.network.lr"
+    assert renamed("teacher.start") is None
 
 
 def test_batches_that_normalize_in_unequal_groups_are_refused():

@@ -4,7 +4,7 @@ import json
 import math
 
 from helpers.runs import ROOT, read_rows
-from sprint_jax.sampling import pipeline
+from sprint_jax.sampling import loading
 
 CARD = "examples/my_objective.py"
 
@@ -32,7 +32,7 @@ def test_the_example_trains(finished, command, tmp_path):
     assert objective["objective"]["kind"] == "examples.my_objective:VelocityRegression"
     assert objective["optimizers"].keys() == {"student"}
     assert "student_1" in json.loads((tmp_path / "run/summary.json").read_text())["scores"]
-    assert pipeline.load(tmp_path / "run") is not None
+    assert loading.load(tmp_path / "run") is not None
 
 
 def test_the_example_is_short():
