@@ -98,6 +98,9 @@ ELSEWHERE = {
     "teacher.start",
     # `parse` reads it: it chooses the class of the section.
     *(f"phases.{name}.objective.kind" for name in ("teacher", "finetune", "control", "sprint")),
+    # Only random parameters are changed by it.
+    "phases.finetune.objective.border_start",
+    "phases.control.objective.border_start",
     "evaluation.reference",
     "evaluation.samples",
     *(f"run.{f.name}" for f in dataclasses.fields(config.Run)),
