@@ -102,9 +102,9 @@ def _ignore(message: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Description:
-    """A checkpoint folder of which only the descriptions were read.
+    """The descriptions of a checkpoint folder, read without its arrays.
 
-    Whoever reads its parameters chooses which parts, and how they are computed (`replace`), before
+    The reader of its parameters chooses which parts, and how they are computed (`replace`), before
     any array is read.
     """
 

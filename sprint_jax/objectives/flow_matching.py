@@ -54,7 +54,7 @@ class FlowMatching:
     def objective(self, networks: Networks) -> Objective:
         """Build the objective.
 
-        The trained network is a `LinearDiT`, all of which is trained, or a `Controlled`, whose
+        The trained network is a `LinearDiT`, trained as a whole, or a `Controlled`, whose
         ControlNet alone is: the role then holds its parameters, and `Frozen.teacher` those of the
         trunk.
         """

@@ -57,7 +57,7 @@ def student_F(
         out = student.apply(params, x_fm, t_fm, guidance=guidance, **cond)
         logvar = out.logvar
         if logvar_gradient == "head":
-            # Once more without blocks, from parameters of which only the head's get a gradient.
+            # Once more without blocks, so that only the head's parameters get a gradient.
             plain = {"text": cond["text"], "mask": cond["mask"]}
             alone = student.apply(
                 _head_alone(params), x_fm, t_fm, guidance=guidance, **plain, velocity=False

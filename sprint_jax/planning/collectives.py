@@ -67,8 +67,8 @@ class _Walk:
         """Append the collectives of a computation, and of those it calls, that run `times` times.
 
         fused: inside a fusion, the (kind, channel) pairs of its caller's fusions counted so far.
-        TPUs hide a collective behind other work as a chain of fusions, each of which holds the same
-        operation on the same channel.
+        TPUs hide a collective behind other work as a chain of fusions, and each of them holds the
+        same operation on the same channel.
         """
         channels = set() if fused is None else fused
         for i in self.computations[name]:

@@ -33,7 +33,7 @@ def restart() -> None:
             sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {_VARIABLE: _SETTING}
         )
     except OSError:
-        pass  # the command goes on, only slower
+        pass  # the command runs all the same, only slower
 
 
 def is_useful(environment: Mapping[str, str], libc: tuple[str, str], mode: str) -> bool:

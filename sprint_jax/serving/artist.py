@@ -95,7 +95,7 @@ def limits_of(
 def _programs(
     pipe: Exported, sizes: Sequence[tuple[int, int]] | None, max_steps: int
 ) -> tuple[Sequence[tuple[int, int]], list[int]]:
-    """Return (sizes, numbers of steps) of which a file has every combination."""
+    """Return (sizes, numbers of steps) such that a file has every combination."""
     programs = [
         program
         for program in pipe.header.programs

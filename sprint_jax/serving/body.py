@@ -11,7 +11,7 @@ from sprint_jax.serving.refused import Refused
 
 MOST_BYTES = 3 * uploads.MOST_BYTES  # two images in base64, which makes four bytes of three
 READ_SECONDS = 10.0  # for a whole body
-_MOST_MARKS = 200_000  # brackets and commas, some of which a prompt may hold
+_MOST_MARKS = 200_000  # brackets and commas; a prompt may hold some
 _REMEDY = 'send an object such as {"prompt": "a red circle"}'
 
 

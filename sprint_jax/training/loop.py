@@ -11,7 +11,7 @@ import concurrent.futures
 import functools
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ class _Programs:
         self._compiled, self._side_by_side = compiled, side_by_side
         self.stage, self.mesh = placed.stage, placed.mesh
 
-    def get(self, batch) -> list:
+    def get(self, batch: Mapping[str, jax.Array]) -> list:
         """Return the compiled steps of a round for batches of these shapes."""
         key = tuple((k, a.shape, a.dtype) for k, a in sorted(batch.items()))
         if key not in self._compiled:
@@ -66,8 +66,7 @@ class _Programs:
         self._say(
             f"{stage.name}: {mesh.size} x {mesh.devices.flat[0].device_kind} as data x fsdp = "
             f"{' x '.join(map(str, mesh.devices.shape))}, {count / 1e6:.2f} M parameters, state "
-            f"and "
-            f"frozen networks {held / 2**20:.1f} MiB a device, compiled in {seconds:.0f} s"
+            f"and frozen networks {held / 2**20:.1f} MiB a device, compiled in {seconds:.0f} s"
         )
 
 

@@ -1,6 +1,7 @@
 """The house: imports go one way and nothing happens at import."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -20,16 +21,15 @@ ALLOWED = {
     "ops": set(),
     "models": {"ops"},
     "diffusion": {"errors"},
+    "optim": set(),
     "toy": set(),
     "conversion": {"errors", "storage", "models"},
     "conditioning": {"errors", "storage", "conversion"},
     "encoders": {"errors", "conversion", "models", "toy"},
     "data": {"errors", "storage", "conditioning", "encoders", "toy"},
-    "optim": set(),
     "objectives": {"diffusion", "models", "optim"},
     "config": {"errors", "encoders", "objectives", "optim", "runtime"},
     "reporting": {"errors", "storage"},
-    "planning": {"errors", "config", "storage", "training"},
     "build": {"errors", "config", "conversion", "encoders", "models", "ops", "storage"},
     "sampling": {"errors", "build", "config", "conversion", "data", "diffusion", "encoders",
         "models", "ops", "storage"},
@@ -37,6 +37,7 @@ ALLOWED = {
     "training": {"errors", "build", "conditioning", "config", "conversion", "data", "diffusion",
         "encoders", "evaluation", "models", "objectives", "optim", "reporting", "sampling",
         "storage", "toy"},
+    "planning": {"errors", "config", "storage", "training"},
     "serving": {"errors", "sampling", "storage"},
     "commands": {"errors", "build", "conditioning", "config", "conversion", "data", "encoders",
         "evaluation", "models", "planning", "reporting", "runtime", "sampling", "serving",
@@ -69,6 +70,16 @@ def test_imports_go_one_way():
         for name in imports(path):
             target = name.split(".")[1]
             assert target == area(path) or target in ALLOWED[area(path)], f"{path} imports {name}"
+
+
+def test_areas_are_in_reading_order():
+    """Fails when an area may import a later one, and when the house grows past its rooms."""
+    seen = set()
+    for name, allowed in ALLOWED.items():
+        assert allowed <= seen, f"{name} may import {sorted(allowed - seen)}, which comes later"
+        seen.add(name)
+    assert {area(path) for path in files()} == seen and len(seen) <= 26
+    assert len(list(PACKAGE.glob("*.py"))) <= 6
 
 
 def test_no_cycles_inside_an_area():
@@ -132,3 +143,72 @@ def test_commands_are_short():
     """Each holds its options and a call; what it does is in the rooms."""
     for path in (PACKAGE / "commands").glob("*.py"):
         assert len(path.read_text().splitlines()) <= 60, path
+
+
+def functions(path):
+    """Yield (whether it is public, function) of everything that a module defines, methods included."""
+    tree = ast.parse(path.read_text())
+    outer = {
+        id(node)
+        for body in (
+            tree,
+            *(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"),
+        )
+        for node in body.body
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield id(node) in outer and not node.name.startswith("_"), node
+
+
+def lines_of_code(node):
+    """Count the lines of a function without its docstring."""
+    doc = node.body[0] if ast.get_docstring(node) else None
+    return node.end_lineno - node.lineno + 1 - (doc.end_lineno - doc.lineno + 1 if doc else 0)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_functions_are_short_and_annotated(path):
+    """Fails for 61 lines of code, a seventh positional parameter, or a public one without a type."""
+    for public, node in functions(path):
+        where = f"{path.name}:{node.lineno} {node.name}"
+        positional = [
+            a for a in (*node.args.posonlyargs, *node.args.args) if a.arg not in ("self", "cls")
+        ]
+        assert lines_of_code(node) <= 60, where
+        assert len(positional) <= 6, where
+        if public:
+            assert node.returns is not None, where
+            assert all(a.annotation for a in (*positional, *node.args.kwonlyargs)), where
+            assert ast.get_docstring(node) or node.body[0].lineno == node.lineno, where
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_dataclasses_with_many_fields_are_keyword_only(path):
+    """Fails when a dataclass with more than four fields takes them by position."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ClassDef):
+            continue
+        made = [ast.unparse(d) for d in node.decorator_list if "dataclass" in ast.unparse(d)]
+        fields = [
+            n
+            for n in node.body
+            if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n)
+        ]
+        marked = [i for i, n in enumerate(fields) if "KW_ONLY" in ast.unparse(n.annotation)]
+        if made and len(fields[: marked[0]] if marked else fields) > 4 and "flax" not in made[0]:
+            assert "kw_only=True" in made[0], f"{path.name}:{node.lineno} {node.name}"
+
+
+# Words of a language that readers had to decode; see CONTRIBUTING.md.
+ODD = re.compile(
+    r"\b(whoever|so many|goes on|what is there|of which|is told|are told|told the|mend(?:s|ed)?)\b",
+    re.I,
+)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_sentences_are_plain(path):
+    """Fails for a word that the project's prose avoids."""
+    found = ODD.search(path.read_text())
+    assert not found, f"{path.name}: {found.group()}"

@@ -73,7 +73,7 @@ class _Tiling:
 
     @classmethod
     def of(cls, shape: tuple[int, ...], keys: int, backend: str) -> "_Tiling":
-        """Choose the tiling of queries of `shape` (B, N, h, d) and so many keys."""
+        """Choose the tiling of queries of `shape` (B, N, h, d) and this number of keys."""
         batch, queries, heads, width = shape
         # Blocks of a TPU end on 128 lanes.
         pieces = (128,) if backend == "tpu" else _pieces(width)
