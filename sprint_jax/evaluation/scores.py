@@ -107,7 +107,7 @@ def _features(options: Options) -> tuple[Callable[..., Any], Protocol]:
         name = f"hook {options.hook}"
     else:
         params, digest = extractors.load_inception(
-            options.weights, unpublished=options.unpublished_weights
+            options.weights or "", unpublished=options.unpublished_weights
         )
         extract = extractors.Inception(
             params, resize=options.fid_resize, batch=options.scoring_batch
@@ -191,7 +191,7 @@ def _reference(
 
 
 def _clip(options: Options, images: Images) -> tuple[dict[str, float], Protocol]:
-    clip, digest = extractors.load_clip(options.weights, batch=options.scoring_batch)
+    clip, digest = extractors.load_clip(options.weights or "", batch=options.scoring_batch)
     texts, found = _texts(images), []
     for start, part in _parts(options, images.paths, "clip"):
         features = clip.images(part), clip.texts(texts[start : start + len(part)])

@@ -80,7 +80,7 @@ class _Watch:
     and {"bye": process}. From process 0: {"go": names}. Both ways: {"died": text}.
     """
 
-    def __init__(self, place, seconds):
+    def __init__(self, place: Place, seconds: float):
         self._place = place
         self._peers = {}  # process -> socket
         self._names = {place.process: f"process {place.process} on {socket.gethostname()}"}
