@@ -290,7 +290,7 @@ BROKEN = {
         "not a whole safetensors file",
     ),
     "empty": (lambda p: first_shard(p).write_bytes(b""), "not a whole safetensors file"),
-    "header": (lambda p: _extra_header(first_shard(p)), "not JSON"),
+    "header": (lambda p: _extra_header(first_shard(p)), "invalid JSON"),
     "lost shard": (lambda p: first_shard(p).unlink(), "give an existing file"),
     "other pipeline": (
         lambda p: edit_json(p / "model_index.json", _class_name="SanaPipeline"),
