@@ -1,29 +1,30 @@
-"""ControlNet: a sketch steers the picture. A multi-step ControlNet by flow matching, then its
+"""ControlNet: a sketch steers the image. A multi-step ControlNet by flow matching, then its
 distillation.
 
     python -m sprint_jax.main --config=configs/controlnet.py         the embedded data, 2 CPU cores
     python -m sprint_jax.main --config=configs/controlnet.py:sana_600m ...    the published sizes
 
-Presets shapes      around the shipped teacher: a ControlNet of its first three blocks learns to
-  follow edges, then both are
-              distilled by sCM + LADD. A tenth of the samples go without the sketch, so the student
-              draws with and without. Half of the examples have their objects anywhere and are
-              shown by a rough sketch, as drawn on the page; their pictures stay on the grid, so a
-              drawing is snapped to the nearest clean composition.
-  smoke       the same cut down to seconds.
+Presets
+  shapes      Around the shipped teacher: a ControlNet of its first three blocks learns to follow
+              edges, then both are distilled by sCM + LADD. A tenth of the samples go without the
+              sketch, so the student draws with and without. Half of the examples have their
+              objects anywhere and are shown by a rough sketch, as drawn on the page; their images
+              stay on the grid, so a drawing is snapped to the nearest clean composition.
+  smoke       The same cut down to seconds.
   sana_600m, sana_1600m
-              seven copied blocks and scribbles of HED, as published for the multi-step ControlNet;
-              its rate and warm-up are those of the released files, whose batch of 16 is that of
-              one GPU: the rate is 1e-4 times sqrt(phases.control.batch / 256), by the released
-              trainer's rule, 2.5e-5 at the 16 that stand here. The paper's distilled one was never
-              released: its phase is configs/sprint.py:sana_600m with the condition given to
-              teacher and student. It needs a teacher with QK-norm (configs/teacher.py), at most 16
-              devices or a larger phases.control.batch, and data encoded with the condition:
+              Seven copied blocks and scribbles of HED, as published for the multi-step ControlNet.
+              Its rate and warm-up are those of the released files, whose batch of 16 is that of
+              one GPU: by the released trainer's rule the rate is
+              1e-4 sqrt(phases.control.batch / 256), 2.5e-5 at the 16 of this card. The paper's
+              distilled one was never released: its phase is that of configs/sprint.py:sana_600m,
+              with the condition given to teacher and student. It needs a teacher with QK-norm
+              (configs/teacher.py), at most 16 devices or a larger phases.control.batch, and data
+              encoded with the condition:
 
-    python -m sprint_jax encode --source=PICTURES --encoder=SANA_SPRINT_FOLDER
-        --encoded=data/sketched \\ --condition=scribble --hed_weights=ControlNetHED.pth
-    python -m sprint_jax.main --config=configs/controlnet.py:sana_600m
-        --config.data.encoded=data/sketched \\ --config.data.model=SANA_SPRINT_FOLDER
+    python -m sprint_jax encode --source=PICTURES --encoder=SANA_SPRINT_FOLDER \\
+        --encoded=data/sketched --condition=scribble --hed_weights=ControlNetHED.pth
+    python -m sprint_jax.main --config=configs/controlnet.py:sana_600m \\
+        --config.data.encoded=data/sketched --config.data.model=SANA_SPRINT_FOLDER \\
         --config.teacher.pretrained=TEACHER_FOLDER --workdir=SHARED_DIR
 
 Any key can be changed on the command line: --config.phases.control.steps=400.

@@ -3,26 +3,31 @@
     python -m sprint_jax.main --config=configs/sprint.py            the default, `shapes`
     python -m sprint_jax.main --config=configs/sprint.py:smoke      the same pipeline in a minute
 
-Presets shapes          2 CPU cores. Distils the shipped teacher into a 1-4 step student and scores
-  both. shapes_teacher  the recipe of the shipped teacher: trains it from nothing, then does the
-  rest. smoke           every stage cut down to seconds. shapes_64       64 px pictures and a
-  larger network, whose teacher it trains first: an hour and a half of two CPU cores. emoji
-  captioned emoji at 64 px, read from a folder that `sprint-jax encode` made. sana_600m, sana_1600m
-                  the paper's second phase: 20 000 updates of 512 samples, generator and
+Presets
+  shapes          2 CPU cores. Distills the shipped teacher into a 1-4 step student, scores both.
+  shapes_teacher  The recipe of the shipped teacher: trains it from nothing, then does the rest.
+  smoke           Every phase cut down to seconds.
+  shapes_64       Images of 64 px and a larger network, whose teacher it trains first: an hour and
+                  a half on two CPU cores.
+  emoji           Captioned emoji at 64 px, read from a folder that `sprint-jax encode` made.
+  sana_600m, sana_1600m
+                  The paper's second phase: 20 000 updates of 512 samples, generator and
                   discriminator in turn. It needs a teacher of that size (configs/teacher.py, or a
                   published one) and encoded data:
 
-    python -m sprint_jax encode --source=PICTURES --encoder=SANA_SPRINT_FOLDER --encoded=data/sana
-    --sizes=published --heldout=2000 python -m sprint_jax.main --config=configs/sprint.py:sana_600m
-    --config.data.encoded=data/sana \\
-        --config.data.model=SANA_SPRINT_FOLDER --config.teacher.pretrained=TEACHER_FOLDER
-        --workdir=SHARED_DIR
+    python -m sprint_jax encode --source=PICTURES --encoder=SANA_SPRINT_FOLDER \\
+        --encoded=data/sana --sizes=published --heldout=2000
+    python -m sprint_jax.main --config=configs/sprint.py:sana_600m \\
+        --config.data.encoded=data/sana --config.data.model=SANA_SPRINT_FOLDER \\
+        --config.teacher.pretrained=TEACHER_FOLDER --workdir=SHARED_DIR
 
-                  Hardware, hours and memory are predicted, before anything is started, by python
-                  -m sprint_jax plan --config=configs/sprint.py:sana_600m --topology=h200:8x8
-                  (docs/results/plan.md has the tables; the evaluation wants 64 held-out pictures
-                  of 1024 x 1024, hence --heldout). By its arithmetic 20 000 updates are 28 H200
-                  hours (600M) and 82 (1600M) at full speed, 69 and 205 at 40 % of it.
+The evaluation needs 64 held-out images of 1024 x 1024, hence --heldout. Hardware, hours and memory
+are predicted, before anything is started, by
+
+    python -m sprint_jax plan --config=configs/sprint.py:sana_600m --topology=h200:8x8
+
+By its arithmetic 20 000 updates take 28 H200 hours (600M) and 82 (1600M) at full speed, 69 and 205
+at 40 % of it; docs/results/plan.md has the tables.
 
 Any key can be changed on the command line: --config.phases.sprint.steps=400. docs/results/ has the
 measured results.

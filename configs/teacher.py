@@ -1,21 +1,19 @@
-"""Teachers alone: flow matching, with what distillation asks of them (QK-norm, dense times in [0,
-1]).
+"""Teachers alone: flow matching, with what distillation needs: QK-norm, dense times in [0, 1].
 
     python -m sprint_jax.main --config=configs/teacher.py         from nothing on the embedded data
     python -m sprint_jax.main --config=configs/teacher.py:sana_600m ...   the paper's first phase
 
 Presets
   shapes      2 CPU cores, some 70 minutes: the recipe of the shipped teacher.
-  emoji       captioned emoji at 64 px, from data that `sprint-jax encode` made.
+  emoji       Captioned emoji at 64 px, from data that `sprint-jax encode` made.
   sana_600m, sana_1600m
-              fine-tunes a SANA without QK-norm and with times in [0, 1000]: 5 000 updates of 1 024
-              samples at 2e-5 (the paper's value, taken as it stands: by the released trainer's
-              rule, sqrt(batch / 256), a file that says 2e-5 gives 4e-5,
-              --config.phases.finetune.optimizers.network.reference_batch=256), as plain flow
-              matching. Give the model to begin from and the data:
-              --config.teacher.start=SANA_FOLDER --config.data.encoded=data/sana. One update is
-              about 3 forward passes of a sample, three tenths of a generator's: `sprint-jax plan`
-              has the hours.
+              Fine-tunes a SANA without QK-norm and with times in [0, 1000], as plain flow
+              matching: 5 000 updates of 1 024 samples at the paper's rate of 2e-5. By the released
+              trainer's rule, sqrt(batch / 256), a file with 2e-5 gives 4e-5:
+              --config.phases.finetune.optimizers.network.reference_batch=256. Give the model to
+              begin from and the data: --config.teacher.start=SANA_FOLDER
+              --config.data.encoded=data/sana. One update is about 3 forward passes of a sample,
+              three tenths of a generator's: `sprint-jax plan` has the hours.
 
 The work directory ends with teacher.safetensors:
 --config.teacher.pretrained=WORKDIR/teacher.safetensors
