@@ -73,6 +73,7 @@ def linear_case(
     heads: int,
     head: int,
     norm: bool,
+    *,
     dtype: DTypeLike = np.float32,
 ) -> tuple[Arrays, Arrays, Any]:
     """Return (primals, tangents, cotangent) of linear attention."""
@@ -107,6 +108,7 @@ def cross_case(
     keys: int,
     heads: int,
     head: int,
+    *,
     dtype: DTypeLike = np.float32,
 ) -> tuple[Arrays, Arrays, Any]:
     """Return (primals, tangents, cotangent) of cross-attention."""

@@ -105,9 +105,9 @@ def run_server(
 
 def image_file(image: np.ndarray | Image.Image, file_format: str = "PNG", **options: Any) -> bytes:
     """Return the bytes of an image file."""
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    shown = image if isinstance(image, Image.Image) else Image.fromarray(image)
     buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
+    shown.save(buffer, file_format, **options)
     return buffer.getvalue()
 
 

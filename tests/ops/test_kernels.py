@@ -301,7 +301,7 @@ def test_kernels_round_norms_as_plain():
     Fails when a kernel rounds x / rms differently.
     """
     for weight in ("float32", "bfloat16"):
-        arrays, _, _ = linear_case(7, 1, 64, 2, 32, True, jnp.bfloat16)
+        arrays, _, _ = linear_case(7, 1, 64, 2, 32, True, dtype=jnp.bfloat16)
         arrays = (*arrays[:3], *(jnp.asarray(a, weight) for a in arrays[3:]))
         plain = linear(linear_attention.attend, 2)(*arrays)
         found = linear(linear_attention.attend, 2, backend=HERE)(*arrays)
@@ -319,13 +319,13 @@ def test_bfloat16_is_as_good_as_plain():
     mask = uneven_mask(2, 50)
     kinds = (
         (
-            lambda seed: linear_case(seed, 2, 128, 2, 32, True, jnp.bfloat16),
+            lambda seed: linear_case(seed, 2, 128, 2, 32, True, dtype=jnp.bfloat16),
             linear(linear_attention.attend, 2),
             linear(linear_attention.attend, 2, backend=HERE),
             functools.partial(exact_linear, 2),
         ),
         (
-            lambda seed: cross_case(seed, 2, 128, 50, 2, 72, jnp.bfloat16),
+            lambda seed: cross_case(seed, 2, 128, 50, 2, 72, dtype=jnp.bfloat16),
             cross(cross_attention.attend, mask),
             cross(cross_attention.attend, mask, backend=HERE),
             functools.partial(exact_cross, mask),
