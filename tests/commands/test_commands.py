@@ -71,7 +71,8 @@ def test_help_starts_neither_jax_nor_numpy():
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True
     )
     modules = json.loads(result.stdout.splitlines()[-1])
-    assert "tyro" in modules and not {"jax", "numpy", "scipy", "flax", "PIL"} & set(modules)
+    assert "tyro" in modules
+    assert not {"jax", "numpy", "scipy", "flax", "PIL"} & set(modules)
 
 
 def test_importing_the_package_imports_nothing():
@@ -112,7 +113,9 @@ def test_bad_input_is_one_line_with_status_2(capsys, arguments, message):
         __main__.dispatch(arguments)
     said = capsys.readouterr()
     assert end.value.code == 2 and not said.out
-    assert said.err.startswith("error: ") and message in said.err and said.err.count("\n") == 1
+    assert said.err.startswith("error: ")
+    assert message in said.err
+    assert said.err.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -129,7 +132,8 @@ def test_the_wheel_carries_the_cards(tmp_path):
     (tmp_path / "cwd").mkdir()
     flags = ("--config=controlnet:smoke", "--config.phases.sprint.steps=3")
     result = run_in(tmp_path / "cwd", "train", *flags, path=tmp_path / "lib")
-    assert result.returncode == 2 and "config.phases.sprint.steps 3" in result.stderr, result.stderr
+    assert result.returncode == 2, result.stderr
+    assert "config.phases.sprint.steps 3" in result.stderr, result.stderr
     assert not list((tmp_path / "cwd").iterdir())
     assert (tmp_path / "lib/sprint_jax/py.typed").exists()
     assert (tmp_path / "lib/bin/sprint-jax").exists()

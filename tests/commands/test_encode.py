@@ -80,9 +80,9 @@ def test_records_are_the_encoders_own(images, encoding_folder):
     assert found.keys() == captions.keys()
     for caption, i in captions.items():
         size = SIZES[0] if i % 3 else SIZES[1]
-        picture = crops.fit_bicubic(np.asarray(Image.open(images / f"{i:03d}.png")), *size)
+        image = crops.fit_bicubic(np.asarray(Image.open(images / f"{i:03d}.png")), *size)
         np.testing.assert_array_equal(
-            found[caption]["latent"], CODEC.encode(picture[None])[0].astype(np.float16)
+            found[caption]["latent"], CODEC.encode(image[None])[0].astype(np.float16)
         )
         features, mask = TEXT.encode([caption])
         length = int(mask.sum())
@@ -453,8 +453,8 @@ def test_the_command_on_a_published_model(command, published, pipe, photographs,
     features_of = jax.jit(pipe.text.features)
     for i in range(4):
         caption = (photographs / f"{i}.txt").read_text().strip()
-        picture = crops.fit_bicubic(np.asarray(Image.open(photographs / f"{i}.jpg")), 32, 64)
-        alone = np.asarray(pipe.pixels.encode(pipe.params["pixels"], picture[None]))[0]
+        image = crops.fit_bicubic(np.asarray(Image.open(photographs / f"{i}.jpg")), 32, 64)
+        alone = np.asarray(pipe.pixels.encode(pipe.params["pixels"], image[None]))[0]
         assert found[caption]["latent"].shape == (1, 2, 8)
         np.testing.assert_allclose(
             found[caption]["latent"], alone, rtol=2e-3, atol=2e-4 * np.abs(alone).max()

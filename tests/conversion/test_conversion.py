@@ -510,11 +510,11 @@ def test_images_do_not_depend_on_the_rest_of_the_batch(source):
 
 
 def test_sample_command_on_a_folder(source, command, tmp_path):
-    picture = tmp_path / "start.png"
+    start = tmp_path / "start.png"
     from PIL import Image
 
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8)).save(
-        picture
+        start
     )
     result = command(
         "sprint_jax",
@@ -525,7 +525,7 @@ def test_sample_command_on_a_folder(source, command, tmp_path):
         "--steps=2",
         "--height=64",
         "--width=96",
-        f"--image={picture}",
+        f"--image={start}",
         "--strength=0.5",
         f"--out={tmp_path / 'out'}",
     )

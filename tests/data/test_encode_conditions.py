@@ -70,10 +70,10 @@ def fitted_images(images):
     """Return {caption: (key, image)} of the usable examples."""
     found = {}
     for i in set(range(22)) - {5}:
-        picture = crops.fit_bicubic(
+        image = crops.fit_bicubic(
             np.asarray(Image.open(images / f"{i:03d}.png")), *SIZES[0 if i % 3 else 1]
         )
-        found[(images / f"{i:03d}.txt").read_text()] = f"{i:03d}.png", picture
+        found[(images / f"{i:03d}.txt").read_text()] = f"{i:03d}.png", image
     return found
 
 
@@ -93,8 +93,8 @@ def test_edges_are_those_of_the_fitted_image(images, with_edges, tmp_path):
     )
     assert found.keys() == fitted_images(images).keys() == plain.keys()
     drawn = 0
-    for caption, (_, picture) in fitted_images(images).items():
-        shown = sketches.to_rgb(sketches.gradient_edges(picture[None]))
+    for caption, (_, image) in fitted_images(images).items():
+        shown = sketches.to_rgb(sketches.gradient_edges(image[None]))
         assert found[caption]["control"].dtype == np.float32
         drawn += shown.any()
         np.testing.assert_array_equal(
@@ -114,9 +114,9 @@ def test_soft_edges_and_scribbles(images, tmp_path):
     """
     soft, drawn = (all_records(encode_with(images, tmp_path / c.kind, c)) for c in (HED, SCRIBBLE))
     thick = set()
-    for caption, (key, picture) in fitted_images(images).items():
-        height, width = picture.shape[:2]
-        seen = luminance(picture, min(height, width))
+    for caption, (key, image) in fitted_images(images).items():
+        height, width = image.shape[:2]
+        seen = luminance(image, min(height, width))
         assert seen.shape == (64, 64)
         thickness = detector.draw_thickness(key, (0, 24))
         thick.add(thickness)
@@ -274,12 +274,12 @@ def test_ready_latents_need_their_image(tmp_path):
     (tmp_path / "source").mkdir()
     with tarfile.open(tmp_path / "source" / "0.tar", "w") as tar:
         for i in range(4):
-            example, picture, latent = shapes.example(0, i, size=32), io.BytesIO(), io.BytesIO()
-            Image.fromarray(example.image).save(picture, "png")
+            example, image, latent = shapes.example(0, i, size=32), io.BytesIO(), io.BytesIO()
+            Image.fromarray(example.image).save(image, "png")
             np.save(latent, np.ones((48, 8, 8), np.float32))
             parts = {"npy": latent.getvalue(), "txt": example.text.encode()}
             if i:
-                parts["png"] = picture.getvalue()
+                parts["png"] = image.getvalue()
             for suffix, data in parts.items():
                 member = tarfile.TarInfo(f"{i}.{suffix}")
                 member.size = len(data)
@@ -288,9 +288,9 @@ def test_ready_latents_need_their_image(tmp_path):
     found = records_by_caption(out, "train")
     assert found.keys() == {shapes.example(0, i).text for i in (1, 2, 3)}
     for i in (1, 2, 3):
-        picture = shapes.example(0, i, size=32).image[None]
+        image = shapes.example(0, i, size=32).image[None]
         np.testing.assert_array_equal(
-            found[shapes.example(0, i).text]["latent"], CODEC.encode(picture)[0].astype(np.float16)
+            found[shapes.example(0, i).text]["latent"], CODEC.encode(image)[0].astype(np.float16)
         )
     reason = "it has a latent and no image to make a condition of"
     assert encoded.read_manifest(out)["skipped"] == [{"key": "0.tar:0", "reason": reason}]

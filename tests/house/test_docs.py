@@ -62,7 +62,10 @@ def test_functions_exist(page):
 
 @every_page
 def test_lines_are_short(page):
-    """At most 100 columns, but for tables and images. Fails where a page is not wrapped."""
+    """Lines have at most 100 columns, except in tables and images.
+
+    Fails where a page is not wrapped.
+    """
     for number, line in enumerate(page.read_text().splitlines(), 1):
         assert len(line) <= 100 or line.startswith(("|", "![")), f"{page}:{number}"
 
@@ -103,7 +106,7 @@ def test_config_keys_exist(page):
 
 @every_page
 def test_options_of_commands_exist(page):
-    """In commands of code blocks. Fails when an option is renamed."""
+    """Check commands in code blocks. Fails when an option is renamed."""
     known = {name: {f.name.rstrip("_") for f in fields} for name, (_, fields) in OPTIONS.items()}
     blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S)
     text = "\n".join(blocks).replace("\\\n", " ")
@@ -113,7 +116,7 @@ def test_options_of_commands_exist(page):
 
 
 def test_every_option_and_key_is_explained():
-    """In the generated references. Fails when a field loses its docstring."""
+    """Check the generated references. Fails when a field loses its docstring."""
     rows = f"{HOOKS.commands()}\n{HOOKS.configuration()}".splitlines()
     keys = [row for row in rows if row.startswith(("| `--", "| `config."))]
     assert len(keys) > 200

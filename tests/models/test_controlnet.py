@@ -338,10 +338,10 @@ def test_batches_hold_the_edges_of_their_images(small, batch):
     usual = [
         i for i in range(8) if not freehand.is_rough(small.data.seed, i, small.control.freehand)
     ]
-    pictures = np.stack(
+    drawn = np.stack(
         [shapes.example(small.data.seed, i, size=small.data.size).image for i in usual]
     )
-    edges = sketches.to_rgb(sketches.gradient_edges(pictures))
+    edges = sketches.to_rgb(sketches.gradient_edges(drawn))
     np.testing.assert_allclose(rows["control"][usual], codec.encode(edges), atol=1e-6)
     heldout = data.heldout(4, 2)
     np.testing.assert_array_equal(heldout.edges, sketches.gradient_edges(heldout.images))

@@ -179,11 +179,11 @@ def numpy_forward(params, x, t, text, mask, guidance):
     p = params["outputs"]
     shift, scale = p["scale_shift_table"][0] + condition, p["scale_shift_table"][1] + condition
     out = affine(p["proj_out"], norm(h) * (1 + scale[:, None]) + shift[:, None])
-    picture = np.zeros(x.shape)
+    image = np.zeros(x.shape)
     for token in range(rows * columns):
         r, c = size * (token // columns), size * (token % columns)
-        picture[:, r : r + 2, c : c + 2] = out[:, token].reshape(batch, 2, 2, 3)
-    return picture, affine(params["inputs"]["logvar"], condition)[:, 0], outputs
+        image[:, r : r + 2, c : c + 2] = out[:, token].reshape(batch, 2, 2, 3)
+    return image, affine(params["inputs"]["logvar"], condition)[:, 0], outputs
 
 
 def test_whole_network_against_numpy():

@@ -92,7 +92,8 @@ def test_ladd_alone_is_the_pair_without_scm(role):
     (mine, found), (_, expected) = both_after(
         alone(ladd.Ladd, "ladd"), settings(scm_weight=0.0, adv_weight=1.0), role
     )
-    assert found.scalars.keys() == expected.scalars.keys() and "scm" not in found.scalars
+    assert found.scalars.keys() == expected.scalars.keys()
+    assert "scm" not in found.scalars
     for name, value in (found.scalars | found.norms).items():
         wanted = (expected.scalars | expected.norms)[name]
         np.testing.assert_allclose(value, wanted, rtol=1e-6, err_msg=name)

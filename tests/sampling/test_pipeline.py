@@ -88,10 +88,10 @@ def test_fit_covers_and_crops_the_center():
 def test_fit_is_never_short_of_a_pixel():
     """832 times 480 / 832 is below 480 in floating point."""
     for have, want in (((832, 1152), (480, 640)), ((704, 1408), (480, 960))):
-        picture = np.broadcast_to(
+        image = np.broadcast_to(
             np.arange(have[1], dtype=np.uint16)[:, None] // 8, (1, *have, 3)
         ).astype(np.uint8)
-        assert crops.fit_bilinear(picture, *want).shape == (1, *want, 3)
+        assert crops.fit_bilinear(image, *want).shape == (1, *want, 3)
 
 
 def test_images_of_users(tmp_path):
