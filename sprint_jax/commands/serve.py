@@ -9,25 +9,20 @@ import dataclasses
 import os
 from typing import Literal
 
+from sprint_jax.errors import UserError
 from sprint_jax.runtime import compile_cache
-from sprint_jax.sampling.options import model_or_shipped
+from sprint_jax.sampling.options import ModelOptions, model_or_shipped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(ModelOptions):
     """Options of `sprint-jax serve`."""
 
     model: str = ""
     """Diffusers folder, converted folder, run directory, or exported file; default: the student of
     shapes that ships with the code."""
-    dtype: Literal["bfloat16", "float32"] | None = None
-    """Of weights and arithmetic; default: bfloat16, on a CPU float32."""
     attention: Literal["plain", "pallas"] | None = None
     """XLA, or kernels where the device has them; default: kernels on an NVIDIA GPU."""
-    tile: bool = False
-    """Decode in overlapping tiles of 1024 px: less memory for large images."""
-    instruction_file: str | None = None
-    """Text before each prompt of a published model; '' for none; default: the published one."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 lets other machines in: then set a password."""
     port: int = 7860
@@ -48,8 +43,11 @@ class Options:
 
 def run(options: Options) -> None:
     """Serve until a signal ends the process."""
-    from sprint_jax.serving import service
-
+    try:
+        from sprint_jax.serving import service
+    except ModuleNotFoundError as error:
+        remedy = "pip install 'sprint_jax[app]'"
+        raise UserError(f"serving needs the package {error.name}: {remedy}") from None
     compile_cache.start()
     values = dataclasses.asdict(options)
     values["model"] = model_or_shipped(options.model)
