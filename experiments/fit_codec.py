@@ -1,4 +1,4 @@
-"""Fit a pixel codec: the recipe of the shipped ones.
+"""Fit a pixel codec, as the shipped ones were fitted.
 
 --of=""             drawn shapes (shapes_codec; shapes_64_codec: --size=64 --block=16 --channels=48)
 --of=emoji/1.0.0    images of a folder, tars or TFDS set (emoji_codec: --size=64 --channels=64)
@@ -7,6 +7,7 @@
 import dataclasses
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 
 from sprint_jax.data import captioned, sources
@@ -24,15 +25,15 @@ class Options:
     file: str = ""
     """Safetensors file to write."""
     of: str = ""
-    """Images to fit it to, as sprint-jax encode reads them; '' draws shapes."""
+    """Images to fit it to, as `sprint-jax encode` reads them; '' draws shapes."""
     size: int = 32
     """Side of the images in pixels."""
     block: int = 8
     """Side of a patch in pixels."""
     channels: int = 32
-    """Components kept."""
+    """Number of components to keep."""
     pictures: int = 4000
-    """Training images that it is fitted to."""
+    """Number of training images to fit it to."""
 
 
 def run(options: Options) -> None:
@@ -44,14 +45,14 @@ def run(options: Options) -> None:
     varying = int((fitted["spread"] > 0).sum())
     if varying < len(fitted["spread"]):
         raise UserError(
-            f"--channels={options.channels}: these images vary in {varying} components alone, "
+            f"--channels={options.channels}: these images vary in only {varying} components, "
             "keep fewer"
         )
     weights.save(options.file, fitted)
     latents = patches.PatchPCA(block=options.block, scale=1.0, **fitted).encode(images)
     scale = 1 / np.sqrt(np.square(latents).mean())
     codec = patches.PatchPCA(block=options.block, scale=scale, **fitted)
-    decoded = np.asarray(codec.decode(codec.encode(images[:256]))).astype(int)
+    decoded = np.asarray(codec.decode(jnp.asarray(codec.encode(images[:256])))).astype(int)
     print(
         f"wrote {options.file}; config.codec.scale for unit root mean square: {scale:.3f}; "
         f"mean error {np.abs(decoded - images[:256]).mean():.2f} of 255"
@@ -70,7 +71,7 @@ def _check(options: Options) -> None:
 
 
 def _images(options: Options) -> np.ndarray:
-    """Return uint8 [N, size, size, 3]."""
+    """Return the images to fit, uint8 [N, size, size, 3]."""
     size = options.size
     if not options.of:
         drawn = [shapes.example(0, i, size=size).image for i in range(options.pictures)]
@@ -78,17 +79,18 @@ def _images(options: Options) -> np.ndarray:
     source = sources.open_source(options.of)
     count = min(options.pictures, len(source))
     try:
-        return np.stack(
-            [
-                crops.fit_bicubic(captioned.decode_image(source[i].image), size, size)
-                for i in range(count)
-            ]
-        )
+        return np.stack([_image(source[i], size) for i in range(count)])
     except captioned.BadExample as error:
         raise UserError(
             f"--of={options.of} holds an example that cannot be used ({error}): remove it; "
-            "sprint-jax encode lists such"
+            "`sprint-jax encode` lists such examples"
         ) from None
+
+
+def _image(example: captioned.Example, size: int) -> np.ndarray:
+    if example.image is None:
+        raise captioned.BadExample("missing picture")
+    return crops.fit_bicubic(captioned.decode_image(example.image), size, size)
 
 
 if __name__ == "__main__":

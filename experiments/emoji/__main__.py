@@ -1,8 +1,8 @@
 """Make a data set of captioned emoji.
 
-Images, captions and their grammar: experiments/emoji/dataset.py. Needs the font Noto Color Emoji
-(Debian: fonts-noto-color-emoji). Makes DIR/emoji/1.0.0 (TFDS, array_record) and DIR/preview.png;
-the same options give the same images.
+experiments/emoji/dataset.py describes the images and captions. This needs the font Noto Color Emoji
+(Debian: fonts-noto-color-emoji). It writes DIR/emoji/1.0.0 (TFDS, array_record) and
+DIR/preview.png. The same options give the same images.
 """
 
 import contextlib
@@ -11,10 +11,15 @@ import io
 import pathlib
 import sys
 import tempfile
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import cli
 from sprint_jax.storage.settings import Keeper
+
+if TYPE_CHECKING:
+    from experiments.emoji.dataset import Glyphs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,7 @@ class Options:
 
 
 _KEEPER = Keeper(
-    file="metadata.json",  # which TFDS writes
+    file="metadata.json",  # written by TFDS
     flag="to_dir",
     refusal="{folder} was made with {key} {old}, not {new}: give another --{flag}, or remove it",
     foreign="{folder} was not made by this command: give another --{flag}",
@@ -63,7 +68,7 @@ def run(options: Options) -> None:
     _make(root, dataset.Glyphs(options.font or dataset.FONT), settings)
 
 
-def _make(root, font, settings):
+def _make(root: pathlib.Path, font: "Glyphs", settings: dict[str, int]) -> None:
     from experiments.emoji import dataset
 
     made = root / dataset.Emoji.name / str(dataset.Emoji.VERSION)
@@ -74,29 +79,30 @@ def _make(root, font, settings):
         (root / "preview.png").unlink(missing_ok=True)
         _build(root, font, settings)
         print(
-            f"made {made}: {settings['count']} captioned pictures of {settings['size']} px "
+            f"made {made}: {settings['count']} captioned images of {settings['size']} px "
             f"from {len(font.names)} emoji"
         )
-    if not (root / "preview.png").exists():  # of a killed command as well
+    if not (root / "preview.png").exists():  # also after a killed command
         _preview(root / "preview.png", font, **settings)
         print(f"look at {root / 'preview.png'}")
     print(f"next: python -m sprint_jax encode --source={made}")
 
 
-def _build(root, font, settings):
+def _build(root: pathlib.Path, font: "Glyphs", settings: dict[str, int]) -> None:
     import tensorflow_datasets as tfds
     import tqdm
 
     from experiments.emoji import dataset
 
-    def bar(ids):
-        return tqdm.tqdm(ids, unit="picture", desc="emoji", delay=5, mininterval=1.0)
+    def show_progress(ids: Iterable[int]) -> Any:
+        return tqdm.tqdm(ids, unit="image", desc="emoji", delay=5, mininterval=1.0)
 
-    # TFDS's bars count shards where ours shows the time left, and its prints speak of downloads.
+    # The progress bars of TFDS count shards, and its prints are about downloads. Ours shows the
+    # time that is left.
     tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()), tempfile.TemporaryDirectory() as unused:
-            builder = dataset.Emoji(font=font, each=bar, data_dir=root, **settings)
+            builder = dataset.Emoji(font=font, each=show_progress, data_dir=root, **settings)
             builder.download_and_prepare(download_dir=unused)
     except OSError as error:
         raise UserError(
@@ -104,7 +110,7 @@ def _build(root, font, settings):
         ) from None
 
 
-def _preview(path, font, *, seed, size, count):
+def _preview(path: pathlib.Path, font: "Glyphs", *, seed: int, size: int, count: int) -> None:
     """Write the first images as one grid."""
     import numpy as np
 

@@ -102,24 +102,23 @@ def _ignore(message: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Description:
-    """The descriptions of a checkpoint folder, read without its arrays.
+    """The descriptions of a checkpoint folder, before any array is read.
 
-    The reader of its parameters chooses which parts, and how they are computed (`replace`), before
-    any array is read.
+    Callers choose which parts to read, and with `replace` how they compute.
     """
 
     path: pathlib.Path
     models: dict[str, Any]  # {part: network}
-    instruction: str | None  # precedes every prompt; None where the folder does not say
-    diffusers: bool  # whether its files have diffusers' names
+    instruction: str | None  # precedes every prompt; None if the folder does not hold one
+    diffusers: bool  # whether the files have the names of diffusers
 
     @property
     def tokenizer(self) -> pathlib.Path:
-        """The folder of the tokenizer's files."""
+        """The folder with the files of the tokenizer."""
         return self.path / "tokenizer"
 
     def replace(self, **models: Any) -> "Description":
-        """Return the description with some networks in place of its own."""
+        """Return the description with other networks for some parts."""
         return dataclasses.replace(self, models=self.models | models)
 
     def read(
@@ -131,14 +130,13 @@ class Description:
         place: _Place = _keep,
         say: _Say = _ignore,
     ) -> dict[str, Any]:
-        """Read the parameters of some parts, None for all: {part: tree}.
+        """Read parameters. Returns {part: tree}.
 
         Args:
-          parts: names of parts.
+          parts: the parts to read. None reads all.
           dtype: "float32" or "bfloat16" for every part. None keeps the dtypes of the files.
           pixels_dtype: dtype of the autoencoder, if it differs.
-          place: (part, dotted path, NumPy array) -> leaf, called for each array as soon as it is
-          read.
+          place: (part, dotted path, NumPy array) -> leaf, called for each array when it is read.
           say: called with a line of progress before each part.
 
         Raises UserError if a file is missing or damaged.
@@ -153,7 +151,10 @@ class Description:
             params[part] = _load(part, rows, found, model, wanted, place)
         return params
 
-    def _files(self, part, model):
+    def _files(
+        self, part: str, model: Any
+    ) -> tuple[list[rules.Row], Mapping[str, safetensors_files.Tensor], str]:
+        """Return the table of a part, the tensors of its files, and its name for people."""
         if self.diffusers:
             stored = _PARTS[part]
             found = safetensors_files.find(self.path / stored.folder, stored.stem)
@@ -166,8 +167,9 @@ class Description:
 def describe(path: _StrPath, *, dtype: str | None) -> Description:
     """Describe a diffusers pipeline or a folder made by `write_ours`, without reading arrays.
 
-    dtype: "float32" or "bfloat16", in which the networks compute; None is float32.
-    Raises UserError if a part is missing, or of another kind.
+    dtype: "float32" or "bfloat16", the compute dtype of the networks. None is float32.
+
+    Raises UserError if a part is missing or of another kind.
     """
     path, compute = pathlib.Path(path), dtype or "float32"
     if is_diffusers(path):
@@ -192,7 +194,7 @@ def read_diffusers(
 ) -> Checkpoint:
     """Read the folder of a SANA-Sprint pipeline.
 
-    instruction: text that precedes every prompt. Other arguments and errors are those of
+    instruction: text that precedes every prompt. The other arguments and the errors are those of
     `Description.read`.
     """
     described = describe(path, dtype=dtype)

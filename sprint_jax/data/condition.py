@@ -1,4 +1,4 @@
-"""A folder of images to a folder of what a ControlNet is conditioned on."""
+"""Drawing the condition images of a ControlNet for a folder of images."""
 
 import dataclasses
 import pathlib
@@ -20,19 +20,15 @@ _THICKNESS, _RESOLUTION = 1, 512
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """What decides about the pixels of an output folder.
+    """The settings that determine the images of an output folder."""
 
-    kind: one of `sketches.KINDS`. weights: file of the detector; None for edges.
-    resolution: short side that the detector sees, in pixels. thickness: of scribbles' strokes.
-    """
-
-    kind: str
-    weights: str | None
-    resolution: int
-    thickness: int
+    kind: str  # one of `sketches.KINDS`
+    weights: str | None  # file of the detector; None for edges
+    resolution: int  # short side of the detector's input, in pixels
+    thickness: int  # of the strokes of scribbles, in pixels
 
     def settings(self) -> dict[str, object]:
-        """Return the values that count for this kind, as the folder keeps them."""
+        """Return the settings that matter for this kind, as the folder records them."""
         values: dict[str, object] = {"kind": self.kind}
         if self.kind != "edges":
             values |= {"weights": str(self.weights), "detect_resolution": self.resolution}
@@ -44,9 +40,9 @@ class Drawing:
 def drawing(
     kind: str, weights: str | None, resolution: int | None, thickness: int | None
 ) -> Drawing:
-    """Return what the options of the command ask for.
+    """Return the drawing for the options of the command.
 
-    Raises UserError for options that do not belong to the kind, are missing, or out of range.
+    Raises UserError for options that do not belong to the kind, are missing, or are out of range.
     """
     edges = kind == "edges"
     if not edges and not weights:
@@ -74,11 +70,11 @@ def drawing(
 
 
 def save_weights(weights: str | None, path: str) -> None:
-    """Write the detector's weights as safetensors. Raises UserError for a path that cannot be."""
+    """Convert the detector's weights to safetensors. Raises UserError as `hed_weights.load`."""
     from sprint_jax.conditioning import hed, hed_weights
 
     if not weights:
-        raise UserError("--weights is missing: give the .pth file that --save_weights is made of")
+        raise UserError("--weights is missing: give the .pth file that --save_weights converts")
     hed_weights.save(weights, path, hed.PUBLISHED)
 
 
@@ -87,8 +83,9 @@ def targets(
 ) -> dict[pathlib.Path, pathlib.Path]:
     """Return {file to write: image that it is drawn from}.
 
-    find: lists the images below a folder. Raises UserError if the output lies among the images, or
-    if two images would become one file.
+    find: lists the images below a folder.
+
+    Raises UserError if the output lies among the images, or two images would become one file.
     """
     if out.resolve().is_relative_to(source.resolve()):
         raise UserError(
@@ -104,12 +101,12 @@ def targets(
 
 
 def draw(images: dict[pathlib.Path, pathlib.Path], out: pathlib.Path, drawing: Drawing) -> None:
-    """Draw every missing image of `targets` and keep the others, with a progress bar.
+    """Draw the missing images of `targets`, with a progress bar. Existing files are kept.
 
-    Raises UserError for a folder of other settings, and for an image that cannot be read.
+    Raises UserError if the folder has other settings, or an image cannot be read.
     """
     missing = {target: path for target, path in images.items() if not target.exists()}
-    # Before the folder is claimed, so that wrong weights lock none.
+    # Load the weights before the folder is claimed, so that an error leaves it unclaimed.
     lines_of = _lines(drawing) if missing else None
     _claim(out, drawing)
     if lines_of:
@@ -117,9 +114,10 @@ def draw(images: dict[pathlib.Path, pathlib.Path], out: pathlib.Path, drawing: D
 
 
 def _claim(out: pathlib.Path, drawing: Drawing) -> None:
-    """Make the folder belong to the drawing. Raises UserError if it has other settings."""
+    """Claim the folder for the drawing. Raises UserError if it has other settings."""
     recorded = _KEEPER.recorded(out) or {}
-    if "kind" in recorded:  # first: settings of another kind have other names as well
+    # Report another kind first: its settings also have other names.
+    if "kind" in recorded:
         _KEEPER.check(out, recorded | {"kind": drawing.kind})
     _KEEPER.claim(out, drawing.settings())
 
@@ -130,7 +128,7 @@ def _write(
     lines_of: Callable[[np.ndarray], np.ndarray],
     kind: str,
 ) -> None:
-    """Draw and write the missing images, of `total`."""
+    """Draw and write the missing images. total: number of images, for the progress bar."""
     import tqdm
 
     from sprint_jax.data import captioned
@@ -141,7 +139,7 @@ def _write(
     ) as bar:
         for target, path in missing.items():
             try:
-                # The pixels that `sprint-jax encode --condition` sees.
+                # Decode exactly as `sprint-jax encode --condition` does.
                 image = captioned.decode_image(path.read_bytes())
             except (OSError, captioned.BadExample) as error:
                 raise UserError(
@@ -154,11 +152,12 @@ def _write(
 
 
 def _lines(drawing: Drawing) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function from uint8 [H, W, 3] to lines, uint8 [h, w]."""
+    """Return a function from an image, uint8 [H, W, 3], to its lines, uint8 [h, w]."""
     if drawing.kind == "edges":
         return lambda image: sketches.gradient_edges(image[None])[0]
     from sprint_jax.conditioning import detector
 
+    assert drawing.weights is not None  # `drawing` checked it
     detect = detector.load(drawing.weights).detect
     if drawing.kind == "hed":
         return lambda image: detect(image, drawing.resolution)

@@ -1,9 +1,9 @@
-"""Encoding a source of captioned images into a data set (`encoded` has its format), resumably.
+"""Encoding captioned images as a data set, which several hosts can share and which can resume.
 
-The source is cut into chunks. A chunk becomes a train shard, perhaps a heldout shard, and last of
-all a part-NUMBER.json that says so. A job that is killed resumes with the chunks that have none,
-and ends with the same bytes as one that never was. Several hosts share the chunks; whichever sees
-the last one done writes the manifest.
+The module `encoded` describes the format. The source is cut into chunks. Each chunk becomes a train
+shard, often a heldout shard, and at last a file part-NUMBER.json that records them. A killed job
+resumes with the chunks that have no such file, and ends with the same bytes as an uninterrupted
+one. Several hosts share the chunks. The one that finds all chunks complete writes the manifest.
 """
 
 import concurrent.futures
@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 
 from sprint_jax.conditioning.detector import Lines
 from sprint_jax.data import encode_chunk, encoded
+from sprint_jax.data.captioned import Source
 from sprint_jax.data.encode_options import Options, sizes
 from sprint_jax.data.encode_settings import Encoders, Settings
 from sprint_jax.encoders import prompts
@@ -41,11 +42,11 @@ _KEEPER = Keeper(
 
 
 def settings(
-    options: Options, source: Any, encoders: Encoders, condition: Lines | None
+    options: Options, source: Source, encoders: Encoders, condition: Lines | None
 ) -> Settings:
-    """Return the settings that the options of the command ask for.
+    """Return the settings for the options of the command.
 
-    Raises UserError for sizes that are not of the encoders.
+    Raises UserError for sizes that the encoders do not support.
     """
     return Settings(
         source=source.identity(),
@@ -61,7 +62,7 @@ def settings(
 
 
 def encode(
-    source: Any,
+    source: Source,
     encoders: Encoders,
     out: str | pathlib.Path,
     settings: Settings,
@@ -73,35 +74,30 @@ def encode(
     max_bad: float = 0.05,
     say: Callable[[str], object] = lambda message: None,
 ) -> None:
-    """Encode the chunks host, host + hosts, ... that are missing; write the manifest after the
-    last.
+    """Encode the missing chunks among host, host + hosts, …; write the manifest after the last.
 
     Args:
-      source: of `data.sources`.
-      encoders: what makes records.
-      out: the folder.
-      settings: what the folder keeps to.
+      source: the examples.
+      encoders: the encoders of images and captions.
+      out: the folder of the data set.
+      settings: the settings of the folder.
       condition: the lines that settings.condition names; None for "none".
-      batch: images, or captions, of a program run.
-      hosts, host: number of jobs that share the work, and which this is.
-      max_bad: share of this host's examples that may be unusable; three are always tolerated.
-      say: called with a line on what has been done.
+      batch: number of images, or captions, that are encoded at a time.
+      hosts, host: number of jobs that share the work, and the index of this one.
+      max_bad: fraction of this host's examples that may be unusable. Three are always tolerated.
+      say: called with a line about the result.
 
-    Raises UserError for a folder of other settings, past max_bad, and if no example is left to
-    train on.
+    Raises UserError if the folder has other settings, more than `max_bad` examples are unusable, or
+    no example is left to train on.
     """
     named = condition.identity if condition else encoded.NO_CONDITION
     if settings.condition != named:
         raise ValueError(f"the condition is {named}, settings say {settings.condition}")
     out = pathlib.Path(out)
-    _text_size(encoders.text, settings.text)  # refuses before the folder is claimed
+    _text_size(encoders.text, settings.text)  # raises its error before the folder is claimed
     _claim(out, settings)
-    tally = encode_chunk.Tally(max_bad)
     mine, done = range(host, settings.chunks, hosts), _read_parts(out, settings)
-    for chunk in mine:
-        if chunk in done:
-            tally.begin(settings.indices(chunk))
-            tally.bad += done[chunk]["counts"]["skipped"]
+    tally = _resume_tally(max_bad, settings, {c: done[c] for c in mine if c in done})
     missing = [chunk for chunk in mine if chunk not in done]
     with _bar(settings, mine, missing) as bar, _threads() as pool:
         encoder = encode_chunk.ChunkEncoder(
@@ -116,7 +112,7 @@ def encode(
         )
         for chunk in missing:
             _write_part(out, chunk, settings, encoder.run(settings.indices(chunk)))
-    done = _read_parts(out, settings)  # with those of other hosts
+    done = _read_parts(out, settings)  # of all hosts
     if left := settings.chunks - len(done):
         say(
             f"host {host} of {hosts} is done; {left} of {settings.chunks} chunks are still to "
@@ -125,6 +121,17 @@ def encode(
         return
     ordered = [done[chunk] for chunk in range(settings.chunks)]
     say(_finish(out, encoders, settings, ordered, own=f".host{host}"))
+
+
+def _resume_tally(
+    max_bad: float, settings: Settings, done: Mapping[int, dict[str, Any]]
+) -> encode_chunk.Tally:
+    """Return a tally that has counted the chunks that this host completed before."""
+    tally = encode_chunk.Tally(max_bad)
+    for chunk, part in done.items():
+        tally.begin(settings.indices(chunk))
+        tally.bad += part["counts"]["skipped"]
+    return tally
 
 
 def _threads() -> concurrent.futures.ThreadPoolExecutor:
@@ -141,14 +148,14 @@ def _bar(settings: Settings, mine: Sequence[int], missing: Sequence[int]) -> Any
 
 
 def _claim(out: pathlib.Path, settings: Settings) -> None:
-    """Make the folder this data set's. Raises UserError with both values for one of others."""
+    """Claim the folder for the settings. Raises UserError with both values if it has others."""
     full = settings.plain() | {"condition": settings.condition}
     dataclasses.replace(_KEEPER, defaults={"condition": encoded.NO_CONDITION}).check(out, full)
     _KEEPER.claim(out, settings.plain())
 
 
 def _read_parts(out: pathlib.Path, settings: Settings) -> dict[int, dict[str, Any]]:
-    """Return {chunk: what `_write_part` wrote} of the chunks that are whole."""
+    """Return {chunk: content of its part file} of the complete chunks."""
     parts = {chunk: _read_part(out, chunk, settings) for chunk in range(settings.chunks)}
     return {chunk: part for chunk, part in parts.items() if part is not None}
 
@@ -158,17 +165,17 @@ def _part_path(out: pathlib.Path, chunk: int) -> pathlib.Path:
 
 
 def _read_part(out: pathlib.Path, chunk: int, settings: Settings) -> dict[str, Any] | None:
-    """Return what `_write_part` wrote about a chunk, None if it or a shard of it is not whole."""
+    """Return the content of the part file of a chunk. None if it or a shard is incomplete."""
     try:
         part = json.loads(_part_path(out, chunk).read_text(encoding="utf-8"))
         sizes = [(out / shard["file"]).stat().st_size for shard in part["shards"]]
     except (OSError, ValueError, KeyError):
         return None
     if part["settings"] != settings.digest():
-        # Two hosts of different settings began at the same moment.
+        # Two hosts with different settings started at the same moment.
         raise UserError(
             f"{_part_path(out, chunk)} was made with other settings than {SETTINGS} says: "
-            "begin again"
+            "remove the folder and start again"
         )
     return part if sizes == [shard["bytes"] for shard in part["shards"]] else None
 
@@ -201,10 +208,12 @@ def _finish(
     ordered: Sequence[dict[str, Any]],
     own: str,
 ) -> str:
-    """Write the null prompt and the manifest of all parts; return a line that says what there is.
+    """Write the null prompt and the manifest of all parts; return a line about the data set.
 
-    own: ends the name under which this host writes before it renames: several may get here at once,
-    with the same bytes. Raises UserError if no example is left to train on.
+    own: suffix of this host's temporary files. Several hosts may get here at once, with equal
+    bytes.
+
+    Raises UserError if no example is left to train on.
     """
     shards = [shard for part in ordered for shard in part["shards"]]
     skipped = [entry for part in ordered for entry in part["skipped"]]
@@ -231,7 +240,7 @@ def _finish(
 
 
 def _described(encoders: Encoders, settings: Settings) -> dict[str, Any]:
-    """Return what the manifest says about the records."""
+    """Return the manifest's description of the records."""
     dim, length = _text_size(encoders.text, settings.text)
     described = {
         "model": encoders.identity,
@@ -248,12 +257,13 @@ def _described(encoders: Encoders, settings: Settings) -> dict[str, Any]:
 
 
 def _text_size(text: Any, kind: str) -> tuple[int, int]:
-    """Return (width of features or 0, longest row) of the text that is stored.
+    """Return (width of features or 0, maximum length) of the stored text.
 
-    Raises UserError for tokens of an encoder that has none.
+    Raises UserError for tokens if the encoder has none.
     """
     if isinstance(text, GemmaText):
-        # With an instruction the first feature is that of <bos>, which is no token of the caption.
+        # With an instruction the first feature is that of <bos>, which is not a token of the
+        # caption.
         first = 1 if kind == "tokens" and len(text.prompts.prefix) else 0
         return (text.model.width if kind == "features" else 0), prompts.WINDOW - first
     if kind == "tokens":
@@ -262,9 +272,9 @@ def _text_size(text: Any, kind: str) -> tuple[int, int]:
 
 
 def null_prompt(encoders: Encoders) -> dict[str, np.ndarray]:
-    """Return {"text" float32 [L, D], "mask" float32 [L]} of the empty prompt, padding included.
+    """Return {"text" float32 [L, D], "mask" float32 [L]} of the empty prompt, with padding.
 
-    Published models read it without the instruction: it is <bos> and padding.
+    Published models encode it without the instruction, as <bos> and padding.
     """
     if isinstance(encoders.text, GemmaText):
         tokens, mask = prompts.pad([np.array([prompts.BOS], np.int32)], prompts.WINDOW)

@@ -1,4 +1,4 @@
-"""The way of one chunk of examples from the source to records."""
+"""Encoding one chunk of examples as records."""
 
 import collections
 import concurrent.futures
@@ -14,23 +14,27 @@ import numpy as np
 
 from sprint_jax.conditioning.detector import Lines
 from sprint_jax.data import aspect_ratios, captioned
+from sprint_jax.data.captioned import Example, Source
 from sprint_jax.data.encode_settings import Encoders, Settings
 from sprint_jax.encoders import prompts
 from sprint_jax.errors import UserError
 from sprint_jax.storage import crops
 
-_TOLERATED = 3  # unusable examples that never stop the work, however few there are
-_SHOWN = 10  # captions that were cut, warned about one by one
+_TOLERATED = 3  # unusable examples that never stop the work, even among few
+_SHOWN = 10  # maximum number of warnings about truncated captions
 
 
 class Tally:
-    """Counts unusable examples, and stops the work when they are too many.
+    """A count of unusable examples, which stops the work when there are too many.
 
-    A chunk's examples count from its beginning, so that a few bad ones at its head do not stop it.
-    share: of the examples, that may be unusable.
+    All examples of a chunk count when it starts. A few bad ones at its beginning therefore do not
+    stop the work.
+
+    bad: number of unusable examples.
     """
 
     def __init__(self, share: float) -> None:
+        """share: fraction of the examples that may be unusable."""
         self._share, self.bad, self._seen = share, 0, 0
 
     def begin(self, indices: Sequence[int]) -> None:
@@ -38,7 +42,7 @@ class Tally:
         self._seen += len(indices)
 
     def count(self, key: str, reason: str) -> None:
-        """Count an unusable example. Raises UserError if it is one too many."""
+        """Count an unusable example. Raises UserError if there are too many."""
         self.bad += 1
         if self.bad > max(_TOLERATED, self._share * self._seen):
             raise UserError(
@@ -50,49 +54,37 @@ class Tally:
 
 @dataclasses.dataclass(kw_only=True)
 class Chunk:
-    """What has become of a chunk so far.
-
-    keys, captions, rows, latents, controls: {index: value} of its examples, rows as the text
-      encoder's `prepare` gives them.
-    records: [(key, record)] in the order of the source.
-    skipped: {index: (key, reason)}.
-    cut: captions that were cut.
-    """
+    """The state of a chunk in work. Dicts have the indices of examples as keys."""
 
     keys: dict[int, str] = dataclasses.field(default_factory=dict)
     captions: dict[int, str] = dataclasses.field(default_factory=dict)
+    # The captions as the text encoder's `prepare` returns them.
     rows: dict[int, Any] = dataclasses.field(default_factory=dict)
     latents: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
     controls: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    # (key, record), in the order of the source.
     records: list[tuple[str, dict[str, np.ndarray]]] = dataclasses.field(default_factory=list)
-    skipped: dict[int, tuple[str, str]] = dataclasses.field(default_factory=dict)
-    cut: int = 0
+    skipped: dict[int, tuple[str, str]] = dataclasses.field(default_factory=dict)  # (key, reason)
+    cut: int = 0  # number of truncated captions
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class ChunkEncoder:
-    """Encodes chunks.
+    """An encoder of chunks."""
 
-    source: of `data.sources`. encoders, settings: see `data.encode_settings`.
-    condition: lines for a ControlNet, None for none.
-    batch: images, or captions, of a program run.
-    pool: threads that read images ahead. tally: counts unusable examples.
-    step: called as each example is read.
-    """
-
-    source: Any
+    source: Source
     encoders: Encoders
     settings: Settings
-    condition: Lines | None
-    batch: int
-    pool: concurrent.futures.Executor
+    condition: Lines | None  # the lines for a ControlNet
+    batch: int  # number of images, or captions, that are encoded at a time
+    pool: concurrent.futures.Executor  # threads that read images ahead
     tally: Tally
-    step: Callable[[], object]
+    step: Callable[[], object]  # called when an example was read
 
     def run(self, indices: Sequence[int]) -> Chunk:
-        """Return the records of the examples, and which were skipped.
+        """Encode examples. Returns their records, and which examples were skipped.
 
-        Raises UserError if too many are.
+        Raises UserError if too many are skipped.
         """
         self.tally.begin(indices)
         made, waiting = Chunk(), {}
@@ -104,7 +96,7 @@ class ChunkEncoder:
             made.keys[index], made.captions[index] = example.key, example.caption
             if not self.prepare(made, index):
                 continue
-            if self._is_ready(example):
+            if self._own_latent(example) is not None:
                 self._keep(made.latents, made, index, ready, "latent")
                 continue
             group = waiting.setdefault(ready.shape, {})
@@ -130,30 +122,30 @@ class ChunkEncoder:
 
     def _ahead(self, indices: Sequence[int]) -> Iterator[tuple[Any, Any]]:
         """Yield `_load` of each index in order, read ahead in threads."""
-        most, running = 2 * max(self.batch, os.cpu_count() or 1), collections.deque()
+        limit, running = 2 * max(self.batch, os.cpu_count() or 1), collections.deque()
         for index in indices:
             running.append(self.pool.submit(self._load, index))
-            if len(running) > most:
+            if len(running) > limit:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
 
     def _load(self, index: int) -> tuple[Any, Any]:
-        """Return (example or None, what is encoded next).
+        """Read an example. Returns (example or None, image or latent or error).
 
-        That is an image uint8 [H, W, 3] of a bucket's size, a latent float16 [h, w, c] that the
-        source brings, or a BadExample.
+        The second is an image of the size of a bucket, uint8 [H, W, 3]; a latent of the source,
+        float16 [h, w, c]; or a BadExample.
         """
         example, channels = None, self.encoders.pixels.channels
         try:
             example = self.source[index]
-            if self._is_ready(example):
-                if len(example.latent) != channels:
-                    have = len(example.latent)
+            latent = self._own_latent(example)
+            if latent is not None:
+                if len(latent) != channels:
                     raise captioned.BadExample(
-                        f"its latent has {have} channels, the encoder's have {channels}"
+                        f"its latent has {len(latent)} channels, the encoder's have {channels}"
                     )
-                return example, _half(example.latent.transpose(1, 2, 0))
+                return example, _half(latent.transpose(1, 2, 0))
             if example.image is None:
                 raise captioned.BadExample("it has a latent and no image to make a condition of")
             image = captioned.decode_image(example.image)
@@ -163,12 +155,13 @@ class ChunkEncoder:
         except captioned.BadExample as error:
             return example, error
 
-    def _is_ready(self, example: Any) -> bool:
-        """Return whether its own latent is taken.
+    def _own_latent(self, example: Example) -> np.ndarray | None:
+        """Return the latent of the example itself, or None if its image is to be encoded.
 
-        Not with a condition: both are then made of one cut of its image.
+        With a condition the image is encoded, because latent and condition must come from the same
+        crop of it.
         """
-        return example.latent is not None and not self.condition
+        return None if self.condition else example.latent
 
     def _skip(self, made: Chunk, index: int, key: str, reason: str) -> None:
         made.skipped[index] = key, reason
@@ -182,7 +175,10 @@ class ChunkEncoder:
         array: np.ndarray,
         name: str,
     ) -> bool:
-        """Set kept[index] to an array that is finite; return whether it is."""
+        """Set kept[index] to an array if it is finite, else skip the example.
+
+        Returns whether it is finite. name: of the array, for the reason.
+        """
         if np.isfinite(array).all():
             kept[index] = array
             return True
@@ -190,9 +186,7 @@ class ChunkEncoder:
         return False
 
     def prepare(self, made: Chunk, index: int) -> bool:
-        """Fill made.rows with what the text encoder makes of a caption; return whether it takes
-        it.
-        """
+        """Prepare a caption for the text encoder, in made.rows. Returns False if it is skipped."""
         key = made.keys[index]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -201,7 +195,7 @@ class ChunkEncoder:
             except UserError as error:
                 self._skip(made, index, key, str(error))
                 return False
-        # Of all threads: those that read images ahead have warnings of their own.
+        # Warnings of all threads arrive here. Those that read images ahead have other categories.
         cut = [
             warning.message
             for warning in caught
@@ -214,14 +208,14 @@ class ChunkEncoder:
         return True
 
     def _encode(self, made: Chunk, group: dict[int, np.ndarray]) -> None:
-        """Encode waiting images of one size, and their lines if a condition is asked for."""
+        """Encode images of one size, and with a condition also their lines."""
         images, controls = np.stack(list(group.values())), {}
         if self.condition:
             keys = [made.keys[index] for index in group]
             drawn = self.condition.draw(images, keys, self.pool.map)
             controls = dict(zip(group, self._latents(drawn), strict=True))
         for index, latent in zip(group, self._latents(images), strict=True):
-            # The condition first: `latents` says which examples are whole.
+            # The condition comes first, because `latents` tells which examples are complete.
             if index in controls and not self._keep(
                 made.controls, made, index, controls[index], "condition"
             ):
@@ -229,9 +223,9 @@ class ChunkEncoder:
             self._keep(made.latents, made, index, latent, "latent")
 
     def _latents(self, images: np.ndarray) -> np.ndarray:
-        """Encode uint8 [B, H, W, 3] to float16 [B, h, w, c].
+        """Encode images, uint8 [B, H, W, 3], as float16 [B, h, w, c].
 
-        The batch is filled up, so that one program serves all.
+        The batch is padded to its full size, so that one program serves all batches.
         """
         count = len(images)
         images = np.concatenate([images, np.repeat(images[-1:], self.batch - count, 0)])
@@ -262,6 +256,6 @@ class ChunkEncoder:
 
 
 def _half(array: np.ndarray) -> np.ndarray:
-    """Return float16; what is too large becomes infinite and is then refused."""
+    """Convert to float16. Values that are too large become infinite, and `_keep` rejects them."""
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, np.float16)

@@ -1,4 +1,4 @@
-"""Options of `sprint-jax encode`, and what they mean together."""
+"""Options of `sprint-jax encode`, with their checks."""
 
 import dataclasses
 import pathlib
@@ -58,9 +58,7 @@ class Options:
 
 
 def check(options: Options) -> None:
-    """Raise UserError for missing options, values out of range, and options that do not go
-    together.
-    """
+    """Raise UserError for missing options, values out of range, and options that conflict."""
     for name in ("source", "encoder", "encoded"):
         if not getattr(options, name):
             raise UserError(f"--{name} is missing: give a folder")
@@ -99,7 +97,7 @@ def _check_condition(options: Options) -> None:
 
 
 def condition(options: Options) -> "Lines | None":
-    """Return the lines that are stored for a ControlNet, None for none. Reads their detector."""
+    """Return the lines to store for a ControlNet, or None. Loads their detector."""
     if options.condition == "none":
         return None
     from sprint_jax.conditioning import detector, sketches
@@ -113,14 +111,14 @@ def condition(options: Options) -> "Lines | None":
 
 
 def sizes(text: str | None, factor: int, side: int) -> tuple[tuple[int, int], ...]:
-    """Return ((height, width), ...) of --sizes, each once, sorted.
+    """Parse --sizes. Returns the (height, width) pairs without duplicates, sorted.
 
     Args:
-      text: the option; None or "" is the square of `side` pixels.
-      factor: pixels that the model's sides are multiples of.
-      side: pixels of the model's own square.
+      text: the option. None or "" means the square of `side` pixels.
+      factor: sides must be multiples of this number of pixels.
+      side: side of the model's own square, in pixels.
 
-    Raises UserError for anything else than sizes, and for sizes that are no such multiples.
+    Raises UserError if the text is malformed, or a side is not a positive multiple of `factor`.
     """
     from sprint_jax.data import aspect_ratios
 

@@ -1,4 +1,4 @@
-"""What a data set is encoded with, and the settings that its folder keeps to."""
+"""The encoders and the settings of an encoded data set."""
 
 import dataclasses
 import hashlib
@@ -10,47 +10,33 @@ from sprint_jax.data import encoded
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Encoders:
-    """What makes a record of an example.
+    """The encoders that turn an example into a record."""
 
-    pixels, text: the autoencoder and the text encoder (`encoders.parts`).
-    params: their parameters, {"pixels", "text"}.
-    identity: names both and what is in them.
-    side: pixels of the square image that is made unless sizes are given.
-    """
-
-    pixels: Any
-    text: Any
-    params: dict[str, Any]
-    identity: str
-    side: int
+    pixels: Any  # `encoders.pixels.PixelCodec`
+    text: Any  # `encoders.text.TextEncoder`
+    params: dict[str, Any]  # their parameters, {"pixels", "text"}
+    identity: str  # names both encoders and the values of their parameters
+    side: int  # of the square images that are made without --sizes, in pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What decides about the bytes of a data set; a folder keeps to its own.
+    """The settings that determine the bytes of a data set. A folder never changes its settings."""
 
-    source, encoder: identities. examples: in the source.
-    text: "features" or "tokens". caption_field: of the source.
-    sizes: of images, ((height, width), ...).
-    heldout: about how many examples are held out.
-    shard_records: examples in a chunk.
-    condition: identity of the `detector.Lines`, or "none".
-    """
-
-    source: str
-    encoder: str
-    examples: int
-    text: str
-    caption_field: str
-    sizes: tuple[tuple[int, int], ...]
-    heldout: int
-    shard_records: int
-    condition: str
+    source: str  # identity of the source
+    encoder: str  # identity of the encoders
+    examples: int  # number of examples of the source
+    text: str  # "features" or "tokens"
+    caption_field: str  # field of the source that holds captions
+    sizes: tuple[tuple[int, int], ...]  # (height, width) of images
+    heldout: int  # approximate number of held-out examples
+    shard_records: int  # number of examples in a chunk
+    condition: str  # identity of the `detector.Lines`, or "none"
 
     def plain(self) -> dict[str, Any]:
-        """Return the fields as JSON gives them back.
+        """Return the fields as JSON values.
 
-        A condition "none" is left out, so that folders from before there were any still resume.
+        The condition "none" is omitted, so that folders without this field still resume.
         """
         fields = json.loads(json.dumps(dataclasses.asdict(self)))
         return {
@@ -65,7 +51,7 @@ class Settings:
 
     @property
     def chunks(self) -> int:
-        """The number of chunks."""
+        """The number of chunks of the source."""
         return -(-self.examples // self.shard_records)
 
     def indices(self, chunk: int) -> range:
@@ -74,9 +60,9 @@ class Settings:
         return range(first, min(self.examples, first + self.shard_records))
 
     def split(self, key: str) -> str:
-        """Return the split of an example by its name.
+        """Draw the split of an example from its key.
 
-        Neither order nor hosts nor other examples matter, only how many there are.
+        The result depends only on the key, `heldout` and the number of examples.
         """
         digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
         drawn = int.from_bytes(digest[:8], "big") / 2**64

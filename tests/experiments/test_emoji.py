@@ -275,7 +275,7 @@ def test_the_command(font, tmp_path, command):
     assert first.returncode == 0, first.stderr
     lines = first.stdout.strip().splitlines()
     assert len(lines) == 3, first.stdout
-    assert "70 captioned pictures of 64 px" in lines[0], first.stdout
+    assert "70 captioned images of 64 px" in lines[0], first.stdout
     assert lines[-1] == f"next: python -m sprint_jax encode --source={target}/emoji/1.0.0"
     sheet = np.asarray(Image.open(target / "preview.png"))
     assert sheet.shape == (8 * 66 + 2, 8 * 66 + 2, 3)
