@@ -4,7 +4,6 @@ for each run.
 Knows neither networks nor data: what a run does is a function handed in.
 """
 
-import hashlib
 import json
 import pathlib
 import shutil
@@ -14,7 +13,7 @@ import tqdm
 
 from experiments.ablations import grid
 from sprint_jax.errors import UserError
-from sprint_jax.storage import json_lines
+from sprint_jax.storage import digests, json_lines
 
 RESULTS = "results.jsonl"
 _BAR = (
@@ -105,7 +104,7 @@ def finished(rows, scale: grid.Scale) -> set:
 def settings(scale: grid.Scale, r: grid.Run) -> str:
     """A digest of all that a run's numbers depend on in the grid."""
     content = [scale.preset, r.kind, sorted(grid.changes(scale, r).items())]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+    return digests.hash_text(json.dumps(content))[:12]
 
 
 def _line(row, number, total):

@@ -16,7 +16,6 @@ About half of them name the background:
 another font with color bitmaps of 109 px.
 """
 
-import hashlib
 import io
 import os
 import pathlib
@@ -29,6 +28,7 @@ import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw, ImageFont
 
 from sprint_jax.errors import UserError
+from sprint_jax.storage import digests
 
 T = TypeVar("T")
 _Thing: TypeAlias = tuple[str, float, float, float]  # name, x, y, extent
@@ -150,7 +150,7 @@ class Glyphs:
     def __init__(self, path: str | os.PathLike[str] = FONT):
         """Open a font. Raises UserError if it lacks bitmaps of 109 px or emoji."""
         data = _read_font(path)
-        self.digest = hashlib.sha256(data).hexdigest()
+        self.digest = digests.hash_bytes(data)
         try:
             # With BASIC, a code point is a glyph even if PIL was built with a text shaper.
             layout = ImageFont.Layout.BASIC

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from sprint_jax.conditioning import hed, hed_weights, sketches
-from sprint_jax.storage import weights
+from sprint_jax.storage import digests, weights
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,5 +100,4 @@ def draw_thickness(key: str, limits: tuple[int, int]) -> int:
     """
     # A prefix, because the hash of the bare name selects held-out examples: all of those would get
     # thin strokes.
-    drawn = hashlib.sha256(b"thickness of " + key.encode("utf-8", "surrogateescape")).digest()[:8]
-    return limits[0] + int.from_bytes(drawn, "big") % (limits[1] - limits[0] + 1)
+    return limits[0] + digests.draw_integer(f"thickness of {key}") % (limits[1] - limits[0] + 1)

@@ -1,7 +1,6 @@
 """Captioned examples, and what the readers of image sources have in common."""
 
 import dataclasses
-import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping
@@ -10,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from sprint_jax.storage import image_files
+from sprint_jax.storage import digests, image_files
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -67,7 +66,7 @@ def check_index(index: int, source: Source) -> None:
 def hash_files(kind: str, files: Iterable[tuple[str, int]]) -> str:
     """Return the identity of a source. files: (name, bytes) in a fixed order."""
     lines = [kind, *(f"{size} {name}" for name, size in files)]
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    return digests.hash_text("\n".join(lines))
 
 
 def parse_json(data: bytes) -> Any:

@@ -1,11 +1,11 @@
 """The encoders and the settings of an encoded data set."""
 
 import dataclasses
-import hashlib
 import json
 from typing import Any
 
 from sprint_jax.data import encoded
+from sprint_jax.storage import digests
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -47,7 +47,7 @@ class Settings:
 
     def digest(self) -> str:
         """Return a hash of all settings, 64 hex digits."""
-        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()
+        return digests.hash_text(json.dumps(self.plain(), sort_keys=True))
 
     @property
     def chunks(self) -> int:
@@ -64,6 +64,5 @@ class Settings:
 
         The result depends only on the key, `heldout` and the number of examples.
         """
-        digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
-        drawn = int.from_bytes(digest[:8], "big") / 2**64
+        drawn = digests.draw_integer(key) / 2**64
         return "heldout" if drawn < self.heldout / self.examples else "train"

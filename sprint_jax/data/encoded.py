@@ -20,7 +20,6 @@ therefore give the place of every record, and an epoch can be planned without op
 """
 
 import collections
-import hashlib
 import json
 import os
 import pathlib
@@ -34,7 +33,7 @@ import safetensors.numpy
 
 from sprint_jax.conditioning import sketches
 from sprint_jax.errors import UserError
-from sprint_jax.storage import files
+from sprint_jax.storage import digests, files
 
 MANIFEST = "manifest.json"
 NULL = "null.safetensors"
@@ -110,8 +109,7 @@ def write_shard(path: str | os.PathLike[str], records: Iterable[Mapping[str, np.
                 )
         finally:
             writer.close()
-        with open(partial, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = digests.hash_file(partial)
         size = partial.stat().st_size
     buckets = collections.Counter(bucket_name(record["latent"].shape) for record in records)
     return {

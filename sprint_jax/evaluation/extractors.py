@@ -3,7 +3,6 @@
 An extractor is any callable from a list of uint8 images [H, W, 3] to features [N, D].
 """
 
-import hashlib
 import importlib
 import json
 import pathlib
@@ -18,18 +17,12 @@ from PIL import Image
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.networks import clip as clip_lib
 from sprint_jax.evaluation.networks import inception
-from sprint_jax.storage import crops, files, safetensors_files, torch_files
+from sprint_jax.storage import crops, digests, files, safetensors_files, torch_files
 
 # The first digits of the SHA-256 of pytorch-fid's weights are part of their file's name.
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 _INCEPTION_SHA256 = "6726825d"
 _SOURCE = "source_sha256"  # of the .pth that a .safetensors file was made from
-
-
-def sha256(path: pathlib.Path | str) -> str:
-    """Return the SHA-256 of a file's bytes as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Batched:
@@ -122,12 +115,12 @@ def _read_inception(path):
             if not isinstance(tensor.dtype, str):  # counters are no weights
                 found[name] = np.empty(tensor.shape, tensor.dtype)
                 safetensors_files.read(tensor, found[name])
-        return found, safetensors_files.metadata(path).get(_SOURCE) or sha256(path)
+        return found, safetensors_files.metadata(path).get(_SOURCE) or digests.hash_file(path)
     remedy = (
         f"run sprint-jax evaluate there with --weights={path} --save_weights=FILE.safetensors, and "
         f"give that file"
     )
-    return torch_files.read(path, remedy), sha256(path)
+    return torch_files.read(path, remedy), digests.hash_file(path)
 
 
 def save_inception(
@@ -214,10 +207,8 @@ def load_clip(path: pathlib.Path | str, *, batch: int) -> tuple[CLIP, str]:
             )
         arrays[name] = np.empty(shape, np.float32)
         safetensors_files.read(found[name], arrays[name])
-    digests = [sha256(file) for file in sorted({tensor.file for tensor in found.values()})]
-    digest = (
-        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    )
+    parts = [digests.hash_file(file) for file in sorted({t.file for t in found.values()})]
+    digest = parts[0] if len(parts) == 1 else digests.hash_text("".join(parts))
     return CLIP(model, model.params_of(arrays), _tokenizer(path), batch=batch), digest
 
 

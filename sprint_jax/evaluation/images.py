@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from sprint_jax.errors import UserError
 from sprint_jax.evaluation import gallery, geneval, image_sets, prompt_sets
 from sprint_jax.evaluation.options import Options
 from sprint_jax.sampling import loading
-from sprint_jax.storage import run_files
+from sprint_jax.storage import digests, run_files
 from sprint_jax.toy import shapes
 
 _PROMPTS_BY_DEFAULT = 256  # held-out captions of `shapes`
@@ -156,7 +155,7 @@ def _settings(options: Options) -> dict[str, Any]:
     instruction = options.instruction_file
     if instruction:
         try:
-            instruction = hashlib.sha256(pathlib.Path(instruction).read_bytes()).hexdigest()
+            instruction = digests.hash_file(instruction)
         except OSError as error:
             raise UserError(
                 f"cannot read --instruction_file={instruction} ({error.strerror}): give a text file"

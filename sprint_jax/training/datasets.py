@@ -5,7 +5,6 @@ Two kinds of data sets share one interface: `Shapes` draws the embedded data as 
 """
 
 import dataclasses
-import hashlib
 import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -25,7 +24,7 @@ from sprint_jax.encoders.text import EmbeddedText, TextEncoder
 from sprint_jax.errors import UserError
 from sprint_jax.objectives.base import Batch, Frozen
 from sprint_jax.sampling import loading
-from sprint_jax.storage import weights
+from sprint_jax.storage import digests, weights
 from sprint_jax.toy import freehand, shapes
 
 # Real images behind the Fréchet distance come from indices far from those of the prompts.
@@ -413,15 +412,13 @@ def embedded(c: config_lib.Config) -> tuple[PixelCodec, TextEncoder, str]:
             "config.text.vocabulary is gemma: give --encoder the diffusers or converted folder "
             "that holds it"
         )
-    digest = hashlib.sha256(
-        repr((dataclasses.asdict(c.codec) | {"weights": ""}, dataclasses.asdict(c.text))).encode()
-    )
-    if c.codec.weights:
-        digest.update(build.asset(c.codec.weights).read_bytes())
+    settings = dataclasses.asdict(c.codec) | {"weights": ""}, dataclasses.asdict(c.text)
+    content = build.asset(c.codec.weights).read_bytes() if c.codec.weights else b""
+    digest = digests.hash_bytes(repr(settings).encode() + content)
     return (
         EmbeddedPixels(codec),
         EmbeddedText(encoder),
-        f"{c.text.vocabulary} words, {digest.hexdigest()[:16]}",
+        f"{c.text.vocabulary} words, {digest[:16]}",
     )
 
 
