@@ -46,10 +46,32 @@ def test_serve_starts_answers_and_ends(command, finished):
         process.kill()
 
 
+def test_serve_without_a_model_offers_the_shipped_student(command):
+    """Serve `assets/shapes`, and say so. Fails when --model is required."""
+    port = free_port()
+    process = command("sprint_jax", "serve", f"--port={port}", "--max_steps=1", background=True)
+    try:
+        offered = []
+
+        def answers():
+            assert process.poll() is None, process.stderr.read()
+            with contextlib.suppress(httpx.TransportError):
+                offered.append(CLIENT.get(f"http://127.0.0.1:{port}/options").json())
+            return offered
+
+        wait_until(answers, 120)
+        assert offered[-1]["model"] == "shapes" and offered[-1]["steps"] == [1]
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0 and "no --model" in err, err
+    finally:
+        process.kill()
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ([], ["--model"]),
+        (["--modle=x"], ["--modle", "--model"]),
         (["--model=/nowhere"], ["/nowhere"]),
         (["--model=x", "--port=70000"], ["--port"]),
         (["--model=x", "--queue=0"], ["--queue"]),
