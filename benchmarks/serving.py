@@ -64,12 +64,14 @@ def server(model, *flags):
 
 def memory(process):
     """Return the resident MB of a process (Linux)."""
-    return (
-        int(
-            re.search(r"VmRSS:\s+(\d+)", pathlib.Path(f"/proc/{process.pid}/status").read_text())[1]
-        )
-        / 1024
-    )
+    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    return int(_found(re.search(r"VmRSS:\s+(\d+)", status))[1]) / 1024
+
+
+def _found(match: re.Match | None) -> re.Match:
+    """Return the match. Raises AssertionError without one."""
+    assert match is not None
+    return match
 
 
 async def ask(port, case, vanish=False):
@@ -121,7 +123,7 @@ async def client(port, right, end, counts, seconds):
             counts[f"refused ({status})"] += 1
             seconds["refused"].append(time.perf_counter() - begin)
             await asyncio.sleep(
-                int(re.search(rb"retry-after: (\d+)", head)[1]) * random.uniform(0.8, 1.2)
+                int(_found(re.search(rb"retry-after: (\d+)", head))[1]) * random.uniform(0.8, 1.2)
             )
         else:
             counts[f"other ({status})"] += 1
@@ -133,19 +135,26 @@ async def watched(process, end, said):
         await asyncio.sleep(0.5)
 
 
+async def image_of(port, case):
+    """Return the bytes of the image of a case. Raises AssertionError without an answer."""
+    answer = await ask(port, case)
+    assert answer is not None
+    return answer[1]
+
+
 async def measure(port, process, options):
-    right = [(await ask(port, case))[1] for case in CASES]
+    right = [await image_of(port, case) for case in CASES]
     counts, seconds, said = collections.Counter(), {"answered": [], "refused": []}, []
     end = time.perf_counter() + options.seconds
     clients = [client(port, right, end, counts, seconds) for _ in range(options.clients)]
     await asyncio.gather(watched(process, end, said), *clients)
     for case, image in zip(CASES, right, strict=True):  # it still draws, and the same
-        assert (await ask(port, case))[1] == image
+        assert await image_of(port, case) == image
     return counts, seconds, said
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=60)

@@ -37,9 +37,9 @@ WATCH = """() => {
 
 
 def main():
-    from helpers import browser
+    from helpers import browser  # pyright: ignore[reportMissingImports] of tests/
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--strokes", type=int, default=100)
     parser.add_argument("--steps", type=int, default=2)

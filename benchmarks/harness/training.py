@@ -25,7 +25,7 @@ Change = Callable[[Any], None]  # edits a config tree
 
 def card(preset: str, change: Change = lambda tree: None) -> config.Config:
     """Return the preset on one device. change: edits the tree before it is parsed."""
-    tree = cards.load(f"sprint:{preset}")
+    tree: Any = cards.load(f"sprint:{preset}")
     tree.mesh.update(data=1, fsdp=1)
     change(tree)
     return config.parse(tree)

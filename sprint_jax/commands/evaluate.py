@@ -29,7 +29,7 @@ def run(options: Options) -> pathlib.Path | None:
         from sprint_jax.evaluation import extractors
 
         extractors.save_inception(
-            options.weights, options.save_weights, unpublished=options.unpublished_weights
+            options.weights or "", options.save_weights, unpublished=options.unpublished_weights
         )
         print(f"the weights are in {options.save_weights}: give it as --weights")
         return None

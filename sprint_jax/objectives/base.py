@@ -15,14 +15,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import flax.struct
 import jax
-import numpy as np
 import optax
 
 from sprint_jax.optim import came
 
 PyTree = Any
 # On the host, on the device, or abstract.
-AnyArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+AnyArray = Any
 Batch = Mapping[str, jax.Array]
 Draws = Mapping[str, PyTree]
 

@@ -143,7 +143,8 @@ def came(
             directions = jax.tree.map(lambda d, p: d + weight_decay * p, directions, params)
         return jax.tree.map(lambda d: -lr * d, directions), CameState(state.count + 1, *moments)
 
-    return optax.GradientTransformation(lambda params: _init(params, rules), update)
+    transform: Any = update
+    return optax.GradientTransformation(lambda params: _init(params, rules), transform)
 
 
 def _init(params: Any, rules: Rules) -> CameState:

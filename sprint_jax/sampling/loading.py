@@ -20,7 +20,6 @@ from sprint_jax.encoders.pixels import EmbeddedPixels
 from sprint_jax.encoders.text import EmbeddedText
 from sprint_jax.errors import UserError
 from sprint_jax.models.controlnet import Controlled, ControlNet
-from sprint_jax.models.linear_dit import LinearDiT
 from sprint_jax.ops import backend
 from sprint_jax.sampling.pipeline import Pipeline, computed
 from sprint_jax.storage import run_files, weights
@@ -176,9 +175,7 @@ def _pixels_with_kernels(model: Any, how: Options) -> Any:
     return dataclasses.replace(model, attention=attention, depthwise=_depthwise(how))
 
 
-def _with_controlnet(
-    model: LinearDiT | Controlled, own: ControlNet | None, how: Options
-) -> tuple[Any, Any]:
+def _with_controlnet(model: Any, own: ControlNet | None, how: Options) -> tuple[Any, Any]:
     """Return (the transformer with its ControlNet, parameters of the ControlNet of `how`).
 
     own: the ControlNet of the model's folder. The parameters are None where there is no other.
@@ -202,12 +199,10 @@ def _with_controlnet(
     if control.depth >= model.depth:
         raise UserError(
             f"{path} holds a ControlNet of {control.depth} blocks, the model has {model.depth}: "
-            f"these "
-            "do not belong together"
+            "these do not belong together"
         )
     params = jax.device_put(_cast(params, how.dtype))
     params = _unstacked("controlnet", control, params, how)
-    assert isinstance(model, LinearDiT)
     both = Controlled(trunk=model, control=control)
     return computed(both, dtype=how.dtype, residual_dtype=how.dtype), params
 

@@ -353,8 +353,7 @@ class EncodedData:
         if len(rows) < least:
             raise UserError(
                 f"{self._c.data.encoded}: {len(rows)} held-out examples can be used and "
-                f"config.evaluation.prompts is {least}: "
-                "encode again, or with a larger --heldout"
+                f"config.evaluation.prompts is {least}: encode again, or with a larger --heldout"
             )
         return rows
 
@@ -362,7 +361,8 @@ class EncodedData:
         """Return None: the objects of these images are unknown."""
         return None
 
-    def _decode(self, latents):
+    def _decode(self, latents: np.ndarray) -> np.ndarray:
+        assert self.pixels is not None, "checked when the data set was opened"
         decode = jax.jit(self.pixels.decode)
         part = 1 if self._c.data.model else 32
         padded = np.concatenate([latents, np.repeat(latents[-1:], -len(latents) % part, 0)])
