@@ -265,12 +265,12 @@ def test_rows_and_previews_survive_a_kill(tmp_path, where):
         else counting_stage(killed_at_8)
     )
     whole, parted = Rows([]), Rows([])
-    loop.train(counting_stage(parse_plot), run, mesh, tmp_path / "whole", whole, print)
+    loop.train(counting_stage(draw), run, mesh, tmp_path / "whole", whole, print)
     (tmp_path / "parted").mkdir()
     with pytest.raises(Killed):
         loop.train(first, run, mesh, tmp_path / "parted", parted, print)
     assert [row["step"] for row in parted.written] == [6]
-    loop.train(counting_stage(parse_plot), run, mesh, tmp_path / "parted", parted, print)
+    loop.train(counting_stage(draw), run, mesh, tmp_path / "parted", parted, print)
     assert parted.written == whole.written
     assert [row["by_time/loss/0"] for row in whole.written] == [
         3.5,
