@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
 
 from sprint_jax.diffusion import trigflow
 from sprint_jax.diffusion.flow import expand, guided, mean_per_sample
@@ -30,7 +31,7 @@ def teacher_velocity(F_uncond: Samples, F_cond: Samples, w: PerSample) -> Sample
     return SIGMA_D * guided(F_uncond, F_cond, w)
 
 
-def tangent_warmup(step: Scalar, steps: int) -> Scalar:
+def tangent_warmup(step: float | Shaped[Array, ""], steps: int) -> Float[Array, ""]:
     """Return r = min(1, step / H). Steps count updates of both networks from one."""
     return jnp.minimum(1.0, step / max(1, steps))
 
