@@ -21,7 +21,9 @@ def write(
     A student that is called student.safetensors gets the run's config beside it. Raises UserError
     as `check_place` and `extract` do.
     """
-    drawn = stage == "sprint" and to_file.name == run_files.STUDENT
+    phase = run.read_config(run_dir).phases.get(stage)
+    student = phase is not None and phase.network == "student"
+    drawn = student and to_file.name == run_files.STUDENT
     check_place(run_dir, to_file, drawn)
     step, params = extract(run_dir, stage)
     _make_folder(to_file)
