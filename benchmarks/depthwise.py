@@ -39,8 +39,8 @@ def main() -> None:
         "grouped conv": depthwise._grouped_conv,
     }
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {SHAPE} float32, "
-        f"median of {REPEATS}"
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {SHAPE} float32, median of "
+        f"{REPEATS}"
     )
     print(f"{'':14}{'forward':>18}{'tangent in x':>18}{'both gradients':>18}")
     base = None

@@ -78,9 +78,8 @@ def measure(folder: pathlib.Path | str, batch: int) -> None:
         wall, core = time.perf_counter() - begin, time.process_time() - used
         speed = steps * batch / core
         print(
-            f"{name:<12} {speed:8.0f} examples/s per core "
-            f"({steps * batch / wall:.0f} by wall clock), "
-            f"{speed / needed:.1f} times the {needed:.0f} of one H200",
+            f"{name:<12} {speed:8.0f} examples/s per core ({steps * batch / wall:.0f} by wall "
+            f"clock), {speed / needed:.1f} times the {needed:.0f} of one H200",
             flush=True,
         )
 

@@ -63,8 +63,8 @@ def _report(name, compiled, device, longest):
     count, size = (sum(column) for column in zip(*kinds.values(), strict=True))
     memory = compiled.memory_analysis().temp_size_in_bytes
     print(
-        f"{name}: {count} launches, {size / 1e9:.1f} GB read and written, "
-        f"{memory / 2**30:.2f} GiB of temporaries"
+        f"{name}: {count} launches, {size / 1e9:.1f} GB read and written, {memory / 2**30:.2f} GiB "
+        "of temporaries"
     )
     for kind, (count, size) in kinds.items():
         print(
@@ -134,8 +134,8 @@ def _pictures(options, device):
     run = jax.jit(subjects.prompt_to_pixels(text, model, autoencoder, samplers.scm_times(1)))
     with jax.set_mesh(mesh):
         what = (
-            f"{options.program}_{options.size}_1step, batch {options.batch}, "
-            f"attention {options.attention}"
+            f"{options.program}_{options.size}_1step, batch {options.batch}, attention "
+            f"{options.attention}"
         )
         yield what, run.lower(params, tokens, mask, draws, sketch).compile()
 
@@ -159,8 +159,8 @@ def _pair(options, device):
         )
         batch = c.phases["sprint"].batch
         what = (
-            f"of {preset}, {batch} samples, remat {options.remat}, "
-            f"attention {options.attention}, residual {options.residual}"
+            f"of {preset}, {batch} samples, remat {options.remat}, attention {options.attention}, "
+            f"residual {options.residual}"
         )
         teacher = run.abstract(build.distilled_teacher(c))
         stage = stages.make(c, "sprint", datasets.Abstract(c), teacher=teacher)

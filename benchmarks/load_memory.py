@@ -43,8 +43,7 @@ def run(options: Options) -> None:
     loaded = peak() - before
     print(
         f"weights {weights:.2f} GiB, peak while loading {loaded:.2f} GiB above the libraries' "
-        f"{before:.2f}: "
-        f"{loaded / weights:.2f} x the weights",
+        f"{before:.2f}: {loaded / weights:.2f} x the weights",
         flush=True,
     )
     generation.generate(

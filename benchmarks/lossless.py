@@ -70,8 +70,8 @@ def main() -> None:
         between = frechet.distance(moments[name], moments["trigflow"])
         pixels = np.abs(images[name].astype(int) - images["trigflow"]).mean()
         print(
-            f"{name:12} to trigflow: Fréchet {between:.2e} "
-            f"({100 * between / to_noise:.2g} % of that), mean pixel difference {pixels:.2g} of 255"
+            f"{name:12} to trigflow: Fréchet {between:.2e} ({100 * between / to_noise:.2g} % of "
+            f"that), mean pixel difference {pixels:.2g} of 255"
         )
 
 

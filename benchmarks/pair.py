@@ -37,8 +37,8 @@ def main() -> None:
     placed = Placed.on(stage, sharding.mesh(1, 1, jax.devices()[:1]))
     total = 0.0
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, preset {options.preset}, "
-        f"batch {count}, remat {c.model.remat}, median of {REPEATS}"
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}, preset {options.preset}, batch "
+        f"{count}, remat {c.model.remat}, median of {REPEATS}"
     )
     for name, function in zip(stage.labels, stage.functions, strict=True):
         begin = time.perf_counter()
@@ -53,8 +53,8 @@ def main() -> None:
         analysis: Any = step.memory_analysis()
         memory = analysis.temp_size_in_bytes / 2**20
         print(
-            f"{name:14} {1e3 * middle:9.1f} ms   temporaries {memory:7.0f} MiB   "
-            f"compiled in {compile_seconds:.0f} s"
+            f"{name:14} {1e3 * middle:9.1f} ms   temporaries {memory:7.0f} MiB   compiled in "
+            f"{compile_seconds:.0f} s"
         )
     print(f"{'pair':14} {1e3 * total:9.1f} ms   {count / total:.1f} images/s")
     used = jax.devices()[0].memory_stats()

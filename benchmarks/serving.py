@@ -174,14 +174,14 @@ def main():
         if times:
             p50, p95, p99 = 1000 * np.percentile(times, (50, 95, 99))
             print(
-                f"{name:>20} p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms, "
-                f"most {1000 * max(times):.0f} ms"
+                f"{name:>20} p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms, most "
+                f"{1000 * max(times):.0f} ms"
             )
     tenth = max(1, len(said) // 10)
     first, last = np.mean(said[:tenth]), np.mean(said[-tenth:])
     print(
-        f"memory of the server: {first:.0f} MB in the first tenth, {last:.0f} MB in the last, "
-        f"at most {max(said):.0f} MB"
+        f"memory of the server: {first:.0f} MB in the first tenth, {last:.0f} MB in the last, at "
+        f"most {max(said):.0f} MB"
     )
 
 

@@ -62,8 +62,8 @@ def main():
         times = page.evaluate("window.times")
     p50, p95 = np.percentile(times, (50, 95))
     print(
-        f"{len(times)} strokes at {options.steps} steps: p50 {p50:.0f} ms, p95 {p95:.0f} ms, "
-        f"most {max(times):.0f} ms"
+        f"{len(times)} strokes at {options.steps} steps: p50 {p50:.0f} ms, p95 {p95:.0f} ms, most "
+        f"{max(times):.0f} ms"
     )
 
 

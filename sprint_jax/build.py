@@ -122,10 +122,10 @@ def published_transformer(path: pathlib.Path, model: LinearDiT) -> Any:
     # and of SANA for [0, 1000].
     if found.time_scale != 1.0 and not math.isclose(1000 * found.time_scale, model.time_scale):
         raise UserError(
-            f"{path} holds a transformer with timestep_scale={found.time_scale}, for flow "
-            f"times in [0, 1] a time_scale of {1000 * found.time_scale:g}, the config asks for "
-            f"{model.time_scale:g}: change "
-            "config.model.time_scale or config.teacher.base_time_scale, or give another folder"
+            f"{path} holds a transformer with timestep_scale={found.time_scale}, for flow times in "
+            f"[0, 1] a time_scale of {1000 * found.time_scale:g}, the config asks for "
+            f"{model.time_scale:g}: change config.model.time_scale or "
+            "config.teacher.base_time_scale, or give another folder"
         )
     return params
 
@@ -168,6 +168,5 @@ def _same(path, what, found, model):
         name = differing[0]
         raise UserError(
             f"{path} holds a {what} with {name}={getattr(found, name)}, the config asks for "
-            f"{getattr(model, name)}: "
-            "change config.model, or give another folder"
+            f"{getattr(model, name)}: change config.model, or give another folder"
         )

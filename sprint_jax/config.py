@@ -530,8 +530,7 @@ def _teacher_rules(c: Config) -> Iterator[tuple[bool, str]]:
     yield (
         bool(t.pretrained) or m.qk_norm or not t.base_qk_norm,
         "config.teacher.base_qk_norm is True and config.model.qk_norm False: a fine-tune adds "
-        "QK-norm "
-        "and never takes it away",
+        "QK-norm and never takes it away",
     )
     yield (
         bool(t.pretrained)
@@ -539,14 +538,12 @@ def _teacher_rules(c: Config) -> Iterator[tuple[bool, str]]:
         or (bool(t.start) and "teacher" in running and other),
         "config.teacher.pretrained is empty and nothing trains a teacher: give it, or "
         "phases.teacher.steps, or teacher.start with phases.finetune.steps and another "
-        "base_qk_norm or "
-        "base_time_scale than model's",
+        "base_qk_norm or base_time_scale than model's",
     )
     yield (
         bool(t.pretrained) or not other or "teacher" in running,
         f"{base} and config.model.qk_norm {m.qk_norm}, time_scale {m.time_scale}: use equal ones, "
-        f"or "
-        "phases.finetune.steps",
+        "or phases.finetune.steps",
     )
 
 
@@ -566,8 +563,7 @@ def _control_rules(c: Config) -> Iterator[tuple[bool, str]]:
     yield (
         not k.depth or bool(k.pretrained) or trained,
         "config.control.pretrained is empty and config.phases.control.steps is 0: nothing trains "
-        "the "
-        "ControlNet",
+        "the ControlNet",
     )
     yield (
         not k.freehand or not c.data.encoded,
@@ -620,6 +616,5 @@ def _needs(phase: Phase, depth: int, at: str) -> Iterator[tuple[bool, str]]:
     yield (
         parts > 1 or all(n % math.ceil(n / needs.group) == 0 for n in sizes),
         f"{at}.batch {batch}: the discriminator normalizes in equal groups of at most "
-        f"{needs.group} "
-        f"samples, use a multiple of {needs.group}",
+        f"{needs.group} samples, use a multiple of {needs.group}",
     )

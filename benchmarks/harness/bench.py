@@ -137,8 +137,8 @@ def _launching(program, repeats):
             found = timing.launching(call, repeats)
             lines.append(
                 f"{name or 'one run'}: started after {milliseconds(found.started)} of "
-                f"{milliseconds(found.alone)}, {repeats} in a row "
-                f"{milliseconds(found.in_a_row)} each"
+                f"{milliseconds(found.alone)}, {repeats} in a row {milliseconds(found.in_a_row)} "
+                "each"
             )
     except Exception as error:  # of the program; the times are measured already
         lines.append(sentence(error))

@@ -93,8 +93,8 @@ def table(found: Profile, most: int) -> str:
     longest = ", ".join(f"{1e3 * wait:.3g}" for wait in found.waits[:8])
     lines = [
         f"device busy {1e3 * found.busy:.3g} ms of {1e3 * found.wall:.3g} ms a run, "
-        f"{len(found.operations)} kinds of operations; {len(found.waits)} waits in all, "
-        f"the longest {longest} ms",
+        f"{len(found.operations)} kinds of operations; {len(found.waits)} waits in all, the "
+        f"longest {longest} ms",
         "",
     ]
     lines += ["| operation | ms | share | runs |", "|---|---|---|---|"]

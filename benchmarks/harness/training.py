@@ -122,8 +122,8 @@ def pair(bench: bench_lib.Bench, c: config.Config) -> bench_lib.Subject:
 
     kinds = {role: optimizer.kind for role, optimizer in phase.optimizers.items()}
     optimizers = (
-        f"{kinds['student']} for the student, {kinds['heads']} for the heads; "
-        "the peer has AdamW for both"
+        f"{kinds['student']} for the student, {kinds['heads']} for the heads; the peer has AdamW "
+        "for both"
     )
     return bench_lib.Subject(
         program=timing.Program(calls, losses),

@@ -36,7 +36,7 @@ def run(options: Options) -> pathlib.Path:
 
     average.write(runs, options.averaged)
     print(
-        f"wrote {options.averaged}: the mean of {len(runs)} students. "
-        "It is a --model for sprint-jax sample, evaluate and serve"
+        f"wrote {options.averaged}: the mean of {len(runs)} students. It is a --model for "
+        "sprint-jax sample, evaluate and serve"
     )
     return pathlib.Path(options.averaged)

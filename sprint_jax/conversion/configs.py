@@ -159,8 +159,8 @@ def transformer(config: Mapping[str, Any], dtype: str) -> LinearDiT:
         )
     if c["qk_norm"] not in _QK_NORM:
         raise UserError(
-            f"the transformer config has qk_norm={c['qk_norm']!r}; "
-            "'rms_norm_across_heads' or null is supported"
+            f"the transformer config has qk_norm={c['qk_norm']!r}; 'rms_norm_across_heads' or null "
+            "is supported"
         )
     return LinearDiT(
         in_channels=c["in_channels"],
@@ -249,8 +249,8 @@ def autoencoder(config: Mapping[str, Any]) -> DCAE:
     c = _fields(config, _AUTOENCODER, _AUTOENCODER_FIXED, what)
     if c["downsample_block_type"] == "pixel_unshuffle":
         raise UserError(
-            "the autoencoder config has downsample_block_type='pixel_unshuffle'; "
-            "only 'Conv' is supported"
+            "the autoencoder config has downsample_block_type='pixel_unshuffle'; only 'Conv' is "
+            "supported"
         )
     for name, value in (("decoder_norm_types", "rms_norm"), ("decoder_act_fns", "silu")):
         if set(_each(c[name], 1)) != {value}:
@@ -280,8 +280,8 @@ def _stages(config: Mapping[str, Any], side: str) -> tuple[Stage, ...]:
     columns = (channels, layers, blocks, scales)
     if len({len(column) for column in columns}) != 1 or min(layers) < 1:
         raise UserError(
-            f"the autoencoder config describes its {side} by lists of different lengths, "
-            "or by an empty stage"
+            f"the autoencoder config describes its {side} by lists of different lengths, or by an "
+            "empty stage"
         )
     return tuple(Stage(w, n, block, tuple(s)) for w, n, block, s in zip(*columns, strict=True))
 
@@ -359,14 +359,14 @@ def _check_text_encoder(config: Mapping[str, Any]) -> None:
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type", "default") != "default":
         raise UserError(
-            f"the text encoder config has rope_type={rope['rope_type']!r}; "
-            "only 'default' is supported"
+            f"the text encoder config has rope_type={rope['rope_type']!r}; only 'default' is "
+            "supported"
         )
     activation = config.get("hidden_activation") or config.get("hidden_act") or "gelu_pytorch_tanh"
     if activation != "gelu_pytorch_tanh":
         raise UserError(
-            f"the text encoder config has hidden_activation={activation!r}; "
-            "only 'gelu_pytorch_tanh' is supported"
+            f"the text encoder config has hidden_activation={activation!r}; only "
+            "'gelu_pytorch_tanh' is supported"
         )
     if config.get("attention_bias", False):
         raise UserError(
@@ -417,8 +417,8 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
     found = config.get("_class_name", "SCMScheduler")
     if found != "SCMScheduler":
         raise UserError(
-            f"the scheduler is a {found}: this folder holds a multi-step SANA, "
-            "not a SANA-Sprint (SCMScheduler)"
+            f"the scheduler is a {found}: this folder holds a multi-step SANA, not a SANA-Sprint "
+            "(SCMScheduler)"
         )
     _fields(config, _SCHEDULER, _SCHEDULER, "scheduler")
 

@@ -287,14 +287,13 @@ def _check_widths(models: Mapping[str, Any]) -> None:
     text = models["text_encoder"]
     if transformer.in_channels != autoencoder.latent_channels:
         raise UserError(
-            f"the transformer takes {transformer.in_channels} latent channels, "
-            f"the autoencoder makes {autoencoder.latent_channels}: "
-            "these parts do not belong together"
+            f"the transformer takes {transformer.in_channels} latent channels, the autoencoder "
+            f"makes {autoencoder.latent_channels}: these parts do not belong together"
         )
     if transformer.text_dim != text.width:
         raise UserError(
-            f"the transformer takes text features {transformer.text_dim} wide, "
-            f"the text encoder makes {text.width}: these parts do not belong together"
+            f"the transformer takes text features {transformer.text_dim} wide, the text encoder "
+            f"makes {text.width}: these parts do not belong together"
         )
 
 
@@ -359,8 +358,8 @@ def _describe_ours(path: pathlib.Path, dtype: str) -> tuple[dict[str, Any], str]
     described = configs.read_json(path / MODEL)
     if described.get("format") != _FORMAT:
         raise UserError(
-            f"{path / MODEL} has format {described.get('format')!r}, "
-            f"this version reads {_FORMAT!r}: convert again"
+            f"{path / MODEL} has format {described.get('format')!r}, this version reads "
+            f"{_FORMAT!r}: convert again"
         )
     chosen = {"dtype": dtype, "residual_dtype": dtype, "attention": "plain"}
     try:
@@ -429,8 +428,8 @@ def read_native(file: _StrPath) -> Checkpoint:
         text_dim = found["y_embedder.y_proj.fc1.weight"].shape[1]
     except KeyError as error:
         raise UserError(
-            f"{file} has no {error.args[0]}: "
-            "it does not hold a SANA transformer under its native names"
+            f"{file} has no {error.args[0]}: it does not hold a SANA transformer under its native "
+            "names"
         ) from None
     except (ValueError, IndexError):
         raise UserError(
@@ -438,8 +437,8 @@ def read_native(file: _StrPath) -> Checkpoint:
         ) from None
     if width not in _CROSS_HEADS:
         raise UserError(
-            f"{file} is {width} wide; native files carry no head counts, "
-            f"and only those of {list(_CROSS_HEADS)} are known"
+            f"{file} is {width} wide; native files carry no head counts, and only those of "
+            f"{list(_CROSS_HEADS)} are known"
         )
     qk_norm = "blocks.0.attn.q_norm.weight" in found
     described = {

@@ -144,8 +144,8 @@ def from_arrays(
         array = np.asarray(found[names[row]])
         if not np.isfinite(array).all():
             raise UserError(
-                f"the weights of the {what} hold values of {names[row]} "
-                "that are infinite or not numbers: get them again"
+                f"the weights of the {what} hold values of {names[row]} that are infinite or not "
+                "numbers: get them again"
             )
         flat[row.ours][row.place] = row.to_ours(array)
     return weights.unflatten(flat)

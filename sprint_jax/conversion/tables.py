@@ -30,8 +30,8 @@ def transformer(m: LinearDiT) -> list[Row]:
     channels = m.in_channels * m.patch_size**2
     if m.patch_size != 1:
         raise UserError(
-            f"a model with patch_size {m.patch_size}: "
-            "the layout of diffusers has no patches larger than 1"
+            f"a model with patch_size {m.patch_size}: the layout of diffusers has no patches "
+            "larger than 1"
         )
     time = (
         "time_embed.timestep_embedder" if m.guidance_embed else "time_embed.emb.timestep_embedder"

@@ -51,8 +51,8 @@ class Plan:
         if counts.max(initial=0) < batch:
             raise UserError(
                 f"no latent size has a whole global batch: batch {batch}, and at most "
-                f"{counts.max(initial=0)} of the {len(bucket_of)} examples share one size: "
-                "use a smaller batch or encode more"
+                f"{counts.max(initial=0)} of the {len(bucket_of)} examples share one size: use a "
+                "smaller batch or encode more"
             )
         # Grain adds the epoch to a seed. Seeds that are far apart keep buckets from sharing orders.
         draw = lambda which: int(np.random.SeedSequence([seed, which]).generate_state(1)[0])
@@ -100,8 +100,8 @@ class BatchReader:
     def __post_init__(self):
         if self.batch < 1 or self.batch % self.process_count:
             raise UserError(
-                f"a global batch of {self.batch} does not divide by "
-                f"{self.process_count} processes: use a multiple"
+                f"a global batch of {self.batch} does not divide by {self.process_count} "
+                "processes: use a multiple"
             )
         self.plan = Plan(self.encoded.bucket_of, seed=self.seed, batch=self.batch)
 
@@ -135,8 +135,8 @@ class BatchReader:
         index, reason = bad[-1]
         raise UserError(
             f"{_TRIES} records in a row cannot be used, the last being "
-            f"{self.encoded.describe(index)}, which {reason}: "
-            "copy the data set again or encode it again"
+            f"{self.encoded.describe(index)}, which {reason}: copy the data set again or encode it "
+            "again"
         )
 
 
@@ -250,9 +250,9 @@ class _ReadAhead:
         seen = min(self._read, len(self._encoded))
         if len(self._bad) > max(_TOLERATED, self._max_bad * seen):
             raise UserError(
-                f"{len(self._bad)} of {seen} records read from {self._encoded.path} "
-                f"cannot be used, more than the share {self._max_bad} that is allowed: "
-                "copy the data set again or encode it again"
+                f"{len(self._bad)} of {seen} records read from {self._encoded.path} cannot be "
+                f"used, more than the share {self._max_bad} that is allowed: copy the data set "
+                "again or encode it again"
             )
         return arrays
 

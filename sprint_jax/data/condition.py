@@ -47,8 +47,8 @@ def drawing(
     edges = kind == "edges"
     if not edges and not weights:
         raise UserError(
-            f"--kind={kind} needs --weights=ControlNetHED.pth of the detector; "
-            "--kind=edges needs none"
+            f"--kind={kind} needs --weights=ControlNetHED.pth of the detector; --kind=edges needs "
+            "none"
         )
     for name, value, belongs in (
         ("weights", weights, not edges),
@@ -143,8 +143,8 @@ def _write(
                 image = captioned.decode_image(path.read_bytes())
             except (OSError, captioned.BadExample) as error:
                 raise UserError(
-                    f"cannot read the image {path} ({error}): repair or remove it; "
-                    "what is done is kept"
+                    f"cannot read the image {path} ({error}): repair or remove it; what is done is "
+                    "kept"
                 ) from None
             target.parent.mkdir(parents=True, exist_ok=True)
             image_files.save(target, sketches.to_rgb(lines_of(image)))

@@ -174,8 +174,8 @@ def _read_part(out: pathlib.Path, chunk: int, settings: Settings) -> dict[str, A
     if part["settings"] != settings.digest():
         # Two hosts with different settings started at the same moment.
         raise UserError(
-            f"{_part_path(out, chunk)} was made with other settings than {SETTINGS} says: "
-            "remove the folder and start again"
+            f"{_part_path(out, chunk)} was made with other settings than {SETTINGS} says: remove "
+            "the folder and start again"
         )
     return part if sizes == [shard["bytes"] for shard in part["shards"]] else None
 
@@ -234,8 +234,8 @@ def _finish(
     os.replace(manifest, out / encoded.MANIFEST)
     return (
         f"{counts['train']} train and {counts['heldout']} heldout examples in {out}; "
-        f"{counts['skipped']} skipped, "
-        f"{counts['cut']} captions cut to {described['text_length']} tokens"
+        f"{counts['skipped']} skipped, {counts['cut']} captions cut to {described['text_length']} "
+        "tokens"
     )
 
 

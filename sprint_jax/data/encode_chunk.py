@@ -47,8 +47,8 @@ class Tally:
         if self.bad > max(_TOLERATED, self._share * self._seen):
             raise UserError(
                 f"{self.bad} of {self._seen} examples cannot be used, more than "
-                f"--max_bad_share={self._share}; the last is {key}: {reason}. "
-                "Repair the source or allow a larger share"
+                f"--max_bad_share={self._share}; the last is {key}: {reason}. Repair the source or "
+                "allow a larger share"
             )
 
 

@@ -136,8 +136,8 @@ def sizes(text: str | None, factor: int, side: int) -> tuple[tuple[int, int], ..
     for height, width in found:
         if min(height, width) <= 0 or height % factor or width % factor:
             raise UserError(
-                f"--sizes={text}: {height}x{width} is not in multiples of "
-                f"this model's {factor} pixels"
+                f"--sizes={text}: {height}x{width} is not in multiples of this model's {factor} "
+                "pixels"
             )
     return tuple(sorted(set(found)))
 

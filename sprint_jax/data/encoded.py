@@ -156,15 +156,15 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"no {path}: give a folder made by sprint-jax encode; "
-            "if that command was interrupted, run it again to finish"
+            f"no {path}: give a folder made by sprint-jax encode; if that command was interrupted, "
+            "run it again to finish"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise UserError(
-                f"{path} has format {manifest['format']!r}, this version reads {FORMAT}: "
-                "encode again with this version"
+                f"{path} has format {manifest['format']!r}, this version reads {FORMAT}: encode "
+                "again with this version"
             )
         manifest.setdefault("condition", NO_CONDITION)
         _check(manifest)
@@ -173,8 +173,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             f"{path} is damaged ({error!r}): run its sprint-jax encode command again"
         ) from None
     again = (
-        "copy the folder again, or run its sprint-jax encode command again, "
-        "which writes missing shards"
+        "copy the folder again, or run its sprint-jax encode command again, which writes missing "
+        "shards"
     )
     for shard in manifest["shards"]:
         file = folder / shard["file"]
@@ -294,8 +294,8 @@ class Encoded:
         length = self.manifest["text_length"]
         if text.dtype != dtype or text.shape[1:] != width or len(text) > length:
             raise BadRecord(
-                f"has {self._kind} {text.dtype} {text.shape}, "
-                f"not {dtype} of at most {(length, *width)}"
+                f"has {self._kind} {text.dtype} {text.shape}, not {dtype} of at most "
+                f"{(length, *width)}"
             )
         numbers = [record[name] for name in self._latents]
         if not all(map(is_finite, [*numbers, text] if has_features else numbers)):

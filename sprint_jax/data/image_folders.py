@@ -119,8 +119,8 @@ def _describe_failure(root: pathlib.Path, sizes: Mapping[str, int]) -> str:
         return f"{root} is not itself a data set, but {root / min(below)} is: give that"
     if any(_suffix(name) in IMAGE_SUFFIXES for name in sizes):
         return (
-            f"no image in {root} has a caption: put NAME.txt beside each NAME.png, "
-            "or a metadata.jsonl at the top"
+            f"no image in {root} has a caption: put NAME.txt beside each NAME.png, or a "
+            "metadata.jsonl at the top"
         )
     return (
         f"{root} holds no known data: give a folder with *.tar, a TFDS data set "

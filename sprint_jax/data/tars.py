@@ -38,8 +38,8 @@ class TarSource:
             ]
         if not self._samples:
             raise UserError(
-                f"the tars in {root} hold no images or latents: "
-                "samples are NAME.png or .npy with .json"
+                f"the tars in {root} hold no images or latents: samples are NAME.png or .npy with "
+                ".json"
             )
 
     def __len__(self) -> int:

@@ -31,8 +31,8 @@ class TfdsSource:
             ) from None
         if "train" not in splits:
             raise UserError(
-                f"the TFDS data set {root} has no split train but {sorted(splits)}: "
-                "give one that has it"
+                f"the TFDS data set {root} has no split train but {sorted(splits)}: give one that "
+                "has it"
             )
         names = (caption_field, "caption", "prompt", "text")
         self._caption_name = next(
@@ -40,8 +40,8 @@ class TfdsSource:
         )
         if not isinstance(features.get("image"), tfds.features.Image) or not self._caption_name:
             raise UserError(
-                f"the TFDS data set {root} has the features {sorted(features)}: "
-                f"it needs image and one of {names[1:]}"
+                f"the TFDS data set {root} has the features {sorted(features)}: it needs image and "
+                f"one of {names[1:]}"
             )
         if info.file_format.value != "array_record":
             raise UserError(

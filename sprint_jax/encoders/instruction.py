@@ -15,8 +15,8 @@ _SOURCE = "pipelines/sana/pipeline_sana_sprint.py"
 _ARGUMENT = "complex_human_instruction"
 _OTHERWISE = (
     "use a folder converted once, which holds it (sprint-jax convert --instruction=FILE), or name "
-    "a text file ('' for none): "
-    "--instruction_file of sample, app, evaluate and export, --caption_instruction of encode"
+    "a text file ('' for none): --instruction_file of sample, app, evaluate and export, "
+    "--caption_instruction of encode"
 )
 
 
@@ -38,8 +38,7 @@ def published(path: str | None = None) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             "published SANA-Sprint models expect an instruction before each prompt, and its "
-            "wording is not part of "
-            f"this project: pip install diffusers, or {_OTHERWISE}"
+            f"wording is not part of this project: pip install diffusers, or {_OTHERWISE}"
         )
     source = pathlib.Path(spec.submodule_search_locations[0]) / _SOURCE
     try:

@@ -42,8 +42,7 @@ class GemmaPrompts:
         if not start or start[0] != BOS:
             raise UserError(
                 f"the tokenizer begins a text with token {start[:1]}, not with <bos> ({BOS}): this "
-                f"is not Gemma's "
-                "tokenizer as SANA uses it (add_bos_token must be true)"
+                "is not Gemma's tokenizer as SANA uses it (add_bos_token must be true)"
             )
         self.prefix = np.array(start[:-1] if instruction else [], np.int32)
 

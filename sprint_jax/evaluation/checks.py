@@ -70,8 +70,8 @@ def _check_suite(options: Options) -> None:
         )
     if not options.reference and not options.save_reference:
         raise UserError(
-            "--reference is missing: give an npz with mu and sigma or a folder; "
-            "or --save_reference=FILE.npz"
+            "--reference is missing: give an npz with mu and sigma or a folder; or "
+            "--save_reference=FILE.npz"
         )
 
 

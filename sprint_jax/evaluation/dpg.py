@@ -68,8 +68,8 @@ def read_questions(path: str | os.PathLike) -> list[Item]:
         questions = parents.setdefault(item, {})
         if question in questions:  # the official reader silently keeps the last one too
             warnings.warn(
-                f"{path} line {number}: {item} has proposition {question} twice, "
-                "the later one counts",
+                f"{path} line {number}: {item} has proposition {question} twice, the later one "
+                "counts",
                 stacklevel=2,
             )
         texts.setdefault(item, row["text"])
@@ -110,8 +110,8 @@ def score(
     absent = [(i.id, n) for i in items for n in range(pictures) if (i.id, n) not in answers]
     if absent:
         raise UserError(
-            f"{len(absent)} of {len(items) * pictures} images have no answers, "
-            f"first picture {absent[0][1]} of {absent[0][0]}: ask about all of them"
+            f"{len(absent)} of {len(items) * pictures} images have no answers, first picture "
+            f"{absent[0][1]} of {absent[0][0]}: ask about all of them"
         )
     shares = {}
     for item in items:

@@ -96,8 +96,8 @@ def load_inception(path: pathlib.Path | str, *, unpublished: bool = False) -> tu
     if not digest.startswith(_INCEPTION_SHA256) and not unpublished:
         raise UserError(
             f"{path} does not come from {INCEPTION_FILE}: the SHA-256 is {digest[:8]}..., not "
-            f"{_INCEPTION_SHA256}...; download "
-            "it again, or say --unpublished_weights for a distance that is not FID"
+            f"{_INCEPTION_SHA256}...; download it again, or say --unpublished_weights for a "
+            "distance that is not FID"
         )
     try:
         return inception.params_of(found), digest

@@ -93,8 +93,8 @@ def distance(a: Gaussian, b: Gaussian) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(
-            f"features have {len(a.mean)} and {len(b.mean)} numbers: "
-            "both sets need the same extractor"
+            f"features have {len(a.mean)} and {len(b.mean)} numbers: both sets need the same "
+            "extractor"
         )
     return frechet.distance(
         (a.mean, a.covariance), (b.mean, b.covariance), trace_of_root=_trace_of_root
@@ -115,8 +115,8 @@ def _trace_of_root(a, b):
         if np.abs(np.imag(np.diagonal(root))).max() > _IMAGINARY:
             largest = np.abs(np.imag(root)).max()
             raise UserError(
-                f"the root of the covariances has an imaginary part of {largest:.3g}: "
-                "give more images"
+                f"the root of the covariances has an imaginary part of {largest:.3g}: give more "
+                "images"
             )
         root = np.real(root)
     return np.trace(root)
@@ -163,8 +163,8 @@ def load(path: str | os.PathLike) -> tuple[Gaussian, dict[str, str]]:
     mean, covariance = (np.asarray(fields.pop(name), np.float64) for name in ("mu", "sigma"))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise UserError(
-            f"{path} has mu {mean.shape} and sigma {covariance.shape}: "
-            "[D] and [D, D] belong together"
+            f"{path} has mu {mean.shape} and sigma {covariance.shape}: [D] and [D, D] belong "
+            "together"
         )
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise UserError(f"{path} holds values that are not finite: compute the statistics again")

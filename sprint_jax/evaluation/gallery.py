@@ -159,8 +159,8 @@ def _rows(out, units):
         if rows.setdefault(unit.file, row) != row:
             raise UserError(
                 f"{out} has {unit.file} of {rows[unit.file]['prompt']!r} with noise "
-                f"{rows[unit.file]['indices']}, now of {unit.prompt!r} with {row['indices']}: "
-                "use the same prompts, or another --out"
+                f"{rows[unit.file]['indices']}, now of {unit.prompt!r} with {row['indices']}: use "
+                "the same prompts, or another --out"
             )
     return rows
 

@@ -50,8 +50,8 @@ def check_metadata(metadata: Any, where: str) -> None:
         or not metadata.get("include")
     ):
         raise UserError(
-            f"{where} is not GenEval metadata: "
-            f"it needs prompt, tag (one of {', '.join(TASKS)}) and include"
+            f"{where} is not GenEval metadata: it needs prompt, tag (one of {', '.join(TASKS)}) "
+            "and include"
         )
     for kind in ("include", "exclude"):
         for number, wanted in enumerate(metadata.get(kind, [])):
@@ -64,16 +64,16 @@ def check_metadata(metadata: Any, where: str) -> None:
     for number, wanted in enumerate(metadata["include"]):
         if wanted.get("color", COLORS[0]) not in COLORS:
             raise UserError(
-                f"{where}: include {number} asks for color {wanted['color']!r}: "
-                f"use one of {', '.join(COLORS)}"
+                f"{where}: include {number} asks for color {wanted['color']!r}: use one of "
+                f"{', '.join(COLORS)}"
             )
         if "position" in wanted:
             match wanted["position"]:
                 case [relation, int(target)] if relation in RELATIONS and 0 <= target < number:
                     continue
             raise UserError(
-                f"{where}: include {number} has position {wanted['position']}: "
-                "give a relation and an earlier index"
+                f"{where}: include {number} has position {wanted['position']}: give a relation and "
+                "an earlier index"
             )
 
 
@@ -202,8 +202,8 @@ def score(
     absent = [file for file, _ in images if file not in detections]
     if absent:
         raise UserError(
-            f"{len(absent)} of {len(images)} images have no detections, first {absent[0]}: "
-            "run the detector on all"
+            f"{len(absent)} of {len(images)} images have no detections, first {absent[0]}: run the "
+            "detector on all"
         )
     right: dict[str, list[bool]] = collections.defaultdict(list)
     wrong: dict[str, list[str]] = {}

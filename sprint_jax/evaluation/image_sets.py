@@ -73,8 +73,8 @@ def _by_manifest(folder):
     absent = [path for path, _ in pairs if not path.is_file()]
     if absent or not pairs:
         raise UserError(
-            f"{len(absent)} of {len(pairs)} images of {manifest} are missing, "
-            f"first {absent[0] if absent else ''}"
+            f"{len(absent)} of {len(pairs)} images of {manifest} are missing, first "
+            f"{absent[0] if absent else ''}"
         )
     return [path for path, _ in pairs], [prompt for _, prompt in pairs]
 

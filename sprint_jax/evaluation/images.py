@@ -59,8 +59,8 @@ def _heldout_captions(options: Options) -> list[prompt_sets.Prompt]:
     model = pathlib.Path(options.model)
     if not (model / run_files.STUDENT).is_file():
         raise UserError(
-            "--prompts is missing: only a finished run has held-out captions of its own, "
-            f"and {model} is none"
+            "--prompts is missing: only a finished run has held-out captions of its own, and "
+            f"{model} is none"
         )
     data = loading.read_config(model).data
     return prompt_sets.heldout_captions(

@@ -177,8 +177,8 @@ def _reference(
         ours = "" if value is None else str(value)
         if name in stored and stored[name] != ours:
             raise UserError(
-                f"{path} was made with {name}={stored[name] or None}, now {value}: "
-                "use the same, or other statistics"
+                f"{path} was made with {name}={stored[name] or None}, now {value}: use the same, "
+                "or other statistics"
             )
     described: Protocol = {
         "reference": str(path),
@@ -216,8 +216,8 @@ def _imagereward(options: Options, images: Images) -> dict[str, float]:
         given = np.asarray(score(texts[start : start + len(part)], part), np.float64)
         if given.shape != (len(part),) or not np.isfinite(given).all():
             raise UserError(
-                f"--hook={options.hook} gave {given.shape} for {len(part)} pictures: "
-                "one finite number each"
+                f"--hook={options.hook} gave {given.shape} for {len(part)} pictures: one finite "
+                "number each"
             )
         found.append(given)
     return {"imagereward": float(np.concatenate(found).mean())}

@@ -79,8 +79,8 @@ def devices(device: hardware.Device, nodes: int, per_node: int) -> list[Any]:
     except Exception as error:  # the library raises many kinds
         line = " ".join(str(error).split())[:200]
         raise UserError(
-            f"cannot compile for {nodes} x {per_node} {device.name} ({line}): "
-            "pip install 'jax[cuda12]' at jax's version"
+            f"cannot compile for {nodes} x {per_node} {device.name} ({line}): pip install "
+            "'jax[cuda12]' at jax's version"
         ) from None
     return found.devices
 

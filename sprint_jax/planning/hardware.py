@@ -81,7 +81,7 @@ def parse_topology(text: str) -> tuple[Device, tuple[int, ...], int]:
     if len(shape) != device.axes or 0 in shape:
         example = "x".join("4" * device.axes)
         raise UserError(
-            f"topology {text!r}: {name} takes {device.axes} positive numbers, "
-            f"as in {name}:{example}"
+            f"topology {text!r}: {name} takes {device.axes} positive numbers, as in "
+            f"{name}:{example}"
         )
     return device, shape, math.prod(shape)

@@ -60,8 +60,8 @@ def measure(config: Config, device: hardware.Device, shape: Sequence[int], say: 
         )
     if topology.is_simulated(device):
         say(
-            "pip install 'jax[cuda12]' for memory and collectives of the GPUs' own compiler "
-            "(no GPU needed); simulated CPU devices now"
+            "pip install 'jax[cuda12]' for memory and collectives of the GPUs' own compiler (no "
+            "GPU needed); simulated CPU devices now"
         )
     devices = topology.devices(device, shape)
     return [
@@ -130,8 +130,8 @@ def render(config: Config, name: str, where: str, steps: Sequence[Step]) -> str:
         f"{count} devices as data x fsdp = {data} x {fsdp}, model.remat={config.model.remat}, "
         f"accumulate={accumulate}; {kind}. Predictions, nothing was run.",
         "",
-        "| step | batch | parameters | state a device | frozen a device | temporary a device "
-        "| peak of memory | TFLOP | least time: arithmetic | collectives |",
+        "| step | batch | parameters | state a device | frozen a device | temporary a device | "
+        "peak of memory | TFLOP | least time: arithmetic | collectives |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *(_row(s, device, shape, fsdp) for s in steps),
         "",

@@ -50,6 +50,6 @@ def devices(device: hardware.Device, shape: Sequence[int]) -> Sequence[Any]:
     except Exception as error:  # the library raises many kinds
         line = " ".join(str(error).split())[:200]
         raise UserError(
-            f"cannot describe {topology} ({line}): "
-            "pip install libtpu, and use a topology that exists"
+            f"cannot describe {topology} ({line}): pip install libtpu, and use a topology that "
+            "exists"
         ) from None

@@ -38,8 +38,8 @@ def load(card: str, overrides: Sequence[str] = (), *, flag: str = "config") -> C
     get_config: Any = getattr(module, "get_config", None)
     if not callable(get_config):
         raise UserError(
-            f"--{flag}={card}: {name} has no get_config, it is no config file; "
-            "use configs/sprint.py:PRESET"
+            f"--{flag}={card}: {name} has no get_config, it is no config file; use "
+            "configs/sprint.py:PRESET"
         )
     tree: Any = get_config(preset) if preset else get_config()
     return override(tree, overrides)
@@ -76,8 +76,8 @@ def _import_file(path: str, card: str, flag: str) -> ModuleType:
     file = pathlib.Path(path)
     if not file.is_file():
         raise UserError(
-            f"no config file --{flag}={card}: use --{flag}=configs/sprint.py in a checkout, "
-            f"or the name of a shipped card, {', '.join(shipped())}"
+            f"no config file --{flag}={card}: use --{flag}=configs/sprint.py in a checkout, or the "
+            f"name of a shipped card, {', '.join(shipped())}"
         )
     spec = importlib.util.spec_from_file_location(f"_card_{file.stem}", file)
     assert spec is not None and spec.loader is not None

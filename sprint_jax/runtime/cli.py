@@ -111,8 +111,8 @@ def _of_the_environment(error: Exception) -> str | None:
         return f"{line}: free some space, then give the same command"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line:
         return (
-            f"out of memory ({line[:200]}): use --batch_size=1, a smaller size, or --tile; "
-            "in training a smaller batch, or accumulate"
+            f"out of memory ({line[:200]}): use --batch_size=1, a smaller size, or --tile; in "
+            "training a smaller batch, or accumulate"
         )
     if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get(error.name or "")):
         return f"the package {error.name} is not installed: pip install 'sprint_jax[{extra}]'"
@@ -120,8 +120,8 @@ def _of_the_environment(error: Exception) -> str | None:
     if platforms and _raised_in(error).endswith("xla_bridge.py"):
         reason = line[:200] or "no plug-in for them"
         return (
-            f"JAX_PLATFORMS={platforms}: JAX cannot start these devices here ({reason}): "
-            "name others, such as cpu, or install theirs"
+            f"JAX_PLATFORMS={platforms}: JAX cannot start these devices here ({reason}): name "
+            "others, such as cpu, or install theirs"
         )
     return None
 

@@ -101,8 +101,8 @@ class _Watch:
             server = socket.create_server(("", address[1]), backlog=self._place.processes)
         except OSError as error:
             raise UserError(
-                f"cannot listen on port {address[1]} ({error.strerror}): "
-                "give another --coordinator port"
+                f"cannot listen on port {address[1]} ({error.strerror}): give another "
+                "--coordinator port"
             ) from None
         with server:
             while len(self._peers) < self._place.processes - 1:
@@ -146,8 +146,8 @@ class _Watch:
         here = ", ".join(self._names[p] for p in sorted(self._names))
         return (
             f"process {', '.join(map(str, missing))} of {self._place.processes} did not come "
-            f"within {seconds:.0f} s (here: {here}): start the missing, look at its log, "
-            "or raise --startup_seconds"
+            f"within {seconds:.0f} s (here: {here}): start the missing, look at its log, or raise "
+            "--startup_seconds"
         )
 
     def _refuse(self, message):
@@ -165,9 +165,9 @@ class _Watch:
             except OSError as error:
                 if time.monotonic() >= deadline:
                     raise UserError(
-                        f"process 0 does not answer at {self._place.coordinator} "
-                        f"(port {address[1]}: {error}) within {seconds:.0f} s: "
-                        "start it, open the port, or raise --startup_seconds"
+                        f"process 0 does not answer at {self._place.coordinator} (port "
+                        f"{address[1]}: {error}) within {seconds:.0f} s: start it, open the port, "
+                        "or raise --startup_seconds"
                     ) from None
                 time.sleep(0.2)
         _keep_alive(peer)
@@ -216,8 +216,8 @@ class _Watch:
             self._gone.add(process)
             return
         text = (message or {}).get("died") or (
-            f"{self._names[process]} ended unexpectedly: all processes stop. See its log; "
-            "the same command resumes from the last checkpoint"
+            f"{self._names[process]} ended unexpectedly: all processes stop. See its log; the same "
+            "command resumes from the last checkpoint"
         )
         if self._place.process == 0:
             for other in self._peers.values():

@@ -53,8 +53,8 @@ def _checked(place):
         )
     if not 0 <= place.process < place.processes:
         raise UserError(
-            f"--process={place.process} with --processes={place.processes}: "
-            f"use 0 to {place.processes - 1}"
+            f"--process={place.process} with --processes={place.processes}: use 0 to "
+            f"{place.processes - 1}"
         )
     return place
 
@@ -63,8 +63,8 @@ def _variable(environ, name):
     """Return a launcher's variable. Raises UserError if it is missing."""
     if not environ.get(name):
         raise UserError(
-            f"{name} is not set although other variables of the same launcher are: "
-            f"set it, or give {_FLAGS}"
+            f"{name} is not set although other variables of the same launcher are: set it, or give "
+            f"{_FLAGS}"
         )
     return environ[name]
 

@@ -51,8 +51,8 @@ def _convert_run(source: pathlib.Path, target: pathlib.Path, say: Callable[[str]
     folder.write_diffusers(target, student)
     if config.text.vocabulary == "gemma":
         say(
-            "only transformer/ and scheduler/ were written: "
-            f"put them into a copy of {config.data.model or 'the published folder'}"
+            "only transformer/ and scheduler/ were written: put them into a copy of "
+            f"{config.data.model or 'the published folder'}"
         )
     else:
         say(
@@ -60,13 +60,13 @@ def _convert_run(source: pathlib.Path, target: pathlib.Path, say: Callable[[str]
             "only"
         )
         say(
-            "transformer/ and scheduler/ were written; "
-            "load them with SanaTransformer2DModel and SCMScheduler"
+            "transformer/ and scheduler/ were written; load them with SanaTransformer2DModel and "
+            "SCMScheduler"
         )
     if (target / "controlnet").is_dir():
         say(
-            "controlnet/ as well, for sprint_jax alone: "
-            "diffusers' SanaControlNetModel has no QK-norm"
+            "controlnet/ as well, for sprint_jax alone: diffusers' SanaControlNetModel has no "
+            "QK-norm"
         )
 
 

@@ -55,8 +55,8 @@ def check(options: ExportOptions) -> tuple[list[int], list[int] | None]:
     """Return (numbers of steps, batch sizes or None). Raises UserError for bad options."""
     if not options.model or not options.out:
         raise UserError(
-            f"--{'out' if options.model else 'model'} is missing: "
-            "name the model's folder and the file to make"
+            f"--{'out' if options.model else 'model'} is missing: name the model's folder and the "
+            "file to make"
         )
     if not pathlib.Path(options.model).is_dir():
         raise UserError(
@@ -151,8 +151,8 @@ def export(
         _write(pathlib.Path(path), header, bodies, tokenizer, held.arrays)
     except OSError as error:
         raise UserError(
-            f"writing {path} failed ({error.strerror or error}): "
-            "free some space, or choose another --out"
+            f"writing {path} failed ({error.strerror or error}): free some space, or choose "
+            "another --out"
         ) from None
     return header
 

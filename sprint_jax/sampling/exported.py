@@ -192,8 +192,7 @@ class Exported:
         if kind.output != "pixels" or kind.draws:
             raise UserError(
                 f"{self.path} draws pixels from a seed: for latents or given noise sample from the "
-                f"model "
-                "it was exported from"
+                "model it was exported from"
             )
         if kind.start or kind.control:
             self.encode(None)
@@ -249,8 +248,7 @@ def _absent(path, wanted, programs):
     longest = max(p.length for p in with_batch)
     return (
         f"{path} has no program for a prompt that is padded to {wanted.length} tokens: it takes "
-        f"prompts of at most {longest}; "
-        "shorten it, or export again with a larger --longest_prompt"
+        f"prompts of at most {longest}; shorten it, or export again with a larger --longest_prompt"
     )
 
 

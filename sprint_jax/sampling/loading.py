@@ -99,8 +99,7 @@ def load(path: pathlib.Path | str, **options: Any) -> Pipeline:
     if not path.is_dir():
         raise UserError(
             f"no directory {path}: give a diffusers folder, a converted model, the --workdir of a "
-            f"run, "
-            "or an exported file"
+            "run, or an exported file"
         )
     if folder.is_diffusers(path) or folder.is_ours(path):
         return _published(path, how)
@@ -193,8 +192,7 @@ def _with_controlnet(model: Any, own: ControlNet | None, how: Options) -> tuple[
         if theirs != ours:
             raise UserError(
                 f"{path} holds a ControlNet with {name}={theirs}, the model has {ours}: these do "
-                f"not "
-                "belong together"
+                "not belong together"
             )
     if control.depth >= model.depth:
         raise UserError(
@@ -216,8 +214,7 @@ def read_config(path: pathlib.Path) -> config_lib.Config:
     if not (path / run_files.CONFIG).is_file():
         raise UserError(
             f"{path} has no {run_files.CONFIG}, {folder.MODEL} or {folder.INDEX}: give the "
-            f"--workdir "
-            "of a run, a converted model or a diffusers folder"
+            "--workdir of a run, a converted model or a diffusers folder"
         )
     try:
         tree = json.loads((path / run_files.CONFIG).read_text())
@@ -233,8 +230,8 @@ def read_config(path: pathlib.Path) -> config_lib.Config:
         )
     if config_lib.is_old(tree):
         raise UserError(
-            f"{path} is a run of version 0.1: convert it with that version "
-            "(python -m sprint_jax.convert), or train it again"
+            f"{path} is a run of version 0.1: convert it with that version (python -m "
+            "sprint_jax.convert), or train it again"
         )
     if not (path / run_files.STUDENT).is_file():
         raise UserError(
@@ -262,8 +259,7 @@ def _run(path: pathlib.Path, how: Options) -> Pipeline:
         if not c.data.model:
             raise UserError(
                 f"{path} was distilled from features alone: name a folder with its text encoder "
-                f"and "
-                f"autoencoder as data.model in {run_files.CONFIG}"
+                f"and autoencoder as data.model in {run_files.CONFIG}"
             )
         parts = _encoders(pathlib.Path(c.data.model), how)
         params = _unstacked("transformer", model, params, how)

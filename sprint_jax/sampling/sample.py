@@ -140,8 +140,8 @@ def _size(options: SampleOptions, pipe: Any) -> tuple[int, int]:
             raise UserError(f"--{name}={side}: use 1 or more")
     if options.resolution_binning and (pipe.height, pipe.width) != (1024, 1024):
         raise UserError(
-            "--resolution_binning is of models for 1024 x 1024, "
-            f"this one is for {pipe.height} x {pipe.width}: leave it out"
+            f"--resolution_binning is of models for 1024 x 1024, this one is for {pipe.height} x "
+            f"{pipe.width}: leave it out"
         )
     return height, width
 

@@ -114,8 +114,8 @@ def _programs(
     if not steps:
         listed = sorted({(p.steps, p.height, p.width) for p in pipe.header.programs})
         raise UserError(
-            f"--sizes and --max_steps leave no program of {pipe.path}: "
-            f"it has (steps, height, width) {listed}"
+            f"--sizes and --max_steps leave no program of {pipe.path}: it has (steps, height, "
+            f"width) {listed}"
         )
     return sizes, steps
 

@@ -9,8 +9,8 @@ from sprint_jax.serving.refused import Refused
 
 # The page loads nothing from elsewhere, runs no inline scripts, and no other site may frame it.
 _CONTENT_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' "
+    "data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
 )
 _HEADERS = [
     (b"content-security-policy", _CONTENT_POLICY.encode()),

@@ -41,8 +41,8 @@ def read(
             key, value, words = parse(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path} line {number} is not {kind} ({type(error).__name__}: {error}): "
-                f"see {form} for the form"
+                f"{path} line {number} is not {kind} ({type(error).__name__}: {error}): see {form} "
+                "for the form"
             ) from None
         if key in found:
             raise UserError(f"{path} line {number}: {words} has a line already")

@@ -100,8 +100,8 @@ def find(folder: str | os.PathLike, stem: str) -> dict[str, Tensor]:
     if index is None:
         if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
             raise UserError(
-                f"{folder} has only pickled weights, which are never opened: "
-                "convert them to safetensors"
+                f"{folder} has only pickled weights, which are never opened: convert them to "
+                "safetensors"
             )
         raise UserError(f"{folder} has no {stem}.safetensors: download the whole folder")
     try:
@@ -113,8 +113,8 @@ def find(folder: str | os.PathLike, stem: str) -> dict[str, Tensor]:
     lost = sorted(name for name, file in files.items() if name not in scanned[file])
     if lost:
         raise UserError(
-            f"{index} names tensors that its files lack: {', '.join(lost[:5])}; "
-            "copy the folder again"
+            f"{index} names tensors that its files lack: {', '.join(lost[:5])}; copy the folder "
+            "again"
         )
     return {name: scanned[file][name] for name, file in files.items()}
 
@@ -166,8 +166,8 @@ def check_dtype(tensor: Tensor) -> None:
     """
     if isinstance(tensor.dtype, str):
         raise UserError(
-            f"{tensor.file} holds {tensor.name} as {tensor.dtype}: "
-            "weights must be F64, F32, F16 or BF16"
+            f"{tensor.file} holds {tensor.name} as {tensor.dtype}: weights must be F64, F32, F16 "
+            "or BF16"
         )
 
 

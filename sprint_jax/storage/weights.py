@@ -57,15 +57,15 @@ def load(path: str | os.PathLike, expected: Any) -> dict[str, Any]:
     missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or extra:
         raise UserError(
-            f"{path} does not fit the config: missing {missing[:3]}, unexpected {extra[:3]}; "
-            "use the config that the weights were made with"
+            f"{path} does not fit the config: missing {missing[:3]}, unexpected {extra[:3]}; use "
+            "the config that the weights were made with"
         )
     flat = {}
     for name, leaf in wanted.items():
         if found[name].shape != leaf.shape:
             raise UserError(
-                f"{path} does not fit the config: {name} has shape {found[name].shape}, "
-                f"the model needs {leaf.shape}; use the config that the weights were made with"
+                f"{path} does not fit the config: {name} has shape {found[name].shape}, the model "
+                f"needs {leaf.shape}; use the config that the weights were made with"
             )
         flat[name] = np.empty(leaf.shape, np.float32)
         safetensors_files.read(found[name], flat[name])

@@ -45,8 +45,8 @@ def average(runs: Sequence[pathlib.Path]) -> Any:
         for name, found in _shared(config).items():
             if found != first[name]:
                 raise UserError(
-                    f"config.{name} is {found} in {run}, {first[name]} in {runs[0]}: "
-                    "give runs with one network and one teacher"
+                    f"config.{name} is {found} in {run}, {first[name]} in {runs[0]}: give runs "
+                    "with one network and one teacher"
                 )
         total = (
             jax.tree.map(np.float64, params)
@@ -60,13 +60,13 @@ def _check_given(run: pathlib.Path, config: Config) -> None:
     """Raise UserError for a run that trained its own teacher or ControlNet."""
     if not config.teacher.pretrained:
         raise UserError(
-            f"{run} trained a teacher of its own: "
-            "give runs that were given one (config.teacher.pretrained)"
+            f"{run} trained a teacher of its own: give runs that were given one "
+            "(config.teacher.pretrained)"
         )
     if config.control.depth and not config.control.pretrained:
         raise UserError(
-            f"{run} trained a ControlNet of its own: "
-            "give runs that were given one (config.control.pretrained)"
+            f"{run} trained a ControlNet of its own: give runs that were given one "
+            "(config.control.pretrained)"
         )
 
 

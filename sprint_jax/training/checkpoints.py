@@ -136,9 +136,8 @@ class Checkpoints:
             name = differing[0]
             raise UserError(
                 f"checkpoint {self._directory}/{step} does not fit the config: {name} is "
-                f"{have.get(name, 'missing')} there "
-                f"and {want.get(name, 'unknown')} here; use the config it was made with, or "
-                f"another --workdir"
+                f"{have.get(name, 'missing')} there and {want.get(name, 'unknown')} here; use the "
+                "config it was made with, or another --workdir"
             )
 
     def _read(self, step, abstract):
@@ -195,8 +194,7 @@ class Checkpoints:
         if data != self._data:
             raise UserError(
                 f"checkpoint {self._directory}/{step} was made from {data}, the config now reads "
-                f"{self._data}: use the same data, "
-                "or another --workdir"
+                f"{self._data}: use the same data, or another --workdir"
             )
 
     def _set_aside(self, step, damage):

@@ -49,8 +49,7 @@ def of_folder(
     if (path / "config.json").is_file():
         raise UserError(
             f"--encoder={path} is a run directory: give its config file, a diffusers folder, or "
-            f"one "
-            "made by sprint-jax convert"
+            "one made by sprint-jax convert"
         )
     # Loops over blocks on every platform, for the identity's sake.
     found = load.load(

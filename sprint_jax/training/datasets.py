@@ -242,8 +242,7 @@ class EncodedData:
             if manifest["model"] != identity:
                 raise UserError(
                     f"{c.data.encoded} was encoded by {manifest['model']}, the config has "
-                    f"{identity}: encode again with "
-                    "this config, or use the one it was made with"
+                    f"{identity}: encode again with this config, or use the one it was made with"
                 )
         if self.pixels is not None:
             # Checked before training, not after it.
@@ -327,8 +326,8 @@ class EncodedData:
         if len(fitting) < count:
             raise UserError(
                 f"{self._c.data.encoded} holds out {len(fitting)} examples of {size[0]}x{size[1]} "
-                f"latents and "
-                f"config.evaluation.prompts is {count}: lower it, or encode with a larger --heldout"
+                f"latents and config.evaluation.prompts is {count}: lower it, or encode with a "
+                "larger --heldout"
             )
         return fitting
 
@@ -399,8 +398,7 @@ def _check_condition(c, held):
     use = "" if held == encoded.NO_CONDITION else f", or use --config.control.condition={held}"
     raise UserError(
         f"{c.data.encoded} was encoded with condition {held}, config.control.condition is "
-        f"{wanted}: encode into another "
-        f"folder with --condition={wanted}{use}"
+        f"{wanted}: encode into another folder with --condition={wanted}{use}"
     )
 
 

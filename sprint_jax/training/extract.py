@@ -33,8 +33,8 @@ def write(
         with files.whole(to_file.with_name(run_files.CONFIG)) as partial:
             partial.write_bytes((run_dir / run_files.CONFIG).read_bytes())
         say(
-            f"and its {run_files.CONFIG}: "
-            f"python -m sprint_jax sample --model={to_file.parent} draws with it"
+            f"and its {run_files.CONFIG}: python -m sprint_jax sample --model={to_file.parent} "
+            "draws with it"
         )
     return to_file
 
@@ -44,8 +44,8 @@ def check_place(run_dir: pathlib.Path, to_file: pathlib.Path, drawn: bool) -> No
     ends = (run_files.TEACHER, run_files.CONTROL, run_files.STUDENT)
     if to_file.resolve().parent == run_dir.resolve() and to_file.name in ends:
         raise UserError(
-            f"--to_file={to_file}: by that file the run would count as trained to its end; "
-            "name one in another folder"
+            f"--to_file={to_file}: by that file the run would count as trained to its end; name "
+            "one in another folder"
         )
     ours, theirs = run_dir / run_files.CONFIG, to_file.with_name(run_files.CONFIG)
     if drawn and theirs.exists() and ours.exists() and theirs.read_bytes() != ours.read_bytes():
@@ -72,8 +72,8 @@ def extract(run_dir: pathlib.Path, stage: str) -> tuple[int, Any]:
     there = [name for name in c.order if (run_dir / "checkpoints" / name).is_dir()]
     if stage not in there:
         raise UserError(
-            f"{run_dir} has no checkpoint of --stage={stage}: "
-            f"it has {', '.join(there) or 'none of any stage yet'}"
+            f"{run_dir} has no checkpoint of --stage={stage}: it has "
+            f"{', '.join(there) or 'none of any stage yet'}"
         )
     phase = c.phases[stage]
     made = stages.networks(c, phase)

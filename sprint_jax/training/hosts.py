@@ -77,8 +77,8 @@ def compare(identity: dict[str, Any]) -> None:
             if first.get(what) != other.get(what):
                 raise UserError(
                     f"processes disagree: {what} is {first.get(what)} at process 0 and "
-                    f"{other.get(what)} at process "
-                    f"{process}: start all with the same code and flags"
+                    f"{other.get(what)} at process {process}: start all with the same code and "
+                    "flags"
                 )
 
 

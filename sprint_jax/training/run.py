@@ -141,8 +141,7 @@ def distilled_teacher(job: Job) -> PyTree:
         if path.is_dir() and model.time_scale == 1.0:
             job.say(
                 "teacher: conditioned on times in [0, 1]; a SANA made for [0, 1000] would draw "
-                "noise, "
-                "fine-tune it by configs/teacher.py first"
+                "noise, fine-tune it by configs/teacher.py first"
             )
         teacher = datasets.teacher_weights(c.teacher.pretrained, model)
     else:

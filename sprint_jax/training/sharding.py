@@ -70,8 +70,8 @@ def mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> jax.shar
         data = count // fsdp
     if data * fsdp != count:
         raise UserError(
-            f"config.mesh is {data} x {fsdp} (data x fsdp) and there are {count} devices: "
-            "change config.mesh.fsdp, or let config.mesh.data=-1 take what is left"
+            f"config.mesh is {data} x {fsdp} (data x fsdp) and there are {count} devices: change "
+            "config.mesh.fsdp, or let config.mesh.data=-1 take what is left"
         )
     axes = (jax.sharding.AxisType.Auto,) * 2
     return jax.make_mesh((data, fsdp), (DATA, FSDP), devices=devices, axis_types=axes)

@@ -100,10 +100,8 @@ def check_batch(stage: Stage, mesh: jax.sharding.Mesh) -> None:
     if stage.batch % mesh.size:
         raise UserError(
             f"{stage.name}: a batch of {stage.batch} does not divide by the {mesh.size} devices of "
-            f"the "
-            f"mesh {' x '.join(map(str, mesh.devices.shape))}: change "
-            f"config.phases.{stage.name}.batch, "
-            "or use fewer devices"
+            f"the mesh {' x '.join(map(str, mesh.devices.shape))}: change "
+            f"config.phases.{stage.name}.batch, or use fewer devices"
         )
 
 

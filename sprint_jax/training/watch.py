@@ -99,8 +99,7 @@ class Watch:
         raise UserError(
             f"{self._name}: {in_a_row} updates in a row were not finite, at step {step} in "
             f"{', '.join(sorted(bad)) or 'the loss'}; all were dropped. Lower the learning rate, "
-            f"or "
-            "look at the data"
+            "or look at the data"
         )
 
 

@@ -47,8 +47,7 @@ def write_config(config: config_lib.Config, workdir: pathlib.Path) -> None:
     if path.is_file() and config_lib.is_old(_json(path)):
         raise UserError(
             f"{path} was written by version 0.1, whose checkpoints cannot be resumed: choose "
-            f"another "
-            "--workdir"
+            "another --workdir"
         )
     _KEEPER.claim(workdir, dataclasses.asdict(config))
 
