@@ -39,14 +39,14 @@ def default_dtype() -> str:
 class Options:
     """How a model is loaded; see `load`."""
 
-    dtype: str = "bfloat16"
-    pixels_dtype: str | None = None
-    attention: str | None = None
-    controlnet: pathlib.Path | str | None = None
-    instruction: str | None = None
-    tile: bool = False
-    platform: str | None = None
-    say: Say = lambda message: None
+    dtype: str
+    pixels_dtype: str | None
+    attention: str | None
+    controlnet: pathlib.Path | str | None
+    instruction: str | None
+    tile: bool
+    platform: str | None
+    say: Say
 
     @property
     def of_pixels(self) -> str:
@@ -65,32 +65,54 @@ class Options:
         return self.attention or fastest
 
 
-def load(path: pathlib.Path | str, **options: Any) -> Pipeline:
-    """Load a pipeline from a diffusers folder, a folder converted by `sprint-jax convert`, or a
-    run directory.
+def load(
+    path: pathlib.Path | str,
+    *,
+    dtype: str = "bfloat16",
+    pixels_dtype: str | None = None,
+    attention: str | None = None,
+    controlnet: pathlib.Path | str | None = None,
+    instruction: str | None = None,
+    tile: bool = False,
+    platform: str | None = None,
+    say: Say = lambda message: None,
+) -> Pipeline:
+    """Load a pipeline from a diffusers folder, a converted folder, or a run directory.
 
     Args:
+      path: the folder. `sprint-jax convert` makes the converted ones.
       dtype: "bfloat16" or "float32", of the parameters and of the computation. Latents, times and
         normalizations are float32 in both.
-      pixels_dtype: the same for the autoencoder of a published model; None is dtype. attention:
-      "plain" for no kernels at all, or "pallas" for those of attention and of depthwise
-      convolutions where
-        the device has them; `say` gets a line where it has none of attention. None takes them on an
-        NVIDIA GPU. What a run directory was trained with does not matter.
-      controlnet: folder of a diffusers ControlNet to control the model by. A run directory trained
-        with one has its own, and so has a folder with a controlnet/.
+      pixels_dtype: the same for the autoencoder of a published model; None is dtype.
+      attention: "plain" for no kernels at all, or "pallas" for those of attention and of
+        depthwise convolutions where the device has them; `say` gets a line where it has none of
+        attention. None takes them on an NVIDIA GPU. What a run directory was trained with does
+        not matter.
+      controlnet: folder of a diffusers ControlNet to control the model by. A run directory
+        trained with one has its own, and so has a folder with a controlnet/.
       instruction: text file with the instruction before each prompt, "" for none; None takes the
         one stored with a converted model, or that of the installed diffusers package. Run
         directories have none.
-      tile: decode images in overlapping tiles of 1024 px, to bound memory. platform: what the
-      programs are for, as `jax.default_backend()` names it, None for that one, "" for several.
-        It decides which published networks run unrolled (`backend.unrolled`); where it is not
-        None, for programs that run elsewhere, none holds a kernel that was not asked for.
+      tile: decode images in overlapping tiles of 1024 px, to bound memory.
+      platform: what the programs are for, as `jax.default_backend()` names it, None for that one,
+        "" for several. It decides which published networks run unrolled (`backend.unrolled`).
+        Where it is not None, for programs that run elsewhere, none holds a kernel that was not
+        asked for.
       say: called with a line for each part that is read.
 
     Raises UserError for anything that is not a whole model of one of the three kinds.
     """
-    path, how = pathlib.Path(path), Options(**options)
+    path = pathlib.Path(path)
+    how = Options(
+        dtype=dtype,
+        pixels_dtype=pixels_dtype,
+        attention=attention,
+        controlnet=controlnet,
+        instruction=instruction,
+        tile=tile,
+        platform=platform,
+        say=say,
+    )
     for name, value in (("dtype", how.dtype), ("pixels_dtype", how.of_pixels)):
         if value not in DTYPES:
             raise UserError(f"{name} {value!r}: use one of {', '.join(DTYPES)}")
