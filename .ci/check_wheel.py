@@ -20,7 +20,7 @@ COMMANDS = "average condition convert encode evaluate export extract plan report
 
 def main() -> None:
     """Raise for a wheel that lacks a file or whose commands do not start."""
-    (wheel,) = pathlib.Path(sys.argv[1]).glob("*.whl")
+    (wheel,) = pathlib.Path(sys.argv[1]).resolve().glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     missing = [name for name in WANTED if name not in names]
     assert not missing, f"{wheel} lacks {missing}"
