@@ -265,6 +265,6 @@ def test_a_run_of_version_0_1_is_refused(tmp_path):
     (tmp_path / "student.safetensors").touch()
     with pytest.raises(UserError, match="written by version 0.1, .*: choose another --workdir"):
         workdirs.write_config(config_lib.parse(card()), tmp_path)
-    with pytest.raises(UserError, match="is a run of version 0.1: use it with that version"):
+    with pytest.raises(UserError, match="is a run of version 0.1: convert it with that version"):
         loading.load(tmp_path)
     assert (tmp_path / "config.json").read_text() == old
