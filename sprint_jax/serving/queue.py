@@ -53,6 +53,7 @@ class Queue:
     ):
         self._work, self._prepare, self._prepared = work, prepare, prepared
         self.capacity = capacity
+        self._worker = threading.Thread(target=self._run, name="worker", daemon=True)
         self._changed = threading.Condition()
         self._waiting: list[_Job] = []
         self._closed = False
@@ -60,7 +61,7 @@ class Queue:
 
     def start(self) -> None:
         """Start the thread. Call this once."""
-        threading.Thread(target=self._run, name="worker", daemon=True).start()
+        self._worker.start()
 
     @property
     def length(self) -> int:
@@ -114,6 +115,11 @@ class Queue:
         for job in left:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(Refused(503, "the server is stopping"))
+
+    def join(self, seconds: float) -> bool:
+        """Wait for the worker's end, at most this long. Return whether it has ended."""
+        self._worker.join(seconds)
+        return not self._worker.is_alive()
 
     def _older(self, session: str) -> _Job | None:
         return next((job for job in self._waiting if session and job.session == session), None)

@@ -1,11 +1,12 @@
 """Serve a model: from its path and the options of `sprint-jax serve` to the end of the process."""
 
+import os
 import pathlib
 import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import tqdm
 import uvicorn
@@ -20,6 +21,7 @@ from sprint_jax.serving.queue import Queue
 from sprint_jax.serving.schema import Limits
 
 _LOCAL = ("127.0.0.1", "::1")
+_GRACE_SECONDS = 1.0  # for the image in work at the end
 
 
 def serve(
@@ -149,3 +151,16 @@ def run(
     queue.close()
     if failures:
         raise failures[0]
+    if not queue.join(_GRACE_SECONDS):
+        _leave()
+
+
+def _leave() -> NoReturn:
+    """End the process with status 0 while the worker compiles or draws.
+
+    Nothing can stop XLA at work, and Python's own end would free what it works on: a segmentation
+    fault, now and then.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
