@@ -52,22 +52,25 @@ $python -c 'import jax; print("jax", jax.__version__, jax.devices())' | tee -a "
 
 # Correctness first: the numeric tests, compiled for the accelerator. float32 products are float32,
 # as in the tests' references, and the compiler does not search for the fastest program.
-tests=(env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false XLA_FLAGS=--xla_gpu_autotune_level=0
+tests=(env JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false
+  XLA_FLAGS=--xla_gpu_autotune_level=0
   $python -m pytest -q -p no:cacheprovider -n 6 --dist load)
 # Not yet run on a GPU: depthwise kernels with fused multiply-adds.
 part depthwise_tests 60 "${tests[@]}" tests/ops/test_kernels.py -k test_depthwise
 # 114 s on an H200.
 part kernel_tests 240 "${tests[@]}" tests/ops/test_kernels.py
 part numeric_tests 540 "${tests[@]}" \
-  tests/diffusion/test_flow_trigflow.py tests/diffusion/test_scm.py tests/diffusion/test_ladd.py tests/diffusion/test_samplers.py \
-  tests/models/test_linear_dit.py tests/ops/test_products.py tests/objectives/test_steps.py tests/models/test_controlnet.py
+  tests/diffusion/test_flow_trigflow.py tests/diffusion/test_scm.py tests/diffusion/test_ladd.py \
+  tests/diffusion/test_samplers.py tests/models/test_linear_dit.py tests/models/test_controlnet.py \
+  tests/ops/test_products.py tests/objectives/test_steps.py
 # Published sizes with random weights, against diffusers with and without torch.compile and against
 # the floors. A part that reaches its limit has written the rows of the cases it finished.
 bench() { # bench NAME SUITE CASES
   part "$1" 240 $python -m benchmarks --suite="$2" --only="$3" --out="$out/$1.json" --operations=20
 }
 ours() { # ours NAME SECONDS CASES: without the peers, which compile for minutes
-  part "$1" "$2" $python -m benchmarks --suite=gpu --only="$3" --out="$out/$1.json" --nopeers --operations=60
+  part "$1" "$2" $python -m benchmarks --suite=gpu --only="$3" --out="$out/$1.json" --nopeers \
+    --operations=60
 }
 bench transformer_06b gpu 'transformer_0.6b*'
 bench transformer_16b gpu 'transformer_1.6b*'
@@ -75,28 +78,34 @@ bench decoder gpu 'dcae_decode*'
 # About 60 s. Not yet run on a GPU: with fused multiply-adds in the depthwise kernels.
 ours latency_06b_now 110 picture_0.6b_1step,sketch_0.6b_1step
 ours latency_16b_now 110 picture_1.6b_1step
-# It once had not compiled after 60 s. The decoder alone compiles in 38 s for an H200 on a busy core,
-# before the search for the fastest products.
+# It once had not compiled after 60 s. The decoder alone compiles in 38 s for an H200 on a busy
+# core, before the search for the fastest products.
 ours throughput_06b_now 240 picture_0.6b_1step_batch10
 bench latency_06b gpu 'picture_0.6b_?step,picture_0.6b_?step_512'
 # Plain attention, and one program instead of three.
-bench latency_06b_ways gpu 'picture_0.6b_1step_plain,picture_0.6b_1step_at_once,sketch_0.6b_1step_at_once'
+bench latency_06b_ways gpu \
+  'picture_0.6b_1step_plain,picture_0.6b_1step_at_once,sketch_0.6b_1step_at_once'
 # The same with single launches instead of CUDA graphs, which were faster on an H200.
-XLA_FLAGS=--xla_gpu_enable_command_buffer= bench latency_06b_no_graphs gpu 'picture_0.6b_1step_at_once'
+XLA_FLAGS=--xla_gpu_enable_command_buffer= \
+  bench latency_06b_no_graphs gpu 'picture_0.6b_1step_at_once'
 bench latency_16b gpu 'picture_1.6b_?step,picture_1.6b_?step_512'
 bench throughput_06b gpu 'picture_0.6b_*_batch10,picture_0.6b_*_batch32'
 bench throughput_16b gpu 'picture_1.6b_*_batch10,picture_1.6b_*_batch32'
 bench sketch gpu 'sketch_?.?b_1step'
 # Without the search among Triton's products the pair compiles in 88 s. With it, it once had not
 # compiled after 220 s beside other jobs.
-XLA_FLAGS=--xla_gpu_enable_triton_gemm=false bench training_600m gpu 'sprint_pair_600m_remat_block,sprint_pair_600m_remat_cheap'
+XLA_FLAGS=--xla_gpu_enable_triton_gemm=false bench training_600m gpu \
+  'sprint_pair_600m_remat_block,sprint_pair_600m_remat_cheap'
 # Not yet run on a GPU: with a float32 residual stream, as published and as in the cards (8 % more
 # bytes by the compiled program), and with fused multiply-adds in the depthwise kernels.
-XLA_FLAGS=--xla_gpu_enable_triton_gemm=false ours training_600m_now 240 'sprint_pair_600m_remat_cheap_kernels,sprint_pair_600m_remat_cheap_kernels_bf16_residual'
+XLA_FLAGS=--xla_gpu_enable_triton_gemm=false ours training_600m_now 240 \
+  'sprint_pair_600m_remat_cheap_kernels,sprint_pair_600m_remat_cheap_kernels_bf16_residual'
 # Without loops over blocks, whose stacks are a quarter of the bytes of all passes. Not yet run on a
 # GPU; its compile time there is unknown.
-XLA_FLAGS=--xla_gpu_enable_triton_gemm=false ours training_600m_unrolled 480 sprint_pair_600m_remat_cheap_kernels_unrolled
-XLA_FLAGS=--xla_gpu_enable_triton_gemm=false bench training_1600m gpu 'sprint_pair_1600m_remat_block'
+XLA_FLAGS=--xla_gpu_enable_triton_gemm=false ours training_600m_unrolled 480 \
+  sprint_pair_600m_remat_cheap_kernels_unrolled
+XLA_FLAGS=--xla_gpu_enable_triton_gemm=false bench training_1600m gpu \
+  'sprint_pair_1600m_remat_block'
 bench training_embedded gpu 'sprint_pair_embedded'
 bench kernels_06b kernels '*_0.6b_*'
 bench kernels_16b kernels '*_1.6b_*'
@@ -112,12 +121,14 @@ part pair_600m_cheap 120 $python -m benchmarks.pair --preset=sana_600m --batch=1
 # OUT until it reports that it wrote its report. docs/guide/own-data.md explains how to build
 # data/emoji.
 if [ -d data/emoji ]; then
-  part ablate_small 540 $python -m experiments.ablations --suite=paper --scale=small --workdir="$out/ablate_small"
+  part ablate_small 540 $python -m experiments.ablations --suite=paper --scale=small \
+    --workdir="$out/ablate_small"
 fi
-# The main job at 64 px, teacher included, with a network of 22 M parameters instead of the card's 5.
-# Not yet run on a GPU.
-part main_shapes_64 420 $python -m sprint_jax.main --config=configs/sprint.py:shapes_64 --config.model.width=384 --config.model.depth=12 \
-  --config.model.heads=12 --config.model.cross_heads=6 --config.model.unroll=1 --config.model.dtype=bfloat16 \
+# The main job at 64 px, teacher included, with a network of 22 M parameters instead of the card's
+# 5. Not yet run on a GPU.
+part main_shapes_64 420 $python -m sprint_jax.main --config=configs/sprint.py:shapes_64 \
+  --config.model.width=384 --config.model.depth=12 --config.model.heads=12 \
+  --config.model.cross_heads=6 --config.model.unroll=1 --config.model.dtype=bfloat16 \
   --config.phases.sprint.objective.head_blocks="(2,5,8,11)" --workdir="$out/shapes_64"
 cp "$out"/shapes_64/*.png "$out"/shapes_64/summary.json "$out" 2>/dev/null
 

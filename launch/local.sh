@@ -34,7 +34,8 @@ END
 
 pids=()
 for i in $(seq 0 $((count - 1))); do
-  "$python" -u -m sprint_jax.main "$@" --coordinator="127.0.0.1:$port" --processes="$count" --process="$i" \
+  "$python" -u -m sprint_jax.main "$@" --coordinator="127.0.0.1:$port" \
+    --processes="$count" --process="$i" \
     > >(sed -u "s/^/[$i] /") 2> >(sed -u "s/^/[$i] /" >&2) &
   pids+=($!)
 done
