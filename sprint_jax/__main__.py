@@ -21,7 +21,7 @@ from sprint_jax.commands import (
 )
 from sprint_jax.runtime import cli, huge_pages
 
-COMMANDS = (
+_MODULES = (
     train,
     sample,
     serve,
@@ -35,7 +35,7 @@ COMMANDS = (
     plan,
     report,
 )
-NAMES = tuple(command.__name__.rpartition(".")[2] for command in COMMANDS)
+COMMANDS: dict[str, ModuleType] = {m.__name__.rpartition(".")[2]: m for m in _MODULES}
 
 
 def main() -> None:
@@ -54,25 +54,19 @@ def dispatch(arguments: Sequence[str]) -> None:
     if name in ("-h", "--help", "help"):
         print(_summary())
         return
-    for command in COMMANDS:
-        if name_of(command) == name:
-            prog, description = f"sprint-jax {name}", command.__doc__
-            cli.start(command.Options, command.run, rest, prog=prog, description=description)
-            return
-    near = difflib.get_close_matches(name, NAMES, 1)
-    remedy = f"did you mean {near[0]}?" if near else "sprint-jax --help lists the commands"
-    cli.fail(f"unknown command {name!r}: {remedy}")
-
-
-def name_of(command: ModuleType) -> str:
-    """Return the name of a command, which is that of its module."""
-    return command.__name__.rpartition(".")[2]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        remedy = f"did you mean {near[0]}?" if near else "sprint-jax --help lists the commands"
+        cli.fail(f"unknown command {name!r}: {remedy}")
+    command, prog = COMMANDS[name], f"sprint-jax {name}"
+    cli.start(command.Options, command.run, rest, prog=prog, description=command.__doc__)
 
 
 def _summary() -> str:
     """Return the help: every command with the first line of its module."""
     rows = [
-        f"  {name_of(command):11}{(command.__doc__ or '').splitlines()[0]}" for command in COMMANDS
+        f"  {name:11}{(command.__doc__ or '').splitlines()[0]}"
+        for name, command in COMMANDS.items()
     ]
     return "\n".join(
         [

@@ -19,7 +19,7 @@ class Options:
     run_dir: str = ""
     """Work directory of a run, its --workdir."""
     stage: str = "sprint"
-    """Name of the phase whose checkpoint is read; in the cards teacher, finetune, control, sprint."""
+    """Phase whose checkpoint is read; in the cards teacher, finetune, control or sprint."""
     to_file: str = ""
     """Safetensors file to write."""
 

@@ -10,7 +10,7 @@ SHIPPED = pathlib.Path(__file__).parents[1] / "assets" / "shapes"
 
 
 def model_or_shipped(model: str) -> str:
-    """Return the model, or the shipped student of shapes, with a line on stderr, for an empty one."""
+    """Return the model. For an empty one return the shipped student, with a line on stderr."""
     if model:
         return model
     print("no --model: using the student of shapes that ships with the code", file=sys.stderr)

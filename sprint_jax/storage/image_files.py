@@ -27,7 +27,7 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
 def save(
     path: pathlib.Path | str, image: np.ndarray, zoom: int = 1, file_format: str = "PNG"
 ) -> None:
-    """Write uint8 [H, W, 3] as PNG or JPEG (PIL's default quality), pixels repeated `zoom` times."""
+    """Write uint8 [H, W, 3] as PNG or JPEG, PIL's default quality, pixels repeated `zoom` times."""
     image = np.repeat(np.repeat(image, zoom, 0), zoom, 1)
     with files.whole(path) as partial:
         Image.fromarray(image).save(partial, format=file_format)

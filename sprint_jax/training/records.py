@@ -99,7 +99,8 @@ def _install_summary_writer():
     name = "clu.metric_writers.summary_writer"
     if name not in sys.modules:
         module = types.ModuleType(name)
-        setattr(module, "SummaryWriter", _SummaryWriter)  # noqa: B010 pyright knows no such attribute
+        # By its name, because pyright knows no such attribute.
+        setattr(module, "SummaryWriter", _SummaryWriter)  # noqa: B010
         sys.modules[name] = module
 
 

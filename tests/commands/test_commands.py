@@ -12,8 +12,6 @@ from helpers.runs import ROOT
 from sprint_jax import __main__
 from sprint_jax.runtime import options
 
-NAMES = [__main__.name_of(command) for command in __main__.COMMANDS]
-
 
 def run_in(folder, *arguments, path=ROOT):
     """Run sprint-jax in a folder that is no checkout."""
@@ -30,16 +28,17 @@ def test_the_list_of_commands_fits_on_one_screen(capsys):
     __main__.dispatch(["--help"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 100
-    for command in __main__.COMMANDS:
-        (line,) = [line for line in lines if line.split()[:1] == [__main__.name_of(command)]]
+    for name in __main__.COMMANDS:
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
         assert len(line.split()) > 3, line
 
 
-@pytest.mark.parametrize("command", __main__.COMMANDS, ids=NAMES)
-def test_help_lists_every_option_and_what_it_is(monkeypatch, capsys, command):
+@pytest.mark.parametrize("name", __main__.COMMANDS)
+def test_help_lists_every_option_and_what_it_is(monkeypatch, capsys, name):
+    command = __main__.COMMANDS[name]
     monkeypatch.setenv("COLUMNS", "250")
     with pytest.raises(SystemExit) as end:
-        __main__.dispatch([__main__.name_of(command), "--help"])
+        __main__.dispatch([name, "--help"])
     shown = capsys.readouterr().out
     assert not end.value.code and command.__doc__.splitlines()[0] in shown
     docs = options.field_docs(command.Options)
@@ -51,7 +50,7 @@ def test_help_lists_every_option_and_what_it_is(monkeypatch, capsys, command):
 
 
 def test_options_are_frozen_and_by_keyword():
-    for command in __main__.COMMANDS:
+    for command in __main__.COMMANDS.values():
         assert dataclasses.is_dataclass(command.Options)
         with pytest.raises(TypeError):
             command.Options("a")

@@ -13,11 +13,11 @@ from PIL import Image, ImageFont
 
 from experiments.ablations import experiments, grid, plots, report, suite, verdict
 from helpers.configs import card
+from helpers.networks import linear_dit
 from helpers.runs import ROOT
 from sprint_jax import build, config
 from sprint_jax.diffusion import trigflow
 from sprint_jax.errors import UserError
-from sprint_jax.models.linear_dit import LinearDiT
 from sprint_jax.objectives import base, scm_ladd
 from sprint_jax.storage import weights
 from sprint_jax.training import datasets, stages
@@ -344,25 +344,8 @@ def test_a_plot_shows_a_value_where_its_axis_says():
 
 def test_without_transfer_the_network_is_a_trigflow_network():
     """Its F is the network at the state and angle themselves."""
-    model = LinearDiT(
-        in_channels=2,
-        text_dim=4,
-        width=16,
-        depth=1,
-        heads=2,
-        cross_heads=2,
-        mlp_ratio=2.0,
-        patch_size=1,
-        qk_norm=True,
-        time_scale=1.0,
-        guidance_embed=False,
-        guidance_scale_factor=0.1,
-        logvar_head=False,
-        remat="none",
-        unroll=1,
-        dtype="float32",
-        residual_dtype="float32",
-        attention="plain",
+    model = linear_dit(
+        in_channels=2, text_dim=4, width=16, depth=1, heads=2, cross_heads=2, mlp_ratio=2.0
     )
     rng = np.random.RandomState(0)
     params = jax.tree.map(

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from helpers.arrays import normal_arrays
-from sprint_jax.models.linear_dit import LinearDiT
+from helpers.networks import linear_dit
 from sprint_jax.ops import cross_attention, linear_attention
 
 EPS = 1e-5
 Arrays = tuple[Any, ...]
 
-TINY_MODEL = LinearDiT(
+TINY_MODEL = linear_dit(
     in_channels=3,
     width=64,
     depth=2,
@@ -23,17 +23,7 @@ TINY_MODEL = LinearDiT(
     cross_heads=4,
     mlp_ratio=1.0,
     text_dim=6,
-    patch_size=1,
-    qk_norm=True,
-    time_scale=1.0,
-    guidance_embed=False,
-    guidance_scale_factor=0.1,
-    logvar_head=False,
     remat="block",
-    unroll=1,
-    dtype="float32",
-    residual_dtype="float32",
-    attention="plain",
 )
 
 

@@ -146,7 +146,7 @@ def test_commands_are_short():
 
 
 def functions(path):
-    """Yield (whether it is public, function) of everything that a module defines, methods included."""
+    """Yield (whether it is public, function) of all that a module defines, methods included."""
     tree = ast.parse(path.read_text())
     outer = {
         id(node)
@@ -169,7 +169,7 @@ def lines_of_code(node):
 
 @pytest.mark.parametrize("path", files(), ids=lambda p: p.relative_to(PACKAGE).as_posix())
 def test_functions_are_short_and_annotated(path):
-    """Fails for 61 lines of code, a seventh positional parameter, or a public one without a type."""
+    """Fails for 61 lines of code, a seventh positional parameter, or a public one without types."""
     for public, node in functions(path):
         where = f"{path.name}:{node.lineno} {node.name}"
         positional = [

@@ -12,11 +12,11 @@ from PIL import Image
 from helpers.arrays import normals, relative_error
 from helpers.compiler import SAME_BITS
 from helpers.configs import card
+from helpers.networks import linear_dit
 from sprint_jax import build, config
 from sprint_jax.diffusion import samplers
 from sprint_jax.errors import UserError
 from sprint_jax.models.controlnet import Controlled, ControlNet
-from sprint_jax.models.linear_dit import LinearDiT
 from sprint_jax.objectives import views
 from sprint_jax.objectives.conditions import conditions
 from sprint_jax.sampling import generation, loading, pipeline, programs
@@ -24,7 +24,7 @@ from sprint_jax.storage import image_files, weights
 from sprint_jax.toy import shapes
 from sprint_jax.training import datasets, sharding, stages
 
-TRUNK = LinearDiT(
+TRUNK = linear_dit(
     in_channels=4,
     width=24,
     depth=4,
@@ -32,17 +32,7 @@ TRUNK = LinearDiT(
     cross_heads=2,
     mlp_ratio=1.5,
     text_dim=10,
-    patch_size=1,
-    qk_norm=True,
-    time_scale=1.0,
     guidance_embed=True,
-    guidance_scale_factor=0.1,
-    logvar_head=False,
-    remat="none",
-    unroll=1,
-    dtype="float32",
-    residual_dtype="float32",
-    attention="plain",
 )
 NET = dataclasses.replace(TRUNK, guidance_embed=False)
 MODEL = Controlled(trunk=TRUNK, control=ControlNet(net=NET, depth=2))

@@ -12,13 +12,14 @@ import pytest
 from helpers.arrays import max_error, normals
 from helpers.compiler import UNOPTIMIZED
 from helpers.kernel_cases import depthwise_loops
+from helpers.networks import linear_dit
 from sprint_jax.models import layers
-from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M, LinearDiT, patchify, unpatchify
+from sprint_jax.models.linear_dit import SANA_600M, SANA_1600M, patchify, unpatchify
 from sprint_jax.ops import depthwise
 
 pytestmark = pytest.mark.second_pass
 
-MODEL = LinearDiT(
+MODEL = linear_dit(
     in_channels=3,
     width=16,
     depth=2,
@@ -27,16 +28,8 @@ MODEL = LinearDiT(
     mlp_ratio=2.5,
     text_dim=7,
     patch_size=2,
-    qk_norm=True,
-    time_scale=1.0,
     guidance_embed=True,
-    guidance_scale_factor=0.1,
     logvar_head=True,
-    remat="none",
-    unroll=1,
-    dtype="float32",
-    residual_dtype="float32",
-    attention="plain",
 )
 BATCH, HEIGHT, WIDE, LENGTH = 3, 4, 6, 5
 
