@@ -70,25 +70,25 @@ class _Running:
 
 
 def _reached(workdir):
-    """(stage, step) of the last whole row; rows are written a round late."""
+    """Return (stage, step) of the last whole row. Rows are written a round late."""
     rows = json_lines.rows(workdir / run_files.METRICS)
     row = rows[-1] if rows else {"stage": "teacher", "step": 0}
     return row["stage"], row["step"]
 
 
 def _on_disk(workdir, stage):
-    """Newest checkpoint that has its final name; 0 without one."""
+    """Return the newest checkpoint that has its final name; 0 without one."""
     folder = workdir / "checkpoints" / stage
     return max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0)
 
 
 def _count(stage, step):
-    """Steps of the whole training up to here."""
+    """Return the steps of the whole training up to here."""
     return step + (_STAGES["teacher"] if stage == "sprint" else 0)
 
 
 def _kill(workdir, cache, at, delay):
-    """Runs until `at` steps of training are recorded and `delay` seconds more, then kills."""
+    """Run until `at` steps of training are recorded and `delay` seconds more, then kill."""
     job = _Running(workdir, cache)
     # Rows of the run before are still there until this one has begun.
     while "compiled in" not in job.log.read_text() or _count(*_reached(workdir)) < at:
@@ -101,7 +101,7 @@ def _kill(workdir, cache, at, delay):
 
 
 def _differences(one, other):
-    """What of two finished work directories is not the same in every bit."""
+    """Return what differs in any bit between two finished work directories."""
     files = ("teacher.safetensors", "student.safetensors", "metrics.jsonl")
     found = [name for name in files if (one / name).read_bytes() != (other / name).read_bytes()]
     scores = [json.loads((d / "summary.json").read_text()) for d in (one, other)]
@@ -149,8 +149,9 @@ def _resumed(workdir):
 
 
 def _judge(number, before, resumed, faults):
-    """Prints the row of a kill once its restart is known; returns the steps that had to be done
-    again.
+    """Print the row of a kill once its restart is known.
+
+    Return the steps that had to be done again.
     """
     stage, step, disk = before
     begun = next((int(s) for name, s in resumed if name == stage), 0)

@@ -11,9 +11,9 @@ Presets
                   a half on two CPU cores.
   emoji           Captioned emoji at 64 px, read from a folder that `sprint-jax encode` made.
   sana_600m, sana_1600m
-                  The paper's second phase: 20 000 updates of 512 samples, generator and
-                  discriminator in turn. It needs a teacher of that size (configs/teacher.py, or a
-                  published one) and encoded data:
+                  The paper's second phase: 20 000 updates of 512 samples, alternating between
+                  generator and discriminator. It needs a teacher of that size (published, or
+                  trained with configs/teacher.py) and encoded data:
 
     python -m sprint_jax encode --source=PICTURES --encoder=SANA_SPRINT_FOLDER \\
         --encoded=data/sana --sizes=published --heldout=2000
@@ -177,19 +177,19 @@ def _shapes() -> Any:
 
 
 def _adamw(**values):
-    """Settings of AdamW as the discriminator's heads have it."""
+    """Return AdamW's settings for the discriminator's heads."""
     base = dict(kind="adamw", muon_lr=0.0, reference_batch=0, b1=0.0, b2=0.99, b3=0.0)
     return base | dict(weight_decay=0.0, clip=0.5) | values
 
 
 def _muon(**values):
-    """Settings of Muon as the embedded teachers have it."""
+    """Return Muon's settings for the embedded teachers."""
     base = dict(kind="muon", reference_batch=0, b1=0.9, b2=0.99, b3=0.0)
     return base | dict(weight_decay=0.01, clip=1.0) | values
 
 
 def _flow_matching(**values):
-    """Settings of flow matching on the embedded data."""
+    """Return settings of flow matching on the embedded data."""
     times = dict(time_mean=0.0, time_std=1.0, time_shift=3.0)
     return dict(kind="flow_matching", caption_dropout=0.1) | times | values
 
@@ -207,9 +207,9 @@ def _smoke(config):
 
 
 def _shapes_64(config):
-    """Patches of 16 px: 16 tokens as in the default, of more channels.
+    """Cut 64 px images into patches of 16 px: 16 tokens as in the default, of more channels.
 
-    Larger pictures cost no more tokens, as with DC-AE.
+    Larger images cost no more tokens, as with DC-AE.
     """
     config.data.size = 64
     config.codec.update(block=16, scale=1.049, weights="package:shapes_64_codec", channels=48)
@@ -221,7 +221,7 @@ def _shapes_64(config):
 
 
 def _emoji(config):
-    """See docs/guide/own-data.md: the folder is made by two commands."""
+    """Train on captioned emoji. Two commands make the folder: see docs/guide/own-data.md."""
     config.data.update(encoded="data/emoji", size=64)
     config.text.update(vocabulary="words", length=24)
     config.codec.update(block=8, scale=1.437, weights="package:emoji_codec", channels=64)
@@ -243,12 +243,15 @@ def _emoji(config):
 
 
 def sana(preset: str) -> Any:
-    """The published recipe: paper's appendix, and where it is silent or differs, the released
-    trainer.
+    """Return the published recipe.
+
+    It is that of the paper's appendix. Where the appendix is silent or differs, it is that of the
+    released trainer.
 
     Rates: CAME at 2e-6, which the released trainer multiplies by sqrt(512 / 256), for both
-    networks. Warm-up: the released file says 5000 scheduler steps, of which its 32 processes take
-    32 an update: 156. H, and `steps`, count generator and discriminator updates together.
+    networks. Warm-up: 156 updates. The released file says 5000 scheduler steps, and its 32
+    processes take 32 of them for each update. H, and `steps`, count generator and discriminator
+    updates together.
     """
     config = ml_collections.ConfigDict()
     config.seed = 42
@@ -367,7 +370,7 @@ def came(**values: Any) -> dict[str, Any]:
 
 
 def _sana_flow(network, seed, batch, optimizer, shift):
-    """A phase of flow matching at the published sizes, left out until it has steps."""
+    """Return a phase of flow matching at the published sizes, left out until it has steps."""
     return dict(
         network=network,
         seed=seed,

@@ -65,7 +65,7 @@ def run(options: Options) -> None:
 
 
 def chosen(tables, names) -> tuple[grid.Table, ...]:
-    """Those of the tables that have the given names, all for none.
+    """Return the tables that have the given names, all for none.
 
     Raises UserError for an unknown name.
     """
@@ -118,7 +118,7 @@ def _run(asked, scale, workdir, where, seeds):
                 after=lambda rows: report.write(where, rows, asked, scale),
             )
         except (Interrupted, KeyboardInterrupt):
-            say("ablations: stopped; the same command goes on from there")
+            say("ablations: stopped; the same command resumes")
             return
         report.write(where, suite.read(workdir), asked, scale)
     say(f"report: {where}")

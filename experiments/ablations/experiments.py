@@ -33,7 +33,7 @@ KNOBS = ("p_mean", "p_std", "max_time", "disc_mean", "disc_std")
 
 
 def with_changes(tree, changes: dict):
-    """A copy of a card (ConfigDict) with dotted keys replaced.
+    """Return a copy of a card (ConfigDict) with dotted keys replaced.
 
     Raises UserError for a key that it lacks.
     """
@@ -50,7 +50,9 @@ def with_changes(tree, changes: dict):
 
 
 def configuration(card, scale: grid.Scale, r: grid.Run, seed: int) -> config_lib.Config:
-    """The config of a run. A seed names parameters, training noise and the order of the data."""
+    """Return the config of a run. A seed names parameters, training noise and the order of the
+    data.
+    """
     tree = with_changes(card, grid.changes(scale, r))
     tree.seed, tree.data.seed = tree.seed + seed, tree.data.seed + seed
     return config_lib.parse(tree)
@@ -90,7 +92,7 @@ class Experiments:
     """Everything that runs share: the teacher, the held-out examples, the compiled programs.
 
     card: the scale's card, an `ml_collections.ConfigDict`. workdir: of the suite; a teacher that
-    has to be trained is kept there. say: told in lines.
+    has to be trained is kept there. say: called with a line of progress.
     """
 
     def __init__(self, card, scale: grid.Scale, workdir, say):
@@ -100,8 +102,9 @@ class Experiments:
         self._programs, self._samplers = {}, {}
 
     def __call__(self, r: grid.Run, seed: int, folder, advance) -> dict:
-        """{metric: number} of one run. folder: its work directory. advance: called with the share
-        of it that is done.
+        """Return {metric: number} of one run.
+
+        folder: its work directory. advance: called with the share of it that is done.
         """
         c = configuration(self._card, self._scale, r, seed)
         workdirs.write_config(c, folder)
@@ -117,8 +120,8 @@ class Experiments:
 
     @functools.cached_property
     def teacher(self):
-        """Parameters: the card's, or trained once for the whole suite and kept in its work
-        directory.
+        """The teacher's parameters: the card's, or trained once for the whole suite and kept in its
+        work directory.
         """
         c = self._base
         if c.teacher.pretrained:
@@ -170,8 +173,9 @@ class Experiments:
         )
 
     def _gradients(self, c, folder, advance):
-        """A teacher of this kind, then generator updates alone: what the norms of Fig. 3 are read
-        off.
+        """Train a teacher of this kind, then the student by generator updates alone.
+
+        The norms of Fig. 3 are read off these updates.
         """
         data = datasets.open_dataset(c, self._say)
         teacher = self._train_teacher(c, data, folder, lambda share: advance(share / 2))
@@ -233,7 +237,7 @@ class Experiments:
         return final
 
     def _score(self, key, make, params, guidance, seed, suffix):
-        """Scores of pictures of the held-out prompts; the noise is the seed's own."""
+        """Score images of the held-out prompts. The noise is the seed's own."""
         heldout, evaluator = self._heldout
         if key not in self._samplers:
             self._samplers[key] = make()
@@ -327,8 +331,9 @@ def _stage(c: config_lib.Config, name: str, data, transfer: bool) -> Stage:
 
 
 def geometric_mean(values):
-    """exp of the mean logarithm of the finite values, infinite without any. Updates that are not
-    finite are dropped and counted, as "rejected".
+    """Return exp of the mean logarithm of the finite values, infinity without any.
+
+    Updates that are not finite are dropped and counted, as "rejected".
     """
     values = np.asarray(values, np.float64)
     finite = values[np.isfinite(values)]

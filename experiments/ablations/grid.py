@@ -142,7 +142,7 @@ RUNS = (
 
 
 def _figure3(suffix, how, about):
-    """Figures 3a and 3b, of the runs whose names end in a suffix before their size."""
+    """Return Figures 3a and 3b, of the runs whose names end in a suffix before their size."""
     return tuple(
         Table(
             f"figure3{part}{suffix}",
@@ -470,8 +470,8 @@ SMALL = Scale(
     },
     _SHORT | {"phases.teacher.steps": 800, "phases.sprint.steps": 80, "run.log_every": 2},
     {"narrow": {"model.width": 192, "model.heads": 6}, "wide": {}},
-    "not yet run; by arithmetic some 60 on one GPU, of which the teacher, once, 10 and "
-    "--only=table3 another 10",
+    "not yet run; by arithmetic about 60 on one GPU: 10 for the teacher, once, and 10 for "
+    "--only=table3",
 )
 
 SCALES = (TINY, SMALL)
@@ -482,12 +482,15 @@ def run(name: str) -> Run:
 
 
 def runs_of(tables) -> list[Run]:
-    """The runs that some tables need, each once, in the order of the tables."""
+    """Return the runs that some tables need, each once, in the order of the tables."""
     names = dict.fromkeys(row.run for t in tables for row in t.rows)
     return [run(name) for name in names]
 
 
 def changes(scale: Scale, r: Run) -> dict:
-    """Everything a run changes in the card of its scale, {dotted key: value}; later ones win."""
+    """Return all that a run changes in the card of its scale, {dotted key: value}.
+
+    Later changes replace earlier ones.
+    """
     gradients = scale.gradients | scale.sizes[r.size] if r.kind == "gradients" else {}
     return scale.base | gradients | r.changes

@@ -17,8 +17,9 @@ _INK, _GREY, _SEED, _MEAN = (30, 30, 30), (205, 205, 205), (120, 160, 205), (20,
 
 
 def dots(groups) -> Image.Image:
-    """groups: [(title, logarithmic axis or not, [(label, values over seeds)])], panels below each
-    other.
+    """Return a figure of panels below each other.
+
+    groups: [(title, logarithmic axis or not, [(label, values over seeds)])], one for each panel.
     """
     panels = [_panel(title, rows, logarithmic) for title, logarithmic, rows in groups]
     sheet = Image.new("RGB", (panels[0].width, sum(p.height for p in panels)), "white")
@@ -30,14 +31,15 @@ def dots(groups) -> Image.Image:
 
 
 def save(path, image):
-    """Writes a PNG whole or not at all."""
+    """Write a PNG whole or not at all."""
     with files.whole(path) as partial:
         image.save(partial, format="PNG")
 
 
 def axis(values, logarithmic: bool) -> tuple[float, float, list[float]]:
-    """(lowest, highest, ticks) that show all finite values; of a logarithmic axis all three are
-    decimal logarithms.
+    """Return (lowest, highest, ticks) that show all finite values.
+
+    Of a logarithmic axis all three are decimal logarithms.
     """
     finite = [v for v in values if math.isfinite(v) and (v > 0 or not logarithmic)]
     shown = [math.log10(v) if logarithmic else v for v in finite] or [0.0, 1.0]
@@ -96,7 +98,7 @@ def _panel(title, rows, logarithmic):
 
 
 def plain(text):
-    """The text in the letters that Pillow's own font has: without accents."""
+    """Return the text in the letters that Pillow's own font has: without accents."""
     return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
 
 

@@ -22,9 +22,9 @@ _LOGARITHMIC = ("grad_norm", "tangent_norm", "frechet")
 
 
 def write(path, rows, suite: grid.Suite, scale: grid.Scale):
-    """Writes the markdown file `path` and its plots into the folder of the same name beside it.
+    """Write the markdown file `path`, and its plots into the folder of the same name beside it.
 
-    rows: of results.jsonl; those of runs that the suite's tables do not show are left out. A table
+    rows: of results.jsonl. Rows of runs that the suite's tables do not show are left out. A table
     without any result is named as missing.
     """
     shown = {r.name for r in grid.runs_of(suite.tables)}
@@ -43,7 +43,7 @@ def write(path, rows, suite: grid.Suite, scale: grid.Scale):
 
 
 def values(rows, run: str, metric: str) -> list[float]:
-    """A metric of a run over its seeds, in the seeds' order; empty where there is none."""
+    """Return a metric of a run over its seeds, in the seeds' order; empty where there is none."""
     found = {
         row["seed"]: row["metrics"][metric]
         for row in rows
@@ -53,7 +53,7 @@ def values(rows, run: str, metric: str) -> list[float]:
 
 
 def judge(t: grid.Table, rows) -> list[tuple]:
-    """[(metric, better, worse, Verdict)] of all claims whose both rows have results."""
+    """Return [(metric, better, worse, Verdict)] of all claims whose two rows both have results."""
     by_label = {row.label: row for row in t.rows}
     found = []
     for base in t.metrics:
@@ -80,8 +80,9 @@ def judge(t: grid.Table, rows) -> list[tuple]:
 
 
 def _directed(t, metric, first, second):
-    """The two rows of a claim as (better, worse) for a metric; (None, None) where the paper has no
-    numbers.
+    """Return the two rows of a claim as (better, worse) for a metric.
+
+    Both are None where the paper has no numbers.
     """
     if t.rule != "paper":
         return first, second
@@ -92,7 +93,7 @@ def _directed(t, metric, first, second):
 
 
 def _scale(metric, numbers):
-    """Norms are compared by their logarithm: a factor is what the paper speaks of."""
+    """Return the numbers, of norms their logarithms: the paper compares norms by factors."""
     return (
         [math.log10(n) if n > 0 else -math.inf for n in numbers]
         if metric in ("grad_norm", "tangent_norm")
@@ -101,7 +102,7 @@ def _scale(metric, numbers):
 
 
 def _section(t, rows, folder):
-    """(lines, verdicts) of one table."""
+    """Return (lines, verdicts) of one table."""
     lines = [f"## {t.title}", "", textwrap.fill(t.note, 100), ""]
     columns = [(base, base + steps, steps) for base in t.metrics for steps in (t.steps or ("",))]
     columns = [
@@ -205,7 +206,7 @@ def _metric_title(metric):
 
 
 def _overview(verdicts):
-    """How the claims of each table came out, in numbers."""
+    """Return lines that count how the claims of each table came out."""
     if not verdicts:
         return []
     words = (verdict.AGREES, verdict.DISAGREES, verdict.UNRESOLVED)
@@ -267,8 +268,8 @@ def _head(rows, suite, scale):
             not. Where a table says *equals*, *agrees* is a difference within one standard deviation
             of seeds. The last column is about the number of seeds of each row with which the test
             would find the difference seen here in 80 % of all tries; it is one or two too low where
-            it is below five. With so many claims, one in twenty of those that are not true here is
-            resolved by chance in each direction.
+            it is below five. Among this many claims, one in twenty of those that are not true
+            here is resolved by chance in each direction.
             """
         ),
     ]

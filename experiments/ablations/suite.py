@@ -1,5 +1,4 @@
-"""Going through a suite: what is done is skipped, what was begun goes on, a line of results.jsonl
-for each run.
+"""A suite of runs: finished ones are skipped, begun ones resumed, each a line of results.jsonl.
 
 Knows neither networks nor data: what a run does is a function handed in.
 """
@@ -33,14 +32,13 @@ def go(
     after=lambda rows: None,
     say=tqdm.tqdm.write,
 ):
-    """Does every run with seeds 0 .. seeds - 1, one configuration after the other, and returns all
-    rows.
+    """Do every run with seeds 0 .. seeds - 1, one configuration after the other. Return all rows.
 
     perform: (run, seed, folder, advance) -> {metric: number}; advance takes the share of the run
     that is done. about: what every row records besides (commit, device, versions). after: called
     with all rows after a configuration's last seed. Checkpoints of a finished run are removed. An
-    error or an interrupt leaves the rows that are finished, and the folder of the run in progress,
-    from which the same call goes on.
+    error or an interrupt leaves the rows that are finished, and the folder of the run in progress.
+    The same call resumes from there.
     """
     workdir = pathlib.Path(workdir)
     todo = [(r, seed) for r in runs for seed in range(seeds)]
@@ -85,8 +83,9 @@ def read(workdir) -> list[dict]:
 
 
 def finished(rows, scale: grid.Scale) -> set:
-    """{(run, seed)} of rows made with the settings of the grid as it is now; any other row is an
-    error.
+    """Return {(run, seed)} of rows made with the settings of the grid as it is now.
+
+    Any other row is an error.
     """
     known, done = {r.name: r for r in grid.RUNS}, set()
     for row in rows:
@@ -102,7 +101,7 @@ def finished(rows, scale: grid.Scale) -> set:
 
 
 def settings(scale: grid.Scale, r: grid.Run) -> str:
-    """A digest of all that a run's numbers depend on in the grid."""
+    """Return a digest of all that a run's numbers depend on in the grid."""
     content = [scale.preset, r.kind, sorted(grid.changes(scale, r).items())]
     return digests.hash_text(json.dumps(content))[:12]
 

@@ -35,15 +35,16 @@ class Verdict:
 
 
 def summary(values) -> tuple[float, float]:
-    """(mean, standard error of the mean) over seeds; the error is nan for one."""
+    """Return (mean, standard error of the mean) over seeds; the error is nan for one."""
     values = np.asarray(values, np.float64)
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), float(error)
 
 
 def compare(better, worse, *, higher: bool) -> Verdict:
-    """Judges the claim that `better` (values over seeds) beats `worse`. higher: whether more is
-    better.
+    """Judge the claim that `better` (values over seeds) beats `worse`.
+
+    higher: whether more is better.
     """
     difference, error, freedom = _welch(better, worse, higher)
     if math.isnan(error):
@@ -54,7 +55,7 @@ def compare(better, worse, *, higher: bool) -> Verdict:
 
 
 def equal(one, other, *, higher: bool) -> Verdict:
-    """Judges the claim that there is no difference between two sets of values over seeds."""
+    """Judge the claim that there is no difference between two sets of values over seeds."""
     difference, error, freedom = _welch(one, other, higher)
     if math.isnan(error):
         return Verdict(UNRESOLVED, difference, error, None)
@@ -65,8 +66,9 @@ def equal(one, other, *, higher: bool) -> Verdict:
 
 
 def seeds_to_resolve(one, other) -> int | None:
-    """The fewest seeds of each row for which the test finds the difference and spreads seen here
-    in 80 % of all tries.
+    """Return how many seeds of each row the test needs, at least, to find the difference.
+
+    It finds the difference, with the spreads seen here, in 80 % of all tries.
     """
     variance = float(np.var(one, ddof=1) + np.var(other, ddof=1))
     difference = abs(float(np.mean(one) - np.mean(other)))
@@ -88,8 +90,9 @@ def seeds_to_resolve(one, other) -> int | None:
 
 
 def power(difference: float, variance: float, seeds: int) -> float:
-    """Probability that the one-sided test finds `difference` with `seeds` of each row. variance:
-    sum of both rows'.
+    """Return the probability that the one-sided test finds `difference` with `seeds` of each row.
+
+    variance: sum of both rows'.
     """
     freedom = 2 * (seeds - 1)
     return float(
@@ -102,7 +105,7 @@ def power(difference: float, variance: float, seeds: int) -> float:
 
 
 def _welch(one, other, higher):
-    """(difference counted as better, its standard error, degrees of freedom)."""
+    """Return (difference counted as better, its standard error, degrees of freedom)."""
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     difference = float(one.mean() - other.mean()) * (1 if higher else -1)
     if min(len(one), len(other)) < 2 or not np.isfinite([*one, *other]).all():
@@ -118,7 +121,7 @@ def _welch(one, other, higher):
 
 
 def _bound(error, freedom):
-    """What a difference has to pass, in its own units."""
+    """Return what a difference has to pass, in its own units."""
     return error * float(
         scipy.stats.t.ppf(CONFIDENCE, freedom)
         if math.isfinite(freedom)

@@ -34,7 +34,7 @@ class Tally:
     """
 
     def __init__(self, share: float) -> None:
-        """share: fraction of the examples that may be unusable."""
+        """Start counting. share: fraction of the examples that may be unusable."""
         self._share, self.bad, self._seen = share, 0, 0
 
     def begin(self, indices: Sequence[int]) -> None:

@@ -34,8 +34,9 @@ class GemmaPrompts:
     """
 
     def __init__(self, tokenizer, instruction: str):
-        """tokenizer: a transformers fast tokenizer that puts <bos> first. instruction: "" for
-        none.
+        """Prepare prompts with a transformers fast tokenizer that puts <bos> first.
+
+        instruction: the text before each prompt, "" for none.
         """
         self._tokenizer, self.instruction = tokenizer, instruction
         start = self._ids(instruction)

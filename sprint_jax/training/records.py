@@ -81,8 +81,8 @@ def progress(stage: str, start: int, stop: int, shown: bool = True) -> tqdm.tqdm
 
 
 def _metric_writer(logdir):
-    """clu's default writer without TensorFlow: tensorboardX stands where clu looks for its TF
-    writer.
+    """Return clu's default writer without TensorFlow: tensorboardX stands where clu looks for its
+    TF writer.
     """
     _install_summary_writer()
     from clu.metric_writers import AsyncMultiWriter
@@ -92,7 +92,7 @@ def _metric_writer(logdir):
 
 
 def _install_summary_writer():
-    """clu imports TensorFlow in one module; put an equal one in its place.
+    """Put an equal module in the place of the one in which clu imports TensorFlow.
 
     No effect where it is done.
     """
