@@ -335,7 +335,7 @@ def sana(preset: str) -> Any:
         reference=64,
         samples=64,
     )
-    # No strips: process 0 would hold the whole student on one device beside its share of the
+    # No previews: process 0 would hold the whole student on one device beside its share of the
     # training state.
     config.run = dict(
         log_every=20,

@@ -28,7 +28,7 @@ from sprint_jax.training import datasets, loop, scores, sharding, stages, workdi
 from sprint_jax.training.records import Records
 from sprint_jax.training.stage import Stage
 
-# Fields of config.sprint that enter the steps as numbers alone.
+# Fields of the sprint phase's objective that enter the steps as numbers alone.
 KNOBS = ("p_mean", "p_std", "max_time", "disc_mean", "disc_std")
 
 

@@ -3,8 +3,9 @@ would tell.
 
 The rule. Let d be how much better the row claimed to be better is, and SE the standard error of d:
   agrees         d / SE is above the 95 % point of Student's t with Welch's degrees of freedom
-  disagrees      d / SE is below minus that point not resolved   anything between, or fewer than
-  two seeds of either row, or a value that is not finite
+  disagrees      d / SE is below minus that point
+  not resolved   anything between, or fewer than two seeds of either row, or a value that is not
+                 finite
 Where no difference is claimed, it agrees when |d| is at most one standard deviation over seeds,
 disagrees when a difference is resolved that is larger than that, and is not resolved otherwise.
 """

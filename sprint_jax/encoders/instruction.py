@@ -15,7 +15,7 @@ _SOURCE = "pipelines/sana/pipeline_sana_sprint.py"
 _ARGUMENT = "complex_human_instruction"
 _OTHERWISE = (
     "use a folder converted once, which holds it (sprint-jax convert --instruction=FILE), or name "
-    "a text file ('' for none): --instruction_file of sample, app, evaluate and export, "
+    "a text file ('' for none): --instruction_file of sample, serve, evaluate and export, "
     "--caption_instruction of encode"
 )
 

@@ -1,10 +1,10 @@
 """The embedded text encoders: frozen, seeded, no download.
 
 Like Gemma-2 for the published models they turn prompts into features [B, L, D] and a mask [B, L].
-A token's feature holds its own word and the six words on either side, each by a fixed
-random vector of that word at that distance (so a noun carries its adjective and the relation it
-stands in), and its position. `ShapesText` knows the words of `shapes` and refuses others;
-`WordsText` takes any, by a hash.
+A token's feature holds its own word and the six words on either side, each by a fixed random
+vector of that word at that distance (so a noun carries its adjective and the relation it stands
+in), and its position. `ShapesText` knows the words of `shapes` and refuses others; `WordsText`
+takes any, by a hash.
 """
 
 import re

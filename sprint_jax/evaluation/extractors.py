@@ -82,9 +82,9 @@ def clean_resize(image: np.ndarray) -> np.ndarray:
 def load_inception(path: pathlib.Path | str, *, unpublished: bool = False) -> tuple[Any, str]:
     """Load the published .pth file, or a file of `save_inception`.
 
-    Returns (parameters, SHA-256 of the published file that they come from). unpublished: accept
-    weights of any origin, with their own digest. Raises UserError for
-    a file that is not there, not whole, or not of the published weights.
+    unpublished: accept weights of any origin, with their own digest. Returns (parameters, SHA-256
+    of the published file that they come from). Raises UserError for a file that is not there, not
+    whole, or not of the published weights.
     """
     path = pathlib.Path(path)
     if not path.is_file():

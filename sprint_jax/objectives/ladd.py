@@ -221,10 +221,7 @@ def generator_term(
 
 
 def heads_update(settings: LaddTerm, networks: Networks) -> Update:
-    """Build the discriminator's update: Eq.
-
-    (12) on real and generated images, and on misaligned pairs.
-    """
+    """Build the discriminator's update: Eq. (12) on real, generated and misaligned images."""
 
     def prepare(role: Role) -> PyTree:
         # A power iteration before the fakes and one before the reals, as two forward passes have

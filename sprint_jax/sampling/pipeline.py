@@ -25,12 +25,15 @@ Program = Callable[..., jax.Array]
 class Pipeline:
     """A student ready to generate.
 
-    model: the transformer, perhaps with a ControlNet. params: {"transformer", "text", "pixels"}.
-    height, width, guidance_scale, schedule, batch_size: what `generate` uses by default. dtype: of
-    parameters and of most arithmetic. rows: how the images of a batch are sharded over devices
-    (`over_devices`); None for one device. staged: run text encoder, transformer and decoder as
-    three programs instead of one: a GPU starts with the
-      first while the host prepares the launches of the others.
+    Attributes:
+      model: the transformer, perhaps with a ControlNet.
+      params: {"transformer", "text", "pixels"}.
+      height, width, guidance_scale, schedule, batch_size: what `generate` uses by default.
+      dtype: of parameters and of most arithmetic.
+      rows: how the images of a batch are sharded over devices (`over_devices`); None for one
+        device.
+      staged: run text encoder, transformer and decoder as three programs instead of one. A GPU
+        starts with the first while the host prepares the launches of the others.
     """
 
     model: LinearDiT | Controlled
