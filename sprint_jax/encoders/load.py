@@ -46,12 +46,36 @@ def load(
     folder's own or that of the installed diffusers package. unrolled: networks whose layers lie
     apart on the device. Raises UserError for a folder that is not a whole model.
     """
-    described = describe(path, dtype=dtype)
+    return read(
+        describe(path, dtype=dtype),
+        dtype=dtype,
+        pixels_dtype=pixels_dtype,
+        instruction=instruction,
+        unrolled=unrolled,
+        tile=False,
+        say=say,
+    )
+
+
+def read(
+    described: folder.Description,
+    *,
+    dtype: str,
+    pixels_dtype: str,
+    instruction: str | None,
+    unrolled: Sequence[str],
+    tile: bool,
+    say: Say,
+) -> Encoders:
+    """Read the encoders of a folder that is described; arguments as in `load`.
+
+    tile: decode images in overlapping tiles.
+    """
     wording = wording_of(described, instruction)
     params = described.read(
         PARTS, dtype=dtype, pixels_dtype=pixels_dtype, place=placing(unrolled), say=say
     )
-    return assemble(described, params, wording, tile=False, unrolled=unrolled)
+    return assemble(described, params, wording, tile=tile, unrolled=unrolled)
 
 
 def describe(path: pathlib.Path | str, *, dtype: str) -> folder.Description:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from sprint_jax.errors import UserError
 from sprint_jax.evaluation import gallery, geneval, image_sets, prompt_sets
 from sprint_jax.evaluation.options import Options
 from sprint_jax.sampling import loading
+from sprint_jax.sampling.options import say
 from sprint_jax.storage import digests, run_files
 from sprint_jax.toy import shapes
 
@@ -191,7 +191,7 @@ def _generate(
         dtype=options.dtype or loading.default_dtype(),
         instruction=options.instruction_file,
         tile=options.tile,
-        say=lambda message: print(message, file=sys.stderr, flush=True),
+        say=say,
     )
     keywords = {
         "steps": options.steps,

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import pathlib
-import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from sprint_jax.encoders import words
 from sprint_jax.encoders.text import GemmaText
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import exported, generation, loading, pipeline
-from sprint_jax.sampling.options import ExportOptions
+from sprint_jax.sampling.options import ExportOptions, say
 from sprint_jax.storage import files, revision, safetensors_files
 
 
@@ -35,7 +34,7 @@ def export_model(options: ExportOptions) -> exported.Header:
         instruction=options.instruction_file,
         tile=options.tile,
         platform=platforms[0] if len(platforms) == 1 else "",
-        say=lambda message: print(message, file=sys.stderr, flush=True),
+        say=say,
     )
     return export(
         pipe,
@@ -106,7 +105,7 @@ def export(
       steps: numbers of network calls.
       batch_sizes: None is the model's own. The first is the file's default.
       height, width: pixels; None takes the model's own.
-      platforms: some of `exported.PLATFORMS`.
+      platforms: some of "cpu", "cuda", "rocm", "tpu".
       schedule: list of times used by default; None takes the model's own.
       longest: tokens of the longest prompt; None is all that the model reads.
       progress: wraps the list of programs.

@@ -45,7 +45,6 @@ from sprint_jax.storage import safetensors_files
 
 FORMAT = "sprint_jax exported 1"
 HEADER, TOKENIZER, WEIGHTS = "header.json", "tokenizer.json", "weights.safetensors"
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,11 +69,11 @@ class Program:
 class Header:
     """The content of header.json.
 
-    jax, commit: versions that wrote it. platforms: of PLATFORMS. dtype: of weights and most
-    arithmetic. text: {"kind": "gemma", "instruction"}, {"kind": "words", "length"} or {"kind":
-    "shapes"}. factor, channels: pixels per latent cell, and channels of a latent. height, width,
-    guidance_scale, schedule, batch_size: defaults of `generate`. programs: all programs of the
-    file.
+    jax, commit: versions that wrote it. platforms: of "cpu", "cuda", "rocm" and "tpu". dtype: of
+    weights and most arithmetic. text: {"kind": "gemma", "instruction"}, {"kind": "words", "length"}
+    or {"kind": "shapes"}. factor, channels: pixels per latent cell, and channels of a latent.
+    height, width, guidance_scale, schedule, batch_size: defaults of `generate`. programs: all
+    programs of the file.
     """
 
     jax: str
@@ -194,8 +193,6 @@ class Exported:
                 f"{self.path} draws pixels from a seed: for latents or given noise sample from the "
                 "model it was exported from"
             )
-        if kind.start or kind.control:
-            self.encode(None)
         height, width = (cells * self.header.factor for cells in kind.shape[:2])
         wanted = Program(
             steps=kind.steps,

@@ -20,6 +20,7 @@ from sprint_jax.errors import UserError
 # Img2img never starts nearer to noise than this unless strength is 1: at the published t_max
 # nothing is left of the image. It is the second time of the published two-step list.
 IMAGE_T_MAX = 1.3
+STRENGTH = 0.6  # how much of an image to start from may change
 
 Shape = tuple[int, int, int]
 
@@ -166,7 +167,7 @@ def generate(
     latents: Any = None,
     step_noise: Any = None,
     image: Any = None,
-    strength: float = 0.6,
+    strength: float = STRENGTH,
     output: Literal["pixels", "latent"] = "pixels",
     schedule: str | None = None,
     images_per_prompt: int = 1,

@@ -277,7 +277,8 @@ def _run(path: pathlib.Path, how: Options) -> Pipeline:
     model = computed(described, dtype=how.dtype, residual_dtype=how.dtype)
     params = jax.device_put(_cast(params, how.dtype))
     c, e = config, config.evaluation
-    if c.text.vocabulary == "gemma":
+    published = c.text.vocabulary == "gemma"
+    if published:
         if not c.data.model:
             raise UserError(
                 f"{path} was distilled from features alone: name a folder with its text encoder "
@@ -294,7 +295,6 @@ def _run(path: pathlib.Path, how: Options) -> Pipeline:
     model, extra = _with_controlnet(model, None, how)
     if extra is not None:
         params = {"trunk": params, "control": extra}
-    published = c.text.vocabulary == "gemma"
     return Pipeline(
         model=_with_kernels(model, how),
         text=parts.text,
@@ -313,11 +313,13 @@ def _run(path: pathlib.Path, how: Options) -> Pipeline:
 def _encoders(path: pathlib.Path, how: Options) -> encoders.Encoders:
     """Load the encoders of a published folder, without its transformer."""
     described = encoders.describe(path, dtype=how.dtype)
-    wording = encoders.wording_of(described, how.instruction)
     autoencoder = _pixels_with_kernels(described.models["autoencoder"], how)
-    described = described.replace(autoencoder=autoencoder)
-    place = encoders.placing(how.unrolled)
-    trees = described.read(
-        encoders.PARTS, dtype=how.dtype, pixels_dtype=how.of_pixels, place=place, say=how.say
+    return encoders.read(
+        described.replace(autoencoder=autoencoder),
+        dtype=how.dtype,
+        pixels_dtype=how.of_pixels,
+        instruction=how.instruction,
+        unrolled=how.unrolled,
+        tile=how.tile,
+        say=how.say,
     )
-    return encoders.assemble(described, trees, wording, tile=how.tile, unrolled=how.unrolled)

@@ -9,11 +9,16 @@ from typing import Literal
 SHIPPED = pathlib.Path(__file__).parents[1] / "assets" / "shapes"
 
 
+def say(message: object) -> None:
+    """Print a line of progress on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def model_or_shipped(model: str) -> str:
     """Return the model. For an empty one return the shipped student, with a line on stderr."""
     if model:
         return model
-    print("no --model: using the student of shapes that ships with the code", file=sys.stderr)
+    say("no --model: using the student of shapes that ships with the code")
     return str(SHIPPED)
 
 

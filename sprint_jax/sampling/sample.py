@@ -1,10 +1,7 @@
 """Images of prompts, written to a folder with a manifest."""
 
-import functools
-import json
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,11 +11,9 @@ import numpy as np
 from sprint_jax.data import aspect_ratios
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import generation
+from sprint_jax.sampling.opening import open_model
 from sprint_jax.sampling.options import SampleOptions, model_or_shipped
-from sprint_jax.storage import crops, files, image_files
-
-_SAY = functools.partial(print, file=sys.stderr, flush=True)
-_STRENGTH, _CONTROL_SCALE = 0.6, 1.0
+from sprint_jax.storage import crops, files, image_files, json_lines
 
 
 def sample(options: SampleOptions) -> pathlib.Path:
@@ -81,8 +76,7 @@ def write(
         name = f"{i:05d}.png"
         image_files.save(out / name, image)
         rows.append({"file": name, "prompt": prompt, "seed": options.seed, "steps": options.steps})
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    files.write_text(out / "manifest.jsonl", "".join(lines))
+    json_lines.write(out / "manifest.jsonl", rows)
     return len(rows)
 
 
@@ -90,7 +84,14 @@ def _generate(options: SampleOptions, prompts: list[str]) -> np.ndarray:
     """Return uint8 [N, height, width, 3]."""
     import tqdm
 
-    pipe = load(options)
+    pipe = open_model(
+        model_or_shipped(options.model),
+        dtype=options.dtype,
+        attention=options.attention,
+        controlnet=options.controlnet,
+        instruction=options.instruction_file,
+        tile=options.tile,
+    )
     height, width = _size(options, pipe)
     made_at = (
         aspect_ratios.nearest_bin(height, width) if options.resolution_binning else (height, width)
@@ -121,9 +122,9 @@ def _generate(options: SampleOptions, prompts: list[str]) -> np.ndarray:
             height=made_at[0],
             width=made_at[1],
             image=image,
-            strength=_STRENGTH if options.strength is None else options.strength,
+            strength=generation.STRENGTH if options.strength is None else options.strength,
             control=control,
-            control_scale=_CONTROL_SCALE if scale is None else scale,
+            control_scale=1.0 if scale is None else scale,
             images_per_prompt=each,
             batch_size=options.batch_size,
             say=show,
@@ -144,43 +145,6 @@ def _size(options: SampleOptions, pipe: Any) -> tuple[int, int]:
             f"{pipe.width}: leave it out"
         )
     return height, width
-
-
-def load(options: SampleOptions) -> Any:
-    """Return the model of a folder, or the programs of an exported file.
-
-    Raises UserError for options that an exported file has settled.
-    """
-    if pathlib.Path(options.model).is_file():
-        return _load_exported(options)
-    from sprint_jax.sampling import loading
-
-    return loading.load(
-        model_or_shipped(options.model),
-        dtype=options.dtype or loading.default_dtype(),
-        attention=options.attention,
-        controlnet=options.controlnet,
-        instruction=options.instruction_file,
-        tile=options.tile,
-        say=_SAY,
-    )
-
-
-def _load_exported(options: SampleOptions) -> Any:
-    for name, given in (
-        ("dtype", options.dtype is not None),
-        ("attention", options.attention is not None),
-        ("controlnet", options.controlnet is not None),
-        ("instruction_file", options.instruction_file is not None),
-        ("tile", options.tile),
-    ):
-        if given:
-            raise UserError(
-                f"--{name} is settled in an exported file: give it to sprint-jax export"
-            )
-    from sprint_jax.sampling import exported
-
-    return exported.load(options.model, say=_SAY)
 
 
 def _make_folder(path: str) -> pathlib.Path:

@@ -29,6 +29,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from sprint_jax.errors import UserError
+from sprint_jax.sampling import generation
 from sprint_jax.serving import body, schema, uploads
 from sprint_jax.serving.guard import Guard
 from sprint_jax.serving.queue import Answer, Queue
@@ -113,7 +114,7 @@ def page_options(limits: schema.Limits, name: str, examples: Sequence[str]) -> d
         "guidance_scale": limits.guidance_scale,
         "schedules": schema.SCHEDULES,
         "schedule": limits.schedule,
-        "strength": schema.STRENGTH,
+        "strength": generation.STRENGTH,
         "takes_image": limits.takes_image,
         "takes_control": limits.takes_control,
         "most_bytes": uploads.MOST_BYTES,

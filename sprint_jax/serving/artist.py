@@ -96,10 +96,11 @@ def _programs(
     pipe: Exported, sizes: Sequence[tuple[int, int]] | None, max_steps: int
 ) -> tuple[Sequence[tuple[int, int]], list[int]]:
     """Return (sizes, numbers of steps) such that a file has every combination."""
+    size = _batch_size(pipe)
     programs = [
         program
         for program in pipe.header.programs
-        if program.batch_size == _batch_size(pipe) and program.steps <= max_steps
+        if program.batch_size == size and program.steps <= max_steps
     ]
     if sizes is None:  # its own first
         own = (pipe.height, pipe.width)

@@ -14,13 +14,13 @@ import pydantic
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from sprint_jax.sampling import generation
 from sprint_jax.serving import body as bodies
 from sprint_jax.serving import uploads
 from sprint_jax.serving.refused import Refused
 from sprint_jax.storage import image_files
 
 SCHEDULES = ("code", "paper")
-STRENGTH = 0.6
 _MOST_SEED = 2**31 - 1
 _MOST_GUIDANCE = 20
 _MOST_CONTROL = 2
@@ -102,7 +102,7 @@ def request_model(limits: Limits) -> type[pydantic.BaseModel]:
             _choice(SCHEDULES), limits.schedule, "Times of the steps. paper takes 1, 2 or 4 steps."
         ),
         "image": _image("to start from") if limits.takes_image else _absent(_NO_IMAGE),
-        "strength": _optional(strength, STRENGTH, "How much of image may change."),
+        "strength": _optional(strength, generation.STRENGTH, "How much of image may change."),
         "control": (
             _image("of white lines on black to follow")
             if limits.takes_control

@@ -12,8 +12,8 @@ import tqdm
 import uvicorn
 
 from sprint_jax.errors import UserError
-from sprint_jax.sampling import exported
 from sprint_jax.sampling.exported import Exported
+from sprint_jax.sampling.opening import open_model
 from sprint_jax.sampling.pipeline import Pipeline
 from sprint_jax.serving import artist, server
 from sprint_jax.serving.app import make_app
@@ -40,7 +40,8 @@ def serve(
     """Load a model and serve it until a signal ends the process.
 
     model: a folder or an exported file. sizes: texts such as "768x1344". options: keywords of
-    `sampling.loading.load`. The others are the options of `sprint-jax serve`. Raises UserError.
+    `sampling.opening.open_model`. The others are the options of `sprint-jax serve`. Raises
+    UserError.
     """
     for name, value, low, high in (
         ("port", port, 0, 65535),
@@ -53,7 +54,7 @@ def serve(
     pairs = parse_sizes(sizes)
     listener = server.listen(host, port)  # before the model, whose loading may take minutes
     path = pathlib.Path(model)
-    pipe = _load(path, options)
+    pipe = open_model(path, **options)
     limits = artist.limits_of(pipe, pairs, max_steps, max_prompt)
     run(
         pipe,
@@ -64,24 +65,6 @@ def serve(
         password=password,
         ready_tokens=ready_tokens,
     )
-
-
-def _load(path: pathlib.Path, options: dict[str, Any]) -> Pipeline | Exported:
-    def say(message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
-
-    if not path.is_file():
-        from sprint_jax.sampling import loading  # knows the networks; an exported file needs none
-
-        options["dtype"] = options.get("dtype") or loading.default_dtype()
-        return loading.load(path, say=say, **options)
-    for name, value in options.items():
-        if value not in (None, False):
-            flag = "instruction_file" if name == "instruction" else name
-            raise UserError(
-                f"--{flag} is settled in an exported file: give it to sprint-jax export"
-            )
-    return exported.load(path, say=say)
 
 
 def parse_sizes(texts: Sequence[str]) -> list[tuple[int, int]] | None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from sprint_jax.data.encode_settings import Encoders
 from sprint_jax.encoders import load
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import loading
+from sprint_jax.sampling.options import say
 from sprint_jax.storage import weights
 from sprint_jax.training import datasets
 
@@ -58,7 +58,7 @@ def of_folder(
         pixels_dtype=pixels_dtype,
         instruction=instruction,
         unrolled=(),
-        say=lambda message: print(message, file=sys.stderr, flush=True),
+        say=say,
     )
     return Encoders(
         pixels=found.pixels,
