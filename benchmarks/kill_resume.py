@@ -43,7 +43,7 @@ _JOB = (
     "--config=configs/sprint.py:smoke",
     "--config.evaluation.teacher_steps=2",
     f"--config.run.checkpoint_every={_EVERY}",
-    *(f"--config.{stage}.steps={steps}" for stage, steps in _STAGES.items()),
+    *(f"--config.phases.{stage}.steps={steps}" for stage, steps in _STAGES.items()),
 )
 
 

@@ -24,9 +24,22 @@ pytestmark = pytest.mark.second_pass
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
 
+_PATH = rf"`((?:{_FOLDERS})/[\w./-]*)`"
+_COMMAND = r"(?:python -m sprint_jax|sprint-jax) ([a-z_]+)"
+_MODULE = r"python -m ((?:sprint_jax|benchmarks|experiments)[.\w]*)"
+_PRESET = r"(configs/\w+\.py):(\w+)"
+_FUNCTION = r"`((?!configs/)\w+(?:/\w+)*\.py):(\w+)`"
+
+
+@pytest.mark.parametrize("pattern", [_PATH, _COMMAND, _MODULE, _PRESET, _FUNCTION])
+def test_the_pages_name_what_is_looked_for(pattern):
+    """Fails when a pattern finds nothing, with which the tests below would pass empty."""
+    assert any(re.search(pattern, page.read_text()) for page in PAGES)
+
+
 @every_page
 def test_paths_exist(page):
-    for path in re.findall(rf"`((?:{_FOLDERS})/[\w./-]*)`", page.read_text()):
+    for path in re.findall(_PATH, page.read_text()):
         assert (ROOT / path).exists(), path
 
 
@@ -39,9 +52,9 @@ def test_links_lead_to_files(page):
 @every_page
 def test_commands_and_modules_exist(page):
     text = page.read_text()
-    commands = set(re.findall(r"(?:python -m sprint_jax|sprint-jax) ([a-z_]+)", text))
+    commands = set(re.findall(_COMMAND, text))
     assert commands <= OPTIONS.keys(), commands
-    for module in set(re.findall(r"python -m ((?:sprint_jax|benchmarks|experiments)[.\w]*)", text)):
+    for module in set(re.findall(_MODULE, text)):
         assert importlib.util.find_spec(module), module
     for script in set(re.findall(r"(?:python|bash) ([\w/]+\.(?:py|sh))", text)):
         assert (ROOT / script).exists(), script
@@ -49,13 +62,13 @@ def test_commands_and_modules_exist(page):
 
 @every_page
 def test_presets_exist(page):
-    for card, preset in set(re.findall(r"(configs/\w+\.py):(\w+)", page.read_text())):
+    for card, preset in set(re.findall(_PRESET, page.read_text())):
         assert preset in configs.presets(pathlib.PurePath(card).stem), f"{card}:{preset}"
 
 
 @every_page
 def test_functions_exist(page):
-    for file, name in re.findall(r"`((?!configs/)\w+(?:/\w+)*\.py):(\w+)`", page.read_text()):
+    for file, name in re.findall(_FUNCTION, page.read_text()):
         source = (ROOT / "sprint_jax" / file).read_text()
         assert re.search(rf"^(?:def|class) {name}\b", source, re.M), f"{file}:{name}"
 
