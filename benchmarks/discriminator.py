@@ -20,7 +20,7 @@ import numpy as np
 import tqdm
 
 from benchmarks.harness import options as options_lib
-from sprint_jax import config
+from sprint_jax import build, config
 from sprint_jax.diffusion import ladd, trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.objectives import ladd as ladd_objective
@@ -54,7 +54,7 @@ def main() -> None:
     data: Any = datasets.open_dataset(c, print)
     phase = c.phases["sprint"]
     nets = stages.networks(c, phase)
-    teacher = datasets.teacher_weights(c.teacher.pretrained, nets.teacher)
+    teacher = build.teacher_weights(c.teacher.pretrained, nets.teacher)
     student = jax.tree.map(jnp.asarray, loading.read_student(options.run)[1])
     stage = stages.make(c, "sprint", data, teacher=teacher, begin=student)
     frozen, state = stage.frozen, stage.start(stage.frozen, student)

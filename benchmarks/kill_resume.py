@@ -144,8 +144,12 @@ def _measure(out, options):
 
 
 def _resumed(workdir):
+    """Return (stage, step) of what a restart found: checkpoints, and stages that had ended."""
     log = workdir.with_suffix(".log").read_text()
-    return re.findall(r"^(\w+): resumed from checkpoint at step (\d+)", log, re.M)
+    ended = [name for name in re.findall(r"^(\w+): done before", log, re.M) if name in _STAGES]
+    return re.findall(r"^(\w+): resumed from checkpoint at step (\d+)", log, re.M) + [
+        (name, _STAGES[name]) for name in ended
+    ]
 
 
 def _judge(number, before, resumed, faults):

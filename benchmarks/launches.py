@@ -17,6 +17,7 @@ from unittest import mock
 from benchmarks.harness import launches
 from benchmarks.harness import options as options_lib
 from sprint_jax.planning import gpus, hardware
+from sprint_jax.storage import weights
 
 SIDE, CONTROL_DEPTH = 32, 7  # latent cells of 1024 px; as in `benchmarks/harness/suites.py`
 
@@ -103,7 +104,7 @@ def _pictures(options, device):
     autoencoder = dataclasses.replace(DCAE_F32C32, **by)
 
     def parameters(network):
-        found = jax.eval_shape(network.init, jax.random.key(0))
+        found = weights.abstract(network)
         return jax.tree.map(lambda a: shape(*a.shape), found)
 
     def unrolled(network):
@@ -145,7 +146,7 @@ def _pair(options, device):
 
     from benchmarks.harness import suites
     from sprint_jax import build
-    from sprint_jax.training import datasets, run, sharding, stages
+    from sprint_jax.training import datasets, sharding, stages
     from sprint_jax.training.stage import Placed
 
     preset = "sana_600m" if options.size == "0.6b" else "sana_1600m"
@@ -162,7 +163,7 @@ def _pair(options, device):
             f"of {preset}, {batch} samples, remat {options.remat}, attention {options.attention}, "
             f"residual {options.residual}"
         )
-        teacher = run.abstract(build.distilled_teacher(c))
+        teacher = weights.abstract(build.distilled_teacher(c))
         stage = stages.make(c, "sprint", datasets.Abstract(c), teacher=teacher)
         placed = Placed.on(stage, sharding.mesh(1, 1, gpus.devices(device, 1, 1)))
         rows = datasets.abstract_batch(c, batch)

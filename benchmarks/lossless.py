@@ -36,7 +36,7 @@ def main() -> None:
     data: Any = datasets.Shapes(c)
     model, shape = build.teacher(c), build.latent_shape(c)
     path = ROOT / "sprint_jax/assets/shapes_teacher.safetensors"
-    params = jax.device_put(weights.load(path, jax.eval_shape(model.init, jax.random.key(0))))
+    params = jax.device_put(weights.load(path, weights.abstract(model)))
     prompts = data.heldout(options.count, 1)
     null = {"text": data.frozen.null_text, "mask": data.frozen.null_mask}
     angles = samplers.trig_times(options.steps)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.harness import options as options_lib
-from sprint_jax import config
+from sprint_jax import build, config
 from sprint_jax.diffusion import trigflow
 from sprint_jax.evaluation.heldout import Evaluator
 from sprint_jax.objectives import views
@@ -50,7 +50,7 @@ def main() -> None:
     phase: Any = c.phases["sprint"]
     n = options.count
     nets = stages.networks(c, phase)
-    teacher = datasets.teacher_weights(c.teacher.pretrained, nets.teacher)
+    teacher = build.teacher_weights(c.teacher.pretrained, nets.teacher)
     frozen = data.frozen.replace(teacher=teacher)
     heldout = data.heldout(n, 64)
     evaluator = Evaluator(heldout)

@@ -41,7 +41,7 @@ class VelocityRegression(guided.Guided):
             return jnp.square(F - velocity / trigflow.SIGMA_D).mean(), Aux()
 
         draw = lambda key, batch, frozen: scm.draw(self, key, batch)
-        begin = lambda *given: {"student": Start(scm.begin_student(self, networks, *given))}
+        begin = lambda *given: {"student": Start(guided.begin_student(self, networks, *given))}
         update = Update(role="student", draw=draw, loss=loss)
         updates = {"student": update}
         return Objective(

@@ -110,6 +110,21 @@ def base_teacher(c: config_lib.Config) -> LinearDiT:
     )
 
 
+def teacher_weights(where: str, model: LinearDiT) -> Any:
+    """Read a teacher from a .safetensors file, "package:NAME", or a diffusers folder."""
+    return _weights(where, model, published_transformer)
+
+
+def control_weights(where: str, model: ControlNet) -> Any:
+    """Read a ControlNet from a .safetensors file, "package:NAME", or a diffusers folder."""
+    return _weights(where, model, published_controlnet)
+
+
+def _weights(where, model, published):
+    path = asset(where)
+    return published(path, model) if path.is_dir() else weights.load(path, weights.abstract(model))
+
+
 def published_transformer(path: pathlib.Path, model: LinearDiT) -> Any:
     """Read parameters of `model` from a folder with a diffusers transformer, as NumPy float32.
 

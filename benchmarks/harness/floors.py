@@ -18,6 +18,7 @@ from sprint_jax.models.dc_ae import DCAE, EFFICIENT_VIT
 from sprint_jax.models.discriminator import KERNEL
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.storage import weights
 
 # Passes over N x D values of one transformer block: 11 of the self-attention, 7 of the
 # cross-attention, 18 of the Mix-FFN, and 4 of norms over the whole width, which read their input
@@ -62,7 +63,7 @@ def seconds(work: Work, rates: Rates) -> float:
 
 def parameters(model: Any, part: str | None = None) -> int:
     """Return the number of a model's parameters, or of one part of them ("decoder")."""
-    tree = jax.eval_shape(model.init, jax.random.key(0))
+    tree = weights.abstract(model)
     return sum(
         math.prod(leaf.shape) for leaf in jax.tree.leaves(tree if part is None else tree[part])
     )

@@ -125,7 +125,7 @@ class Experiments:
         """
         c = self._base
         if c.teacher.pretrained:
-            return datasets.teacher_weights(c.teacher.pretrained, build.teacher(c))
+            return build.teacher_weights(c.teacher.pretrained, build.teacher(c))
         finished = self._workdir / run_files.TEACHER
         if not finished.exists():
             self._say("teacher: trained here, once for all runs")
@@ -134,7 +134,7 @@ class Experiments:
             weights.save(
                 finished, self._train_teacher(c, self.data, folder, lambda share: None, bar=True)
             )
-        return weights.load(finished, jax.eval_shape(build.teacher(c).init, jax.random.key(0)))
+        return weights.load(finished, weights.abstract(build.teacher(c)))
 
     @functools.cached_property
     def _heldout(self):

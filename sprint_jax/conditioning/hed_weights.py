@@ -7,7 +7,6 @@ import os
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 
 from sprint_jax.conditioning.hed import HED
@@ -28,7 +27,7 @@ def load(path: str | os.PathLike[str], model: HED) -> dict[str, Any]:
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"no HED weights at {path}: {_GIVE}")
-    table, abstract = rows(model), jax.eval_shape(model.init, jax.random.key(0))
+    table, abstract = rows(model), weights.abstract(model)
     pickled, what = path.suffix != ".safetensors", f"HED detector {path}"
     elsewhere = (
         f"run sprint-jax condition there with --weights={path} --save_weights=FILE.safetensors, "

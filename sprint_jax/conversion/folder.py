@@ -88,7 +88,7 @@ def is_ours(path: _StrPath) -> bool:
 
 
 def _abstract(model: Any) -> Any:
-    return jax.eval_shape(model.init, jax.random.key(0))
+    return weights.abstract(model)
 
 
 def _keep(part: str, path: str, array: np.ndarray) -> np.ndarray:

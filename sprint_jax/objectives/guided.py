@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from sprint_jax.diffusion import trigflow
+from sprint_jax.objectives import views
+from sprint_jax.objectives.base import Frozen, Networks, PyTree
+from sprint_jax.objectives.conditions import conditions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,3 +60,31 @@ def scales(key: jax.Array, guidance: tuple[float, ...], n: int) -> jax.Array:
 def times(key: jax.Array, settings: Any, n: int) -> jax.Array:
     """Draw the student's times [n] by p_mean and p_std."""
     return trigflow.sample_time(key, n, mean=settings.p_mean, std=settings.p_std)
+
+
+def draw(
+    settings: Guided, key: jax.Array, batch: Any
+) -> tuple[Sequence[jax.Array], dict[str, Any]]:
+    """Draw what every update of such a distillation reads.
+
+    Returns (six keys for the update's own draws, {"x0": data, "cond": conditions, "w": guidance
+    scales [B]}).
+    """
+    k_w, *keys = jax.random.split(key, 7)
+    x0 = trigflow.SIGMA_D * batch["latent"]
+    return keys, {
+        "x0": x0,
+        "cond": conditions(batch, key, settings.control_dropout),
+        "w": scales(k_w, settings.guidance, x0.shape[0]),
+    }
+
+
+def begin_student(
+    settings: Guided, networks: Networks, frozen: Frozen, begin: PyTree, key: jax.Array
+) -> PyTree:
+    """Return what a student begins from: the parameters given, or the teacher's, completed."""
+    if begin is not None:
+        return begin
+    return views.student_params(
+        frozen.teacher, networks.trained, key, logvar_start=settings.logvar_start
+    )

@@ -25,8 +25,7 @@ from sprint_jax.objectives.base import (
     State,
     Update,
 )
-from sprint_jax.objectives.conditions import Conditions, concatenate, conditions
-from sprint_jax.objectives.scm import begin_student
+from sprint_jax.objectives.conditions import Conditions, concatenate
 from sprint_jax.optim import came
 
 
@@ -104,7 +103,7 @@ def adversarial(settings: LaddTerm, networks: Networks, student: Update) -> Obje
     def start(frozen: Frozen, begin: PyTree, key: jax.Array) -> dict[str, Start]:
         k_student, k_heads = jax.random.split(key)
         heads, spectral = heads_of(settings, networks).init(k_heads)
-        begins = begin_student(settings, networks, frozen, begin, k_student)
+        begins = guided.begin_student(settings, networks, frozen, begin, k_student)
         return {"student": Start(begins), "heads": Start(heads, start_spectral(spectral))}
 
     return Objective(
@@ -187,15 +186,19 @@ def renoise(x0: jax.Array, drawn: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def draw_generator(settings: LaddTerm, key: jax.Array, batch: Any) -> dict[str, Any]:
-    """Draw what the generator's term reads: data, conditions, guidance scales, noise and times."""
-    k_w, _, _, k_s, *k_gan = jax.random.split(key, 7)
-    x0 = trigflow.SIGMA_D * batch["latent"]
+    """Draw what the generator's term of a batch reads: `guided.draw`, and `draw_view`."""
+    keys, shared = guided.draw(settings, key, batch)
+    return shared | draw_view(settings, keys, shared["x0"])
+
+
+def draw_view(settings: LaddTerm, keys: Sequence[jax.Array], x0: jax.Array) -> dict[str, Any]:
+    """Draw the student's start, and the renoising through which the heads see its prediction.
+
+    keys: the six of `guided.draw`. The first two are those of `scm.draw_path`.
+    """
     return {
-        "x0": x0,
-        "cond": conditions(batch, key, settings.control_dropout),
-        "w": guided.scales(k_w, settings.guidance, x0.shape[0]),
-        "start": draw_start(settings, k_gan, x0),
-        "renoise": draw_renoising(settings, k_s, x0),
+        "start": draw_start(settings, keys[3:], x0),
+        "renoise": draw_renoising(settings, keys[2], x0),
     }
 
 
@@ -231,12 +234,9 @@ def heads_update(settings: LaddTerm, networks: Networks) -> Update:
         return {"fake": fake, "real": advance(role.params, fake)}
 
     def draw(key, batch, frozen):
-        k_w, k_fake, k_real, k_shift, *k_gan = jax.random.split(key, 7)
-        x0 = trigflow.SIGMA_D * batch["latent"]
-        return {
-            "x0": x0,
-            "cond": conditions(batch, key, settings.control_dropout),
-            "w": guided.scales(k_w, settings.guidance, x0.shape[0]),
+        (k_fake, k_real, k_shift, *k_gan), shared = guided.draw(settings, key, batch)
+        x0 = shared["x0"]
+        return shared | {
             "start": draw_start(settings, k_gan, x0),
             "fake": draw_renoising(settings, k_fake, x0),
             "real": draw_renoising(settings, k_real, x0),

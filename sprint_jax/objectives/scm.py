@@ -1,6 +1,7 @@
 """sCM alone: continuous-time consistency distillation of the guided teacher (paper Eq. 4, 5, 9)."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -20,7 +21,6 @@ from sprint_jax.objectives.base import (
     Update,
 )
 from sprint_jax.objectives.by_time import by_time
-from sprint_jax.objectives.conditions import conditions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,37 +72,23 @@ class Scm(ScmTerm):
             round=self.round,
             updates={"student": update},
             start=lambda frozen, begin, key: {
-                "student": Start(begin_student(self, networks, frozen, begin, key))
+                "student": Start(guided.begin_student(self, networks, frozen, begin, key))
             },
             sampler="renoise",
         )
 
 
-def begin_student(
-    settings: guided.Guided, networks: Networks, frozen: Frozen, begin: PyTree, key: jax.Array
-) -> PyTree:
-    """Return what a student begins from: the parameters given, or the teacher's, completed."""
-    if begin is not None:
-        return begin
-    return views.student_params(
-        frozen.teacher, networks.trained, key, logvar_start=settings.logvar_start
-    )
-
-
 def draw(settings: guided.Guided, key: jax.Array, batch: Any) -> dict[str, Any]:
-    """Draw guidance scale w [B], time t [B] and noise z for the data x0 of a batch, with their
-    conditions.
-    """
-    k_w, k_t, k_z, *_ = jax.random.split(key, 7)
-    x0 = trigflow.SIGMA_D * batch["latent"]
-    n = x0.shape[0]
-    return {
-        "x0": x0,
-        "cond": conditions(batch, key, settings.control_dropout),
-        "w": guided.scales(k_w, settings.guidance, n),
-        "t": guided.times(k_t, settings, n),
-        "z": guided.noise(k_z, x0),
-    }
+    """Draw what the consistency loss of a batch reads: `guided.draw`, and `draw_path`."""
+    keys, shared = guided.draw(settings, key, batch)
+    return shared | draw_path(settings, keys, shared["x0"])
+
+
+def draw_path(
+    settings: guided.Guided, keys: Sequence[jax.Array], x0: jax.Array
+) -> dict[str, jax.Array]:
+    """Draw time t [B] and noise z of the student's state, for data x0."""
+    return {"t": guided.times(keys[0], settings, x0.shape[0]), "z": guided.noise(keys[1], x0)}
 
 
 def term(

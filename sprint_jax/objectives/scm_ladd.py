@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Literal
 
-from sprint_jax.objectives import ladd, scm
+from sprint_jax.objectives import guided, ladd, scm
 from sprint_jax.objectives.base import Aux, Networks, Objective, Update
 
 
@@ -34,7 +34,9 @@ class ScmLadd(scm.ScmTerm, ladd.LaddTerm):
         """Build the objective."""
 
         def draw(key, batch, frozen):
-            return ladd.draw_generator(self, key, batch) | scm.draw(self, key, batch)
+            keys, shared = guided.draw(self, key, batch)
+            x0 = shared["x0"]
+            return shared | scm.draw_path(self, keys, x0) | ladd.draw_view(self, keys, x0)
 
         def loss(params, draws, state, frozen):
             terms, aux = [], Aux()

@@ -24,11 +24,16 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
     return sheet
 
 
+def enlarge(image: np.ndarray, zoom: int) -> np.ndarray:
+    """Repeat the pixels of [H, W, ...] `zoom` times along both sides."""
+    return np.repeat(np.repeat(image, zoom, 0), zoom, 1)
+
+
 def save(
     path: pathlib.Path | str, image: np.ndarray, zoom: int = 1, file_format: str = "PNG"
 ) -> None:
     """Write uint8 [H, W, 3] as PNG or JPEG, PIL's default quality, pixels repeated `zoom` times."""
-    image = np.repeat(np.repeat(image, zoom, 0), zoom, 1)
+    image = enlarge(image, zoom)
     with files.whole(path) as partial:
         Image.fromarray(image).save(partial, format=file_format)
 

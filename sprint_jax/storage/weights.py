@@ -19,6 +19,11 @@ class Digest(Protocol):
     def update(self, data: Any, /) -> None: ...
 
 
+def abstract(model: Any) -> Any:
+    """Return the shapes of a network's parameters."""
+    return jax.eval_shape(model.init, jax.random.key(0))
+
+
 def feed(digest: Digest, params: dict[str, Any]) -> None:
     """Feed names, dtypes, shapes and numbers of a tree, sorted by name, into a digest."""
     for name, leaf in sorted(flatten(params).items()):
@@ -27,12 +32,12 @@ def feed(digest: Digest, params: dict[str, Any]) -> None:
         digest.update(array.reshape(-1).view(np.uint8))
 
 
-def save(path: str | os.PathLike, params: dict[str, Any], *, dtype: str = "float32") -> None:
-    """Write a tree to `path`; a reader never sees a partial file.
+def save(path: str | os.PathLike, params: dict[str, Any]) -> None:
+    """Write a tree as float32 to `path`; a reader never sees a partial file.
 
     Raises UserError if no file can be made there, and OSError if the disk is full.
     """
-    flat = {k: np.asarray(jax.device_get(v), dtype) for k, v in flatten(params).items()}
+    flat = {k: np.asarray(jax.device_get(v), np.float32) for k, v in flatten(params).items()}
     try:
         with files.whole(path) as partial:
             safetensors_files.write_file(partial, flat)

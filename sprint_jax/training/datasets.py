@@ -5,6 +5,7 @@ Two kinds of data sets share one interface: `Shapes` draws the embedded data as 
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -24,7 +25,7 @@ from sprint_jax.encoders.text import EmbeddedText, TextEncoder
 from sprint_jax.errors import UserError
 from sprint_jax.objectives.base import Batch, Frozen
 from sprint_jax.sampling import loading
-from sprint_jax.storage import digests, weights
+from sprint_jax.storage import digests
 from sprint_jax.toy import freehand, shapes
 
 # Real images behind the Fréchet distance come from indices far from those of the prompts.
@@ -360,13 +361,16 @@ class EncodedData:
         """Return None: the objects of these images are unknown."""
         return None
 
-    def _decode(self, latents: np.ndarray) -> np.ndarray:
+    @functools.cached_property
+    def _decoder(self) -> Any:
         assert self.pixels is not None, "checked when the data set was opened"
-        decode = jax.jit(self.pixels.decode)
+        return jax.jit(self.pixels.decode)
+
+    def _decode(self, latents: np.ndarray) -> np.ndarray:
         part = 1 if self._c.data.model else 32
         padded = np.concatenate([latents, np.repeat(latents[-1:], -len(latents) % part, 0)])
         made = [
-            np.asarray(decode(self.pixels_params, padded[i : i + part]))
+            np.asarray(self._decoder(self.pixels_params, padded[i : i + part]))
             for i in range(0, len(padded), part)
         ]
         return np.concatenate(made)[: len(latents)]
@@ -418,20 +422,3 @@ def embedded(c: config_lib.Config) -> tuple[PixelCodec, TextEncoder, str]:
         EmbeddedText(encoder),
         f"{c.text.vocabulary} words, {digest[:16]}",
     )
-
-
-def control_weights(where: str, model: Any) -> Any:
-    """Read a ControlNet from a .safetensors file, "package:NAME", or a diffusers folder."""
-    path = build.asset(where)
-    if not path.is_dir():
-        return weights.load(path, jax.eval_shape(model.init, jax.random.key(0)))
-    return build.published_controlnet(path, model)
-
-
-def teacher_weights(where: str, model: Any) -> Any:
-    """Read a teacher from a .safetensors file, "package:NAME", or a diffusers folder."""
-    path = build.asset(where)
-    abstract = jax.eval_shape(model.init, jax.random.key(0))
-    if not path.is_dir():
-        return weights.load(path, abstract)
-    return build.published_transformer(path, model)

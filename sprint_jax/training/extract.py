@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from sprint_jax import config as config_lib
 from sprint_jax.errors import UserError
 from sprint_jax.storage import files, run_files, weights
 from sprint_jax.training import checkpoints, run, stages
@@ -21,11 +22,12 @@ def write(
     A student that is called student.safetensors gets the run's config beside it. Raises UserError
     as `check_place` and `extract` do.
     """
-    phase = run.read_config(run_dir).phases.get(stage)
+    c = run.read_config(run_dir)
+    phase = c.phases.get(stage)
     student = phase is not None and phase.network == "student"
     drawn = student and to_file.name == run_files.STUDENT
     check_place(run_dir, to_file, drawn)
-    step, params = extract(run_dir, stage)
+    step, params = extract(run_dir, stage, c)
     _make_folder(to_file)
     weights.save(to_file, params)
     say(f"wrote {to_file}: {stage} after {step} steps")
@@ -41,8 +43,8 @@ def write(
 
 def check_place(run_dir: pathlib.Path, to_file: pathlib.Path, drawn: bool) -> None:
     """Raise UserError if the file would end a stage of the run, or its config replace another's."""
-    ends = (run_files.TEACHER, run_files.CONTROL, run_files.STUDENT)
-    if to_file.resolve().parent == run_dir.resolve() and to_file.name in ends:
+    inside = to_file.resolve().parent == run_dir.resolve()
+    if inside and to_file.name in run.FILES.values():
         raise UserError(
             f"--to_file={to_file}: by that file the run would count as trained to its end; name "
             "one in another folder"
@@ -63,12 +65,11 @@ def _make_folder(to_file: pathlib.Path) -> None:
         ) from None
 
 
-def extract(run_dir: pathlib.Path, stage: str) -> tuple[int, Any]:
+def extract(run_dir: pathlib.Path, stage: str, c: config_lib.Config) -> tuple[int, Any]:
     """Return (step, parameters as NumPy) of the newest whole checkpoint of a phase.
 
-    Raises UserError if the run has none.
+    c: the run's config. Raises UserError if the run has no checkpoint of this phase.
     """
-    c = run.read_config(run_dir)
     there = [name for name in c.order if (run_dir / "checkpoints" / name).is_dir()]
     if stage not in there:
         raise UserError(
@@ -76,7 +77,7 @@ def extract(run_dir: pathlib.Path, stage: str) -> tuple[int, Any]:
             f"{', '.join(there) or 'none of any stage yet'}"
         )
     phase = c.phases[stage]
-    made = stages.networks(c, phase)
-    model = made.trained.control if phase.network == "control" else made.trained
-    part = ("roles", phase.objective.objective(made).main, "ema" if phase.ema else "params")
-    return checkpoints.read_part(run_dir / "checkpoints" / stage, part, run.abstract(model))
+    main = phase.objective.objective(stages.networks(c, phase)).main
+    part = ("roles", main, "ema" if phase.ema else "params")
+    abstract = weights.abstract(stages.stored(c, phase))
+    return checkpoints.read_part(run_dir / "checkpoints" / stage, part, abstract)

@@ -5,6 +5,7 @@ With a single process all of this is the identity.
 
 import functools
 import json
+import pathlib
 from typing import Any
 
 import jax
@@ -32,6 +33,11 @@ def from_primary(number: int) -> int:
     if jax.process_count() == 1:
         return number
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def exists(path: pathlib.Path) -> bool:
+    """Return whether process 0 sees the file: all act on one answer."""
+    return bool(from_primary(int(path.exists())))
 
 
 def any_true(flag: bool) -> bool:

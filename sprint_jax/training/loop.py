@@ -30,9 +30,8 @@ class _Programs:
     """Compiled steps by the shapes of their batch: one set, or one for each aspect ratio."""
 
     def __init__(self, placed: Placed, say: Say, compiled: dict, side_by_side: bool):
-        self._placed, self._say = placed, say
+        self.placed, self._say = placed, say
         self._compiled, self._side_by_side = compiled, side_by_side
-        self.stage, self.mesh = placed.stage, placed.mesh
 
     def get(self, batch: Mapping[str, jax.Array]) -> list:
         """Return the compiled steps of a round for batches of these shapes."""
@@ -42,7 +41,7 @@ class _Programs:
         return self._compiled[key]
 
     def _compile(self, batch):
-        stage, begin = self._placed.stage, time.perf_counter()
+        stage, begin = self.placed.stage, time.perf_counter()
         self._say(
             f"{stage.name}: compiling for latents {batch['latent'].shape} (seconds to two minutes, "
             f"no bar)"
@@ -53,16 +52,16 @@ class _Programs:
         workers = len(distinct) if self._side_by_side else 1
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             compiling = [
-                pool.submit(self._placed.lower(function, batch).compile) for function in distinct
+                pool.submit(self.placed.lower(function, batch).compile) for function in distinct
             ]
         compiled = dict(zip(distinct, (one.result() for one in compiling), strict=True))
         self._say_compiled(time.perf_counter() - begin)
         return [compiled[function] for function in stage.functions]
 
     def _say_compiled(self, seconds):
-        stage, mesh, state = self._placed.stage, self._placed.mesh, self._placed.state
+        stage, mesh, state = self.placed.stage, self.placed.mesh, self.placed.state
         count = sum(a.size for a in jax.tree.leaves(state.roles[stage.main].params))
-        held = sharding.per_device_bytes(state) + sharding.per_device_bytes(self._placed.frozen)
+        held = sharding.per_device_bytes(state) + sharding.per_device_bytes(self.placed.frozen)
         self._say(
             f"{stage.name}: {mesh.size} x {mesh.devices.flat[0].device_kind} as data x fsdp = "
             f"{' x '.join(map(str, mesh.devices.shape))}, {count / 1e6:.2f} M parameters, state "
@@ -145,7 +144,7 @@ def _rounds(programs: _Programs, state: State, frozen, rows, done: int) -> Itera
     The caller must not use a state again once the next round was asked for: steps take its memory
     over.
     """
-    stage, split = programs.stage, sharding.batch(programs.mesh)
+    stage, split = programs.placed.stage, sharding.batch(programs.placed.mesh)
     batch = _global(next(rows), split, stage.batch)
     programs.get(batch)
     yield None

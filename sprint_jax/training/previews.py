@@ -33,21 +33,21 @@ def make(
     if data.pixels is None:
         return None
     e, shape = c.evaluation, build.latent_shape(c)
-    count, guidance = min(COUNT, e.prompts), _guidance(c, sampler)
+    count = min(COUNT, e.prompts)
 
     @functools.cache
     def prepared():
-        """Prepare once, for the first preview: what is drawn, and the program that draws it."""
+        """Prepare what is drawn, the program that draws it, and its guidance, once."""
         if sampler == "renoise":
-            times = samplers.scm_times(1, e.schedule)
+            guidance, times = e.student_guidance, samplers.scm_times(1, e.schedule)
             draw = programs.student_sampler(model, data.pixels, shape, times)
         else:
-            times = samplers.trig_times(e.teacher_steps)
+            guidance, times = e.teacher_guidance, samplers.trig_times(e.teacher_steps)
             draw = programs.teacher_sampler(model, data.pixels, shape, times)
-        return data.heldout(count, 1), draw
+        return data.heldout(count, 1), draw, guidance
 
     def preview(params):
-        heldout, draw = prepared()
+        heldout, draw, guidance = prepared()
         # A teacher that is trained before its ControlNet does not see the condition.
         cond = heldout.cond
         if not isinstance(model, Controlled):
@@ -64,11 +64,6 @@ def make(
         side = min(_LARGEST, c.data.size)
         zoom = max(1, 96 // side)
         grid = image_files.grid(crops.fit_bilinear(images, side, side), columns=count)
-        return np.repeat(np.repeat(grid, zoom, 0), zoom, 1)
+        return image_files.enlarge(grid, zoom)
 
     return preview
-
-
-def _guidance(c: config_lib.Config, sampler: str) -> float:
-    e = c.evaluation
-    return e.student_guidance if sampler == "renoise" else e.teacher_guidance

@@ -21,7 +21,7 @@ from sprint_jax import config as config_lib
 from sprint_jax.errors import UserError
 from sprint_jax.objectives.base import PyTree
 from sprint_jax.reporting import page
-from sprint_jax.storage import run_files, weights
+from sprint_jax.storage import run_files, trees, weights
 from sprint_jax.training import datasets, hosts, loop, scores, sharding, stages, workdirs
 from sprint_jax.training.records import Records
 from sprint_jax.training.stage import Say, silent
@@ -55,7 +55,8 @@ def run(config: config_lib.Config, workdir: pathlib.Path | str, say: Say = _say)
     begin = time.perf_counter()
     workdir, primary = pathlib.Path(workdir), hosts.primary()
     say = say if primary else silent
-    hosts.compare(_identity(config))
+    if jax.process_count() > 1:
+        hosts.compare(_identity(config))
     mesh = sharding.mesh(config.mesh.data, config.mesh.fsdp)
     with workdirs.claim(workdir) if primary else contextlib.nullcontext():
         if primary:
@@ -108,7 +109,7 @@ def _say_what_next(config, workdir, student, say):
 
 def _identity(config):
     """Return what all processes must have in common."""
-    flat = weights.flatten(config_lib.to_dict(config))
+    flat = trees.flatten(config_lib.to_dict(config))
     source = hashlib.sha256()
     for path in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
         source.update(path.read_bytes())
@@ -117,16 +118,6 @@ def _identity(config):
         "the version of Python": sys.version.split()[0],
         "the source code (a digest)": source.hexdigest()[:12],
     }
-
-
-def done(path: pathlib.Path) -> bool:
-    """Return whether process 0 sees the file: all act on one answer."""
-    return bool(hosts.from_primary(int(path.exists())))
-
-
-def abstract(model: Any) -> PyTree:
-    """Return the shapes of a network's parameters."""
-    return jax.eval_shape(model.init, jax.random.key(0))
 
 
 def distilled_teacher(job: Job) -> PyTree:
@@ -143,16 +134,16 @@ def distilled_teacher(job: Job) -> PyTree:
                 "teacher: conditioned on times in [0, 1]; a SANA made for [0, 1000] would draw "
                 "noise, fine-tune it by configs/teacher.py first"
             )
-        teacher = datasets.teacher_weights(c.teacher.pretrained, model)
+        teacher = build.teacher_weights(c.teacher.pretrained, model)
     else:
         start = c.teacher.start
-        begin = datasets.teacher_weights(start, build.base_teacher(c)) if start else None
+        begin = build.teacher_weights(start, build.base_teacher(c)) if start else None
         teacher = trained(job, "teacher", begin=begin)
     if not c.control.depth:
         return teacher
     if c.control.pretrained:
         job.say(f"control: weights from {build.asset(c.control.pretrained)}")
-        control = datasets.control_weights(c.control.pretrained, build.controlnet(c))
+        control = build.control_weights(c.control.pretrained, build.controlnet(c))
     else:
         control = trained(job, "control", teacher=teacher)
     return {"trunk": teacher, "control": control}
@@ -169,19 +160,15 @@ def trained(job: Job, network: str, *, teacher: PyTree = None, begin: PyTree = N
     names = [n for n in config_lib.active(c) if FILES[c.phases[n].network] == file]
     if not names:
         return None
-    if done(job.workdir / file):
+    if hosts.exists(job.workdir / file):
         job.say(f"{names[-1]}: done before, {job.workdir / file}")
-        model = build.controlnet(c) if network == "control" else _model(c, network)
-        return weights.load(job.workdir / file, abstract(model))
+        model = stages.stored(c, c.phases[names[-1]])
+        return weights.load(job.workdir / file, weights.abstract(model))
     for name in names:
         stage = stages.make(c, name, job.data, teacher=teacher, begin=begin)
         final = loop.train(stage, c.run, job.mesh, job.workdir, job.records, job.say)
         begin = stage.result(final)
     return _keep(job, file, begin)
-
-
-def _model(c, network):
-    return build.student(c) if network == "student" else build.teacher(c)
 
 
 def _keep(job, file, params):

@@ -13,6 +13,7 @@ import numpy as np
 import tqdm
 
 from sprint_jax import build
+from sprint_jax.conditioning import sketches
 from sprint_jax.diffusion import samplers
 from sprint_jax.evaluation.heldout import Evaluator
 from sprint_jax.sampling import programs
@@ -45,7 +46,7 @@ def evaluate(job: Any, teacher: Any, student: Any, begin: float) -> dict:
     `time.perf_counter`.
     """
     config, done = job.config, job.workdir / run_files.SUMMARY
-    if bool(hosts.from_primary(int(done.exists()))):
+    if hosts.exists(done):
         job.say(f"evaluation: done before, {done}")
         return json.loads(done.read_text())
     results, grids = {}, {}
@@ -73,12 +74,12 @@ def _score(job, teacher, student):
     if heldout.edges is not None:
         # Chance level: the right images, each held against the sketch of the next prompt.
         results["mismatched"] = evaluator(np.roll(heldout.images, 1, 0))
-        grids["control"] = _as_rgb(heldout.sketches)
+        grids["control"] = sketches.to_rgb(heldout.sketches)
     trials = _trials(job, teacher, student, heldout, evaluator)
     count = len(trials)
     rough = job.data.freehand(e.prompts, e.reference)
     if rough is not None:
-        grids["freehand_sketches"] = _as_rgb(rough.sketches)
+        grids["freehand_sketches"] = sketches.to_rgb(rough.sketches)
         trials |= _freehand(trials, rough, e.teacher_steps)
     job.say(
         f"evaluation: {e.prompts} held-out prompts, images by {count} samplers (each compiles "
@@ -169,11 +170,6 @@ def _generate(job, trial: Trial, bar) -> np.ndarray:
         say=say,
     )
     return _in_order(images, mine, e)
-
-
-def _as_rgb(sketches):
-    """Repeat uint8 [N, H, W] over three channels."""
-    return np.repeat(sketches[..., None], 3, -1)
 
 
 def _in_order(images, starts, e):

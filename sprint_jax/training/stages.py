@@ -35,6 +35,12 @@ def networks(c: config_lib.Config, phase: config_lib.Phase) -> Networks:
     )
 
 
+def stored(c: config_lib.Config, phase: config_lib.Phase) -> Any:
+    """Return the network whose parameters a phase ends with."""
+    trained = networks(c, phase).trained
+    return trained.control if phase.network == "control" else trained
+
+
 def make(
     c: config_lib.Config,
     name: str,
@@ -57,7 +63,7 @@ def make(
         role: step.make_step(
             update,
             txs[role],
-            ema=phase.ema if role == objective.main else 0.0,
+            ema=phase.ema,
             accumulate=phase.accumulate,
             seed=seed,
         )

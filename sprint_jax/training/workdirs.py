@@ -1,10 +1,8 @@
 """The work directory of a run: claimed by one process, kept to one config."""
 
 import contextlib
-import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
 
 from sprint_jax import config as config_lib
 from sprint_jax.errors import UserError
@@ -28,14 +26,12 @@ _KEEPER = settings.Keeper(
 )
 
 
-@contextlib.contextmanager
-def claim(workdir: pathlib.Path) -> Iterator[None]:
+def claim(workdir: pathlib.Path) -> contextlib.AbstractContextManager[None]:
     """Make the work directory and hold it for this process.
 
     Raises UserError where another holds it.
     """
-    with _KEEPER.hold(workdir):
-        yield
+    return _KEEPER.hold(workdir)
 
 
 def write_config(config: config_lib.Config, workdir: pathlib.Path) -> None:
@@ -49,7 +45,7 @@ def write_config(config: config_lib.Config, workdir: pathlib.Path) -> None:
             f"{path} was written by version 0.1, whose checkpoints cannot be resumed: choose "
             "another --workdir"
         )
-    _KEEPER.claim(workdir, dataclasses.asdict(config))
+    _KEEPER.claim(workdir, config_lib.to_dict(config))
 
 
 def _json(path):

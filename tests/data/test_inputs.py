@@ -232,19 +232,19 @@ def test_a_published_transformer_as_teacher(tmp_path_factory):
 
     path = published(tmp_path_factory)
     model, params = folders.read_transformer(path)
-    loaded = datasets.teacher_weights(str(path), dataclasses.replace(model, remat="block"))
+    loaded = build.teacher_weights(str(path), dataclasses.replace(model, remat="block"))
     for a, b in zip(*map(jax.tree.leaves, (loaded, params)), strict=True):
         np.testing.assert_array_equal(a, b)
     with pytest.raises(UserError, match=f"depth={model.depth}, the config asks for 9"):
-        datasets.teacher_weights(str(path), dataclasses.replace(model, depth=9))
+        build.teacher_weights(str(path), dataclasses.replace(model, depth=9))
     # A scale of a thousandth belongs to times in [0, 1] given in thousandths.
     told = tmp_path_factory.mktemp("told") / "transformer"
     shutil.copytree(path / "transformer", told)
     described = json.loads((told / "config.json").read_text())
     (told / "config.json").write_text(json.dumps(described | {"timestep_scale": 0.001}))
-    datasets.teacher_weights(str(told), dataclasses.replace(model, time_scale=1.0))
+    build.teacher_weights(str(told), dataclasses.replace(model, time_scale=1.0))
     with pytest.raises(
         UserError,
         match="timestep_scale=0.001, .* a time_scale of 1, the config asks for 1000: change",
     ):
-        datasets.teacher_weights(str(told), dataclasses.replace(model, time_scale=1000.0))
+        build.teacher_weights(str(told), dataclasses.replace(model, time_scale=1000.0))

@@ -24,7 +24,7 @@ from helpers.distillation import (
 )
 from sprint_jax import build, config
 from sprint_jax.errors import UserError
-from sprint_jax.objectives import base, ladd, scm, step
+from sprint_jax.objectives import base, guided, ladd, scm, step
 from sprint_jax.storage import weights
 from sprint_jax.training import datasets, loop, run, sharding, stage, stages
 
@@ -42,7 +42,7 @@ def alone(kind, name):
 @functools.cache
 def student_start():
     """Return parameters that a student begins from."""
-    begin = lambda: scm.begin_student(settings(), networks(), frozen(), None, jax.random.key(1))
+    begin = lambda: guided.begin_student(settings(), networks(), frozen(), None, jax.random.key(1))
     return jit(begin)()
 
 
@@ -246,7 +246,7 @@ def test_roles_do_not_share_names_in_the_metrics():
 def test_the_control_phase_trains_the_controlnet_alone():
     """Its role holds the ControlNet's parameters; the trunk is frozen and no part of the result."""
     c = config.parse(card("controlnet"))
-    trunk, control = (run.abstract(model) for model in (build.teacher(c), build.controlnet(c)))
+    trunk, control = (weights.abstract(model) for model in (build.teacher(c), build.controlnet(c)))
     made = stages.make(c, "control", datasets.Abstract(c), teacher=trunk)
     state = jax.eval_shape(made.start, made.frozen, made.init_arrays)
     assert state.roles.keys() == {"network"}
@@ -357,5 +357,5 @@ def test_resumed_in_the_second_of_two_student_phases(tmp_path, monkeypatch):
     parted, again = train_students(c, tmp_path / "parted")
     assert [row[:2] for row in again] == [("sprint", 4)] and again == rows[-1:]
     assert same_bits(parted, whole)
-    kept = weights.load(tmp_path / "parted/student.safetensors", run.abstract(build.student(c)))
+    kept = weights.load(tmp_path / "parted/student.safetensors", weights.abstract(build.student(c)))
     assert same_bits(kept, whole)
