@@ -4,9 +4,6 @@ Every field is either supported, or accepted at a single value, or an error. A c
 an unsupported feature is rejected by name and never runs incorrectly.
 """
 
-import json
-import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,27 +83,6 @@ _AUTOENCODER_FIXED = {
 }
 
 _SCHEDULER = {"num_train_timesteps": 1000, "prediction_type": "trigflow", "sigma_data": 0.5}
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError naming the file."""
-    path = pathlib.Path(path)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path} is missing: give a whole checkpoint folder") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): copy it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object: copy it again")
-    return value
-
-
-def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
-    """Write JSON in the format of diffusers: sorted keys, an indent of 2, a final newline."""
-    pathlib.Path(path).write_text(
-        json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-    )
 
 
 def _fields(

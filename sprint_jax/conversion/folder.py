@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import shutil
@@ -19,7 +18,7 @@ from sprint_jax.models.controlnet import ControlNet
 from sprint_jax.models.dc_ae import DCAE, Stage
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
-from sprint_jax.storage import safetensors_files, weights
+from sprint_jax.storage import files, json_files, safetensors_files, weights
 
 INDEX = "model_index.json"  # diffusers
 MODEL = "model.json"  # ours
@@ -75,6 +74,9 @@ class Checkpoint:
             "controlnet": self.controlnet,
         }
         return {part: model for part, model in models.items() if model is not None}
+
+
+_read = functools.partial(json_files.read_object, remedy="copy the whole folder again")
 
 
 def is_diffusers(path: _StrPath) -> bool:
@@ -206,7 +208,7 @@ def read_diffusers(
 
 def _check_pipeline(path: pathlib.Path) -> None:
     """Raise UserError unless a folder holds a whole SANA-Sprint pipeline."""
-    kind = configs.read_json(path / INDEX).get("_class_name")
+    kind = _read(path / INDEX).get("_class_name")
     if kind not in _PIPELINES:
         more = (
             ": give its controlnet/ beside a SANA-Sprint model" if "ControlNet" in str(kind) else ""
@@ -217,12 +219,12 @@ def _check_pipeline(path: pathlib.Path) -> None:
     for part in _REQUIRED:
         if not (path / part).is_dir():
             raise UserError(f"{path} has no {part}/: download the whole folder")
-    configs.check_scheduler(configs.read_json(path / "scheduler" / "scheduler_config.json"))
+    configs.check_scheduler(_read(path / "scheduler" / "scheduler_config.json"))
 
 
 def _describe(path: pathlib.Path, dtype: str) -> dict[str, Any]:
     """Read the descriptions of the parts of a pipeline."""
-    read = lambda folder: configs.read_json(path / folder / "config.json")
+    read = lambda part: _read(path / part / "config.json")
     models = {
         "transformer": configs.transformer(read("transformer"), dtype),
         "autoencoder": configs.autoencoder(read("vae")),
@@ -239,7 +241,7 @@ def read_transformer(path: _StrPath) -> tuple[LinearDiT, Any]:
     path: the folder of any pipeline, or its transformer/.
     """
     path = _subfolder(path, "transformer")
-    model = configs.transformer(configs.read_json(path / "config.json"), "float32")
+    model = configs.transformer(_read(path / "config.json"), "float32")
     return model, _load_alone("transformer", path, model)
 
 
@@ -249,7 +251,7 @@ def read_controlnet(path: _StrPath) -> tuple[ControlNet, Any]:
     path: the folder of any pipeline, or its controlnet/.
     """
     path = _subfolder(path, "controlnet")
-    model = configs.controlnet(configs.read_json(path / "config.json"), "float32")
+    model = configs.controlnet(_read(path / "config.json"), "float32")
     return model, _load_alone("controlnet", path, model)
 
 
@@ -309,19 +311,20 @@ def write_diffusers(
         for part, model in checkpoint.models.items():
             stored = _PARTS[part]
             (partial / stored.folder).mkdir()
-            configs.write_json(partial / stored.folder / "config.json", stored.to_json(model))
+            json_files.write(
+                partial / stored.folder / "config.json", stored.to_json(model), sort_keys=True
+            )
             named = rules.export(stored.rows(model), checkpoint.params[part])
             safetensors_files.write(
                 partial / stored.folder, stored.stem, named, shard_bytes=shard_bytes
             )
         (partial / "scheduler").mkdir()
-        configs.write_json(
-            partial / "scheduler" / "scheduler_config.json", configs.scheduler_json()
-        )
+        scheduler = partial / "scheduler" / "scheduler_config.json"
+        json_files.write(scheduler, configs.scheduler_json(), sort_keys=True)
         if checkpoint.tokenizer is not None:
             shutil.copytree(checkpoint.tokenizer, partial / "tokenizer")
         if checkpoint.autoencoder is not None:
-            configs.write_json(partial / INDEX, _INDEX_JSON)
+            json_files.write(partial / INDEX, _INDEX_JSON, sort_keys=True)
 
 
 _INDEX_JSON = {
@@ -355,7 +358,7 @@ def read_ours(
 
 def _describe_ours(path: pathlib.Path, dtype: str) -> tuple[dict[str, Any], str]:
     """Read the descriptions of the parts, and the instruction, of our form."""
-    described = configs.read_json(path / MODEL)
+    described = _read(path / MODEL)
     if described.get("format") != _FORMAT:
         raise UserError(
             f"{path / MODEL} has format {described.get('format')!r}, this version reads "
@@ -402,9 +405,7 @@ def write_ours(path: _StrPath, checkpoint: Checkpoint) -> None:
             for field in ("attention", "depthwise"):
                 del described[part][field]
         described |= {"format": _FORMAT, "instruction": checkpoint.instruction}
-        (partial / MODEL).write_text(
-            json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        json_files.write(partial / MODEL, described)
         for part in models:
             flat = weights.flatten(checkpoint.params[part])
             safetensors_files.write(partial, part, flat, shard_bytes=2**62)
@@ -469,7 +470,7 @@ def new_folder(path: _StrPath, flag: str = "--to") -> Iterator[pathlib.Path]:
     is not an empty folder, or cannot be written.
     """
     path = pathlib.Path(path).resolve()  # follow a link, and give "." a name
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or not files.is_empty(path)):
         raise UserError(f"{path} exists and is not empty: choose another {flag}")
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -502,9 +503,9 @@ def _publish(partial: pathlib.Path, path: pathlib.Path) -> None:
         os.rename(partial, path)
         return
     try:
-        for child in sorted(partial.iterdir()):
+        for child in files.children(partial):
             shutil.move(child, path / child.name)
     except OSError:
-        for child in path.iterdir():
+        for child in files.children(path):
             shutil.rmtree(child) if child.is_dir() else child.unlink()
         raise

@@ -2,14 +2,13 @@
 
 import dataclasses
 import io
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from sprint_jax.storage import digests, image_files
+from sprint_jax.storage import digests, image_files, json_files
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -72,8 +71,8 @@ def hash_files(kind: str, files: Iterable[tuple[str, int]]) -> str:
 def parse_json(data: bytes) -> Any:
     """Parse the JSON of an example. Raises BadExample if it is damaged."""
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
+        return json_files.parse(data)
+    except ValueError:
         raise BadExample("corrupt record") from None
 
 

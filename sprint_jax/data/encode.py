@@ -8,7 +8,6 @@ one. Several hosts share the chunks. The one that finds all chunks complete writ
 
 import concurrent.futures
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from sprint_jax.data.encode_settings import Encoders, Settings
 from sprint_jax.encoders import prompts
 from sprint_jax.encoders.text import GemmaText
 from sprint_jax.errors import UserError
-from sprint_jax.storage import files, weights
+from sprint_jax.storage import json_files, weights
 from sprint_jax.storage.settings import Keeper
 
 SETTINGS = "settings.json"
@@ -167,7 +166,7 @@ def _part_path(out: pathlib.Path, chunk: int) -> pathlib.Path:
 def _read_part(out: pathlib.Path, chunk: int, settings: Settings) -> dict[str, Any] | None:
     """Return the content of the part file of a chunk. None if it or a shard is incomplete."""
     try:
-        part = json.loads(_part_path(out, chunk).read_text(encoding="utf-8"))
+        part = json_files.read(_part_path(out, chunk))
         sizes = [(out / shard["file"]).stat().st_size for shard in part["shards"]]
     except (OSError, ValueError, KeyError):
         return None
@@ -198,7 +197,7 @@ def _write_part(
         for _, (key, reason) in sorted(made.skipped.items())[:_LISTED]
     ]
     part = {"settings": settings.digest(), "counts": counts, "shards": shards, "skipped": skipped}
-    files.write_text(_part_path(out, chunk), json.dumps(part, indent=1, ensure_ascii=False) + "\n")
+    json_files.write(_part_path(out, chunk), part, indent=1)
 
 
 def _finish(

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from sprint_jax.data import encoded
-from sprint_jax.storage import digests
+from sprint_jax.storage import digests, json_files
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -38,7 +38,7 @@ class Settings:
 
         The condition "none" is omitted, so that folders without this field still resume.
         """
-        fields = json.loads(json.dumps(dataclasses.asdict(self)))
+        fields = json_files.plain(dataclasses.asdict(self))
         return {
             name: value
             for name, value in fields.items()

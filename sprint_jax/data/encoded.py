@@ -20,7 +20,6 @@ therefore give the place of every record, and an epoch can be planned without op
 """
 
 import collections
-import json
 import os
 import pathlib
 import threading
@@ -33,7 +32,7 @@ import safetensors.numpy
 
 from sprint_jax.conditioning import sketches
 from sprint_jax.errors import UserError
-from sprint_jax.storage import digests, files
+from sprint_jax.storage import digests, files, json_files
 
 MANIFEST = "manifest.json"
 NULL = "null.safetensors"
@@ -143,7 +142,7 @@ def write_manifest(
     counts["skipped"] = len(skipped) if skipped_count is None else skipped_count
     manifest = {"format": FORMAT, **described, "counts": counts, "shards": list(shards)}
     manifest["skipped"] = list(skipped)[:_SKIPPED_LISTED]
-    files.write_text(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    json_files.write(path, manifest, indent=1)
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
@@ -160,7 +159,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             "run it again to finish"
         )
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json_files.read(path)
         if manifest["format"] != FORMAT:
             raise UserError(
                 f"{path} has format {manifest['format']!r}, this version reads {FORMAT}: encode "

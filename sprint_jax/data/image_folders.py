@@ -1,6 +1,5 @@
 """Folders of image files with captions in text files or a metadata file."""
 
-import json
 import pathlib
 import posixpath
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from collections.abc import Mapping
 from sprint_jax.data import captioned, tars
 from sprint_jax.data.captioned import IMAGE_SUFFIXES, BadExample, Example
 from sprint_jax.errors import UserError
-from sprint_jax.storage import files
+from sprint_jax.storage import files, json_files
 
 
 class FolderSource:
@@ -64,8 +63,7 @@ class FolderSource:
 
 def _file_sizes(root: pathlib.Path) -> dict[str, int]:
     """Return {path relative to root, with "/": bytes} of the files below it that are not hidden."""
-    paths = (path for path in files.below(root) if not path.name.startswith("."))
-    return {path.relative_to(root).as_posix(): path.stat().st_size for path in paths}
+    return {path.relative_to(root).as_posix(): path.stat().st_size for path in files.below(root)}
 
 
 def _suffix(name: str) -> str:
@@ -78,7 +76,7 @@ def _metadata(path: pathlib.Path, caption_field: str) -> dict[str, str]:
     if path.is_file():
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
-                fields = json.loads(line) if line.strip() else None
+                fields = json_files.parse(line) if line.strip() else None
                 if fields is not None:
                     name = posixpath.normpath(fields["file_name"])
                     captions[name] = captioned.first_text(
@@ -100,7 +98,7 @@ def _listed(path: pathlib.Path, sizes: Mapping[str, int]) -> list[str] | None:
     if not path.is_file():
         return None
     try:
-        names = [posixpath.normpath(name) for name in json.loads(path.read_bytes())["img_names"]]
+        names = [posixpath.normpath(name) for name in json_files.read(path)["img_names"]]
     except (ValueError, TypeError, KeyError):
         raise UserError(f'{path} is not {{"img_names": [...]}}: repair or remove it') from None
     listed = []

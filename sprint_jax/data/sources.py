@@ -11,6 +11,7 @@ import pathlib
 from sprint_jax.data import image_folders, tars, tfds_sets
 from sprint_jax.data.captioned import Source
 from sprint_jax.errors import UserError
+from sprint_jax.storage import files
 
 
 def open_source(path: str | os.PathLike[str], caption_field: str = "prompt") -> Source:
@@ -31,7 +32,7 @@ def open_source(path: str | os.PathLike[str], caption_field: str = "prompt") -> 
         raise UserError(f"no folder {path}: {wanted}")
     if not root.is_dir():
         raise UserError(f"{path} is a file: give the folder that holds it")
-    names = set(os.listdir(root))
+    names = {path.name for path in files.children(root)}
     if not names:
         raise UserError(f"the folder {path} is empty: {wanted}")
     if names >= tfds_sets.FILES:

@@ -1,8 +1,6 @@
 """WebDataset tars as a source of captioned images or latents."""
 
 import io
-import json
-import os
 import pathlib
 import posixpath
 import tarfile
@@ -14,6 +12,7 @@ import numpy as np
 from sprint_jax.data import captioned
 from sprint_jax.data.captioned import BadExample, Example
 from sprint_jax.errors import UserError
+from sprint_jax.storage import files, json_files
 
 LISTING = "wids-meta.json"
 
@@ -87,9 +86,9 @@ def _shards(root: pathlib.Path) -> list[str]:
     """Return the names of the tars, relative to `root`: those of a listing, or all, sorted."""
     listing = root / LISTING
     if not listing.exists():
-        return sorted(name for name in os.listdir(root) if is_tar(name))
+        return [path.name for path in files.children(root) if is_tar(path.name)]
     try:
-        names = [entry["url"] for entry in json.loads(listing.read_text())["shardlist"]]
+        names = [entry["url"] for entry in json_files.read(listing)["shardlist"]]
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(
             f'{listing} is not {{"shardlist": [{{"url": ...}}]}}: repair or remove it'

@@ -6,6 +6,7 @@ from typing import Any
 from sprint_jax.data import captioned
 from sprint_jax.data.captioned import BadExample, Example
 from sprint_jax.errors import UserError
+from sprint_jax.storage import files
 
 FILES = frozenset({"dataset_info.json", "features.json"})  # present in every TFDS data set
 
@@ -17,7 +18,7 @@ class TfdsSource:
         """Read the description of a data set. Raises UserError unless it can be used."""
         self._root = root
         self._files = sorted(
-            (path.name, path.stat().st_size) for path in root.iterdir() if path.is_file()
+            (path.name, path.stat().st_size) for path in files.children(root) if path.is_file()
         )
         self._open: Any = None
         import tensorflow_datasets as tfds  # takes seconds

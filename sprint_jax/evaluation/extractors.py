@@ -4,7 +4,6 @@ An extractor is any callable from a list of uint8 images [H, W, 3] to features [
 """
 
 import importlib
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from PIL import Image
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.networks import clip as clip_lib
 from sprint_jax.evaluation.networks import inception
-from sprint_jax.storage import crops, digests, files, safetensors_files, torch_files
+from sprint_jax.storage import crops, digests, files, json_files, safetensors_files, torch_files
 
 # The first digits of the SHA-256 of pytorch-fid's weights are part of their file's name.
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -187,7 +186,7 @@ def load_clip(path: pathlib.Path | str, *, batch: int) -> tuple[CLIP, str]:
             f"(openai/clip-vit-large-patch14)"
         )
     try:
-        model = clip_model(json.loads((path / "config.json").read_text()))
+        model = clip_model(json_files.read(path / "config.json"))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path / 'config.json'} does not describe a CLIP ({type(error).__name__}: {error})"

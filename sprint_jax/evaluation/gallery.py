@@ -10,7 +10,6 @@ It is claimed when the first images are written, so a command that fails earlier
 
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from sprint_jax.errors import UserError
 from sprint_jax.evaluation import dpg, image_sets
 from sprint_jax.evaluation.prompt_sets import Prompt
 from sprint_jax.sampling import generation, pipeline
-from sprint_jax.storage import files, image_files, json_lines, revision, run_files
+from sprint_jax.storage import files, image_files, json_files, json_lines, revision, run_files
 from sprint_jax.storage.settings import Keeper
 
 PROTOCOL, MANIFEST, PICTURES = "protocol.json", "manifest.jsonl", "pictures"
@@ -103,7 +102,7 @@ def fingerprint(model: str | os.PathLike) -> str:
     if (model / run_files.STUDENT).is_file():
         paths = [model / run_files.CONFIG, model / run_files.STUDENT]
     else:
-        paths = sorted(p for p in model.rglob("*") if p.suffix in (".safetensors", ".json"))
+        paths = sorted(p for p in files.below(model) if p.suffix in (".safetensors", ".json"))
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size
@@ -146,7 +145,7 @@ def claim(out: str | os.PathLike, settings: Mapping[str, Any], units: Sequence[U
 def _check_settings(out, settings):
     _KEEPER.check(out, settings)
     images = out / PICTURES
-    if not (out / PROTOCOL).exists() and images.is_dir() and any(images.iterdir()):
+    if not (out / PROTOCOL).exists() and images.is_dir() and not files.is_empty(images):
         raise UserError(f"{images} holds images and {PROTOCOL} is missing: choose another --out")
 
 
@@ -241,14 +240,14 @@ def _record(out, maker):
         known = protocol(out)
         if maker not in known["made_by"]:
             known["made_by"].append(maker)
-            files.write_text(out / PROTOCOL, json.dumps(known, indent=2) + "\n")
+            json_files.write(out / PROTOCOL, known)
 
 
 def protocol(out: str | os.PathLike) -> dict[str, Any]:
     """Return {"settings", "made_by"} of a folder."""
     path = pathlib.Path(out) / PROTOCOL
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = json_files.read(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): choose another --out") from None
     return {"settings": known["settings"], "made_by": known.get("made_by", [])}

@@ -1,7 +1,6 @@
 """Images on disk that are scored: finding, checking and reading them."""
 
 import collections
-import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.prompt_sets import Prompt
-from sprint_jax.storage import files
+from sprint_jax.storage import files, json_files
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _UNREADABLE = (
@@ -64,7 +63,7 @@ def _by_manifest(folder):
             f"{folder} has no manifest.jsonl: give the prompts of its images by --prompts=FILE"
         )
     try:
-        rows = [json.loads(line) for line in files.read_lines(manifest) if line.strip()]
+        rows = [json_files.parse(line) for line in files.read_lines(manifest) if line.strip()]
         pairs = [(folder / row["file"], row["prompt"]) for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

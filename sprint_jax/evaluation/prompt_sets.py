@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import os
 import pathlib
 import re
@@ -10,7 +9,7 @@ from typing import Any
 
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import dpg
-from sprint_jax.storage import files
+from sprint_jax.storage import files, json_files
 from sprint_jax.toy import shapes
 
 _ID = re.compile(r"[\w-][\w.-]*")
@@ -82,12 +81,12 @@ def _unique(text):
             raise ValueError(f"{len(twice)} ids occur twice, first {twice[0]}")
         return dict(pairs)
 
-    return json.loads(text, object_pairs_hook=table)
+    return json_files.parse(text, pairs=table)
 
 
 def _row(index, number, line, path):
     try:
-        row = json.loads(line)
+        row = json_files.parse(line)
         return Prompt(str(row.get("id", f"{index:05d}")), row["prompt"], row)
     except (ValueError, AttributeError, KeyError, TypeError):
         raise UserError(f"{path} line {number} is not a JSON object with a prompt") from None

@@ -1,6 +1,5 @@
 """Scores of recorded judgments: GenEval's detections and DPG-Bench's answers."""
 
-import json
 import pathlib
 import warnings
 from typing import Any
@@ -10,6 +9,7 @@ from sprint_jax.evaluation import dpg, geneval, prompt_sets
 from sprint_jax.evaluation.images import folder
 from sprint_jax.evaluation.options import Options
 from sprint_jax.evaluation.scores import Scores
+from sprint_jax.storage import json_files
 
 
 def measure(options: Options, found: list[prompt_sets.Prompt] | None) -> Scores | None:
@@ -77,7 +77,7 @@ def _geneval_images(
 
 def _read_metadata(path: pathlib.Path) -> Any:
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata = json_files.read(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): make the folder again") from None
     geneval.check_metadata(metadata, str(path))

@@ -17,7 +17,7 @@ import jinja2
 from sprint_jax.errors import UserError
 from sprint_jax.reporting import plots, rows
 from sprint_jax.reporting.rows import Row
-from sprint_jax.storage import files, run_files
+from sprint_jax.storage import files, json_files, run_files
 
 _TEMPLATE = "page.html"
 _EMBEDDED = 2**20  # bytes of an image; larger ones stay files of their own
@@ -131,10 +131,10 @@ def render(run_dir: str | os.PathLike) -> str:
 
 def _json(path: pathlib.Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        return json_files.read(path)
     except FileNotFoundError:
         return None
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): restore it from the run") from None
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 from sprint_jax.errors import UserError
 from sprint_jax.runtime.launchers import Place
+from sprint_jax.storage import json_files
 
 DIED = 3  # exit status of the remaining processes after one died
 _HELLO = 5.0  # seconds to answer once connected
@@ -262,7 +263,7 @@ def _receive(peer):
         if not byte:
             return None
         line += byte
-    return json.loads(line)
+    return json_files.parse(line)
 
 
 def _keep_alive(peer):

@@ -41,7 +41,7 @@ from sprint_jax.encoders import prompts as prompts_lib
 from sprint_jax.encoders import words as text_lib
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import generation
-from sprint_jax.storage import safetensors_files
+from sprint_jax.storage import json_files, safetensors_files
 
 FORMAT = "sprint_jax exported 1"
 HEADER, TOKENIZER, WEIGHTS = "header.json", "tokenizer.json", "weights.safetensors"
@@ -257,7 +257,7 @@ def load(path: pathlib.Path | str, say: Callable[[str], None] = lambda message: 
     """
     path = pathlib.Path(path)
     with _opened(path) as archive:
-        header = _header(path, json.loads(archive.read(HEADER)))
+        header = _header(path, json_files.parse(archive.read(HEADER)))
         here = jax_export.default_export_platform()
         if here not in header.platforms:
             raise UserError(

@@ -4,7 +4,6 @@ Networks are described first, then kernels are chosen, then arrays are read.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +21,7 @@ from sprint_jax.errors import UserError
 from sprint_jax.models.controlnet import Controlled, ControlNet
 from sprint_jax.ops import backend
 from sprint_jax.sampling.pipeline import Pipeline, computed
-from sprint_jax.storage import run_files, weights
+from sprint_jax.storage import json_files, run_files, weights
 
 DTYPES = ("bfloat16", "float32")
 Say = Callable[[str], None]
@@ -238,14 +237,9 @@ def read_config(path: pathlib.Path) -> config_lib.Config:
             f"{path} has no {run_files.CONFIG}, {folder.MODEL} or {folder.INDEX}: give the "
             "--workdir of a run, a converted model or a diffusers folder"
         )
-    try:
-        tree = json.loads((path / run_files.CONFIG).read_text())
-    except ValueError as error:
-        raise UserError(
-            f"{path / run_files.CONFIG} is not JSON ({error}): restore it from the run"
-        ) from None
+    tree = json_files.read_object(path / run_files.CONFIG, "restore it from the run")
     # diffusers' and transformers' own files.
-    if isinstance(tree, dict) and {"_class_name", "architectures"} & tree.keys():
+    if {"_class_name", "architectures"} & tree.keys():
         raise UserError(
             f"{path} holds one part of a published model: give the folder above it, "
             f"{path.resolve().parent}"

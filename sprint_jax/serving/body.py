@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from sprint_jax.serving import uploads
 from sprint_jax.serving.refused import Refused
+from sprint_jax.storage import json_files
 
 MOST_BYTES = 3 * uploads.MOST_BYTES  # two images in base64, which makes four bytes of three
 READ_SECONDS = 10.0  # for a whole body
@@ -44,12 +45,12 @@ def json_object(body: bytes) -> dict[str, Any]:
     if sum(body.count(mark) for mark in (b"[", b"{", b",")) > _MOST_MARKS:
         raise Refused(400, f"the body has more than {_MOST_MARKS} values: {_REMEDY}")
     try:
-        found = json.loads(body.decode(), object_pairs_hook=_pairs, parse_constant=_constant)
+        found = json_files.parse(body.decode(), pairs=_pairs, constant=_constant)
     except UnicodeDecodeError:
         raise Refused(400, "the body is not UTF-8: send a JSON object in UTF-8") from None
     except json.JSONDecodeError as error:
         raise Refused(400, f"the body is not JSON ({error}): {_REMEDY}") from None
-    except (ValueError, RecursionError):  # ValueError: integers of thousands of digits
+    except ValueError:  # integers of thousands of digits too
         reason = "numbers too long or brackets too deep"
         raise Refused(400, f"the body is not JSON ({reason}): {_REMEDY}") from None
     if not isinstance(found, dict):

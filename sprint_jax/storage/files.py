@@ -1,9 +1,48 @@
-"""Files that appear whole or not at all, and text in them."""
+"""Files and folders: which of them count, and how they are written.
+
+A file appears whole or not at all. A folder's hidden files and those that systems put beside a
+person's own are never seen.
+"""
 
 import contextlib
 import os
 import pathlib
+import re
 from collections.abc import Iterator
+
+from sprint_jax.errors import UserError
+
+# Folders that systems and tools make beside a person's own files.
+_OF_SYSTEMS = frozenset(
+    ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+)
+_REMOTE = re.compile(r"([a-z][a-z0-9+.-]*)://?", re.IGNORECASE)
+
+
+def local(path: str | os.PathLike, name: str) -> pathlib.Path:
+    """Return a path that a person gave, with a ~ at its beginning expanded.
+
+    name: of what gave the path, such as "--out". Raises UserError for an address such as
+    gs://bucket/folder, which would else become a folder of that name, and for a ~ of nobody.
+    """
+    text = os.fspath(path)
+    if remote := _REMOTE.match(text):
+        raise UserError(
+            f"{name}={text}: {remote[1]}:// is not read or written here: copy or mount it, and "
+            "give the local path"
+        )
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f"{name}={text}: this user has no home here: give the whole path") from None
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is passed over.
+
+    Its name begins with a dot (AppleDouble files, trash, caches), or a system made it.
+    """
+    return name.startswith(".") or name in _OF_SYSTEMS
 
 
 @contextlib.contextmanager
@@ -43,7 +82,8 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 def below(root: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yield the paths of all files below a folder, through links to folders as well.
 
-    A folder that several paths reach is visited once, by its own name if that is below `root`.
+    Hidden files and folders are passed over, whatever the name of `root` itself. A folder that
+    several paths reach is visited once, by its own name if that is below `root`.
     """
     seen, waiting = set(), [root]
     while waiting:
@@ -53,7 +93,24 @@ def below(root: str | os.PathLike) -> Iterator[pathlib.Path]:
                 folders.clear()
                 continue
             seen.add(real)
-            folders.sort()
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
             links = (os.path.join(folder, name) for name in folders)
             waiting += filter(os.path.islink, links)  # visited after all real folders
-            yield from (path for name in names if (path := pathlib.Path(folder, name)).is_file())
+            shown = (pathlib.Path(folder, name) for name in names if not is_hidden(name))
+            yield from (path for path in shown if path.is_file())
+
+
+def children(folder: str | os.PathLike) -> list[pathlib.Path]:
+    """Return the files and folders in a folder, sorted by name, without hidden ones."""
+    return sorted(p for p in pathlib.Path(folder).iterdir() if not is_hidden(p.name))
+
+
+def is_empty(folder: str | os.PathLike) -> bool:
+    """Return whether a folder holds nothing at all, hidden files included."""
+    return not any(pathlib.Path(folder).iterdir())
+
+
+def append(path: str | os.PathLike, text: str) -> None:
+    """Add UTF-8 text at the end of a file; make the file if there is none."""
+    with pathlib.Path(path).open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sprint_jax.errors import UserError
-from sprint_jax.storage import files
+from sprint_jax.storage import files, json_files
 
 
 def read(
@@ -38,7 +38,7 @@ def read(
         if not line.strip():
             continue
         try:
-            key, value, words = parse(json.loads(line))
+            key, value, words = parse(json_files.parse(line))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path} line {number} is not {kind} ({type(error).__name__}: {error}): see {form} "
@@ -63,7 +63,7 @@ def rows(
     lines = path.read_bytes().splitlines() if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json_files.parse(line)
         except ValueError:  # no JSON, or no UTF-8
             row = None
         if isinstance(row, dict) and keys <= row.keys():
@@ -80,5 +80,4 @@ def write(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def append(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
     """Add a row to a file."""
-    with pathlib.Path(path).open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    files.append(path, json.dumps(row) + "\n")

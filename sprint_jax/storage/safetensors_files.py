@@ -22,6 +22,7 @@ import safetensors
 import safetensors.numpy
 
 from sprint_jax.errors import UserError
+from sprint_jax.storage import json_files
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -105,7 +106,7 @@ def find(folder: str | os.PathLike, stem: str) -> dict[str, Tensor]:
             )
         raise UserError(f"{folder} has no {stem}.safetensors: download the whole folder")
     try:
-        placed = json.loads(index.read_text())["weight_map"]
+        placed = json_files.read(index)["weight_map"]
         files = {name: folder / pathlib.Path(file).name for name, file in placed.items()}
     except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{index} is not an index of safetensors files: copy it again") from None
@@ -218,8 +219,7 @@ def write(
             name: file for file, shard in zip(names, shards, strict=True) for name in shard
         },
     }
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (folder / f"{stem}.safetensors.index.json").write_text(text)
+    json_files.write(folder / f"{stem}.safetensors.index.json", index, sort_keys=True)
 
 
 def write_file(
@@ -269,7 +269,7 @@ def read_stream(file: IO[bytes]) -> Iterator[tuple[str, np.ndarray]]:
 
     Raises ValueError if the bytes do not fit the header.
     """
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header = json_files.parse(file.read(int.from_bytes(file.read(8), "little")))
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         data = file.read(end - start)

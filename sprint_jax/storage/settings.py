@@ -13,7 +13,6 @@ values and the remedy. Each command describes its own folder once, as a `Keeper`
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import pathlib
 import socket
@@ -21,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sprint_jax.errors import UserError
-from sprint_jax.storage import files, trees
+from sprint_jax.storage import files, json_files, trees
 
 LOCK = ".lock"
 
@@ -89,7 +88,9 @@ class Keeper:
             if output is not None and self.foreign is not None:
                 raise self._error(self.foreign, folder, found=output)
         elif output is not None or not self.reclaimable:
-            for key, old, new in _differences({**self.defaults, **recorded}, _plain(settings)):
+            for key, old, new in _differences(
+                {**self.defaults, **recorded}, json_files.plain(dict(settings))
+            ):
                 if not key.startswith(self.free):
                     raise self._error(self.refusal, folder, key=key, old=old, new=new)
 
@@ -103,7 +104,7 @@ class Keeper:
         with self.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.check(folder, settings)
-        if self.recorded(folder) != _plain(settings):
+        if self.recorded(folder) != json_files.plain(dict(settings)):
             self._write(folder, settings)
         self.check(folder, settings)  # another process may have claimed it in the meantime
 
@@ -116,7 +117,7 @@ class Keeper:
         if not path.exists():
             return None
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json_files.read(path)
             settings = content if self.section is None else content[self.section]
             missing = sorted(self.required - settings.keys())
             why = f"it lacks {missing[0]}" if missing else None
@@ -139,13 +140,13 @@ class Keeper:
 
     def _write(self, folder, settings):
         path = folder / self.file
-        content = _plain(settings)
+        content = json_files.plain(dict(settings))
         if self.section is not None:
-            others = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            others = json_files.read(path) if path.exists() else {}
             content = {**others, self.section: content}
         own = path.with_name(f"{self.file}.{socket.gethostname()}.{os.getpid()}")
         with self.writing(folder):
-            files.write_text(own, json.dumps(content, indent=2) + "\n")
+            json_files.write(own, content)
             os.replace(own, path)
 
     def _output(self, folder):
@@ -153,17 +154,12 @@ class Keeper:
         if not folder.is_dir():
             return None
         known = (LOCK, *self.no_output)
-        names = sorted(child.name for child in folder.iterdir())
+        names = [child.name for child in files.children(folder)]
         return next((n for n in names if n not in known and not n.startswith(self.file)), None)
 
     def _error(self, template, folder, **values):
         path = folder / self.file
         return UserError(template.format(folder=folder, path=path, flag=self.flag, **values))
-
-
-def _plain(settings):
-    """Return the settings as JSON gives them back: tuples are lists."""
-    return json.loads(json.dumps(dict(settings)))
 
 
 def _differences(old, new):

@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from sprint_jax.errors import UserError
+from sprint_jax.storage import files
 from sprint_jax.training import hosts
 
 _DAMAGED = "damaged-"
@@ -93,7 +94,7 @@ class Checkpoints:
             raise self._cannot_write(error) from None
 
     def _cannot_write(self, error):
-        whole = sorted(int(p.name) for p in self._directory.iterdir() if p.name.isdigit())
+        whole = sorted(int(p.name) for p in files.children(self._directory) if p.name.isdigit())
         last = (
             f"the checkpoint of step {whole[-1]} is whole" if whole else "there is no earlier one"
         )

@@ -13,7 +13,7 @@ from sprint_jax.encoders import load
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import loading
 from sprint_jax.sampling.options import say
-from sprint_jax.storage import weights
+from sprint_jax.storage import files, weights
 from sprint_jax.training import datasets
 
 
@@ -85,7 +85,7 @@ def identity(encoders: Any, path: str | pathlib.Path) -> str:
     ):
         digest.update(repr(model).encode())
         weights.feed(digest, params)
-    for file in sorted((pathlib.Path(path) / "tokenizer").iterdir()):
+    for file in files.children(pathlib.Path(path) / "tokenizer"):
         if file.is_file():
             digest.update(file.name.encode() + file.read_bytes())
     digest.update(encoders.text.prompts.prefix.tobytes())

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sprint_jax.errors import UserError
+from sprint_jax.storage import json_files
 
 _ROOM = 16384  # bytes of an identity
 
@@ -77,7 +78,7 @@ def compare(identity: dict[str, Any]) -> None:
         raise ValueError(f"identity of {len(text)} bytes; the room is {_ROOM}")
     padded = np.frombuffer(text.ljust(_ROOM), np.uint8)
     everyone = multihost_utils.process_allgather(padded)
-    first, *others = (json.loads(row.tobytes()) for row in np.asarray(everyone))
+    first, *others = (json_files.parse(row.tobytes()) for row in np.asarray(everyone))
     for process, other in enumerate(others, 1):
         for what in sorted(first.keys() | other.keys()):
             if first.get(what) != other.get(what):

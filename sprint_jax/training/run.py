@@ -8,7 +8,6 @@ process 0 writes what people read.
 import contextlib
 import dataclasses
 import hashlib
-import json
 import pathlib
 import sys
 import time
@@ -21,7 +20,7 @@ from sprint_jax import config as config_lib
 from sprint_jax.errors import UserError
 from sprint_jax.objectives.base import PyTree
 from sprint_jax.reporting import page
-from sprint_jax.storage import run_files, trees, weights
+from sprint_jax.storage import files, json_files, run_files, trees, weights
 from sprint_jax.training import datasets, hosts, loop, scores, sharding, stages, workdirs
 from sprint_jax.training.records import Records
 from sprint_jax.training.stage import Say, silent
@@ -111,8 +110,9 @@ def _identity(config):
     """Return what all processes must have in common."""
     flat = trees.flatten(config_lib.to_dict(config))
     source = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
-        source.update(path.read_bytes())
+    for path in sorted(files.below(pathlib.Path(__file__).parents[1])):
+        if path.suffix == ".py":
+            source.update(path.read_bytes())
     return {f"config.{k}": v for k, v in flat.items()} | {
         "the version of jax": jax.__version__,
         "the version of Python": sys.version.split()[0],
@@ -185,8 +185,8 @@ def _keep(job, file, params):
 def read_config(workdir: pathlib.Path) -> config_lib.Config:
     """Return the config of a work directory. Raises UserError for anything that is not one."""
     try:
-        return config_lib.parse(json.loads((workdir / run_files.CONFIG).read_text()))
-    except (OSError, json.JSONDecodeError) as error:
+        return config_lib.parse(json_files.read(workdir / run_files.CONFIG))
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{workdir} is no work directory of a run ({error}): give the --workdir of one"
         ) from None

@@ -3,7 +3,6 @@ and noise.
 """
 
 import dataclasses
-import json
 import resource
 import time
 from typing import Any
@@ -17,7 +16,7 @@ from sprint_jax.conditioning import sketches
 from sprint_jax.diffusion import samplers
 from sprint_jax.evaluation.heldout import Evaluator
 from sprint_jax.sampling import programs
-from sprint_jax.storage import files, image_files, revision, run_files
+from sprint_jax.storage import image_files, json_files, revision, run_files
 from sprint_jax.training import hosts
 
 STUDENT_STEPS = (1, 2, 4)
@@ -48,7 +47,7 @@ def evaluate(job: Any, teacher: Any, student: Any, begin: float) -> dict:
     config, done = job.config, job.workdir / run_files.SUMMARY
     if hosts.exists(done):
         job.say(f"evaluation: done before, {done}")
-        return json.loads(done.read_text())
+        return json_files.read(done)
     results, grids = {}, {}
     if job.data.pixels is None:
         job.say(
@@ -59,7 +58,7 @@ def evaluate(job: Any, teacher: Any, student: Any, begin: float) -> dict:
     summary = _summary(results, begin)
     if hosts.primary():
         _save_grids(config, job.workdir, grids, job.records)
-        files.write_text(done, json.dumps(summary, indent=2) + "\n")
+        json_files.write(done, summary)
         if results:
             job.say(_table(summary))
     return summary

@@ -1,12 +1,11 @@
 """The work directory of a run: claimed by one process, kept to one config."""
 
 import contextlib
-import json
 import pathlib
 
 from sprint_jax import config as config_lib
 from sprint_jax.errors import UserError
-from sprint_jax.storage import run_files, settings
+from sprint_jax.storage import json_files, run_files, settings
 
 _KEEPER = settings.Keeper(
     file=run_files.CONFIG,
@@ -51,5 +50,5 @@ def write_config(config: config_lib.Config, workdir: pathlib.Path) -> None:
 def _json(path):
     """Return what a JSON file holds, None where it holds none."""
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json_files.read(path)
     return None

@@ -20,7 +20,7 @@ from sprint_jax.models.dc_ae import DCAE_F32C32  # noqa: E402
 from sprint_jax.models.gemma2 import GEMMA2_2B  # noqa: E402
 from sprint_jax.models.linear_dit import SANA_600M  # noqa: E402
 from sprint_jax.sampling import generation, loading  # noqa: E402
-from sprint_jax.storage import safetensors_files, weights  # noqa: E402
+from sprint_jax.storage import json_files, safetensors_files, weights  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:prompt")
 PARTS = {
@@ -146,7 +146,7 @@ def test_native_names(tmp_path):
     assert read_raw(tmp_path / "out" / "transformer", PARTS["transformer"]) == read_raw(
         tmp_path / "theirs", PARTS["transformer"]
     )
-    assert configs.read_json(tmp_path / "out/transformer/config.json")["guidance_embeds"] is True
+    assert json_files.read(tmp_path / "out/transformer/config.json")["guidance_embeds"] is True
 
 
 def _native_names():

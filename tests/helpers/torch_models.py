@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike
 
-from sprint_jax.conversion import configs, rules, tables
-from sprint_jax.storage import safetensors_files
+from sprint_jax.conversion import rules, tables
+from sprint_jax.storage import json_files, safetensors_files
 
 
 def to_torch(x: np.ndarray) -> torch.Tensor:
@@ -36,7 +36,7 @@ def converted(
     makes our model from the module's config.json.
     """
     module.save_pretrained(tmp_path)
-    model = describe(configs.read_json(tmp_path / "config.json"))
+    model = describe(json_files.read(tmp_path / "config.json"))
     stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     found = safetensors_files.find(tmp_path, stem)

@@ -16,8 +16,8 @@ PACKAGE = ROOT / "sprint_jax"
 # Who may import whom, between areas; what is not listed is forbidden. Reading order, leaves first.
 ALLOWED = {
     "errors": set(),
-    "runtime": {"errors"},
     "storage": {"errors"},
+    "runtime": {"errors", "storage"},
     "ops": set(),
     "models": {"ops"},
     "diffusion": {"errors"},
@@ -220,3 +220,53 @@ def test_sentences_are_plain(path):
     """Fails for a word that the project's prose avoids."""
     found = ODD.search(path.read_text())
     assert not found, f"{path.name}: {found.group()}"
+
+
+# {the room: the calls that it alone makes}.
+ROOMS = {
+    "json_files.py": {"json.load", "json.loads"},
+    "files.py": {"os.walk", "os.listdir", "os.scandir", ".rglob", ".iterdir"},
+}
+
+
+def called(call):
+    """Return "module.function" and ".method" of a call."""
+    if not isinstance(call.func, ast.Attribute):
+        return {call.func.id} if isinstance(call.func, ast.Name) else set()
+    names = {"." + call.func.attr}
+    if isinstance(call.func.value, ast.Name):
+        names.add(f"{call.func.value.id}.{call.func.attr}")
+    return names
+
+
+def writes(call):
+    """Return whether a call opens a path for writing beside the `partial` of files.whole."""
+    names = called(call)
+    receiver = call.func.value if isinstance(call.func, ast.Attribute) else None
+    opens = bool(names & {"open", ".open"})
+    path = call.args[0] if names & {"open"} and call.args else receiver
+    modes = [a.value for a in [*call.args, *(k.value for k in call.keywords)]
+        if isinstance(a, ast.Constant) and isinstance(a.value, str)]  # fmt: skip
+    mode = opens and any(re.fullmatch("[wax]b?[+]?|r[+]b?|rb[+]", m) for m in modes)
+    text = bool(names & {".write_text", ".write_bytes"}) and "files.write_text" not in names
+    return (mode or text) and not (isinstance(path, ast.Name) and path.id in ("partial", "archive"))
+
+
+def calls():
+    for path in files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                yield path, node
+
+
+def test_walking_and_reading_json_have_one_room_each():
+    for path, call in calls():
+        for room, names in ROOMS.items():
+            found = called(call) & names
+            assert not found or path.name == room, f"{path}:{call.lineno} {found}: use {room}"
+
+
+def test_files_are_opened_for_writing_in_storage_alone():
+    for path, call in calls():
+        inside = area(path) == "storage"
+        assert inside or not writes(call), f"{path}:{call.lineno}: use storage/files.py"
