@@ -20,15 +20,16 @@ from typing import Literal
 
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import cli
+from sprint_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(files.Paths):
     """Options of `python -m benchmarks`."""
 
     suite: Literal["cpu", "gpu", "kernels"] | None = None
     """What to measure."""
-    out: str | None = None
+    out: files.LocalPath | None = None
     """JSON file for the rows."""
     only: tuple[str, ...] | None = None
     """Names of the cases to run, * for anything; default: all of the suite."""

@@ -21,18 +21,18 @@ import tempfile
 import time
 
 from sprint_jax.runtime import cli
-from sprint_jax.storage import json_lines, run_files
+from sprint_jax.storage import files, json_lines, run_files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(files.Paths):
     """Options of `python -m benchmarks.kill_resume`."""
 
     kills: int = 20
     """How often to kill."""
     seed: int = 0
     """Selects the moments."""
-    out: str | None = None
+    out: files.LocalPath | None = None
     """Keep both work directories there; default: a directory that is removed."""
 
 

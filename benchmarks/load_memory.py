@@ -11,13 +11,14 @@ from typing import Literal
 import jax
 
 from sprint_jax.runtime import cli
+from sprint_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(files.Paths):
     """Options of `python -m benchmarks.load_memory`."""
 
-    model: str = ""
+    model: files.LocalPath = ""
     """Diffusers or converted folder."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights and arithmetic."""

@@ -98,7 +98,8 @@ class Source:
                 return self.type(parts[0])
             if kind in ("tuple", "list", "Sequence"):
                 return f"list of {self.type(parts[0])}"
-        return ast.unparse(annotation).rpartition(".")[2]
+        name = ast.unparse(annotation).rpartition(".")[2]
+        return "path" if name == "LocalPath" else name
 
 
 def source(*folders: pathlib.Path) -> Source:

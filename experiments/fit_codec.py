@@ -14,17 +14,17 @@ from sprint_jax.data import captioned, sources
 from sprint_jax.encoders import patches
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import cli
-from sprint_jax.storage import crops, weights
+from sprint_jax.storage import crops, files, weights
 from sprint_jax.toy import shapes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(files.Paths):
     """Options of `python -m experiments.fit_codec`."""
 
-    file: str = ""
+    file: files.LocalPath = ""
     """Safetensors file to write."""
-    of: str = ""
+    of: files.LocalPath = ""
     """Images to fit it to, as `sprint-jax encode` reads them; '' draws shapes."""
     size: int = 32
     """Side of the images in pixels."""

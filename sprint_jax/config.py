@@ -26,6 +26,7 @@ from sprint_jax.objectives.scm import Scm
 from sprint_jax.objectives.scm_ladd import ScmLadd
 from sprint_jax.optim.optimizers import Optimizer
 from sprint_jax.runtime.renamed_keys import RENAMED
+from sprint_jax.storage import files
 
 Problems = Iterator[tuple[str, str]]
 
@@ -34,9 +35,9 @@ Problems = Iterator[tuple[str, str]]
 class Data:
     """The data set."""
 
-    encoded: str
+    encoded: files.LocalPath
     """Folder made by `sprint-jax encode`; "" draws the embedded shapes as they are needed."""
-    model: str
+    model: files.LocalPath
     """Folder (diffusers or converted) of the autoencoder and text encoder that made it; "" for
     this config's.
     """
@@ -107,7 +108,7 @@ class Codec:
     """Pixels per latent cell along each side."""
     scale: float
     """Makes the latents' root mean square near one."""
-    weights: str
+    weights: files.LocalPath
     """Principal components, a .safetensors file or "package:NAME"; "" keeps every pixel value."""
     channels: int
     """Components in that file (3 block^2 without one)."""
@@ -171,11 +172,11 @@ class Model:
 class Teacher:
     """The network that is distilled: where it comes from, and what it is first trained as."""
 
-    pretrained: str
+    pretrained: files.LocalPath
     """Weights to use instead of training: a .safetensors file, "package:NAME" or a folder; ""
     trains here.
     """
-    start: str
+    start: files.LocalPath
     """Weights that training here begins from, as for pretrained; "" begins from random ones."""
     base_qk_norm: bool
     """Whether the base network, which a fine-tune begins from, has QK-norm."""
@@ -192,7 +193,7 @@ class Control:
     condition: Literal["edges", "scribble", "hed"]
     """What is made of each image (encoded data must hold the same); see `sprint_jax.conditioning`.
     """
-    pretrained: str
+    pretrained: files.LocalPath
     """Weights of a multi-step ControlNet to use instead of training; "" trains it here."""
     freehand: float
     """Probability that a drawn example has its objects anywhere and a rough sketch, as a person
@@ -427,7 +428,7 @@ def _section(kind: type, tree: Any, path: str) -> Any:
     """Build a dataclass from a dict, checking names, types and the section's own rules."""
     if not isinstance(tree, dict):
         raise UserError(f"{path} {tree!r}: give a section with keys")
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     fields = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
     for name in tree:
         if name not in fields:
@@ -450,6 +451,8 @@ def _shown(value: Any) -> str:
 
 def _value(hint: Any, value: Any, path: str) -> Any:
     """Check one value against its type. Raises UserError naming the key, the value and the type."""
+    if files.is_path(hint) and isinstance(value, str):
+        return files.given(value, path)
     if hint is Settings:
         kind = value.get("kind", "") if isinstance(value, dict) else value
         return _section(objective_class(kind, path), value, path)
@@ -473,6 +476,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 def _named(hint: Any) -> str:
     """Name a type for people."""
+    hint = str if files.is_path(hint) else hint
     names = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
     if typing.get_origin(hint) is Literal:
         return " or ".join(map(str, typing.get_args(hint)))

@@ -6,7 +6,7 @@ on one machine or many, run as one: see `launch/`.
 
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from sprint_jax.commands import train
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import cards, cli, huge_pages
+from sprint_jax.storage import files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Card: a file, with :PRESET if any.")
 _WORKDIR = flags.DEFINE_string(
@@ -53,11 +54,24 @@ def main(arguments: Sequence[str]) -> None:
 def parse_flags(arguments: list[str]) -> list[str]:
     """Parse the flags as absl does; an unknown flag, key or preset ends in one line."""
     try:
-        return flags.FLAGS(arguments)
+        return flags.FLAGS(list(_expanded(arguments)))
     except UserError as error:
         cli.fail(error)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError) as error:
         cli.fail(cards.explain(error, arguments))
+
+
+def _expanded(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the arguments, with the path of --config checked and expanded: absl imports it."""
+    before = ""
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if equals and flag.lstrip("-") == "config":
+            yield f"{flag}={files.given(value, '--config')}"
+        else:
+            named = before.lstrip("-") == "config" and before.startswith("-")
+            yield files.given(argument, "--config") if named else argument
+        before = argument
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from typing import Literal
 from experiments.ablations import grid, suite
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import cards, cli, huge_pages
+from sprint_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(files.Paths):
     """Options of `python -m experiments.ablations`."""
 
     suite: Literal["paper", "followups"] = "paper"
@@ -28,11 +29,11 @@ class Options:
     """Tables and figures to make, by name, instead of all of the suite."""
     seeds: int = 3
     """Runs of each configuration."""
-    workdir: str | None = None
+    workdir: files.LocalPath | None = None
     """Directory of the runs; default: runs/ablate_SCALE."""
     report_only: bool = False
     """Render the report from existing results; run nothing."""
-    report: str | None = None
+    report: files.LocalPath | None = None
     """Markdown file to write, with plots in a folder beside it; default: WORKDIR/ablations.md."""
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import cli
+from sprint_jax.storage import files
 from sprint_jax.storage.settings import Keeper
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(files.Paths):
     """Options of `python -m experiments.emoji`."""
 
-    to_dir: str = ""
+    to_dir: files.LocalPath = ""
     """Folder to make the data set in."""
     side: int = 64
     """Side of the images in pixels, 64 to 128."""
@@ -34,7 +35,7 @@ class Options:
     """Images to make."""
     data_seed: int = 0
     """Selects the images; another number makes others."""
-    font: str | None = None
+    font: files.LocalPath | None = None
     """NotoColorEmoji.ttf; default: where Debian's fonts-noto-color-emoji puts it."""
 
 

@@ -9,15 +9,16 @@ import pathlib
 
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import cli
+from sprint_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(files.Paths):
     """Options of `sprint-jax average`."""
 
-    runs: tuple[str, ...] = ()
+    runs: tuple[files.LocalPath, ...] = ()
     """Work directories of two or more finished runs, with commas between."""
-    averaged: str = ""
+    averaged: files.LocalPath = ""
     """Folder to make, for the averaged student."""
 
 

@@ -4,9 +4,8 @@
     hed        --weights=ControlNetHED.pth (or .safetensors): soft edges of the published detector
     scribble   --weights as for hed: strokes along its edges, of --thickness
 
-Writes white lines on black, one PNG per image under the image's name. Existing files are kept: run
-the command again to resume. A folder refuses other settings than its own. hed and scribble have the
-size that the detector saw, edges that of the image.
+Writes white lines on black, a PNG per image under its name. Existing files are kept: run the
+command again to resume. hed and scribble have the size that the detector saw.
 """
 
 import dataclasses
@@ -14,13 +13,14 @@ import pathlib
 from typing import Literal
 
 from sprint_jax.runtime import cli, compile_cache
+from sprint_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(files.Paths):
     """Options of `sprint-jax condition`."""
 
-    images: str = ""
+    images: files.LocalPath = ""
     """Folder of images."""
     kind: Literal["edges", "hed", "scribble"] | None = None
     """What to draw of them."""
@@ -28,11 +28,11 @@ class Options:
     """scribble: width of strokes, 0 (thinned) to 24 in published training; default 1."""
     detect_resolution: int | None = None
     """hed, scribble: short side that the detector sees, in pixels; default 512."""
-    weights: str | None = None
+    weights: files.LocalPath | None = None
     """hed, scribble: ControlNetHED.pth or .safetensors."""
-    save_weights: str | None = None
+    save_weights: files.LocalPath | None = None
     """Write the weights of a .pth as safetensors here, and end."""
-    out: str = ""
+    out: files.LocalPath = ""
     """Folder to make, or to resume."""
 
 

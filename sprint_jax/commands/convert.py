@@ -14,17 +14,18 @@ import functools
 import pathlib
 
 from sprint_jax.runtime import cli
+from sprint_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(files.Paths):
     """Options of `sprint-jax convert`."""
 
-    from_: str = ""
+    from_: files.LocalPath = ""
     """Folder or native .safetensors file to convert."""
-    to: str = ""
+    to: files.LocalPath = ""
     """Folder to make; it must not exist or be empty."""
-    instruction: str | None = None
+    instruction: files.LocalPath | None = None
     """Text file with the instruction before each prompt ('' for none); default: of diffusers."""
 
 

@@ -10,17 +10,18 @@ import dataclasses
 import pathlib
 
 from sprint_jax.runtime import cli
+from sprint_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(files.Paths):
     """Options of `sprint-jax extract`."""
 
-    run_dir: str = ""
+    run_dir: files.LocalPath = ""
     """Work directory of a run, its --workdir."""
     stage: str = "sprint"
     """Phase whose checkpoint is read; in the cards teacher, finetune, control or sprint."""
-    to_file: str = ""
+    to_file: files.LocalPath = ""
     """Safetensors file to write."""
 
 

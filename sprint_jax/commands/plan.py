@@ -16,19 +16,20 @@ import functools
 import pathlib
 
 from sprint_jax.runtime import cards, cli
+from sprint_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(files.Paths):
     """Options of `sprint-jax plan`."""
 
-    config: str = ""
+    config: files.LocalPath = ""
     """Card, NAME[:PRESET] or FILE.py[:PRESET]; --config.KEY=VALUE replaces its values."""
     overrides: tuple[str, ...] = ()
     """KEY=VALUE for each replaced value."""
     topology: str = ""
     """Device and its numbers, for example v5e:16x16 or h200:8x8."""
-    table: str | None = None
+    table: files.LocalPath | None = None
     """File to add the table to, as markdown."""
 
 

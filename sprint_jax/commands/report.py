@@ -7,13 +7,14 @@ import dataclasses
 import pathlib
 
 from sprint_jax.runtime import cli
+from sprint_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(files.Paths):
     """Options of `sprint-jax report`."""
 
-    run_dir: str = ""
+    run_dir: files.LocalPath = ""
     """Work directory of a run, its --workdir."""
 
 

@@ -12,13 +12,14 @@ from typing import Literal
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import compile_cache
 from sprint_jax.sampling.options import ModelOptions, model_or_shipped
+from sprint_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(ModelOptions):
     """Options of `sprint-jax serve`."""
 
-    model: str = ""
+    model: files.LocalPath = ""
     """Diffusers folder, converted folder, run directory, or exported file; default: the student of
     shapes that ships with the code."""
     attention: Literal["plain", "pallas"] | None = None

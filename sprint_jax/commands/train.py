@@ -1,8 +1,7 @@
 """Train a model: the main job, the same as `python -m sprint_jax.main`.
 
---config is the name of a shipped card, with a preset if you like (sprint, sprint:smoke), or the
-path of a card's file. --config.KEY=VALUE replaces a value of it: --config.phases.sprint.steps=400.
-Run the command again to resume. launch/ starts several processes that run as one.
+--config is a shipped card, perhaps with a preset (sprint, sprint:smoke), or the path of a card's
+file. Run the command again to resume. launch/ starts several processes that run as one.
 """
 
 import dataclasses
@@ -12,17 +11,18 @@ import pathlib
 from ml_collections import ConfigDict
 
 from sprint_jax.runtime import cards, compile_cache, distributed, launchers, quick_compile
+from sprint_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(files.Paths):
     """Options of `sprint-jax train`."""
 
-    config: str = ""
+    config: files.LocalPath = ""
     """Card, NAME[:PRESET] or FILE.py[:PRESET]; --config.KEY=VALUE replaces its values."""
     overrides: tuple[str, ...] = ()
     """KEY=VALUE for each replaced value."""
-    workdir: str | None = None
+    workdir: files.LocalPath | None = None
     """Directory of the run; default: runs/ and the names of card and preset."""
     coordinator: str | None = None
     """host:port of process 0 (the next port is used too)."""

@@ -5,26 +5,27 @@ import pathlib
 from typing import TYPE_CHECKING, Literal
 
 from sprint_jax.errors import UserError
+from sprint_jax.storage import files
 
 if TYPE_CHECKING:
     from sprint_jax.conditioning.detector import Lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(files.Paths):
     """Options of `sprint-jax encode`."""
 
-    source: str = ""
+    source: files.LocalPath = ""
     """Folder of captioned images: WebDataset tars, TFDS, or plain files."""
-    encoder: str = ""
+    encoder: files.LocalPath = ""
     """Diffusers or converted folder, or card NAME[:PRESET] or FILE.py[:PRESET]."""
-    encoded: str = ""
+    encoded: files.LocalPath = ""
     """Folder to make, or to resume."""
     text: Literal["features", "tokens"] = "features"
     """Store text features, or tokens (far smaller)."""
     caption_field: str = "prompt"
     """Field that holds captions, where the source has fields."""
-    caption_instruction: str | None = None
+    caption_instruction: files.LocalPath | None = None
     """Text file with the instruction before each caption; '' for none; default: the model's."""
     encode_dtype: Literal["bfloat16", "float32"] | None = None
     """Of the text encoder; default: bfloat16, on a CPU float32."""
@@ -36,7 +37,7 @@ class Options:
     """
     condition: Literal["none", "edges", "hed", "scribble"] = "none"
     """Lines to store for a ControlNet."""
-    hed_weights: str | None = None
+    hed_weights: files.LocalPath | None = None
     """hed, scribble: ControlNetHED.pth or .safetensors."""
     thickness: int | None = None
     """scribble: of strokes, in pixels; default: drawn for each example from 0 to 24, as published.

@@ -147,6 +147,8 @@ def _check_settings(out, settings):
     images = out / PICTURES
     if not (out / PROTOCOL).exists() and images.is_dir() and not files.is_empty(images):
         raise UserError(f"{images} holds images and {PROTOCOL} is missing: choose another --out")
+    if not (out / PROTOCOL).exists() and (out / MANIFEST).exists():
+        raise UserError(f"{out} holds images of sprint-jax sample: choose another --out")
 
 
 def _rows(out, units):

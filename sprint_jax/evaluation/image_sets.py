@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.prompt_sets import Prompt
-from sprint_jax.storage import files, json_files
+from sprint_jax.storage import files, json_files, json_lines
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _UNREADABLE = (
@@ -39,11 +39,13 @@ def with_prompts(
     """Return the paths of the images of a folder, and the prompt of each.
 
     The image of a prompt is its file ID.png. prompts: None to read manifest.jsonl, in the folder or
-    beside it. Raises UserError for prompts without an image, with their count.
+    beside it. Raises UserError for prompts without an image, with their count, and for prompts
+    beside a folder of several commands, whose images their ids do not tell apart.
     """
     folder = pathlib.Path(folder)
     if prompts is None:
         return _by_manifest(folder)
+    _check_one_command(folder)
     by_name = {path.relative_to(folder).with_suffix("").as_posix(): path for path in found(folder)}
     absent = [p.id for p in prompts if p.id not in by_name]
     if absent:
@@ -51,6 +53,16 @@ def with_prompts(
             f"{len(absent)} of {len(prompts)} prompts have no image in {folder}, first {absent[0]}"
         )
     return [by_name[p.id] for p in prompts], [p.text for p in prompts]
+
+
+def _check_one_command(folder):
+    rows = json_lines.rows(folder / "manifest.jsonl", ("file", "index"))
+    commands = sum(row["index"] == 0 for row in rows)
+    if commands > 1:
+        raise UserError(
+            f"{folder} holds images of {commands} commands: leave --prompts out, which scores all "
+            "by manifest.jsonl, or draw into a folder of their own"
+        )
 
 
 def _by_manifest(folder):

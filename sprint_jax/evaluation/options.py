@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from sprint_jax.sampling.options import ImageOptions
+from sprint_jax.storage import files
 
 SUITES = ("shapes", "fid", "clip", "geneval", "dpg", "imagereward")
 _PER_PROMPT = {"geneval": 4, "dpg": 4}  # official; other suites have one
@@ -15,9 +16,9 @@ class Options(ImageOptions):
 
     suite: Literal["shapes", "fid", "clip", "geneval", "dpg", "imagereward"] | None = None
     """What to measure."""
-    folder: str | None = None
+    folder: files.LocalPath | None = None
     """Score these images instead of generating some."""
-    prompts: str | None = None
+    prompts: files.LocalPath | None = None
     """File of prompts: text, one a line, or the file of a benchmark."""
     first: int | None = None
     """Only the first N prompts; default: all (shapes: 256)."""
@@ -27,15 +28,15 @@ class Options(ImageOptions):
     """Of the generated images; SANA's FID is of JPEG."""
     shard: str | None = None
     """i/n: generate only every n-th image, from i = 0, and score nothing."""
-    weights: str | None = None
+    weights: files.LocalPath | None = None
     """fid: Inception weights, a file. clip: a folder."""
     unpublished_weights: bool = False
     """fid: accept other weights than the published ones; not FID."""
-    save_weights: str | None = None
+    save_weights: files.LocalPath | None = None
     """Write the Inception weights of a .pth as safetensors here, and end."""
-    reference: str | None = None
+    reference: files.LocalPath | None = None
     """fid: npz with mu and sigma, or a folder of real images."""
-    save_reference: str | None = None
+    save_reference: files.LocalPath | None = None
     """fid: write the statistics of the images to this npz."""
     fid_resize: Literal["pytorch-fid", "clean-fid"] = "pytorch-fid"
     """How images become 299 x 299."""
@@ -43,9 +44,9 @@ class Options(ImageOptions):
     """fid: bring images to this side first (bilinear, then the middle); SANA's FID has 512."""
     scoring_batch: int = 32
     """Images that a scoring network sees at a time."""
-    detections: str | None = None
+    detections: files.LocalPath | None = None
     """geneval: JSON lines of detections (sprint_jax/evaluation/geneval.py)."""
-    answers: str | None = None
+    answers: files.LocalPath | None = None
     """dpg: JSON lines of answers (sprint_jax/evaluation/dpg.py)."""
     grid: bool = False
     """geneval: also write grid.png for each prompt."""

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from sprint_jax.errors import UserError
 from sprint_jax.runtime.renamed_keys import renamed
+from sprint_jax.storage import files
 
 _PACKAGE = "sprint_jax.cards"
 
@@ -29,11 +30,12 @@ def load(card: str, overrides: Sequence[str] = (), *, flag: str = "config") -> C
       overrides: KEY=VALUE each, values as on the command line.
       flag: the option that gave the card, for error messages.
 
-    Raises UserError if there is no such card, preset or key, and for a value of another type.
+    Raises UserError if there is no such card, preset or key, for a value of another type, and for
+    an address instead of a file.
     """
     if not card:
         raise UserError(f"--{flag} is missing: use --{flag}=configs/sprint.py")
-    name, preset = split(card)
+    name, preset = split(files.given(card, f"--{flag}"))
     module = _import_file(name, card, flag) if name.endswith(".py") else _import_name(name, flag)
     get_config: Any = getattr(module, "get_config", None)
     if not callable(get_config):

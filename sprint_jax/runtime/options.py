@@ -3,8 +3,9 @@
 `parse` builds one from arguments, Python callers build it themselves.
 
 A field's type decides its form on the command line: `str`, `int`, `float`, `Literal` and `bool` are
-single flags, `tuple[X, ...]` is one flag with commas between values, `list[str]` is a flag that may
-be repeated, and `X | None` is any of these without a default. The string below a field is its help.
+single flags, `files.LocalPath` is a text that names a file or folder, `tuple[X, ...]` is one flag
+with commas between values, `list[str]` is a flag that may be repeated, and `X | None` is any of
+these without a default. The string below a field is its help.
 A trailing underscore is dropped from a flag's name: `from_` is `--from`.
 """
 
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 from sprint_jax.errors import UserError
+from sprint_jax.storage import files
 
 T = TypeVar("T")
 
@@ -152,11 +154,12 @@ class Flag:
 def flags(options: type) -> dict[str, Flag]:
     """Return {field: flag} of a dataclass of options."""
     hints, help_of, found = typing.get_type_hints(options), field_docs(options), {}
+    marked = typing.get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
         default, hint = _default(field), hints[field.name]
         found[field.name] = Flag(
             name=_flag(field),
-            value="" if hint is bool else _placeholder(hint),
+            value="" if hint is bool else _placeholder(hint, files.is_path(marked[field.name])),
             default="" if default in (None, "", (), []) or hint is bool else _shown(default),
             help=" ".join(help_of.get(field.name, "").split()),
         )
@@ -229,12 +232,12 @@ def _kind(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def _placeholder(hint: Any) -> str:
+def _placeholder(hint: Any, path: bool) -> str:
     kind, several = _kind(hint)
     if typing.get_origin(kind) is list:
         (kind,) = typing.get_args(kind)
     choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-    word = f"{{{','.join(choices)}}}" if choices else _WORDS[kind]
+    word = f"{{{','.join(choices)}}}" if choices else "PATH" if path else _WORDS[kind]
     return word + (",..." if several else "")
 
 

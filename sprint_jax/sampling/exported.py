@@ -41,7 +41,7 @@ from sprint_jax.encoders import prompts as prompts_lib
 from sprint_jax.encoders import words as text_lib
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import generation
-from sprint_jax.storage import json_files, safetensors_files
+from sprint_jax.storage import files, json_files, safetensors_files
 
 FORMAT = "sprint_jax exported 1"
 HEADER, TOKENIZER, WEIGHTS = "header.json", "tokenizer.json", "weights.safetensors"
@@ -255,7 +255,7 @@ def load(path: pathlib.Path | str, say: Callable[[str], None] = lambda message: 
     say: called with a line before the weights are read. Raises UserError for a file that is not a
     whole exported one, is of another format, or is for another platform.
     """
-    path = pathlib.Path(path)
+    path = files.local(path, "path")
     with _opened(path) as archive:
         header = _header(path, json_files.parse(archive.read(HEADER)))
         here = jax_export.default_export_platform()

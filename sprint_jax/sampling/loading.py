@@ -21,7 +21,7 @@ from sprint_jax.errors import UserError
 from sprint_jax.models.controlnet import Controlled, ControlNet
 from sprint_jax.ops import backend
 from sprint_jax.sampling.pipeline import Pipeline, computed
-from sprint_jax.storage import json_files, run_files, weights
+from sprint_jax.storage import files, json_files, run_files, weights
 
 DTYPES = ("bfloat16", "float32")
 Say = Callable[[str], None]
@@ -101,13 +101,13 @@ def load(
 
     Raises UserError for anything that is not a whole model of one of the three kinds.
     """
-    path = pathlib.Path(path)
+    path = files.local(path, "path")
     how = Options(
         dtype=dtype,
         pixels_dtype=pixels_dtype,
         attention=attention,
-        controlnet=controlnet,
-        instruction=instruction,
+        controlnet=controlnet and files.local(controlnet, "controlnet"),
+        instruction=instruction and files.given(instruction, "instruction"),
         tile=tile,
         platform=platform,
         say=say,

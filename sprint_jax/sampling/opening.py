@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from sprint_jax.errors import UserError
 from sprint_jax.sampling.options import say
+from sprint_jax.storage import files
 
 if TYPE_CHECKING:
     from sprint_jax.sampling.exported import Exported
@@ -20,7 +21,8 @@ def open_model(
     is None or False where it was not given. Raises UserError for options that an exported file has
     settled.
     """
-    if pathlib.Path(path).is_file():
+    path = files.local(path, "--model")
+    if path.is_file():
         _refuse_settled({"dtype": dtype} | options)
         from sprint_jax.sampling import exported
 

@@ -5,6 +5,8 @@ import pathlib
 import sys
 from typing import Literal
 
+from sprint_jax.storage import files
+
 # A finished student of the embedded shapes, as a run directory.
 SHIPPED = pathlib.Path(__file__).parents[1] / "assets" / "shapes"
 
@@ -23,16 +25,16 @@ def model_or_shipped(model: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelOptions(files.Paths):
     """Which model, and how it is computed."""
 
-    model: str = ""
+    model: files.LocalPath = ""
     """Diffusers folder, converted folder, or work directory of a run (--workdir)."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Of weights and arithmetic; default: bfloat16, on a CPU float32."""
     tile: bool = False
     """Decode in overlapping tiles of 1024 px: less memory for large images."""
-    instruction_file: str | None = None
+    instruction_file: files.LocalPath | None = None
     """Text before each prompt of a published model; '' for none; default: the model's own."""
 
 
@@ -40,13 +42,13 @@ class ModelOptions:
 class ImageOptions(ModelOptions):
     """Which images a model generates."""
 
-    prompts: str | None = None
+    prompts: files.LocalPath | None = None
     """File of prompts, UTF-8 text, one a line."""
     steps: int = 2
     """Network calls per image, 1 or more."""
     seed: int = 0
     """Selects the noise."""
-    out: str | None = None
+    out: files.LocalPath | None = None
     """Folder for the images and manifest.jsonl."""
     guidance_scale: float | None = None
     """Embedded guidance scale; default: the model's."""
@@ -68,24 +70,26 @@ class ImageOptions(ModelOptions):
 class SampleOptions(ImageOptions):
     """Options of `sprint-jax sample`."""
 
-    model: str = ""
+    model: files.LocalPath = ""
     """Diffusers folder, converted folder, work directory of a run, or exported file; default: the
     student of shapes that ships with the code."""
-    out: str = "images"
-    """Folder for the images and manifest.jsonl."""
+    out: files.LocalPath = "images"
+    """Folder for the images and manifest.jsonl; images that are in it are kept."""
+    overwrite: bool = False
+    """Replace the images that an earlier command wrote in --out."""
     prompt: list[str] = dataclasses.field(default_factory=list)
     """What to draw; may be repeated."""
     resolution_binning: bool = False
     """Generate the nearest of diffusers' sizes for the published models, then resize."""
-    image: str | None = None
+    image: files.LocalPath | None = None
     """Image to start from."""
     strength: float | None = None
     """With --image: how much may change, more than 0 and at most 1; default: 0.6."""
-    control: str | None = None
+    control: files.LocalPath | None = None
     """Sketch for a model with a ControlNet: an image, white lines on black."""
     control_scale: float | None = None
     """With --control: how strongly it is followed; default: 1, as in training."""
-    controlnet: str | None = None
+    controlnet: files.LocalPath | None = None
     """Folder of a diffusers ControlNet to condition the model on."""
     attention: Literal["plain", "pallas"] | None = None
     """Attention and depthwise convolutions by XLA, or by kernels where the device has them;
@@ -96,7 +100,7 @@ class SampleOptions(ImageOptions):
 class ExportOptions(ModelOptions):
     """Options of `sprint-jax export`."""
 
-    out: str = ""
+    out: files.LocalPath = ""
     """File to make."""
     steps: tuple[int, ...] = (1, 2, 4)
     """Network calls per image, a program for each."""

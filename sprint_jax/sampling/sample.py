@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +15,12 @@ from sprint_jax.sampling import generation
 from sprint_jax.sampling.opening import open_model
 from sprint_jax.sampling.options import SampleOptions, model_or_shipped
 from sprint_jax.storage import crops, files, image_files, json_lines
+from sprint_jax.storage.settings import Keeper
+
+_MANIFEST = "manifest.jsonl"
+_EVALUATION = "protocol.json"  # of `evaluation.gallery`, whose folders hold another manifest
+_KEEPER = Keeper(file=_MANIFEST, flag="out")
+_NUMBERED = re.compile(r"(\d{5,18})\.\w+")  # any ending: an image may have been converted
 
 
 def sample(options: SampleOptions) -> pathlib.Path:
@@ -26,8 +33,10 @@ def sample(options: SampleOptions) -> pathlib.Path:
     out = _make_folder(options.out)
     begin = time.perf_counter()
     images = _generate(options, prompts)
-    count = write(out, images, prompts, options)
-    print(f"{count} images and manifest.jsonl in {out} ({time.perf_counter() - begin:.1f} s)")
+    names = write(out, images, prompts, options)
+    kept = f", from {names[0]} on" if names[0] != _name(0) else ""
+    seconds = time.perf_counter() - begin
+    print(f"{len(names)} images{kept} and {_MANIFEST} in {out} ({seconds:.1f} s)")
     return out
 
 
@@ -68,16 +77,59 @@ def read_prompts(options: SampleOptions) -> list[str]:
 
 def write(
     out: pathlib.Path, images: np.ndarray, prompts: Sequence[str], options: SampleOptions
-) -> int:
-    """Write images, uint8 [N, H, W, 3], as 00000.png and so on, then manifest.jsonl. Return N."""
+) -> list[str]:
+    """Write images, uint8 [N, H, W, 3], and their rows of the manifest. Return the names.
+
+    The numbers in the names continue after those of images that the folder has. With --overwrite
+    they begin at 0, and images that the old manifest lists are removed. Two commands that write to
+    one folder at once take turns, so no number is taken twice.
+    """
     drawn = [prompt for prompt in prompts for _ in range(options.images_per_prompt or 1)]
-    rows = []
-    for i, (prompt, image) in enumerate(zip(drawn, images, strict=True)):
-        name = f"{i:05d}.png"
-        image_files.save(out / name, image)
-        rows.append({"file": name, "prompt": prompt, "seed": options.seed, "steps": options.steps})
-    json_lines.write(out / "manifest.jsonl", rows)
-    return len(rows)
+    with _KEEPER.hold(out):
+        with _KEEPER.writing(out):
+            if options.overwrite:
+                _remove(out)
+            rows = listed(out)
+            first = _next_number(out, rows) if not options.overwrite else 0
+            names = [_name(first + i) for i in range(len(images))]
+            for i, (name, prompt, image) in enumerate(zip(names, drawn, images, strict=True)):
+                image_files.save(out / name, image)
+                row = {"file": name, "prompt": prompt, "seed": options.seed}
+                rows.append(row | {"index": i, "steps": options.steps})
+            json_lines.write(out / _MANIFEST, rows)
+    return names
+
+
+def _remove(out: pathlib.Path) -> None:
+    """Remove a folder's manifest, then the images that it lists."""
+    rows = listed(out)
+    (out / _MANIFEST).unlink(missing_ok=True)  # first: no image is ever listed by another's row
+    for row in rows:
+        if _NUMBERED.fullmatch(str(row["file"])):
+            (out / row["file"]).unlink(missing_ok=True)
+
+
+def listed(out: pathlib.Path) -> list[dict[str, Any]]:
+    """Return the rows of a folder's manifest, none without one.
+
+    Raises UserError for a manifest that another program wrote, or that is damaged before its end.
+    """
+    path = out / _MANIFEST
+    rows = json_lines.rows(path, ("file", "prompt", "seed"), kind="an image's")
+    if not rows and path.exists() and path.stat().st_size:
+        raise UserError(f"{path} was not written by sprint-jax sample: choose another --out")
+    return rows
+
+
+def _name(number: int) -> str:
+    return f"{number:05d}.png"
+
+
+def _next_number(out: pathlib.Path, rows: Sequence[dict[str, Any]]) -> int:
+    """Return the number after the largest of the folder's images and the manifest's rows."""
+    names = [path.name for path in files.children(out)] + [str(row["file"]) for row in rows]
+    found = filter(None, map(_NUMBERED.fullmatch, names))
+    return max((int(match[1]) + 1 for match in found), default=0)
 
 
 def _generate(options: SampleOptions, prompts: list[str]) -> np.ndarray:
@@ -148,11 +200,15 @@ def _size(options: SampleOptions, pipe: Any) -> tuple[int, int]:
 
 
 def _make_folder(path: str) -> pathlib.Path:
+    """Make the folder of the images. Raises UserError for one that belongs to another command."""
     out = pathlib.Path(path)
+    if (out / _EVALUATION).exists():
+        raise UserError(f"--out={out} holds images of sprint-jax evaluate: choose another")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write in --out={out} ({error.strerror}): choose another") from None
     if not os.access(out, os.W_OK):
         raise UserError(f"cannot write in --out={out}: choose another")
+    listed(out)  # a manifest of another program is refused before a model is read
     return out

@@ -5,10 +5,13 @@ person's own are never seen.
 """
 
 import contextlib
+import errno
 import os
 import pathlib
 import re
+import typing
 from collections.abc import Iterator
+from typing import Annotated, Any
 
 from sprint_jax.errors import UserError
 
@@ -16,25 +19,78 @@ from sprint_jax.errors import UserError
 _OF_SYSTEMS = frozenset(
     ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 )
-_REMOTE = re.compile(r"([a-z][a-z0-9+.-]*)://?", re.IGNORECASE)
+_REMOTE = re.compile(r"\s*([a-z][a-z0-9+.-]*)://?", re.IGNORECASE)
+_SHOWN = 80  # characters of a path that a message shows
+
+_IS_PATH = "path"
+# The type of an option or a config value that names a file or folder. `is_path` recognizes it
+# inside optional types and tuples too, and `Paths` and `config.parse` apply `given` to its values.
+LocalPath = Annotated[str, _IS_PATH]
 
 
 def local(path: str | os.PathLike, name: str) -> pathlib.Path:
-    """Return a path that a person gave, with a ~ at its beginning expanded.
+    """Return a path that a person gave, as `given` checks and expands it."""
+    return pathlib.Path(given(os.fspath(path), name))
+
+
+def given(text: str, name: str) -> str:
+    """Return a path that a person gave, with a ~ at its beginning expanded; "" stays "".
 
     name: of what gave the path, such as "--out". Raises UserError for an address such as
-    gs://bucket/folder, which would else become a folder of that name, and for a ~ of nobody.
+    gs://bucket/folder, which would else become a folder of that name, for a ~ of nobody, and for
+    a text that no file system takes as a path.
     """
-    text = os.fspath(path)
+    shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     if remote := _REMOTE.match(text):
         raise UserError(
-            f"{name}={text}: {remote[1]}:// is not read or written here: copy or mount it, and "
+            f"{name}={shown}: {remote[1]}:// is not read or written here: copy or mount it, and "
             "give the local path"
         )
     try:
-        return pathlib.Path(text).expanduser()
+        path = str(pathlib.Path(text).expanduser()) if text.startswith("~") else text
     except RuntimeError:
-        raise UserError(f"{name}={text}: this user has no home here: give the whole path") from None
+        raise UserError(
+            f"{name}={shown}: this user has no home here: give the whole path"
+        ) from None
+    try:
+        os.lstat(path)
+    except ValueError as error:  # a null character, or letters that this locale cannot encode
+        raise UserError(f"{name}={shown!r} is no path ({error}): give another") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(
+                f"{name}={shown} has {len(text)} characters, too many for a path here: give a "
+                "shorter one"
+            ) from None
+    return path
+
+
+def is_path(hint: Any) -> bool:
+    """Return whether a type is LocalPath, LocalPath | None or tuple[LocalPath, ...]."""
+    if _IS_PATH in getattr(hint, "__metadata__", ()):
+        return True
+    return any(is_path(part) for part in typing.get_args(hint))
+
+
+class Paths:
+    """A base of dataclasses of options: each LocalPath among them passes through `given`.
+
+    It does so for a command line and for a Python caller alike.
+    """
+
+    def __post_init__(self) -> None:
+        """Check and expand the paths. Raises UserError as `given` does."""
+        for field, hint in typing.get_type_hints(type(self), include_extras=True).items():
+            value = getattr(self, field)
+            if value is None or not is_path(hint):
+                continue
+            flag = f"--{field.rstrip('_')}"
+            checked = (
+                tuple(given(os.fspath(one), flag) for one in value)
+                if isinstance(value, tuple | list)
+                else given(os.fspath(value), flag)
+            )
+            object.__setattr__(self, field, checked)
 
 
 def is_hidden(name: str) -> bool:

@@ -534,7 +534,7 @@ def test_sample_command_on_a_folder(source, command, tmp_path):
     rows = [
         json.loads(line) for line in (tmp_path / "out" / "manifest.jsonl").read_text().splitlines()
     ]
-    assert rows[1] == {"file": "00001.png", "prompt": "a lake", "seed": 0, "steps": 2}
+    assert rows[1] == {"file": "00001.png", "prompt": "a lake", "seed": 0, "index": 1, "steps": 2}
     result = command(
         "sprint_jax",
         "sample",

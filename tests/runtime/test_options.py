@@ -7,13 +7,14 @@ import pytest
 
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import options
+from sprint_jax.storage import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shared:
+class Shared(files.Paths):
     """What two commands share."""
 
-    model: str | None = None
+    model: files.LocalPath | None = None
     """Folder of the model."""
 
 
@@ -122,7 +123,7 @@ def test_help_lists_every_option_with_its_text(capsys, monkeypatch):
     shown = capsys.readouterr()
     assert not end.value.code and not shown.err
     for row in (
-        "--model TEXT",
+        "--model PATH",
         "Folder of the model.",
         "What to draw; may be repeated.",
         "--steps INT",

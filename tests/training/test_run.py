@@ -246,7 +246,13 @@ def test_sample_depends_on_seed_index_and_prompt_alone(finished, command, tmp_pa
         json.loads(line) for line in (tmp_path / "many/manifest.jsonl").read_text().splitlines()
     ]
     assert [r["prompt"] for r in manifest] == prompts
-    assert manifest[0] == {"file": "00000.png", "prompt": prompts[0], "seed": 5, "steps": 3}
+    assert manifest[0] == {
+        "file": "00000.png",
+        "prompt": prompts[0],
+        "seed": 5,
+        "index": 0,
+        "steps": 3,
+    }
     for i in range(2):
         one, other = (
             np.asarray(Image.open(tmp_path / d / f"{i:05d}.png")) for d in ("many", "few")
