@@ -4,6 +4,11 @@
 on one machine or many, run as one: see `launch/`.
 """
 
+from sprint_jax.runtime import ending
+
+if __name__ == "__main__":
+    ending.start()  # before the other imports, which a signal may meet
+
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence

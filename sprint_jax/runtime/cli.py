@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 from absl import logging
 
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import ending
 from sprint_jax.runtime import options as options_lib
 
 T = TypeVar("T")
@@ -93,7 +94,7 @@ def user_errors() -> Iterator[None]:
     """
     logging.set_verbosity(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with ending.quiet_pipes(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             yield
     except UserError as error:

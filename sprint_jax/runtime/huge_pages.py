@@ -15,6 +15,8 @@ import platform
 import sys
 from collections.abc import Mapping
 
+from sprint_jax.runtime import ending
+
 _VARIABLE = "GLIBC_TUNABLES"
 _SETTING = "glibc.malloc.hugetlb=1"
 _MODE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -29,9 +31,9 @@ def restart() -> None:
         return
     try:
         # The command line that Python itself got: with -m, and a program that Python runs under.
-        os.execve(
-            sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {_VARIABLE: _SETTING}
-        )
+        with ending.postponed():
+            words = [sys.executable, *sys.orig_argv[1:]]
+            os.execve(sys.executable, words, os.environ | {_VARIABLE: _SETTING})
     except OSError:
         pass  # the command runs all the same, only slower
 

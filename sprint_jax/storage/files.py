@@ -6,12 +6,15 @@ person's own are never seen.
 
 import contextlib
 import errno
+import fcntl
 import os
 import pathlib
 import re
+import shutil
+import threading
 import typing
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 from sprint_jax.errors import UserError
 
@@ -19,6 +22,9 @@ from sprint_jax.errors import UserError
 _OF_SYSTEMS = frozenset(
     ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 )
+# Files and folders that are being written, and the lock of this set and of their renaming.
+_UNFINISHED: set[pathlib.Path] = set()
+_RENAMING = threading.Lock()
 _REMOTE = re.compile(r"\s*([a-z][a-z0-9+.-]*)://?", re.IGNORECASE)
 _SHOWN = 80  # characters of a path that a message shows
 
@@ -105,15 +111,87 @@ def is_hidden(name: str) -> bool:
 def whole(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yield a path beside `path` to write to.
 
-    It takes the name of `path` when the context ends well, and is removed otherwise.
+    It takes the name of `path` when the context ends well, and is removed otherwise, by a signal as
+    well. Several processes may write one path at once: each writes a file of its own.
     """
     path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    partial, lock = _open_partial(path)
+    with lock, unfinished(partial):
         yield partial
-        os.replace(partial, path)
+        with _RENAMING:
+            os.replace(partial, path)
+            _UNFINISHED.discard(partial)
+
+
+def _open_partial(path: pathlib.Path) -> tuple[pathlib.Path, IO[bytes]]:
+    """Return the name of a partial file and the lock that keeps other processes from it.
+
+    PATH.partial, which a killed process may have left, unless another process writes there.
+    """
+    fixed = path.with_name(path.name + ".partial")
+    lock = lock_file(fixed)
+    if lock is not None:
+        lock.truncate(0)  # a killed process may have left something
+        return fixed, lock
+    own = path.with_name(f"{path.name}.{os.getpid()}-{os.urandom(3).hex()}.partial")
+    return own, own.open("ab")
+
+
+def lock_file(path: pathlib.Path) -> IO[bytes] | None:
+    """Make a file if there is none, and return it open and locked; None if another holds it.
+
+    The lock ends with the process. A file system without locks locks nothing.
+    """
+    while True:
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError:  # no locks here, as on some network file systems
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # its holder renamed or removed it in the meantime
+
+
+@contextlib.contextmanager
+def unfinished(path: pathlib.Path) -> Iterator[None]:
+    """Remove a file or folder when the context ends, also by a signal, unless it was renamed."""
+    with _RENAMING:
+        _UNFINISHED.add(path)
+    try:
+        yield
     finally:
-        partial.unlink(missing_ok=True)
+        with _RENAMING:
+            if path in _UNFINISHED:
+                _UNFINISHED.discard(path)
+                _remove(path)
+
+
+def rename_finished(path: pathlib.Path, target: pathlib.Path) -> None:
+    """Give a folder of `unfinished` its name."""
+    with _RENAMING:
+        os.rename(path, target)
+        _UNFINISHED.discard(path)
+
+
+def stop_writing() -> None:
+    """Let no file be finished in this process any more: threads that come to it wait forever."""
+    _RENAMING.acquire(timeout=1.0)
+
+
+def remove_unfinished() -> None:
+    """Remove what `unfinished` holds. Call it after `stop_writing`, before the process ends."""
+    for path in list(_UNFINISHED):
+        _remove(path)
+
+
+def _remove(path):
+    with contextlib.suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from sprint_jax import config as config_lib
 from sprint_jax.errors import UserError
 from sprint_jax.objectives.base import Report
+from sprint_jax.runtime import ending
 from sprint_jax.training import hosts
 from sprint_jax.training.stage import Stage
 
@@ -104,11 +105,18 @@ class Watch:
 
 
 class Stop:
-    """Turns SIGTERM and SIGINT into a request while inside. One of several processes is enough."""
+    """Turns SIGTERM and SIGINT into a request while inside. One of several processes is enough.
+
+    A second signal ends a process that `ending` has started, without saving.
+    """
 
     def __enter__(self) -> "Stop":
         self._requested = False
         self._asked = None
+        self._asking = ending.asking(
+            "finishing this round and saving; a second signal ends at once, without saving"
+        )
+        self._asking.__enter__()
         self._old = {s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
@@ -128,5 +136,6 @@ class Stop:
         return before is not None and bool(before)
 
     def __exit__(self, *_) -> None:
+        self._asking.__exit__(None, None, None)
         for number, handler in self._old.items():
             signal.signal(number, handler)

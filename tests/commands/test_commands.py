@@ -28,14 +28,14 @@ def test_the_list_of_commands_fits_on_one_screen(capsys):
     __main__.dispatch(["--help"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 100
-    for name in __main__.COMMANDS:
+    for name in __main__.commands():
         (line,) = [line for line in lines if line.split()[:1] == [name]]
         assert len(line.split()) > 3, line
 
 
-@pytest.mark.parametrize("name", __main__.COMMANDS)
+@pytest.mark.parametrize("name", __main__.commands())
 def test_help_lists_every_option_and_what_it_is(monkeypatch, capsys, name):
-    command = __main__.COMMANDS[name]
+    command = __main__.commands()[name]
     monkeypatch.setenv("COLUMNS", "250")
     with pytest.raises(SystemExit) as end:
         __main__.dispatch([name, "--help"])
@@ -50,7 +50,7 @@ def test_help_lists_every_option_and_what_it_is(monkeypatch, capsys, name):
 
 
 def test_options_are_frozen_and_by_keyword():
-    for command in __main__.COMMANDS.values():
+    for command in __main__.commands().values():
         assert dataclasses.is_dataclass(command.Options)
         with pytest.raises(TypeError):
             command.Options("a")
