@@ -13,7 +13,7 @@ import pathlib
 from typing import Literal
 
 from sprint_jax.runtime import cli, compile_cache
-from sprint_jax.storage import files
+from sprint_jax.storage import files, settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,10 @@ def run(options: Options) -> None:
     cli.require("out", options.out, "give the folder to make")
     kind, given = options.kind or "", (options.detect_resolution, options.thickness)
     drawing = condition.drawing(kind, options.weights, *given)
-    targets = condition.targets(
-        pathlib.Path(options.images), pathlib.Path(options.out), image_sets.found
-    )
+    images, out = pathlib.Path(options.images), pathlib.Path(options.out)
+    targets = condition.targets(images, out, image_sets.found)
     if kind != "edges":
         compile_cache.start()
-    condition.draw(targets, pathlib.Path(options.out), drawing)
+    with settings.folder_claim(options.out, "--out"):
+        condition.draw(targets, out, drawing)
     print(f"{len(targets)} images of kind {kind} in {options.out}")

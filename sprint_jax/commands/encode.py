@@ -19,6 +19,7 @@ from sprint_jax.data import encode_options
 from sprint_jax.data.encode_options import Options
 from sprint_jax.errors import UserError
 from sprint_jax.runtime import cards, compile_cache
+from sprint_jax.storage import settings
 
 
 def run(options: Options) -> None:
@@ -40,15 +41,16 @@ def run(options: Options) -> None:
     else:
         given = options.encode_dtype, options.pixels_dtype, options.caption_instruction
         encoders = data_encoders.of_folder(options.encoder, *given)
-    encode.encode(
-        source,
-        encoders,
-        options.encoded,
-        encode.settings(options, source, encoders, condition),
-        condition=condition,
-        batch=options.encode_batch,
-        hosts=options.hosts,
-        host=options.host,
-        max_bad=options.max_bad_share,
-        say=functools.partial(print, flush=True),
-    )
+    with settings.folder_claim(options.encoded, "--encoded", f"{options.host}of{options.hosts}"):
+        encode.encode(
+            source,
+            encoders,
+            options.encoded,
+            encode.settings(options, source, encoders, condition),
+            condition=condition,
+            batch=options.encode_batch,
+            hosts=options.hosts,
+            host=options.host,
+            max_bad=options.max_bad_share,
+            say=functools.partial(print, flush=True),
+        )

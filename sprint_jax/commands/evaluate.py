@@ -18,6 +18,7 @@ import pathlib
 
 from sprint_jax.evaluation.options import Options
 from sprint_jax.runtime import cli, compile_cache
+from sprint_jax.storage import settings
 
 
 def run(options: Options) -> pathlib.Path | None:
@@ -36,4 +37,6 @@ def run(options: Options) -> pathlib.Path | None:
     from sprint_jax.evaluation import run as evaluation
 
     compile_cache.start()
-    return evaluation.run(options)
+    part = (options.shard or "").replace("/", "of")  # shares of one folder are drawn at once
+    with settings.folder_claim(options.out, "--out", part):
+        return evaluation.run(options)

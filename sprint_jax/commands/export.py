@@ -10,6 +10,7 @@ devices that are not here; they compile it when they run it.
 import pathlib
 
 from sprint_jax.sampling.options import ExportOptions as Options
+from sprint_jax.storage import settings
 
 
 def run(options: Options) -> pathlib.Path:
@@ -17,7 +18,8 @@ def run(options: Options) -> pathlib.Path:
     from sprint_jax.sampling import export
 
     path = pathlib.Path(options.out)
-    header = export.export_model(options)
+    with settings.file_claim(path, "--out"):
+        header = export.export_model(options)
     print(
         f"wrote {path}: {len(header.programs)} programs for {', '.join(header.platforms)}, "
         f"{path.stat().st_size / 1e6:.1f} MB"

@@ -10,7 +10,7 @@ import dataclasses
 import pathlib
 
 from sprint_jax.runtime import cli
-from sprint_jax.storage import files
+from sprint_jax.storage import files, settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,6 @@ def run(options: Options) -> pathlib.Path:
     cli.no_folder("to_file", options.to_file)
     from sprint_jax.training import extract
 
-    return extract.write(
-        pathlib.Path(options.run_dir), options.stage, pathlib.Path(options.to_file), say=print
-    )
+    run_dir, to_file = pathlib.Path(options.run_dir), pathlib.Path(options.to_file)
+    with settings.file_claim(to_file, "--to_file"):
+        return extract.write(run_dir, options.stage, to_file, say=print)

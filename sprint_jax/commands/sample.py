@@ -9,6 +9,7 @@ import pathlib
 
 from sprint_jax.runtime import compile_cache
 from sprint_jax.sampling.options import SampleOptions as Options
+from sprint_jax.storage import settings
 
 
 def run(options: Options) -> pathlib.Path:
@@ -16,4 +17,5 @@ def run(options: Options) -> pathlib.Path:
     from sprint_jax.sampling import sample
 
     compile_cache.start()
-    return sample.sample(options)
+    with settings.folder_claim(options.out, "--out"):
+        return sample.sample(options)

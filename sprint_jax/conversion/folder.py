@@ -18,7 +18,7 @@ from sprint_jax.models.controlnet import ControlNet
 from sprint_jax.models.dc_ae import DCAE, Stage
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
-from sprint_jax.storage import files, json_files, safetensors_files, weights
+from sprint_jax.storage import files, json_files, safetensors_files, settings, weights
 
 INDEX = "model_index.json"  # diffusers
 MODEL = "model.json"  # ours
@@ -470,25 +470,28 @@ def new_folder(path: _StrPath, flag: str = "--to") -> Iterator[pathlib.Path]:
     is not an empty folder, or cannot be written.
     """
     path = pathlib.Path(path).resolve()  # follow a link, and give "." a name
-    if path.exists() and (not path.is_dir() or not files.is_empty(path)):
-        raise UserError(f"{path} exists and is not empty: choose another {flag}")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    cannot = f"cannot write in {path.parent} ({{}}): choose another {flag}".format
     try:
-        partial.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"cannot write in {path.parent} ({error.strerror}): choose another {flag}"
-        ) from None
-    try:
-        yield partial
-        _publish(partial, path)
-    except OSError as error:
-        raise UserError(
-            f"writing {path} failed ({error.strerror or error}): free some space and try again"
-        ) from None
-    finally:
+        raise UserError(cannot(error.strerror)) from None
+    with settings.file_claim(path, flag):
+        if path.exists() and (not path.is_dir() or not files.is_empty(path)):
+            raise UserError(f"{path} exists and is not empty: choose another {flag}")
+        partial = path.with_name(path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+        except OSError as error:
+            raise UserError(cannot(error.strerror)) from None
+        try:
+            with files.unfinished(partial):
+                yield partial
+                _publish(partial, path)
+        except OSError as error:
+            raise UserError(
+                f"writing {path} failed ({error.strerror or error}): free some space and try again"
+            ) from None
 
 
 def _publish(partial: pathlib.Path, path: pathlib.Path) -> None:
@@ -500,7 +503,7 @@ def _publish(partial: pathlib.Path, path: pathlib.Path) -> None:
     if path.exists() and not path.is_mount() and path != pathlib.Path.cwd():
         path.rmdir()
     if not path.exists():
-        os.rename(partial, path)
+        files.rename_finished(partial, path)
         return
     try:
         for child in files.children(partial):

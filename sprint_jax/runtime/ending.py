@@ -62,8 +62,9 @@ def start() -> None:
             signal.signal(number, _leave_it_to_the_thread)
     _state.thread = threading.Thread(target=_watch, args=(reader,), daemon=True, name="signals")
     _state.thread.start()
-    os.register_at_fork(after_in_child=_forget)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STATUS)
+    # A child shares the pipe until it forgets it: a signal of its own would end its parent.
+    os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_forget)
+    _unblock()
 
 
 @contextlib.contextmanager
@@ -119,13 +120,22 @@ def _leave_it_to_the_thread(number, frame):
     """Be a handler, without which Python would not write to the pipe."""
 
 
+def _block():
+    signal.pthread_sigmask(signal.SIG_BLOCK, STATUS)
+
+
+def _unblock():
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STATUS)
+
+
 def _forget():
-    """Give a forked child Python's own handlers: it shares the pipe of its parent."""
+    """Give a forked child Python's own handlers."""
     signal.set_wakeup_fd(-1)
     _state.thread = _state.asking = None
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, None)):
         if signal.getsignal(number) is _leave_it_to_the_thread:
             signal.signal(number, handler or signal.SIG_DFL)
+    _unblock()
 
 
 def _watch(reader):

@@ -8,6 +8,8 @@ values and the remedy. Each command describes its own folder once, as a `Keeper`
 
     with _KEEPER.hold(folder):                    # if only one process may write at a time
         _KEEPER.claim(folder, {"kind": "edges"})  # or `check`, which writes nothing
+
+`folder_claim` and `file_claim` keep a second process from the work of a command that is running.
 """
 
 import contextlib
@@ -16,8 +18,9 @@ import fcntl
 import os
 import pathlib
 import socket
+import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 from sprint_jax.errors import UserError
 from sprint_jax.storage import files, json_files, trees
@@ -61,7 +64,7 @@ class Keeper:
     foreign: str | None = None
     unreadable: str = "{path} cannot be read ({why}): choose another --{flag}"
     unwritable: str = "cannot write in {folder} ({why}): choose another --{flag}"
-    # For a folder that another process holds; None waits for that process.
+    # For a folder that another process holds, with {who}; None waits for that process.
     busy: str | None = None
 
     @contextlib.contextmanager
@@ -72,12 +75,16 @@ class Keeper:
         """
         with self.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / LOCK).open("w")
+            lock = (folder / LOCK).open("a+")
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | (fcntl.LOCK_NB if self.busy else 0))
+            except BlockingIOError:
+                assert self.busy is not None
+                raise self._error(self.busy, folder, who=_holder(folder / LOCK)) from None
             except OSError:
-                raise self._error(self.busy or self.unwritable, folder, why="no locks") from None
+                raise self._error(self.unwritable, folder, why="no locks") from None
+            _sign(lock)
             yield
 
     def check(self, folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
@@ -168,3 +175,73 @@ def _differences(old, new):
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             yield key, old.get(key), new.get(key)
+
+
+@contextlib.contextmanager
+def folder_claim(folder: str | os.PathLike | None, flag: str, part: str = "") -> Iterator[None]:
+    """Keep a folder's output for this process while the context lasts; nothing without a folder.
+
+    flag: names the option that gave the folder, "--out" for example. part: of the work, where
+    several processes share one folder. The folder is made, and removed again if nothing came into
+    it. A folder that cannot be written is left to the command. Raises UserError if another process
+    works there.
+    """
+    if not folder:
+        yield
+        return
+    folder = files.local(folder, flag)
+    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _claimed(folder / f".working{part}", folder, flag):
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # it holds something
+            for made in new:
+                made.rmdir()
+
+
+def file_claim(path: str | os.PathLike, flag: str) -> contextlib.AbstractContextManager[None]:
+    """Keep a path for this process, which is going to make a file or folder of that name.
+
+    flag: names the option that gave the path. Raises UserError if another process makes it.
+    """
+    path = files.local(path, flag).absolute()
+    return _claimed(path.with_name(f".{path.name}.working"), path, flag)
+
+
+@contextlib.contextmanager
+def _claimed(lock_path: pathlib.Path, path: pathlib.Path, flag: str) -> Iterator[None]:
+    """Hold the lock file, which exists only while a process holds it or was killed."""
+    try:
+        lock = files.lock_file(lock_path)
+    except OSError:  # the command itself says why nothing can be written there
+        yield
+        return
+    if lock is None:
+        raise UserError(
+            f"{flag}={path}: {_holder(lock_path)} is working on it: wait for that, or choose "
+            f"another {flag}"
+        )
+    with lock, files.unfinished(lock_path):
+        _sign(lock)
+        yield
+
+
+def _sign(lock: IO) -> None:
+    """Write into a lock file which process holds it."""
+    line = f"process {os.getpid()} on {socket.gethostname()}, since "
+    lock.seek(0)
+    lock.truncate()
+    text = line + time.strftime("%Y-%m-%d %H:%M:%S")
+    lock.write(text.encode() if "b" in lock.mode else text)
+    lock.flush()
+
+
+def _holder(lock_path: pathlib.Path) -> str:
+    """Return which process holds a lock file, as it says itself."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if text := lock_path.read_text():
+            return text
+    return "another process"

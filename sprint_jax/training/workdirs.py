@@ -21,7 +21,7 @@ _KEEPER = settings.Keeper(
     ),
     foreign="{folder} is not empty and not a run of this project: choose another --{flag}",
     unreadable="{path} is not a config of this project: choose another --{flag}",
-    busy="another run is working in {folder}: wait for it, or choose another --{flag}",
+    busy="another run is working in {folder} ({who}): wait for it, or choose another --{flag}",
 )
 
 
