@@ -1,7 +1,9 @@
 """Captioned examples, and what the readers of image sources have in common."""
 
+import codecs
 import dataclasses
 import io
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -10,7 +12,15 @@ from PIL import Image
 
 from sprint_jax.storage import digests, image_files, json_files
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+NOT_UTF8 = "caption is not UTF-8"
+# Byte-order marks; that of UTF-32 begins as that of UTF-16 does.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +82,30 @@ def parse_json(data: bytes) -> Any:
     """Parse the JSON of an example. Raises BadExample if it is damaged."""
     try:
         return json_files.parse(data)
+    except UnicodeDecodeError:
+        raise BadExample(NOT_UTF8) from None
     except ValueError:
         raise BadExample("corrupt record") from None
 
 
+def fold(name: str) -> str:
+    """Return a name as systems see it that do not distinguish case and forms of accents."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def first_text(fields: Any, names: Iterable[str]) -> str:
-    """Return the first of the named fields that is a string and not blank, stripped, or ""."""
+    """Return the first of the named fields that is a string and not blank, stripped, or "".
+
+    A list of strings, captions that were written for one image, counts by its first one.
+    """
     if isinstance(fields, Mapping):
         for name in names:
             value = fields.get(name)
-            if isinstance(value, str) and value.strip():
-                return value.strip()
+            values = value if isinstance(value, list) else [value]
+            if all(isinstance(text, str) for text in values):
+                found = next((text.strip() for text in values if text.strip()), "")
+                if found:
+                    return found
     return ""
 
 
@@ -91,16 +114,23 @@ def encode_text(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def decode_caption(data: bytes) -> str:
-    """Decode the bytes of a caption.
+def decode_text(data: bytes) -> str:
+    """Decode UTF-8, or UTF-16 and UTF-32 with a byte-order mark. Raises UnicodeDecodeError."""
+    return data.decode(next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8"))
 
-    Raises BadExample if they are blank or not UTF-8. An unpaired surrogate, which JSON can hold, is
-    not UTF-8.
+
+def decode_caption(data: bytes) -> str:
+    """Decode the bytes of a caption, as `decode_text` does.
+
+    Raises BadExample if they are blank or no such text. An unpaired surrogate, which JSON can hold,
+    is not UTF-8. NUL characters are refused because UTF-16 without a mark reads as them.
     """
     try:
-        caption = data.decode("utf-8-sig").strip()
+        caption = decode_text(data).strip()
     except UnicodeDecodeError:
-        raise BadExample("corrupt record") from None
+        raise BadExample(NOT_UTF8) from None
+    if "\0" in caption:
+        raise BadExample("caption holds NUL characters, as UTF-16 without a byte-order mark does")
     if not caption:
         raise BadExample("missing caption")
     return caption

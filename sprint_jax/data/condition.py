@@ -101,11 +101,13 @@ def targets(
 
 
 def draw(images: dict[pathlib.Path, pathlib.Path], out: pathlib.Path, drawing: Drawing) -> None:
-    """Draw the missing images of `targets`, with a progress bar. Existing files are kept.
+    """Draw the missing images of `targets`, with a progress bar. Whole files are kept.
 
     Raises UserError if the folder has other settings, or an image cannot be read.
     """
-    missing = {target: path for target, path in images.items() if not target.exists()}
+    from sprint_jax.storage import image_files
+
+    missing = {target: path for target, path in images.items() if not image_files.is_whole(target)}
     # Load the weights before the folder is claimed, so that an error leaves it unclaimed.
     lines_of = _lines(drawing) if missing else None
     _claim(out, drawing)

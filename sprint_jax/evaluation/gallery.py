@@ -167,8 +167,9 @@ def _rows(out, units):
 
 
 def missing(out: str | os.PathLike, units: Sequence[Unit]) -> list[Unit]:
-    """Return the units whose files do not exist. Files appear whole, so existing ones are done."""
-    return [unit for unit in units if not (pathlib.Path(out) / PICTURES / unit.file).exists()]
+    """Return the units whose files do not exist, or are empty or cut, as a crash leaves them."""
+    images = pathlib.Path(out) / PICTURES
+    return [unit for unit in units if not image_files.is_whole(images / unit.file)]
 
 
 class Bar(Protocol):

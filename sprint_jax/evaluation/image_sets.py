@@ -10,9 +10,8 @@ from PIL import Image, UnidentifiedImageError
 
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.prompt_sets import Prompt
-from sprint_jax.storage import files, json_files, json_lines
+from sprint_jax.storage import files, image_files, json_files, json_lines
 
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _UNREADABLE = (
     OSError,
     UnidentifiedImageError,
@@ -27,9 +26,9 @@ def found(folder: str | os.PathLike) -> list[pathlib.Path]:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"no directory {folder}: give a folder of images")
-    paths = sorted(p for p in files.below(folder) if p.suffix.lower() in _ENDINGS)
+    paths = sorted(p for p in files.below(folder) if image_files.is_image(p.name))
     if not paths:
-        raise UserError(f"{folder} holds no images ({', '.join(_ENDINGS)})")
+        raise UserError(f"{folder} holds no images ({', '.join(image_files.endings())})")
     return paths
 
 
@@ -46,13 +45,19 @@ def with_prompts(
     if prompts is None:
         return _by_manifest(folder)
     _check_one_command(folder)
-    by_name = {path.relative_to(folder).with_suffix("").as_posix(): path for path in found(folder)}
+    by_name: dict[str, list[pathlib.Path]] = collections.defaultdict(list)
+    for path in found(folder):
+        by_name[path.relative_to(folder).with_suffix("").as_posix()].append(path)
     absent = [p.id for p in prompts if p.id not in by_name]
     if absent:
         raise UserError(
             f"{len(absent)} of {len(prompts)} prompts have no image in {folder}, first {absent[0]}"
         )
-    return [by_name[p.id] for p in prompts], [p.text for p in prompts]
+    for prompt in prompts:
+        if len(by_name[prompt.id]) > 1:
+            several = " and ".join(map(str, by_name[prompt.id]))
+            raise UserError(f"{several} would both be the image of {prompt.id}: remove one")
+    return [by_name[p.id][0] for p in prompts], [p.text for p in prompts]
 
 
 def _check_one_command(folder):
@@ -124,10 +129,10 @@ def one_size(sizes: collections.Counter[tuple[int, int]], remedy: str) -> None:
 def read(path: str | os.PathLike) -> np.ndarray:
     """Return an image, uint8 [H, W, 3].
 
-    Color profiles and EXIF rotation are ignored, as the metrics' own tools do.
+    Color profiles, EXIF rotation and transparency are ignored, as the metrics' own tools do.
     """
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image_files.eight_bits(image).convert("RGB"))
     except _UNREADABLE as error:
         raise UserError(f"cannot read the image {path} ({error}): generate it again") from None

@@ -9,7 +9,7 @@ from sprint_jax.evaluation import dpg, geneval, prompt_sets
 from sprint_jax.evaluation.images import folder
 from sprint_jax.evaluation.options import Options
 from sprint_jax.evaluation.scores import Scores
-from sprint_jax.storage import json_files
+from sprint_jax.storage import files, image_files, json_files
 
 
 def measure(options: Options, found: list[prompt_sets.Prompt] | None) -> Scores | None:
@@ -61,9 +61,11 @@ def _geneval_images(
             for j in range(options.per_prompt)
         ]
     root, images = folder(options), []
-    for path in sorted(root.glob("*/metadata.jsonl")):
+    for path in (child / "metadata.jsonl" for child in _children(root)):
+        if not path.is_file():
+            continue
         metadata = _read_metadata(path)
-        samples = sorted((path.parent / "samples").glob("*.png"))
+        samples = [p for p in _children(path.parent / "samples") if image_files.is_image(p.name)]
         if not samples:
             raise UserError(f"{path.parent} has no samples: make them first")
         images += [(sample.relative_to(root).as_posix(), metadata) for sample in samples]
@@ -73,6 +75,10 @@ def _geneval_images(
             "--prompts=evaluation_metadata.jsonl"
         )
     return images
+
+
+def _children(path: pathlib.Path) -> list[pathlib.Path]:
+    return files.children(path) if path.is_dir() else []
 
 
 def _read_metadata(path: pathlib.Path) -> Any:

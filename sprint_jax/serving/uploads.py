@@ -31,7 +31,7 @@ def from_base64(
     """Decode base64 text or a data: URL, then do as `from_bytes`."""
     encoded = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        data = base64.b64decode(encoded, validate=True)
+        data = base64.b64decode("".join(encoded.split()), validate=True)  # encoders break lines
     except ValueError:  # also for characters beyond ASCII
         raise Refused(
             400, f"{name} is not base64: encode the bytes of a PNG, JPEG or WebP file"

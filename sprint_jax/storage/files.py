@@ -213,15 +213,23 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     return pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
 
 
-def below(root: str | os.PathLike) -> Iterator[pathlib.Path]:
+def below(root: str | os.PathLike, broken: bool = False) -> Iterator[pathlib.Path]:
     """Yield the paths of all files below a folder, through links to folders as well.
 
     Hidden files and folders are passed over, whatever the name of `root` itself. A folder that
     several paths reach is visited once, by its own name if that is below `root`.
+
+    broken: also yield links that lead nowhere. Raises UserError for a folder that cannot be read.
     """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"cannot read the folder {error.filename} ({error.strerror}): allow it, or move it away"
+        )
+
     seen, waiting = set(), [root]
     while waiting:
-        for folder, folders, names in os.walk(waiting.pop(0)):
+        for folder, folders, names in os.walk(waiting.pop(0), onerror=refuse):
             real = os.path.realpath(folder)
             if real in seen:
                 folders.clear()
@@ -231,7 +239,7 @@ def below(root: str | os.PathLike) -> Iterator[pathlib.Path]:
             links = (os.path.join(folder, name) for name in folders)
             waiting += filter(os.path.islink, links)  # visited after all real folders
             shown = (pathlib.Path(folder, name) for name in names if not is_hidden(name))
-            yield from (path for path in shown if path.is_file())
+            yield from (p for p in shown if p.is_file() or (broken and not p.exists()))
 
 
 def children(folder: str | os.PathLike) -> list[pathlib.Path]:

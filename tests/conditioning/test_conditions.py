@@ -406,10 +406,11 @@ def test_command_writes_edges_and_keeps_them(command, folder, tmp_path):
         )
     assert json.loads((tmp_path / "out/condition.json").read_text()) == {"kind": "edges"}
     (tmp_path / "out/a.png").unlink()
-    (tmp_path / "out/more/b.png").write_bytes(b"kept")
+    Image.new("RGB", (2, 2)).save(tmp_path / "out/more/b.png")
+    kept = (tmp_path / "out/more/b.png").read_bytes()
     assert command("sprint_jax", "condition", *flags, "--kind=edges").returncode == 0
     assert (tmp_path / "out/a.png").exists()
-    assert (tmp_path / "out/more/b.png").read_bytes() == b"kept"
+    assert (tmp_path / "out/more/b.png").read_bytes() == kept
     assert_refused(
         command("sprint_jax", "condition", *flags, "--kind=hed", "--weights=w.pth"),
         "kind edges, not hed",

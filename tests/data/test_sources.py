@@ -168,9 +168,9 @@ def test_tars_are_read_in_the_order_of_names_and_of_the_list(tmp_path):
         sources.open_source(root)
 
 
-def test_members_belong_together_up_to_the_first_dot(tmp_path):
+def test_members_belong_together_up_to_the_last_dot(tmp_path):
     members = [
-        ("./a.b/x.1.seg.png", b"not this"),
+        ("./a.b/x.1.seg.png", b"has no caption"),
         ("./a.b/x.JPG", encode_image(draw_image(0), "JPEG")),
         ("./a.b/y.txt", b" of y \n"),
         ("./a.b/x.npz", b"features"),
@@ -180,11 +180,13 @@ def test_members_belong_together_up_to_the_first_dot(tmp_path):
     ]
     write_tar(tmp_path / "a.tar", members)
     source = sources.open_source(tmp_path)
-    assert [(e.key, e.caption) for e in source] == [
+    assert [(source[i].key, source[i].caption) for i in (1, 2)] == [
         ("a.tar:a.b/x", "of x"),
         ("a.tar:a.b/y", "of y"),
     ]
-    assert source[0].image == members[1][1] and source[1].image == PNGS[1]
+    assert source[1].image == members[1][1] and source[2].image == PNGS[1]
+    assert source.key(0) == "a.tar:a.b/x.1.seg" and len(source) == 3
+    assert reason_for(source, 0) == "missing caption"
 
 
 def test_caption_fields(tmp_path):
@@ -217,10 +219,10 @@ def test_a_truncated_tar_gives_its_complete_examples(tmp_path, kept):
         ([("a.png", PNGS[0]), ("a.json", b'{"prompt": null}')], "missing caption"),
         ([("a.png", PNGS[0]), ("a.json", b'["prompt"]')], "missing caption"),
         ([("a.png", PNGS[0]), ("a.json", b'{"prompt": "a')], "corrupt record"),
-        ([("a.png", PNGS[0]), ("a.txt", b"\xff\xfe\xfa")], "corrupt record"),
+        ([("a.png", PNGS[0]), ("a.txt", b"\xff\xfe\xfa")], "caption is not UTF-8"),
         (
             [("a.png", PNGS[0]), ("a.json", rb'{"prompt": "a dog \ud83d"}')],
-            "corrupt record",
+            "caption is not UTF-8",
         ),  # half an emoji
         ([("a.json", b'{"prompt": "a"}')], "missing picture"),
         ([("a.npy", encode_npy(np.zeros((2, 1, 1)))[:-3]), ("a.txt", b"a")], "corrupt record"),
@@ -288,7 +290,7 @@ def test_a_folder_with_metadata(tmp_path):
         "absent.png",
         "half.png",
     ]
-    assert reason_for(source, 5) == "corrupt record"
+    assert reason_for(source, 5) == "caption is not UTF-8"
     assert [(source[i].key, source[i].caption) for i in (1, 2, 3)] == [
         ("1.png", CAPTIONS[2]),
         ("2.png", CAPTIONS[1]),
