@@ -191,7 +191,7 @@ class _Reader:
         while at + _BLOCK <= self._size:
             data = self._bytes(at, min(_WIDE_WINDOW, self._size - at), _WIDE_WINDOW)
             data = data[: len(data) // _BLOCK * _BLOCK]
-            kept = len(data.lstrip(b"\0"))
+            kept = 0 if data == bytes(len(data)) else len(data.lstrip(b"\0"))
             at += (len(data) - kept) // _BLOCK * _BLOCK
             if kept:
                 break

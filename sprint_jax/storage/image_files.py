@@ -130,7 +130,8 @@ def flatten(image: Image.Image, ground: Color = WHITE) -> Image.Image:
     ground: (r, g, b) behind transparent pixels. Levels become those of eight bits, as
     `eight_bits` says.
     """
-    turned, clear = ImageOps.exif_transpose(image), _transparent(image)
+    clear = _transparent(image)  # before the pixels are decoded
+    turned = ImageOps.exif_transpose(image)
     if turned.mode[0] in "IF":
         values = np.asarray(turned)
         turned = Image.fromarray(_levels(values, image))
@@ -169,9 +170,10 @@ def _levels(values: np.ndarray, image: Image.Image) -> np.ndarray:
         found = np.clip(values.astype(np.int64) >> (bits - 8), 0, 255).astype(np.uint8)
         return 255 - found if tags.get(262) == 0 else found  # 0 is white, which PIL leaves so
     values = values.astype(np.int64)
-    if values.min(initial=0) < 0 and top > 65535:
-        values &= 0xFFFFFFFF  # without a sign, which PIL does not know
-    bits = next((b for b in (8, 16) if top < 2**b), 31 if tags.get(339) == (2,) else 32)
+    signed = tags.get(339) == (2,)
+    if values.min(initial=0) < 0 and not signed:
+        values, top = values & 0xFFFFFFFF, 2**32  # PIL reads all of 32 bits with a sign
+    bits = next((b for b in (8, 16) if top < 2**b), 31 if signed else 32)
     return np.clip(values >> (bits - 8), 0, 255).astype(np.uint8)
 
 
