@@ -1,116 +1,236 @@
 """Conversion of model configs between diffusers or transformers and our model descriptions.
 
-Every field is either supported, or accepted at a single value, or an error. A checkpoint that needs
-an unsupported feature is rejected by name and never runs incorrectly.
+Every field is either supported, or accepted at a single value, or listed as one that changes
+nothing, or an error. A checkpoint that needs an unsupported feature is rejected by name and never
+runs incorrectly.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from sprint_jax.errors import UserError
 from sprint_jax.models.controlnet import ControlNet
-from sprint_jax.models.dc_ae import DCAE, Stage
+from sprint_jax.models.dc_ae import DCAE, EFFICIENT_VIT, RESIDUAL, Stage
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
+from sprint_jax.storage import fields
+from sprint_jax.storage.fields import Kind
 
-# Versions of diffusers omit different keys. An absent key has the default of diffusers.
-_TRANSFORMER = {
-    "in_channels": 32,
-    "out_channels": 32,
-    "num_attention_heads": 70,
-    "attention_head_dim": 32,
-    "num_layers": 20,
-    "num_cross_attention_heads": 20,
-    "cross_attention_head_dim": 112,
-    "cross_attention_dim": 2240,
-    "caption_channels": 2304,
-    "mlp_ratio": 2.5,
-    "dropout": 0.0,
-    "attention_bias": False,
-    "sample_size": 32,
-    "patch_size": 1,
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-6,
-    "interpolation_scale": None,
-    "guidance_embeds": False,
-    "guidance_embeds_scale": 0.1,
-    "qk_norm": None,
-    "timestep_scale": 1.0,
+_Known = Mapping[str, tuple[Any, Kind]]  # {field: (its default, what it may hold)}
+
+# What diffusers and transformers note about a file, which changes nothing.
+_NOTES = {
+    name: fields.ANY
+    for name in (
+        "_class_name",
+        "_diffusers_version",
+        "_name_or_path",
+        "_commit_hash",
+        "_use_default_values",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_attn_implementation_internal",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+    )
 }
-_TRANSFORMER_FIXED = {
-    "attention_bias": False,
-    "patch_size": 1,
-    "norm_elementwise_affine": False,
-    "norm_eps": 1e-6,
-    "interpolation_scale": None,
+# Fields that every config of transformers may have. Most concern training, heads and generation,
+# which are not used here.
+TRANSFORMERS = (
+    _NOTES
+    | {
+        name: fields.ANY
+        for name in (
+            "architectures",
+            "attention_dropout",
+            "bad_words_ids",
+            "begin_suppress_tokens",
+            "bos_token_id",
+            "cache_implementation",
+            "chunk_size_feed_forward",
+            "cross_attention_hidden_size",
+            "decoder_start_token_id",
+            "diversity_penalty",
+            "do_sample",
+            "dtype",
+            "early_stopping",
+            "encoder_no_repeat_ngram_size",
+            "eos_token_id",
+            "exponential_decay_length_penalty",
+            "finetuning_task",
+            "forced_bos_token_id",
+            "forced_eos_token_id",
+            "id2label",
+            "initializer_factor",
+            "initializer_range",
+            "is_decoder",
+            "label2id",
+            "length_penalty",
+            "max_length",
+            "min_length",
+            "no_repeat_ngram_size",
+            "num_beam_groups",
+            "num_beams",
+            "num_return_sequences",
+            "output_attentions",
+            "output_hidden_states",
+            "output_scores",
+            "pad_token_id",
+            "prefix",
+            "problem_type",
+            "remove_invalid_values",
+            "repetition_penalty",
+            "return_dict",
+            "return_dict_in_generate",
+            "sep_token_id",
+            "suppress_tokens",
+            "task_specific_params",
+            "temperature",
+            "tf_legacy_loss",
+            "tie_encoder_decoder",
+            "tie_word_embeddings",
+            "tokenizer_class",
+            "top_k",
+            "top_p",
+            "torch_dtype",
+            "torchscript",
+            "transformers_version",
+            "typical_p",
+            "unsloth_fixed",
+            "unsloth_version",
+            "use_bfloat16",
+            "use_cache",
+        )
+    }
+    | {
+        "add_cross_attention": fields.only(False),
+        "auto_map": fields.only(None),
+        "is_encoder_decoder": fields.only(False),
+        "pruned_heads": fields.only({}, None),
+        "quantization_config": fields.only(None),
+    }
+)
+
+RATIO = Kind("a number above 0 and at most 64", lambda v: fields.POSITIVE.accepts(v) and v <= 64)
+# Versions of diffusers omit different keys. An absent key has the default of diffusers.
+_TRANSFORMER: _Known = {
+    "in_channels": (32, fields.SIZE),
+    "out_channels": (32, fields.SIZE.or_null()),
+    "num_attention_heads": (70, fields.SIZE),
+    "attention_head_dim": (32, fields.SIZE),
+    "num_layers": (20, fields.LAYERS),
+    "num_cross_attention_heads": (20, fields.SIZE),
+    "cross_attention_head_dim": (112, fields.SIZE),
+    "cross_attention_dim": (2240, fields.SIZE),
+    "caption_channels": (2304, fields.SIZE),
+    "mlp_ratio": (2.5, RATIO),
+    "dropout": (0.0, fields.NUMBER),
+    "attention_bias": (False, fields.only(False)),
+    "sample_size": (32, fields.SIZE.or_null()),
+    "patch_size": (1, fields.only(1)),
+    "norm_elementwise_affine": (False, fields.only(False)),
+    "norm_eps": (1e-6, fields.only(1e-6)),
+    "interpolation_scale": (None, fields.only(None)),
+    "guidance_embeds": (False, fields.FLAG),
+    "guidance_embeds_scale": (0.1, fields.NUMBER),
+    "qk_norm": (None, fields.TEXT.or_null()),
+    "timestep_scale": (1.0, fields.POSITIVE),
 }
 # diffusers' `SanaControlNetModel` has no QK-norm and receives times in [0, 1000]. Our ControlNet
 # has a class name that diffusers does not know, so that neither is mistaken for the other.
-_CONTROLNET = {
+_CONTROLNET: _Known = {
     k: v for k, v in _TRANSFORMER.items() if not k.startswith(("guidance_", "qk_", "timestep_"))
-} | {"num_layers": 7}
-_SPRINT_CONTROLNET = _CONTROLNET | {"qk_norm": "rms_norm_across_heads", "timestep_scale": 1.0}
+} | {"num_layers": (7, fields.LAYERS)}
+_SPRINT_CONTROLNET: _Known = dict(_CONTROLNET) | {
+    "qk_norm": ("rms_norm_across_heads", fields.TEXT.or_null()),
+    "timestep_scale": (1.0, fields.POSITIVE),
+}
 _CONTROLNET_CLASS, _SPRINT_CONTROLNET_CLASS = "SanaControlNetModel", "SprintControlNetModel"
 
 _QK_NORM = {"rms_norm_across_heads": True, None: False}
 
-_AUTOENCODER = {
-    "in_channels": 3,
-    "latent_channels": 32,
-    "attention_head_dim": 32,
-    "encoder_block_types": "ResBlock",
-    "decoder_block_types": "ResBlock",
-    "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
-    "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
-    "encoder_layers_per_block": [2, 2, 2, 3, 3, 3],
-    "decoder_layers_per_block": [3, 3, 3, 3, 3, 3],
-    "encoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
-    "decoder_qkv_multiscales": [[], [], [], [5], [5], [5]],
-    "upsample_block_type": "pixel_shuffle",
-    "downsample_block_type": "pixel_unshuffle",
-    "decoder_norm_types": "rms_norm",
-    "decoder_act_fns": "silu",
-    "encoder_out_shortcut": True,
-    "decoder_in_shortcut": True,
-    "decoder_conv_act_fn": "relu",
-    "scaling_factor": 1.0,
+_SIZES, _COUNTS = fields.SIZE.many(), fields.LAYERS.many()
+_BLOCKS = fields.only(RESIDUAL, EFFICIENT_VIT).or_many()
+_SCALES = fields.ODD.many().many()
+_AUTOENCODER: _Known = {
+    "in_channels": (3, fields.only(3)),
+    "latent_channels": (32, fields.SIZE),
+    "attention_head_dim": (32, fields.SIZE),
+    "encoder_block_types": (RESIDUAL, _BLOCKS),
+    "decoder_block_types": (RESIDUAL, _BLOCKS),
+    "encoder_block_out_channels": ([128, 256, 512, 512, 1024, 1024], _SIZES),
+    "decoder_block_out_channels": ([128, 256, 512, 512, 1024, 1024], _SIZES),
+    "encoder_layers_per_block": ([2, 2, 2, 3, 3, 3], _COUNTS),
+    "decoder_layers_per_block": ([3, 3, 3, 3, 3, 3], _COUNTS),
+    "encoder_qkv_multiscales": ([[], [], [], [5], [5], [5]], _SCALES),
+    "decoder_qkv_multiscales": ([[], [], [], [5], [5], [5]], _SCALES),
+    "upsample_block_type": ("pixel_shuffle", fields.only("interpolate")),
+    "downsample_block_type": ("pixel_unshuffle", fields.only("Conv")),
+    "decoder_norm_types": ("rms_norm", fields.only("rms_norm").or_many()),
+    "decoder_act_fns": ("silu", fields.only("silu").or_many()),
+    "encoder_out_shortcut": (True, fields.only(True)),
+    "decoder_in_shortcut": (True, fields.only(True)),
+    "decoder_conv_act_fn": ("relu", fields.only("relu")),
+    "scaling_factor": (1.0, fields.POSITIVE),
 }
-_AUTOENCODER_FIXED = {
-    "upsample_block_type": "interpolate",
-    "encoder_out_shortcut": True,
-    "decoder_in_shortcut": True,
-    "decoder_conv_act_fn": "relu",
-}
-
 _SCHEDULER = {"num_train_timesteps": 1000, "prediction_type": "trigflow", "sigma_data": 0.5}
 
+_EVEN = Kind("an even number", lambda v: fields.SIZE.accepts(v) and v % 2 == 0)
+_DEFAULT_ROPE = {"rope_type": fields.only("default"), "type": fields.only("default")}
+_ROPE_PARAMETERS = _DEFAULT_ROPE | {
+    "rope_theta": fields.POSITIVE,
+    "partial_rotary_factor": fields.only(1.0, None),
+}
+_TEXT_ENCODER = TRANSFORMERS | {
+    "attention_bias": fields.only(False),
+    "attn_logit_softcapping": fields.POSITIVE,
+    "final_logit_softcapping": fields.ANY,  # of a head, which is not used
+    "head_dim": _EVEN,
+    "hidden_act": fields.TEXT.or_null(),
+    "hidden_activation": fields.TEXT.or_null(),
+    "hidden_size": fields.SIZE,
+    "intermediate_size": fields.SIZE,
+    "is_causal": fields.only(True),
+    "layer_types": fields.TEXT.many().or_null(),
+    "max_position_embeddings": fields.SIZE,
+    "model_type": fields.only("gemma2"),
+    "num_attention_heads": fields.SIZE,
+    "num_hidden_layers": fields.LAYERS,
+    "num_key_value_heads": fields.SIZE,
+    "partial_rotary_factor": fields.only(1.0, None),
+    "query_pre_attn_scalar": fields.POSITIVE,
+    "rms_norm_eps": fields.POSITIVE,
+    "rope_parameters": fields.OBJECT.or_null(),
+    "rope_scaling": fields.OBJECT.or_null(),
+    "rope_theta": fields.POSITIVE,
+    "sliding_window": fields.SIZE,
+    "sliding_window_size": fields.ANY,  # of the first published files; transformers ignores it
+    "use_bidirectional_attention": fields.only(False, None),
+    "vocab_size": fields.SIZE,
+}
 
-def _fields(
-    config: Mapping[str, Any], known: dict[str, Any], fixed: Mapping[str, Any], what: str
-) -> dict[str, Any]:
+
+def _fields(config: Mapping[str, Any], known: _Known, what: str) -> dict[str, Any]:
     """Fill defaults into a config. Raises UserError for an unsupported field or value.
 
-    known: all supported fields with their defaults. fixed: fields that support one value only.
+    known: all supported fields.
     """
-    given = {name: value for name, value in config.items() if not name.startswith("_")}
-    unknown = sorted(given.keys() - known.keys())
-    if unknown:
-        raise UserError(
-            f"the {what} config has {unknown[0]}={given[unknown[0]]!r}, which is not supported here"
-        )
-    merged = known | given
-    for name, value in fixed.items():
-        if merged[name] != value:
-            raise UserError(
-                f"the {what} config has {name}={merged[name]!r}; only {value!r} is supported"
-            )
-    return merged
+    kinds = _NOTES | {name: kind for name, (_, kind) in known.items()}
+    defaults = {name: default for name, (default, _) in known.items()}
+    fields.check(defaults | dict(config), kinds, f"the {what} config")
+    return defaults | {name: value for name, value in config.items() if name in known}
+
+
+def _name(value: Any) -> str:
+    """Return a name as it is; anything else as an error line shows it."""
+    return value if isinstance(value, str) and len(value) < 60 else fields.shown(value)
 
 
 def _check_class(config: Mapping[str, Any], expected: str, what: str) -> None:
     found = config.get("_class_name", expected)
     if found != expected:
-        raise UserError(f"the {what} is a {found}; only {expected} is supported")
+        raise UserError(f"the {what} is a {_name(found)}; only {expected} is supported")
 
 
 def transformer(config: Mapping[str, Any], dtype: str) -> LinearDiT:
@@ -120,7 +240,7 @@ def transformer(config: Mapping[str, Any], dtype: str) -> LinearDiT:
     """
     what = "transformer"
     _check_class(config, "SanaTransformer2DModel", what)
-    c = _fields(config, _TRANSFORMER, _TRANSFORMER_FIXED, what)
+    c = _fields(config, _TRANSFORMER, what)
     width = c["num_attention_heads"] * c["attention_head_dim"]
     crossed = c["num_cross_attention_heads"] * c["cross_attention_head_dim"]
     if crossed != width or c["cross_attention_dim"] != width:
@@ -135,8 +255,8 @@ def transformer(config: Mapping[str, Any], dtype: str) -> LinearDiT:
         )
     if c["qk_norm"] not in _QK_NORM:
         raise UserError(
-            f"the transformer config has qk_norm={c['qk_norm']!r}; 'rms_norm_across_heads' or null "
-            "is supported"
+            f"the transformer config has qk_norm={fields.shown(c['qk_norm'])}; only "
+            "'rms_norm_across_heads' or null is supported"
         )
     return LinearDiT(
         in_channels=c["in_channels"],
@@ -166,10 +286,10 @@ def controlnet(config: Mapping[str, Any], dtype: str) -> ControlNet:
     dtype: as in `transformer`. Raises UserError for an unsupported field.
     """
     if config.get("_class_name") == _SPRINT_CONTROLNET_CLASS:
-        c = _fields(config, _SPRINT_CONTROLNET, {}, "ControlNet")
+        c = _fields(config, _SPRINT_CONTROLNET, "ControlNet")
     else:
         _check_class(config, _CONTROLNET_CLASS, "ControlNet")
-        c = _fields(config, _CONTROLNET, {}, "ControlNet") | {
+        c = _fields(config, _CONTROLNET, "ControlNet") | {
             "qk_norm": None,
             "timestep_scale": 1000.0,
         }
@@ -222,20 +342,9 @@ def autoencoder(config: Mapping[str, Any]) -> DCAE:
     """Convert `vae/config.json` of diffusers. Raises UserError for an unsupported field."""
     what = "autoencoder"
     _check_class(config, "AutoencoderDC", what)
-    c = _fields(config, _AUTOENCODER, _AUTOENCODER_FIXED, what)
-    if c["downsample_block_type"] == "pixel_unshuffle":
-        raise UserError(
-            "the autoencoder config has downsample_block_type='pixel_unshuffle'; only 'Conv' is "
-            "supported"
-        )
-    for name, value in (("decoder_norm_types", "rms_norm"), ("decoder_act_fns", "silu")):
-        if set(_each(c[name], 1)) != {value}:
-            raise UserError(
-                f"the autoencoder config has {name}={c[name]!r}; only {value!r} is supported"
-            )
-
+    c = _fields(config, _AUTOENCODER, what)
     try:
-        return DCAE(
+        made = DCAE(
             in_channels=c["in_channels"],
             latent_channels=c["latent_channels"],
             head_dim=c["attention_head_dim"],
@@ -245,6 +354,33 @@ def autoencoder(config: Mapping[str, Any]) -> DCAE:
         )
     except ValueError as error:
         raise UserError(f"the autoencoder config is not supported: {error}") from None
+    _check_channels(made)
+    return made
+
+
+def _check_channels(m: DCAE) -> None:
+    """Raise UserError for channels that the shortcuts or the heads do not divide."""
+    for side, stages in (("encoder", m.encoder), ("decoder", m.decoder)):
+        channels = [stage.channels for stage in stages]
+        name = f"{side}_block_out_channels={fields.shown(channels)}"
+        for fine, coarse in itertools.pairwise(channels):
+            # A shortcut cuts 4 times the finer channels into groups, or repeats the coarser ones.
+            if 4 * fine % coarse:
+                raise UserError(
+                    f"the autoencoder config has {name}: 4 x {fine} is no multiple of {coarse}, "
+                    "which the shortcut needs"
+                )
+        if channels[-1] % m.latent_channels:
+            raise UserError(
+                f"the autoencoder config has {name} and latent_channels={m.latent_channels}: the "
+                "last must be a multiple"
+            )
+        for stage in stages:
+            if stage.block == EFFICIENT_VIT and stage.channels % m.head_dim:
+                raise UserError(
+                    f"the autoencoder config has {name} and attention_head_dim={m.head_dim}: the "
+                    "channels of attention must be multiples"
+                )
 
 
 def _stages(config: Mapping[str, Any], side: str) -> tuple[Stage, ...]:
@@ -254,10 +390,12 @@ def _stages(config: Mapping[str, Any], side: str) -> tuple[Stage, ...]:
     blocks = _each(config[f"{side}_block_types"], len(channels))
     scales = config[f"{side}_qkv_multiscales"]
     columns = (channels, layers, blocks, scales)
-    if len({len(column) for column in columns}) != 1 or min(layers) < 1:
+    if len({len(column) for column in columns}) != 1 or not 1 <= len(channels) <= 16:
+        names = ("block_out_channels", "layers_per_block", "block_types", "qkv_multiscales")
+        lengths = zip(names, map(len, columns), strict=True)
         raise UserError(
-            f"the autoencoder config describes its {side} by lists of different lengths, or by an "
-            "empty stage"
+            f"the autoencoder config has {', '.join(f'{n} {side}_{name}' for name, n in lengths)}: "
+            "their lengths must be one number from 1 to 16"
         )
     return tuple(Stage(w, n, block, tuple(s)) for w, n, block, s in zip(*columns, strict=True))
 
@@ -325,32 +463,24 @@ def text_encoder(config: Mapping[str, Any]) -> Gemma2:
         raise UserError(
             f"the text encoder config lacks {error.args[0]}: copy the folder again"
         ) from None
+    except ValueError as error:
+        raise UserError(f"the text encoder config is not supported: {error}") from None
 
 
 def _check_text_encoder(config: Mapping[str, Any]) -> None:
     """Raise UserError for a field of a text encoder that is not supported."""
+    what = "the text encoder config"
     kind = config.get("model_type", "gemma2")
     if kind != "gemma2":
-        raise UserError(f"the text encoder is a {kind}; only gemma2 is supported")
-    rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(
-            f"the text encoder config has rope_type={rope['rope_type']!r}; only 'default' is "
-            "supported"
-        )
+        raise UserError(f"the text encoder is a {_name(kind)}; only gemma2 is supported")
+    fields.check(config, _TEXT_ENCODER, what)
+    fields.check(config.get("rope_parameters") or {}, _ROPE_PARAMETERS, f"{what}: rope_parameters")
+    fields.check(config.get("rope_scaling") or {}, _DEFAULT_ROPE, f"{what}: rope_scaling")
     activation = config.get("hidden_activation") or config.get("hidden_act") or "gelu_pytorch_tanh"
     if activation != "gelu_pytorch_tanh":
         raise UserError(
-            f"the text encoder config has hidden_activation={activation!r}; only "
-            "'gelu_pytorch_tanh' is supported"
-        )
-    if config.get("attention_bias", False):
-        raise UserError(
-            "the text encoder config has attention_bias=true, which is not supported here"
-        )
-    if config.get("attn_logit_softcapping", 50.0) is None:
-        raise UserError(
-            "the text encoder config has attn_logit_softcapping=null, which is not supported here"
+            f"{what} has hidden_activation={fields.shown(activation)}; only 'gelu_pytorch_tanh' is "
+            "supported"
         )
 
 
@@ -393,10 +523,11 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
     found = config.get("_class_name", "SCMScheduler")
     if found != "SCMScheduler":
         raise UserError(
-            f"the scheduler is a {found}: this folder holds a multi-step SANA, not a SANA-Sprint "
-            "(SCMScheduler)"
+            f"the scheduler is a {_name(found)}: this folder holds a multi-step SANA, not a "
+            "SANA-Sprint (SCMScheduler)"
         )
-    _fields(config, _SCHEDULER, _SCHEDULER, "scheduler")
+    known = {name: (value, fields.only(value)) for name, value in _SCHEDULER.items()}
+    _fields(config, known, "scheduler")
 
 
 def scheduler_json() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from sprint_jax.models.controlnet import ControlNet
 from sprint_jax.models.dc_ae import DCAE, Stage
 from sprint_jax.models.gemma2 import Gemma2
 from sprint_jax.models.linear_dit import LinearDiT
-from sprint_jax.storage import files, json_files, safetensors_files, settings, weights
+from sprint_jax.storage import fields, files, json_files, safetensors_files, settings, weights
 
 INDEX = "model_index.json"  # diffusers
 MODEL = "model.json"  # ours
@@ -29,6 +29,7 @@ _REQUIRED = ("scheduler", "tokenizer", "transformer", "vae", "text_encoder")
 _CROSS_HEADS = {1152: 16, 2240: 20}  # by published width, for files without a config
 
 _StrPath: TypeAlias = str | os.PathLike[str]
+_T = TypeVar("_T")
 _Place: TypeAlias = Callable[[str, str, np.ndarray], Any]  # (part, dotted path, array) -> leaf
 _Say: TypeAlias = Callable[[str], None]
 
@@ -89,8 +90,16 @@ def is_ours(path: _StrPath) -> bool:
     return (pathlib.Path(path) / MODEL).is_file()
 
 
+@functools.lru_cache(maxsize=16)
 def _abstract(model: Any) -> Any:
-    return weights.abstract(model)
+    """Return the shapes of a network. Raises UserError where its sizes do not fit each other."""
+    try:
+        return weights.abstract(model)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the config of the {type(model).__name__} has sizes that do not fit each other ({why})"
+        ) from None
 
 
 def _keep(part: str, path: str, array: np.ndarray) -> np.ndarray:
@@ -180,6 +189,11 @@ def describe(path: _StrPath, *, dtype: str | None) -> Description:
         _check_widths(models)
     else:
         models, instruction = _describe_ours(path, compute)
+    try:
+        for model in models.values():
+            _abstract(model)
+    except UserError as error:
+        raise UserError(f"{path if is_diffusers(path) else path / MODEL}: {error}") from None
     return Description(
         path=path, models=models, instruction=instruction, diffusers=is_diffusers(path)
     )
@@ -219,20 +233,29 @@ def _check_pipeline(path: pathlib.Path) -> None:
     for part in _REQUIRED:
         if not (path / part).is_dir():
             raise UserError(f"{path} has no {part}/: download the whole folder")
-    configs.check_scheduler(_read(path / "scheduler" / "scheduler_config.json"))
+    _of_config(path / "scheduler" / "scheduler_config.json", configs.check_scheduler)
 
 
 def _describe(path: pathlib.Path, dtype: str) -> dict[str, Any]:
     """Read the descriptions of the parts of a pipeline."""
-    read = lambda part: _read(path / part / "config.json")
+    of = lambda part, made: _of_config(path / part / "config.json", made)
     models = {
-        "transformer": configs.transformer(read("transformer"), dtype),
-        "autoencoder": configs.autoencoder(read("vae")),
-        "text_encoder": configs.text_encoder(read("text_encoder")),
+        "transformer": of("transformer", lambda config: configs.transformer(config, dtype)),
+        "autoencoder": of("vae", configs.autoencoder),
+        "text_encoder": of("text_encoder", configs.text_encoder),
     }
     if (path / "controlnet").is_dir():
-        models["controlnet"] = configs.controlnet(read("controlnet"), dtype)
+        models["controlnet"] = of("controlnet", lambda config: configs.controlnet(config, dtype))
     return models
+
+
+def _of_config(path: pathlib.Path, made: Callable[[dict[str, Any]], _T]) -> _T:
+    """Return what a function makes of a JSON file. Its error lines get the file's name."""
+    config = _read(path)
+    try:
+        return made(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_transformer(path: _StrPath) -> tuple[LinearDiT, Any]:
@@ -241,7 +264,7 @@ def read_transformer(path: _StrPath) -> tuple[LinearDiT, Any]:
     path: the folder of any pipeline, or its transformer/.
     """
     path = _subfolder(path, "transformer")
-    model = configs.transformer(_read(path / "config.json"), "float32")
+    model = _of_config(path / "config.json", lambda c: configs.transformer(c, "float32"))
     return model, _load_alone("transformer", path, model)
 
 
@@ -251,7 +274,7 @@ def read_controlnet(path: _StrPath) -> tuple[ControlNet, Any]:
     path: the folder of any pipeline, or its controlnet/.
     """
     path = _subfolder(path, "controlnet")
-    model = configs.controlnet(_read(path / "config.json"), "float32")
+    model = _of_config(path / "config.json", lambda c: configs.controlnet(c, "float32"))
     return model, _load_alone("controlnet", path, model)
 
 
@@ -367,25 +390,47 @@ def _describe_ours(path: pathlib.Path, dtype: str) -> tuple[dict[str, Any], str]
     chosen = {"dtype": dtype, "residual_dtype": dtype, "attention": "plain"}
     try:
         models = {
-            "transformer": LinearDiT(**described["transformer"] | chosen),
+            "transformer": _described(LinearDiT, described["transformer"], chosen),
             "autoencoder": _autoencoder(described["autoencoder"]),
-            "text_encoder": Gemma2(**described["text_encoder"]),
+            "text_encoder": _described(Gemma2, described["text_encoder"]),
         }
         if "controlnet" in described:
             models["controlnet"] = configs.controlnet(described["controlnet"], dtype)
-        return models, described["instruction"]
-    except (KeyError, TypeError, ValueError) as error:
+        instruction = described["instruction"]
+        if not isinstance(instruction, str):
+            raise TypeError(f"instruction is {fields.shown(instruction)}")
+        return models, instruction
+    except (AttributeError, KeyError, TypeError, ValueError, UserError) as error:
         raise UserError(
             f"{path / MODEL} does not describe a model ({error}): convert again"
         ) from None
 
 
-def _autoencoder(fields: dict[str, Any]) -> DCAE:
+# Fields of our networks that hold less, or more, than their types say.
+_KINDS = {
+    "depth": fields.LAYERS,
+    "layers": fields.LAYERS,
+    "mlp_ratio": configs.RATIO,
+    "guidance_scale_factor": fields.NUMBER,
+}
+
+
+def _described(network: type[_T], given: Any, chosen: Mapping[str, Any] = {}) -> _T:
+    """Return a network of the fields that model.json gives, and of those chosen here."""
+    kinds = fields.kinds_of(network) | _KINDS
+    fields.check(given, kinds, network.__name__)
+    return network(**dict(given) | dict(chosen))
+
+
+def _autoencoder(given: dict[str, Any]) -> DCAE:
     stages: dict[str, Any] = {}
     for side in ("encoder", "decoder"):
-        described = [stage | {"scales": tuple(stage["scales"])} for stage in fields[side]]
-        stages[side] = tuple(Stage(**stage) for stage in described)
-    return DCAE(**fields | stages)
+        for stage in given[side]:
+            if not fields.ODD.many().accepts(stage["scales"]):
+                raise ValueError(f"scales of {side} are {fields.shown(stage['scales'])}")
+        tupled = [stage | {"scales": tuple(stage["scales"])} for stage in given[side]]
+        stages[side] = tuple(_described(Stage, stage) for stage in tupled)
+    return _described(DCAE, given | stages)
 
 
 def write_ours(path: _StrPath, checkpoint: Checkpoint) -> None:

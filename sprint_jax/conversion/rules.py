@@ -19,6 +19,8 @@ from sprint_jax.storage import safetensors_files, weights
 Params: TypeAlias = dict[str, Any]  # nested dicts with arrays (or other leaves) at the ends
 Place: TypeAlias = tuple[int | slice, ...]  # index of a part of an array
 
+_WEIGHTS = (np.float64, np.float32, np.float16)  # dtypes of weights that PyTorch shares with NumPy
+
 _Function: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
 # Each layout: (to ours, to theirs). Theirs are those of PyTorch: Linear [out, in],
@@ -142,11 +144,12 @@ def from_arrays(
     check_cover(rows, {path: array.shape for path, array in flat.items()})
     for row in rows:
         array = np.asarray(found[names[row]])
-        if not np.isfinite(array).all():
+        if array.dtype not in _WEIGHTS:
             raise UserError(
-                f"the weights of the {what} hold values of {names[row]} that are infinite or not "
-                "numbers: get them again"
+                f"{what} holds {names[row]} as {array.dtype}: weights must be float64, float32, "
+                "float16 or bfloat16"
             )
+        safetensors_files.check_finite(array, names[row], what)
         flat[row.ours][row.place] = row.to_ours(array)
     return weights.unflatten(flat)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from sprint_jax.conversion import folder
 from sprint_jax.encoders import instruction as instructions
-from sprint_jax.encoders import pixels, prompts, text
+from sprint_jax.encoders import pixels, prompts, text, tokenizers
 from sprint_jax.errors import UserError
 
 PARTS = ("text_encoder", "autoencoder")
@@ -114,16 +114,8 @@ def assemble(
     unrolled: Sequence[str],
 ) -> Encoders:
     """Put the encoders of a folder together from their parameters as `placing` left them."""
-    import transformers  # takes seconds
-
     encoder, codec = described.models["text_encoder"], described.models["autoencoder"]
-    source = described.tokenizer
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except Exception as error:  # the library raises many kinds for a damaged folder
-        raise UserError(
-            f"cannot read the tokenizer in {source} ({error}): download it again"
-        ) from None
+    tokenizer = tokenizers.load(described.tokenizer)
     gemma = text.GemmaText(encoder, prompts.GemmaPrompts(tokenizer, wording))
     tree = params["text_encoder"]
     tree = encoder.unstack(tree) if "text_encoder" in unrolled else tree

@@ -26,24 +26,38 @@ class CutWarning(UserWarning):
     """Warns of a prompt that is longer than the model reads."""
 
 
+class EmptyWarning(UserWarning):
+    """Says that an empty prompt draws the unconditional image."""
+
+
 class GemmaPrompts:
     """The tokens of prompts under one instruction.
 
     instruction: the text. prefix: int32 [P], the tokens that all prompts share; empty without an
-    instruction.
+    instruction. truncation_side: "right" or "left", where a prompt that is too long is cut.
+    takes_empty: an empty prompt is the unconditional one, as in diffusers.
     """
+
+    takes_empty = True
 
     def __init__(self, tokenizer, instruction: str):
         """Prepare prompts with a transformers fast tokenizer that puts <bos> first.
 
-        instruction: the text before each prompt, "" for none.
+        instruction: the text before each prompt, "" for none. Raises UserError for a tokenizer that
+        adds other tokens than <bos>.
         """
         self._tokenizer, self.instruction = tokenizer, instruction
+        self.truncation_side = getattr(tokenizer, "truncation_side", "right")
         start = self._ids(instruction)
         if not start or start[0] != BOS:
             raise UserError(
                 f"the tokenizer begins a text with token {start[:1]}, not with <bos> ({BOS}): this "
                 "is not Gemma's tokenizer as SANA uses it (add_bos_token must be true)"
+            )
+        if self._ids("a")[1:] != tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise UserError(
+                "the tokenizer puts tokens behind a text: this is not Gemma's tokenizer as SANA "
+                "uses it (add_eos_token must be false)"
             )
         self.prefix = np.array(start[:-1] if instruction else [], np.int32)
 
@@ -80,7 +94,10 @@ class GemmaPrompts:
         """Return an int32 array per prompt: its tokens after the prefix, cut to the window.
 
         Prompts are lower-cased and stripped, as the published pipeline does. One that is too long
-        is cut, with a warning that shows what was lost.
+        is cut, with a warning that shows what was lost. An empty one draws a warning.
+
+        Raises UserError for a prompt that cannot be tokenized, or is too long for a tokenizer that
+        would cut the instruction.
         """
         return [self._one(i, prompt) for i, prompt in enumerate(prompts)]
 
@@ -91,6 +108,12 @@ class GemmaPrompts:
                 f"prompt {index} holds half of a surrogate pair, which is no character: give it in "
                 f"UTF-8"
             )
+        if not text:
+            warnings.warn(
+                f"prompt {index} is empty: it draws the unconditional image, as in diffusers",
+                EmptyWarning,
+                stacklevel=3,
+            )
         ids = self._ids(self.instruction + text)
         start = len(self.prefix)
         if ids[:start] != self.prefix.tolist():
@@ -98,17 +121,32 @@ class GemmaPrompts:
                 f"prompt {index} begins with characters that merge with the instruction: begin "
                 f"with a letter"
             )
-        rest, room = ids[start:], self.room
-        if len(rest) > room:
-            lost = self._tokenizer.decode(rest[room:])
-            shown = lost if len(lost) <= 80 else lost[:77] + "..."
-            warnings.warn(
-                f"prompt {index} has {len(rest)} tokens and the model reads {room}: cut off "
-                f"{shown!r}",
-                CutWarning,
-                stacklevel=3,
+        return np.array(self._cut(index, ids[start:]), np.int32)
+
+    def _cut(self, index, ids):
+        """Return the tokens after the prefix, without those that the model does not read."""
+        room = self.room
+        if len(ids) <= room:
+            return ids
+        if self.truncation_side == "right":
+            kept, lost = ids[:room], ids[room:]
+        elif len(self.prefix):
+            raise UserError(
+                f"prompt {index} has {len(ids)} tokens and the model reads {room}: its tokenizer "
+                "cuts on the left (truncation_side=left), where the instruction is: shorten the "
+                "prompt"
             )
-        return np.array(rest[:room], np.int32)
+        else:
+            end = len(ids) - (room - 1)  # <bos> stays
+            kept, lost = ids[:1] + ids[end:], ids[1:end]
+        text = self._tokenizer.decode(lost)
+        shown = text if len(text) <= 80 else text[:77] + "..."
+        warnings.warn(
+            f"prompt {index} has {len(ids)} tokens and the model reads {room}: cut off {shown!r}",
+            CutWarning,
+            stacklevel=4,
+        )
+        return kept
 
 
 def buckets(longest: int) -> list[int]:

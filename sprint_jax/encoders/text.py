@@ -6,7 +6,7 @@ Parameters are arguments everywhere.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,11 @@ Prepared = list[tuple[int, dict[str, np.ndarray]]]
 
 class TextEncoder(Protocol):
     """A text encoder of a pipeline."""
+
+    @property
+    def takes_empty(self) -> bool:
+        """Whether a prompt may be empty."""
+        ...
 
     def prepare(self, prompts: Sequence[str]) -> Prepared:
         """Return one (length, arrays) per prompt; prompts of equal length may share a batch."""
@@ -43,6 +48,7 @@ class EmbeddedText:
     """The seeded encoder of embedded data, a `words.ShapesText` or `words.WordsText`."""
 
     encoder: Any
+    takes_empty: ClassVar[bool] = False
 
     def prepare(self, prompts: Sequence[str]) -> Prepared:
         """Return one (length, arrays) per prompt; all have one length."""
@@ -70,6 +76,7 @@ class GemmaText:
 
     model: Gemma2
     prompts: prompts_lib.GemmaPrompts
+    takes_empty: ClassVar[bool] = True  # the unconditional image, as in diffusers
 
     def prepare(self, prompts: Sequence[str]) -> Prepared:
         """Return one (padded length, {"tokens", "mask"}) per prompt."""

@@ -13,10 +13,20 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 
+from sprint_jax.conversion import configs
+from sprint_jax.encoders import tokenizers
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.networks import clip as clip_lib
 from sprint_jax.evaluation.networks import inception
-from sprint_jax.storage import crops, digests, files, json_files, safetensors_files, torch_files
+from sprint_jax.storage import (
+    crops,
+    digests,
+    fields,
+    files,
+    json_files,
+    safetensors_files,
+    torch_files,
+)
 
 # The first digits of the SHA-256 of pytorch-fid's weights are part of their file's name.
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -119,7 +129,10 @@ def _read_inception(path):
         f"run sprint-jax evaluate there with --weights={path} --save_weights=FILE.safetensors, and "
         f"give that file"
     )
-    return torch_files.read(path, remedy), digests.hash_file(path)
+    found = torch_files.read(path, remedy)
+    return {k: v for k, v in found.items() if np.issubdtype(v.dtype, np.floating)}, (
+        digests.hash_file(path)
+    )
 
 
 def save_inception(
@@ -185,9 +198,10 @@ def load_clip(path: pathlib.Path | str, *, batch: int) -> tuple[CLIP, str]:
             f"{path} has no config.json: give the folder of a CLIP model "
             f"(openai/clip-vit-large-patch14)"
         )
+    config = json_files.read_object(path / "config.json", "download the folder again")
     try:
-        model = clip_model(json_files.read(path / "config.json"))
-    except (ValueError, KeyError, TypeError) as error:
+        model = clip_model(config)
+    except (UserError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path / 'config.json'} does not describe a CLIP ({type(error).__name__}: {error})"
         ) from None
@@ -208,24 +222,49 @@ def load_clip(path: pathlib.Path | str, *, batch: int) -> tuple[CLIP, str]:
         safetensors_files.read(found[name], arrays[name])
     parts = [digests.hash_file(file) for file in sorted({t.file for t in found.values()})]
     digest = parts[0] if len(parts) == 1 else digests.hash_text("".join(parts))
-    return CLIP(model, model.params_of(arrays), _tokenizer(path), batch=batch), digest
+    return CLIP(model, model.params_of(arrays), tokenizers.load(path), batch=batch), digest
 
 
-def _tokenizer(path):
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception as error:  # the library raises many kinds for a damaged folder
-        raise UserError(
-            f"cannot read the tokenizer in {path} ({' '.join(str(error).split())[:120]}): download "
-            f"it again"
-        ) from None
+_TOWER = configs.TRANSFORMERS | {
+    "dropout": fields.ANY,
+    "hidden_act": fields.only("quick_gelu", "gelu"),
+    "hidden_size": fields.SIZE,
+    "intermediate_size": fields.SIZE,
+    "layer_norm_eps": fields.POSITIVE,
+    "num_attention_heads": fields.SIZE,
+    "num_hidden_layers": fields.LAYERS,
+    "projection_dim": fields.SIZE.or_null(),  # that of the whole counts
+}
+_VISION = _TOWER | {
+    "image_size": fields.SIZE,
+    "model_type": fields.only("clip_vision_model"),
+    "num_channels": fields.only(3),
+    "patch_size": fields.SIZE,
+}
+_TEXT = _TOWER | {
+    "eos_token_id": fields.Kind("a token's number", lambda v: type(v) is int and v >= 0),
+    "max_position_embeddings": fields.SIZE,
+    "model_type": fields.only("clip_text_model"),
+    "vocab_size": fields.SIZE,
+}
+_CLIP = configs.TRANSFORMERS | {
+    "logit_scale_init_value": fields.ANY,  # the file has the trained value
+    "model_type": fields.only("clip"),
+    "projection_dim": fields.SIZE,
+    "text_config": fields.OBJECT,
+    "text_config_dict": fields.OBJECT.or_null(),
+    "vision_config": fields.OBJECT,
+    "vision_config_dict": fields.OBJECT.or_null(),
+}
 
 
 def clip_model(config: Mapping[str, Any]) -> clip_lib.CLIP:
-    """Describe the CLIP of transformers' config.json. Missing keys have transformers' defaults."""
-    vision, text = dict(config["vision_config"]), dict(config["text_config"])
+    """Describe the CLIP of transformers' config.json. Missing keys have transformers' defaults.
+
+    Raises UserError for an unsupported field, and ValueError for values that do not fit each other.
+    """
+    fields.check(config, _CLIP, "the CLIP config")
+    vision, text = _part(config, "vision_config", _VISION), _part(config, "text_config", _TEXT)
     tower = lambda c, width, inner, heads: clip_lib.Tower(
         width=c.get("hidden_size", width),
         layers=c.get("num_hidden_layers", 12),
@@ -233,13 +272,17 @@ def clip_model(config: Mapping[str, Any]) -> clip_lib.CLIP:
         inner=c.get("intermediate_size", inner),
         eps=c.get("layer_norm_eps", 1e-5),
     )
+    towers = tower(vision, 768, 3072, 12), tower(text, 512, 2048, 8)
+    for each in towers:
+        if each.width % each.heads:
+            raise ValueError(f"hidden_size {each.width} is no multiple of its {each.heads} heads")
     activations = {c.get("hidden_act", "quick_gelu") for c in (vision, text)}
-    if len(activations) != 1 or not activations <= {"quick_gelu", "gelu"}:
-        raise ValueError(f"hidden_act {sorted(activations)}: quick_gelu or gelu is supported")
+    if len(activations) != 1:
+        raise ValueError(f"hidden_act {sorted(activations)}: both parts must have the same")
     end = text.get("eos_token_id", 49407)
     return clip_lib.CLIP(
-        vision=tower(vision, 768, 3072, 12),
-        text=tower(text, 512, 2048, 8),
+        vision=towers[0],
+        text=towers[1],
         size=vision.get("image_size", 224),
         patch=vision.get("patch_size", 32),
         vocabulary=text.get("vocab_size", 49408),
@@ -248,6 +291,20 @@ def clip_model(config: Mapping[str, Any]) -> clip_lib.CLIP:
         end=None if end == 2 else end,
         activation=activations.pop(),
     )
+
+
+def _part(config: Mapping[str, Any], name: str, kinds: Mapping[str, fields.Kind]) -> dict[str, Any]:
+    """Return the config of a part. Raises UserError where its older form says another value."""
+    part, older = config[name], config.get(f"{name}_dict") or {}
+    for given in (part, older):
+        fields.check(given, kinds, f"the CLIP config: {name}")
+    for field, value in older.items():
+        if field in part and part[field] != value:
+            raise UserError(
+                f"the CLIP config has {name}.{field}={fields.shown(part[field])}, but "
+                f"{fields.shown(value)} in {name}_dict"
+            )
+    return older | part
 
 
 def hook(name: str) -> Callable[..., Any]:

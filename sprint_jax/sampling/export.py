@@ -202,6 +202,8 @@ def _text(text: Any) -> tuple[dict[str, Any], str | None]:
     """Return (the header's description of a text part, its tokenizer's file or None)."""
     if isinstance(text, GemmaText):
         described = {"kind": "gemma", "instruction": text.prompts.instruction}
+        if text.prompts.truncation_side != "right":
+            described["truncation_side"] = text.prompts.truncation_side
         return described, text.prompts.tokenizer_json()
     if isinstance(text.encoder, words.WordsText):
         return {"kind": "words", "length": text.encoder.length}, None

@@ -31,7 +31,7 @@ import pathlib
 import struct
 import zipfile
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jax
 import numpy as np
@@ -41,7 +41,8 @@ from sprint_jax.encoders import prompts as prompts_lib
 from sprint_jax.encoders import words as text_lib
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import generation
-from sprint_jax.storage import files, json_files, safetensors_files
+from sprint_jax.storage import fields as fields_lib
+from sprint_jax.storage import files, json_files, safetensors_files, signatures
 
 FORMAT = "sprint_jax exported 1"
 HEADER, TOKENIZER, WEIGHTS = "header.json", "tokenizer.json", "weights.safetensors"
@@ -70,10 +71,10 @@ class Header:
     """The content of header.json.
 
     jax, commit: versions that wrote it. platforms: of "cpu", "cuda", "rocm" and "tpu". dtype: of
-    weights and most arithmetic. text: {"kind": "gemma", "instruction"}, {"kind": "words", "length"}
-    or {"kind": "shapes"}. factor, channels: pixels per latent cell, and channels of a latent.
-    height, width, guidance_scale, schedule, batch_size: defaults of `generate`. programs: all
-    programs of the file.
+    weights and most arithmetic. text: {"kind": "gemma", "instruction"}, perhaps with
+    "truncation_side"; {"kind": "words", "length"}; or {"kind": "shapes"}. factor, channels: pixels
+    per latent cell, and channels of a latent. height, width, guidance_scale, schedule, batch_size:
+    defaults of `generate`. programs: all programs of the file.
     """
 
     jax: str
@@ -96,6 +97,31 @@ class Header:
         return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
+_SIZE, _FIELD_TEXT = fields_lib.SIZE, fields_lib.TEXT
+_HEADER_KINDS = {
+    "jax": _FIELD_TEXT,
+    "commit": _FIELD_TEXT,
+    "platforms": _FIELD_TEXT.many(),
+    "dtype": fields_lib.only("float32", "bfloat16"),
+    "text": fields_lib.OBJECT,
+    "factor": _SIZE,
+    "channels": _SIZE,
+    "height": _SIZE,
+    "width": _SIZE,
+    "guidance_scale": fields_lib.NUMBER,
+    "schedule": fields_lib.only("code", "paper"),
+    "batch_size": _SIZE,
+    "programs": fields_lib.OBJECT.many(),
+}
+_PROGRAM_KINDS = {field.name: _SIZE for field in dataclasses.fields(Program)}
+_TEXT_KINDS = {
+    "kind": fields_lib.only("gemma", "words", "shapes"),
+    "instruction": _FIELD_TEXT,
+    "truncation_side": fields_lib.only("right", "left"),
+    "length": _SIZE,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Pixels:
     """Sizes of latents: pixels per cell, and channels."""
@@ -109,6 +135,7 @@ class _Embedded:
     """Prompts of an embedded encoder of `encoders.words`."""
 
     encoder: Any
+    takes_empty: ClassVar[bool] = False
 
     def prepare(self, prompts: Sequence[str]) -> list[tuple[int, dict[str, np.ndarray]]]:
         """Return one (length, arrays) per prompt."""
@@ -120,6 +147,7 @@ class _Tokenizer:
     """A tokenizer of the tokenizers package with the interface of transformers'."""
 
     inner: Any
+    truncation_side: str
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": self.inner.encode(text, add_special_tokens=add_special_tokens).ids}
@@ -211,7 +239,8 @@ class Exported:
 
     @functools.cached_property
     def _programs(self) -> Callable[[Program], Callable[..., jax.Array]]:
-        return functools.cache(functools.partial(_compiled, self.path))
+        shapes = {name: (a.shape, a.dtype) for name, a in self.params.items()}
+        return functools.cache(functools.partial(_compiled, self.path, shapes))
 
     def encode(self, images: Any) -> NoReturn:
         """Raise UserError: no exported program starts from an image."""
@@ -268,20 +297,37 @@ def load(path: pathlib.Path | str, say: Callable[[str], None] = lambda message: 
         say(f"reading {path}")
         with archive.open(WEIGHTS) as member:
             arrays = safetensors_files.read_stream(member)
-            params = {name: jax.device_put(array) for name, array in arrays}
+            params = {name: jax.device_put(_finite(path, name, array)) for name, array in arrays}
     pixels = _Pixels(header.factor, header.channels)
     return Exported(path=path, header=header, text=text, pixels=pixels, params=params)
 
 
-def _header(path, fields):
-    found = fields.pop("format")
+def _finite(path, name, array):
+    if array.dtype != np.int32:
+        safetensors_files.check_finite(array, name, path)
+    return array
+
+
+def _header(path, given):
+    if not isinstance(given, dict):
+        raise ValueError(f"{HEADER} is {fields_lib.shown(given)}, not an object")
+    found = given.pop("format")
     if found != FORMAT:
         raise UserError(
-            f"{path} has format {found!r}, this version reads {FORMAT!r}: export it again"
+            f"{path} has format {fields_lib.shown(found)}, this version reads {FORMAT!r}: export "
+            "it again"
         )
-    fields["programs"] = tuple(Program(**program) for program in fields["programs"])
-    fields["platforms"] = tuple(fields["platforms"])
-    return Header(**fields)
+    try:
+        fields_lib.check(given, _HEADER_KINDS, HEADER)
+        fields_lib.check(given["text"], _TEXT_KINDS, f"{HEADER}: text")
+        for program in given["programs"]:
+            fields_lib.check(program, _PROGRAM_KINDS, f"{HEADER}: programs")
+    except UserError as error:
+        raise UserError(f"{path}: {error}: export it again") from None
+    programs = tuple(Program(**program) for program in given["programs"])
+    if not programs:
+        raise ValueError(f"{HEADER} lists no program")
+    return Header(**given | {"programs": programs, "platforms": tuple(given["platforms"])})
 
 
 def _text(header, archive):
@@ -292,12 +338,20 @@ def _text(header, archive):
         return _Embedded(text_lib.WordsText(header.text["length"]))
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer.from_str(archive.read(TOKENIZER).decode())
-    return prompts_lib.GemmaPrompts(_Tokenizer(tokenizer), header.text["instruction"])
+    text = archive.read(TOKENIZER).decode()
+    try:
+        inner = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(f"{TOKENIZER}: {' '.join(str(error).split())[:120]}") from None
+    tokenizer = _Tokenizer(inner, header.text.get("truncation_side", "right"))
+    return prompts_lib.GemmaPrompts(tokenizer, header.text["instruction"])
 
 
-def _compiled(path, program):
-    """Compile a program of the file for this device."""
+def _compiled(path, shapes, program):
+    """Compile a program of the file for this device.
+
+    shapes: {name: (shape, dtype)} of the file's weights.
+    """
     with _opened(path) as archive:
         blob = bytearray(archive.read(program.member))
     try:
@@ -311,6 +365,12 @@ def _compiled(path, program):
         arguments, _ = jax.tree.unflatten(
             found.in_tree, [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in found.in_avals]
         )
+        taken = {name: (a.shape, a.dtype) for name, a in arguments[0].items()}
+        wrong = sorted(
+            name for name in taken.keys() | shapes if taken.get(name) != shapes.get(name)
+        )
+        if wrong:
+            raise ValueError(f"its programs and its weights differ in {wrong[0]}")
         lowered = jax.jit(found.call).lower(*arguments)
     except (
         ValueError,
@@ -353,9 +413,12 @@ def _opened(path):
         RuntimeError,
         struct.error,
     ) as error:
+        kind = signatures.describe(path)
+        if kind is not None and "sprint-jax export" not in kind:
+            raise UserError(f"{path} is no file of sprint-jax export but {kind}") from None
         raise UserError(
             f"{path} is not a whole file of sprint-jax export ({error}): copy it again, or export "
-            f"again"
+            "again"
         ) from None
     except OSError as error:
         raise UserError(

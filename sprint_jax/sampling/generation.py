@@ -181,7 +181,7 @@ def generate(
 
     Args:
       pipe: from `loading.load` or `exported.load`.
-      prompts: texts, none of them empty.
+      prompts: texts. Only published models take an empty one, for the unconditional image.
       steps: network calls per image, 1 or more.
       guidance_scale: embedded scale; None takes the model's own (4.5 for published models).
       height, width: pixels, multiples of the autoencoder's factor (32); None takes the model's own.
@@ -244,9 +244,6 @@ def _check(prompts, output, images_per_prompt, guidance_scale, seed):
         raise UserError("prompts must be a list of texts: put brackets around the one")
     if not prompts:
         raise UserError("no prompts: give at least one")
-    for i, prompt in enumerate(prompts):
-        if not prompt.strip():
-            raise UserError(f"prompt {i} is empty: say what to draw, for example 'a red circle'")
     if output not in ("pixels", "latent"):
         raise UserError(f"output {output!r}: use 'pixels' or 'latent'")
     if images_per_prompt < 1:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from sprint_jax import build
 from sprint_jax import config as config_lib
@@ -220,14 +219,10 @@ def _with_controlnet(model: Any, own: ControlNet | None, how: Options) -> tuple[
             f"{path} holds a ControlNet of {control.depth} blocks, the model has {model.depth}: "
             "these do not belong together"
         )
-    params = jax.device_put(_cast(params, how.dtype))
+    params = jax.device_put(weights.cast(params, how.dtype, path))
     params = _unstacked("controlnet", control, params, how)
     both = Controlled(trunk=model, control=control)
     return computed(both, dtype=how.dtype, residual_dtype=how.dtype), params
-
-
-def _cast(params: Any, dtype: str) -> Any:
-    return jax.tree.map(lambda a: a.astype(jnp.dtype(dtype)), params)
 
 
 def read_config(path: pathlib.Path) -> config_lib.Config:
@@ -269,7 +264,7 @@ def _run(path: pathlib.Path, how: Options) -> Pipeline:
     """Load a run directory."""
     described, params, config = read_student(path)
     model = computed(described, dtype=how.dtype, residual_dtype=how.dtype)
-    params = jax.device_put(_cast(params, how.dtype))
+    params = jax.device_put(weights.cast(params, how.dtype, path / run_files.STUDENT))
     c, e = config, config.evaluation
     published = c.text.vocabulary == "gemma"
     if published:

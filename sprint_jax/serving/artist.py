@@ -88,6 +88,7 @@ def limits_of(
         schedule=pipe.schedule,
         takes_image=not isinstance(pipe, Exported),
         takes_control=pipe.control,
+        takes_empty=pipe.text.takes_empty,
         max_prompt=max_prompt,
     )
 

@@ -39,7 +39,8 @@ class Limits:
     steps: allowed numbers of network calls. sizes: (height, width) in pixels, the default first.
     Only these are compiled, so that no request makes the others wait for the compiler.
     guidance_scale, schedule: defaults. takes_image: whether a request may bring an image to start
-    from. takes_control: whether it may bring a sketch for the ControlNet. max_prompt: characters.
+    from. takes_control: whether it may bring a sketch for the ControlNet. takes_empty: whether its
+    prompt may be empty. max_prompt: characters.
     """
 
     steps: tuple[int, ...]
@@ -48,6 +49,7 @@ class Limits:
     schedule: str
     takes_image: bool
     takes_control: bool
+    takes_empty: bool = False
     max_prompt: int = 2000
 
     @property
@@ -92,7 +94,7 @@ def request_model(limits: Limits) -> type[pydantic.BaseModel]:
     strength = Annotated[float, Field(gt=0, le=1)]
     control = Annotated[float, Field(ge=0, le=_MOST_CONTROL)]
     fields: dict[str, Any] = {
-        "prompt": (_prompt(limits.max_prompt), Field(description="What to draw.")),
+        "prompt": (_prompt(limits), Field(description="What to draw.")),
         "steps": _optional(_choice(limits.steps), limits.default_steps, "Network calls."),
         "seed": _optional(seed, 0, "The same request with the same seed is the same image."),
         "guidance_scale": _optional(guidance, limits.guidance_scale, "Embedded guidance."),
@@ -185,10 +187,14 @@ def _optional(kind: Any, default: Any, text: str) -> tuple[Any, Any]:
     return kind | None, Field(default, description=text)
 
 
-def _prompt(most: int) -> Any:
-    patterns: Any = {"allOf": [{"pattern": r"\S"}, {"pattern": f"^[^{_CONTROL_CHARACTERS}]*$"}]}
-    bounds = Field(min_length=1, max_length=most, json_schema_extra=patterns)
-    return Annotated[str, bounds, BeforeValidator(_readable)]
+def _prompt(limits: Limits) -> Any:
+    patterns = [{"pattern": f"^[^{_CONTROL_CHARACTERS}]*$"}]
+    if limits.takes_empty:
+        bounds = Field(max_length=limits.max_prompt, json_schema_extra={"allOf": [*patterns]})
+        return Annotated[str, bounds, BeforeValidator(_readable)]
+    extra: Any = {"allOf": [{"pattern": r"\S"}, *patterns]}
+    bounds = Field(min_length=1, max_length=limits.max_prompt, json_schema_extra=extra)
+    return Annotated[str, bounds, BeforeValidator(_not_blank)]
 
 
 def _choice(values: tuple[Any, ...]) -> Any:
@@ -220,13 +226,16 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _readable(value: Any) -> Any:
-    """Refuse a blank prompt and unreadable characters; leave other types to pydantic."""
-    if not isinstance(value, str):
-        return value
-    if not value.strip():
+def _not_blank(value: Any) -> Any:
+    """Refuse a blank prompt, and what `_readable` refuses."""
+    if isinstance(value, str) and not value.strip():
         raise PydanticCustomError("problem", "is empty: say what to draw")
-    if found := _UNREADABLE.search(value):
+    return _readable(value)
+
+
+def _readable(value: Any) -> Any:
+    """Refuse unreadable characters in a prompt; leave other types to pydantic."""
+    if isinstance(value, str) and (found := _UNREADABLE.search(value)):
         raise PydanticCustomError(
             "problem",
             "has the character U+{code} at {place}: use letters, digits and punctuation",

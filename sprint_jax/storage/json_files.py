@@ -9,6 +9,8 @@ from typing import Any
 from sprint_jax.errors import UserError
 from sprint_jax.storage import files
 
+_DEEPEST = 100  # brackets within brackets; walks over values are recursive
+
 
 def parse(
     text: str | bytes,
@@ -23,14 +25,29 @@ def parse(
       pairs: makes an object of its [(key, value)], which may repeat keys; default: dict.
       constant: makes a value of NaN, Infinity and -Infinity; default: float.
 
-    Raises ValueError for anything else, nesting too deep for the parser included.
+    Raises ValueError for anything else, brackets nested more than 100 deep included.
     """
     if isinstance(text, str):
         text = text.removeprefix("\ufeff")
+    brackets = ("[", "{") if isinstance(text, str) else (b"[", b"{")
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError:
         raise ValueError("brackets are nested too deep") from None
+    if sum(map(text.count, brackets)) > _DEEPEST and _is_deep(value):
+        raise ValueError("brackets are nested too deep")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether lists and objects are nested deeper than `_DEEPEST`."""
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        inner = [part for part in level if isinstance(part, list | dict)]
+        if not inner:
+            return False
+        level = [x for part in inner for x in (part.values() if type(part) is dict else part)]
+    return True
 
 
 def read(path: str | os.PathLike) -> Any:

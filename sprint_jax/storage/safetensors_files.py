@@ -22,7 +22,7 @@ import safetensors
 import safetensors.numpy
 
 from sprint_jax.errors import UserError
-from sprint_jax.storage import json_files
+from sprint_jax.storage import json_files, signatures
 
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -31,6 +31,14 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _STREAMED = {name: _DTYPES[name] for name in ("F32", "BF16")} | {"I32": np.dtype(np.int32)}
+# Weights of other kinds that a folder may hold instead.
+_OTHERS = {
+    (".bin", ".pth", ".pt", ".ckpt"): "pickled",
+    (".gguf",): "GGUF",
+    (".msgpack",): "Flax msgpack",
+    (".h5",): "HDF5",
+    (".onnx",): "ONNX",
+}
 _PIECE = 1 << 24  # elements read at a time
 METADATA = {"format": "pt"}  # PyTorch's loaders insist on it
 
@@ -81,9 +89,17 @@ def _opened(path) -> Iterator[Any]:
         why = error.strerror or error
         raise UserError(f"cannot read {path} ({why}): give an existing file") from None
     except safetensors.SafetensorError as error:
-        raise UserError(
-            f"{path} is not a whole safetensors file ({error}): copy it again"
-        ) from None
+        raise _not_whole(path, error) from None
+
+
+def _not_whole(path, error) -> UserError:
+    """Return the line for a file that the library refuses: what it is, or that it is damaged."""
+    with path.open("rb") as file:
+        meant = signatures.is_safetensors(file.read(9))
+    if not meant and (found := signatures.describe(path)):
+        return UserError(f"{path} is no safetensors file but {found}")
+    why = " ".join(str(error).split())[:200]
+    return UserError(f"{path} is not a whole safetensors file ({why}): copy it again")
 
 
 def find(folder: str | os.PathLike, stem: str) -> dict[str, Tensor]:
@@ -99,16 +115,13 @@ def find(folder: str | os.PathLike, stem: str) -> dict[str, Tensor]:
     if single is not None and (index is None or single.name == f"{stem}.safetensors"):
         return scan(single)
     if index is None:
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
-            raise UserError(
-                f"{folder} has only pickled weights, which are never opened: convert them to "
-                "safetensors"
-            )
-        raise UserError(f"{folder} has no {stem}.safetensors: download the whole folder")
+        raise UserError(f"{folder} {_lack(folder, stem)}")
     try:
         placed = json_files.read(index)["weight_map"]
         files = {name: folder / pathlib.Path(file).name for name, file in placed.items()}
-    except (ValueError, KeyError, AttributeError, TypeError):
+        if not files:
+            raise ValueError("it names no tensor")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"{index} is not an index of safetensors files: copy it again") from None
     scanned = {file: scan(file) for file in sorted(set(files.values()))}
     lost = sorted(name for name, file in files.items() if name not in scanned[file])
@@ -118,6 +131,17 @@ def find(folder: str | os.PathLike, stem: str) -> dict[str, Tensor]:
             "again"
         )
     return {name: scanned[file][name] for name, file in files.items()}
+
+
+def _lack(folder, stem):
+    """Say what a folder without safetensors has instead, and what to do."""
+    for endings, kind in _OTHERS.items():
+        if any(any(folder.glob(f"*{ending}")) for ending in endings):
+            return (
+                f"has only {kind} weights, which are never opened: convert them to safetensors, or "
+                "download them as safetensors"
+            )
+    return f"has no {stem}.safetensors: download the whole folder"
 
 
 def _one(folder, patterns):
@@ -144,20 +168,23 @@ def read(
 
     out: array view of the target dtype. arrange: reorders axes; None copies piece by piece, for
     tensors that are large and keep their order. Raises UserError for a tensor that is no weight,
-    and for a value that is not finite.
+    and for a value that is not finite, in the file or in the target dtype.
     """
     check_dtype(tensor)
     if arrange is not None or not tensor.shape:
         with _opened(tensor.file) as file:
-            array = _checked(file.get_tensor(tensor.name), tensor)
-            out[...] = array if arrange is None else arrange(array)
+            array = file.get_tensor(tensor.name)
+            check_finite(array, tensor.name, tensor.file)
+            _store(array if arrange is None else arrange(array), tensor, out)
         return
     length = tensor.shape[0]
     rows = max(1, _PIECE // max(1, math.prod(tensor.shape[1:])))
     for start in range(0, length, rows):
         stop = min(start + rows, length)
         with _opened(tensor.file) as file:
-            out[start:stop] = _checked(file.get_slice(tensor.name)[start:stop], tensor)
+            piece = file.get_slice(tensor.name)[start:stop]
+            check_finite(piece, tensor.name, tensor.file)
+            _store(piece, tensor, out[start:stop])
 
 
 def check_dtype(tensor: Tensor) -> None:
@@ -172,20 +199,32 @@ def check_dtype(tensor: Tensor) -> None:
         )
 
 
-def _checked(piece, tensor):
+def _store(array, tensor, out):
+    """Copy an array of finite values. Raises UserError where a value is too large for `out`."""
+    with np.errstate(over="ignore"):
+        out[...] = array
+    if ml_dtypes.finfo(out.dtype).max < ml_dtypes.finfo(array.dtype).max:
+        check_finite(out, tensor.name, tensor.file)
+
+
+def check_finite(array: np.ndarray, name: str, where: str | os.PathLike) -> None:
+    """Raise UserError if weights hold infinity or NaN. All that loads weights calls it.
+
+    name: of the tensor. where: the file, or whatever the weights came from, for the error line.
+    """
     # In 16-bit floats, all exponent bits set means infinity or NaN; testing bits avoids a float32
     # copy.
-    if piece.dtype.itemsize == 2:
-        exponent = np.uint16(0x7F80 if piece.dtype == ml_dtypes.bfloat16 else 0x7C00)
-        finite = not ((piece.view(np.uint16) & exponent) == exponent).any()
+    if array.dtype.itemsize == 2:
+        exponent = np.uint16(0x7F80 if array.dtype == ml_dtypes.bfloat16 else 0x7C00)
+        finite = not ((array.view(np.uint16) & exponent) == exponent).any()
     else:
-        finite = bool(np.isfinite(piece).all())
+        finite = bool(np.isfinite(array).all())
     if not finite:
+        why = " (overflow?)" if array.dtype == np.float16 else ""
         raise UserError(
-            f"{tensor.file} holds values of {tensor.name} that are infinite or not numbers "
-            "(float16 overflow?): get the weights in bfloat16 or float32"
+            f"{where} holds values of {name} that are infinite or not numbers in {array.dtype}"
+            f"{why}: get the weights again, in bfloat16 or float32"
         )
-    return piece
 
 
 def write(

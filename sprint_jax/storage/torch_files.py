@@ -8,13 +8,14 @@ import os
 import numpy as np
 
 from sprint_jax.errors import UserError
+from sprint_jax.storage import safetensors_files, signatures
 
 
 def read(path: str | os.PathLike, elsewhere: str) -> dict[str, np.ndarray]:
     """Return {name: array} of a .pth file, without running any code of the file. Needs PyTorch.
 
     elsewhere: what to do on a machine with PyTorch, for the error line if it is missing here.
-    Raises UserError if PyTorch is missing or the file is no state dict.
+    Raises UserError if PyTorch is missing, the file is no state dict, or a weight is not finite.
     """
     try:
         import torch
@@ -24,9 +25,21 @@ def read(path: str | os.PathLike, elsewhere: str) -> dict[str, np.ndarray]:
         ) from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: value.numpy() for name, value in state.items()}
+        arrays = {name: _array(value) for name, value in state.items()}
     except Exception as error:  # the library raises many kinds for a damaged file
+        found = signatures.describe(path)
+        if found and "PyTorch" not in found:
+            raise UserError(f"{path} is no state dict of PyTorch but {found}") from None
         why = " ".join(str(error).split())[:120]
         raise UserError(
             f"{path} is not a state dict of PyTorch ({why}): download it again"
         ) from None
+    for name, array in arrays.items():
+        if np.issubdtype(array.dtype, np.floating):  # counters are no weights
+            safetensors_files.check_finite(array, name, path)
+    return arrays
+
+
+def _array(value):
+    """Return a tensor as NumPy has it; bfloat16, which NumPy lacks, as float32."""
+    return (value.float() if str(value.dtype) == "torch.bfloat16" else value).numpy()

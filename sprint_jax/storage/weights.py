@@ -75,3 +75,16 @@ def load(path: str | os.PathLike, expected: Any) -> dict[str, Any]:
         flat[name] = np.empty(leaf.shape, np.float32)
         safetensors_files.read(found[name], flat[name])
     return unflatten(flat)
+
+
+def cast(params: dict[str, Any], dtype: str, where: str | os.PathLike) -> dict[str, Any]:
+    """Return a tree of NumPy float32 in another dtype.
+
+    where: what the weights came from. Raises UserError for a value that is not finite there.
+    """
+    flat = {}
+    for name, leaf in flatten(params).items():
+        with np.errstate(over="ignore"):
+            flat[name] = leaf.astype(jax.numpy.dtype(dtype))
+        safetensors_files.check_finite(flat[name], name, where)
+    return unflatten(flat)

@@ -112,6 +112,8 @@ def params_of(tensors: Mapping[str, np.ndarray]) -> Params:
             read[part] = np.asarray(tensors[name], np.float64)
             if read[part].shape != wanted:
                 raise ValueError(f"{name} has shape {read[part].shape}, the network needs {wanted}")
+        if (read["bn.running_var"] < 0).any():
+            raise ValueError(f"{layer}.bn.running_var is below 0")
         scale = read["bn.weight"] / np.sqrt(read["bn.running_var"] + EPS)
         params[layer] = {
             "kernel": read["conv.weight"].transpose(2, 3, 1, 0).astype(np.float32),
