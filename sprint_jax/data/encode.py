@@ -168,7 +168,7 @@ def _read_part(out: pathlib.Path, chunk: int, settings: Settings) -> dict[str, A
     try:
         part = json_files.read(_part_path(out, chunk))
         sizes = [(out / shard["file"]).stat().st_size for shard in part["shards"]]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     if part["settings"] != settings.digest():
         # Two hosts with different settings started at the same moment.

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from sprint_jax.errors import UserError
-from sprint_jax.storage import json_lines
+from sprint_jax.storage import fields, json_lines
 
 PICTURES = 4
 _COLUMNS = ("item_id", "text", "proposition_id", "dependency")
@@ -139,8 +139,17 @@ def read_answers(path: str | os.PathLike) -> dict[tuple[str, int], dict[int, boo
 
 
 def _answers(row):
-    item, picture = str(row["item_id"]), int(row["picture"])
+    item, picture = row["item_id"], row["picture"]
+    if type(item) not in (str, int):
+        raise ValueError(f"item_id {fields.shown(item)}")
+    item = str(item)
+    if isinstance(picture, str) and picture.isdecimal() and len(picture) < 3:
+        picture = int(picture)
+    if type(picture) is not int or not 0 <= picture < PICTURES:
+        raise ValueError(f"picture {fields.shown(picture)}: a number from 0 to {PICTURES - 1}")
     given = {int(question): _yes(answer) for question, answer in row["answers"].items()}
+    if len(given) != len(row["answers"]):
+        raise ValueError("one proposition is answered twice")
     return (item, picture), given, f"picture {picture} of {item}"
 
 
@@ -149,7 +158,7 @@ def _yes(answer):
         return answer == "yes"
     if answer in (0, 1):  # bool too
         return bool(answer)
-    raise ValueError(f"answer {answer!r}")
+    raise ValueError(f"answer {fields.shown(answer)}")
 
 
 def grid(images: np.ndarray) -> np.ndarray:

@@ -307,6 +307,27 @@ def _part(config: Mapping[str, Any], name: str, kinds: Mapping[str, fields.Kind]
     return older | part
 
 
+def hooked(found: Any, count: int, dimensions: int, name: str) -> np.ndarray:
+    """Return what a hook gave for `count` images as float64, checked.
+
+    dimensions: 1 for a number of each image, 2 for features [count, D]. name: of the hook. Raises
+    UserError for anything else, and for values that are not finite.
+    """
+    wanted = "one finite number each" if dimensions == 1 else "features [N, D], finite"
+    try:
+        array = np.asarray(found)
+        what = f"{array.dtype} {array.shape}"
+        right = array.dtype.kind in "buif" and array.ndim == dimensions and array.size > 0
+        array = array.astype(np.float64) if right else array
+    except (TypeError, ValueError, RuntimeError):  # of ragged lists, and of tensors on a device
+        what, right = type(found).__name__, False
+    if right and len(array) == count and np.isfinite(array).all():
+        return array
+    if right and len(array) == count:
+        what = "values that are not finite"
+    raise UserError(f"--hook={name} gave {what} for {count} pictures: {wanted}")
+
+
 def hook(name: str) -> Callable[..., Any]:
     """Import the user's function "module:function". Raises UserError where it cannot be found."""
     module, _, function = name.partition(":")

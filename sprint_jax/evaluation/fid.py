@@ -8,7 +8,6 @@ import dataclasses
 import os
 import pathlib
 import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,15 +15,14 @@ import numpy as np
 import scipy.linalg
 
 from sprint_jax.errors import UserError
-from sprint_jax.storage import files
+from sprint_jax.storage import files, signatures
 from sprint_jax.toy import frechet
 
 # Added to both diagonals if the covariances' product has no finite root (pytorch-fid's default).
 EPS = 1e-6
 # The largest imaginary part on the root's diagonal that passes for rounding (pytorch-fid's).
 _IMAGINARY = 1e-3
-# What NumPy raises for files that are no npz; an npy file is an array alone, no context manager.
-_UNREADABLE = (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile)
+_LARGEST = 1e100  # of a mean or covariance; the distance of larger ones overflows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,12 +66,18 @@ class Moments:
         )
 
     def gaussian(self) -> Gaussian:
-        """Return the fitted Gaussian. Raises UserError for fewer than two features."""
+        """Return the fitted Gaussian.
+
+        Raises UserError for fewer than two features, and for features that are too large.
+        """
         if self.count < 2:
             raise UserError(
                 f"{self.count} image has no covariance: give at least two, and thousands for an FID"
             )
-        return Gaussian(self.mean, self.scatter / (self.count - 1), self.count)
+        covariance = self.scatter / (self.count - 1)
+        if not (np.isfinite(self.mean).all() and np.isfinite(covariance).all()):
+            raise UserError("the features are too large for a covariance: scale them down")
+        return Gaussian(self.mean, covariance, self.count)
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
@@ -152,26 +156,53 @@ def load(path: str | os.PathLike) -> tuple[Gaussian, dict[str, str]]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             fields = {name: stored[name] for name in stored.files}
-    except _UNREADABLE as error:
+    except Exception as error:  # NumPy raises many kinds; an npy file is no context manager
+        why = " ".join(str(error).split())[:200]
+        kind = signatures.describe(path)
+        if kind is not None and "NumPy" not in kind:
+            why = f"it is {kind}"
         raise UserError(
-            f"cannot read statistics from {path} ({error}): give an npz file with mu and sigma"
+            f"cannot read statistics from {path} ({why}): give an npz file with mu and sigma"
         ) from None
     if not {"mu", "sigma"} <= fields.keys():
         raise UserError(
             f"{path} holds {sorted(fields)}: an npz file of statistics has mu and sigma"
         )
-    mean, covariance = (np.asarray(fields.pop(name), np.float64) for name in ("mu", "sigma"))
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    for name in ("mu", "sigma"):
+        if fields[name].dtype.kind not in "uif":
+            raise UserError(f"{path} has {name} of type {fields[name].dtype}: it must be numbers")
+    mean, covariance = (fields.pop(name).astype(np.float64) for name in ("mu", "sigma"))
+    if mean.ndim != 1 or not mean.size or covariance.shape != (len(mean), len(mean)):
         raise UserError(
             f"{path} has mu {mean.shape} and sigma {covariance.shape}: [D] and [D, D] belong "
             "together"
         )
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"{path} holds values that are not finite: compute the statistics again")
-    count = fields.pop("count", np.array(0))
-    if count.shape or not np.issubdtype(count.dtype, np.number):
-        raise UserError(f"{path} has count {count}: it is the number of images")
-    count = int(count)
-    return Gaussian(mean, covariance, count), {
+    _check_values(path, mean, covariance)
+    return Gaussian(mean, covariance, _count(path, fields.pop("count", np.array(0)))), {
         name: str(value) for name, value in fields.items() if value.ndim == 0
     }
+
+
+def _check_values(path: pathlib.Path, mean: np.ndarray, covariance: np.ndarray) -> None:
+    """Raise UserError for numbers that are those of no Gaussian."""
+    for values in (mean, covariance):
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{path} holds values that are not finite: compute the statistics again"
+            )
+        if np.abs(values).max() > _LARGEST:
+            raise UserError(f"{path} holds values above {_LARGEST}: compute the statistics again")
+    apart = np.abs(covariance - covariance.T).max()
+    if apart > 1e-3 * np.abs(covariance).max() or (np.diagonal(covariance) < 0).any():
+        raise UserError(
+            f"{path} has a sigma that is no covariance (not symmetric, or below 0 on the "
+            "diagonal): compute the statistics again"
+        )
+
+
+def _count(path: pathlib.Path, count: np.ndarray) -> int:
+    """Return the number of images. Raises UserError for anything but a whole number."""
+    whole = not count.shape and count.dtype.kind in "uif" and np.isfinite(count) and count >= 0
+    if not whole or count != np.floor(count):
+        raise UserError(f"{path} has count {str(count)[:60]}: it is the number of images")
+    return int(count)

@@ -22,12 +22,26 @@ from sprint_jax.errors import UserError
 from sprint_jax.evaluation import dpg, image_sets
 from sprint_jax.evaluation.prompt_sets import Prompt
 from sprint_jax.sampling import generation, pipeline
-from sprint_jax.storage import files, image_files, json_files, json_lines, revision, run_files
+from sprint_jax.storage import (
+    fields,
+    files,
+    image_files,
+    json_files,
+    json_lines,
+    revision,
+    run_files,
+)
 from sprint_jax.storage.settings import Keeper
 
 PROTOCOL, MANIFEST, PICTURES = "protocol.json", "manifest.jsonl", "pictures"
 FORMATS = {"png": "PNG", "jpeg": "JPEG"}
 _KEEPER = Keeper(file=PROTOCOL, flag="out", section="settings")
+_ROW_KINDS = {
+    "file": fields.TEXT,
+    "prompt": fields.TEXT,
+    "indices": fields.NUMBER.many(),
+}
+_PROTOCOL_KINDS = {"settings": fields.OBJECT, "made_by": fields.OBJECT.many()}
 _WINDOW = 8  # batches that are generated before their images are written
 _ENDS = 1 << 20  # bytes at each end of a file that enter its fingerprint
 
@@ -154,6 +168,11 @@ def _check_settings(out, settings):
 def _rows(out, units):
     """Return {file: row} of the manifest and of the units."""
     known = json_lines.rows(out / MANIFEST, ("file", "prompt", "indices"), kind="an image's")
+    for row in known:
+        if not all(kind.accepts(row[name]) for name, kind in _ROW_KINDS.items()):
+            raise UserError(
+                f"{out / MANIFEST} has a line of no image ({fields.shown(row)}): remove that line"
+            )
     rows = {row["file"]: row for row in known}
     for unit in units:
         row = {"file": unit.file, "prompt": unit.prompt, "indices": list(unit.indices)}
@@ -251,6 +270,7 @@ def protocol(out: str | os.PathLike) -> dict[str, Any]:
     path = pathlib.Path(out) / PROTOCOL
     try:
         known = json_files.read(path)
-    except (OSError, ValueError) as error:
+        fields.check(known, _PROTOCOL_KINDS, "it")
+        return {"settings": known["settings"], "made_by": known.get("made_by", [])}
+    except (OSError, ValueError, KeyError, UserError) as error:
         raise UserError(f"{path} cannot be read ({error}): choose another --out") from None
-    return {"settings": known["settings"], "made_by": known.get("made_by", [])}

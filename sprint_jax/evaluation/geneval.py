@@ -17,6 +17,7 @@ The metadata of a prompt are those of the official evaluation_metadata.jsonl: `p
 """
 
 import collections
+import difflib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -24,12 +25,26 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from sprint_jax.errors import UserError
-from sprint_jax.storage import json_lines
+from sprint_jax.storage import fields, json_lines
 
 Detection: TypeAlias = dict[str, Any]  # an object of a line, with the keys above
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+# The names of COCO's classes in the official object_names.txt, which differ for mouse, remote and
+# keyboard.
+CLASSES = frozenset((
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
+    "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog",
+    "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella",
+    "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite",
+    "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange",
+    "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant",
+    "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote",
+    "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator",
+    "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+))  # fmt: skip
 RELATIONS = ("left of", "right of", "above", "below")
 CONFIDENCE = 0.3  # an object counts above this
 COUNTING_CONFIDENCE = 0.9  # in the task of counting
@@ -48,6 +63,7 @@ def check_metadata(metadata: Any, where: str) -> None:
         not isinstance(metadata, dict)
         or metadata.get("tag") not in TASKS
         or not metadata.get("include")
+        or not all(isinstance(metadata.get(kind, []), list) for kind in ("include", "exclude"))
     ):
         raise UserError(
             f"{where} is not GenEval metadata: it needs prompt, tag (one of {', '.join(TASKS)}) "
@@ -57,8 +73,9 @@ def check_metadata(metadata: Any, where: str) -> None:
         for number, wanted in enumerate(metadata.get(kind, [])):
             if (
                 not isinstance(wanted, dict)
-                or "class" not in wanted
+                or not isinstance(wanted.get("class"), str)
                 or type(wanted.get("count")) is not int
+                or wanted["count"] < 1
             ):
                 raise UserError(f"{where}: {kind} {number} needs class and count, a number")
     for number, wanted in enumerate(metadata["include"]):
@@ -170,17 +187,45 @@ def read_detections(path: str | os.PathLike) -> dict[str, list[Detection]]:
 
 
 def _detections(row):
+    if not isinstance(row["file"], str) or not isinstance(row["objects"], list):
+        raise TypeError("file must be text, and objects a list")
     return row["file"], [_object(o) for o in row["objects"]], row["file"]
 
 
 def _object(row):
-    if len(row["box"]) != 4 or not np.isfinite([*row["box"], row["confidence"]]).all():
-        raise ValueError(f"box {row['box']} with confidence {row['confidence']}")
-    color = row.get("colour", row.get("color"))
-    if color is not None and color not in COLORS:
-        raise ValueError(f"color {color!r}")
-    found = {"class": row["class"], "box": row["box"], "confidence": float(row["confidence"])}
+    name, box, confidence = row["class"], row["box"], row["confidence"]
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"class {fields.shown(name)}: it must be a name")
+    if not fields.NUMBER.many().accepts(box) or len(box) != 4:
+        raise ValueError(f"box {fields.shown(box)}: it must be four numbers")
+    if box[0] > box[2] or box[1] > box[3]:
+        raise ValueError(f"box {box}: it must be [x1, y1, x2, y2] with x1 <= x2 and y1 <= y2")
+    if not fields.NUMBER.accepts(confidence) or not 0 <= confidence <= 1:
+        raise ValueError(f"confidence {fields.shown(confidence)}: it must be from 0 to 1")
+    given = [row[key] for key in ("colour", "color") if row.get(key) is not None]
+    color = given[0] if given else None
+    if any(one not in COLORS or one != color for one in given):
+        raise ValueError(f"color {', '.join(map(fields.shown, given))}")
+    found = {"class": name, "box": box, "confidence": float(confidence)}
     return found | ({"color": color} if color else {})
+
+
+def _check_classes(detections, images):
+    """Raise UserError for a class that neither GenEval nor a prompt knows.
+
+    An object of another name, such as Dog or mouse, would count as absent.
+    """
+    asked = (m.get(kind, []) for _, m in images for kind in ("include", "exclude"))
+    known = CLASSES | {wanted["class"] for some in asked for wanted in some}
+    for file, _ in images:
+        for one in detections[file]:
+            if one["class"] not in known:
+                name = fields.shown(one["class"])
+                near = difflib.get_close_matches(one["class"].lower(), known, 1)
+                raise UserError(
+                    f"detections of {file} have the class {name}, which no prompt and no part of "
+                    f"GenEval has: use its names{f', such as {near[0]!r}' if near else ''}"
+                )
 
 
 def score(
@@ -197,7 +242,8 @@ def score(
       {"overall": mean of the tasks that occur, "tasks": {task: share},
       "counts": {task: number of images}, "wrong": {file: reasons}}.
 
-    Raises UserError for images without detections, and for a color that is needed and missing.
+    Raises UserError for images without detections, for a class that is unknown, and for a color
+    that is needed and missing.
     """
     absent = [file for file, _ in images if file not in detections]
     if absent:
@@ -205,6 +251,7 @@ def score(
             f"{len(absent)} of {len(images)} images have no detections, first {absent[0]}: run the "
             "detector on all"
         )
+    _check_classes(detections, images)
     right: dict[str, list[bool]] = collections.defaultdict(list)
     wrong: dict[str, list[str]] = {}
     for file, metadata in images:

@@ -82,11 +82,13 @@ def _by_manifest(folder):
     try:
         rows = [json_files.parse(line) for line in files.read_lines(manifest) if line.strip()]
         pairs = [(folder / row["file"], row["prompt"]) for row in rows]
+        if not all(isinstance(prompt, str) for _, prompt in pairs):
+            raise TypeError("a prompt is no text")
+        absent = [path for path, _ in pairs if not path.is_file()]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{manifest} is not a manifest ({error}): give the prompts by --prompts=FILE"
         ) from None
-    absent = [path for path, _ in pairs if not path.is_file()]
     if absent or not pairs:
         raise UserError(
             f"{len(absent)} of {len(pairs)} images of {manifest} are missing, first "

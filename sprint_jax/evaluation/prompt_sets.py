@@ -9,9 +9,10 @@ from typing import Any
 
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation import dpg
-from sprint_jax.storage import files, json_files
+from sprint_jax.storage import fields, files, json_files
 from sprint_jax.toy import shapes
 
+_LONGEST_ID = 150  # bytes; a file's name has at most 255, with what commands add
 _ID = re.compile(r"[\w-][\w.-]*")
 
 
@@ -98,7 +99,13 @@ def _check(prompts, path):
     for prompt in prompts:
         if not _ID.fullmatch(prompt.id):
             raise UserError(
-                f"{path}: the id {prompt.id!r} cannot name a file: use letters, digits, -, _ and ."
+                f"{path}: the id {fields.shown(prompt.id)} cannot name a file: use letters, "
+                "digits, -, _ and ."
+            )
+        if len(os.fsencode(prompt.id)) > _LONGEST_ID:
+            raise UserError(
+                f"{path}: the id {prompt.id[:20]}... has {len(prompt.id)} letters, too many for a "
+                f"file's name: use at most {_LONGEST_ID}"
             )
         if not isinstance(prompt.text, str):
             raise UserError(f"{path}: the prompt of {prompt.id} is not text")

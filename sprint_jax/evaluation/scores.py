@@ -103,7 +103,7 @@ def _fid(
 def _features(options: Options) -> tuple[Callable[..., Any], Protocol]:
     """Return (images -> features, the protocol of these features)."""
     if options.hook:
-        extract, digest = extractors.hook(options.hook), None
+        extract, digest = _hooked(options.hook), None
         name = f"hook {options.hook}"
     else:
         params, digest = extractors.load_inception(
@@ -120,6 +120,23 @@ def _features(options: Options) -> tuple[Callable[..., Any], Protocol]:
         "resize": None if options.hook else options.fid_resize,
         "picture_size": options.picture_size,
     }
+
+
+def _hooked(name: str) -> Callable[[list[np.ndarray]], np.ndarray]:
+    """Return the function of a hook that makes features [N, D], with its results checked."""
+    function, widths = extractors.hook(name), set()
+
+    def extract(images: list[np.ndarray]) -> np.ndarray:
+        found = extractors.hooked(function(images), len(images), 2, name)
+        widths.add(found.shape[1])
+        if len(widths) > 1:
+            raise UserError(
+                f"--hook={name} gave features of {' and of '.join(map(str, sorted(widths)))} "
+                "numbers: all need the same"
+            )
+        return found
+
+    return extract
 
 
 def _gaussian(
@@ -213,11 +230,6 @@ def _imagereward(options: Options, images: Images) -> dict[str, float]:
     assert options.hook is not None
     score, texts, found = extractors.hook(options.hook), _texts(images), []
     for start, part in _parts(options, images.paths, "score"):
-        given = np.asarray(score(texts[start : start + len(part)], part), np.float64)
-        if given.shape != (len(part),) or not np.isfinite(given).all():
-            raise UserError(
-                f"--hook={options.hook} gave {given.shape} for {len(part)} pictures: one finite "
-                "number each"
-            )
-        found.append(given)
+        given = score(texts[start : start + len(part)], part)
+        found.append(extractors.hooked(given, len(part), 1, options.hook))
     return {"imagereward": float(np.concatenate(found).mean())}

@@ -106,6 +106,17 @@ def write(run_dir: str | os.PathLike) -> pathlib.Path:
 def render(run_dir: str | os.PathLike) -> str:
     """Return the page of a run. Raises UserError if the directory is no run."""
     run_dir = pathlib.Path(run_dir)
+    try:
+        return _render(run_dir)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        names = f"{run_files.CONFIG}, {run_files.SUMMARY} and {run_files.METRICS}"
+        raise UserError(
+            f"{names} of {run_dir} are not those of one run ({type(error).__name__}: {error}): "
+            "restore them"
+        ) from None
+
+
+def _render(run_dir: pathlib.Path) -> str:
     config = _json(run_dir / run_files.CONFIG)
     if config is None:
         raise UserError(f"{run_dir} has no {run_files.CONFIG}: give the --workdir of a run")
@@ -123,7 +134,7 @@ def render(run_dir: str | os.PathLike) -> str:
         name=run_dir.resolve().name,
         facts=_facts(config, summary, phases),
         grids=[_image(run_dir, path, caption) for path, caption in grids if path.exists()],
-        scores=_scores(summary) if summary and summary["frechet"] else None,
+        scores=_scores(summary) if summary and summary.get("frechet") else None,
         phases=[_phase(run_dir, config, name, found) for name, found in phases.items()],
         config=json.dumps(config, indent=2),
     )
@@ -131,11 +142,14 @@ def render(run_dir: str | os.PathLike) -> str:
 
 def _json(path: pathlib.Path) -> dict[str, Any] | None:
     try:
-        return json_files.read(path)
+        found = json_files.read(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}): restore it from the run") from None
+    if not isinstance(found, dict):
+        raise UserError(f"cannot read {path} (no JSON object): restore it from the run")
+    return found
 
 
 def _facts(config, summary, phases) -> dict[str, str]:

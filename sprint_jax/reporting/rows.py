@@ -6,16 +6,30 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from sprint_jax.storage import json_lines, run_files
+from sprint_jax.errors import UserError
+from sprint_jax.storage import fields, json_lines, run_files
 
 Row: TypeAlias = dict[str, Any]
 _BY_TIME = "by_time/"
 
 
 def read(run_dir: str | os.PathLike) -> dict[str, list[Row]]:
-    """Return {phase: [row, ...]} in the order of training, {} without any row."""
+    """Return {phase: [row, ...]} in the order of training, {} without any row.
+
+    Raises UserError for a row that no run wrote.
+    """
     phases: dict[str, list[Row]] = {}
-    for row in json_lines.rows(pathlib.Path(run_dir) / run_files.METRICS, ("stage", "step")):
+    path = pathlib.Path(run_dir) / run_files.METRICS
+    for row in json_lines.rows(path, ("stage", "step")):
+        numbers = (value for name, value in row.items() if name not in ("stage", "step"))
+        if (
+            type(row["stage"]) is not str
+            or type(row["step"]) is not int
+            or not all(type(value) in (int, float) for value in numbers)
+        ):
+            raise UserError(
+                f"{path} has a row that no run wrote ({fields.shown(row)}): remove that line"
+            )
         phases.setdefault(row["stage"], []).append(row)
     return phases
 

@@ -39,12 +39,14 @@ def read(
             continue
         try:
             key, value, words = parse(json_files.parse(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            twice = key in found
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            why = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{path} line {number} is not {kind} ({type(error).__name__}: {error}): see {form} "
+                f"{path} line {number} is not {kind} ({type(error).__name__}: {why}): see {form} "
                 "for the form"
             ) from None
-        if key in found:
+        if twice:
             raise UserError(f"{path} line {number}: {words} has a line already")
         found[key] = value
     return found
@@ -60,7 +62,10 @@ def rows(
     then raise UserError, for files whose every line is dear.
     """
     path, keys, found = pathlib.Path(path), frozenset(keys), []
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): restore or remove it") from None
     for number, line in enumerate(lines, 1):
         try:
             row = json_files.parse(line)
