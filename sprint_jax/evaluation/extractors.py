@@ -130,9 +130,10 @@ def _read_inception(path):
         f"give that file"
     )
     found = torch_files.read(path, remedy)
-    return {k: v for k, v in found.items() if np.issubdtype(v.dtype, np.floating)}, (
-        digests.hash_file(path)
-    )
+    found = {k: v for k, v in found.items() if np.issubdtype(v.dtype, np.floating)}
+    for name, array in found.items():
+        safetensors_files.check_finite(array, name, path)
+    return found, digests.hash_file(path)
 
 
 def save_inception(

@@ -7,7 +7,8 @@ that is Mask2Former Swin-S of mmdet, and CLIP ViT-L/14 for the color of each box
      "objects": [{"class": "dog", "box": [x1, y1, x2, y2], "confidence": 0.97, "color": "red"}]}
 
 `file` is relative to the folder of images. `box` is in pixels, x to the right and y down. The list
-has all objects that the detector reports, of any confidence; thresholds are applied here. `color`
+has all objects that the detector reports, of any confidence from 0 to 1; thresholds are applied
+here. `class` is a name of GenEval's object_names.txt, or one that a prompt asks for. `color`
 (or `colour`) is one of `COLORS`. It is needed only for objects whose class a prompt asks for by
 color. An image without objects has an empty list. An image without a line is an error.
 

@@ -52,7 +52,8 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self._directory, options=options, item_handlers=handlers
             )
-        except (ValueError, OSError) as error:
+        # Orbax reads files of JSON here, whatever they hold.
+        except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self._directory} cannot hold checkpoints ({_line(error)}): use another --workdir"
             ) from None
