@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from sprint_jax.errors import UserError
-from sprint_jax.storage import json_files
+from sprint_jax.storage import fields, json_files
 
 # Files of a tokenizer whose "auto_map" names code of the folder.
 _CONFIGS = ("tokenizer_config.json", "config.json")
@@ -22,7 +22,7 @@ def load(folder: str | os.PathLike) -> Any:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: download the whole model")
     try:
-        return transformers.AutoTokenizer.from_pretrained(
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the library raises many kinds for a damaged folder
@@ -35,6 +35,15 @@ def load(folder: str | os.PathLike) -> Any:
         raise UserError(f"cannot read the tokenizer in {folder} ({why}): download it again") from (
             None
         )
+    longest = tokenizer.model_max_length
+    if type(longest) not in (int, float):
+        raise UserError(
+            f"{folder / _CONFIGS[0]} has model_max_length={fields.shown(longest)}: it must be a "
+            "number"
+        )
+    # Callers cut texts at lengths of their own, as diffusers does, and transformers would warn.
+    tokenizer.model_max_length = int(1e30)
+    return tokenizer
 
 
 def _own_code(folder: pathlib.Path) -> str | None:

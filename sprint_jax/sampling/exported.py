@@ -415,7 +415,9 @@ def _opened(path):
     ) as error:
         kind = signatures.describe(path)
         if kind is not None and "sprint-jax export" not in kind:
-            raise UserError(f"{path} is no file of sprint-jax export but {kind}") from None
+            raise UserError(
+                f"{path} is not a whole file of sprint-jax export: it is {kind}"
+            ) from None
         raise UserError(
             f"{path} is not a whole file of sprint-jax export ({error}): copy it again, or export "
             "again"

@@ -67,14 +67,17 @@ def is_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < _MOST_HEADER
 
 
-def _of_zip(path: pathlib.Path) -> str:
-    """Return what a zip archive holds: programs, a state dict, arrays or something else."""
+def _of_zip(path: pathlib.Path) -> str | None:
+    """Return what a zip archive holds: programs, a state dict, arrays or something else.
+
+    Returns None for one that is cut off or damaged.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        return "a zip archive that is cut off or damaged: copy it again"
-    if "header.json" in names:
+        return None
+    if {"header.json", "weights.safetensors"} & set(names):
         return _EXPORTED
     if any(name.endswith("data.pkl") for name in names):
         return _PICKLED

@@ -21,6 +21,7 @@ def read(path: str | os.PathLike, elsewhere: str) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError:
+        _refuse_others(path)
         raise UserError(
             f"{path} can only be read where PyTorch is installed: {elsewhere}"
         ) from None
@@ -28,13 +29,18 @@ def read(path: str | os.PathLike, elsewhere: str) -> dict[str, np.ndarray]:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: _array(value) for name, value in state.items()}
     except Exception as error:  # the library raises many kinds for a damaged file
-        found = signatures.describe(path)
-        if found and "PyTorch" not in found:
-            raise UserError(f"{path} is no state dict of PyTorch but {found}") from None
+        _refuse_others(path)
         why = " ".join(str(error).split())[:120]
         raise UserError(
             f"{path} is not a state dict of PyTorch ({why}): download it again"
         ) from None
+
+
+def _refuse_others(path):
+    """Raise UserError for a file that is known to be of another kind."""
+    found = signatures.describe(path)
+    if found and "PyTorch" not in found:
+        raise UserError(f"{path} is no state dict of PyTorch but {found}") from None
 
 
 def _array(value):

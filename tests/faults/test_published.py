@@ -360,6 +360,21 @@ def test_a_folder_with_code_and_a_known_tokenizer_is_read(copy):
     assert tokenizers.load(copy / "tokenizer")("a fox")["input_ids"][0] == 2
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_files_of_a_tokenizer_of_another_kind_are_one_line(copy, file):
+    """Nested, damaged, and a length that is no number."""
+    path = copy / "tokenizer" / file
+    good = path.read_text() if path.exists() else "{}"
+    for text in ("[" * 100_000 + "]" * 100_000, "null", "[1]", "", '"x"'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="cannot read the tokenizer in .*: download it again"):
+            tokenizers.load(copy / "tokenizer")
+    path.write_text(good)
+    edit_json(copy / "tokenizer/tokenizer_config.json", model_max_length=[1])
+    with pytest.raises(UserError, match=r"model_max_length=\[1\]: it must be a number"):
+        tokenizers.load(copy / "tokenizer")
+
+
 def torch_zip(path):
     torch.save({"w": torch.ones(2)}, path)
 
@@ -405,7 +420,7 @@ def test_files_of_other_kinds_are_called_what_they_are(tmp_path, kind):
 def test_a_safetensors_file_is_no_exported_one_and_back(tmp_path):
     """Each reader names the command that takes the file."""
     safetensors.numpy.save_file({"w": np.ones(2, np.float32)}, tmp_path / "w")
-    with pytest.raises(UserError, match="but a safetensors file: convert --from takes one"):
+    with pytest.raises(UserError, match="it is a safetensors file: convert --from takes one"):
         open_model(tmp_path / "w")
     exported_zip(tmp_path / "e")
     with pytest.raises(UserError, match="give it as --model of sample or serve"):
