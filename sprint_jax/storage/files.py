@@ -39,13 +39,14 @@ def local(path: str | os.PathLike, name: str) -> pathlib.Path:
     return pathlib.Path(given(os.fspath(path), name))
 
 
-def given(text: str, name: str) -> str:
+def given(path: str | os.PathLike, name: str) -> str:
     """Return a path that a person gave, with a ~ at its beginning expanded; "" stays "".
 
     name: of what gave the path, such as "--out". Raises UserError for an address such as
     gs://bucket/folder, which would else become a folder of that name, for a ~ of nobody, and for
     a text that no file system takes as a path.
     """
+    text = os.fspath(path)
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     if remote := _REMOTE.match(text):
         raise UserError(

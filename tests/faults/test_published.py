@@ -1,5 +1,6 @@
 """Published folders and weights that are wrong: refused in one line, or read as diffusers reads."""
 
+import ast
 import builtins
 import io
 import json
@@ -15,6 +16,7 @@ import safetensors.numpy
 torch = pytest.importorskip("torch")
 fabricate = pytest.importorskip("helpers.fabricate")
 
+from helpers.runs import ROOT  # noqa: E402
 from sprint_jax import build  # noqa: E402
 from sprint_jax.conversion import configs, folder  # noqa: E402
 from sprint_jax.encoders import prompts as prompts_lib  # noqa: E402
@@ -352,6 +354,18 @@ def test_code_of_a_folder_is_never_run(copy, monkeypatch, file):
         with pytest.raises(UserError, match=f"code of the folder .{file}., which is never run"):
             load()
     assert not marker.exists()
+
+
+def test_every_call_of_transformers_says_not_to_run_code():
+    """Fails when a `from_pretrained` of the sources leaves it to the library to ask."""
+    found = 0
+    for path in (p for area in ("sprint_jax", "benchmarks") for p in (ROOT / area).rglob("*.py")):
+        for call in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)):
+            if getattr(call.func, "attr", "") == "from_pretrained":
+                given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
+                assert given.get("trust_remote_code") is False, path
+                found += 1
+    assert found
 
 
 def test_a_folder_with_code_and_a_known_tokenizer_is_read(copy):
