@@ -3,7 +3,6 @@
 import codecs
 import dataclasses
 import io
-import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -86,11 +85,6 @@ def parse_json(data: bytes) -> Any:
         raise BadExample(NOT_UTF8) from None
     except ValueError:
         raise BadExample("corrupt record") from None
-
-
-def fold(name: str) -> str:
-    """Return a name as systems see it that do not distinguish case and forms of accents."""
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def first_text(fields: Any, names: Iterable[str]) -> str:

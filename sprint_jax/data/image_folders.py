@@ -12,8 +12,6 @@ from sprint_jax.errors import UserError
 from sprint_jax.storage import files, image_files, json_files
 
 _METADATA, _LISTING = "metadata.jsonl", "meta_data.json"
-_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z",
-    ".rar")  # fmt: skip
 
 
 class _Image(NamedTuple):
@@ -91,28 +89,29 @@ class _Names:
         self._folded: dict[str, list[str]] = collections.defaultdict(list)
         self._texts: dict[str, list[str]] = collections.defaultdict(list)
         for name in sorted(self.exact):
-            self._folded[captioned.fold(name)].append(name)
+            self._folded[files.fold(name)].append(name)
             if _suffix(name) == ".txt":
-                self._texts[captioned.fold(posixpath.splitext(name)[0])].append(name)
+                self._texts[files.fold(posixpath.splitext(name)[0])].append(name)
 
     def find(self, name: str) -> list[str]:
         """Return the file of a name: itself, else those that differ from it in case."""
         name = posixpath.normpath(name)
         if name in self.exact:
             return [name]
-        return self._folded.get(captioned.fold(name.replace("\\", "/")), [])
+        return self._folded.get(files.fold(name.replace("\\", "/")), [])
 
     def texts(self, name: str) -> list[str]:
         """Return the text files of an image: those of its very name, else of one in other case."""
         base = posixpath.splitext(name)[0]
-        found = self._texts.get(captioned.fold(base), [])
+        found = self._texts.get(files.fold(base), [])
         return [text for text in found if posixpath.splitext(text)[0] == base] or found
 
 
 def _image(name: str, reason: str, captions: list[str], names: _Names) -> _Image:
     """Return an image with what is known of its caption. captions: of the metadata file."""
     texts = names.texts(name)
-    if any(files.is_hidden(part) for part in name.split("/") if part != ".."):
+    seen = name in names.exact  # which are not hidden
+    if not seen and any(files.is_hidden(part) for part in name.split("/") if part != ".."):
         reason = "hidden file"
     elif not reason and (len(set(captions)) > 1 or len(texts) > 1):
         reason = "two captions"
@@ -135,13 +134,14 @@ def _only(caption: bytes, text: bytes) -> bytes:
 
 def _not_read(sizes: Mapping[str, int], names: _Names) -> dict[str, str]:
     """Return {file: reason} of files that look like images, or have captions, and are not read."""
-    paired = {t for name in sizes if image_files.is_image(name) for t in names.texts(name)}
+    images = set(filter(image_files.is_image, sizes))
+    paired = {text for name in images for text in names.texts(name)}
     found = {}
     for name in sizes:
-        if _counts(name) and not image_files.resembles_image(name):
+        alike = image_files.resembles_image(name)
+        if name in images or (_counts(name) and not alike):
             continue
-        lone = [text for text in names.texts(name) if text not in paired]
-        if image_files.resembles_image(name) or lone:
+        if alike or any(text not in paired for text in names.texts(name)):
             found[name] = f"{_suffix(name) or 'unknown'} files are not read"
     return found
 
@@ -157,9 +157,7 @@ def archives(names: Iterable[str]) -> list[str]:
     return sorted(
         name
         for name in names
-        if tars.is_tar(name)
-        or name.lower().endswith(_PACKED)
-        or posixpath.basename(name) == "dataset_info.json"
+        if tars.is_archive(name) or posixpath.basename(name) == "dataset_info.json"
     )
 
 
@@ -176,10 +174,14 @@ def _file_sizes(root: pathlib.Path) -> dict[str, int]:
 
     A link that leads nowhere has no bytes.
     """
-    return {
-        path.relative_to(root).as_posix(): path.stat().st_size if path.exists() else 0
-        for path in files.below(root, broken=True)
-    }
+    return {path.relative_to(root).as_posix(): _size(path) for path in files.below(root, True)}
+
+
+def _size(path: pathlib.Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _suffix(name: str) -> str:

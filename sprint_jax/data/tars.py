@@ -19,6 +19,8 @@ LISTING = "wids-meta.json"
 # {ending: (offset, bytes, why it cannot be read or "")} of the files of a sample.
 _Files: TypeAlias = dict[str, tuple[int, int, str]]
 
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z",
+    ".rar")  # fmt: skip
 # What files that bear the name of a tar begin with, if they are something else.
 _OTHERS = (
     (b"\x1f\x8b", "compressed by gzip: decompress it"),
@@ -106,6 +108,11 @@ def is_tar(name: str) -> bool:
     return name.lower().endswith(".tar")
 
 
+def is_archive(name: str) -> bool:
+    """Return whether a file name is that of a tar or of a packed archive, which is not read."""
+    return name.lower().endswith((".tar", *_PACKED))
+
+
 def _shards(root: pathlib.Path) -> tuple[list[str], list[int | None]]:
     """Return the names of the tars, relative to `root`, and how many samples they should have.
 
@@ -120,7 +127,7 @@ def _shards(root: pathlib.Path) -> tuple[list[str], list[int | None]]:
         names = [entry["url"] for entry in entries]
         counts = [_count(entry.get("nsamples")) for entry in entries]
         # A listing from another machine holds its paths. Use the tar next to the listing.
-        names = [n if (root / n).is_file() else posixpath.basename(n) for n in names]
+        names = [n if (root / n).is_file() else _beside(root, posixpath.basename(n)) for n in names]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise UserError(
             f'{listing} is not {{"shardlist": [{{"url": ...}}]}}: repair or remove it'
@@ -135,6 +142,12 @@ def _shards(root: pathlib.Path) -> tuple[list[str], list[int | None]]:
     if not names:
         raise UserError(f"{listing} lists no tars: repair or remove it")
     return names, counts
+
+
+def _beside(root: pathlib.Path, name: str) -> str:
+    """Return the name of a file in the folder that differs in case at most, else the name."""
+    alike = [p.name for p in files.children(root) if files.fold(p.name) == files.fold(name)]
+    return name if name in alike or len(alike) != 1 else alike[0]
 
 
 def _count(value: Any) -> int | None:
@@ -187,7 +200,12 @@ def _grouped(found: list[Member | Damage], shard: int, size: int) -> list[_Entry
         name = tar_members.clean(part.name)
         base, ending = posixpath.splitext(name)
         ending = ending.lower()
-        if not _is_known(name, ending) or _is_hidden(name):
+        if _is_hidden(name):
+            continue
+        if is_archive(name):
+            entries.append(_Entry(shard, name, {}, "archive in the tar, which is not read"))
+            continue
+        if not _is_known(name, ending):
             continue
         reported = part.offset + part.size > size
         sample = samples.get(base)
@@ -214,10 +232,10 @@ def _paired(entries: list[_Entry]) -> list[_Entry]:
     lone = {}
     for entry in entries:
         if entry.files and not entry.files.keys() - {".json", ".txt"}:
-            lone.setdefault(captioned.fold(entry.key), []).append(entry)
+            lone.setdefault(files.fold(entry.key), []).append(entry)
     used = set()
     for entry in entries if lone else ():
-        captions = lone.get(captioned.fold(entry.key), [])
+        captions = lone.get(files.fold(entry.key), [])
         if entry.files and not entry.files.keys() & {".json", ".txt"} and len(captions) == 1:
             entry.files.update(captions[0].files)
             used.add(id(captions[0]))

@@ -48,16 +48,21 @@ def with_prompts(
     by_name: dict[str, list[pathlib.Path]] = collections.defaultdict(list)
     for path in found(folder):
         by_name[path.relative_to(folder).with_suffix("").as_posix()].append(path)
-    absent = [p.id for p in prompts if p.id not in by_name]
+    folded = collections.Counter(map(files.fold, by_name))
+    for name in list(by_name):  # an id may differ in case from the only file that it can mean
+        if folded[files.fold(name)] == 1:
+            by_name.setdefault(files.fold(name), by_name[name])
+    own = {p.id: p.id if p.id in by_name else files.fold(p.id) for p in prompts}
+    absent = [p.id for p in prompts if own[p.id] not in by_name]
     if absent:
         raise UserError(
             f"{len(absent)} of {len(prompts)} prompts have no image in {folder}, first {absent[0]}"
         )
     for prompt in prompts:
-        if len(by_name[prompt.id]) > 1:
-            several = " and ".join(map(str, by_name[prompt.id]))
+        if len(paths := by_name[own[prompt.id]]) > 1:
+            several = " and ".join(map(str, paths))
             raise UserError(f"{several} would both be the image of {prompt.id}: remove one")
-    return [by_name[p.id][0] for p in prompts], [p.text for p in prompts]
+    return [by_name[own[p.id]][0] for p in prompts], [p.text for p in prompts]
 
 
 def _check_one_command(folder):

@@ -13,15 +13,17 @@ import re
 import shutil
 import threading
 import typing
+import unicodedata
 from collections.abc import Iterator
 from typing import IO, Annotated, Any
 
 from sprint_jax.errors import UserError
 
-# Folders that systems and tools make beside a person's own files.
+# Folders that systems and tools make beside a person's own files, in lower case.
 _OF_SYSTEMS = frozenset(
-    ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-)
+    ("__macosx", "@eadir", "$recycle.bin", "recycler", "system volume information", "lost+found",
+     "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@tmp")
+)  # fmt: skip
 # Files and folders that are being written, and the lock of this set and of their renaming.
 _UNFINISHED: set[pathlib.Path] = set()
 _RENAMING = threading.Lock()
@@ -105,7 +107,12 @@ def is_hidden(name: str) -> bool:
 
     Its name begins with a dot (AppleDouble files, trash, caches), or a system made it.
     """
-    return name.startswith(".") or name in _OF_SYSTEMS
+    return name.startswith(".") or name.lower() in _OF_SYSTEMS
+
+
+def fold(name: str) -> str:
+    """Return a name as systems see it that do not distinguish case and forms of accents."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 @contextlib.contextmanager
@@ -245,7 +252,8 @@ def below(root: str | os.PathLike, broken: bool = False) -> Iterator[pathlib.Pat
 
 def children(folder: str | os.PathLike) -> list[pathlib.Path]:
     """Return the files and folders in a folder, sorted by name, without hidden ones."""
-    return sorted(p for p in pathlib.Path(folder).iterdir() if not is_hidden(p.name))
+    shown = (path for path in pathlib.Path(folder).iterdir() if not is_hidden(path.name))
+    return sorted(shown, key=lambda path: path.name)
 
 
 def is_empty(folder: str | os.PathLike) -> bool:

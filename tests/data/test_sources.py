@@ -339,7 +339,11 @@ def test_identity_follows_names_and_sizes(tmp_path, tfds_folder):
         renamed = identities(elsewhere)
         seen |= {first, longer, renamed}
     assert len(seen) == 6
-    assert identities(tfds_folder) not in seen
+    before = identities(tfds_folder)
+    assert before not in seen
+    for name in (".DS_Store", "._features.json"):
+        write_file(tfds_folder / name, "hidden")
+    assert identities(tfds_folder) == before
 
 
 def test_a_bad_tfds_record_affects_no_other(tmp_path):

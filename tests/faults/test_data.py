@@ -279,6 +279,22 @@ def test_links_in_tars_are_the_files_that_they_name(tmp_path):
         "zero", "hard", "symbolic", "chain", nowhere, nowhere]  # fmt: skip
 
 
+def test_archives_inside_tars_are_listed(tmp_path):
+    data = tar_bytes([("0.png", PNG), ("0.txt", b"zero"), ("in/1.tar", TEN), ("2.TAR.GZ", b"gz")])
+    reason = "[archive in the tar, which is not read]"
+    assert read_tar(tmp_path, data) == {
+        "0.tar:0": "zero", "0.tar:in/1.tar": reason, "0.tar:2.TAR.GZ": reason}  # fmt: skip
+
+
+def test_listed_tars_are_found_in_another_case(tmp_path):
+    write(tmp_path, {"Shard-0.TAR": TEN, "a.tar": TEN, "b.tar": TEN})
+    write(tmp_path, {"wids-meta.json": '{"shardlist": [{"url": "gs://b/shard-0.tar"}]}'})
+    assert [key.partition(":")[0] for key in read(tmp_path)] == ["Shard-0.TAR"] * 10
+    write(tmp_path, {"wids-meta.json": '{"shardlist": [{"url": "a.tar"}, {"url": "a.tar"}]}'})
+    with pytest.raises(UserError, match="lists a.tar twice"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize(
     "data, words",
     [
@@ -396,7 +412,7 @@ def test_an_ambiguous_name_of_the_official_listing_is_listed(tmp_path):
 
 
 HIDDEN = (".Trash-1000/files/t.png", "._a.png", "__MACOSX/m.png", "x/.ipynb_checkpoints/c.png",
-    "@eaDir/a.png", ".png")  # fmt: skip
+    "@eaDir/a.png", "$Recycle.Bin/r.png", "#recycle/s.png", ".png")  # fmt: skip
 
 
 def with_captions(names):

@@ -222,6 +222,8 @@ def test_two_images_of_one_id_are_refused(tmp_path):
     for name in ("0.png", "1.png", "1.gif"):
         (tmp_path / name).write_bytes(WHOLE)
     assert image_sets.with_prompts(tmp_path, prompts)[0] == [tmp_path / "0.png"]
+    (tmp_path / "Dog.png").write_bytes(WHOLE)
+    assert image_sets.with_prompts(tmp_path, [Prompt("dog", "a dog", {})])[0][0].name == "Dog.png"
     (tmp_path / "0.gif").write_bytes(WHOLE)
     with pytest.raises(UserError, match="0.gif and .*0.png would both be the image of 0"):
         image_sets.with_prompts(tmp_path, prompts)
