@@ -38,6 +38,9 @@ class Options(ModelOptions):
     """Most characters of a prompt."""
     sizes: tuple[str, ...] = ()
     """HEIGHTxWIDTH on offer, each compiled before the start; default: the model's own."""
+    grace: float = 10.0
+    """Seconds to finish the image in work after the first Ctrl-C or SIGTERM; a second one ends at
+    once."""
     ready_tokens: int | None = None
     """Compile for prompts of at most this length before the start; default: all."""
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -107,7 +108,8 @@ def user_errors() -> Iterator[None]:
 
 def _of_the_environment(error: Exception) -> str | None:
     """Return a line for a full disk or memory, missing devices or packages; None for any other."""
-    line, platforms = " ".join(str(error).split()), os.environ.get("JAX_PLATFORMS")
+    line = " ".join(str(error).split())
+    devices = next((n for n in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(n)), None)
     if "No space left on device" in line:
         return f"{line}: free some space, then give the same command"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line:
@@ -117,14 +119,25 @@ def _of_the_environment(error: Exception) -> str | None:
         )
     if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get(error.name or "")):
         return f"the package {error.name} is not installed: pip install 'sprint_jax[{extra}]'"
+    if isinstance(error, ValueError) and (name := _wrong_variable(error, line)):
+        return f"{name}={os.environ[name]}: {line[:200]}: correct or unset this variable"
     # The file in which JAX starts its devices; some of its errors have no text.
-    if platforms and _raised_in(error).endswith("xla_bridge.py"):
+    if devices and _raised_in(error).endswith("xla_bridge.py"):
         reason = line[:200] or "no plug-in for them"
         return (
-            f"JAX_PLATFORMS={platforms}: JAX cannot start these devices here ({reason}): name "
-            "others, such as cpu, or install theirs"
+            f"{devices}={os.environ[devices]}: JAX cannot start these devices here ({reason}): "
+            "name others, such as cpu, or install theirs"
         )
     return None
+
+
+def _wrong_variable(error: Exception, line: str) -> str | None:
+    """Return the environment variable that JAX cannot read, None for any other error."""
+    place = pathlib.Path(_raised_in(error))
+    if place.name != "config.py" or "jax" not in place.parts:
+        return None
+    names = (f"JAX_{word.upper()}" for word in re.findall(r"(?i)\bjax[._](\w+)", line))
+    return next((name for name in names if name in os.environ), None)
 
 
 def _raised_in(error: Exception) -> str:

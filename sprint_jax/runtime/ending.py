@@ -177,8 +177,10 @@ def _say(line):
 
 
 def _write(line):
-    with contextlib.suppress(Exception):
-        text = "\n" * _bar_is_shown() + line + "\n"
+    text = f"{line}\n"
+    with contextlib.suppress(Exception):  # whatever the main thread does to its bars meanwhile
+        text = "\n" * _bar_is_shown() + text
+    with contextlib.suppress(OSError):
         os.write(2, text.encode(errors="backslashreplace"))
     with contextlib.suppress(Exception):
         sys.stdout.flush()

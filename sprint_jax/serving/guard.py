@@ -1,6 +1,7 @@
 """The guard before every route: password, host name, other sites' pages, security headers."""
 
 import base64
+import re
 import secrets
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -36,6 +37,9 @@ class Guard:
             return await self._app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
+        head = scope["method"] == "HEAD"
+        if head:  # answered as GET is, without the body
+            scope = {**scope, "method": "GET"}
         headers = {
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
@@ -45,6 +49,8 @@ class Guard:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", []), *_HEADERS]}
+            elif head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
         await app(scope, receive, with_headers)
@@ -59,8 +65,9 @@ class Guard:
             return Refused(
                 403, "this server answers to the name localhost only: use that, or set --password"
             )
-        origin = headers.get("origin")
-        if origin and method != "GET" and origin.partition("://")[2] != headers.get("host"):
+        origin = headers.get("origin", "")
+        asked, here = origin.partition("://")[2], headers.get("host", "")
+        if origin and method != "GET" and _without_default(asked) != _without_default(here):
             return Refused(
                 403, "another site's page sent this: use this server's own page, or a program"
             )
@@ -70,7 +77,15 @@ class Guard:
 def _host(header: str) -> str:
     """Return the name in a Host header, without the port."""
     name, _, port = header.rpartition(":")
-    return name if port.isdecimal() else header
+    return name if port.isdecimal() or header.endswith(":") else header
+
+
+def _without_default(header: str) -> str:
+    """Return a Host header or an origin's host without a port that browsers leave out.
+
+    Proxies write it: "example.com:443" is the browser's "example.com".
+    """
+    return re.sub(r":(80|443)?$", "", header.lower())
 
 
 def _matches(password: str, authorization: str) -> bool:

@@ -6,6 +6,7 @@ no model.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import sys
 import threading
@@ -56,6 +57,7 @@ class Queue:
         self._worker = threading.Thread(target=self._run, name="worker", daemon=True)
         self._changed = threading.Condition()
         self._waiting: list[_Job] = []
+        self._current: _Job | None = None
         self._closed = False
         self.ready, self.done, self.total = False, 0, 0
 
@@ -116,6 +118,17 @@ class Queue:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(Refused(503, "the server is stopping"))
 
+    def finish(self, seconds: float) -> None:
+        """Close, and give the item in work this long; then its request is refused like the others.
+
+        The work itself cannot be stopped.
+        """
+        self.close()
+        job = self._current
+        if job is not None and not self.join(seconds):
+            with contextlib.suppress(concurrent.futures.InvalidStateError):
+                job.future.set_exception(Refused(503, "the server is stopping"))
+
     def join(self, seconds: float) -> bool:
         """Wait for the worker's end, at most this long. Return whether it has ended."""
         self._worker.join(seconds)
@@ -156,10 +169,13 @@ class Queue:
     def _serve(self, job: _Job) -> None:
         if not job.future.set_running_or_notify_cancel():
             return
-        begin = time.perf_counter()
-        try:
-            result = self._work(job.item)
-        except BaseException as error:  # the requester gets any error; the worker keeps running
-            job.future.set_exception(error)
-        else:
-            job.future.set_result(Answer(result, begin - job.since, time.perf_counter() - begin))
+        self._current, begin = job, time.perf_counter()
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # `finish` has refused it
+            try:
+                result = self._work(job.item)
+            except BaseException as error:  # the requester gets any error; the worker keeps running
+                job.future.set_exception(error)
+            else:
+                seconds = time.perf_counter() - begin
+                job.future.set_result(Answer(result, begin - job.since, seconds))
+        self._current = None

@@ -1,5 +1,6 @@
 """uvicorn with limits for slow clients, and the socket that it listens at."""
 
+import contextlib
 import socket
 from typing import Any
 
@@ -73,11 +74,20 @@ class Impatient(H11Protocol):
         super().connection_lost(exc)
 
 
+class Server(uvicorn.Server):
+    """uvicorn's server without its signal handlers: `runtime.ending` has the process's own."""
+
+    def capture_signals(self) -> contextlib.AbstractContextManager[None]:
+        """Leave the handlers as they are."""
+        return contextlib.nullcontext()
+
+
 def configure(app: Any) -> uvicorn.Config:
     """Return uvicorn's configuration for an application."""
     return uvicorn.Config(
         app,
         http=Impatient,
+        loop="asyncio",  # uvloop would take the pipe of `runtime.ending`
         ws="none",
         log_level="warning",
         access_log=False,

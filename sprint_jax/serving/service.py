@@ -2,9 +2,9 @@
 
 import os
 import pathlib
-import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -12,6 +12,7 @@ import tqdm
 import uvicorn
 
 from sprint_jax.errors import UserError
+from sprint_jax.runtime import ending
 from sprint_jax.sampling.exported import Exported
 from sprint_jax.sampling.opening import open_model
 from sprint_jax.sampling.pipeline import Pipeline
@@ -21,7 +22,6 @@ from sprint_jax.serving.queue import Queue
 from sprint_jax.serving.schema import Limits
 
 _LOCAL = ("127.0.0.1", "::1")
-_GRACE_SECONDS = 1.0  # for the image in work at the end
 
 
 def serve(
@@ -35,6 +35,7 @@ def serve(
     queue: int = 64,
     password: str | None = None,
     ready_tokens: int | None = None,
+    grace: float = 10.0,
     **options: Any,
 ) -> None:
     """Load a model and serve it until a signal ends the process.
@@ -48,6 +49,7 @@ def serve(
         ("queue", queue, 1, 10_000),
         ("max_steps", max_steps, 1, 50),
         ("max_prompt", max_prompt, 1, 100_000),
+        ("grace", grace, 0, 3600),
     ):
         if not low <= value <= high:
             raise UserError(f"--{name}={value}: use {low} to {high}")
@@ -64,6 +66,7 @@ def serve(
         capacity=queue,
         password=password,
         ready_tokens=ready_tokens,
+        grace=grace,
     )
 
 
@@ -90,11 +93,13 @@ def run(
     capacity: int = 64,
     password: str | None = None,
     ready_tokens: int | None = None,
+    grace: float = 10.0,
 ) -> None:
     """Serve a model until a signal ends the process. The page answers while the model compiles.
 
     path: of the model. capacity: requests that may wait. password: None for none. ready_tokens: see
-    `artist.rehearsals`. Raises what compiling raised.
+    `artist.rehearsals`. grace: seconds for the image in work at the end. Raises what compiling
+    raised.
     """
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
@@ -118,24 +123,33 @@ def run(
     queue = Queue(draw, capacity, prepare, prepared)
     offer = {"name": path.resolve().name, "examples": artist.examples(pipe)}
     app = make_app(queue, limits, password=password, local=local, **offer)
-    uvicorn_server = uvicorn.Server(server.configure(app))
+    uvicorn_server = server.Server(server.configure(app))
     if not password and not local:
         warning = f"warning: {address} is open to other machines without a password"
         print(f"{warning}: set --password", file=sys.stderr)
     print(f"{address} (compiling; the page says when it is ready)", flush=True)
     queue.start()
-    # uvicorn ends well on SIGINT and SIGTERM, and then raises them again. That exit status is no
-    # use here.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    try:
+    line = f"finishing the image in work, {grace:g} s at most; a second signal ends at once"
+    with ending.asking(line, lambda: _stop(queue, uvicorn_server, grace)):
         uvicorn_server.run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass
     queue.close()
     if failures:
         raise failures[0]
-    if not queue.join(_GRACE_SECONDS):
+    if not queue.join(0):
         _leave()
+
+
+def _stop(queue: Queue, uvicorn_server: uvicorn.Server, grace: float) -> None:
+    """End the server, in a thread of its own, when the image in work is done or time is up.
+
+    New requests are answered with 503 meanwhile.
+    """
+
+    def stop() -> None:
+        queue.finish(grace)
+        uvicorn_server.should_exit = True
+
+    threading.Thread(target=stop, daemon=True).start()
 
 
 def _leave() -> NoReturn:

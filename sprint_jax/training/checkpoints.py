@@ -8,6 +8,7 @@ it is used.
 """
 
 import functools
+import logging
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 
 from sprint_jax.errors import UserError
 from sprint_jax.storage import files
@@ -59,12 +61,16 @@ class Checkpoints:
             ) from None
 
     def __enter__(self):
+        absl_logging.get_absl_logger().addFilter(_is_news)
         return self
 
     def __exit__(self, kind, *_):
-        if kind is None:
-            self.wait()
-        self._manager.close()
+        try:
+            if kind is None:
+                self.wait()
+            self._manager.close()
+        finally:
+            absl_logging.get_absl_logger().removeFilter(_is_news)
 
     def save(self, step: int, state: Any, beside: Any = None) -> None:
         """Start writing `state`; returns once its arrays are copied.
@@ -209,6 +215,15 @@ class Checkpoints:
             (self._directory / str(step)).rename(kept)
         hosts.barrier(f"set aside {step}")
         self._manager.reload()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether a record of the log is shown.
+
+    Each of Orbax's threads logs an error of writing with its traceback, 300 lines in all, and then
+    raises it: the one line of `_cannot_write` says it.
+    """
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
 def fingerprints(state: Any) -> dict[str, int]:

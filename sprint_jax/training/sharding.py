@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -74,7 +75,13 @@ def mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> jax.shar
             "config.mesh.fsdp, or let config.mesh.data=-1 take what is left"
         )
     axes = (jax.sharding.AxisType.Auto,) * 2
-    return jax.make_mesh((data, fsdp), (DATA, FSDP), devices=devices, axis_types=axes)
+    try:
+        return jax.make_mesh((data, fsdp), (DATA, FSDP), devices=devices, axis_types=axes)
+    except NotImplementedError:
+        # No product of a torus's sides is fsdp, as for 8 on 4 x 4 x 4: a side is cut in two, at the
+        # cost of bandwidth.
+        cut = mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(cut, (DATA, FSDP), axis_types=axes)
 
 
 def shardings(

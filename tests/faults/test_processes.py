@@ -1,22 +1,52 @@
 """Faults of processes: signals, closed pipes, two commands at once, full disks, damaged caches."""
 
+import dataclasses
+import importlib.util
+import itertools
+import math
 import os
 import pathlib
+import re
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import warnings
+import zlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from helpers.configs import card, presets
 from helpers.runs import ROOT, assert_refused
-from sprint_jax import __main__
+from helpers.servers import (
+    CLIENT,
+    Gate,
+    image_file,
+    refusal_of,
+    run_server,
+    send_request,
+    start_queue,
+    to_base64,
+    wait_until,
+)
+from sprint_jax import __main__, config
+from sprint_jax.commands import plan
 from sprint_jax.conversion import folder
 from sprint_jax.errors import UserError
+from sprint_jax.planning import hardware, topology
+from sprint_jax.runtime import cards, compile_cache
+from sprint_jax.serving import uploads
+from sprint_jax.serving.guard import Guard
+from sprint_jax.serving.refused import Refused
 from sprint_jax.storage import files, settings
+from sprint_jax.training import sharding
+from sprint_jax.training.checkpoints import Checkpoints
 
 # What stands for XLA's compiler: C code that releases Python's lock and ends after minutes.
 BUSY = "__import__('hashlib').pbkdf2_hmac('sha256', b'', b'', 10**9)"
@@ -267,3 +297,258 @@ def test_a_folder_that_is_being_made_is_claimed(tmp_path):
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["made"]
     assert (tmp_path / "a" / "made" / "x").read_text() == "1"
     assert pathlib.Path(tmp_path / "a").is_dir()
+
+
+# --- the server ---
+
+
+@pytest.fixture
+def gate():
+    gate = Gate()
+    yield gate
+    gate.open.set()
+
+
+def test_the_image_in_work_is_finished_and_new_requests_are_refused(gate):
+    """Fails when closing gives up the image in work, or when the server waits for it forever."""
+    queue = start_queue(gate)
+    in_work, waiting = queue.submit("a"), queue.submit("b")
+    wait_until(lambda: gate.seen)
+    ending = threading.Thread(target=queue.finish, args=(20,))
+    ending.start()
+    assert waiting.exception(5).status == 503
+    assert refusal_of(queue.submit, "c").status == 503
+    gate.open.set()
+    assert in_work.result(5).result == "a"
+    ending.join(5)
+    assert not ending.is_alive()
+
+
+def test_an_image_that_takes_longer_than_the_grace_is_refused(gate):
+    queue = start_queue(gate)
+    late = queue.submit("a")
+    wait_until(lambda: gate.seen)
+    begin = time.monotonic()
+    queue.finish(0.1)
+    assert time.monotonic() - begin < 5 and late.exception(1).status == 503
+    gate.open.set()
+    assert queue.join(5)  # the worker outlives its late result
+
+
+SERVER = """
+    from sprint_jax.runtime import ending
+    ending.start()
+    import pathlib, sys, time
+    sys.path.insert(0, "tests")
+    from helpers import servers
+    from sprint_jax.serving import artist, server, service
+    def paint(request):
+        print("drawing", flush=True)
+        time.sleep(1.0)
+        return servers.paint(request)
+    artist.make_artist = lambda *_: paint
+    artist.rehearsals, artist.examples = (lambda *_: []), (lambda *_: [])
+    listener = server.listen("127.0.0.1", 0)
+    service.run(None, pathlib.Path("model"), servers.LIMITS, listener, grace=5)
+    print("ended")
+"""
+
+
+def test_the_server_ends_by_a_signal_after_its_image():
+    """The image arrives, later requests get 503, status 0. Fails when uvicorn has the signal."""
+    process = start_program(SERVER)
+    address = process.stdout.readline().split()[0]
+    assert "ready" in process.stdout.readline()
+    answers = []
+    drawing = threading.Thread(target=lambda: answers.append(send_request(address)))
+    drawing.start()
+    assert process.stdout.readline() == "drawing\n"
+    process.send_signal(signal.SIGTERM)
+    line = next(line for line in process.stderr if "interrupted" in line)
+    assert line.startswith("interrupted: finishing the image in work, 5 s at most")
+    assert send_request(address).status_code == 503
+    drawing.join(10)
+    out, said = process.communicate(timeout=10)
+    assert answers[0].status_code == 200 and (process.returncode, out, said) == (0, "ended\n", "")
+
+
+def test_a_host_with_the_port_that_browsers_leave_out():
+    """A proxy writes it. Fails when the page's own requests are taken for another site's."""
+    guard = Guard(None, None, local=False)
+    refused = lambda origin, host: guard._refusal("POST", {"origin": origin, "host": host})
+    for origin, host in (
+        ("https://a.example", "a.example:443"),
+        ("http://a.example", "A.example:80"),
+        ("https://a.example:443", "a.example"),
+        ("http://[::1]:7860", "[::1]:7860"),
+    ):
+        assert refused(origin, host) is None, host
+    for origin, host in (
+        ("https://b.example", "a.example:443"),
+        ("http://a.example:7860", "a.example"),
+        ("null", "a.example:443"),
+    ):
+        assert refused(origin, host).status == 403, host
+    local = Guard(None, None, local=True)
+    for host in ("localhost:443", "127.0.0.1:", "[::1]:80", "[::1]"):
+        assert local._refusal("GET", {"host": host}) is None, host
+    assert local._refusal("GET", {"host": "a.example:443"}).status == 403
+
+
+def test_head_is_answered_as_get_without_the_body():
+    with run_server() as (address, _):
+        for path in ("/health", "/schema", "/options", "/openapi.json", "/", "/page.js"):
+            head, full = CLIENT.head(address + path), CLIENT.get(address + path)
+            assert head.status_code == full.status_code == 200, path
+            assert head.content == b"" and full.content, path
+            assert head.headers["content-length"] == full.headers["content-length"], path
+        head = CLIENT.head(f"{address}/generate")
+        assert head.status_code == 405 and head.headers["allow"] == "POST"
+
+
+def test_base64_with_line_breaks():
+    """As MIME and the command `base64` write it. Fails when it is called no base64."""
+    data = image_file(np.zeros((8, 8, 3), np.uint8))
+    text = "\r\n".join(re.findall(".{1,20}", to_base64(data))) + "\n"
+    assert uploads.from_base64(text, 8, 8).shape == (8, 8, 3)
+    assert uploads.from_base64(f"data:image/png;base64,{text}", 8, 8).shape == (8, 8, 3)
+    with pytest.raises(Refused):
+        uploads.from_base64("a*" + text, 8, 8)
+
+
+# --- JAX ---
+
+
+def entry(place, name, data=b"program", used=True):
+    """Write an entry of JAX's cache, compressed, and its time of use."""
+    path = place / f"{name}-cache"
+    path.write_bytes(zlib.compress(b"time" + data) if data else b"")
+    if used:
+        used_at = time.time_ns() if used is True else used
+        path.with_name(f"{name}-atime").write_bytes(used_at.to_bytes(8, "little"))
+    return path
+
+
+@pytest.mark.second_pass
+def test_damaged_programs_are_removed_and_reported_once(tmp_path, capsys, monkeypatch):
+    """Fails when an entry stays that JAX reads and complains about at every start."""
+    whole, empty = entry(tmp_path, "jit_a-0"), entry(tmp_path, "jit_b-0", data=b"")
+    killed = entry(tmp_path, "jit_c-0", used=False)
+    killed.write_bytes(killed.read_bytes()[:-3])
+    unbounded = entry(tmp_path, "jit_d-0", used=False)
+    cache = compile_cache._Cache(tmp_path, bounded=True)
+    cache.sweep()
+    assert sorted(tmp_path.glob("*-cache")) == [whole, unbounded] and not empty.exists()
+    assert (tmp_path / "jit_d-0-atime").stat().st_size == 8
+    said = capsys.readouterr().err
+    assert said.startswith("warning: jit_b-0-cache in") and len(said.splitlines()) == 1
+    shown = []
+    with warnings.catch_warnings():
+        monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(message))
+        cache.listen()
+        old = entry(tmp_path, "jit_e-0", used=1)  # of the same name, read without an error
+        fault = entry(tmp_path, "jit_e-1")
+        reading = "Error reading persistent compilation cache entry for 'jit_e': XlaError: what"
+        warnings.warn(reading, stacklevel=1)
+        assert old.exists() and not fault.exists()
+        cut = entry(tmp_path, "jit_e-2", used=2)
+        cut.write_bytes(cut.read_bytes()[:-3])
+        entry(tmp_path, "jit_e-3")
+        warnings.warn(reading, stacklevel=1)
+        assert not cut.exists() and (tmp_path / "jit_e-3-cache").exists()
+        lost = entry(tmp_path, "jit_f-0", used=False)
+        lost.write_bytes(b"x")
+        error = "FileNotFoundError: [Errno 2] No such file: jit_f-0-atime"
+        warnings.warn(
+            f"Error writing persistent compilation cache entry for 'jit_g': {error}", stacklevel=1
+        )
+        assert not lost.exists()
+        warnings.warn("another warning", stacklevel=1)
+    assert [str(message) for message in shown] == ["another warning"]
+    assert capsys.readouterr().err == ""  # reported once
+
+
+@pytest.mark.second_pass
+@pytest.mark.parametrize(
+    "name, value",
+    [("JAX_COMPILATION_CACHE_MAX_SIZE", "abc"), ("JAX_ENABLE_X64", "maybe")],
+)
+def test_a_variable_that_jax_cannot_read(name, value):
+    """One line, status 2. Fails with the traceback of `import jax`."""
+    program = "from sprint_jax.runtime import cli\nwith cli.user_errors():\n    import jax"
+    process = start_program(program, env={name: value})
+    _, said = process.communicate(timeout=30)
+    assert_refused(subprocess.CompletedProcess([], process.returncode, "", said), f"{name}={value}")
+    assert process.returncode == 2 and len(said.splitlines()) == 1
+
+
+def test_a_full_disk_is_one_line(tmp_path, capfd):
+    """Fails when Orbax's threads log the same error, each with its traceback."""
+    state = lambda step: {"w": jnp.arange(2**18, dtype=jnp.float32) * 1.7 + step}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(UserError, match="cannot write a checkpoint in .*; the checkpoint of step"):
+        with Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+            checkpoints.save(4, state(4))
+            checkpoints.wait()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, hard))
+            try:
+                checkpoints.save(8, state(8))
+                checkpoints.wait()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert capfd.readouterr().err == ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What JAX asks of a TPU to build a mesh."""
+
+    id: int
+    coords: tuple[int, int, int]
+    device_kind: str
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+    slice_index: int = 0
+
+
+def meshes():
+    """Return {card:preset: mesh of its config} of all that are shipped."""
+    return {
+        f"{name}:{preset}": config.parse(card(name, preset)).mesh
+        for name in cards.shipped()
+        for preset in presets(name)
+    }
+
+
+TOPOLOGIES = re.findall(r"\b((?:v\w+|[ha]\d00):[\dx]+)", plan.__doc__)
+KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+
+
+@pytest.mark.parametrize("text", TOPOLOGIES)
+def test_every_card_has_a_mesh_on_every_topology_of_the_help(text):
+    """Fails when fsdp = 8 meets a torus of 4 x 4 x 4, whose sides JAX does not cut by itself."""
+    device, shape, count = hardware.parse_topology(text)
+    kind = KINDS.get(device.name, device.name)
+    platform = "tpu" if topology.is_tpu(device) else "gpu"
+    places = itertools.product(*map(range, (*shape, 1)[:3]))
+    devices = [Device(i, tuple(c), kind, platform) for i, c in enumerate(places)]
+    assert any(mesh.fsdp == 8 for mesh in meshes().values())
+    for name, mesh in meshes().items():
+        made = sharding.mesh(mesh.data, mesh.fsdp, devices)
+        assert made.devices.shape == (count // mesh.fsdp, mesh.fsdp), name
+        assert {d.id for d in made.devices.flat} == set(range(count)), name
+    if not topology.is_tpu(device):
+        return
+    for fsdp in (n for n in range(1, count + 1) if not count % n):
+        assert math.prod(sharding.mesh(-1, fsdp, devices).devices.shape) == count
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+@pytest.mark.parametrize("text", [t for t in TOPOLOGIES if t.startswith("v")])
+def test_the_same_with_the_tpus_of_libtpu(text):
+    device, shape, count = hardware.parse_topology(text)
+    devices = topology.devices(device, shape)
+    for name, mesh in meshes().items():
+        made = sharding.mesh(mesh.data, mesh.fsdp, devices)
+        assert made.devices.shape == (count // mesh.fsdp, mesh.fsdp), name
