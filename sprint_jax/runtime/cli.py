@@ -109,7 +109,8 @@ def user_errors() -> Iterator[None]:
 def _of_the_environment(error: Exception) -> str | None:
     """Return a line for a full disk or memory, missing devices or packages; None for any other."""
     line = " ".join(str(error).split())
-    devices = next((n for n in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(n)), None)
+    chosen = [n for n in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME") if os.environ.get(n)]
+    devices = next((n for n in chosen if os.environ[n] in line), chosen[0] if chosen else None)
     if "No space left on device" in line:
         return f"{line}: free some space, then give the same command"
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in line:
