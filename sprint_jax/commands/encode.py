@@ -25,6 +25,11 @@ from sprint_jax.storage import settings
 def run(options: Options) -> None:
     """Encode what is missing. Raises UserError for options that do not belong together."""
     encode_options.check(options)
+    with settings.folder_claim(options.encoded, "--encoded", f"{options.host}of{options.hosts}"):
+        _run(options)
+
+
+def _run(options):
     from sprint_jax.data import encode, sources
     from sprint_jax.training import data_encoders
 
@@ -41,16 +46,15 @@ def run(options: Options) -> None:
     else:
         given = options.encode_dtype, options.pixels_dtype, options.caption_instruction
         encoders = data_encoders.of_folder(options.encoder, *given)
-    with settings.folder_claim(options.encoded, "--encoded", f"{options.host}of{options.hosts}"):
-        encode.encode(
-            source,
-            encoders,
-            options.encoded,
-            encode.settings(options, source, encoders, condition),
-            condition=condition,
-            batch=options.encode_batch,
-            hosts=options.hosts,
-            host=options.host,
-            max_bad=options.max_bad_share,
-            say=functools.partial(print, flush=True),
-        )
+    encode.encode(
+        source,
+        encoders,
+        options.encoded,
+        encode.settings(options, source, encoders, condition),
+        condition=condition,
+        batch=options.encode_batch,
+        hosts=options.hosts,
+        host=options.host,
+        max_bad=options.max_bad_share,
+        say=functools.partial(print, flush=True),
+    )

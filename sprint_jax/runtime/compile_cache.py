@@ -26,6 +26,8 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+from sprint_jax.storage import files
+
 MAX_BYTES = 4 * 2**30
 _ENTRY, _USED = "-cache", "-atime"  # endings of JAX's files: an entry, and its time of use
 _WRITING_SECONDS = 60  # an entry without a lock may be in the writing
@@ -114,7 +116,8 @@ class _Cache:
         described, used = entry.stat(), _time_of_use(entry)
         if self._bounded and not used.exists():
             if _is_whole(entry):
-                used.write_bytes(described.st_mtime_ns.to_bytes(8, "little"))
+                with files.whole(used) as partial:
+                    partial.write_bytes(described.st_mtime_ns.to_bytes(8, "little"))
             else:
                 entry.unlink()
         elif not described.st_size:

@@ -221,8 +221,8 @@ def _claimed(lock_path: pathlib.Path, path: pathlib.Path, flag: str) -> Iterator
         return
     if lock is None:
         raise UserError(
-            f"{flag}={path}: {_holder(lock_path)} is working on it: wait for that, or choose "
-            f"another {flag}"
+            f"{flag}={path} is in use by {_holder(lock_path)}: wait for it, or choose another "
+            f"{flag}"
         )
     with lock, files.unfinished(lock_path):
         _sign(lock)

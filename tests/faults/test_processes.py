@@ -242,7 +242,7 @@ def test_a_claim_says_who_works_there_and_dies_with_its_process(tmp_path):
     """The claim leaves nothing behind; that of a killed process neither blocks nor stays."""
     out = tmp_path / "new" / "out"
     with settings.folder_claim(out, "--out"):
-        with pytest.raises(UserError, match=rf"--out=.*: process {os.getpid()} on .*, since 2"):
+        with pytest.raises(UserError, match=rf"--out=.* by process {os.getpid()} on .*, since 2"):
             with settings.folder_claim(out, "--out"):
                 pass
         with settings.folder_claim(out, "--out", "1of2"):  # another share
@@ -284,14 +284,14 @@ def test_the_same_command_twice_at_once(tmp_path, capsys, name):
         __main__.dispatch([name, *words])
     result = subprocess.CompletedProcess([], end.value.code, "", capsys.readouterr().err)
     assert end.value.code == 2
-    assert_refused(result, f"={out}: process {os.getpid()} on", "is working on it: wait")
+    assert_refused(result, f"={out} is in use by process {os.getpid()} on", ": wait for it")
 
 
 def test_a_folder_that_is_being_made_is_claimed(tmp_path):
     """`convert` and `average`. Fails when the second removes the first one's folder."""
     with folder.new_folder(tmp_path / "a" / "made") as partial:
         (partial / "x").write_text("1")
-        with pytest.raises(UserError, match="is working on it: wait for that, or choose another"):
+        with pytest.raises(UserError, match="made is in use by .*: wait for it, or choose another"):
             with folder.new_folder(tmp_path / "a" / "made"):
                 pass
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["made"]
