@@ -222,15 +222,10 @@ def _fields(config: Mapping[str, Any], known: _Known, what: str) -> dict[str, An
     return defaults | {name: value for name, value in config.items() if name in known}
 
 
-def _name(value: Any) -> str:
-    """Return a name as it is; anything else as an error line shows it."""
-    return value if isinstance(value, str) and len(value) < 60 else fields.shown(value)
-
-
 def _check_class(config: Mapping[str, Any], expected: str, what: str) -> None:
     found = config.get("_class_name", expected)
     if found != expected:
-        raise UserError(f"the {what} is a {_name(found)}; only {expected} is supported")
+        raise UserError(f"the {what} is a {fields.name(found)}; only {expected} is supported")
 
 
 def transformer(config: Mapping[str, Any], dtype: str) -> LinearDiT:
@@ -472,7 +467,7 @@ def _check_text_encoder(config: Mapping[str, Any]) -> None:
     what = "the text encoder config"
     kind = config.get("model_type", "gemma2")
     if kind != "gemma2":
-        raise UserError(f"the text encoder is a {_name(kind)}; only gemma2 is supported")
+        raise UserError(f"the text encoder is a {fields.name(kind)}; only gemma2 is supported")
     fields.check(config, _TEXT_ENCODER, what)
     fields.check(config.get("rope_parameters") or {}, _ROPE_PARAMETERS, f"{what}: rope_parameters")
     fields.check(config.get("rope_scaling") or {}, _DEFAULT_ROPE, f"{what}: rope_scaling")
@@ -523,7 +518,7 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
     found = config.get("_class_name", "SCMScheduler")
     if found != "SCMScheduler":
         raise UserError(
-            f"the scheduler is a {_name(found)}: this folder holds a multi-step SANA, not a "
+            f"the scheduler is a {fields.name(found)}: this folder holds a multi-step SANA, not a "
             "SANA-Sprint (SCMScheduler)"
         )
     known = {name: (value, fields.only(value)) for name, value in _SCHEDULER.items()}

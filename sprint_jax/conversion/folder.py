@@ -228,7 +228,8 @@ def _check_pipeline(path: pathlib.Path) -> None:
             ": give its controlnet/ beside a SANA-Sprint model" if "ControlNet" in str(kind) else ""
         )
         raise UserError(
-            f"{path} holds a {kind}, not a SANA-Sprint pipeline ({' or '.join(_PIPELINES)}){more}"
+            f"{path} holds a {fields.name(kind)}, not a SANA-Sprint pipeline "
+            f"({' or '.join(_PIPELINES)}){more}"
         )
     for part in _REQUIRED:
         if not (path / part).is_dir():
@@ -384,8 +385,8 @@ def _describe_ours(path: pathlib.Path, dtype: str) -> tuple[dict[str, Any], str]
     described = _read(path / MODEL)
     if described.get("format") != _FORMAT:
         raise UserError(
-            f"{path / MODEL} has format {described.get('format')!r}, this version reads "
-            f"{_FORMAT!r}: convert again"
+            f"{path / MODEL} has format {fields.shown(described.get('format'))}, this version "
+            f"reads {_FORMAT!r}: convert again"
         )
     chosen = {"dtype": dtype, "residual_dtype": dtype, "attention": "plain"}
     try:

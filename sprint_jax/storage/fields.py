@@ -77,6 +77,11 @@ def shown(value: Any) -> str:
         return "a number of thousands of digits"
 
 
+def name(value: Any) -> str:
+    """Return a name for an error line: as it is, or shortened where it is long or no text."""
+    return value if isinstance(value, str) and len(value) < 60 else shown(value)
+
+
 def check(given: Mapping[str, Any], kinds: Mapping[str, Kind], what: str) -> None:
     """Raise UserError naming the first field that is unknown, or holds what it may not.
 
@@ -84,15 +89,14 @@ def check(given: Mapping[str, Any], kinds: Mapping[str, Kind], what: str) -> Non
     """
     if not isinstance(given, Mapping):
         raise UserError(f"{what} is {shown(given)}: it must be an object")
-    for name in sorted(given, key=str):
-        if name not in kinds:
+    for field in sorted(given, key=str):
+        if field not in kinds:
             raise UserError(
-                f"{what} has {shown(name).strip(chr(39))}={shown(given[name])}, which is not "
-                "supported here"
+                f"{what} has {name(field)}={shown(given[field])}, which is not supported here"
             )
-        if not kinds[name].accepts(given[name]):
+        if not kinds[field].accepts(given[field]):
             raise UserError(
-                f"{what} has {name}={shown(given[name])}; only {kinds[name].words} is supported"
+                f"{what} has {field}={shown(given[field])}; only {kinds[field].words} is supported"
             )
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import zipfile
 
 _HEAD = 512  # bytes that decide
@@ -92,6 +93,8 @@ def _of_text(head: bytes) -> str | None:
     lowered = text[:20].lower()
     if lowered.startswith(("<!doctype html", "<html", "<head", "<?xml", "<!--")):
         return "a web page, not the file: download the file itself"
+    if re.match(r"[{\[]\s*[\"{\[}\]]", text):
+        return "a JSON file: give the file that it names or describes"
     words = text.split()
     if len(words) < 2 or not (text.replace("\n", "").replace("\r", "").replace("\t", "")).isascii():
         return None

@@ -406,6 +406,7 @@ FOREIGN = {
         "pointer of Git LFS, not the file: run git lfs pull",
     ),
     "html": (lambda p: p.write_text("\n<!DOCTYPE html><html>"), "a web page, not the file"),
+    "json": (lambda p: p.write_text('{"weight_map":{"w":"a.safetensors"}}'), "a JSON file: give"),
     "text": (lambda p: p.write_text("Entry not found"), "begins 'Entry not found'"),
     "zip": (lambda p: zipfile.ZipFile(p, "w").close(), "a zip archive: unpack it"),
     "gz": (lambda p: p.write_bytes(b"\x1f\x8b\x08" + bytes(30)), "a gzip archive: unpack it"),
@@ -502,6 +503,14 @@ def test_the_side_of_truncation_is_that_of_the_tokenizer(copy):
         tokenizer.padding_side = "right"
         theirs = tokenizer(long, padding="max_length", max_length=300, truncation=True)
         np.testing.assert_array_equal(ours, theirs["input_ids"])
+    text = {"kind": "gemma", "instruction": "", "truncation_side": "left"}
+    path = export_file(copy / "file", {"w": np.ones(2, np.float32)}, text=text)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(
+            exported.TOKENIZER, prompts_lib.GemmaPrompts(tokenizer, "").tokenizer_json()
+        )
+    with pytest.warns(prompts_lib.CutWarning, match="cut off"):
+        np.testing.assert_array_equal(exported.load(path).text.tokens([long])[0], ours)
     behind = prompts_lib.GemmaPrompts(tokenizer, wording)
     assert len(behind.tokens(["a fox"])[0])
     with pytest.raises(UserError, match="truncation_side=left.*shorten the prompt"):
