@@ -212,21 +212,31 @@ def _object(row):
 
 
 def _check_classes(detections, images):
-    """Raise UserError for a class that neither GenEval nor a prompt knows.
+    """Raise UserError for a class that is unknown: its objects would count as absent.
 
-    An object of another name, such as Dog or mouse, would count as absent.
+    Where prompts ask for GenEval's classes alone, any other name is, such as mouse. Where they ask
+    for more, the detector has a vocabulary of its own, and only another spelling of a known name is
+    unknown, such as Dog.
     """
-    asked = (m.get(kind, []) for _, m in images for kind in ("include", "exclude"))
-    known = CLASSES | {wanted["class"] for some in asked for wanted in some}
+    lists = (m.get(kind, []) for _, m in images for kind in ("include", "exclude"))
+    asked = {wanted["class"] for some in lists for wanted in some}
+    known, official = CLASSES | asked, asked <= CLASSES
+    spellings = {_spelled(name): name for name in known}
     for file, _ in images:
-        for one in detections[file]:
-            if one["class"] not in known:
-                name = fields.shown(one["class"])
-                near = difflib.get_close_matches(one["class"].lower(), known, 1)
-                raise UserError(
-                    f"detections of {file} have the class {name}, which no prompt and no part of "
-                    f"GenEval has: use its names{f', such as {near[0]!r}' if near else ''}"
+        for name in (one["class"] for one in detections[file]):
+            if name not in known and (official or _spelled(name) in spellings):
+                near = spellings.get(_spelled(name)) or next(
+                    iter(difflib.get_close_matches(name.lower(), known, 1)), "dog"
                 )
+                raise UserError(
+                    f"detections of {file} have the class {fields.shown(name)}, which no prompt "
+                    f"and no part of GenEval has: use its names, such as {near!r}"
+                )
+
+
+def _spelled(name):
+    """Return a name without what writers of names differ in."""
+    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())
 
 
 def score(

@@ -275,12 +275,20 @@ def test_detections_are_checked(tmp_path):
         (tmp_path / "d.jsonl").write_text(text)
         with pytest.raises(UserError, match="line 1 is not a detection"):
             geneval.read_detections(tmp_path / "d.jsonl")
-    metadata = {"tag": "single_object", "include": [{"class": "fox", "count": 1}], "prompt": "x"}
-    for name, right in (("dog", True), ("fox", True), ("Dog", False), ("mouse", False)):
+    images = [("00000/samples/00000.png", {"tag": "colors", "include": [], "prompt": "x"})]
+    for asked, name, right in (
+        ("cat", "dog", True),
+        ("fox", "fox", True),
+        ("fox", "wolf", True),  # a vocabulary of the detector's own
+        ("fox", "Dog", False),
+        ("hot dog", "hot_dog", False),
+        ("cat", "mouse", False),
+        ("cat", "wolf", False),
+    ):
         found = detections(tmp_path / "d.jsonl", **{"class": name})
-        images = [("00000/samples/00000.png", metadata)]
+        images[0][1]["include"] = [{"class": asked, "count": 1}]
         if right:
-            assert geneval.score(found, images)["overall"] == float(name == "fox")
+            assert geneval.score(found, images)["overall"] == float(name == asked)
         else:
             with pytest.raises(UserError, match=f"the class '{name}', which no prompt"):
                 geneval.score(found, images)
