@@ -4,7 +4,7 @@
     hed        --weights=ControlNetHED.pth (or .safetensors): soft edges of the published detector
     scribble   --weights as for hed: strokes along its edges, of --thickness
 
-Writes white lines on black, a PNG per image under its name. Existing files are kept: run the
+Writes white lines on black, a PNG per image under its name. Whole files are kept: run the
 command again to resume. hed and scribble have the size that the detector saw.
 """
 

@@ -136,6 +136,8 @@ def decode_image(data: bytes) -> np.ndarray:
     The image is rotated as its EXIF data says, transparency becomes white, and only the first frame
     is read. Raises BadExample if it does not decode, or has more than 100 million pixels.
     """
+    if data.startswith(b"version https://git-lfs"):
+        raise BadExample("a pointer of Git LFS, not the image")
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > image_files.MOST_PIXELS:

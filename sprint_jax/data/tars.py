@@ -12,7 +12,7 @@ from sprint_jax.data import captioned, tar_members
 from sprint_jax.data.captioned import BadExample, Example
 from sprint_jax.data.tar_members import Damage, Member
 from sprint_jax.errors import UserError
-from sprint_jax.storage import files, image_files, json_files
+from sprint_jax.storage import files, image_files, json_files, signatures
 
 LISTING = "wids-meta.json"
 
@@ -21,15 +21,6 @@ _Files: TypeAlias = dict[str, tuple[int, int, str]]
 
 _PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".zip", ".7z",
     ".rar")  # fmt: skip
-# What files that bear the name of a tar begin with, if they are something else.
-_OTHERS = (
-    (b"\x1f\x8b", "compressed by gzip: decompress it"),
-    (b"BZh", "compressed by bzip2: decompress it"),
-    (b"\xfd7zXZ", "compressed by xz: decompress it"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd: decompress it"),
-    (b"PK\x03\x04", "a zip archive: unpack it"),
-    (b"version https://git-lfs", "a pointer of git-LFS: fetch the file itself by `git lfs pull`"),
-)
 
 
 class _Entry(NamedTuple):
@@ -165,16 +156,14 @@ def _index(path: pathlib.Path, shard: int, count: int | None) -> list[_Entry]:
     """
     try:
         found = tar_members.read(path)
-        with open(path, "rb") as file:
-            head = file.read(32)
     except OSError as error:
         raise UserError(f"cannot read the tar {path} ({error.strerror}): copy it again") from None
     damaged = [part for part in found if isinstance(part, Damage)]
-    if len(damaged) == len(found) and (damaged or not head):
+    if len(damaged) == len(found) and (damaged or not path.stat().st_size):
         why = damaged[0].reason if damaged else "it is empty"
-        other = next((words for start, words in _OTHERS if head.startswith(start)), None)
-        if other:
-            raise UserError(f"{path} is {other}")
+        other = signatures.describe(path)
+        if other and not other.startswith("a tar"):
+            raise UserError(f"{path} is no tar but {other}")
         raise UserError(f"cannot read the tar {path} ({why}): make it again or remove it")
     entries = _grouped(found, shard, path.stat().st_size)
     if count is not None:

@@ -300,9 +300,14 @@ def test_listed_tars_are_found_in_another_case(tmp_path):
     [
         (b"", "0.tar .it is empty"),
         (bytes(40960), "0.tar .zeros in the tar"),
-        (b"<html>" * 300, "0.tar .damaged header"),
-        (b"\x1f\x8b\x08" + b"x" * 999, "0.tar is compressed by gzip"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "0.tar is a pointer of git-LFS"),
+        (b"\xfe" * 4000, "0.tar .damaged header"),
+        (TEN[:150] + b"x" * 8 + TEN[158:512], "0.tar .damaged header"),
+        (b"<html>" * 300, "0.tar is no tar but a web page"),
+        (b"\x1f\x8b\x08" + b"x" * 999, "0.tar is no tar but a gzip archive"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid",
+            "0.tar is no tar but a pointer of Git LFS",
+        ),
     ],
 )
 def test_a_file_without_any_member_is_refused_by_name(tmp_path, data, words):
@@ -396,6 +401,14 @@ def test_two_captions_of_one_image_are_listed(tmp_path):
     assert read(write(tmp_path, content)) == {
         "a.png": "one", "b.png": "[two captions]", "c.png": "same", "d.png": differ,
         "e.png": "[two captions]", "f.png": "f", "g.png": "g"}  # fmt: skip
+
+
+def test_pointers_of_git_lfs_are_named(tmp_path):
+    """Every image of a repository that was cloned without its large files is such a pointer."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    assert read(write(tmp_path, {"a.png": pointer, "a.txt": "a"})) == {
+        "a.png": "[a pointer of Git LFS, not the image]"
+    }
 
 
 def test_links_that_lead_nowhere_are_listed(tmp_path):
