@@ -10,6 +10,7 @@ import importlib.util
 import pathlib
 
 from sprint_jax.errors import UserError
+from sprint_jax.storage import files
 
 _SOURCE = "pipelines/sana/pipeline_sana_sprint.py"
 _ARGUMENT = "complex_human_instruction"
@@ -29,8 +30,8 @@ def published(path: str | None = None) -> str:
         if path == "":
             return ""
         try:
-            return pathlib.Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            return files.read_text(path)
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"cannot read the instruction file {path} ({error}): give a UTF-8 text file"
             ) from None

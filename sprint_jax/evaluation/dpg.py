@@ -16,7 +16,9 @@ every row counts, and a prompt without answers is an error.
 
 import csv
 import dataclasses
+import io
 import os
+import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from sprint_jax.errors import UserError
+from sprint_jax.sampling import prompt_files
 from sprint_jax.storage import fields, json_lines
 
 PICTURES = 4
@@ -44,10 +47,12 @@ class Item:
 
 def read_questions(path: str | os.PathLike) -> list[Item]:
     """Return the prompts of dpg_bench.csv. Raises UserError naming the line that is wrong."""
+    lines = prompt_files.read_lines(pathlib.Path(path))
+    separator, _ = prompt_files.columns(lines, pathlib.Path(path).suffix.lower())
+    table = io.StringIO("\n".join(lines), newline="")
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.DictReader(table, delimiter=separator or ","))
+    except csv.Error as error:
         raise UserError(
             f"cannot read the questions in {path} ({error}): give dpg_bench.csv"
         ) from None

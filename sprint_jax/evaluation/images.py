@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sprint_jax.errors import UserError
-from sprint_jax.evaluation import gallery, geneval, image_sets, prompt_sets
+from sprint_jax.evaluation import dpg, gallery, geneval, image_sets, prompt_sets
 from sprint_jax.evaluation.options import Options
-from sprint_jax.sampling import loading
+from sprint_jax.sampling import generation, loading
 from sprint_jax.sampling.options import say
 from sprint_jax.storage import digests, run_files
 from sprint_jax.toy import shapes
@@ -50,7 +50,7 @@ def prompts(options: Options) -> list[prompt_sets.Prompt] | None:
     if options.suite == "geneval":
         for number, prompt in enumerate(found, 1):
             geneval.check_metadata(prompt.row, f"{path} prompt {number}")
-    if options.suite == "dpg" and not (path or "").endswith(".csv"):
+    if options.suite == "dpg" and not all(isinstance(prompt.row, dpg.Item) for prompt in found):
         raise UserError(f"--prompts={path}: --suite=dpg reads dpg_bench.csv")
     return found
 
@@ -122,7 +122,8 @@ def generated(
     claim = functools.partial(gallery.claim, out, settings, units)
     mine = units if shard is None else units[shard[0] :: shard[1]]
     if wanted := gallery.missing(out, mine):
-        _generate(options, wanted, sum(len(unit.indices) for unit in mine), claim)
+        places = {prompt.text: prompt.place for prompt in reversed(found)}
+        _generate(options, wanted, places, sum(len(unit.indices) for unit in mine), claim)
     else:
         claim()
     if options.suite == "geneval" and shard is None:
@@ -181,9 +182,17 @@ def _settings(options: Options) -> dict[str, Any]:
 
 
 def _generate(
-    options: Options, units: list[gallery.Unit], total: int, claim: Callable[[], object]
+    options: Options,
+    units: list[gallery.Unit],
+    places: dict[str, str],
+    total: int,
+    claim: Callable[[], object],
 ) -> None:
-    """Generate the images of units, of `total`, with a bar. claim: see `gallery.make`."""
+    """Generate the images of units, of `total`, with a bar.
+
+    places: where each prompt stands. claim: see `gallery.make`. Raises UserError for a prompt that
+    the model cannot draw, before the first image is drawn.
+    """
     import tqdm
 
     pipe = loading.load(
@@ -203,9 +212,11 @@ def _generate(
         "width": options.width,
     }
     left = sum(len(unit.indices) for unit in units)
-    with tqdm.tqdm(
-        total=total, initial=total - left, unit="image", desc="generate", delay=5
-    ) as bar:
+    prompts = [unit.prompt for unit in units]
+    with (
+        generation.checked(pipe, prompts, [places[prompt] for prompt in prompts]),
+        tqdm.tqdm(total=total, initial=total - left, unit="image", desc="generate", delay=5) as bar,
+    ):
         gallery.make(
             options.out or "",
             units,

@@ -19,7 +19,7 @@ class Options(ImageOptions):
     folder: files.LocalPath | None = None
     """Score these images instead of generating some."""
     prompts: files.LocalPath | None = None
-    """File of prompts: text, one a line, or the file of a benchmark."""
+    """File of prompts: text, one a line, a table as for sample, or the file of a benchmark."""
     first: int | None = None
     """Only the first N prompts; default: all (shapes: 256)."""
     images_per_prompt: int | None = None

@@ -5,9 +5,11 @@ Turns a request into sizes, times, tokenized prompts and batches. The back end (
 here.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import jax.numpy as jnp
@@ -236,6 +238,30 @@ def generate(
         control_scale=control_scale,
     )
     return _run(pipe, request, say)
+
+
+@contextlib.contextmanager
+def checked(pipe: Generator, prompts: Sequence[str], places: Sequence[str]) -> Iterator[None]:
+    """Check prompts before any is drawn, and leave out warnings about them in the context.
+
+    places: where each prompt stands, such as "prompts.txt line 3". Messages name it instead of a
+    number within a batch. Raises UserError for the first prompt that the model cannot draw.
+    """
+    for prompt, place in zip(prompts, places, strict=True):
+        placed = lambda message, place=place: (
+            f"{place}: {str(message).replace('prompt 0 ', 'the prompt ', 1)}"
+        )
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                pipe.text.prepare([prompt])
+        except UserError as error:
+            raise UserError(placed(error)) from None
+        for warning in said:
+            warnings.warn(placed(warning.message), warning.category, stacklevel=3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"prompt \d+ ")
+        yield
 
 
 def _check(prompts, output, images_per_prompt, guidance_scale, seed):

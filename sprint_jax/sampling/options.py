@@ -43,7 +43,7 @@ class ImageOptions(ModelOptions):
     """Which images a model generates."""
 
     prompts: files.LocalPath | None = None
-    """File of prompts, UTF-8 text, one a line."""
+    """File of prompts: text, one a line, or .jsonl, .json, .csv or .tsv with a field prompt."""
     steps: int = 2
     """Network calls per image, 1 or more."""
     seed: int = 0

@@ -11,7 +11,7 @@ import numpy as np
 
 from sprint_jax.data import aspect_ratios
 from sprint_jax.errors import UserError
-from sprint_jax.sampling import generation
+from sprint_jax.sampling import generation, prompt_files
 from sprint_jax.sampling.opening import open_model
 from sprint_jax.sampling.options import SampleOptions, model_or_shipped
 from sprint_jax.storage import crops, files, image_files, json_lines
@@ -33,7 +33,7 @@ def sample(options: SampleOptions) -> pathlib.Path:
     out = _make_folder(options.out)
     begin = time.perf_counter()
     images = _generate(options, prompts)
-    names = write(out, images, prompts, options)
+    names = write(out, images, [prompt.text for prompt in prompts], options)
     kept = f", from {names[0]} on" if names[0] != _name(0) else ""
     seconds = time.perf_counter() - begin
     print(f"{len(names)} images{kept} and {_MANIFEST} in {out} ({seconds:.1f} s)")
@@ -58,21 +58,16 @@ def check(options: SampleOptions) -> None:
             raise UserError(f"--{name} belongs to --{other}: give an image there, or leave it out")
 
 
-def read_prompts(options: SampleOptions) -> list[str]:
+def read_prompts(options: SampleOptions) -> list[prompt_files.Prompt]:
     """Return the prompts of --prompt, or of the file --prompts. Raises UserError without any."""
-    path = options.prompts
-    if bool(options.prompt) == bool(path):
+    if bool(options.prompt) == bool(options.prompts):
         raise UserError("give either --prompt=TEXT (repeatable) or --prompts=FILE")
-    if not path:
-        return options.prompt
-    try:
-        lines = files.read_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --prompts={path} ({error}): give a UTF-8 text file") from None
-    prompts = [line for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompts={path} holds no prompt: write one a line")
-    return prompts
+    if options.prompts:
+        return prompt_files.read(options.prompts)
+    place = lambda i: "--prompt" if len(options.prompt) == 1 else f"--prompt number {i + 1}"
+    return [
+        prompt_files.Prompt(f"{i:05d}", text, {}, place(i)) for i, text in enumerate(options.prompt)
+    ]
 
 
 def write(
@@ -132,7 +127,7 @@ def _next_number(out: pathlib.Path, rows: Sequence[dict[str, Any]]) -> int:
     return max((int(match[1]) + 1 for match in found), default=0)
 
 
-def _generate(options: SampleOptions, prompts: list[str]) -> np.ndarray:
+def _generate(options: SampleOptions, prompts: list[prompt_files.Prompt]) -> np.ndarray:
     """Return uint8 [N, height, width, 3]."""
     import tqdm
 
@@ -158,14 +153,18 @@ def _generate(options: SampleOptions, prompts: list[str]) -> np.ndarray:
     )
     each = options.images_per_prompt or 1
     scale = options.control_scale
-    with tqdm.tqdm(total=len(prompts) * each, unit="image", desc="sample", delay=5) as bar:
+    texts = [prompt.text for prompt in prompts]
+    with (
+        generation.checked(pipe, texts, [prompt.place for prompt in prompts]),
+        tqdm.tqdm(total=len(prompts) * each, unit="image", desc="sample", delay=5) as bar,
+    ):
 
         def show(done: int) -> None:
             bar.update(done - bar.n)
 
         images = generation.generate(
             pipe,
-            prompts,
+            texts,
             steps=options.steps,
             guidance_scale=options.guidance_scale,
             seed=options.seed,

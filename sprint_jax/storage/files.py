@@ -4,6 +4,7 @@ A file appears whole or not at all. A folder's hidden files and those that syste
 person's own are never seen.
 """
 
+import codecs
 import contextlib
 import errno
 import fcntl
@@ -28,6 +29,8 @@ _OF_SYSTEMS = frozenset(
 _UNFINISHED: set[pathlib.Path] = set()
 _RENAMING = threading.Lock()
 _REMOTE = re.compile(r"\s*([a-z][a-z0-9+.-]*)://?", re.IGNORECASE)
+# The beginnings of gzip, zip, zstd and bzip2.
+_COMPRESSED = (b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd", b"BZh")
 _SHOWN = 80  # characters of a path that a message shows
 
 _IS_PATH = "path"
@@ -212,13 +215,36 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """Return UTF-8 text with \\n between lines, without the byte-order mark of some editors.
+
+    Raises OSError, and ValueError that says which encoding the file seems to have instead.
+    """
+    data = pathlib.Path(path).read_bytes()
+    if data.startswith(_COMPRESSED):
+        raise ValueError("it is compressed: unpack it")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("it is UTF-16 or UTF-32, by its byte-order mark: save it as UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"line {line} is not UTF-8, byte 0x{data[error.start]:02x}, as in Latin-1: save it as "
+            "UTF-8"
+        ) from None
+    if "\0" in text:
+        raise ValueError("it holds null characters, as UTF-16 without a mark: save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_lines(path: str | os.PathLike) -> list[str]:
-    """Return the lines of UTF-8 text, without the byte-order mark that some editors put first.
+    """Return the lines of UTF-8 text; raises as `read_text` does.
 
     Only newlines end a line. JSON and prompts may hold U+2028 and the like, at which `splitlines`
     cuts.
     """
-    return pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
+    return read_text(path).split("\n")
 
 
 def below(root: str | os.PathLike, broken: bool = False) -> Iterator[pathlib.Path]:

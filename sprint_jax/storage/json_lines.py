@@ -31,7 +31,7 @@ def read(
     """
     try:
         lines = files.read_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read --{flag}={path} ({error}): give a JSON lines file") from None
     found = {}
     for number, line in enumerate(lines, 1):

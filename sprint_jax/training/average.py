@@ -35,8 +35,14 @@ def average(runs: Sequence[pathlib.Path]) -> Any:
     """Return the mean parameters, NumPy float64, of the students of finished runs.
 
     Raises UserError unless all have one network and one given teacher (and ControlNet, where there
-    is one): otherwise their weights have nothing in common.
+    is one): otherwise their weights have nothing in common. A run that is named twice, perhaps by a
+    link, is refused.
     """
+    for i, run in enumerate(runs):
+        if same := [other for other in runs[:i] if other.resolve() == run.resolve()]:
+            raise UserError(
+                f"--runs: {run} and {same[0]} are one run, which would count twice: name each once"
+            )
     total, first = None, None
     for run in runs:
         _, params, config = loading.read_student(run)

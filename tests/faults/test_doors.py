@@ -24,7 +24,7 @@ from sprint_jax.storage import files
 ADDRESSES = ("gs://bucket/run", "s3://bucket", "hdfs://a/b", "file:///a", "GS://b", "https://a/b")
 SECTIONS = (config.Data, config.Text, config.Codec, config.Teacher, config.Control, config.Phase)
 NAMES_A_FILE = re.compile(
-    r"\b(files?|folders?|director(y|ies)|card|image to|sketch)\b|\.\w+\b", re.I
+    r"\b(weights|files?|folders?|director(y|ies)|card|image to|sketch)\b|\.\w+\b", re.I
 )
 # Texts whose help speaks of files without naming one.
 NO_PATHS = {("train", "coordinator"), ("extract", "stage"), ("serve", "host")}
