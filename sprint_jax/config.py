@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import ml_collections
 
+from sprint_jax.diffusion import limits
 from sprint_jax.encoders import words
 from sprint_jax.errors import UserError
 from sprint_jax.objectives.base import Settings
@@ -54,7 +55,8 @@ class Data:
 
     def problems(self) -> Problems:
         """Yield (field, what to use instead) for each value out of range."""
-        yield from _positive(self, "size")
+        if advice := limits.advice("width", self.size):
+            yield "size", advice
         if self.seed < 0:
             yield "seed", "use 0 or more"
         if not 0 <= self.eval_seed < 2**30:
@@ -271,15 +273,19 @@ class Evaluation:
 
     def problems(self) -> Problems:
         """Yield (field, what to use instead) for each value out of range."""
-        yield from _positive(self, "batch", "teacher_steps")
         for name in ("prompts", "reference"):
             if getattr(self, name) < 2:
                 yield name, "use 2 or more, one image has no covariance"
         if self.samples > self.prompts:
             yield "samples", f"use at most evaluation.prompts {self.prompts}"
-        for name in ("teacher_guidance", "student_guidance"):
-            if not math.isfinite(getattr(self, name)):
-                yield name, "use a finite scale"
+        for name, kind in (
+            ("teacher_guidance", "guidance_scale"),
+            ("student_guidance", "guidance_scale"),
+            ("teacher_steps", "steps"),
+            ("batch", "batch_size"),
+        ):
+            if advice := limits.advice(kind, getattr(self, name)):
+                yield name, advice
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,9 +32,18 @@ class PixelCodec(Protocol):
         """Decode latents at unit scale float32 [B, h, w, c] to uint8 [B, H, W, 3]. Traced."""
         ...
 
+    def checked(self, params: Any, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Decode as `decode` does; also return, bool [B], whether all numbers are finite."""
+        ...
+
     def encode(self, params: Any, images: Any) -> jax.Array:
         """Encode uint8 [B, H, W, 3] to latents at unit scale float32 [B, h, w, c]."""
         ...
+
+
+def finite(arrays: jax.Array) -> jax.Array:
+    """Return, bool [B], whether all numbers of each of [B, ...] are finite."""
+    return jnp.isfinite(arrays).all(axis=tuple(range(1, arrays.ndim)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,6 +65,10 @@ class EmbeddedPixels:
     def decode(self, params: Any, latents: jax.Array) -> jax.Array:
         """Decode latents at unit scale to uint8 [B, H, W, 3]."""
         return self.codec.decode(latents)
+
+    def checked(self, params: Any, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Decode; also return, bool [B], whether all latents are finite, as then all pixels are."""
+        return self.codec.decode(latents), finite(latents)
 
     def encode(self, params: Any, images: Any) -> jax.Array:
         """Encode uint8 [B, H, W, 3] to latents at unit scale."""
@@ -90,16 +103,21 @@ class AutoencoderPixels:
 
         The division happens in the dtype of the parameters, as in the published pipeline.
         """
+        return self.checked(params, latents)[0]
+
+    def checked(self, params: Any, latents: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Decode; also return, bool [B], whether all numbers of each decoded image are finite."""
         z = latents.astype(jax.tree.leaves(params)[0].dtype)
         z = z / jnp.asarray(self.model.scaling_factor, z.dtype)
-        whole = self.model.decode if self.over_devices else self.model.decode_in_parts
-        decode = functools.partial(whole, params)
+        function = self.model.decode if self.over_devices else self.model.decode_in_parts
+        decode = functools.partial(function, params)
         if self.tile and max(z.shape[1:3]) > TILE:
             images = tiled(decode, z, tile=TILE, stride=TILE_STRIDE, scale=self.factor)
         else:
             images = decode(z)
+        whole = finite(images)  # before clipping, which makes numbers of infinities
         images = jnp.clip(images * 0.5 + 0.5, 0, 1).astype(jnp.float32)
-        return jnp.round(255 * images).astype(jnp.uint8)
+        return jnp.round(255 * images).astype(jnp.uint8), whole
 
     def encode(self, params: Any, images: Any) -> jax.Array:
         """Encode uint8 [B, H, W, 3] to latents at unit scale float32 [B, h, w, c]."""

@@ -2,6 +2,7 @@
 
 import pathlib
 
+from sprint_jax.diffusion import limits
 from sprint_jax.errors import UserError
 from sprint_jax.evaluation.options import SUITES, Options
 
@@ -12,7 +13,7 @@ _OWNERS = {
     "fid or clip": ("weights",),
     "fid or imagereward": ("hook",),
 }
-_POSITIVE = ("first", "picture_size", "scoring_batch", "images_per_prompt", "batch_size")
+_POSITIVE = ("first", "picture_size", "scoring_batch")
 
 
 def check(options: Options) -> None:
@@ -31,8 +32,8 @@ def check(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name}={value}: use 1 or more")
-    if not 0 <= options.seed < 2**31:
-        raise UserError(f"--seed={options.seed}: use 0 to {2**31 - 1}")
+    asked = {name: getattr(options, name, None) for name in limits.RANGES}
+    limits.check(asked, "--{name}={value}")
     _check_prompts(options)
     if options.shard is None:
         _check_inputs(options)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import export as jax_export
 
+from sprint_jax.diffusion import limits
 from sprint_jax.encoders import words
 from sprint_jax.encoders.text import GemmaText
 from sprint_jax.errors import UserError
@@ -65,6 +66,9 @@ def check(options: ExportOptions) -> tuple[list[int], list[int] | None]:
     steps = _numbers("steps", options.steps)
     sizes = options.batch_sizes
     batch_sizes = None if sizes is None else _numbers("batch_sizes", sizes)
+    asked = {"steps": steps[-1], "batch_size": batch_sizes[-1] if batch_sizes else None}
+    sides = {"height": options.height, "width": options.width}
+    limits.check(asked | sides, "--{name}={value}")
     if options.longest_prompt is not None and options.longest_prompt < 1:
         raise UserError(f"--longest_prompt={options.longest_prompt}: use 1 or more")
     out = pathlib.Path(options.out)

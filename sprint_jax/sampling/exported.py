@@ -10,7 +10,8 @@ no directory. Its members:
   header.json                  everything that is not an array; see `Header`
   programs/STEPS_LENGTH_BATCH_HEIGHT_WIDTH.bin
                                `jax.export` of one program, (weights, arrays, guidance, times,
-                               seed, indices) -> uint8 [B, H, W, 3]. weights: {name: array}.
+                               seed, indices) -> (uint8 [B, H, W, 3], bool [B], whether all
+                               numbers behind each image are finite). weights: {name: array}.
                                arrays: of `prepare`, stacked
   tokenizer.json               Gemma's, as the tokenizers package writes it; absent for the embedded
                                encoders
@@ -44,7 +45,8 @@ from sprint_jax.sampling import generation
 from sprint_jax.storage import fields as fields_lib
 from sprint_jax.storage import files, json_files, safetensors_files, signatures
 
-FORMAT = "sprint_jax exported 1"
+FORMAT = "sprint_jax exported 2"
+_OLDER = "sprint_jax exported 1"  # its programs return images alone
 HEADER, TOKENIZER, WEIGHTS = "header.json", "tokenizer.json", "weights.safetensors"
 
 
@@ -211,7 +213,7 @@ class Exported:
         """Whether a condition can be given: no exported file takes one."""
         return False
 
-    def program(self, kind: generation.Kind) -> Callable[..., jax.Array]:
+    def program(self, kind: generation.Kind) -> Callable[..., Any]:
         """Return the program of a kind of batch.
 
         Raises UserError that lists what the file has instead.
@@ -232,13 +234,16 @@ class Exported:
         if wanted not in self.header.programs:
             raise UserError(_absent(self.path, wanted, self.header.programs))
         run = self._programs(wanted)
+
         # Noise, start and condition are never given here.
-        return lambda params, arrays, guidance, times, seed, indices, *_: run(
-            params, arrays, guidance, times, seed, indices
-        )
+        def draw(params, arrays, guidance, times, seed, indices, *_):
+            drawn = run(params, arrays, guidance, times, seed, indices)
+            return (drawn, np.ones(len(indices), bool)) if isinstance(drawn, jax.Array) else drawn
+
+        return draw
 
     @functools.cached_property
-    def _programs(self) -> Callable[[Program], Callable[..., jax.Array]]:
+    def _programs(self) -> Callable[[Program], Callable[..., Any]]:
         shapes = {name: (a.shape, a.dtype) for name, a in self.params.items()}
         return functools.cache(functools.partial(_compiled, self.path, shapes))
 
@@ -312,7 +317,7 @@ def _header(path, given):
     if not isinstance(given, dict):
         raise ValueError(f"{HEADER} is {fields_lib.shown(given)}, not an object")
     found = given.pop("format")
-    if found != FORMAT:
+    if found not in (FORMAT, _OLDER):
         raise UserError(
             f"{path} has format {fields_lib.shown(found)}, this version reads {FORMAT!r}: export "
             "it again"

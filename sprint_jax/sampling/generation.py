@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import jax.numpy as jnp
 import numpy as np
 
-from sprint_jax.diffusion import samplers
+from sprint_jax.diffusion import limits, samplers
 from sprint_jax.encoders import prompts as prompts_lib
 from sprint_jax.errors import UserError
 
@@ -25,6 +25,10 @@ IMAGE_T_MAX = 1.3
 STRENGTH = 0.6  # how much of an image to start from may change
 
 Shape = tuple[int, int, int]
+
+
+class NotFinite(UserError):
+    """An image has numbers that are NaN or infinite: the model cannot draw what was asked for."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +131,10 @@ class Generator(Protocol):
         ...
 
     def program(self, kind: Kind) -> Callable[..., Any]:
-        """Return the compiled program of a kind of batch."""
+        """Return the compiled program of a kind of batch.
+
+        It returns the images and, bool [B], whether all numbers behind each are finite.
+        """
         ...
 
     def encode(self, images: Any) -> Any:
@@ -184,7 +191,7 @@ def generate(
     Args:
       pipe: from `loading.load` or `exported.load`.
       prompts: texts. Only published models take an empty one, for the unconditional image.
-      steps: network calls per image, 1 or more.
+      steps: network calls per image, 1 to 1000.
       guidance_scale: embedded scale; None takes the model's own (4.5 for published models).
       height, width: pixels, multiples of the autoencoder's factor (32); None takes the model's own.
       seed: image i depends on (seed, i, prompt i) alone.
@@ -203,16 +210,28 @@ def generate(
       indices: the i of each image's noise, for a part of a longer list; None counts from 0.
       control: uint8 [H, W, 3] or [B, H, W, 3], the condition of a model with a ControlNet: a
         sketch, white lines on black. None leaves the ControlNet out.
-      control_scale: finite; 1 follows the sketch as in training, 0 not at all.
+      control_scale: 0 to 10; 1 follows the sketch as in training, 0 not at all.
       say: called with the number of images done.
 
     Returns:
       "pixels": uint8 [B, H, W, 3]. "latent": float32 [B, h, w, c] at unit scale, before the
       autoencoder's scaling is undone.
 
-    Raises UserError for anything out of range, before the first image is generated.
+    Raises UserError for anything out of range (`diffusion.limits`), before the first image is
+    generated, and for an image that is not finite.
     """
-    _check(prompts, output, images_per_prompt, guidance_scale, seed)
+    _check(prompts, output)
+    limits.check(
+        {
+            "steps": steps,
+            "images_per_prompt": images_per_prompt,
+            "guidance_scale": guidance_scale,
+            "strength": strength,
+            "control_scale": control_scale,
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+    )
     prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     count = len(prompts)
     size = pipe.height if height is None else height, pipe.width if width is None else width
@@ -232,9 +251,7 @@ def generate(
         batch_size=batch_size or pipe.batch_size,
         draws=_draws(latents, step_noise, (count, *shape), len(times) - 1),
         start=None if image is None else _encode(pipe, "image", image, count, size),
-        condition=None
-        if control is None
-        else _condition(pipe, control, control_scale, count, size),
+        condition=None if control is None else _condition(pipe, control, count, size),
         control_scale=control_scale,
     )
     return _run(pipe, request, say)
@@ -264,7 +281,7 @@ def checked(pipe: Generator, prompts: Sequence[str], places: Sequence[str]) -> I
         yield
 
 
-def _check(prompts, output, images_per_prompt, guidance_scale, seed):
+def _check(prompts, output):
     """Raise UserError for arguments that are wrong for every model."""
     if isinstance(prompts, str):
         raise UserError("prompts must be a list of texts: put brackets around the one")
@@ -272,12 +289,6 @@ def _check(prompts, output, images_per_prompt, guidance_scale, seed):
         raise UserError("no prompts: give at least one")
     if output not in ("pixels", "latent"):
         raise UserError(f"output {output!r}: use 'pixels' or 'latent'")
-    if images_per_prompt < 1:
-        raise UserError(f"images_per_prompt {images_per_prompt}: use 1 or more")
-    if guidance_scale is not None and not math.isfinite(guidance_scale):
-        raise UserError(f"guidance_scale {guidance_scale}: use a finite number")
-    if not 0 <= seed < 2**31:
-        raise UserError(f"seed {seed}: use 0 to {2**31 - 1}")
 
 
 def _run(pipe: Generator, request: _Request, say: Callable[[int], None]) -> np.ndarray:
@@ -290,7 +301,7 @@ def _run(pipe: Generator, request: _Request, say: Callable[[int], None]) -> np.n
     result: list[Any] = [None] * len(request.prompts)
     waiting = None
     for length, members, padded, arrays in prompts_lib.batches(rows, request.batch_size):
-        images = programs[length](
+        drawn = programs[length](
             pipe.params,
             arrays,
             np.float32(request.scale),
@@ -303,9 +314,9 @@ def _run(pipe: Generator, request: _Request, say: Callable[[int], None]) -> np.n
             np.float32(request.control_scale),
         )
         # The device works on this batch while the one before it is copied.
-        _collect(result, waiting, say)
-        waiting = members, images
-    _collect(result, waiting, say)
+        _collect(result, waiting, request, say)
+        waiting = members, drawn
+    _collect(result, waiting, request, say)
     return np.stack(result)
 
 
@@ -322,12 +333,24 @@ def _kind(request: _Request, length: int) -> Kind:
     )
 
 
-def _collect(result, waiting, say):
-    """Copy a batch (indices, images on the device) into the list of all; None is no batch."""
+def _collect(result, waiting, request, say):
+    """Copy a batch (indices, its program's result) into the list of all; None is no batch.
+
+    Raises NotFinite for an image that would be black.
+    """
     if waiting is None:
         return
-    members, images = waiting
-    for index, image in zip(members, np.asarray(images), strict=False):  # padding is left out
+    members, (images, finite) = waiting
+    # Padding is left out.
+    for index, image, whole in zip(members, np.asarray(images), np.asarray(finite), strict=False):
+        if not whole:
+            prompt = request.prompts[index]
+            shown = prompt if len(prompt) <= 80 else prompt[:77] + "..."
+            raise NotFinite(
+                f"the image of prompt {shown!r} with seed {request.seed} is not finite (NaN or "
+                "infinity): use dtype float32, guidance_scale and times near the model's own, or "
+                "weights that are not damaged"
+            )
         result[index] = image
     say(sum(image is not None for image in result))
 
@@ -336,6 +359,8 @@ def latent_shape(pipe: Generator, height: int, width: int) -> Shape:
     """Return (h, w, c) of an image's latents. Raises UserError for sides that do not fit."""
     factor = pipe.pixels.factor
     for name, side in (("height", height), ("width", width)):
+        if not side <= limits.SIDE:
+            limits.check({name: side})
         if side <= 0 or side % pipe.cell:
             nearest = max(pipe.cell, round(side / pipe.cell) * pipe.cell)
             raise UserError(f"{name} {side} is not a multiple of {pipe.cell}: use {nearest}")
@@ -360,8 +385,7 @@ def image_times(times: np.ndarray, strength: float) -> np.ndarray:
     nothing is left of the image. Here steps are rounded away from noise, and unless strength is 1
     the first time is at most IMAGE_T_MAX. Raises UserError for a strength outside (0, 1].
     """
-    if not 0 < strength <= 1:
-        raise UserError(f"strength {strength}: use more than 0 and at most 1")
+    limits.check({"strength": strength})
     steps = len(times) - 1
     dropped = min(math.ceil(steps * (1 - strength) - 1e-6), steps - 1)
     kept = np.array(times[dropped:], np.float32)
@@ -396,16 +420,12 @@ def _draws(latents, step_noise, shape, steps):
     return np.stack(draws)
 
 
-def _condition(pipe, control, scale, count, size):
+def _condition(pipe, control, count, size):
     """Return latents [B, h, w, c] of the condition, for a model that takes one."""
     if not pipe.control:
         raise UserError(
             "control is given and this model has no ControlNet: load a model with one, or leave it "
             "out"
-        )
-    if not math.isfinite(scale):
-        raise UserError(
-            f"control_scale {scale}: use a finite number, 1 for what the model was trained with"
         )
     return _encode(pipe, "control", control, count, size)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sprint_jax.encoders import pixels as pixel_codecs
 from sprint_jax.encoders.pixels import AutoencoderPixels, PixelCodec
 from sprint_jax.encoders.text import TextEncoder
 from sprint_jax.errors import UserError
@@ -18,7 +19,7 @@ from sprint_jax.models.controlnet import Controlled
 from sprint_jax.models.linear_dit import LinearDiT
 from sprint_jax.sampling import generation, programs
 
-Program = Callable[..., jax.Array]
+Program = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -140,8 +141,10 @@ def sample(
     *drawn: Any,
     output: str,
     shape: tuple[int, int, int],
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Encode text, take the few steps and decode. Traced.
+
+    Returns the images and, bool [B], whether all numbers behind each are finite.
 
     Args:
       model, text, pixels, params: of a `Pipeline`.
@@ -190,6 +193,8 @@ def _stages(model, text, pixels, output):
         )
 
     def decode(params, latents):
-        return latents if output == "latent" else pixels.decode(params, latents)
+        if output == "latent":
+            return latents, pixel_codecs.finite(latents)
+        return pixels.checked(params, latents)
 
     return encode, denoise, decode

@@ -9,6 +9,7 @@ An image's noise comes from (seed, index) alone, and images are generated in bat
 size, the last one padded, so an image is the same alone and in company, to the last bit.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,11 @@ import numpy as np
 from sprint_jax.diffusion import flow, samplers, trigflow
 
 Conditions = Mapping[str, Any]
-Sampler = Callable[..., jax.Array]
+Sampler = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+class NotFiniteWarning(UserWarning):
+    """Warns of images with numbers that are not finite, which are black."""
 
 
 def noises(seed: jax.Array, indices: jax.Array, shape: Sequence[int], count: int) -> jax.Array:
@@ -84,7 +89,9 @@ def teacher_latents(
 
 
 def student_sampler(model: Any, pixels: Any, shape: Sequence[int], times: Any) -> Sampler:
-    """Return a compiled sample(params, null, cond, guidance, seed, indices) -> uint8 [B, H, W, 3].
+    """Return a compiled sample(params, null, cond, guidance, seed, indices).
+
+    It returns images, uint8 [B, H, W, 3], and whether each is finite, bool [B].
 
     pixels: a pixel codec. params: {"transformer", "pixels"}. shape: of one latent. times: of
     `samplers.scm_times`.
@@ -95,7 +102,7 @@ def student_sampler(model: Any, pixels: Any, shape: Sequence[int], times: Any) -
         latents = student_latents(
             model, params["transformer"], cond, guidance=guidance, times=times, draws=draws
         )
-        return pixels.decode(params["pixels"], latents)
+        return pixels.checked(params["pixels"], latents)
 
     return jax.jit(sample)
 
@@ -120,7 +127,7 @@ def teacher_sampler(
             noise=noise,
             sampler=sampler,
         )
-        return pixels.decode(params["pixels"], latents)
+        return pixels.checked(params["pixels"], latents)
 
     return jax.jit(sample)
 
@@ -145,14 +152,50 @@ def run(
     """Generate an image for each row of `cond`, image i from (seed, i, row i): uint8 [N, H, W, 3].
 
     null: conditions of the empty prompt. starts: rows at which to begin a batch, for one of
-    several processes; None for all. say: called with the number of images done.
+    several processes; None for all. say: called with the number of images done. Warns of images
+    that are not finite; `run_checked` says which.
     """
-    images, count = [], len(cond["text"])
+    images, whole = run_checked(
+        sampler,
+        params,
+        null,
+        cond,
+        guidance=guidance,
+        seed=seed,
+        batch=batch,
+        starts=starts,
+        say=say,
+    )
+    if not whole.all():
+        warnings.warn(
+            f"{(~whole).sum()} of {len(whole)} images are not finite (NaN or infinity): the "
+            "weights, or the guidance scale, are wrong",
+            NotFiniteWarning,
+            stacklevel=2,
+        )
+    return images
+
+
+def run_checked(
+    sampler: Sampler,
+    params: Any,
+    null: Conditions,
+    cond: Conditions,
+    *,
+    guidance: float,
+    seed: int,
+    batch: int,
+    starts: Sequence[int] | None = None,
+    say: Callable[[int], None] = lambda done: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Generate as `run` does; also return, bool [N], whether each image is finite."""
+    images, finite, count = [], [], len(cond["text"])
     for start in range(0, count, batch) if starts is None else starts:
         rows = np.minimum(np.arange(start, start + batch), count - 1)  # the last batch is padded
         indices = np.arange(start, start + batch, dtype=np.int32)
         some = {name: a[rows] for name, a in cond.items()}
-        drawn = sampler(params, null, some, np.float32(guidance), np.int32(seed), indices)
+        drawn, whole = sampler(params, null, some, np.float32(guidance), np.int32(seed), indices)
         images.append(np.asarray(drawn)[: count - start])
+        finite.append(np.asarray(whole)[: count - start])
         say(sum(map(len, images)))
-    return np.concatenate(images)
+    return np.concatenate(images), np.concatenate(finite)

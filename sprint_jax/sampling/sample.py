@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sprint_jax.data import aspect_ratios
+from sprint_jax.diffusion import limits
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import generation, prompt_files
 from sprint_jax.sampling.opening import open_model
@@ -42,14 +43,8 @@ def sample(options: SampleOptions) -> pathlib.Path:
 
 def check(options: SampleOptions) -> None:
     """Raise UserError for a value out of range, or an option without the one that it belongs to."""
-    if not 0 <= options.seed < 2**31:
-        raise UserError(f"--seed={options.seed}: use 0 to {2**31 - 1}")
-    for name, value in (
-        ("images_per_prompt", options.images_per_prompt),
-        ("batch_size", options.batch_size),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"--{name}={value}: use 1 or more")
+    names = (*limits.RANGES, "strength")
+    limits.check({name: getattr(options, name) for name in names}, "--{name}={value}")
     for name, value, other, given in (
         ("strength", options.strength, "image", options.image),
         ("control_scale", options.control_scale, "control", options.control),
@@ -187,9 +182,6 @@ def _size(options: SampleOptions, pipe: Any) -> tuple[int, int]:
     """Return (height, width) in pixels. Raises UserError for bins of a model that has none."""
     height = pipe.height if options.height is None else options.height
     width = pipe.width if options.width is None else options.width
-    for name, side in (("height", height), ("width", width)):
-        if side < 1:
-            raise UserError(f"--{name}={side}: use 1 or more")
     if options.resolution_binning and (pipe.height, pipe.width) != (1024, 1024):
         raise UserError(
             f"--resolution_binning is of models for 1024 x 1024, this one is for {pipe.height} x "

@@ -237,7 +237,8 @@ async def _refused(request: Request, error: Any) -> Response:
 
 
 async def _of_the_model(request: Request, error: Any) -> Response:
-    return Refused(400, str(error)).response()
+    status = 500 if isinstance(error, generation.NotFinite) else 400
+    return Refused(status, str(error)).response()
 
 
 async def _wrong_header(request: Request, error: Any) -> Response:

@@ -58,7 +58,7 @@ def make_artist(pipe: Pipeline | Exported, path: str | pathlib.Path) -> Artist:
                 **control,
             )
         except UserError as error:
-            raise UserError(str(error).replace(str(path), "the model")) from None
+            raise type(error)(str(error).replace(str(path), "the model")) from None
         return images[0]
 
     return draw

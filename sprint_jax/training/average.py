@@ -38,13 +38,12 @@ def average(runs: Sequence[pathlib.Path]) -> Any:
     is one): otherwise their weights have nothing in common. A run that is named twice, perhaps by a
     link, is refused.
     """
+    total, first = None, None
     for i, run in enumerate(runs):
         if same := [other for other in runs[:i] if other.resolve() == run.resolve()]:
             raise UserError(
                 f"--runs: {run} and {same[0]} are one run, which would count twice: name each once"
             )
-    total, first = None, None
-    for run in runs:
         _, params, config = loading.read_student(run)
         _check_given(run, config)
         first = first or _shared(config)

@@ -11,6 +11,7 @@ import concurrent.futures
 import functools
 import pathlib
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -178,6 +179,13 @@ def _preview(stage, run, workdir, records, done, state):
     params = hosts.to_host(stage.result(state))
     if hosts.primary():
         image = stage.preview(params)
+        if image is None:
+            warnings.warn(
+                f"{stage.name}: no preview of step {done}, its images are not finite (NaN or "
+                "infinity)",
+                stacklevel=1,
+            )
+            return
         folder = pathlib.Path(workdir) / run_files.PREVIEWS
         folder.mkdir(exist_ok=True)
         image_files.save(folder / f"{stage.name}_{done:07d}.png", image)

@@ -24,11 +24,11 @@ _LARGEST = 256  # pixels of a side; larger images are shown smaller
 
 def make(
     c: config_lib.Config, data: Any, model: Any, sampler: str
-) -> Callable[[Any], np.ndarray] | None:
+) -> Callable[[Any], np.ndarray | None] | None:
     """Return a function parameters of `model` -> uint8 [H, W, 3]; None where the data cannot be
     decoded.
 
-    sampler: of `objectives.base.Objective`.
+    The function returns None where an image is not finite. sampler: of `objectives.base.Objective`.
     """
     if data.pixels is None:
         return None
@@ -52,7 +52,7 @@ def make(
         cond = heldout.cond
         if not isinstance(model, Controlled):
             cond = {name: cond[name] for name in ("text", "mask")}
-        images = programs.run(
+        images, finite = programs.run_checked(
             draw,
             {"transformer": params, "pixels": data.pixels_params},
             programs.null_of(data.frozen),
@@ -61,6 +61,8 @@ def make(
             seed=c.data.eval_seed,
             batch=min(count, e.batch),
         )
+        if not finite.all():
+            return None
         side = min(_LARGEST, c.data.size)
         zoom = max(1, 96 // side)
         grid = image_files.grid(crops.fit_bilinear(images, side, side), columns=count)

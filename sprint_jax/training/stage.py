@@ -47,7 +47,7 @@ class Stage:
     data: str
     main: str
     result: Callable[[State], PyTree]
-    preview: Callable[[PyTree], np.ndarray] | None = None
+    preview: Callable[[PyTree], np.ndarray | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -58,7 +58,7 @@ def test_main_refuses(command, flags, words):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--prompt=a red circle", "--steps=0"], ["steps 0"]),
+        (["--prompt=a red circle", "--steps=0"], ["--steps=0: use 1"]),
         (["--prompt="], ["empty"]),
         (["--prompt=" + "a " * 40], ["too long"]),
         (["--prompt=a zebra"], ["zebra", "circle"]),

@@ -287,7 +287,7 @@ def test_multi_step_pipeline_agrees_with_diffusers(tmp_path):
     try:
         programs.noises = lambda *args: noise[None]
         sampler = programs.teacher_sampler(model, _Latents(), (3, 5, 8), sigmas, sampler="flow")
-        made = sampler(params, {"text": null, "mask": mask}, cond, 4.5, 0, np.arange(2))
+        made, _ = sampler(params, {"text": null, "mask": mask}, cond, 4.5, 0, np.arange(2))
     finally:
         programs.noises = fixed
     assert relative_error(made, from_torch(expected)) < 1e-5
@@ -296,8 +296,8 @@ def test_multi_step_pipeline_agrees_with_diffusers(tmp_path):
 class _Latents:
     """A codec whose pixels are latents."""
 
-    def decode(self, params, latents):
-        return latents
+    def checked(self, params, latents):
+        return latents, np.ones(len(latents), bool)
 
 
 @pytest.fixture(scope="module")
@@ -514,7 +514,7 @@ def test_generate_follows_a_sketch_or_refuses_it(small):
         "control": np.asarray(pipe.encode(sketch[None])),
         "control_scale": np.ones(1, np.float32),
     }
-    again = sampler(
+    again, _ = sampler(
         {"transformer": params, "pixels": {}}, {}, cond, np.float32(1.5), np.int32(3), np.arange(1)
     )
     assert np.abs(np.asarray(again, int) - make(control=sketch)).max() <= 1
