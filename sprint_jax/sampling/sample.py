@@ -35,7 +35,7 @@ def sample(options: SampleOptions) -> pathlib.Path:
     begin = time.perf_counter()
     images = _generate(options, prompts)
     names = write(out, images, [prompt.text for prompt in prompts], options)
-    kept = f", from {names[0]} on" if names[0] != _name(0) else ""
+    kept = f" ({names[0]} to {names[-1]})" if names[0] != _name(0) else ""
     seconds = time.perf_counter() - begin
     print(f"{len(names)} images{kept} and {_MANIFEST} in {out} ({seconds:.1f} s)")
     return out
