@@ -214,11 +214,11 @@ def test_other_formats_and_platforms(exported_file, command, tmp_path):
     newer = altered_copy(
         exported_file,
         tmp_path / "newer.sprint",
-        lambda header: header.update(format="sprint_jax exported 2"),
+        lambda header: header.update(format="sprint_jax exported 3"),
     )
     with pytest.raises(
         UserError,
-        match="has format 'sprint_jax exported 2', this version reads 'sprint_jax exported 1'",
+        match="has format 'sprint_jax exported 3', this version reads 'sprint_jax exported 2'",
     ):
         exported.load(newer)
     tpu = altered_copy(
