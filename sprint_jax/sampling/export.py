@@ -68,7 +68,8 @@ def check(options: ExportOptions) -> tuple[list[int], list[int] | None]:
     batch_sizes = None if sizes is None else _numbers("batch_sizes", sizes)
     asked = {"steps": steps[-1], "batch_size": batch_sizes[-1] if batch_sizes else None}
     sides = {"height": options.height, "width": options.width}
-    limits.check(asked | sides, "--{name}={value}")
+    large = {name: side for name, side in sides.items() if side and side > limits.SIDE}
+    limits.check(asked | large, "--{name}={value}")
     if options.longest_prompt is not None and options.longest_prompt < 1:
         raise UserError(f"--longest_prompt={options.longest_prompt}: use 1 or more")
     out = pathlib.Path(options.out)

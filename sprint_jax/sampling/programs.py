@@ -27,6 +27,10 @@ class NotFiniteWarning(UserWarning):
     """Warns of images with numbers that are not finite, which are black."""
 
 
+def _warn(line: str) -> None:
+    warnings.warn(line, NotFiniteWarning, stacklevel=3)
+
+
 def noises(seed: jax.Array, indices: jax.Array, shape: Sequence[int], count: int) -> jax.Array:
     """Draw `count` noises per image: [count, B, *shape] unit-variance float32. seed: int32;
     indices: int32 [B].
@@ -148,54 +152,26 @@ def run(
     batch: int,
     starts: Sequence[int] | None = None,
     say: Callable[[int], None] = lambda done: None,
+    warn: Callable[[str], None] = _warn,
 ) -> np.ndarray:
     """Generate an image for each row of `cond`, image i from (seed, i, row i): uint8 [N, H, W, 3].
 
     null: conditions of the empty prompt. starts: rows at which to begin a batch, for one of
-    several processes; None for all. say: called with the number of images done. Warns of images
-    that are not finite; `run_checked` says which.
+    several processes; None for all. say: called with the number of images done. warn: called with a
+    line if images are not finite, which are black.
     """
-    images, whole = run_checked(
-        sampler,
-        params,
-        null,
-        cond,
-        guidance=guidance,
-        seed=seed,
-        batch=batch,
-        starts=starts,
-        say=say,
-    )
-    if not whole.all():
-        warnings.warn(
-            f"{(~whole).sum()} of {len(whole)} images are not finite (NaN or infinity): the "
-            "weights, or the guidance scale, are wrong",
-            NotFiniteWarning,
-            stacklevel=2,
-        )
-    return images
-
-
-def run_checked(
-    sampler: Sampler,
-    params: Any,
-    null: Conditions,
-    cond: Conditions,
-    *,
-    guidance: float,
-    seed: int,
-    batch: int,
-    starts: Sequence[int] | None = None,
-    say: Callable[[int], None] = lambda done: None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Generate as `run` does; also return, bool [N], whether each image is finite."""
-    images, finite, count = [], [], len(cond["text"])
+    images, bad, count = [], 0, len(cond["text"])
     for start in range(0, count, batch) if starts is None else starts:
         rows = np.minimum(np.arange(start, start + batch), count - 1)  # the last batch is padded
         indices = np.arange(start, start + batch, dtype=np.int32)
         some = {name: a[rows] for name, a in cond.items()}
-        drawn, whole = sampler(params, null, some, np.float32(guidance), np.int32(seed), indices)
+        drawn, finite = sampler(params, null, some, np.float32(guidance), np.int32(seed), indices)
         images.append(np.asarray(drawn)[: count - start])
-        finite.append(np.asarray(whole)[: count - start])
+        bad += np.count_nonzero(~np.asarray(finite)[: count - start])
         say(sum(map(len, images)))
-    return np.concatenate(images), np.concatenate(finite)
+    if bad:
+        warn(
+            f"{bad} of {sum(map(len, images))} images are not finite (NaN or infinity): the "
+            "weights, or the guidance scale, are wrong"
+        )
+    return np.concatenate(images)

@@ -52,7 +52,8 @@ def make(
         cond = heldout.cond
         if not isinstance(model, Controlled):
             cond = {name: cond[name] for name in ("text", "mask")}
-        images, finite = programs.run_checked(
+        problems: list[str] = []
+        images = programs.run(
             draw,
             {"transformer": params, "pixels": data.pixels_params},
             programs.null_of(data.frozen),
@@ -60,8 +61,9 @@ def make(
             guidance=guidance,
             seed=c.data.eval_seed,
             batch=min(count, e.batch),
+            warn=problems.append,
         )
-        if not finite.all():
+        if problems:
             return None
         side = min(_LARGEST, c.data.size)
         zoom = max(1, 96 // side)
