@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from sprint_jax.encoders.prompts import is_blank
 from sprint_jax.storage import digests, image_files, json_files
 
 NOT_UTF8 = "caption is not UTF-8"
@@ -97,7 +98,7 @@ def first_text(fields: Any, names: Iterable[str]) -> str:
             value = fields.get(name)
             values = value if isinstance(value, list) else [value]
             if all(isinstance(text, str) for text in values):
-                found = next((text.strip() for text in values if text.strip()), "")
+                found = next((text.strip() for text in values if not is_blank(text)), "")
                 if found:
                     return found
     return ""
@@ -125,7 +126,7 @@ def decode_caption(data: bytes) -> str:
         raise BadExample(NOT_UTF8) from None
     if "\0" in caption:
         raise BadExample("caption holds NUL characters, as UTF-16 without a byte-order mark does")
-    if not caption:
+    if is_blank(caption):
         raise BadExample("missing caption")
     return caption
 

@@ -8,6 +8,7 @@ tokens n - 1 are the same for every prompt: that is the prefix whose keys and va
 once.
 """
 
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -20,6 +21,24 @@ BOS = 2
 # Prompts are padded to the next of these lengths, so that a few programs serve all. WINDOW - 1
 # with the instruction (the first token's state comes with the prefix), WINDOW without.
 _BUCKETS = (15, 31, 63, 127, WINDOW - 1, WINDOW)
+
+
+# Letters and symbols without ink: joiners, fillers of Hangul and Khmer, the blank of Braille.
+_NO_INK = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0")
+
+
+def is_blank(text: str) -> bool:
+    """Return whether a text shows nothing.
+
+    It is empty, or holds only spaces, characters of zero width, and variation selectors.
+    """
+    return all(
+        character.isspace()
+        or unicodedata.category(character) in ("Cf", "Zs", "Zl", "Zp")
+        or character in _NO_INK
+        or unicodedata.name(character, "").startswith("VARIATION SELECTOR")
+        for character in text
+    )
 
 
 class CutWarning(UserWarning):
@@ -102,7 +121,7 @@ class GemmaPrompts:
         return [self._one(i, prompt) for i, prompt in enumerate(prompts)]
 
     def _one(self, index, prompt):
-        text = prompt.lower().strip()
+        text = "" if is_blank(prompt) else prompt.lower().strip()
         if any(0xD800 <= ord(character) < 0xE000 for character in text):
             raise UserError(
                 f"prompt {index} holds half of a surrogate pair, which is no character: give it in "

@@ -139,7 +139,7 @@ def prepare(
     Raises UserError for an empty prompt.
     """
     for i, prompt in enumerate(prompts):
-        if not prompt.strip():
+        if prompts_lib.is_blank(prompt):
             raise UserError(f"prompt {i} is empty: say what to draw, for example 'a red circle'")
     text, mask = encoder.encode(prompts)
     return [(encoder.length, {"text": text[i], "mask": mask[i]}) for i in range(len(prompts))]

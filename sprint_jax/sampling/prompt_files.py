@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sprint_jax.encoders.prompts import is_blank
 from sprint_jax.errors import UserError
 from sprint_jax.storage import files, json_files
 
@@ -53,7 +54,7 @@ def read(path: str | os.PathLike) -> list[Prompt]:
         prompts = _object("\n".join(lines), path)
     else:
         one = _row if ending in _LINES else _plain
-        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        numbered = [(number, line) for number, line in enumerate(lines, 1) if not is_blank(line)]
         prompts = [one(i, number, line, path) for i, (number, line) in enumerate(numbered)]
     check(prompts, path)
     return prompts

@@ -14,6 +14,7 @@ import pydantic
 from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from sprint_jax.encoders.prompts import is_blank
 from sprint_jax.sampling import generation
 from sprint_jax.serving import body as bodies
 from sprint_jax.serving import uploads
@@ -228,7 +229,7 @@ def _whole(value: Any) -> Any:
 
 def _not_blank(value: Any) -> Any:
     """Refuse a blank prompt, and what `_readable` refuses."""
-    if isinstance(value, str) and not value.strip():
+    if isinstance(value, str) and is_blank(value):
         raise PydanticCustomError("problem", "is empty: say what to draw")
     return _readable(value)
 

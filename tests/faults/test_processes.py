@@ -26,9 +26,11 @@ from helpers.configs import card, presets
 from helpers.runs import ROOT, assert_refused
 from helpers.servers import (
     CLIENT,
+    LIMITS,
     Gate,
     image_file,
     refusal_of,
+    request_body,
     run_server,
     send_request,
     start_queue,
@@ -38,10 +40,15 @@ from helpers.servers import (
 from sprint_jax import __main__, config
 from sprint_jax.commands import plan
 from sprint_jax.conversion import folder
+from sprint_jax.data import captioned
+from sprint_jax.encoders import prompts, words
 from sprint_jax.errors import UserError
+from sprint_jax.evaluation import prompt_sets
 from sprint_jax.planning import hardware, topology
 from sprint_jax.runtime import cards, compile_cache
-from sprint_jax.serving import uploads
+from sprint_jax.sampling import sample
+from sprint_jax.sampling.options import SampleOptions
+from sprint_jax.serving import schema, uploads
 from sprint_jax.serving.guard import Guard
 from sprint_jax.serving.refused import Refused
 from sprint_jax.storage import files, settings
@@ -82,6 +89,8 @@ def test_a_signal_ends_a_command_in_c_code(tmp_path, number, status):
         ending.start()
         import pathlib
         from sprint_jax.conversion import folder
+from sprint_jax.data import captioned
+from sprint_jax.encoders import prompts, words
         from sprint_jax.storage import files, settings
         here = pathlib.Path({str(tmp_path)!r})
         with (settings.folder_claim(here / "out", "--out"), files.whole(here / "a.txt") as partial,
@@ -414,6 +423,34 @@ def test_base64_with_line_breaks():
     assert uploads.from_base64(f"data:image/png;base64,{text}", 8, 8).shape == (8, 8, 3)
     with pytest.raises(Refused):
         uploads.from_base64("a*" + text, 8, 8)
+
+
+def test_prompts_of_characters_without_width_are_empty(tmp_path):
+    """One rule for every reader of prompts. Fails where `strip` decides, which keeps U+200B."""
+    unseen = (
+        "",
+        " \t",
+        "\u200b\u200d",
+        "\ufeff",
+        "\u00ad",
+        "\u3164",
+        "\u2800\ufe0f",
+        "\u2060 \u200e",
+    )
+    assert all(map(prompts.is_blank, unseen))
+    assert not any(map(prompts.is_blank, ("a", "\u200ba", "\u2764\ufe0f", "\u00e9", "-", "\x00")))
+    empty = unseen[2]
+    with pytest.raises(UserError, match="prompt 1 is empty: say what to draw"):
+        words.prepare(words.ShapesText(), ["a red circle", empty])
+    body = request_body(prompt=empty)
+    assert "prompt is empty" in refusal_of(schema.parse, body, LIMITS).sentence
+    path = tmp_path / "prompts.txt"
+    path.write_text(f"a red circle\n{empty}\na square\n")
+    assert [p.text for p in prompt_sets.read(path)] == ["a red circle", "a square"]
+    assert sample.read_prompts(SampleOptions(prompts=str(path))) == ["a red circle", "a square"]
+    with pytest.raises(captioned.BadExample, match="missing caption"):
+        captioned.decode_caption(empty.encode())
+    assert captioned.first_text({"a": empty, "b": "seen"}, ("a", "b")) == "seen"
 
 
 # --- JAX ---

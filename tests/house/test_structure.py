@@ -39,7 +39,7 @@ ALLOWED = {
         "encoders", "evaluation", "models", "objectives", "optim", "reporting", "runtime",
         "sampling", "storage", "toy"},
     "planning": {"errors", "config", "storage", "training"},
-    "serving": {"errors", "runtime", "sampling", "storage"},
+    "serving": {"errors", "encoders", "runtime", "sampling", "storage"},
     "commands": {"errors", "build", "conditioning", "config", "conversion", "data", "encoders",
         "evaluation", "models", "planning", "reporting", "runtime", "sampling", "serving",
         "storage", "toy", "training"},
