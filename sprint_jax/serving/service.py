@@ -1,5 +1,6 @@
 """Serve a model: from its path and the options of `sprint-jax serve` to the end of the process."""
 
+import contextlib
 import os
 import pathlib
 import socket
@@ -116,7 +117,9 @@ def run(
 
     def prepared(error: Exception | None) -> None:
         if error is None:
-            return print(f"ready: {address}", flush=True)
+            with contextlib.suppress(BrokenPipeError):  # `| head` has read what it wanted
+                print(f"ready: {address}", flush=True)
+            return
         failures.append(error)
         uvicorn_server.should_exit = True
 
@@ -158,6 +161,7 @@ def _leave() -> NoReturn:
     Nothing can stop XLA at work, and Python's own end would free what it works on: a segmentation
     fault, now and then.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(0)
