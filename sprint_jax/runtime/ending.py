@@ -31,6 +31,7 @@ class _Asking:
 
     def __init__(self, line: str, ask: Callable[[], None]):
         self.line, self.ask, self.asked = line, ask, False
+        self.said = threading.Event()
 
 
 class _State:
@@ -86,10 +87,13 @@ def asking(line: str, ask: Callable[[], None] = lambda: None) -> Iterator[None]:
 
     `ask` runs in another thread than the main one. Nothing changes in a process without `start`.
     """
-    before, _state.asking = _state.asking, _Asking(f"interrupted: {line}", ask)
+    now = _Asking(f"interrupted: {line}", ask)
+    before, _state.asking = _state.asking, now
     try:
         yield
     finally:
+        if now.asked:  # else a process that ends at once says nothing
+            now.said.wait(_TOGETHER + _SPEAK)
         _state.asking = before
 
 
@@ -154,6 +158,7 @@ def _watch(reader):
             os.read(reader, 64)
         os.set_blocking(reader, True)
         _say(asking.line)
+        asking.said.set()
 
 
 def _end(number):
