@@ -237,6 +237,7 @@ def test_full_disk(tmp_path, moment):
     result = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert result.returncode == 2, result.stderr[-3000:]
     lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines[:5]
     assert lines[-1].startswith(f"error: cannot write a checkpoint in {tmp_path / 'c'}"), (
         result.stderr[-3000:]
     )
