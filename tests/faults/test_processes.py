@@ -453,7 +453,8 @@ def test_prompts_of_characters_without_width_are_empty(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text(f"a red circle\n{empty}\na square\n")
     assert [p.text for p in prompt_sets.read(path)] == ["a red circle", "a square"]
-    assert sample.read_prompts(SampleOptions(prompts=str(path))) == ["a red circle", "a square"]
+    read = sample.read_prompts(SampleOptions(prompts=str(path)))
+    assert [p.text for p in read] == ["a red circle", "a square"]
     with pytest.raises(captioned.BadExample, match="missing caption"):
         captioned.decode_caption(empty.encode())
     assert captioned.first_text({"a": empty, "b": "seen"}, ("a", "b")) == "seen"
