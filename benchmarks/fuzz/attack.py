@@ -65,20 +65,19 @@ def _run(
     )
     @hypothesis.given(damage.damages(content))
     def check(damaged: damage.Damage) -> None:
-        path, new = damaged
-        target = trial / path
-        target.unlink() if new is None else target.write_bytes(new)
+        path = damaged.path
+        damaged.apply(trial)
         try:
             counts[within(SECONDS, lambda: _outcome(form, trial))] += 1
         finally:
-            target.write_bytes(content[path])
+            (trial / path).write_bytes(content[path])
 
     try:
         check()
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        return Outcome(dict(counts), "".join(traceback.format_exception(error))[-6000:])
+        return Outcome(dict(counts), "".join(traceback.format_exception(error)))
     return Outcome(dict(counts), "")
 
 

@@ -102,13 +102,11 @@ def attack(case: Case, runs: int, seed: int, place: pathlib.Path) -> Outcome:
         for folder in (trial, out):
             shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
         shutil.copytree(whole, trial)
-        path, new = damaged
-        (trial / path).unlink() if new is None else (trial / path).write_bytes(new)
+        damaged.apply(trial)
         result = _run(case.arguments(trial, out), cache, limit)
         counts[f"status {result.returncode}"] += 1
         if wrong := _wrong(result, place):
-            shown = None if new is None else new[:500]
-            failures.append(f"{wrong}\n{path}: {shown!r}\n{result.stderr[-2000:]}")
+            failures.append(f"{wrong}\n{damaged!r}\n{result.stderr[-2000:]}")
             raise AssertionError(wrong)
 
     try:

@@ -4,14 +4,35 @@ Positions and values are drawn so that headers are hit as often as bodies, and s
 example shrinks to few changes.
 """
 
+import dataclasses
 import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from hypothesis import strategies as st
 
 Files = Mapping[str, bytes]  # {path in the folder, with "/": content}
-Damage = tuple[str, bytes | None]  # (path, its new content; None if the file is removed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """One file of a folder with other content, None if it is removed."""
+
+    path: str
+    content: bytes | None
+
+    def apply(self, folder: pathlib.Path) -> None:
+        """Write the content, or remove the file."""
+        target = folder / self.path
+        target.unlink() if self.content is None else target.write_bytes(self.content)
+
+    def __repr__(self) -> str:
+        """Return the path and the first bytes, which is what a person can read."""
+        content = self.content
+        shown = f"{content[:400]!r} of {len(content)} bytes" if content is not None else "removed"
+        return f"{self.path}: {shown}"
+
 
 _JSON = (".json", ".jsonl")
 _PIECES = (b"\xff\xfe", b"\xef\xbb\xbf", b"\0" * 512, b"[" * 5000, b"{" * 20, b"\xff" * 8, b"\n\n")
@@ -39,13 +60,13 @@ def damages(draw: st.DrawFn, files: Files) -> Damage:
     kinds = ["bytes"] * 5 + ["json"] * (6 if path.endswith(_JSON) else 0) + ["other", "gone"]
     match draw(st.sampled_from(kinds)):
         case "bytes":
-            return path, draw(damaged_bytes(files[path]))
+            return Damage(path, draw(damaged_bytes(files[path])))
         case "json":
-            return path, draw(damaged_json(files[path]))
+            return Damage(path, draw(damaged_json(files[path])))
         case "other":  # the content of another file
-            return path, files[draw(st.sampled_from(sorted(files)))]
+            return Damage(path, files[draw(st.sampled_from(sorted(files)))])
         case _:
-            return path, None
+            return Damage(path, None)
 
 
 @st.composite

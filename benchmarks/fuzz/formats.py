@@ -281,29 +281,29 @@ def _make_body(out: pathlib.Path) -> None:
 def formats() -> Iterable[Format]:
     """Return all formats."""
     return (
-        Format("images", _make_images, _read_images, 14),
-        Format("tar", _make_tar, _read_source, 14),
-        Format("folder of captioned images", _make_folder, _read_source, 12),
+        Format("images", _make_images, _read_images, 15),
+        Format("tar", _make_tar, _read_source, 16),
+        Format("folder of captioned images", _make_folder, _read_source, 14),
         Format("encoded data set", _make_encoded, _read_encoded, 8),
-        Format("tables of the suites", _make_tables, _read_tables, 14),
+        Format("tables of the suites", _make_tables, _read_tables, 16),
         Format("statistics", _make_statistics, lambda out: fid.load(out / "a.npz"), 6),
         Format("weights", _make_weights, _read_weights, 8),
         Format(
             "diffusers folder",
             functools.partial(_with_tokenizer, folder.write_diffusers),
             _read_published,
-            4,
+            1,
         ),
         Format(
             "converted folder",
             functools.partial(_with_tokenizer, folder.write_ours),
             _read_published,
-            4,
+            1,
         ),
-        Format("run directory", make_run, _read_run, 4),
+        Format("run directory", make_run, _read_run, 1),
         Format("exported file", _make_exported, lambda out: exported.load(out / "a.sprint"), 2),
         Format("checkpoints", _make_checkpoints, _read_checkpoints, 1),
-        Format("request", _make_body, _read_body, 9),
+        Format("request", _make_body, _read_body, 11),
     )
 
 

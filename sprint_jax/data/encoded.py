@@ -169,7 +169,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         _check(manifest)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged ({error!r}): run its sprint-jax encode command again"
+            f"{path} is damaged ({type(error).__name__}: {error}): run its sprint-jax encode "
+            "command again"
         ) from None
     again = (
         "copy the folder again, or run its sprint-jax encode command again, which writes missing "

@@ -35,7 +35,7 @@ def test_an_attack_finds_what_a_person_would_see(read, words):
     """Fails when damage never reaches a value, or errors of several lines pass."""
     outcome = attack.attack(formats.Format("faulty", _make, read, 1), 200, seed=0)
     assert words in outcome.failure
-    assert "damaged=('a.json'" in outcome.failure
+    assert "damaged=a.json: " in outcome.failure
 
 
 def _raise_lines(folder):
