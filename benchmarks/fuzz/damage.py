@@ -4,7 +4,6 @@ Positions and values are drawn so that headers are hit as often as bodies, and s
 example shrinks to few changes.
 """
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -15,12 +14,14 @@ from hypothesis import strategies as st
 Files = Mapping[str, bytes]  # {path in the folder, with "/": content}
 
 
-@dataclasses.dataclass(frozen=True)
 class Damage:
-    """One file of a folder with other content, None if it is removed."""
+    """One file of a folder with other content, None if it is removed.
 
-    path: str
-    content: bytes | None
+    No dataclass, because hypothesis prints the fields of those whole.
+    """
+
+    def __init__(self, path: str, content: bytes | None):
+        self.path, self.content = path, content
 
     def apply(self, folder: pathlib.Path) -> None:
         """Write the content, or remove the file."""

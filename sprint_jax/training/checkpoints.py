@@ -8,6 +8,7 @@ it is used.
 """
 
 import functools
+import json
 import logging
 import pathlib
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
 from sprint_jax.errors import UserError
-from sprint_jax.storage import files
+from sprint_jax.storage import digests, files
 from sprint_jax.training import hosts
 
 _DAMAGED = "damaged-"
@@ -83,6 +84,7 @@ class Checkpoints:
         if step == self._manager.latest_step():
             return
         meta = {"fingerprints": fingerprints(state), "data": self._data, "beside": beside}
+        meta["digest"] = _digest(meta)
         try:
             self._manager.save(
                 step,
@@ -153,7 +155,7 @@ class Checkpoints:
         damage = state = None
         try:
             state, meta = self._restore_alone(step, abstract)
-            saved, data = meta["fingerprints"], meta["data"]
+            saved, data = _checked(meta)["fingerprints"], meta["data"]
         except MemoryError:
             raise
         except PermissionError as error:
@@ -254,6 +256,19 @@ def _name(path):
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _digest(meta: dict[str, Any]) -> str:
+    """Return a hash of what is beside a state, without that hash."""
+    rest = {name: value for name, value in meta.items() if name != "digest"}
+    return digests.hash_text(json.dumps(rest, sort_keys=True))
+
+
+def _checked(meta: Any) -> dict[str, Any]:
+    """Return what is beside a state. Raises ValueError if it changed on disk."""
+    if not isinstance(meta, dict) or meta.get("digest") != _digest(meta):
+        raise ValueError("what is kept beside the state changed on disk")
+    return meta
+
+
 def _line(error):
     return " ".join(str(error).split())[:300]
 
@@ -282,13 +297,12 @@ def read_part(
                 found = manager.restore(
                     step, args=ocp.args.Composite(state=state, meta=ocp.args.JsonRestore())
                 )
+                saved = _checked(found["meta"])["fingerprints"]
             except Exception as error:  # whatever a library raises over a damaged file
                 reasons.append(f"step {step}: {_line(error)}")
                 continue
-        saved = found["meta"]["fingerprints"]
-        changed = [
-            name for name, number in fingerprints(found["state"]).items() if saved[name] != number
-        ]
+        now = fingerprints(found["state"])
+        changed = [name for name, number in now.items() if saved.get(name) != number]
         if not changed:
             return step, functools.reduce(lambda tree, name: tree[name], part, found["state"])
         reasons.append(f"step {step}: {changed[0]} changed on disk")

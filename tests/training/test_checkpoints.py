@@ -48,6 +48,13 @@ def data_files(checkpoint):
     return sorted(files, key=lambda p: p.stat().st_size)
 
 
+def change_what_is_beside(checkpoint):
+    """Write other statistics beside the state, which would end a resumed run."""
+    path = checkpoint / "meta" / "metadata"
+    path.write_text(path.read_text().replace('"beside": null', '"beside": [3]'))
+    assert "[3]" in path.read_text()
+
+
 def flip_bit(checkpoint):
     """Flip one bit in the middle of the largest file."""
     path = data_files(checkpoint)[-1]
@@ -97,7 +104,15 @@ def test_the_newest_is_restored(folder):
 
 
 @pytest.mark.parametrize(
-    "damage", [flip_bit, truncate, remove_metadata, remove_fingerprints, remove_all_files]
+    "damage",
+    [
+        flip_bit,
+        truncate,
+        remove_metadata,
+        remove_fingerprints,
+        remove_all_files,
+        change_what_is_beside,
+    ],
 )
 def test_damage_is_reported_and_the_previous_step_used(folder, damage):
     """Training continues: the same step is saved anew and may be damaged once more."""
