@@ -82,7 +82,7 @@ def _readers(name: str, calls: int, seed: int) -> _Row:
         for batch, start in enumerate(starts):
             size = min(_BATCH, calls - start)
             try:
-                outcome = pool.submit(_attack, name, size, seed * 1_000_003 + batch).result()
+                outcome = pool.submit(attack.by_name, name, size, seed * 1_000_003 + batch).result()
             except concurrent.futures.process.BrokenProcessPool:
                 outcome, pool = attack.Outcome({}, f"the process died in batch {batch}"), _pool()
             for key, count in outcome.counts.items():
@@ -96,14 +96,6 @@ def _readers(name: str, calls: int, seed: int) -> _Row:
 def _pool() -> concurrent.futures.ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
-
-
-def _attack(name: str, calls: int, seed: int) -> attack.Outcome:
-    import warnings
-
-    warnings.simplefilter("ignore")
-    form = next(form for form in formats.formats() if form.name == name)
-    return attack.attack(form, calls, seed)
 
 
 def _commands(case: commands.Case, runs: int, seed: int) -> _Row:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 
 import hypothesis
@@ -47,6 +48,12 @@ def attack(form: Format, calls: int, seed: int, *, shrink: bool = True) -> Outco
         form.read(whole)  # raises if the format itself is wrong
         shutil.copytree(whole, trial)
         return _run(form, content, trial, calls, seed, shrink)
+
+
+def by_name(name: str, calls: int, seed: int) -> Outcome:
+    """Return `attack` of the format of this name, without warnings, for a process of its own."""
+    warnings.simplefilter("ignore")
+    return attack(next(form for form in formats.formats() if form.name == name), calls, seed)
 
 
 def _run(
