@@ -9,6 +9,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import hypothesis
 from hypothesis import Phase
@@ -17,6 +18,7 @@ from benchmarks.fuzz import damage, formats
 from benchmarks.fuzz.formats import Format
 
 SECONDS = 10  # longest call
+CHECKS: Any = tuple(hypothesis.HealthCheck)  # none of which is about damage
 
 
 class Hang(BaseException):
@@ -67,7 +69,7 @@ def _run(
         database=None,
         deadline=None,
         phases=(Phase.generate, Phase.shrink) if shrink else (Phase.generate,),
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=CHECKS,
         print_blob=False,
     )
     @hypothesis.given(damage.damages(content))

@@ -14,7 +14,7 @@ import hypothesis
 from hypothesis import Phase
 
 from benchmarks.fuzz import damage, formats
-from benchmarks.fuzz.attack import SECONDS, Outcome
+from benchmarks.fuzz.attack import CHECKS, SECONDS, Outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ def attack(case: Case, runs: int, seed: int, place: pathlib.Path) -> Outcome:
         database=None,
         deadline=None,
         phases=(Phase.generate,),
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=CHECKS,
     )
     @hypothesis.given(damage.damages(content))
     def check(damaged: damage.Damage) -> None:

@@ -96,7 +96,7 @@ def first_text(fields: Any, names: Iterable[str]) -> str:
     if isinstance(fields, Mapping):
         for name in names:
             value = fields.get(name)
-            values = value if isinstance(value, list) else [value]
+            values: list[Any] = value if isinstance(value, list) else [value]
             if all(isinstance(text, str) for text in values):
                 found = next((text.strip() for text in values if not is_blank(text)), "")
                 if found:

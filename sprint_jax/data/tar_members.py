@@ -264,16 +264,13 @@ def _read_records(content: bytes, fields: _Fields) -> None:
 
 def _follow(found: list[Member | Damage], links: dict[int, str]) -> list[Member | Damage]:
     """Give each link the place of the file that it names, if the tar has it."""
-    files = {
-        clean(member.name): member
-        for number, member in enumerate(found)
-        if isinstance(member, Member) and number not in links
-    }
-    names = {clean(found[number].name): clean(target) for number, target in links.items()}
+    members = {i: member for i, member in enumerate(found) if isinstance(member, Member)}
+    files = {clean(m.name): m for number, m in members.items() if number not in links}
+    names = {clean(members[number].name): clean(target) for number, target in links.items()}
     for number, target in links.items():
         target, steps = clean(target), 0
         while target not in files and target in names and steps < 40:
             target, steps = names[target], steps + 1
         if target in files:
-            found[number] = files[target]._replace(name=found[number].name)
+            found[number] = files[target]._replace(name=members[number].name)
     return found

@@ -6,7 +6,7 @@ Parameters are arguments everywhere.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class EmbeddedText:
     """The seeded encoder of embedded data, a `words.ShapesText` or `words.WordsText`."""
 
     encoder: Any
-    takes_empty: ClassVar[bool] = False
+    takes_empty = False
 
     def prepare(self, prompts: Sequence[str]) -> Prepared:
         """Return one (length, arrays) per prompt; all have one length."""
@@ -76,7 +76,7 @@ class GemmaText:
 
     model: Gemma2
     prompts: prompts_lib.GemmaPrompts
-    takes_empty: ClassVar[bool] = True  # the unconditional image, as in diffusers
+    takes_empty = True  # the unconditional image, as in diffusers
 
     def prepare(self, prompts: Sequence[str]) -> Prepared:
         """Return one (padded length, {"tokens", "mask"}) per prompt."""

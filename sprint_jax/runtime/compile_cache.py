@@ -194,8 +194,10 @@ def _is_whole(entry):
         data = entry.read_bytes()
         if not data.startswith(_ZSTD):
             return len(zlib.decompress(data)) > 4
-        import zstandard
+        import zstandard  # pyright: ignore[reportMissingImports]
 
         return len(zstandard.ZstdDecompressor().decompress(data)) > 4
+    except ImportError:  # of another environment, which can read it
+        return True
     except Exception:  # each library has errors of its own
         return False

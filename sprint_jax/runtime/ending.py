@@ -11,12 +11,14 @@ This module is the first that a command imports, so it imports little itself.
 """
 
 import contextlib
+import io
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 CLOSED_PIPE = 141
@@ -51,7 +53,7 @@ def start() -> None:
     ignored. Text that a stream cannot encode is written with backslashes from now on.
     """
     for stream in _streams():
-        with contextlib.suppress(AttributeError):  # another kind of stream, as in a notebook
+        if isinstance(stream, io.TextIOWrapper):  # not another kind, as in a notebook
             stream.reconfigure(errors="backslashreplace")
     if _state.thread is not None:
         return
@@ -161,7 +163,7 @@ def _watch(reader):
         asking.said.set()
 
 
-def _end(number):
+def _end(number: int) -> NoReturn:
     """End the process at once, without unfinished files.
 
     Python's own end would free what XLA's threads work on: a segmentation fault, now and then.
@@ -171,7 +173,7 @@ def _end(number):
     files.stop_writing()
     _say(f"interrupted: {_KEPT}")
     files.remove_unfinished()
-    os._exit(STATUS[number])
+    os._exit(STATUS[signal.Signals(number)])
 
 
 def _say(line):

@@ -32,7 +32,7 @@ import pathlib
 import struct
 import zipfile
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -137,7 +137,7 @@ class _Embedded:
     """Prompts of an embedded encoder of `encoders.words`."""
 
     encoder: Any
-    takes_empty: ClassVar[bool] = False
+    takes_empty = False
 
     def prepare(self, prompts: Sequence[str]) -> list[tuple[int, dict[str, np.ndarray]]]:
         """Return one (length, arrays) per prompt."""

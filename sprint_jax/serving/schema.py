@@ -191,7 +191,8 @@ def _optional(kind: Any, default: Any, text: str) -> tuple[Any, Any]:
 def _prompt(limits: Limits) -> Any:
     patterns = [{"pattern": f"^[^{_CONTROL_CHARACTERS}]*$"}]
     if limits.takes_empty:
-        bounds = Field(max_length=limits.max_prompt, json_schema_extra={"allOf": [*patterns]})
+        allowed: Any = {"allOf": patterns}
+        bounds = Field(max_length=limits.max_prompt, json_schema_extra=allowed)
         return Annotated[str, bounds, BeforeValidator(_readable)]
     extra: Any = {"allOf": [{"pattern": r"\S"}, *patterns]}
     bounds = Field(min_length=1, max_length=limits.max_prompt, json_schema_extra=extra)

@@ -29,14 +29,20 @@ def parse(
     """
     if isinstance(text, str):
         text = text.removeprefix("\ufeff")
-    brackets = ("[", "{") if isinstance(text, str) else (b"[", b"{")
     try:
         value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except RecursionError:
         raise ValueError("brackets are nested too deep") from None
-    if sum(map(text.count, brackets)) > _DEEPEST and _is_deep(value):
+    if _brackets(text) > _DEEPEST and _is_deep(value):
         raise ValueError("brackets are nested too deep")
     return value
+
+
+def _brackets(text: str | bytes) -> int:
+    """Return how many brackets JSON text opens, in strings as well."""
+    if isinstance(text, bytes):
+        return text.count(b"[") + text.count(b"{")
+    return text.count("[") + text.count("{")
 
 
 def _is_deep(value: Any) -> bool:
