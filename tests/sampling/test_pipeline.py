@@ -282,7 +282,8 @@ def test_a_prompt_that_merges_with_the_instruction_is_refused():
     """Otherwise cached keys would belong to tokens other than those of the prompt."""
 
     def tokenizer(text, add_special_tokens):
-        return {"input_ids": [2] + ([9] if text.startswith("ab c~") else [ord(c) for c in text])}
+        ids = [9] if text.startswith("ab c~") else [ord(c) for c in text]
+        return {"input_ids": [2] * add_special_tokens + ids}
 
     assert prompts_lib.GemmaPrompts(tokenizer, "ab c").tokens(["x"])[0].tolist() == [
         ord("c"),
