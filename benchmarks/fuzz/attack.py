@@ -18,7 +18,7 @@ from benchmarks.fuzz import damage, formats
 from benchmarks.fuzz.formats import Format
 
 SECONDS = 10  # longest call
-CHECKS: Any = tuple(hypothesis.HealthCheck)  # none of which is about damage
+CHECKS: Any = tuple(hypothesis.HealthCheck)  # they are about strategies, not about damage
 
 
 class Hang(BaseException):

@@ -178,6 +178,7 @@ def _read_tables(out: pathlib.Path) -> None:
             for end in ("txt", "json", "jsonl")
         ),
         lambda: dpg.read_questions(out / "a.csv"),
+        lambda: prompt_sets.read(out / "a.csv"),
         lambda: dpg.read_answers(out / "answers.jsonl"),
         lambda: _judged(geneval.read_detections(out / "detections.jsonl")),
         lambda: [

@@ -66,7 +66,7 @@ def read_questions(path: str | os.PathLike) -> list[Item]:
         try:
             question = int(row["proposition_id"])
             wanted = tuple(int(part) for part in row["dependency"].split(",") if int(part))
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, TypeError):
             raise UserError(
                 f"{path} line {number}: proposition_id and dependency must be whole numbers"
             ) from None

@@ -380,6 +380,12 @@ fox,a red fox,,1,0,entity
 """
 
 
+def test_a_short_row_of_questions_is_named(tmp_path):
+    (tmp_path / "q.csv").write_text(QUESTIONS + "fox,a red fox\n")
+    with pytest.raises(UserError, match="line 5: proposition_id and dependency must be whole"):
+        dpg.read_questions(tmp_path / "q.csv")
+
+
 def test_dpg_from_files(tmp_path):
     """lake:
 

@@ -56,3 +56,10 @@ def test_a_hang_is_a_failure(monkeypatch):
 
     outcome = attack.attack(formats.Format("slow", _make, read, 1), 3, seed=0, shrink=False)
     assert "more than 0.2 s" in outcome.failure
+
+
+def test_an_error_line_keeps_its_beginning_and_its_remedy():
+    """Fails when a value from a damaged file fills the line."""
+    line = str(UserError(f"a.json is damaged (text is '{'[' * 100_000}'): copy it again"))
+    assert len(line) < 1100
+    assert line.startswith("a.json is damaged (text is '[[[") and line.endswith(": copy it again")
