@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sprint_jax.diffusion import trigflow
+from sprint_jax.diffusion import flow_map, trigflow
 from sprint_jax.diffusion.types import Network, Samples
 from sprint_jax.errors import UserError
 
@@ -132,6 +132,23 @@ def trigflow_euler(F: Network, noise: Samples, times: Times) -> Samples:
         s, t = st
         F_s = F(x / SIGMA_D, jnp.full((x.shape[0],), s))
         return jnp.cos(s - t) * x - jnp.sin(s - t) * SIGMA_D * F_s, None
+
+    times = jnp.asarray(times)
+    x, _ = jax.lax.scan(step, SIGMA_D * noise, (times[:-1], times[1:]))
+    return x / SIGMA_D
+
+
+def jumps(F: flow_map.Stopped, noise: Samples, times: Times) -> Samples:
+    """Sample a flow map by one jump from each time to the next, without noise between them.
+
+        x_r = cos(t - r) x_t - sin(t - r) sigma_d F(x_t / sigma_d, t, r)
+
+    F: (u, t, r) -> F, as in `diffusion.flow_map`. The result is that of `scm`.
+    """
+
+    def step(x, tr):
+        t, r = (jnp.full((x.shape[0],), angle) for angle in tr)
+        return flow_map.jump(F(x / SIGMA_D, t, r), x, t - r), None
 
     times = jnp.asarray(times)
     x, _ = jax.lax.scan(step, SIGMA_D * noise, (times[:-1], times[1:]))
