@@ -39,7 +39,16 @@ import ml_collections
 
 from sprint_jax.errors import UserError
 
-PRESETS = ("shapes", "shapes_teacher", "smoke", "shapes_64", "emoji", "sana_600m", "sana_1600m")
+PRESETS = (
+    "shapes",
+    "sprint",
+    "shapes_teacher",
+    "smoke",
+    "shapes_64",
+    "emoji",
+    "sana_600m",
+    "sana_1600m",
+)
 
 
 def get_config(preset: str = "shapes") -> Any:
@@ -48,8 +57,10 @@ def get_config(preset: str = "shapes") -> Any:
         raise UserError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
     if preset.startswith("sana_"):
         return sana(preset)
-    config = _shapes()
-    if preset == "shapes_teacher":
+    config = _sprint()
+    if preset == "shapes":
+        _ladder(config)
+    elif preset == "shapes_teacher":
         config.teacher.pretrained = ""
     elif preset == "smoke":
         _smoke(config)
@@ -60,7 +71,7 @@ def get_config(preset: str = "shapes") -> Any:
     return config
 
 
-def _shapes() -> Any:
+def _sprint() -> Any:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.data = dict(encoded="", model="", size=32, seed=0, eval_seed=1, workers=0, max_bad=0.01)
@@ -174,6 +185,45 @@ def _shapes() -> Any:
         quick_compile=False,
     )
     return config
+
+
+def _ladder(config):
+    """Replace sCM + LADD by regression on the teacher's rollouts, and repair of its blends."""
+    phase = dict(network="student", batch=32, accumulate=1, ema=0.99)
+    student = config.phases.sprint.optimizers.student.to_dict()
+    shared = dict(
+        guidance=(1.5,),
+        uncond_mask="cond",
+        control_dropout=0.1,
+        logvar_start=0.0,
+        route_steps=8,
+        route_order=2,
+        route_shift=2.0,
+        distance_c=0.1,
+    )
+    regression = dict(kind="regression", from_noise=0.7)
+    repair = dict(
+        kind="repair",
+        from_noise=0.6,
+        hops=2,
+        hop_from=(0.6, 0.8),
+        hop_ratio=0.5,
+        hop_c=0.03,
+        anchor_share=0.25,
+        anchor_trim=0.1,
+    )
+    del config.phases.sprint
+    config.phases.regression = phase | dict(
+        seed=1, steps=400, optimizers=dict(student=dict(student)), objective=shared | regression
+    )
+    config.phases.repair = phase | dict(
+        seed=2,
+        steps=500,
+        batch=64,
+        optimizers=dict(student=dict(student)),
+        objective=shared | repair,
+    )
+    config.order = ("teacher", "finetune", "control", "regression", "repair")
 
 
 def _adamw(**values):

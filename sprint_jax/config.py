@@ -23,6 +23,8 @@ from sprint_jax.errors import UserError
 from sprint_jax.objectives.base import Settings
 from sprint_jax.objectives.flow_matching import FlowMatching
 from sprint_jax.objectives.ladd import Ladd
+from sprint_jax.objectives.regression import Regression
+from sprint_jax.objectives.repair import Repair
 from sprint_jax.objectives.scm import Scm
 from sprint_jax.objectives.scm_ladd import ScmLadd
 from sprint_jax.optim.optimizers import Optimizer
@@ -406,10 +408,15 @@ def objective_class(kind: str, path: str = "config") -> type:
             return Ladd
         case "scm_ladd":
             return ScmLadd
+        case "regression":
+            return Regression
+        case "repair":
+            return Repair
     module, colon, name = str(kind).partition(":")
     if not colon:
         raise UserError(
-            f"{path}.kind {kind!r}: use flow_matching, scm, ladd, scm_ladd, or module:Class"
+            f"{path}.kind {kind!r}: use flow_matching, regression, repair, scm, ladd, scm_ladd, or "
+            "module:Class"
         )
     try:
         found = getattr(importlib.import_module(module), name)

@@ -41,6 +41,11 @@ def sample_time(
     return shift * t / (1 + (shift - 1) * t)
 
 
+def denoise(v: Samples, xt: Samples, t: PerSample) -> Samples:
+    """Return x0_hat = x_t - t v, where a straight line along the velocity ends."""
+    return xt - expand(t, xt) * v
+
+
 def loss(v: Network, x0: Samples, z: Samples, t: PerSample) -> PerSample:
     """Return the mean squared velocity error of each sample.
 

@@ -26,10 +26,6 @@ class Guided:
     """Share of samples without a ControlNet's condition, so that one student draws with it and
     without.
     """
-    p_mean: float
-    """Mean of the student's time sampler, t = arctan(e^n / sigma_d)."""
-    p_std: float
-    """Standard deviation of n."""
     logvar_start: float
     """Log-variance of the student before training (code: 0).
 
@@ -47,6 +43,16 @@ class Guided:
             yield "control_dropout", "use a share from 0 to below 1"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timed(Guided):
+    """Settings of a distillation whose student learns at drawn times."""
+
+    p_mean: float
+    """Mean of the student's time sampler, t = arctan(e^n / sigma_d)."""
+    p_std: float
+    """Standard deviation of n."""
+
+
 def noise(key: jax.Array, x0: jax.Array) -> jax.Array:
     """Draw N(0, sigma_d^2) noise of the shape of x0."""
     return trigflow.SIGMA_D * jax.random.normal(key, x0.shape)
@@ -57,7 +63,7 @@ def scales(key: jax.Array, guidance: tuple[float, ...], n: int) -> jax.Array:
     return jax.random.choice(key, jnp.asarray(guidance, jnp.float32), (n,))
 
 
-def times(key: jax.Array, settings: Any, n: int) -> jax.Array:
+def times(key: jax.Array, settings: Timed, n: int) -> jax.Array:
     """Draw the student's times [n] by p_mean and p_std."""
     return trigflow.sample_time(key, n, mean=settings.p_mean, std=settings.p_std)
 

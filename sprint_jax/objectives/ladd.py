@@ -30,7 +30,7 @@ from sprint_jax.optim import came
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LaddTerm(guided.Guided):
+class LaddTerm(guided.Timed):
     """Settings of the adversarial loss."""
 
     max_time: float

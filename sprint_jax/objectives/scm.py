@@ -24,7 +24,7 @@ from sprint_jax.objectives.by_time import by_time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScmTerm(guided.Guided):
+class ScmTerm(guided.Timed):
     """Settings of the consistency loss."""
 
     tangent_warmup: int
@@ -78,14 +78,14 @@ class Scm(ScmTerm):
         )
 
 
-def draw(settings: guided.Guided, key: jax.Array, batch: Any) -> dict[str, Any]:
+def draw(settings: guided.Timed, key: jax.Array, batch: Any) -> dict[str, Any]:
     """Draw what the consistency loss of a batch reads: `guided.draw`, and `draw_path`."""
     keys, shared = guided.draw(settings, key, batch)
     return shared | draw_path(settings, keys, shared["x0"])
 
 
 def draw_path(
-    settings: guided.Guided, keys: Sequence[jax.Array], x0: jax.Array
+    settings: guided.Timed, keys: Sequence[jax.Array], x0: jax.Array
 ) -> dict[str, jax.Array]:
     """Draw time t [B] and noise z of the student's state, for data x0."""
     return {"t": guided.times(keys[0], settings, x0.shape[0]), "z": guided.noise(keys[1], x0)}

@@ -79,6 +79,22 @@ def _head_alone(params: PyTree) -> PyTree:
     )
 
 
+def student_v(student: Network, params: PyTree, cond: Conditions, w: jax.Array) -> Field:
+    """Return the student as a flow network (x, t) -> v, closed over conditions and guidance w."""
+    guidance = w if student.guidance_embed else None
+    return lambda x, t: student.apply(params, x, t, guidance=guidance, **cond).velocity
+
+
+def teacher_v(
+    networks: Networks, frozen: Frozen, cond: Conditions, w: jax.Array, uncond_mask: str
+) -> Field:
+    """Return the guided teacher as a flow network (x, t) -> v; see `teacher_velocity`."""
+    if not networks.trained.guidance_embed:
+        return _teacher(networks, frozen, cond)
+    both = _both(frozen, cond, uncond_mask)
+    return flow.guided_halves(_teacher(networks, frozen, both), w)
+
+
 def teacher_velocity(
     networks: Networks, frozen: Frozen, cond: Conditions, w: jax.Array, uncond_mask: str
 ) -> Field:
@@ -88,16 +104,21 @@ def teacher_velocity(
     mask). A student that is not conditioned on the scale learns the unguided teacher, as in the
     published code.
     """
-    teacher = networks.teacher
     if not networks.trained.guidance_embed:
-        F = trigflow.from_flow(lambda x, t: teacher.apply(frozen.teacher, x, t, **cond).velocity)
+        F = trigflow.from_flow(_teacher(networks, frozen, cond))
     else:
-        uncond = conditions.unconditional(cond, frozen.null_text)
-        if uncond_mask == "null":
-            uncond["mask"] = jnp.broadcast_to(frozen.null_mask, cond["mask"].shape)
-        both = conditions.concatenate(uncond, cond)
-        F = flow.guided_halves(
-            trigflow.from_flow(lambda x, t: teacher.apply(frozen.teacher, x, t, **both).velocity),
-            w,
-        )
+        both = _both(frozen, cond, uncond_mask)
+        F = flow.guided_halves(trigflow.from_flow(_teacher(networks, frozen, both)), w)
     return lambda xt, t: trigflow.SIGMA_D * F(xt / trigflow.SIGMA_D, t)
+
+
+def _teacher(networks: Networks, frozen: Frozen, cond: Conditions) -> Field:
+    return lambda x, t: networks.teacher.apply(frozen.teacher, x, t, **cond).velocity
+
+
+def _both(frozen: Frozen, cond: Conditions, uncond_mask: str) -> Conditions:
+    """Return the conditions of both halves of the guidance, the unconditional ones first."""
+    uncond = conditions.unconditional(cond, frozen.null_text)
+    if uncond_mask == "null":
+        uncond["mask"] = jnp.broadcast_to(frozen.null_mask, cond["mask"].shape)
+    return conditions.concatenate(uncond, cond)

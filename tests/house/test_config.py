@@ -357,7 +357,7 @@ def test_values_that_do_not_go_together_are_named(changes, words):
         ("phases.sprint.optimizers.student.lr", False, "use a number"),
         ("phases.sprint.optimizers.student", 3, "give a section with keys"),
         ("phases.sprint.optimizers", 3, "use a section with keys"),
-        ("phases.sprint.objective", 3, "use flow_matching, scm, ladd, scm_ladd, or module:Class"),
+        ("phases.sprint.objective", 3, "use flow_matching, regression"),
         ("phases.sprint", 3, "give a section with keys"),
         ("phases", [3], "use a section with keys"),
         ("order", "sprint", "use a list, each a text"),
@@ -389,7 +389,11 @@ def test_values_of_the_wrong_type_are_one_line(path, value, remedy):
 @pytest.mark.parametrize(
     "path, value, words",
     [
-        ("phases.sprint.objective.kind", "drift", "objective.kind 'drift': use flow_matching, scm"),
+        (
+            "phases.sprint.objective.kind",
+            "drift",
+            "objective.kind 'drift': use flow_matching, regression",
+        ),
         ("phases.sprint.objective.kind", "no_module:X", "'no_module:X' cannot be imported"),
         ("phases.sprint.objective.kind", "math:X", "'math:X' cannot be imported"),
         ("phases.sprint.objective.kind", "math:pi", "'math:pi' is no settings class"),

@@ -1,0 +1,144 @@
+"""Repair: one step learns from what the student that the phase began with makes of its renoised
+image, and stays near the teacher's rollouts; see `diffusion.repair`.
+
+    L = d_token(f(z, 1) - y_H)  +  p trim(d(f(z', 1) - x_end)) + (1 - p) d(f(x_j, t_j) - x_end)
+
+The second part is the anchor, `objectives.regression` on a share of the batch, in which the error
+from the noise counts only where it is small already.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from sprint_jax.diffusion import distances, flow, repair
+from sprint_jax.objectives import guided, regression, views
+from sprint_jax.objectives.base import (
+    Aux,
+    Draws,
+    Frozen,
+    Networks,
+    Objective,
+    PyTree,
+    Start,
+    State,
+    Update,
+)
+from sprint_jax.objectives.conditions import concatenate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Repair(regression.RolloutTerm):
+    """Settings of repair."""
+
+    kind: Literal["repair"]
+    """Names this objective."""
+    hops: int
+    """H: how often an image is renoised and denoised."""
+    hop_from: tuple[float, ...]
+    """Two flow times: the first hop's is drawn evenly between them."""
+    hop_ratio: float
+    """rho: the flow time of each hop over that of the one before."""
+    hop_c: float
+    """Root mean square error of a token above which its gradient grows no further."""
+    anchor_share: float
+    """Rollouts of the anchor for each sample of the batch."""
+    anchor_trim: float
+    """Mean square error below which a rollout counts from its noise."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield (field, what to use instead) for each value out of range."""
+        yield from super().problems()
+        if self.hops < 1:
+            yield "hops", "use 1 or more"
+        low, *rest = self.hop_from or (0.0,)
+        if len(rest) != 1 or not 0 < low <= rest[0] <= 1:
+            yield "hop_from", "use two flow times in (0, 1], the smaller one first"
+        if not 0 < self.hop_ratio <= 1:
+            yield "hop_ratio", "use a ratio in (0, 1]"
+        if not self.hop_c > 0:
+            yield "hop_c", "use a number above 0"
+        if not 0 < self.anchor_share <= 1:
+            yield "anchor_share", "use a share in (0, 1]"
+
+    def objective(self, networks: Networks) -> Objective:
+        """Build the objective. The student's extra arrays are the frozen student f_0."""
+
+        def start(frozen: Frozen, begin: PyTree, key: jax.Array) -> dict[str, Start]:
+            params = guided.begin_student(self, networks, frozen, begin, key)
+            return {"student": Start(params, jax.tree.map(jnp.copy, params))}
+
+        def loss(params, draws, state, frozen):
+            return _loss(self, networks, params, draws, state, frozen)
+
+        draw_all = lambda key, batch, frozen: draw(self, key, batch)
+        return Objective(
+            main="student",
+            round=self.round,
+            updates={"student": Update(role="student", draw=draw_all, loss=loss)},
+            start=start,
+            sampler="renoise",
+        )
+
+
+def draw(settings: Repair, key: jax.Array, batch: Any) -> dict[str, Any]:
+    """Draw noise, hops and their first time for every sample, and the anchor's rollouts.
+
+    The anchor has conditions of its own, those of the first samples of the batch: a share that is
+    cut into parts as the batch is.
+    """
+    (k_noise, k_hops, k_time, k_anchor, *_), shared = guided.draw(settings, key, batch)
+    shape = shared["x0"].shape
+    low, high = settings.hop_from
+    count = max(1, round(settings.anchor_share * shape[0]))
+    anchor = jax.tree.map(lambda a: a[:count], shared)
+    return {
+        "z": jax.random.normal(k_noise, shape),
+        "n": jax.random.normal(k_hops, (shape[0], settings.hops, *shape[1:])),
+        "s": jax.random.uniform(k_time, shape[:1], minval=low, maxval=high),
+        "cond": shared["cond"],
+        "w": shared["w"],
+        "anchor": regression.draw(settings, k_anchor, anchor),
+    }
+
+
+def _loss(
+    settings: Repair,
+    networks: Networks,
+    params: PyTree,
+    draws: Draws,
+    state: State,
+    frozen: Frozen,
+) -> tuple[jax.Array, Aux]:
+    """Return the mean loss of repair and anchor, from one call of the student for both."""
+    z, cond, w = draws["z"], draws["cond"], draws["w"]
+    states, times, ends = regression.states_and_end(settings, networks, draws["anchor"], frozen)
+    cond_a, w_a = regression.twice(draws["anchor"])
+    v = views.student_v(
+        networks.trained, params, concatenate(cond, cond_a), jnp.concatenate([w, w_a])
+    )
+    x, t = jnp.concatenate([z, states]), jnp.concatenate([jnp.ones(z.shape[0]), times])
+    y, anchored = jnp.split(flow.denoise(v(x, t), x, t), [z.shape[0]])
+    v0 = views.student_v(networks.trained, state.roles["student"].extra, cond, w)
+    noises = jnp.moveaxis(draws["n"], 1, 0)
+    e = y - repair.hops(v0, y, noises, draws["s"], ratio=settings.hop_ratio)
+    repaired = distances.token_huber(e, settings.hop_c)
+    anchor, aux = _anchor(settings, anchored - ends)
+    scalars = {"repair": repaired.mean(), "repair_error": distances.square(e).mean()}
+    return repaired.mean() + anchor.mean(), Aux(scalars=scalars | aux)
+
+
+def _anchor(settings: Repair, e: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the anchor of each rollout [b], and its statistics. e: errors of both states."""
+    from_noise, inner = jnp.split(distances.token_huber(e, settings.distance_c), 2)
+    e_noise, e_inner = jnp.split(e, 2)
+    trimmed = repair.trimmed(from_noise, e_noise, settings.anchor_trim)
+    p = settings.from_noise
+    return p * trimmed + (1 - p) * inner, {
+        "anchor_kept": (distances.square(e_noise) < settings.anchor_trim).mean(),
+        "noise_error": distances.square(e_noise).mean(),
+        "inner_error": distances.square(e_inner).mean(),
+    }

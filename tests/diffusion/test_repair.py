@@ -1,0 +1,106 @@
+"""Repair on data whose consistency function is known: what its hops do, and when it drifts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers import oracles
+from sprint_jax.diffusion import flow, repair
+
+pytestmark = [pytest.mark.second_pass, pytest.mark.usefixtures("no_rank_promotion")]
+
+DRAWS = 40_000
+
+
+def consistency(data):
+    """Return the exact one-step student of the data, as a flow network."""
+
+    def v(x, t):
+        t = t[:, None]
+        return oracles.average(data, x, t, jnp.zeros_like(t))
+
+    return v
+
+
+def hopped(data, y, s, count=1, ratio=0.5, seed=0):
+    """Return y after hops from s, for many draws of noise, [DRAWS]."""
+    noises = np.random.default_rng(seed).normal(size=(count, DRAWS, 1))
+    values = jnp.full((DRAWS, 1), y)
+    times = jnp.full((DRAWS,), s)
+    return repair.hops(consistency(data), values, jnp.asarray(noises), times, ratio=ratio)[:, 0]
+
+
+@pytest.mark.parametrize("s", [0.3, 0.7])
+def test_a_hop_pulls_toward_the_center_of_a_gaussian(s):
+    """The mean and spread of a hop are known. Fails for other weights of image and noise."""
+    with jax.enable_x64(True):
+        data, y = oracles.Gaussian(), 1.7
+        found = hopped(data, y, s)
+        k = data.s / float(data.std(s))
+        mean = data.m + k * (1 - s) * (y - data.m)
+        assert found.mean() == pytest.approx(mean, abs=4 * k * s / np.sqrt(DRAWS))
+        assert found.std() == pytest.approx(k * s, rel=0.02)
+
+
+def test_the_second_hop_begins_at_a_share_of_the_time():
+    """Two hops shrink by both factors. Fails when the time is not scaled, or noise is reused."""
+    with jax.enable_x64(True):
+        data, y, s = oracles.Gaussian(), 1.7, 0.7
+        found = hopped(data, y, s, count=2)
+        k = [data.s / float(data.std(t)) for t in (s, s / 2)]
+        mean = data.m + k[0] * (1 - s) * k[1] * (1 - s / 2) * (y - data.m)
+        variance = (k[0] * s * k[1] * (1 - s / 2)) ** 2 + (k[1] * s / 2) ** 2
+        assert found.mean() == pytest.approx(mean, abs=0.01)
+        assert found.var() == pytest.approx(variance, rel=0.03)
+
+
+def test_the_data_are_where_hops_lead():
+    """Images of the data's spread keep it, so what drifts is the expected image, not the law."""
+    with jax.enable_x64(True):
+        data, rng = oracles.Mixture(), np.random.default_rng(3)
+        y = np.where(rng.random(DRAWS) < 0.7, 1.0, -0.6) + data.s * rng.normal(size=DRAWS)
+        noises = jnp.asarray(rng.normal(size=(2, DRAWS, 1)))
+        s = jnp.full((DRAWS,), 0.7)
+        found = repair.hops(consistency(data), jnp.asarray(y)[:, None], noises, s, ratio=0.5)[:, 0]
+        places = np.linspace(-1.2, 1.8, 13)
+        shares = (np.asarray(found)[:, None] < places).mean(0)
+        wanted = [float(data.cdf(place, 0.0)) for place in places]
+        np.testing.assert_allclose(shares, wanted, atol=0.01)
+
+
+def test_blends_of_two_modes_become_one_of_them():
+    """Between narrow modes nothing stays; an image inside a mode keeps its mode from small s.
+
+    Fails when the hop begins so low that the frozen student cannot move a blend.
+    """
+    with jax.enable_x64(True):
+        data = oracles.Mixture(s=0.05)
+        blended = lambda y: np.minimum(abs(y - 1.0), abs(y + 0.6)) > 0.25
+        assert blended(0.25)
+        assert blended(hopped(data, 0.25, 0.7, count=2)).mean() < 0.02
+        assert blended(hopped(data, 0.25, 0.1)).mean() > 0.1
+        kept = lambda s: (hopped(data, 1.0, s) > 0.2).mean()
+        assert kept(0.3) > 0.97 and kept(0.9) < 0.8
+
+
+def test_no_gradient_passes_hops():
+    y, n = jnp.ones((2, 3)), jnp.ones((1, 2, 3))
+    hop = lambda y, a: repair.hops(lambda x, t: a * x, y, n, jnp.ones(2), ratio=0.5).sum()
+    for slope in jax.grad(hop, (0, 1))(y, 0.3):
+        assert not np.any(slope)
+
+
+def test_trimming_counts_where_the_error_is_small():
+    e = jnp.asarray([[0.1, 0.1], [0.9, 0.1], [0.0, 0.4]])
+    values = jnp.asarray([1.0, 2.0, 3.0])
+    np.testing.assert_array_equal(repair.trimmed(values, e, 0.09), [1.0, 0.0, 3.0])
+    slope = jax.grad(lambda e: repair.trimmed(values * e[:, 0], e, 0.09).sum())(e)
+    np.testing.assert_array_equal(slope[:, 0], [1.0, 0.0, 3.0])
+
+
+def test_denoising_ends_a_straight_line():
+    x0, z = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+    t = jnp.asarray([0.1, 0.4, 0.7, 1.0])
+    xt = flow.interpolate(x0, z, t)
+    np.testing.assert_allclose(flow.denoise(z - x0, xt, t), x0, atol=1e-6)
