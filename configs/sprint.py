@@ -5,6 +5,7 @@
 
 Presets
   shapes          2 CPU cores. Distills the shipped teacher into a 1-4 step student, scores both.
+  repair          The same teacher, distilled by regression on its rollouts, then by repair.
   shapes_teacher  The recipe of the shipped teacher: trains it from nothing, then does the rest.
   smoke           Every phase cut down to seconds.
   shapes_64       Images of 64 px and a larger network, whose teacher it trains first: an hour and
@@ -41,8 +42,8 @@ from sprint_jax.errors import UserError
 
 PRESETS = (
     "shapes",
-    "sprint",
     "shapes_teacher",
+    "repair",
     "smoke",
     "shapes_64",
     "emoji",
@@ -57,11 +58,11 @@ def get_config(preset: str = "shapes") -> Any:
         raise UserError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
     if preset.startswith("sana_"):
         return sana(preset)
-    config = _sprint()
-    if preset == "shapes":
-        _ladder(config)
-    elif preset == "shapes_teacher":
+    config = _shapes()
+    if preset == "shapes_teacher":
         config.teacher.pretrained = ""
+    elif preset == "repair":
+        _repair(config)
     elif preset == "smoke":
         _smoke(config)
     elif preset == "shapes_64":
@@ -71,7 +72,7 @@ def get_config(preset: str = "shapes") -> Any:
     return config
 
 
-def _sprint() -> Any:
+def _shapes() -> Any:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.data = dict(encoded="", model="", size=32, seed=0, eval_seed=1, workers=0, max_bad=0.01)
@@ -168,6 +169,7 @@ def _sprint() -> Any:
     )
     config.evaluation = dict(
         prompts=256,
+        split="heldout",
         batch=64,
         teacher_steps=20,
         teacher_guidance=1.5,
@@ -187,7 +189,7 @@ def _sprint() -> Any:
     return config
 
 
-def _ladder(config):
+def _repair(config):
     """Replace sCM + LADD by regression on the teacher's rollouts, and repair of its blends."""
     phase = dict(network="student", batch=32, accumulate=1, ema=0.99)
     student = config.phases.sprint.optimizers.student.to_dict()
@@ -224,6 +226,7 @@ def _ladder(config):
         objective=shared | repair,
     )
     config.order = ("teacher", "finetune", "control", "regression", "repair")
+    config.evaluation.update(prompts=768, split="final")
 
 
 def _adamw(**values):
@@ -377,6 +380,7 @@ def sana(preset: str) -> Any:
     )
     config.evaluation = dict(
         prompts=64,
+        split="heldout",
         batch=4,
         teacher_steps=20,
         teacher_guidance=4.5,

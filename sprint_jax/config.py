@@ -258,6 +258,10 @@ class Evaluation:
 
     prompts: int
     """Held-out prompts."""
+    split: Literal["heldout", "selection", "final"]
+    """Which captions of `shapes` they are: all that are held out, the half for choosing settings,
+    or the half for scores to report. Encoded data have one held-out split.
+    """
     batch: int
     """Images generated at a time."""
     teacher_steps: int
@@ -536,6 +540,11 @@ def _data_rules(c: Config) -> Iterator[tuple[bool, str]]:
         f"config.data.encoded is empty: captions in {c.text.vocabulary} need a folder made by "
         "sprint-jax encode",
     )
+    yield (
+        not c.data.encoded or c.evaluation.split == "heldout",
+        f"config.evaluation.split {c.evaluation.split}: encoded data are not cut in halves, use "
+        "heldout",
+    )
 
 
 def _teacher_rules(c: Config) -> Iterator[tuple[bool, str]]:
@@ -622,6 +631,13 @@ def _needs(phase: Phase, depth: int, at: str) -> Iterator[tuple[bool, str]]:
         f"{at}.objective.head_blocks {needs.blocks}: use block numbers within 0..{depth - 1}",
     )
     yield batch >= needs.batch, f"{at}.batch {batch}: {kind} needs {needs.batch} or more"
+    for share in needs.shares:
+        drawn = round(share * batch)
+        yield (
+            drawn > 0 and drawn % parts == 0,
+            f"{at}.batch {batch}: {kind} draws {share} of it beside it, {drawn} samples, which "
+            f"{parts} equal parts must hold: use another batch or accumulate",
+        )
     if needs.group == 1:
         return
     yield (

@@ -62,9 +62,12 @@ def _heldout_captions(options: Options) -> list[prompt_sets.Prompt]:
             "--prompts is missing: only a finished run has held-out captions of its own, and "
             f"{model} is none"
         )
-    data = loading.read_config(model).data
+    config = loading.read_config(model)
     return prompt_sets.heldout_captions(
-        data.eval_seed, options.first or _PROMPTS_BY_DEFAULT, data.size
+        config.data.eval_seed,
+        options.first or _PROMPTS_BY_DEFAULT,
+        config.data.size,
+        options.split or config.evaluation.split,
     )
 
 

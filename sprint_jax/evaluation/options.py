@@ -20,6 +20,9 @@ class Options(ImageOptions):
     """Score these images instead of generating some."""
     prompts: files.LocalPath | None = None
     """File of prompts: text, one a line, a table as for sample, or the file of a benchmark."""
+    split: Literal["heldout", "selection", "final"] | None = None
+    """shapes: which of its captions, without --prompts; default: those that the run is scored on.
+    """
     first: int | None = None
     """Only the first N prompts; default: all (shapes: 256)."""
     images_per_prompt: int | None = None

@@ -25,10 +25,10 @@ def read(path: str | os.PathLike) -> list[Prompt]:
     return prompt_files.read(path)
 
 
-def heldout_captions(seed: int, count: int, size: int) -> list[Prompt]:
+def heldout_captions(seed: int, count: int, size: int, split: str) -> list[Prompt]:
     """Return the first held-out captions of `shapes` that a run is scored on.
 
-    seed: data.eval_seed of the run. size: data.size, in pixels.
+    seed: data.eval_seed of the run. size: data.size, in pixels. split: evaluation.split.
     """
-    examples = (shapes.example(seed, i, size=size, split="heldout") for i in range(count))
+    examples = (shapes.example(seed, i, size=size, split=split) for i in range(count))
     return [Prompt(f"{i:05d}", example.text, {}) for i, example in enumerate(examples)]

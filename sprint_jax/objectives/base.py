@@ -152,7 +152,8 @@ class Needs:
     teacher: whether a trained network must be there to learn from. network: kinds of networks that
     it can train. blocks: numbers of the teacher's blocks whose features it reads. batch: least
     number of samples. group: samples that are normalized together, 1 where none are. groups_of:
-    how many times the batch is normalized at once (2 with as many wrong pairs beside it).
+    how many times the batch is normalized at once (2 with as many wrong pairs beside it). shares:
+    of the batch that are drawn beside it, rounded to whole samples.
     """
 
     teacher: bool
@@ -161,6 +162,7 @@ class Needs:
     batch: int = 1
     group: int = 1
     groups_of: tuple[int, ...] = (1,)
+    shares: tuple[float, ...] = ()
 
 
 class Network(Protocol):

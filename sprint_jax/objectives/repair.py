@@ -20,6 +20,7 @@ from sprint_jax.objectives.base import (
     Aux,
     Draws,
     Frozen,
+    Needs,
     Networks,
     Objective,
     PyTree,
@@ -64,6 +65,10 @@ class Repair(regression.RolloutTerm):
         if not 0 < self.anchor_share <= 1:
             yield "anchor_share", "use a share in (0, 1]"
 
+    def needs(self) -> Needs:
+        """Return what repair asks of a run: a teacher, and an anchor that is cut as the batch."""
+        return dataclasses.replace(super().needs(), shares=(self.anchor_share,))
+
     def objective(self, networks: Networks) -> Objective:
         """Build the objective. The student's extra arrays are the frozen student f_0."""
 
@@ -93,7 +98,7 @@ def draw(settings: Repair, key: jax.Array, batch: Any) -> dict[str, Any]:
     (k_noise, k_hops, k_time, k_anchor, *_), shared = guided.draw(settings, key, batch)
     shape = shared["x0"].shape
     low, high = settings.hop_from
-    count = max(1, round(settings.anchor_share * shape[0]))
+    count = round(settings.anchor_share * shape[0])
     anchor = jax.tree.map(lambda a: a[:count], shared)
     return {
         "z": jax.random.normal(k_noise, shape),

@@ -17,7 +17,8 @@ rows or columns, three form a triangle, and all objects of an image have the sam
 as in drawings by people.
 
 One in eight of the captions that combine words is held out of training, so that the held-out split
-asks for combinations that a model has never seen.
+asks for combinations that a model has never seen. Its captions are cut in halves: "selection" for
+searches, early stops and the choice of what ships, and "final" for the scores that are reported.
 """
 
 import dataclasses
@@ -41,7 +42,8 @@ BLACK = (16, 16, 20)
 SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = {"two": 2, "three": 3}
-SPLITS = ("train", "heldout")
+HALVES = ("selection", "final")
+SPLITS = ("train", "heldout", *HALVES)  # heldout is both halves
 
 # Positions are cells of a grid and sizes are few, all as fractions of the side. At 32 px with
 # latent cells of 8 px, there are few enough distinct patches for a model that trains on two cores.
@@ -136,7 +138,18 @@ def is_heldout(caption: Caption) -> bool:
     """Return whether training never sees a caption: one in eight of those that combine words."""
     if caption.kind in ("shape", "color") and caption.background is None:
         return False
-    return zlib.crc32(caption.text().encode()) % 8 == 0
+    return _hash(caption) % 8 == 0
+
+
+def is_in(caption: Caption, split: str) -> bool:
+    """Return whether a caption belongs to a split."""
+    if split in HALVES:
+        return is_heldout(caption) and HALVES[_hash(caption) // 8 % 2] == split
+    return is_heldout(caption) == (split == "heldout")
+
+
+def _hash(caption: Caption) -> int:
+    return zlib.crc32(caption.text().encode())
 
 
 def stream(seed: int, index: int, split: str, name: str) -> np.random.Generator:
@@ -147,7 +160,7 @@ def stream(seed: int, index: int, split: str, name: str) -> np.random.Generator:
     # Philox has a 256-bit counter, so that streams with different high words never overlap.
     counter = [0, 0, 0, STREAMS.index(name)]
     return np.random.Generator(
-        np.random.Philox(key=[seed, 2 * index + SPLITS.index(split)], counter=counter)
+        np.random.Philox(key=[seed, 2 * index + (split != "train")], counter=counter)
     )
 
 
@@ -159,7 +172,7 @@ def example(
     Args:
       seed, index: non-negative integers that together name the example.
       size: side in pixels.
-      split: "train" or "heldout"; `is_heldout` tells which captions belong to which.
+      split: one of SPLITS; `is_in` tells which captions belong to which.
       anywhere: place objects in any cells of the grid. This is a different example, with a caption
         of its own.
     """
@@ -169,7 +182,7 @@ def example(
     kind = _KINDS[int(np.searchsorted(_KIND_CUMULATIVE, rng.random(), side="right"))]
     while True:
         caption = _draw_caption(rng, kind)
-        if is_heldout(caption) == (split == "heldout"):
+        if is_in(caption, split):
             break
     background = caption.background
     objects = _place(rng, caption, background, anywhere)

@@ -171,9 +171,9 @@ class Shapes:
         )
 
     def _heldout(self, count, reference, rough):
-        d = self._c.data
+        d, split = self._c.data, self._c.evaluation.split
         draw = lambda first, n: [
-            shapes.example(d.eval_seed, first + i, size=d.size, split="heldout", anywhere=rough)
+            shapes.example(d.eval_seed, first + i, size=d.size, split=split, anywhere=rough)
             for i in range(n)
         ]
         examples = draw(0, count)
@@ -184,7 +184,7 @@ class Shapes:
             lines = edges = _condition(self._c)(images)[..., 0]
             if rough:
                 drawn = [
-                    freehand.sketch(d.eval_seed, i, e.objects, size=d.size, split="heldout")
+                    freehand.sketch(d.eval_seed, i, e.objects, size=d.size, split=split)
                     for i, e in enumerate(examples)
                 ]
                 lines, edges = np.stack(drawn), sketches.gradient_edges(images)

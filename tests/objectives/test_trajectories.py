@@ -12,8 +12,11 @@ import pytest
 
 from helpers import oracles
 from helpers.arrays import same_bits, tree_error
+from helpers.configs import card
 from helpers.distillation import batch, frozen, jit, networks
+from sprint_jax import config
 from sprint_jax.diffusion import distances, flow, rollout, samplers
+from sprint_jax.errors import UserError
 from sprint_jax.objectives import guided, regression, step, views
 from sprint_jax.objectives.regression import Regression
 from sprint_jax.objectives.repair import Repair
@@ -228,3 +231,18 @@ def test_repair_begins_with_what_the_phase_before_made():
 )
 def test_values_out_of_range(changes, field):
     assert field in dict(dataclasses.replace(REPAIR, **changes).problems())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(batch=32, accumulate=16), "draws 0.25 of it beside it, 8 samples"),
+        (dict(batch=1), "draws 0.25 of it beside it, 0 samples"),
+    ],
+)
+def test_an_anchor_that_parts_cannot_hold_is_refused(changes, words):
+    """Before anything is compiled. Fails when a share is not checked against the parts."""
+    tree = card(preset="repair")
+    tree.phases.repair.update(changes)
+    with pytest.raises(UserError, match=words):
+        config.parse(tree)

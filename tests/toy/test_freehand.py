@@ -43,10 +43,7 @@ def test_compositions_match_their_captions(split):
     made = compositions(400, split=split)
     assert checker.chance(made, [e.caption for e in made]) == 1.0
     assert checker.score([e.image for e in made], [e.caption for e in made])[0] >= 0.99
-    assert all(
-        shapes.is_heldout(e.caption) == (split == "heldout") and shapes.parse(e.text) == e.caption
-        for e in made
-    )
+    assert all(shapes.is_in(e.caption, split) and shapes.parse(e.text) == e.caption for e in made)
 
 
 def test_objects_are_placed_anywhere_on_the_grid():

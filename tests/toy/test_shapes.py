@@ -96,6 +96,30 @@ def test_heldout_captions_never_train():
     )
 
 
+def all_captions():
+    """Return every caption of the grammar with two objects and a background."""
+    words = [f"{c} {s}" for c in shapes.COLORS for s in shapes.SHAPES]
+    pairs = [(a, b, r) for a in words for b in words for r in shapes.RELATIONS if a != b]
+    texts = [f"a {a} {r} a {b} on a {g} background" for a, b, r in pairs for g in shapes.COLORS]
+    return [shapes.parse(text) for text in texts]
+
+
+def test_halves_cut_the_heldout_captions():
+    """Every held-out caption is in one half, and each half is half of them.
+
+    Fails when a half is cut by a bit that decides about held-out captions as well.
+    """
+    heldout = [c for c in all_captions() if shapes.is_in(c, "heldout")]
+    halves = [[c for c in heldout if shapes.is_in(c, half)] for half in shapes.HALVES]
+    assert sum(map(len, halves)) == len(heldout) > 500
+    assert 0.45 < len(halves[0]) / len(heldout) < 0.55
+    assert not any(shapes.is_in(c, "train") for half in halves for c in half)
+    assert not any(shapes.is_in(c, h) for c in all_captions()[:200] for h in shapes.HALVES
+        if not shapes.is_heldout(c))  # fmt: skip
+    found = [{e.text for e in examples(300, split=half)} for half in shapes.HALVES]
+    assert not found[0] & found[1] and min(map(len, found)) > 150
+
+
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_checker_reads_real_images(size):
     made = examples(600 if size < 128 else 100, size=size)
