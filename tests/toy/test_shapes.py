@@ -116,8 +116,12 @@ def test_halves_cut_the_heldout_captions():
     assert not any(shapes.is_in(c, "train") for half in halves for c in half)
     assert not any(shapes.is_in(c, h) for c in all_captions()[:200] for h in shapes.HALVES
         if not shapes.is_heldout(c))  # fmt: skip
-    found = [{e.text for e in examples(300, split=half)} for half in shapes.HALVES]
-    assert not found[0] & found[1] and min(map(len, found)) > 150
+    found = [examples(300, split=half) for half in shapes.HALVES]
+    selection, final = ({e.text for e in made} for made in found)
+    assert selection & final == {"a circle on a yellow background"}
+    assert min(len(selection), len(final)) > 100
+    for made in found:
+        assert {e.caption.kind for e in made} == {"shape", "color", "count", "relation"}
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
