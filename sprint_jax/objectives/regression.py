@@ -147,7 +147,8 @@ def term(
     e = flow.denoise(v(states, times), states, times) - ends
     from_noise, inner = jnp.split(distances.pseudo_huber(e, settings.distance_c), 2)
     p, error = settings.from_noise, distances.square(e)
-    scalars = dict(zip(("noise_error", "inner_error"), map(jnp.mean, jnp.split(error, 2))))
+    noise_error, inner_error = jnp.split(error, 2)
+    scalars = {"noise_error": noise_error.mean(), "inner_error": inner_error.mean()}
     return p * from_noise + (1 - p) * inner, Aux(
         scalars=scalars, by_time=by_time(times, 1.0, {"error": error})
     )
