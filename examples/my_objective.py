@@ -19,7 +19,7 @@ from sprint_jax.objectives.base import Aux, Needs, Objective, Start, Update
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VelocityRegression(guided.Guided):
+class VelocityRegression(guided.Timed):
     """Settings of velocity regression: those that every distillation of a guided teacher has."""
 
     kind: str
@@ -53,7 +53,7 @@ def get_config():
     """Return the smoke card with velocity regression in place of sCM + LADD."""
     config = sprint.get_config("smoke")
     phase = config.phases.sprint
-    fields = [f.name for f in dataclasses.fields(guided.Guided)]
+    fields = [f.name for f in dataclasses.fields(guided.Timed)]
     phase.objective = {name: phase.objective[name] for name in fields}
     phase.objective.kind = "examples.my_objective:VelocityRegression"
     phase.optimizers = dict(student=phase.optimizers.student)

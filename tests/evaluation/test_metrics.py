@@ -510,12 +510,13 @@ def test_prompt_files(tmp_path):
             read(name, text)
 
 
-def test_held_out_captions_are_those_of_a_run():
-    """Each image is judged right by its own caption."""
+@pytest.mark.parametrize("split", ["heldout", "selection", "final"])
+def test_held_out_captions_are_those_of_a_run(split):
+    """Each image is judged right by its own caption. Fails for captions of another split."""
     from sprint_jax.toy import shapes
 
-    prompts = prompt_sets.heldout_captions(5, 12, 32)
-    examples = [shapes.example(5, i, size=32, split="heldout") for i in range(12)]
+    prompts = prompt_sets.heldout_captions(5, 12, 32, split)
+    examples = [shapes.example(5, i, size=32, split=split) for i in range(12)]
     overall, _ = checker.score([e.image for e in examples], [shapes.parse(p.text) for p in prompts])
     assert overall == 1.0
 
