@@ -8,7 +8,7 @@ import pytest
 from helpers import oracles
 from sprint_jax.diffusion import flow, repair
 
-pytestmark = [pytest.mark.second_pass, pytest.mark.usefixtures("no_rank_promotion")]
+pytestmark = pytest.mark.usefixtures("no_rank_promotion")
 
 DRAWS = 40_000
 

@@ -20,7 +20,6 @@ HOOKS = importlib.import_module("hooks")
 sys.path.pop(0)
 OPTIONS = HOOKS.options()
 
-pytestmark = pytest.mark.second_pass
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
 

@@ -9,8 +9,6 @@ import pytest
 
 from helpers.runs import ROOT
 
-pytestmark = pytest.mark.second_pass
-
 PACKAGE = ROOT / "sprint_jax"
 
 # Who may import whom, between areas; what is not listed is forbidden. Reading order, leaves first.

@@ -28,8 +28,6 @@ from sprint_jax.objectives import base, guided, ladd, scm, step
 from sprint_jax.storage import weights
 from sprint_jax.training import datasets, loop, run, sharding, stage, stages
 
-pytestmark = pytest.mark.second_pass
-
 DESCENT = {"student": optax.sgd(1.0), "heads": optax.sgd(0.05)}
 
 

@@ -21,8 +21,6 @@ from sprint_jax.objectives import guided, regression, step, views
 from sprint_jax.objectives.regression import Regression
 from sprint_jax.objectives.repair import Repair
 
-pytestmark = pytest.mark.second_pass
-
 ROUTE = dict(
     guidance=(1.25, 2.0), uncond_mask="cond", control_dropout=0.0, logvar_start=0.0,
     route_steps=4, route_order=2, route_shift=2.0, distance_c=0.1,
