@@ -19,8 +19,6 @@ from sprint_jax.errors import UserError
 from sprint_jax.toy import shapes
 from sprint_jax.training import data_encoders, datasets
 
-pytestmark = pytest.mark.second_pass
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -15,8 +15,6 @@ from sprint_jax.runtime import cli
 from sprint_jax.sampling import loading
 from sprint_jax.training import run, workdirs
 
-pytestmark = pytest.mark.second_pass
-
 
 @pytest.mark.parametrize(
     "flags, words",
