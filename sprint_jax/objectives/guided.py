@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -10,7 +10,18 @@ import jax.numpy as jnp
 
 from sprint_jax.diffusion import trigflow
 from sprint_jax.objectives import views
-from sprint_jax.objectives.base import Frozen, Networks, PyTree
+from sprint_jax.objectives.base import (
+    Aux,
+    Batch,
+    Draws,
+    Frozen,
+    Networks,
+    Objective,
+    PyTree,
+    Start,
+    State,
+    Update,
+)
 from sprint_jax.objectives.conditions import conditions
 
 
@@ -83,6 +94,33 @@ def draw(
         "cond": conditions(batch, key, settings.control_dropout),
         "w": scales(k_w, settings.guidance, x0.shape[0]),
     }
+
+
+def student_alone(
+    settings: Any,
+    networks: Networks,
+    draw: Callable[[jax.Array, Batch, Frozen], Draws],
+    loss: Callable[[PyTree, Draws, State, Frozen], tuple[jax.Array, Aux]],
+    *,
+    extra: Callable[[PyTree], PyTree] = lambda params: None,
+) -> Objective:
+    """Build an objective whose only role is the student.
+
+    draw, loss: of its update; see `base.Update`. extra: parameters that it begins from -> its extra
+    arrays.
+    """
+
+    def start(frozen: Frozen, begin: PyTree, key: jax.Array) -> dict[str, Start]:
+        params = begin_student(settings, networks, frozen, begin, key)
+        return {"student": Start(params, extra(params))}
+
+    return Objective(
+        main="student",
+        round=settings.round,
+        updates={"student": Update(role="student", draw=draw, loss=loss)},
+        start=start,
+        sampler="renoise",
+    )
 
 
 def begin_student(

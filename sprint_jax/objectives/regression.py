@@ -17,16 +17,7 @@ import jax.numpy as jnp
 
 from sprint_jax.diffusion import distances, flow, rollout, samplers
 from sprint_jax.objectives import guided, views
-from sprint_jax.objectives.base import (
-    Aux,
-    Draws,
-    Frozen,
-    Needs,
-    Networks,
-    Objective,
-    Start,
-    Update,
-)
+from sprint_jax.objectives.base import Aux, Draws, Frozen, Needs, Networks, Objective
 from sprint_jax.objectives.by_time import by_time
 from sprint_jax.objectives.conditions import Conditions, concatenate
 
@@ -90,15 +81,7 @@ class Regression(RolloutTerm):
             per_sample, aux = term(self, v, *ends)
             return per_sample.mean(), aux
 
-        return Objective(
-            main="student",
-            round=self.round,
-            updates={"student": Update(role="student", draw=draw_all, loss=loss)},
-            start=lambda frozen, begin, key: {
-                "student": Start(guided.begin_student(self, networks, frozen, begin, key))
-            },
-            sampler="renoise",
-        )
+        return guided.student_alone(self, networks, draw_all, loss)
 
 
 def draw(settings: RolloutTerm, key: jax.Array, shared: Draws) -> dict[str, Any]:

@@ -16,18 +16,7 @@ import jax.numpy as jnp
 
 from sprint_jax.diffusion import distances, flow, repair
 from sprint_jax.objectives import guided, regression, views
-from sprint_jax.objectives.base import (
-    Aux,
-    Draws,
-    Frozen,
-    Needs,
-    Networks,
-    Objective,
-    PyTree,
-    Start,
-    State,
-    Update,
-)
+from sprint_jax.objectives.base import Aux, Draws, Frozen, Needs, Networks, Objective, PyTree, State
 from sprint_jax.objectives.conditions import concatenate
 
 
@@ -72,21 +61,12 @@ class Repair(regression.RolloutTerm):
     def objective(self, networks: Networks) -> Objective:
         """Build the objective. The student's extra arrays are the frozen student f_0."""
 
-        def start(frozen: Frozen, begin: PyTree, key: jax.Array) -> dict[str, Start]:
-            params = guided.begin_student(self, networks, frozen, begin, key)
-            return {"student": Start(params, jax.tree.map(jnp.copy, params))}
-
         def loss(params, draws, state, frozen):
             return _loss(self, networks, params, draws, state, frozen)
 
         draw_all = lambda key, batch, frozen: draw(self, key, batch)
-        return Objective(
-            main="student",
-            round=self.round,
-            updates={"student": Update(role="student", draw=draw_all, loss=loss)},
-            start=start,
-            sampler="renoise",
-        )
+        copied = lambda params: jax.tree.map(jnp.copy, params)
+        return guided.student_alone(self, networks, draw_all, loss, extra=copied)
 
 
 def draw(settings: Repair, key: jax.Array, batch: Any) -> dict[str, Any]:

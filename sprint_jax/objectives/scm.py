@@ -8,18 +8,7 @@ import jax
 
 from sprint_jax.diffusion import scm, trigflow
 from sprint_jax.objectives import guided, views
-from sprint_jax.objectives.base import (
-    Aux,
-    Draws,
-    Frozen,
-    Needs,
-    Networks,
-    Objective,
-    PyTree,
-    Start,
-    State,
-    Update,
-)
+from sprint_jax.objectives.base import Aux, Draws, Frozen, Needs, Networks, Objective, PyTree, State
 from sprint_jax.objectives.by_time import by_time
 
 
@@ -64,18 +53,8 @@ class Scm(ScmTerm):
             per_sample, aux = term(self, networks, params, draws, state, frozen)
             return per_sample.mean(), aux
 
-        update = Update(
-            role="student", draw=lambda key, batch, frozen: draw(self, key, batch), loss=loss
-        )
-        return Objective(
-            main="student",
-            round=self.round,
-            updates={"student": update},
-            start=lambda frozen, begin, key: {
-                "student": Start(guided.begin_student(self, networks, frozen, begin, key))
-            },
-            sampler="renoise",
-        )
+        draw_all = lambda key, batch, frozen: draw(self, key, batch)
+        return guided.student_alone(self, networks, draw_all, loss)
 
 
 def draw(settings: guided.Timed, key: jax.Array, batch: Any) -> dict[str, Any]:
