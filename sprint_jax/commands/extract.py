@@ -20,7 +20,7 @@ class Options(files.Paths):
     run_dir: files.LocalPath = ""
     """Work directory of a run, its --workdir."""
     stage: str = "sprint"
-    """Phase whose checkpoint is read; in the cards teacher, finetune, control or sprint."""
+    """Phase whose checkpoint is read, a name of the run's config.order."""
     to_file: files.LocalPath = ""
     """Safetensors file to write."""
 

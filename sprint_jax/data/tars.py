@@ -257,15 +257,8 @@ def _compared(entries: list[_Entry], path: pathlib.Path, count: int) -> list[_En
     """
     samples = [entry for entry in entries if entry.files]
     damaged = [entry for entry in entries if entry.reason in tar_members.REASONS]
-    if (
-        len(samples) == count
-        and damaged
-        and entries[-1].reason
-        in (
-            tar_members.CUT,
-            tar_members.HOLE,
-        )
-    ):
+    ends_early = damaged and entries[-1].reason in (tar_members.CUT, tar_members.HOLE)
+    if len(samples) == count and ends_early:
         return entries[:-1]
     bases = [posixpath.split(entry.key) for entry in samples]
     short = [(folder, name.partition(".")[0]) for folder, name in bases]

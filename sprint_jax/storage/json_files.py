@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sprint_jax.errors import UserError
@@ -80,6 +80,6 @@ def write(path: str | os.PathLike, value: Any, *, indent: int = 2, sort_keys: bo
     files.write_text(path, text + "\n")
 
 
-def plain(value: Any) -> Any:
-    """Return a value as JSON gives it back: tuples are lists, keys are strings."""
-    return json.loads(json.dumps(value))
+def plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an object as JSON gives it back: tuples are lists, keys are strings."""
+    return json.loads(json.dumps(dict(value)))

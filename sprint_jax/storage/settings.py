@@ -95,9 +95,8 @@ class Keeper:
             if output is not None and self.foreign is not None:
                 raise self._error(self.foreign, folder, found=output)
         elif output is not None or not self.reclaimable:
-            for key, old, new in _differences(
-                {**self.defaults, **recorded}, json_files.plain(dict(settings))
-            ):
+            kept, wanted = {**self.defaults, **recorded}, json_files.plain(settings)
+            for key, old, new in _differences(kept, wanted):
                 if not key.startswith(self.free):
                     raise self._error(self.refusal, folder, key=key, old=old, new=new)
 
@@ -111,7 +110,7 @@ class Keeper:
         with self.writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.check(folder, settings)
-        if self.recorded(folder) != json_files.plain(dict(settings)):
+        if self.recorded(folder) != json_files.plain(settings):
             self._write(folder, settings)
         self.check(folder, settings)  # another process may have claimed it in the meantime
 
@@ -147,7 +146,7 @@ class Keeper:
 
     def _write(self, folder, settings):
         path = folder / self.file
-        content = json_files.plain(dict(settings))
+        content = json_files.plain(settings)
         if self.section is not None:
             others = json_files.read(path) if path.exists() else {}
             content = {**others, self.section: content}

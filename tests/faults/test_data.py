@@ -311,7 +311,7 @@ def test_listed_tars_are_found_in_another_case(tmp_path):
     ],
 )
 def test_a_file_without_any_member_is_refused_by_name(tmp_path, data, words):
-    """A tar of which nothing is left would count as one example; it must not pass as one."""
+    """A tar without a readable member is refused, not listed as one damaged example."""
     write(tmp_path, {"0.tar": data, "1.tar": TEN})
     with pytest.raises(UserError, match=words):
         sources.open_source(tmp_path)

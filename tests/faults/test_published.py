@@ -493,7 +493,7 @@ def test_the_side_of_truncation_is_that_of_the_tokenizer(copy):
 
     Fails when `truncation_side` of the saved tokenizer is ignored.
     """
-    long, wording = "gulls at dusk " * 200 + "the tail", "say what is there: "
+    long, wording = "gulls at dusk " * 200 + "the tail", "describe the image: "
     for side in ("right", "left"):
         edit_json(copy / "tokenizer/tokenizer_config.json", truncation_side=side)
         tokenizer = tokenizers.load(copy / "tokenizer")

@@ -158,7 +158,7 @@ def test_repair_is_the_hops_and_the_anchor():
 
 @pytest.mark.parametrize("settings", BOTH, ids=lambda s: s.kind)
 def test_the_student_begins_as_its_teacher(settings):
-    """At unit scale of guidance the student is the unguided teacher, whatever scale it is told."""
+    """The student starts as the unguided teacher, for every guidance scale."""
     params = updated(settings)[0].roles["student"].params
     rows = drawn(settings)
     x, t = rows["z"], jnp.linspace(0.1, 1.0, len(rows["w"]))
