@@ -16,6 +16,7 @@ from helpers.configs import card
 from helpers.distillation import batch, frozen, jit, networks
 from sprint_jax import config
 from sprint_jax.diffusion import distances, flow, rollout, samplers
+from sprint_jax.diffusion import repair as hops
 from sprint_jax.errors import UserError
 from sprint_jax.objectives import guided, regression, step, views
 from sprint_jax.objectives.regression import Regression
@@ -124,7 +125,7 @@ def test_regression_follows_the_guided_teacher():
 def test_repair_is_the_hops_and_the_anchor():
     """The step's loss is written out here.
 
-    Fails when hops use the trained student, another conditioning, or an untrimmed anchor.
+    Fails when hops use another conditioning, or the anchor is not trimmed.
     """
     draws, (start, _, report) = drawn(REPAIR), updated(REPAIR)
     params, cond, w = start.roles["student"].params, draws["cond"], draws["w"]
@@ -201,6 +202,38 @@ def test_repairs_frozen_student_stays():
     assert same_bits(before.roles["student"].extra, before.roles["student"].params)
     assert same_bits(role.extra, before.roles["student"].extra)
     assert not same_bits(role.params, before.roles["student"].params)
+
+
+def test_hops_are_those_of_the_frozen_student():
+    """Where the trained student has moved away. Fails when it renoises its own images."""
+    draws, role = drawn(REPAIR), updated(REPAIR)[0].roles["student"]
+    moved = jax.tree.map(lambda a: a + 0.05 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), role)
+    state = updated(REPAIR)[0].replace(roles={"student": role.replace(params=moved.params)})
+    update = REPAIR.objective(networks()).updates["student"]
+
+    def expected(frozen_params):
+        student = lambda p: views.student_v(networks().trained, p, draws["cond"], draws["w"])
+        one = jnp.ones(len(draws["w"]))
+        y = flow.denoise(student(moved.params)(draws["z"], one), draws["z"], one)
+        noises = jnp.moveaxis(draws["n"], 1, 0)
+        target = hops.hops(student(frozen_params), y, noises, draws["s"], ratio=0.5)
+        return distances.token_huber(y - target, 0.03).mean()
+
+    found, right, wrong = jit(
+        lambda: (
+            update.loss(moved.params, draws, state, frozen())[1].scalars["repair"],
+            expected(role.extra),
+            expected(moved.params),
+        )
+    )()
+    np.testing.assert_allclose(found, right, rtol=2e-5)
+    assert abs(right - wrong) > 0.01 * right
+
+
+def test_first_hops_are_drawn_from_the_whole_range():
+    times = np.asarray(drawn(REPAIR)["s"])
+    assert ((times >= 0.6) & (times <= 0.8)).all()
+    assert times.max() - times.min() > 0.1
 
 
 def test_repair_begins_with_what_the_phase_before_made():
