@@ -191,13 +191,14 @@ def _shapes() -> Any:
 
 def _repair(config):
     """Replace sCM + LADD by regression on the teacher's rollouts, and repair of its blends."""
-    phase = dict(network="student", batch=32, accumulate=1, ema=0.99)
+    phase = dict(network="student", batch=64, accumulate=1, ema=0.99)
     student = config.phases.sprint.optimizers.student.to_dict()
     shared = dict(
         guidance=(1.5,),
         uncond_mask="cond",
         control_dropout=0.1,
         logvar_start=0.0,
+        stored=16384,
         route_steps=8,
         route_order=2,
         route_shift=2.0,
@@ -211,17 +212,16 @@ def _repair(config):
         hop_from=(0.6, 0.8),
         hop_ratio=0.5,
         hop_c=0.03,
-        anchor_share=0.25,
+        anchor_share=0.5,
         anchor_trim=0.1,
     )
     del config.phases.sprint
     config.phases.regression = phase | dict(
-        seed=1, steps=400, optimizers=dict(student=dict(student)), objective=shared | regression
+        seed=1, steps=450, optimizers=dict(student=dict(student)), objective=shared | regression
     )
     config.phases.repair = phase | dict(
         seed=2,
-        steps=500,
-        batch=64,
+        steps=600,
         optimizers=dict(student=dict(student)),
         objective=shared | repair,
     )

@@ -502,6 +502,16 @@ def _named(hint: Any) -> str:
     return names.get(hint, "a section with keys")
 
 
+# What decides the content of stored rollouts.
+_ROLLOUTS = (
+    "stored",
+    "guidance",
+    "uncond_mask",
+    "control_dropout",
+    "route_steps",
+    "route_order",
+    "route_shift",
+)
 _NETWORKS = ("base", "teacher", "control", "student")
 
 
@@ -602,12 +612,32 @@ def _phase_rules(c: Config) -> Iterator[tuple[bool, str]]:
     """Yield the rules of each phase, among them what its objective needs of the run around it."""
     for name in c.order:
         yield from _needs(c.phases[name], c.model.depth, f"config.phases.{name}")
+    yield from _stored_rules(c)
     ranks = [_NETWORKS.index(c.phases[name].network) for name in c.order]
     yield (
         ranks == sorted(ranks) and len(set(c.order)) == len(c.order),
         f"config.order {', '.join(c.order)}: name each phase once, in the order of their networks "
         f"({', '.join(_NETWORKS)})",
     )
+
+
+def _stored_rules(c: Config) -> Iterator[tuple[bool, str]]:
+    """Yield the rules of phases that read stored rollouts: one set serves all."""
+    reads = [n for n in active(c) if c.phases[n].objective.needs().stored]
+    for name in reads:
+        first, settings = c.phases[reads[0]], c.phases[name].objective
+        for field in _ROLLOUTS:
+            old, new = getattr(first.objective, field), getattr(settings, field)
+            yield (
+                old == new,
+                f"config.phases.{name}.objective.{field} {new}: phases share stored rollouts and "
+                f"{reads[0]} has {old}: use equal ones, or stored=0 in one of them",
+            )
+        yield (
+            settings.stored % first.batch == 0,
+            f"config.phases.{name}.objective.stored {settings.stored}: use a multiple of "
+            f"config.phases.{reads[0]}.batch {first.batch}",
+        )
 
 
 def _needs(phase: Phase, depth: int, at: str) -> Iterator[tuple[bool, str]]:

@@ -153,7 +153,8 @@ class Needs:
     it can train. blocks: numbers of the teacher's blocks whose features it reads. batch: least
     number of samples. group: samples that are normalized together, 1 where none are. groups_of:
     how many times the batch is normalized at once (2 with as many wrong pairs beside it). shares:
-    of the batch that are drawn beside it, rounded to whole samples.
+    of the batch that are drawn beside it, rounded to whole samples. stored: rollouts of the teacher
+    that are made and stored before training, 0 for none; such settings are a `RolloutTerm`.
     """
 
     teacher: bool
@@ -163,6 +164,7 @@ class Needs:
     group: int = 1
     groups_of: tuple[int, ...] = (1,)
     shares: tuple[float, ...] = ()
+    stored: int = 0
 
 
 class Network(Protocol):

@@ -19,10 +19,12 @@ def conditions(
     """Return {"text" [B, L, D], "mask" [B, L]}, and "control" with "control_scale" where the batch
     has one.
 
-    control: [B, h, w, c] latents. control_scale: [B], 0 with probability control_dropout, else 1.
-    key: of the step.
+    control: [B, h, w, c] latents. control_scale: [B], the batch's own, or 0 with probability
+    control_dropout, else 1. key: of the step.
     """
     cond = {"text": batch["text"], "mask": batch["mask"]}
+    if "control_scale" in batch:
+        return cond | {name: batch[name] for name in ("control", "control_scale")}
     if "control" in batch:
         kept = jax.random.bernoulli(
             jax.random.fold_in(key, _CONTROL), 1 - control_dropout, batch["text"].shape[:1]

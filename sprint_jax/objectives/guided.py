@@ -85,15 +85,15 @@ def draw(
     """Draw what every update of such a distillation reads.
 
     Returns (six keys for the update's own draws, {"x0": data, "cond": conditions, "w": guidance
-    scales [B]}).
+    scales [B]}). A batch of stored rollouts brings its scales, and goes along as "nodes"
+    [B, K + 1, ...].
     """
     k_w, *keys = jax.random.split(key, 7)
     x0 = trigflow.SIGMA_D * batch["latent"]
-    return keys, {
-        "x0": x0,
-        "cond": conditions(batch, key, settings.control_dropout),
-        "w": scales(k_w, settings.guidance, x0.shape[0]),
-    }
+    shared = {"x0": x0, "cond": conditions(batch, key, settings.control_dropout)}
+    if "nodes" in batch:
+        return keys, shared | {"w": batch["w"], "nodes": batch["nodes"]}
+    return keys, shared | {"w": scales(k_w, settings.guidance, x0.shape[0])}
 
 
 def student_alone(

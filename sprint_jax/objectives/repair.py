@@ -3,8 +3,8 @@ image, and stays near the teacher's rollouts; see `diffusion.repair`.
 
     L = d_token(f(z, 1) - y_H)  +  p trim(d(f(z', 1) - x_end)) + (1 - p) d(f(x_j, t_j) - x_end)
 
-The second part is the anchor, `objectives.regression` on a share of the batch, in which the error
-from the noise counts only where it is small already.
+The second part is the anchor, a regression on rollouts (`objectives.rollouts`) of a share of the
+batch, in which the error from the noise counts only where it is small already.
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from sprint_jax.diffusion import distances, flow, repair
-from sprint_jax.objectives import guided, regression, views
+from sprint_jax.objectives import guided, rollouts, views
 from sprint_jax.objectives.base import Aux, Draws, Frozen, Needs, Networks, Objective, PyTree, State
 from sprint_jax.objectives.conditions import concatenate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Repair(regression.RolloutTerm):
+class Repair(rollouts.RolloutTerm):
     """Settings of repair."""
 
     kind: Literal["repair"]
@@ -86,7 +86,7 @@ def draw(settings: Repair, key: jax.Array, batch: Any) -> dict[str, Any]:
         "s": jax.random.uniform(k_time, shape[:1], minval=low, maxval=high),
         "cond": shared["cond"],
         "w": shared["w"],
-        "anchor": regression.draw(settings, k_anchor, anchor),
+        "anchor": rollouts.draw(settings, k_anchor, anchor),
     }
 
 
@@ -100,30 +100,29 @@ def _loss(
 ) -> tuple[jax.Array, Aux]:
     """Return the mean loss of repair and anchor, from one call of the student for both."""
     z, cond, w = draws["z"], draws["cond"], draws["w"]
-    states, times, ends = regression.states_and_end(settings, networks, draws["anchor"], frozen)
-    cond_a, w_a = regression.twice(draws["anchor"])
+    at = rollouts.points(settings, networks, draws["anchor"], frozen)
     v = views.student_v(
-        networks.trained, params, concatenate(cond, cond_a), jnp.concatenate([w, w_a])
+        networks.trained, params, concatenate(cond, at.cond), jnp.concatenate([w, at.w])
     )
-    x, t = jnp.concatenate([z, states]), jnp.concatenate([jnp.ones(z.shape[0]), times])
+    x, t = jnp.concatenate([z, at.x]), jnp.concatenate([jnp.ones(z.shape[0]), at.t])
     y, anchored = jnp.split(flow.denoise(v(x, t), x, t), [z.shape[0]])
     v0 = views.student_v(networks.trained, state.roles["student"].extra, cond, w)
     noises = jnp.moveaxis(draws["n"], 1, 0)
     e = y - repair.hops(v0, y, noises, draws["s"], ratio=settings.hop_ratio)
     repaired = distances.token_huber(e, settings.hop_c)
-    anchor, aux = _anchor(settings, anchored - ends)
+    anchor, aux = _anchor(settings, anchored - at.end, at)
     scalars = {"repair": repaired.mean(), "repair_error": distances.square(e).mean()}
     return repaired.mean() + anchor.mean(), Aux(scalars=scalars | aux)
 
 
-def _anchor(settings: Repair, e: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the anchor of each rollout [b], and its statistics. e: errors of both states."""
-    from_noise, inner = jnp.split(distances.token_huber(e, settings.distance_c), 2)
-    e_noise, e_inner = jnp.split(e, 2)
-    trimmed = repair.trimmed(from_noise, e_noise, settings.anchor_trim)
-    p = settings.from_noise
-    return p * trimmed + (1 - p) * inner, {
-        "anchor_kept": (distances.square(e_noise) < settings.anchor_trim).mean(),
-        "noise_error": distances.square(e_noise).mean(),
-        "inner_error": distances.square(e_inner).mean(),
+def _anchor(
+    settings: Repair, e: jax.Array, at: rollouts.Points
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Return the anchor of each point [N], and its statistics. e: the student's errors there."""
+    error, values = distances.square(e), distances.token_huber(e, settings.distance_c)
+    kept = error < settings.anchor_trim
+    trimmed = repair.trimmed(values, e, settings.anchor_trim)
+    scalars = rollouts.by_place("error", error, at) | {
+        "anchor_kept": rollouts.by_place("kept", kept, at)["noise_kept"]
     }
+    return at.weight * jnp.where(at.t >= 1, trimmed, values), scalars

@@ -75,7 +75,8 @@ def _steps(config: Config, devices: Sequence[Any], say: Say) -> Iterator[_Step]:
     mesh = sharding.mesh(config.mesh.data, config.mesh.fsdp, devices)
     for stage in plans.abstract_stages(config):
         check_batch(stage, mesh)
-        placed, batch = Placed.on(stage, mesh, say), datasets.abstract_batch(config, stage.batch)
+        placed = Placed.on(stage, mesh, say)
+        batch = datasets.abstract_phase_batch(config, config.phases[stage.name])
         for label, function in dict(zip(stage.labels, stage.functions, strict=True)).items():
             share = stage.labels.count(label) / len(stage.labels)
             name = stage.name if len(stage.labels) == 1 else f"{stage.name} {label}"

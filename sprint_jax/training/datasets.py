@@ -23,6 +23,7 @@ from sprint_jax.encoders import load as encoders
 from sprint_jax.encoders.pixels import EmbeddedPixels, PixelCodec
 from sprint_jax.encoders.text import EmbeddedText, TextEncoder
 from sprint_jax.errors import UserError
+from sprint_jax.objectives import rollouts
 from sprint_jax.objectives.base import Batch, Frozen
 from sprint_jax.sampling import loading
 from sprint_jax.storage import digests
@@ -65,13 +66,15 @@ class Dataset(Protocol):
 
     pixels, pixels_params: the codec of its latents and its parameters, None where there is none.
     frozen: features of the empty prompt, and the text encoder where batches hold token ids.
-    identity: names the data, for checkpoints.
+    identity: names the data, for checkpoints. sizes: (height, width) of its latents, more than one
+    with buckets of aspect ratios.
     """
 
     pixels: PixelCodec | None
     pixels_params: Any
     frozen: Frozen
     identity: str
+    sizes: list[tuple[int, int]]
 
     def batches(self, batch: int, start: int, stop: int, process: int, processes: int) -> Any:
         """Return a context and iterator of this process's rows of the batches start .. stop - 1."""
@@ -91,7 +94,7 @@ class Dataset(Protocol):
 
 
 def abstract_batch(c: config_lib.Config, batch: int) -> dict:
-    """Return the shapes of a global batch as the steps take it, without any data."""
+    """Return the shapes of a global batch of the data as the steps take it, without any data."""
     f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     latent = f32(batch, *build.latent_shape(c))
     rows = {
@@ -100,6 +103,17 @@ def abstract_batch(c: config_lib.Config, batch: int) -> dict:
         "mask": f32(batch, c.text.length),
     }
     return rows | {"control": latent} if c.control.depth else rows
+
+
+def abstract_phase_batch(c: config_lib.Config, phase: config_lib.Phase) -> dict:
+    """Return `abstract_batch` of a phase, with stored rollouts where its objective reads them."""
+    rows, settings = abstract_batch(c, phase.batch), phase.objective
+    if not isinstance(settings, rollouts.RolloutTerm) or not settings.stored:
+        return rows
+    numbers = jax.ShapeDtypeStruct((phase.batch,), jnp.float32)
+    nodes = (phase.batch, settings.route_steps + 1, *build.latent_shape(c))
+    rows |= {"nodes": jax.ShapeDtypeStruct(nodes, jnp.float16), "w": numbers}
+    return rows | {"control_scale": numbers} if c.control.depth else rows
 
 
 def open_dataset(c: config_lib.Config, say: Say) -> Dataset:
@@ -133,6 +147,7 @@ class Shapes:
         self.pixels: PixelCodec | None = EmbeddedPixels(self._codec)
         self.pixels_params: Any = {}
         text, mask = self._encoder.encode([""])
+        self.sizes = [build.latent_shape(c)[:2]]
         self.identity = "drawn shapes"
         if c.control.depth and c.control.freehand:
             self.identity += f", {c.control.freehand} of them by rough sketches"
@@ -219,6 +234,7 @@ class EncodedData:
         manifest = self._train.manifest
         _check_manifest(c, manifest)
         self._tokens = manifest["text"] == "tokens"
+        self.sizes = self._train.buckets
         self.identity = (
             f"{manifest['counts']['train']} examples of source {manifest['source']} encoded by "
             f"{manifest['model']}"
@@ -288,7 +304,7 @@ class EncodedData:
             return batch
         arrays = {"tokens": batch["tokens"], "mask": batch["mask"]}
         text, mask = self._text.features(frozen.text_encoder, arrays)
-        kept = {name: batch[name] for name in ("latent", "control") if name in batch}
+        kept = {name: a for name, a in batch.items() if name not in arrays}
         return kept | {"text": text.astype(jnp.float32), "mask": mask}
 
     def heldout(self, count: int, reference: int) -> Heldout:

@@ -21,7 +21,7 @@ from sprint_jax.errors import UserError
 from sprint_jax.objectives.base import PyTree
 from sprint_jax.reporting import page
 from sprint_jax.storage import files, json_files, run_files, trees, weights
-from sprint_jax.training import datasets, hosts, loop, scores, sharding, stages, workdirs
+from sprint_jax.training import datasets, hosts, loop, pairs, scores, sharding, stages, workdirs
 from sprint_jax.training.records import Records
 from sprint_jax.training.stage import Say, silent
 
@@ -166,6 +166,7 @@ def trained(job: Job, network: str, *, teacher: PyTree = None, begin: PyTree = N
         return weights.load(job.workdir / file, weights.abstract(model))
     for name in names:
         stage = stages.make(c, name, job.data, teacher=teacher, begin=begin)
+        stage = pairs.feed(stage, c, job.data, teacher, job.workdir, job.say)
         final = loop.train(stage, c.run, job.mesh, job.workdir, job.records, job.say)
         begin = stage.result(final)
     return _keep(job, file, begin)

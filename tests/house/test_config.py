@@ -144,7 +144,8 @@ def test_every_field_of_every_section_is_read(monkeypatch):
     for stage in stages:
         state = jax.eval_shape(stage.start, stage.frozen, stage.init_arrays)
         for step in stage.functions:
-            jax.eval_shape(step, state, stage.frozen, datasets.abstract_batch(c, stage.batch))
+            batch = datasets.abstract_phase_batch(c, c.phases[stage.name])
+            jax.eval_shape(step, state, stage.frozen, batch)
         stage.preview(None)
     with data.batches(2, 0, 1, 0, 1) as batches:
         next(batches)

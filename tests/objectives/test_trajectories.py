@@ -18,11 +18,11 @@ from sprint_jax import config
 from sprint_jax.diffusion import distances, flow, rollout, samplers
 from sprint_jax.diffusion import repair as hops
 from sprint_jax.errors import UserError
-from sprint_jax.objectives import guided, regression, step, views
+from sprint_jax.objectives import guided, regression, rollouts, step, views
 from sprint_jax.objectives.regression import Regression
 from sprint_jax.objectives.repair import Repair
 
-ROUTE = dict(
+ROUTE = dict(stored=0,
     guidance=(1.25, 2.0), uncond_mask="cond", control_dropout=0.0, logvar_start=0.0,
     route_steps=4, route_order=2, route_shift=2.0, distance_c=0.1,
 )  # fmt: skip
@@ -68,13 +68,14 @@ def test_regression_is_zero_at_the_consistency_function_alone(data):
         states = jnp.concatenate([z, data.X(z, one, t[:, None])])
         times = jnp.concatenate([jnp.ones(5), t])
         ends = jnp.tile(data.X(z, one, zero), (2, 1))
+        at = rollouts.Points(states, times, ends, {}, times, jnp.ones(10))
 
         def loss(amount):
             def v(x, t):
                 t = t[:, None]
                 return oracles.average(data, x, t, jnp.zeros_like(t)) + amount * jnp.cos(x)
 
-            return regression.term(REGRESSION, v, states, times, ends)[0].sum()
+            return regression.term(REGRESSION, v, at)[0].sum()
 
         assert loss(0.0) == pytest.approx(0, abs=1e-12)
         slope = jax.grad(loss)
@@ -83,11 +84,21 @@ def test_regression_is_zero_at_the_consistency_function_alone(data):
 
 
 def test_the_weights_of_noise_and_inner_states():
+    """Of a new rollout: p and 1 - p of both terms, with the noise's term first."""
+    draws, arrays = drawn(REGRESSION), frozen()
+    at = jit(lambda: rollouts.points(REGRESSION, networks(), draws, arrays))()
+    n = len(at.t) // 2
+    np.testing.assert_allclose(at.weight, 2 * np.repeat([0.7, 0.3], n), rtol=1e-6)
+    assert (at.t[:n] == 1).all() and (at.t[n:] < 1).all()
+    np.testing.assert_array_equal(at.end[:n], at.end[n:])
     v = lambda x, t: jnp.zeros_like(x)  # so the error is x - end
-    states, ends = jnp.asarray([[3.0], [5.0]]), jnp.zeros((2, 1))
-    value, aux = regression.term(REGRESSION, v, states, jnp.asarray([1.0, 0.5]), ends)
+    at = rollouts.Points(
+        x=jnp.asarray([[3.0], [5.0]]), t=jnp.asarray([1.0, 0.5]), end=jnp.zeros((2, 1)),
+        cond={}, w=jnp.zeros(2), weight=jnp.asarray([1.4, 0.6]),
+    )  # fmt: skip
+    value, aux = regression.term(REGRESSION, v, at)
     huber = lambda e: np.sqrt(e * e + 0.01) - 0.1
-    np.testing.assert_allclose(value, [0.7 * huber(3.0) + 0.3 * huber(5.0)], rtol=1e-6)
+    np.testing.assert_allclose(value, [1.4 * huber(3.0), 0.6 * huber(5.0)], rtol=1e-6)
     assert aux.scalars["noise_error"] == 9 and aux.scalars["inner_error"] == 25
 
 
@@ -246,6 +257,7 @@ def test_repair_begins_with_what_the_phase_before_made():
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
+        (dict(stored=-1), "stored"),
         (dict(route_steps=1), "route_steps"),
         (dict(route_order=3), "route_order"),
         (dict(route_shift=0.0), "route_shift"),
@@ -267,8 +279,8 @@ def test_values_out_of_range(changes, field):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(batch=32, accumulate=16), "draws 0.25 of it beside it, 8 samples"),
-        (dict(batch=1), "draws 0.25 of it beside it, 0 samples"),
+        (dict(batch=16, accumulate=16), "draws 0.5 of it beside it, 8 samples"),
+        (dict(batch=1), "draws 0.5 of it beside it, 0 samples"),
     ],
 )
 def test_an_anchor_that_parts_cannot_hold_is_refused(changes, words):
