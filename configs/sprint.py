@@ -75,7 +75,9 @@ def get_config(preset: str = "shapes") -> Any:
 def _shapes() -> Any:
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.data = dict(encoded="", model="", size=32, seed=0, eval_seed=1, workers=0, max_bad=0.01)
+    config.data = dict(
+        encoded="", prompts="", model="", size=32, seed=0, eval_seed=1, workers=0, max_bad=0.01
+    )
     config.text = dict(vocabulary="shapes", length=16, dim=224)
     config.codec = dict(block=8, scale=1.237, weights="package:shapes_codec", channels=32)
     config.model = dict(
@@ -89,6 +91,7 @@ def _shapes() -> Any:
         time_scale=1.0,
         guidance_embed=True,
         guidance_scale_factor=0.1,
+        target_embed=False,
         remat="none",
         unroll=7,
         dtype="float32",
@@ -309,7 +312,14 @@ def sana(preset: str) -> Any:
     config = ml_collections.ConfigDict()
     config.seed = 42
     config.data = dict(
-        encoded="data/sana", model="", size=1024, seed=42, eval_seed=0, workers=8, max_bad=0.01
+        encoded="data/sana",
+        prompts="",
+        model="",
+        size=1024,
+        seed=42,
+        eval_seed=0,
+        workers=8,
+        max_bad=0.01,
     )
     config.text = dict(vocabulary="gemma", length=300, dim=2304)
     config.codec = dict(block=32, scale=0.41407, weights="", channels=32)
@@ -324,6 +334,7 @@ def sana(preset: str) -> Any:
         time_scale=1.0,
         guidance_embed=True,
         guidance_scale_factor=0.1,
+        target_embed=False,
         remat="block",
         unroll=1,
         dtype="bfloat16",

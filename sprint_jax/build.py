@@ -83,7 +83,7 @@ def student(c: config_lib.Config) -> LinearDiT | Controlled:
 
 def teacher(c: config_lib.Config) -> LinearDiT:
     """Describe the teacher as distillation needs it: not conditioned on the guidance scale."""
-    return _model(c, guidance_embed=False)
+    return _model(c, guidance_embed=False, target_embed=False)
 
 
 def distilled_teacher(c: config_lib.Config) -> LinearDiT | Controlled:
@@ -105,6 +105,7 @@ def base_teacher(c: config_lib.Config) -> LinearDiT:
     return _model(
         c,
         guidance_embed=False,
+        target_embed=False,
         qk_norm=c.teacher.base_qk_norm,
         time_scale=c.teacher.base_time_scale,
     )

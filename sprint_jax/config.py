@@ -21,12 +21,17 @@ from sprint_jax.diffusion import limits
 from sprint_jax.encoders import words
 from sprint_jax.errors import UserError
 from sprint_jax.objectives.base import Settings
+from sprint_jax.objectives.cmt import Cmt
+from sprint_jax.objectives.eulerian import Eulerian
 from sprint_jax.objectives.flow_matching import FlowMatching
 from sprint_jax.objectives.ladd import Ladd
+from sprint_jax.objectives.lagrangian import Lagrangian
 from sprint_jax.objectives.regression import Regression
 from sprint_jax.objectives.repair import Repair
 from sprint_jax.objectives.scm import Scm
 from sprint_jax.objectives.scm_ladd import ScmLadd
+from sprint_jax.objectives.semigroup import Semigroup
+from sprint_jax.objectives.tbcm import Tbcm
 from sprint_jax.optim.optimizers import Optimizer
 from sprint_jax.runtime.renamed_keys import RENAMED
 from sprint_jax.storage import files
@@ -40,6 +45,9 @@ class Data:
 
     encoded: files.LocalPath
     """Folder made by `sprint-jax encode`; "" draws the embedded shapes as they are needed."""
+    prompts: files.LocalPath
+    """File of prompts, one a line or a table, that are the whole data set: no images. "" for none.
+    """
     model: files.LocalPath
     """Folder (diffusers or converted) of the autoencoder and text encoder that made it; "" for
     this config's.
@@ -146,6 +154,10 @@ class Model:
     """Condition the student on the guidance scale."""
     guidance_scale_factor: float
     """Factor of the scale before its embedding."""
+    target_embed: bool
+    """Condition the student on a second time, to which it jumps. Objectives that learn jumps to
+    any earlier time need it.
+    """
     remat: Literal["none", "block", "cheap"]
     """What a backward pass computes again: nothing, whole blocks, or what is cheap."""
     unroll: int
@@ -270,8 +282,8 @@ class Evaluation:
     """Its classifier-free guidance scale."""
     student_guidance: float
     """The scale that the student is conditioned on."""
-    schedule: Literal["code", "paper"]
-    """Time list of the student."""
+    schedule: Literal["code", "paper", "even"]
+    """Time list of the student; see `diffusion.samplers.scm_times`."""
     reference: int
     """Real images behind the Fréchet distance."""
     samples: int
@@ -416,11 +428,21 @@ def objective_class(kind: str, path: str = "config") -> type:
             return Regression
         case "repair":
             return Repair
+        case "cmt":
+            return Cmt
+        case "tbcm":
+            return Tbcm
+        case "eulerian":
+            return Eulerian
+        case "lagrangian":
+            return Lagrangian
+        case "semigroup":
+            return Semigroup
     module, colon, name = str(kind).partition(":")
     if not colon:
         raise UserError(
-            f"{path}.kind {kind!r}: use flow_matching, regression, repair, scm, ladd, scm_ladd, or "
-            "module:Class"
+            f"{path}.kind {kind!r}: use flow_matching, regression, repair, scm, ladd, scm_ladd, "
+            "cmt, tbcm, eulerian, lagrangian, semigroup, or module:Class"
         )
     try:
         found = getattr(importlib.import_module(module), name)
@@ -546,9 +568,27 @@ def _data_rules(c: Config) -> Iterator[tuple[bool, str]]:
         f"{pixels}",
     )
     yield (
-        bool(c.data.encoded) or c.text.vocabulary == "shapes",
+        bool(c.data.encoded or c.data.prompts) or c.text.vocabulary == "shapes",
         f"config.data.encoded is empty: captions in {c.text.vocabulary} need a folder made by "
-        "sprint-jax encode",
+        "sprint-jax encode, or a file in config.data.prompts",
+    )
+    yield (
+        not (c.data.encoded and c.data.prompts),
+        "config.data.encoded and config.data.prompts are both given: use one",
+    )
+    yield (
+        not c.data.prompts or c.text.vocabulary != "gemma" or bool(c.data.model),
+        "config.data.prompts needs the text encoder: name its folder in config.data.model",
+    )
+    yield (
+        not c.data.prompts or not c.control.depth,
+        f"config.control.depth {c.control.depth}: prompts alone have no condition, use 0 with "
+        "config.data.prompts",
+    )
+    yield (
+        not c.data.prompts or c.evaluation.split == "heldout",
+        f"config.evaluation.split {c.evaluation.split}: prompts of a file are not cut in halves, "
+        "use heldout",
     )
     yield (
         not c.data.encoded or c.evaluation.split == "heldout",
@@ -612,6 +652,7 @@ def _phase_rules(c: Config) -> Iterator[tuple[bool, str]]:
     """Yield the rules of each phase, among them what its objective needs of the run around it."""
     for name in c.order:
         yield from _needs(c.phases[name], c.model.depth, f"config.phases.{name}")
+        yield from _needs_of_others(c, c.phases[name], f"config.phases.{name}.objective")
     yield from _stored_rules(c)
     ranks = [_NETWORKS.index(c.phases[name].network) for name in c.order]
     yield (
@@ -625,7 +666,8 @@ def _stored_rules(c: Config) -> Iterator[tuple[bool, str]]:
     """Yield the rules of phases that read stored rollouts: one set serves all."""
     reads = [n for n in active(c) if c.phases[n].objective.needs().stored]
     for name in reads:
-        first, settings = c.phases[reads[0]], c.phases[name].objective
+        first: Phase = c.phases[reads[0]]
+        settings: Any = c.phases[name].objective
         for field in _ROLLOUTS:
             old, new = getattr(first.objective, field), getattr(settings, field)
             yield (
@@ -638,6 +680,26 @@ def _stored_rules(c: Config) -> Iterator[tuple[bool, str]]:
             f"config.phases.{name}.objective.stored {settings.stored}: use a multiple of "
             f"config.phases.{reads[0]}.batch {first.batch}",
         )
+
+
+def _needs_of_others(c: Config, phase: Phase, at: str) -> Iterator[tuple[bool, str]]:
+    """Yield what an objective needs of other sections."""
+    needs, kind = phase.objective.needs(), phase.objective.kind
+    yield (
+        not needs.target or c.model.target_embed,
+        f"{at}: {kind} needs a second time, set config.model.target_embed=True (and "
+        "config.evaluation.schedule=even)",
+    )
+    yield (
+        not needs.plain or c.model.attention == "plain",
+        f"{at}: {kind} differentiates a derivative, which kernels refuse: set "
+        "config.model.attention=plain",
+    )
+    yield (
+        not needs.images or not c.data.prompts or not phase.steps,
+        f"{at}: {kind} learns from images and config.data.prompts gives prompts alone: use an "
+        "objective on rollouts (regression, repair, cmt, tbcm, lagrangian), or config.data.encoded",
+    )
 
 
 def _needs(phase: Phase, depth: int, at: str) -> Iterator[tuple[bool, str]]:

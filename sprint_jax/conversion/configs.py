@@ -266,6 +266,7 @@ def transformer(config: Mapping[str, Any], dtype: str) -> LinearDiT:
         time_scale=float(c["timestep_scale"]),
         guidance_embed=c["guidance_embeds"],
         guidance_scale_factor=c["guidance_embeds_scale"],
+        target_embed=False,
         logvar_head=False,
         remat="none",
         unroll=1,
@@ -306,7 +307,14 @@ def controlnet_json(m: ControlNet) -> dict[str, Any]:
 
 
 def transformer_json(m: LinearDiT) -> dict[str, Any]:
-    """Convert back; the inverse of `transformer`."""
+    """Convert back; the inverse of `transformer`. Raises UserError for a network that diffusers has
+    no name for.
+    """
+    if m.target_embed:
+        raise UserError(
+            "diffusers has no network with a second time (model.target_embed): use "
+            "sprint-jax export, or a student trained without it"
+        )
     return {
         "_class_name": "SanaTransformer2DModel",
         "attention_bias": False,

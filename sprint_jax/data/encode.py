@@ -13,11 +13,10 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from sprint_jax.conditioning.detector import Lines
-from sprint_jax.data import encode_chunk, encoded
+from sprint_jax.data import encode_chunk, encoded, prompts_data
 from sprint_jax.data.captioned import Source
 from sprint_jax.data.encode_options import Options, sizes
 from sprint_jax.data.encode_settings import Encoders, Settings
@@ -275,9 +274,5 @@ def null_prompt(encoders: Encoders) -> dict[str, np.ndarray]:
 
     Published models encode it without the instruction, as <bos> and padding.
     """
-    if isinstance(encoders.text, GemmaText):
-        tokens, mask = prompts.pad([np.array([prompts.BOS], np.int32)], prompts.WINDOW)
-        text = jax.jit(encoders.text.model.apply)(encoders.params["text"]["model"], tokens, mask)
-    else:
-        text, mask = encoders.text.encoder.encode([""])
-    return {"text": np.asarray(text[0], np.float32), "mask": np.asarray(mask[0], np.float32)}
+    text, mask = prompts_data.null_features(encoders.text, encoders.params["text"])
+    return {"text": text[0], "mask": mask[0]}

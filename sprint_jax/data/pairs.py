@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from sprint_jax.data.order import Order
 from sprint_jax.data.prefetch import Prefetch
 from sprint_jax.data.protocols import Batch
 from sprint_jax.errors import UserError
@@ -109,23 +110,14 @@ class Pairs:
     ) -> Prefetch[Batch]:
         """Return a context and iterator of this process's rows of the batches start .. stop - 1.
 
-        Every epoch takes all rows once, in an order of its own, a function of (seed, epoch).
+        Their order is that of `data.order`.
         """
-        share = batch // processes
+        order = Order(len(self), seed)
 
         def make(step: int) -> Batch:
-            first = step * batch + process * share
-            return self.read([self._number(seed, i) for i in range(first, first + share)])
+            return self.read(order.rows(step, batch, process, processes))
 
         return Prefetch(make, start, stop)
-
-    def _number(self, seed: int, position: int) -> int:
-        epoch, place = divmod(position, len(self))
-        if getattr(self, "_order", (None,))[0] != (seed, epoch):
-            # `random` alone is stable across versions of NumPy.
-            rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-            self._order = (seed, epoch), np.argsort(rng.random(len(self)), kind="stable")
-        return int(self._order[1][place])
 
 
 def _is_half(name, array):

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sprint_jax.diffusion.samplers import Times
@@ -62,6 +63,17 @@ def rollout(v: Network, z: Samples, times: Times, *, order: int) -> Rollout:
     start = (z, jnp.zeros_like(z), jnp.asarray(jnp.inf, z.dtype))
     _, (after, velocities) = jax.lax.scan(step, start, (times[:-1], times[1:]))
     return jax.lax.stop_gradient(Rollout(jnp.concatenate([z[None], after]), velocities))
+
+
+def tbcm_times(steps: int, shift: float) -> Float[np.ndarray, " n"]:
+    """Return the flow times of TBCM's route from 1 to 0, steps + 1 of them.
+
+    The published code shifts twice: the ends of a grid from 1 to .001, and the evenly spaced times
+    between them again. Its route ends at the last but one of these times, whose velocity it needs.
+    """
+    shifted = lambda t: shift * t / (1 + (shift - 1) * t)
+    times = shifted(np.linspace(shifted(1.0), shifted(1e-3), steps))
+    return np.append(times, 0.0).astype(np.float32)
 
 
 def jittered(key: PRNGKeyArray, times: Times) -> Float[Array, " n"]:

@@ -21,7 +21,7 @@ from sprint_jax.errors import UserError
 
 SIGMA_D = trigflow.SIGMA_D
 PUBLISHED_T_MAX = 1.57080  # the released code's pi/2, 3.7e-6 too large
-SCHEDULES = ("code", "paper")
+SCHEDULES = ("code", "paper", "even")
 
 # Paper Table 7; the search found them one after the other. arctan(200 / 0.5) = 1.56830.
 _PAPER = {
@@ -39,7 +39,8 @@ def scm_times(steps: int, schedule: str = "code") -> Float[np.ndarray, " n"]:
     Args:
       steps: 1 or more.
       schedule: "code" is the released sampler (2 steps: 1.57080, 1.3, 0; else evenly spaced from
-        1.57080). "paper" is Table 7 and exists for 1, 2 and 4 steps.
+        1.57080). "paper" is Table 7 and exists for 1, 2 and 4 steps. "even" is evenly spaced in
+        flow time, for students that jump between any two times.
 
     Raises:
       UserError: for other steps or schedules.
@@ -54,6 +55,9 @@ def scm_times(steps: int, schedule: str = "code") -> Float[np.ndarray, " n"]:
         return np.array(_PAPER[steps], np.float32)
     if schedule != "code":
         raise UserError(f"schedule {schedule!r}: use one of {', '.join(SCHEDULES)}")
+    if schedule == "even":
+        t = np.linspace(1, 0, steps + 1)
+        return np.arctan2(t, 1 - t).astype(np.float32)
     if steps == 2:
         return np.array([PUBLISHED_T_MAX, 1.3, 0.0], np.float32)
     return np.linspace(PUBLISHED_T_MAX, 0, steps + 1, dtype=np.float32)
@@ -112,12 +116,17 @@ def scm(
         s, t, z = inputs
         return jnp.cos(t) * denoise(x, s) + jnp.sin(t) * SIGMA_D * z, None
 
-    x = SIGMA_D * noise
-    if start is not None:
-        x = SIGMA_D * (jnp.cos(times[0]) * start + jnp.sin(times[0]) * noise)
+    x = _first(noise, times, start)
     if times.shape[0] > 2:  # an empty loop would still be traced and compiled
         x, _ = jax.lax.scan(step, x, (times[:-2], times[1:-1], step_noise))
     return denoise(x, times[-2]) / SIGMA_D
+
+
+def _first(noise, times, start):
+    """Return the first state, at the first time: of noise alone, or from clean latents."""
+    if start is None:
+        return SIGMA_D * noise
+    return SIGMA_D * (jnp.cos(times[0]) * start + jnp.sin(times[0]) * noise)
 
 
 def trigflow_euler(F: Network, noise: Samples, times: Times) -> Samples:
@@ -138,20 +147,22 @@ def trigflow_euler(F: Network, noise: Samples, times: Times) -> Samples:
     return x / SIGMA_D
 
 
-def jumps(F: flow_map.Stopped, noise: Samples, times: Times) -> Samples:
+def jumps(
+    F: flow_map.Stopped, noise: Samples, times: Times, start: Samples | None = None
+) -> Samples:
     """Sample a flow map by one jump from each time to the next, without noise between them.
 
         x_r = cos(t - r) x_t - sin(t - r) sigma_d F(x_t / sigma_d, t, r)
 
-    F: (u, t, r) -> F, as in `diffusion.flow_map`. The result is that of `scm`.
+    F: (u, t, r) -> F, as in `diffusion.flow_map`. start and the result are those of `scm`.
     """
+    times = jnp.asarray(times)
 
     def step(x, tr):
         t, r = (jnp.full((x.shape[0],), angle) for angle in tr)
         return flow_map.jump(F(x / SIGMA_D, t, r), x, t - r), None
 
-    times = jnp.asarray(times)
-    x, _ = jax.lax.scan(step, SIGMA_D * noise, (times[:-1], times[1:]))
+    x, _ = jax.lax.scan(step, _first(noise, times, start), (times[:-1], times[1:]))
     return x / SIGMA_D
 
 

@@ -36,6 +36,18 @@ def tangent_warmup(step: float | Shaped[Array, ""], steps: int) -> Float[Array, 
     return jnp.minimum(1.0, step / max(1, steps))
 
 
+def tangent_schedule(
+    step: float | Shaped[Array, ""], warmup: int, *, final: float, start: int, steps: int
+) -> Float[Array, ""]:
+    """Return r of TBCM: the warm-up, then from update `start` on linearly down to `final`.
+
+    steps: updates of the way down. A final r below 1 buys stability with bias: the loss is no
+    longer zero at the consistency function.
+    """
+    down = jnp.clip((step - start) / max(1, steps), 0.0, 1.0)
+    return tangent_warmup(step, warmup) * (1 - down * (1 - final))
+
+
 def tangent(
     F_minus: Samples, J: Samples, v: Samples, xt: Samples, t: PerSample, r: Scalar
 ) -> Samples:
@@ -94,12 +106,32 @@ def loss(
     weighting: str,
     normalize: bool,
 ) -> tuple[PerSample, dict[str, PerSample]]:
-    """Return the sCM loss of each sample, Eq. (9).
+    """Return the sCM loss of each sample at the noised data x_t, Eq. (9); see `loss_at`.
+
+    velocity: (xt, t) -> dx_t/dt, the guided teacher. It gets no gradient. x0, z: data and noise at
+    scale sigma_d.
+    """
+    xt = trigflow.interpolate(x0, z, t)
+    v = jax.lax.stop_gradient(velocity(xt, t))
+    return loss_at(F, v, xt, t, r=r, weighting=weighting, normalize=normalize)
+
+
+def loss_at(
+    F: Student,
+    v: Samples,
+    xt: Samples,
+    t: PerSample,
+    *,
+    r: Scalar,
+    weighting: str,
+    normalize: bool,
+) -> tuple[PerSample, dict[str, PerSample]]:
+    """Return the sCM loss of each sample at given states, Eq. (9).
 
     Args:
       F: (u, t) -> (F, logvar), the student.
-      velocity: (xt, t) -> dx_t/dt, the guided teacher. It gets no gradient.
-      x0, z: data and noise at scale sigma_d.
+      v: dx_t/dt of the teacher at (xt, t).
+      xt: state at scale sigma_d.
       t: angle in (0, pi/2).
       r: tangent warm-up in [0, 1].
       weighting: "code" or "paper".
@@ -113,13 +145,29 @@ def loss(
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting {weighting!r}: use one of {WEIGHTINGS}")
-    xt = trigflow.interpolate(x0, z, t)
-    v = jax.lax.stop_gradient(velocity(xt, t))
     value, logvar, g = consistency(F, v, xt, t, r=r)
-    normalized, norm = normalize_tangent(g)
+    prior = 1.0 if weighting == "paper" else 1 / (SIGMA_D * jnp.tan(t))
+    return regress(value, logvar, g, prior=prior, normalize=normalize)
+
+
+def regress(
+    value: Samples,
+    logvar: PerSample,
+    g: Samples,
+    *,
+    prior: PerSample | float,
+    normalize: bool,
+    c: float = 0.1,
+) -> tuple[PerSample, dict[str, PerSample]]:
+    """Return the weighted error of a value against itself moved along the tangent target.
+
+        prior / e^l  mean |F - sg(F + g)|^2 + l
+
+    c: of `normalize_tangent`. The results are those of `loss_at`.
+    """
+    normalized, norm = normalize_tangent(g, c)
     target = jax.lax.stop_gradient(value) + (normalized if normalize else g)
     error = mean_per_sample(jnp.square(value - target))
-    prior = 1.0 if weighting == "paper" else 1 / (SIGMA_D * jnp.tan(t))
     return prior * jnp.exp(-logvar) * error + logvar, {
         "error": error,
         "tangent_norm": norm,

@@ -23,8 +23,8 @@ class HeldOut(Protocol):
         ...
 
     @property
-    def reference(self) -> np.ndarray:
-        """Real images, uint8 [N, H, W, 3]."""
+    def reference(self) -> np.ndarray | None:
+        """Real images, uint8 [N, H, W, 3]; None where there are none."""
         ...
 
     @property
@@ -38,17 +38,21 @@ class Evaluator:
 
     def __init__(self, heldout: HeldOut):
         self._meanings, self._edges = heldout.meanings, heldout.edges
-        self._reference = frechet.moments(frechet.features(heldout.reference))
+        self._reference = None
+        if heldout.reference is not None:
+            self._reference = frechet.moments(frechet.features(heldout.reference))
 
     def __call__(self, images: np.ndarray) -> dict[str, Any]:
         """Return the scores of images, uint8 [count, H, W, 3], one for each prompt.
 
-        They are {"frechet": distance}, for `shapes` also {"score": share, "tasks": {task: share}},
-        and with edges also {"agreement": mean of `edges.agreement`}.
+        They are {"frechet": distance} where there are real images, for `shapes` also {"score":
+        share, "tasks": {task: share}}, and with edges also {"agreement": mean of
+        `edges.agreement`}.
         """
-        scores: dict[str, Any] = {
-            "frechet": frechet.distance(frechet.moments(frechet.features(images)), self._reference)
-        }
+        scores: dict[str, Any] = {}
+        if self._reference is not None:
+            moments = frechet.moments(frechet.features(images))
+            scores["frechet"] = frechet.distance(moments, self._reference)
         if self._meanings is not None:
             scores["score"], scores["tasks"] = checker.score(images, self._meanings)
         if self._edges is not None:

@@ -26,8 +26,8 @@ from sprint_jax.ops import placement
 class ControlNet:
     """Description of a ControlNet."""
 
-    # The network whose first blocks are copied. It has no guidance embedding and no log-variance
-    # head, since the published ControlNet is not conditioned on either.
+    # The network whose first blocks are copied. It has no embedding of guidance or of a second time
+    # and no log-variance head, since the published ControlNet is not conditioned on either.
     net: LinearDiT
     depth: int  # number of copies, 7 in the published ones
 
@@ -38,8 +38,10 @@ class ControlNet:
                 f"depth {self.depth} of the ControlNet: use 1 to {self.net.depth - 1}, below the "
                 "trunk's depth"
             )
-        if self.net.guidance_embed or self.net.logvar_head:
-            raise ValueError("a ControlNet copies a network without guidance_embed and logvar_head")
+        if self.net.guidance_embed or self.net.target_embed or self.net.logvar_head:
+            raise ValueError(
+                "a ControlNet copies a network without guidance_embed, target_embed and logvar_head"
+            )
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Draw parameters {"inputs", "blocks", "zero_in", "zero_out"}.
@@ -90,7 +92,7 @@ class ControlNet:
             raise ValueError(
                 f"control has shape {control.shape} and x {x.shape}: they must be equal"
             )
-        h, _, modulation, text, _ = net.inputs(params["inputs"], x, t, text, None)
+        h, _, modulation, text, _ = net.inputs(params["inputs"], x, t, text, None, None)
         embed = placement.gather_weights(params["inputs"]["patch_embed"], dtype)
         hint = _dense(embed, patchify(control, net.patch_size), dtype)
         zero_in = placement.gather_weights(params["zero_in"], dtype)
@@ -144,6 +146,11 @@ class Controlled:
         return self.trunk.guidance_embed
 
     @property
+    def target_embed(self) -> bool:
+        """Whether the trunk embeds a second time."""
+        return self.trunk.target_embed
+
+    @property
     def depth(self) -> int:
         """The number of blocks of the trunk."""
         return self.trunk.depth
@@ -165,13 +172,14 @@ class Controlled:
         control: Float[Array, "_ _ _ _"] | None = None,
         control_scale: Float[Array, " b"] | None = None,
         features: tuple[int, ...] = (),
+        target: Float[Array, " b"] | None = None,
         velocity: bool = True,
     ) -> Output:
         """Run the trunk, with residuals of the ControlNet if a condition is given.
 
         Args:
           params: tree from `init`, or `unstack` of it.
-          x, t, text, mask, guidance, features, velocity: as in `LinearDiT.apply`.
+          x, t, text, mask, guidance, features, target, velocity: as in `LinearDiT.apply`.
           control, control_scale: as in `ControlNet.apply`, both or neither.
         """
         residuals = None
@@ -189,6 +197,7 @@ class Controlled:
             mask,
             guidance,
             features=features,
+            target=target,
             velocity=velocity,
             residuals=residuals,
         )

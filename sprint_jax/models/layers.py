@@ -157,7 +157,7 @@ class NormWeight(nn.Module):
 
 
 class ScalarEmbedding(nn.Module):
-    """Sinusoid -> Linear -> SiLU -> Linear, for the time and for the guidance scale."""
+    """Sinusoid -> Linear -> SiLU -> Linear, for times and the guidance scale."""
 
     width: int
     dtype: Dtype

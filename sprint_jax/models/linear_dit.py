@@ -44,7 +44,7 @@ class _Inputs(nn.Module):
     dit: "LinearDiT"
 
     @nn.compact
-    def __call__(self, x, t, text, guidance):
+    def __call__(self, x, t, text, guidance, target):
         c, dtype = self.dit, self.dit.compute_dtype
         tokens = layers.Dense(c.width, dtype=dtype, kernel_init=layers.xavier, name="patch_embed")(
             patchify(x, c.patch_size).astype(dtype)
@@ -54,6 +54,9 @@ class _Inputs(nn.Module):
         if c.guidance_embed:
             embed = layers.ScalarEmbedding(c.width, dtype, zero_last=True, name="guidance_embed")
             conditioning = conditioning + embed(guidance * c.guidance_scale_factor)
+        if c.target_embed:
+            embed = layers.ScalarEmbedding(c.width, dtype, zero_last=True, name="target_embed")
+            conditioning = conditioning + embed(t - target)
         modulation = layers.Dense(
             6 * c.width, dtype=dtype, kernel_init=layers.small, name="time_proj"
         )(layers.silu(conditioning))
@@ -155,6 +158,9 @@ class LinearDiT:
     residual_dtype: str
     attention: str  # one of `ops.backend.BACKENDS`; parameters are the same for all
     depthwise: str = "plain"  # for the Mix-FFN's convolution, one of `ops.backend.DEPTHWISE`
+    # Add the embedding of the distance in flow time to a second time, to which the student jumps.
+    # It ends in zeros, so a student starts as its teacher for all pairs of times.
+    target_embed: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError for sizes or names that do not fit."""
@@ -188,7 +194,7 @@ class LinearDiT:
         x = jnp.zeros((1, side, side, self.in_channels))
         ones, text, mask = jnp.ones((1,)), jnp.zeros((1, 1, self.text_dim)), jnp.ones((1, 1))
         (tokens, cond, modulation, text, _), inputs = _Inputs(self).init_with_output(
-            k_in, x, ones, text, ones
+            k_in, x, ones, text, ones, ones
         )
         # Parameters do not depend on the backend of attention.
         block = _Block(dataclasses.replace(self, attention="plain"))
@@ -209,6 +215,7 @@ class LinearDiT:
         guidance: Float[Array, " b"] | None = None,
         *,
         features: Sequence[int] = (),
+        target: Float[Array, " b"] | None = None,
         velocity: bool = True,
         residuals: Float[Array, "k b y x d"] | None = None,
     ) -> Output:
@@ -222,6 +229,9 @@ class LinearDiT:
           mask: non-zero where a text token counts.
           guidance: guidance scale; required if and only if the model embeds it.
           features: increasing block indices (0-based) whose outputs are returned.
+          target: flow-matching time r <= t that the velocity is the average down to; required if
+            and only if the model embeds it. Down to 0 it is that of a consistency model, at r = t
+            the velocity itself.
           velocity: False skips the final layer and every block after the last of `features`.
           residuals: of a ControlNet (`models/controlnet.py`). Number j is added after block j + 1
             and none after block 0, as in diffusers' `SanaTransformer2DModel`.
@@ -233,9 +243,13 @@ class LinearDiT:
             raise ValueError(f"x has shape {x.shape}; expected [B, H, W, {self.in_channels}]")
         if (guidance is not None) != self.guidance_embed:
             raise ValueError("guidance must be given exactly when the model has guidance_embed")
+        if (target is not None) != self.target_embed:
+            raise ValueError("target must be given exactly when the model has target_embed")
         last = self.depth if velocity else max(features, default=-1) + 1
         ends = self._segment_ends(features, last, residuals)
-        h, cond, modulation, text, logvar = self.inputs(params["inputs"], x, t, text, guidance)
+        h, cond, modulation, text, logvar = self.inputs(
+            params["inputs"], x, t, text, guidance, target
+        )
         text = self.project_text(params, text)
         collected, start = {}, 0
         for end in ends:
@@ -341,6 +355,7 @@ class LinearDiT:
         t: Float[Array, " b"],
         text: Float[Array, "b l e"],
         guidance: Float[Array, " b"] | None,
+        target: Float[Array, " b"] | None,
     ) -> tuple[
         Float[Array, "b y x d"],
         Float[Array, "b d"],
@@ -354,7 +369,7 @@ class LinearDiT:
           Tokens in residual_dtype, conditioning, modulation, projected text, and logvar.
         """
         params = placement.gather_weights(params, self.compute_dtype)
-        tokens, *arrays, logvar = layers.run(_Inputs(self), params, x, t, text, guidance)
+        tokens, *arrays, logvar = layers.run(_Inputs(self), params, x, t, text, guidance, target)
         tokens, conditioning, modulation, text = (
             placement.split_over_devices(a) for a in (tokens.astype(self.residual_dtype), *arrays)
         )

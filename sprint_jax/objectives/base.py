@@ -154,7 +154,10 @@ class Needs:
     number of samples. group: samples that are normalized together, 1 where none are. groups_of:
     how many times the batch is normalized at once (2 with as many wrong pairs beside it). shares:
     of the batch that are drawn beside it, rounded to whole samples. stored: rollouts of the teacher
-    that are made and stored before training, 0 for none; such settings are a `RolloutTerm`.
+    that are made and stored before training, 0 for none; such settings are a `RolloutTerm`. target:
+    whether the student has to know a second time. images: whether it learns from latents of images;
+    without, prompts alone are a data set. plain: whether it differentiates a derivative of the
+    network, which kernels refuse.
     """
 
     teacher: bool
@@ -165,6 +168,9 @@ class Needs:
     groups_of: tuple[int, ...] = (1,)
     shares: tuple[float, ...] = ()
     stored: int = 0
+    target: bool = False
+    images: bool = True
+    plain: bool = False
 
 
 class Network(Protocol):
@@ -174,6 +180,9 @@ class Network(Protocol):
 
     @property
     def guidance_embed(self) -> bool: ...
+
+    @property
+    def target_embed(self) -> bool: ...
 
     def init(self, key: jax.Array) -> PyTree: ...
 

@@ -38,6 +38,16 @@ def concatenate(a: Conditions, b: Conditions) -> Conditions:
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), a, b)
 
 
+def repeat(cond: Conditions, k: int) -> Conditions:
+    """Return every sample k times, the copies of a sample together."""
+    return jax.tree.map(lambda a: jnp.repeat(a, k, axis=0), cond)
+
+
+def tile(cond: Conditions, k: int) -> Conditions:
+    """Return all samples k times, one copy of the batch after the other."""
+    return jax.tree.map(lambda a: jnp.tile(a, (k, *(1,) * (a.ndim - 1))), cond)
+
+
 def unconditional(cond: Conditions, null_text: jax.Array) -> Conditions:
     """Replace the text by the empty prompt's features [1, L, D], under the mask of the text."""
     return cond | {"text": jnp.broadcast_to(null_text, cond["text"].shape)}

@@ -18,7 +18,7 @@ from sprint_jax.objectives.by_time import by_time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Regression(rollouts.RolloutTerm):
+class Regression(rollouts.PointTerm):
     """Settings of trajectory regression."""
 
     kind: Literal["regression"]
@@ -41,7 +41,7 @@ class Regression(rollouts.RolloutTerm):
 
 
 def term(
-    settings: rollouts.RolloutTerm, v: views.Field, at: rollouts.Points
+    settings: rollouts.PointTerm, v: views.Field, at: rollouts.Points
 ) -> tuple[jax.Array, Aux]:
     """Return the loss of each point [N], and its statistics. v: the student's."""
     e = rollouts.errors(v, at)

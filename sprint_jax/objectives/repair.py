@@ -21,7 +21,7 @@ from sprint_jax.objectives.conditions import concatenate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Repair(rollouts.RolloutTerm):
+class Repair(rollouts.PointTerm):
     """Settings of repair."""
 
     kind: Literal["repair"]

@@ -25,37 +25,47 @@ from sprint_jax.objectives.conditions import Conditions, concatenate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RolloutTerm(guided.Guided):
-    """Settings of a regression on rollouts."""
+class Route(guided.Guided):
+    """Settings of the teacher's rollouts."""
 
-    stored: int
-    """Rollouts that are made before training and kept in the work directory; 0 makes new ones in
-    every update. Phases that store them share one set.
-    """
     route_steps: int
     """K: guided calls of the teacher in a rollout."""
     route_order: int
     """1 (Euler) or 2 (Adams-Bashforth, as many calls)."""
     route_shift: float
     """Shift of the rollout's times towards noise."""
-    from_noise: float
-    """p: weight of the error from the noise; the rest is that from an inner state."""
-    distance_c: float
-    """Root mean square error of a sample above which its gradient grows no further."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (field, what to use instead) for each value out of range."""
         yield from super().problems()
-        if self.stored < 0:
-            yield "stored", "use 0 (new rollouts in every update) or more"
         if self.route_steps < 2:
             yield "route_steps", "use 2 or more"
         if self.route_order not in rollout.ORDERS:
             yield "route_order", "use 1 or 2"
         if not self.route_shift > 0:
             yield "route_shift", "use a number above 0"
-        if not 0 <= self.from_noise <= 1:
-            yield "from_noise", "use a weight in [0, 1]"
+
+    def times(self) -> jax.Array:
+        """Return the flow times of a rollout [K + 1], from 1 to 0."""
+        return jnp.asarray(samplers.flow_times(self.route_steps, self.route_shift))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolloutTerm(Route):
+    """Settings of a regression on rollouts."""
+
+    stored: int
+    """Rollouts that are made before training and kept in the work directory; 0 makes new ones in
+    every update. Phases that store them share one set.
+    """
+    distance_c: float
+    """Root mean square error above which a gradient grows no further."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield (field, what to use instead) for each value out of range."""
+        yield from super().problems()
+        if self.stored < 0:
+            yield "stored", "use 0 (new rollouts in every update) or more"
         if not self.distance_c > 0:
             yield "distance_c", "use a number above 0"
 
@@ -65,12 +75,22 @@ class RolloutTerm(guided.Guided):
         return ("student",)
 
     def needs(self) -> Needs:
-        """Return what rollouts ask of a run: a teacher, and their storage."""
-        return Needs(teacher=True, stored=self.stored)
+        """Return what rollouts ask of a run: a teacher, their storage, and no images."""
+        return Needs(teacher=True, stored=self.stored, images=False)
 
-    def times(self) -> jax.Array:
-        """Return the flow times of a rollout [K + 1], from 1 to 0."""
-        return jnp.asarray(samplers.flow_times(self.route_steps, self.route_shift))
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PointTerm(RolloutTerm):
+    """Settings of a regression of points of rollouts to their ends."""
+
+    from_noise: float
+    """p: weight of the error from the noise; the rest is that from an inner state."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield (field, what to use instead) for each value out of range."""
+        yield from super().problems()
+        if not 0 <= self.from_noise <= 1:
+            yield "from_noise", "use a weight in [0, 1]"
 
 
 class Points(NamedTuple):
@@ -84,7 +104,7 @@ class Points(NamedTuple):
     weight: jax.Array
 
 
-def roll_out(settings: RolloutTerm, networks: Networks, frozen: Frozen, draws: Draws) -> jax.Array:
+def roll_out(settings: Route, networks: Networks, frozen: Frozen, draws: Draws) -> jax.Array:
     """Follow the guided teacher from the noise draws["z"] [B, ...]; return all states
     [B, K + 1, ...].
     """
@@ -93,34 +113,48 @@ def roll_out(settings: RolloutTerm, networks: Networks, frozen: Frozen, draws: D
     return jnp.moveaxis(states, 0, 1)
 
 
-def draw(settings: RolloutTerm, key: jax.Array, shared: Draws) -> dict[str, Any]:
+def nodes(settings: RolloutTerm, networks: Networks, draws: Draws, frozen: Frozen) -> jax.Array:
+    """Return the states of rollouts [B, K + 1, ...]: the stored ones, or new ones."""
+    if settings.stored:
+        return draws["nodes"].astype(jnp.float32)
+    return roll_out(settings, networks, frozen, draws)
+
+
+def start(settings: RolloutTerm, key: jax.Array, shared: Draws) -> dict[str, Any]:
+    """Draw what `nodes` reads for the conditions and scales of `guided.draw`: noise, or nothing."""
+    kept = {"cond": shared["cond"], "w": shared["w"]}
+    if settings.stored:
+        return kept | {"nodes": shared["nodes"]}
+    return kept | {"z": jax.random.normal(key, shared["x0"].shape)}
+
+
+def draw(settings: PointTerm, key: jax.Array, shared: Draws) -> dict[str, Any]:
     """Draw what `points` reads for the conditions and scales of `guided.draw`.
 
     Noise z and the index j of an inner state; of stored rollouts the index alone, 0 for the noise.
     """
     k_noise, k_state = jax.random.split(key)
-    x0, kept = shared["x0"], {"cond": shared["cond"], "w": shared["w"]}
-    j = jax.random.randint(k_state, x0.shape[:1], 1, settings.route_steps)
-    if not settings.stored:
-        return kept | {"z": jax.random.normal(k_noise, x0.shape), "j": j}
-    first = jax.random.bernoulli(k_noise, settings.from_noise, x0.shape[:1])
-    return kept | {"nodes": shared["nodes"], "j": jnp.where(first, 0, j)}
+    count = shared["x0"].shape[:1]
+    j = jax.random.randint(k_state, count, 1, settings.route_steps)
+    if settings.stored:
+        first = jax.random.bernoulli(k_noise, settings.from_noise, count)
+        j = jnp.where(first, 0, j)
+    return start(settings, k_noise, shared) | {"j": j}
 
 
-def points(settings: RolloutTerm, networks: Networks, draws: Draws, frozen: Frozen) -> Points:
+def points(settings: PointTerm, networks: Networks, draws: Draws, frozen: Frozen) -> Points:
     """Return the points of an update: one of each stored rollout, two of each new one."""
     j, cond, w, times = draws["j"], draws["cond"], draws["w"], settings.times()
     pick = lambda states, j: states[jnp.arange(j.shape[0]), j]
+    states = nodes(settings, networks, draws, frozen)
     if settings.stored:
-        nodes = draws["nodes"].astype(jnp.float32)
-        return Points(pick(nodes, j), times[j], nodes[:, -1], cond, w, jnp.ones(j.shape))
-    nodes = roll_out(settings, networks, frozen, draws)
+        return Points(pick(states, j), times[j], states[:, -1], cond, w, jnp.ones(j.shape))
     both = lambda a, b: jnp.concatenate([a, b])
     p = jnp.full(j.shape, settings.from_noise)
     return Points(
-        x=both(nodes[:, 0], pick(nodes, j)),
+        x=both(states[:, 0], pick(states, j)),
         t=both(jnp.ones(j.shape), times[j]),
-        end=both(nodes[:, -1], nodes[:, -1]),
+        end=both(states[:, -1], states[:, -1]),
         cond=concatenate(cond, cond),
         w=both(w, w),
         weight=2 * both(p, 1 - p),

@@ -13,8 +13,8 @@ from sprint_jax.objectives.by_time import by_time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScmTerm(guided.Timed):
-    """Settings of the consistency loss."""
+class TangentTerm(guided.Guided):
+    """Settings of a continuous-time consistency loss, wherever its states come from."""
 
     tangent_warmup: int
     """H: the tangent's second bracket is scaled by min(1, step / H); steps count updates of all
@@ -28,6 +28,11 @@ class ScmTerm(guided.Timed):
     """What the log-variance trains: its head and the time embedding that it reads (code), or the
     head alone.
     """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScmTerm(TangentTerm, guided.Timed):
+    """Settings of the consistency loss on noised data."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,8 @@ from sprint_jax.objectives.conditions import Conditions
 
 Field = Callable[[jax.Array, jax.Array], jax.Array]
 WithLogvar = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Average = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Map = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 def student_params(
@@ -23,8 +25,8 @@ def student_params(
 ) -> PyTree:
     """Copy the teacher's parameters and add fresh ones for what only the student has.
 
-    The guidance embedding ends in zeros, so the student starts as the teacher exactly, with a
-    log-variance of `logvar_start` everywhere.
+    The embeddings of guidance and of a second time end in zeros, so the student starts as the
+    teacher exactly, with a log-variance of `logvar_start` everywhere.
     """
     fresh: dict[tuple[str, ...], PyTree] = traverse_util.flatten_dict(student.init(key))
     for path, leaf in fresh.items():
@@ -43,24 +45,46 @@ def student_F(
     logvar_gradient: str = "network",
 ) -> WithLogvar:
     """Return the student as a TrigFlow network (u, t) -> (F, logvar), closed over conditions and
-    guidance w [B].
+    guidance w [B]. One with a second time jumps to 0; see `student_map`.
+    """
+    F = student_map(student, params, cond, w, logvar_gradient=logvar_gradient)
+    return lambda u, t: F(u, t, jnp.zeros_like(t))
+
+
+def student_map(
+    student: Network,
+    params: PyTree,
+    cond: Conditions,
+    w: jax.Array,
+    *,
+    logvar_gradient: str = "network",
+) -> Map:
+    """Return the student as a flow map (u, t, r) -> (F, logvar) in angles, closed over conditions
+    and guidance w [B]. A student without a second time does not look at r.
 
     logvar_gradient: what the gradient of logvar trains, "network" (code: the head, and through it
-      the embedding of time and guidance that it reads) or "head" alone. Values do not depend on
+      the embedding of times and guidance that it reads) or "head" alone. Values do not depend on
       it.
     """
     guidance = w if student.guidance_embed else None
 
-    def F(u, t):
+    def F(u, t, r):
         t_fm = trigflow.to_flow_time(t)
         x_fm = trigflow.to_flow_state(u, t)
-        out = student.apply(params, x_fm, t_fm, guidance=guidance, **cond)
+        target = trigflow.to_flow_time(r) if student.target_embed else None
+        out = student.apply(params, x_fm, t_fm, guidance=guidance, target=target, **cond)
         logvar = out.logvar
         if logvar_gradient == "head":
             # Once more without blocks, so that only the head's parameters get a gradient.
             plain = {"text": cond["text"], "mask": cond["mask"]}
             alone = student.apply(
-                _head_alone(params), x_fm, t_fm, guidance=guidance, **plain, velocity=False
+                _head_alone(params),
+                x_fm,
+                t_fm,
+                guidance=guidance,
+                target=target,
+                **plain,
+                velocity=False,
             )
             logvar = alone.logvar
         return trigflow.from_flow_velocity(out.velocity, x_fm, t_fm), logvar
@@ -80,9 +104,25 @@ def _head_alone(params: PyTree) -> PyTree:
 
 
 def student_v(student: Network, params: PyTree, cond: Conditions, w: jax.Array) -> Field:
-    """Return the student as a flow network (x, t) -> v, closed over conditions and guidance w."""
+    """Return the student as a flow network (x, t) -> v, closed over conditions and guidance w.
+
+    Of one with a second time it is the average velocity down to 0.
+    """
+    v = student_average(student, params, cond, w)
+    return lambda x, t: v(x, t, jnp.zeros_like(t))
+
+
+def student_average(student: Network, params: PyTree, cond: Conditions, w: jax.Array) -> Average:
+    """Return the student as a flow map (x, t, r) -> average velocity between r and t, closed over
+    conditions and guidance w. A student without a second time does not look at r.
+    """
     guidance = w if student.guidance_embed else None
-    return lambda x, t: student.apply(params, x, t, guidance=guidance, **cond).velocity
+
+    def v(x, t, r):
+        target = r if student.target_embed else None
+        return student.apply(params, x, t, guidance=guidance, target=target, **cond).velocity
+
+    return v
 
 
 def teacher_v(

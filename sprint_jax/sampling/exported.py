@@ -111,7 +111,7 @@ _HEADER_KINDS = {
     "height": _SIZE,
     "width": _SIZE,
     "guidance_scale": fields_lib.NUMBER,
-    "schedule": fields_lib.only("code", "paper"),
+    "schedule": fields_lib.only("code", "paper", "even"),
     "batch_size": _SIZE,
     "programs": fields_lib.OBJECT.many(),
 }

@@ -203,7 +203,7 @@ def generate(
       strength: in (0, 1], how much of the image may change. Drops the first steps; see
         `image_times`.
       output: "pixels" or "latent".
-      schedule: "code" or "paper" (`samplers.scm_times`); None takes the model's own.
+      schedule: one of `samplers.SCHEDULES`; None takes the model's own.
       images_per_prompt: images of each prompt, side by side in the result.
       batch_size: images per run of the compiled program; images are bit-equal for any company of
         prompts at one batch size. None takes pipe.batch_size.

@@ -52,7 +52,7 @@ class ImageOptions(ModelOptions):
     """Folder for the images and manifest.jsonl."""
     guidance_scale: float | None = None
     """Embedded guidance scale; default: the model's."""
-    schedule: Literal["code", "paper"] | None = None
+    schedule: Literal["code", "paper", "even"] | None = None
     """List of times; default: the model's."""
     timesteps: tuple[float, ...] | None = None
     """Angles from about 1.57 to 0, steps + 1 of them, instead of a schedule."""
@@ -108,7 +108,7 @@ class ExportOptions(ModelOptions):
     """Pixels, a multiple of 32; default: the model's."""
     width: int | None = None
     """Pixels, a multiple of 32; default: the model's."""
-    schedule: Literal["code", "paper"] | None = None
+    schedule: Literal["code", "paper", "even"] | None = None
     """List of times that is used by default; default: the model's."""
     batch_sizes: tuple[int, ...] | None = None
     """Images generated at a time, a program for each; default: the model's."""

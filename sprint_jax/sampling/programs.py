@@ -56,12 +56,24 @@ def student_latents(
 ) -> jax.Array:
     """Generate latents [B, h, w, c] at unit scale in few steps. Traced.
 
+    A network with a second time jumps from each time to the next, without noise between them;
+    another one denoises and renoises (`samplers.scm`).
+
     guidance: scalar that the student is conditioned on. times: angles of `samplers.scm_times`.
     draws: [steps, B, h, w, c] unit-variance noise. start: latents to start from, None for noise
     alone.
     """
     count = draws.shape[1]
     w = jnp.full((count,), guidance) if model.guidance_embed else None
+    if model.target_embed:
+
+        def F(u, t, r):
+            x, s = trigflow.to_flow_state(u, t), trigflow.to_flow_time(t)
+            target = trigflow.to_flow_time(r)
+            v = model.apply(params, x, s, guidance=w, target=target, **cond).velocity
+            return trigflow.from_flow_velocity(v, x, s)
+
+        return samplers.jumps(F, draws[0], times, start=start)
     v = lambda x, t: model.apply(params, x, t, guidance=w, **cond).velocity
     return samplers.scm(trigflow.from_flow(v), draws[0], draws[1:], times, start=start)
 

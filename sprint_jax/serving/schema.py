@@ -21,7 +21,7 @@ from sprint_jax.serving import uploads
 from sprint_jax.serving.refused import Refused
 from sprint_jax.storage import image_files
 
-SCHEDULES = ("code", "paper")
+SCHEDULES = ("code", "paper", "even")
 _MOST_SEED = 2**31 - 1
 _MOST_GUIDANCE = 20
 _MOST_CONTROL = 2

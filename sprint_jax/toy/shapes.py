@@ -58,7 +58,7 @@ _KINDS = ("shape", "color", "count", "relation")
 _KIND_CUMULATIVE = (0.06, 0.18, 0.42, 1.0)
 _BACKGROUND_PROBABILITY = 0.3
 # The independent random streams of one (seed, index).
-STREAMS = ("example", "anywhere", "sketch", "choice")
+STREAMS = ("example", "anywhere", "sketch", "choice", "arrangement")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +191,11 @@ def example(
     background = caption.background
     objects = _place(rng, caption, background, anywhere)
     return Example(render(objects, background, size), caption.text(), caption, objects)
+
+
+def arrange(caption: Caption, index: int) -> tuple[Object, ...]:
+    """Draw the objects of a caption as the images of training show them, by an index alone."""
+    return _place(stream(0, index, "train", "arrangement"), caption, caption.background, False)
 
 
 def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:

@@ -1,9 +1,11 @@
 """Training data: batches, held-out examples, and decoding latents to images.
 
-Two kinds of data sets share one interface: `Shapes` draws the embedded data as they are needed,
-`EncodedData` reads a folder that `sprint-jax encode` made. `open_dataset` chooses.
+Three kinds of data sets share one interface: `Shapes` draws the embedded data as they are needed,
+`EncodedData` reads a folder that `sprint-jax encode` made, and `Prompts` reads a file of prompts
+for objectives that need no images. `open_dataset` chooses.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -18,14 +20,15 @@ import safetensors.numpy
 from sprint_jax import build
 from sprint_jax import config as config_lib
 from sprint_jax.conditioning import sketches
-from sprint_jax.data import batches, encoded, prefetch, shapes_batches
+from sprint_jax.data import batches, encoded, prefetch, prompts_data, shapes_batches
+from sprint_jax.data.order import Order
 from sprint_jax.encoders import load as encoders
 from sprint_jax.encoders.pixels import EmbeddedPixels, PixelCodec
 from sprint_jax.encoders.text import EmbeddedText, TextEncoder
 from sprint_jax.errors import UserError
 from sprint_jax.objectives import rollouts
 from sprint_jax.objectives.base import Batch, Frozen
-from sprint_jax.sampling import loading
+from sprint_jax.sampling import loading, prompt_files
 from sprint_jax.storage import digests
 from sprint_jax.toy import freehand, shapes
 
@@ -41,8 +44,8 @@ class Heldout:
     captions: N texts.
     cond: conditions under the names of a network's `apply`: features "text" [N, L, D] and "mask"
       [N, L], with a ControlNet "control" [N, h, w, c] and "control_scale" [N], all 1.
-    images: uint8 [N, H, W, 3].
-    reference: real images for the Fréchet distance, uint8 [M, H, W, 3].
+    images: uint8 [N, H, W, 3]; None where the data are prompts alone.
+    reference: real images for the Fréchet distance, uint8 [M, H, W, 3]; None as `images`.
     meanings: of the captions, for the checker of shapes; None for other data.
     sketches: what "control" shows, uint8 [N, H, W]; None without a ControlNet.
     edges: uint8 [N, H, W], reference edges for the agreement score: the sketches, or the edges of
@@ -51,8 +54,8 @@ class Heldout:
 
     captions: list[str]
     cond: dict[str, np.ndarray]
-    images: np.ndarray
-    reference: np.ndarray
+    images: np.ndarray | None
+    reference: np.ndarray | None
     meanings: list[shapes.Caption] | None
     sketches: np.ndarray | None
     edges: np.ndarray | None
@@ -118,6 +121,8 @@ def abstract_phase_batch(c: config_lib.Config, phase: config_lib.Phase) -> dict:
 
 def open_dataset(c: config_lib.Config, say: Say) -> Dataset:
     """Open the data set of a config. Raises UserError where it does not fit."""
+    if c.data.prompts:
+        return Prompts(c, say)
     return EncodedData(c, say) if c.data.encoded else Shapes(c)
 
 
@@ -390,6 +395,89 @@ class EncodedData:
             for i in range(0, len(padded), part)
         ]
         return np.concatenate(made)[: len(latents)]
+
+
+class Prompts:
+    """Prompts of a file, for objectives that roll a teacher out and need no images.
+
+    Latents of a batch are zeros, which say the size alone.
+    """
+
+    def __init__(self, c: config_lib.Config, say: Say):
+        self._c, path = c, pathlib.Path(c.data.prompts)
+        try:
+            self._captions = [prompt.text for prompt in prompt_files.read(path)]
+        except UserError as error:
+            raise UserError(str(error).replace("--prompts=", "config.data.prompts=")) from None
+        self.sizes = [build.latent_shape(c)[:2]]
+        listed = digests.hash_text("\n".join(self._captions))[:16]
+        self.identity = f"{len(self._captions)} prompts, {listed}"
+        self.pixels_params: Any = {}
+        if c.text.vocabulary == "gemma":
+            dtype = loading.default_dtype()
+            found = encoders.load(c.data.model, dtype=dtype, pixels_dtype=dtype, say=say)
+            self._text: TextEncoder = found.text
+            self.pixels: PixelCodec | None = found.pixels
+            self.pixels_params = found.params["pixels"]
+            params: Any = found.params["text"]
+        else:
+            self.pixels, self._text, _ = embedded(c)
+            params = None
+        text, mask = prompts_data.null_features(self._text, params)
+        self.frozen = Frozen(null_text=text, null_mask=mask, text_encoder=params)
+        prompts_data.check(self._text, self._captions, path)
+        if len(self._captions) < c.evaluation.prompts:
+            raise UserError(
+                f"config.data.prompts={path} has {len(self._captions)} prompts and "
+                f"config.evaluation.prompts is {c.evaluation.prompts}: lower it, or give more"
+            )
+
+    def batches(self, batch: int, start: int, stop: int, process: int, processes: int) -> Any:
+        """Return a context and iterator of this process's rows of the batches start .. stop - 1:
+        token ids, or features of the embedded encoders, and their mask.
+        """
+        order = Order(len(self._captions), self._c.data.seed)
+
+        def make(step: int) -> dict[str, np.ndarray]:
+            rows = order.rows(step, batch, process, processes)
+            return prompts_data.arrays(self._text, [self._captions[i] for i in rows])
+
+        return prefetch.Prefetch(make, start, stop)
+
+    def prepare(self, frozen: Frozen, batch: Batch) -> Batch:
+        """Encode token ids inside the compiled step, and say the size of latents by zeros."""
+        rows = dict(batch)
+        if "tokens" in rows:
+            arrays = {"tokens": rows.pop("tokens"), "mask": rows.pop("mask")}
+            text, mask = self._text.features(frozen.text_encoder, arrays)
+            rows |= {"text": text.astype(jnp.float32), "mask": mask}
+        if "latent" not in rows:
+            shape = (len(rows["mask"]), *build.latent_shape(self._c))
+            rows["latent"] = jnp.zeros(shape, jnp.float32)
+        return rows
+
+    def heldout(self, count: int, reference: int) -> Heldout:
+        """Return the first prompts. They are trained on as well: there are no images to learn."""
+        captions = self._captions[:count]
+        rows = prompts_data.arrays(self._text, captions)
+        ready = jax.jit(self.prepare)(self.frozen, rows)
+        meanings = None
+        if self._c.text.vocabulary == "shapes":
+            with contextlib.suppress(ValueError):
+                meanings = [shapes.parse(caption) for caption in captions]
+        return Heldout(
+            captions=captions,
+            cond={name: np.asarray(ready[name]) for name in ("text", "mask")},
+            images=None,
+            reference=None,
+            meanings=meanings,
+            sketches=None,
+            edges=None,
+        )
+
+    def freehand(self, count: int, reference: int) -> Heldout | None:
+        """Return None: there are no sketches."""
+        return None
 
 
 def _check_manifest(c, manifest):

@@ -69,8 +69,10 @@ def _score(job, teacher, student):
     e = job.config.evaluation
     heldout = job.data.heldout(e.prompts, e.reference)
     evaluator = Evaluator(heldout)
-    results, grids = {"real": evaluator(heldout.images)}, {"real": heldout.images}
-    if heldout.edges is not None:
+    results, grids = {}, {}
+    if heldout.images is not None:
+        results, grids = {"real": evaluator(heldout.images)}, {"real": heldout.images}
+    if heldout.edges is not None and heldout.images is not None:
         # Chance level: the right images, each held against the sketch of the next prompt.
         results["mismatched"] = evaluator(np.roll(heldout.images, 1, 0))
         grids["control"] = sketches.to_rgb(heldout.sketches)
@@ -213,23 +215,25 @@ def _summary(results, begin):
         "device": jax.devices()[0].device_kind,
         "scores": {name: r["score"] for name, r in results.items() if "score" in r},
         "tasks": {name: r["tasks"] for name, r in results.items() if "tasks" in r},
-        "frechet": {name: r["frechet"] for name, r in results.items()},
+        "frechet": {name: r["frechet"] for name, r in results.items() if "frechet" in r},
         "agreement": {name: r["agreement"] for name, r in results.items() if "agreement" in r},
     }
 
 
 def _table(summary):
     """Format scores, where the data have a checker, and distances: a line each."""
-    tasks = list(summary["tasks"].get("real", ()))
+    tasks = list(next(iter(summary["tasks"].values()), ()))
     columns = ["overall", *tasks] if tasks else []
     agreement = summary["agreement"]
-    heads = (*columns, "Frechet", *(["edges"] if agreement else []))
+    frechet = summary["frechet"]
+    heads = (*columns, *(["Frechet"] if frechet else []), *(["edges"] if agreement else []))
     lines = ["", f"{'':18}" + "".join(f"{t.replace('_', ' '):>20}" for t in heads)]
-    for name, distance in summary["frechet"].items():
+    for name in frechet or summary["scores"]:
         shares = []
         if tasks:
             shares = [summary["scores"][name]]
             shares += [summary["tasks"][name].get(t, np.nan) for t in tasks]
-        row = f"{name:18}" + "".join(f"{100 * s:19.1f}%" for s in shares) + f"{distance:20.4f}"
+        row = f"{name:18}" + "".join(f"{100 * s:19.1f}%" for s in shares)
+        row += f"{frechet[name]:20.4f}" if frechet else ""
         lines.append(row + (f"{100 * agreement[name]:19.1f}%" if agreement else ""))
     return "\n".join(lines) + "\n"
