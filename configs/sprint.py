@@ -216,6 +216,7 @@ def _repair(config):
         hop_ratio=0.5,
         hop_c=0.03,
         anchor_share=0.5,
+        anchor_weight=3.0,
         anchor_trim=0.1,
     )
     del config.phases.sprint

@@ -107,5 +107,5 @@ def term(
     scalars = {"eulerian": per_sample.mean()} | {k: a.mean() for k, a in found.items()}
     return per_sample, Aux(
         scalars=scalars,
-        by_time=by_time(where.t, trigflow.T_MAX, {"eulerian": per_sample} | found),
+        by_time=by_time(where.t, trigflow.T_MAX, {"map": per_sample} | found),
     )

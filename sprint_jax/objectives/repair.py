@@ -1,7 +1,7 @@
 """Repair: one step learns from what the student that the phase began with makes of its renoised
 image, and stays near the teacher's rollouts; see `diffusion.repair`.
 
-    L = d_token(f(z, 1) - y_H)  +  p trim(d(f(z', 1) - x_end)) + (1 - p) d(f(x_j, t_j) - x_end)
+    L = d_token(f(z, 1) - y_H)  +  a [p trim(d(f(z', 1) - x_end)) + (1 - p) d(f(x_j, t_j) - x_end)]
 
 The second part is the anchor, a regression on rollouts (`objectives.rollouts`) of a share of the
 batch, in which the error from the noise counts only where it is small already.
@@ -36,6 +36,8 @@ class Repair(rollouts.PointTerm):
     """Root mean square error of a token above which its gradient grows no further."""
     anchor_share: float
     """Rollouts of the anchor for each sample of the batch."""
+    anchor_weight: float
+    """a: weight of the anchor. It holds the spread of the images, which hops make narrower."""
     anchor_trim: float
     """Mean square error below which a rollout counts from its noise."""
 
@@ -51,6 +53,8 @@ class Repair(rollouts.PointTerm):
             yield "hop_ratio", "use a ratio in (0, 1]"
         if not self.hop_c > 0:
             yield "hop_c", "use a number above 0"
+        if not self.anchor_weight > 0:
+            yield "anchor_weight", "use a number above 0"
         if not 0 < self.anchor_share <= 1:
             yield "anchor_share", "use a share in (0, 1]"
 
@@ -112,7 +116,7 @@ def _loss(
     repaired = distances.token_huber(e, settings.hop_c)
     anchor, aux = _anchor(settings, anchored - at.end, at)
     scalars = {"repair": repaired.mean(), "repair_error": distances.square(e).mean()}
-    return repaired.mean() + anchor.mean(), Aux(scalars=scalars | aux)
+    return repaired.mean() + settings.anchor_weight * anchor.mean(), Aux(scalars=scalars | aux)
 
 
 def _anchor(

@@ -1,7 +1,8 @@
 """Rollouts of the guided teacher as training data: made in the update, or read from storage.
 
 An update sees points of rollouts: a state x at its time t, and the end of its rollout. Along an ODE
-trajectories do not cross, so whoever maps every point to its end is the consistency function.
+trajectories do not cross, so the function that maps
+every point to its end is the consistency function.
 
     p d(f(z, 1) - x_end) + (1 - p) d(f(x_j, t_j) - x_end),   f(x, t) = x - t v(x, t)
 

@@ -184,5 +184,5 @@ def regressed(settings: TwoTimes, e: jax.Array, where: At) -> tuple[jax.Array, A
         "diagonal_error": jnp.where(where.diagonal, error, 0).mean() / share,
     }
     return distances.pseudo_huber(e, settings.distance_c), Aux(
-        scalars=scalars, by_time=by_time(where.t, trigflow.T_MAX, {"error": error})
+        scalars=scalars, by_time=by_time(where.t, trigflow.T_MAX, {"map": error})
     )

@@ -121,7 +121,7 @@ def _render(run_dir: pathlib.Path) -> str:
     if config is None:
         raise UserError(f"{run_dir} has no {run_files.CONFIG}: give the --workdir of a run")
     summary = _json(run_dir / run_files.SUMMARY)
-    phases = rows.read(run_dir)
+    phases, parts = rows.read(run_dir), _json(run_dir / run_files.PHASES)
     grids = [(run_dir / f"{name}.png", caption) for name, caption in _GRIDS.items()]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
@@ -135,6 +135,7 @@ def _render(run_dir: pathlib.Path) -> str:
         facts=_facts(config, summary, phases),
         grids=[_image(run_dir, path, caption) for path, caption in grids if path.exists()],
         scores=_scores(summary) if summary and summary.get("frechet") else None,
+        parts=_parts(parts or {}),
         phases=[_phase(run_dir, config, name, found) for name, found in phases.items()],
         config=json.dumps(config, indent=2),
     )
@@ -172,6 +173,17 @@ def _facts(config, summary, phases) -> dict[str, str]:
             "commit": summary["commit"],
         }
     return facts
+
+
+def _parts(parts) -> dict[str, tuple[str, str]]:
+    """Return {part: (minutes, what the student drew right after it)}."""
+    return {
+        name: (
+            f"{part['seconds'] / 60:.1f}",
+            f"{100 * part['score']:.1f} %" if "score" in part else "",
+        )
+        for name, part in parts.items()
+    }
 
 
 def _progress(config, name, found) -> str:

@@ -55,9 +55,10 @@ def timed(rows: Sequence[Row]) -> list[str]:
 def top(rows: Sequence[Row]) -> float:
     """Return where the times of these rows end.
 
-    That is π/2, TrigFlow's angle of noise, for sCM, and 1, its flow time, for flow matching.
+    That is π/2, TrigFlow's angle of noise, for sCM and flow maps, and 1, its flow time, for flow
+    matching and regression.
     """
-    return math.pi / 2 if "scm" in timed(rows) else 1.0
+    return math.pi / 2 if {"scm", "map"}.intersection(timed(rows)) else 1.0
 
 
 def by_time(rows: Sequence[Row], name: str, top: float) -> tuple[list[float], list[float]]:

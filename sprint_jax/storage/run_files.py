@@ -3,3 +3,4 @@
 CONFIG, SUMMARY = "config.json", "summary.json"
 TEACHER, CONTROL, STUDENT = "teacher.safetensors", "controlnet.safetensors", "student.safetensors"
 METRICS, REPORT, PREVIEWS = "metrics.jsonl", "report.html", "previews"
+PHASES, PAIRS = "phases.json", "pairs"

@@ -22,10 +22,11 @@ from sprint_jax.data.protocols import Batch
 from sprint_jax.errors import UserError
 from sprint_jax.objectives import guided, rollouts
 from sprint_jax.objectives.base import Frozen, Networks, PyTree
+from sprint_jax.storage import run_files
 from sprint_jax.training import hosts, sharding, stages
 from sprint_jax.training.stage import Say, Stage
 
-FOLDER = "pairs"
+FOLDER = run_files.PAIRS
 SHARD = 1024  # rollouts, rounded to whole batches
 _CAPTIONS = ("mask", "text", "tokens", "control")
 
@@ -33,14 +34,12 @@ _CAPTIONS = ("mask", "text", "tokens", "control")
 def feed(
     stage: Stage, c: config_lib.Config, data: Any, teacher: PyTree, workdir: pathlib.Path, say: Say
 ) -> Stage:
-    """Return a stage whose batches are stored rollouts, if its objective reads them; make those
-    that are missing.
+    """Return a stage whose batches are stored rollouts; make those that are missing.
 
-    data: the data set of the run, whose captions they are of. Raises UserError for a disk that is
-    too small, rollouts of something else, and rollouts that are not finite.
+    stage: of an objective that reads them. data: the data set of the run, whose captions they are
+    of. Raises UserError for a disk that is too small, rollouts of something else, and rollouts that
+    are not finite.
     """
-    if not c.phases[stage.name].objective.needs().stored:
-        return stage
     if len(data.sizes) > 1:
         shown = ", ".join(f"{height}x{width}" for height, width in data.sizes)
         raise UserError(

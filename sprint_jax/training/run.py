@@ -22,6 +22,7 @@ from sprint_jax.objectives.base import PyTree
 from sprint_jax.reporting import page
 from sprint_jax.storage import files, json_files, run_files, trees, weights
 from sprint_jax.training import datasets, hosts, loop, pairs, scores, sharding, stages, workdirs
+from sprint_jax.training.costs import Costs
 from sprint_jax.training.records import Records
 from sprint_jax.training.stage import Say, silent
 
@@ -46,6 +47,7 @@ class Job:
     mesh: jax.sharding.Mesh
     data: Any
     records: Records
+    costs: Costs
     say: Say
 
 
@@ -70,11 +72,13 @@ def run(config: config_lib.Config, workdir: pathlib.Path | str, say: Say = _say)
                 mesh=mesh,
                 data=datasets.open_dataset(config, say),
                 records=records,
+                costs=Costs(workdir if primary else None),
                 say=say,
             )
             teacher = distilled_teacher(job)
             student = trained(job, "student", teacher=teacher)
-            summary = scores.evaluate(job, teacher, student, begin)
+            with job.costs.measure("evaluation"):
+                summary = scores.evaluate(job, teacher, student, begin)
         finally:
             records.close()
         if primary:
@@ -166,9 +170,15 @@ def trained(job: Job, network: str, *, teacher: PyTree = None, begin: PyTree = N
         return weights.load(job.workdir / file, weights.abstract(model))
     for name in names:
         stage = stages.make(c, name, job.data, teacher=teacher, begin=begin)
-        stage = pairs.feed(stage, c, job.data, teacher, job.workdir, job.say)
-        final = loop.train(stage, c.run, job.mesh, job.workdir, job.records, job.say)
+        if c.phases[name].objective.needs().stored:
+            with job.costs.measure(run_files.PAIRS):
+                stage = pairs.feed(stage, c, job.data, teacher, job.workdir, job.say)
+        with job.costs.measure(name):
+            final = loop.train(stage, c.run, job.mesh, job.workdir, job.records, job.say)
         begin = stage.result(final)
+        if network == "student" and (score := scores.glance(job, begin)) is not None:
+            job.say(f"{name}: {score:.1%} of the prompts in one step")
+            job.costs.note(name, score=score)
     return _keep(job, file, begin)
 
 

@@ -17,6 +17,7 @@ from sprint_jax.diffusion import samplers
 from sprint_jax.evaluation.heldout import Evaluator
 from sprint_jax.sampling import programs
 from sprint_jax.storage import image_files, json_files, revision, run_files
+from sprint_jax.toy import checker
 from sprint_jax.training import hosts
 
 STUDENT_STEPS = (1, 2, 4)
@@ -62,6 +63,35 @@ def evaluate(job: Any, teacher: Any, student: Any, begin: float) -> dict:
         if results:
             job.say(_table(summary))
     return summary
+
+
+def glance(job: Any, student: Any) -> float | None:
+    """Return the share of right one-step images of a student on the run's prompts, between phases;
+    None for data without a checker.
+
+    student: its parameters, placed for training.
+    """
+    config, data, e = job.config, job.data, job.config.evaluation
+    if data.pixels is None or config.text.vocabulary != "shapes":
+        return None
+    params = hosts.to_host(student)
+    heldout = data.heldout(e.prompts, 2)
+    if heldout.meanings is None:
+        return None
+    times = samplers.scm_times(1, e.schedule)
+    sampler = programs.student_sampler(
+        build.student(config), data.pixels, build.latent_shape(config), times
+    )
+    images = programs.run(
+        sampler,
+        {"transformer": params, "pixels": data.pixels_params},
+        programs.null_of(data.frozen),
+        heldout.cond,
+        guidance=e.student_guidance,
+        seed=config.data.eval_seed,
+        batch=e.batch,
+    )
+    return checker.score(images, heldout.meanings)[0]
 
 
 def _score(job, teacher, student):

@@ -91,6 +91,7 @@ IMAGE = (32, 32, 3)  # of the default card
 ELSEWHERE = {
     "data.encoded",
     "data.model",
+    "data.prompts",
     "data.workers",
     "data.max_bad",
     "mesh.data",
@@ -358,7 +359,7 @@ def test_values_that_do_not_go_together_are_named(changes, words):
         ("phases.sprint.optimizers.student.lr", False, "use a number"),
         ("phases.sprint.optimizers.student", 3, "give a section with keys"),
         ("phases.sprint.optimizers", 3, "use a section with keys"),
-        ("phases.sprint.objective", 3, "repair, scm, ladd, scm_ladd, or module:Class"),
+        ("phases.sprint.objective", 3, "lagrangian, semigroup, or module:Class"),
         ("phases.sprint", 3, "give a section with keys"),
         ("phases", [3], "use a section with keys"),
         ("order", "sprint", "use a list, each a text"),

@@ -29,7 +29,7 @@ ROUTE = dict(stored=0,
 REGRESSION = Regression(kind="regression", from_noise=0.7, **ROUTE)
 REPAIR = Repair(
     kind="repair", from_noise=0.6, hops=2, hop_from=(0.6, 0.8), hop_ratio=0.5, hop_c=0.03,
-    anchor_share=0.25, anchor_trim=0.1, **ROUTE,
+    anchor_share=0.25, anchor_weight=3.0, anchor_trim=0.1, **ROUTE,
 )  # fmt: skip
 BOTH = (REGRESSION, REPAIR)
 SGD = {"student": optax.sgd(1.0)}
@@ -164,7 +164,7 @@ def test_repair_is_the_hops_and_the_anchor():
     noise, within = (distances.token_huber(e, 0.1) for e in errors)
     kept = distances.square(errors[0]) < 0.1
     anchor = (0.6 * noise * kept + 0.4 * within).mean()
-    np.testing.assert_allclose(report.scalars["loss"], repaired + anchor, rtol=2e-5)
+    np.testing.assert_allclose(report.scalars["loss"], repaired + 3 * anchor, rtol=2e-5)
     assert report.scalars["anchor_kept"] == kept.mean()
 
 
@@ -269,6 +269,7 @@ def test_repair_begins_with_what_the_phase_before_made():
         (dict(hop_ratio=0.0), "hop_ratio"),
         (dict(hop_c=-1.0), "hop_c"),
         (dict(anchor_share=0.0), "anchor_share"),
+        (dict(anchor_weight=0.0), "anchor_weight"),
         (dict(guidance=()), "guidance"),
     ],
 )
