@@ -1,6 +1,6 @@
 """Measure time and memory of one generator and discriminator step of a card on one device.
 
-    python -m benchmarks.pair [--preset=shapes] [--batch=N] [--remat=none|block|cheap]
+    python -m benchmarks.pair [--preset=sprint] [--batch=N] [--remat=none|block|cheap]
 
 Parameters and batches are random, so `sana_600m` and `sana_1600m` need no weights.
 """
@@ -22,7 +22,7 @@ REPEATS = 9
 def main() -> None:
     """Compile, time and print both steps."""
     parser = options_lib.parser(__doc__)
-    parser.add_argument("--preset", default="shapes")
+    parser.add_argument("--preset", default="sprint")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--remat")
     options = parser.parse_args()

@@ -1,16 +1,27 @@
-"""SANA-Sprint end to end: the embedded data, and the published recipe.
+"""Few-step students end to end: the embedded data, and the published recipes.
 
     python -m sprint_jax.main --config=configs/sprint.py            the default, `shapes`
-    python -m sprint_jax.main --config=configs/sprint.py:smoke      the same pipeline in a minute
+    python -m sprint_jax.main --config=configs/sprint.py:sprint     SANA-Sprint on the same data
+    python -m sprint_jax.main --config=configs/sprint.py:smoke      every phase in a minute
 
 Presets
-  shapes          2 CPU cores. Distills the shipped teacher into a 1-4 step student, scores both.
-  repair          The same teacher, distilled by regression on its rollouts, then by repair.
-  shapes_teacher  The recipe of the shipped teacher: trains it from nothing, then does the rest.
-  smoke           Every phase cut down to seconds.
-  shapes_64       Images of 64 px and a larger network, whose teacher it trains first: an hour and
-                  a half on two CPU cores.
-  emoji           Captioned emoji at 64 px, read from a folder that `sprint-jax encode` made.
+  shapes          2 CPU cores. Makes a 1-4 step student of the shipped teacher by regression on its
+                  rollouts, then by repair of what blends in one step, and scores both.
+  sprint          The same teacher and data by SANA-Sprint: sCM + LADD.
+  shapes_teacher  The recipe of the shipped teacher: trains it from nothing, then as `shapes`.
+  smoke           Teacher and SANA-Sprint, cut down to seconds.
+  shapes_64       As `shapes`, with images of 64 px and a larger network, whose teacher it trains
+                  first: an hour and a half on two CPU cores.
+  emoji           SANA-Sprint on captioned emoji at 64 px, read from a folder that
+                  `sprint-jax encode` made.
+  sana_600m_tbcm  Prompts alone, no images: TBCM on rollouts of a published teacher. Give a file of
+                  prompts, the folder with the text encoder and the teacher:
+
+    python -m sprint_jax.main --config=configs/sprint.py:sana_600m_tbcm \\
+        --config.data.prompts=PROMPTS.txt --config.data.model=SANA_SPRINT_FOLDER \\
+        --config.teacher.pretrained=TEACHER_FOLDER --workdir=SHARED_DIR
+
+  sana_600m_cmt   The same after 5 000 updates of CMT, which bring a teacher near its student first.
   sana_600m, sana_1600m
                   The paper's second phase: 20 000 updates of 512 samples, alternating between
                   generator and discriminator. It needs a teacher of that size (published, or
@@ -30,7 +41,7 @@ are predicted, before anything is started, by
 By its arithmetic 20 000 updates take 28 H200 hours (600M) and 82 (1600M) at full speed, 69 and 205
 at 40 % of it; docs/results/plan.md has the tables.
 
-Any key can be changed on the command line: --config.phases.sprint.steps=400. docs/results/ has the
+Any key can be changed on the command line: --config.phases.repair.steps=400. docs/results/ has the
 measured results.
 """
 
@@ -42,13 +53,15 @@ from sprint_jax.errors import UserError
 
 PRESETS = (
     "shapes",
+    "sprint",
     "shapes_teacher",
-    "repair",
     "smoke",
     "shapes_64",
     "emoji",
     "sana_600m",
     "sana_1600m",
+    "sana_600m_tbcm",
+    "sana_600m_cmt",
 )
 
 
@@ -57,22 +70,25 @@ def get_config(preset: str = "shapes") -> Any:
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
     if preset.startswith("sana_"):
-        return sana(preset)
-    config = _shapes()
-    if preset == "shapes_teacher":
-        config.teacher.pretrained = ""
-    elif preset == "repair":
-        _repair(config)
-    elif preset == "smoke":
-        _smoke(config)
-    elif preset == "shapes_64":
-        _shapes_64(config)
-    elif preset == "emoji":
-        _emoji(config)
+        return _sana_prompts(preset) if preset.count("_") > 1 else sana(preset)
+    config = _embedded()
+    match preset:
+        case "shapes":
+            follow_rollouts(config)
+        case "shapes_teacher":
+            config.teacher.pretrained = ""
+            follow_rollouts(config)
+        case "smoke":
+            _smoke(config)
+        case "shapes_64":
+            _shapes_64(config)
+        case "emoji":
+            _emoji(config)
     return config
 
 
-def _shapes() -> Any:
+def _embedded() -> Any:
+    """Return SANA-Sprint on the embedded data."""
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.data = dict(
@@ -192,11 +208,9 @@ def _shapes() -> Any:
     return config
 
 
-def _repair(config):
-    """Replace sCM + LADD by regression on the teacher's rollouts, and repair of its blends."""
-    phase = dict(network="student", batch=64, accumulate=1, ema=0.99)
-    student = config.phases.sprint.optimizers.student.to_dict()
-    shared = dict(
+def rollouts(**values: Any) -> dict[str, Any]:
+    """Return settings of objectives on rollouts of the embedded teacher."""
+    return dict(
         guidance=(1.5,),
         uncond_mask="cond",
         control_dropout=0.1,
@@ -206,7 +220,13 @@ def _repair(config):
         route_order=2,
         route_shift=2.0,
         distance_c=0.1,
-    )
+    ) | dict(values)
+
+
+def follow_rollouts(config: Any) -> None:
+    """Replace SANA-Sprint by regression on the teacher's rollouts, and repair of its blends."""
+    student = config.phases.sprint.optimizers.student.to_dict()
+    phase = dict(network="student", batch=64, accumulate=1, ema=0.99)
     regression = dict(kind="regression", from_noise=0.7)
     repair = dict(
         kind="repair",
@@ -221,13 +241,13 @@ def _repair(config):
     )
     del config.phases.sprint
     config.phases.regression = phase | dict(
-        seed=1, steps=450, optimizers=dict(student=dict(student)), objective=shared | regression
+        seed=1,
+        steps=450,
+        optimizers=dict(student=dict(student)),
+        objective=rollouts(**regression),
     )
     config.phases.repair = phase | dict(
-        seed=2,
-        steps=600,
-        optimizers=dict(student=dict(student)),
-        objective=shared | repair,
+        seed=2, steps=600, optimizers=dict(student=dict(student)), objective=rollouts(**repair)
     )
     config.order = ("teacher", "finetune", "control", "regression", "repair")
     config.evaluation.update(prompts=768, split="final")
@@ -273,8 +293,7 @@ def _shapes_64(config):
     config.model.update(width=192, depth=8, heads=6, cross_heads=3, mlp_ratio=2.5, unroll=8)
     config.teacher.pretrained = ""
     config.phases.teacher.steps = 3600
-    config.phases.sprint.steps = 3600
-    config.phases.sprint.objective.head_blocks = (1, 3, 5, 7)
+    follow_rollouts(config)
 
 
 def _emoji(config):
@@ -411,6 +430,60 @@ def sana(preset: str) -> Any:
         max_rejected=100,
         quick_compile=False,
     )
+    return config
+
+
+def _sana_prompts(preset):
+    """Return TBCM at the published size, as in its released file, perhaps after CMT.
+
+    Rates, warm-up and times are those of the released 600M file: one prompt on each of 32 devices,
+    15 states each. CMT is this project's choice.
+    """
+    config = sana("sana_600m")
+    config.data.update(encoded="", prompts="prompts.txt", model="models/sana_sprint", workers=0)
+    sprint = config.phases.sprint.objective
+    shared = dict(
+        guidance=sprint.guidance,
+        uncond_mask="cond",
+        control_dropout=0.0,
+        logvar_start=0.0,
+        route_steps=16,
+    )
+    phase = dict(network="student", batch=32, accumulate=1, ema=0.0)
+    student = came(lr=1e-5, reference_batch=0, warmup=5000)
+    tbcm = dict(
+        kind="tbcm",
+        route_order=1,
+        route_shift=2.5,
+        route_jitter=True,
+        tangent_warmup=4000,
+        tangent_final=0.75,
+        tangent_final_start=15000,
+        tangent_final_steps=2000,
+        tangent_normalize=True,
+        weighting="code",
+        logvar_gradient="network",
+    )
+    cmt = dict(
+        kind="cmt",
+        stored=0,
+        route_order=2,
+        route_shift=6.25,
+        distance_c=0.03,
+        pairs="ends",
+    )
+    del config.phases.sprint
+    config.phases.cmt = phase | dict(
+        seed=1,
+        steps=5000 if preset == "sana_600m_cmt" else 0,
+        optimizers=dict(student=came(lr=1e-5, reference_batch=0, warmup=500)),
+        objective=shared | cmt,
+    )
+    config.phases.tbcm = phase | dict(
+        seed=2, steps=20000, optimizers=dict(student=student), objective=shared | tbcm
+    )
+    config.order = ("teacher", "finetune", "control", "cmt", "tbcm")
+    config.evaluation.update(reference=2)
     return config
 
 

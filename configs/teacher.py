@@ -33,7 +33,9 @@ def get_config(preset: str = "shapes") -> Any:
         raise UserError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
     config = sprint.get_config(preset)
     config.teacher.pretrained = ""
-    config.phases.sprint.steps = 0
+    for name in config.order:
+        if config.phases[name].network == "student":
+            config.phases[name].steps = 0
     if preset.startswith("sana_"):
         config.teacher.update(start="models/sana", base_qk_norm=False, base_time_scale=1000.0)
         config.phases.finetune.steps = 5000

@@ -19,8 +19,10 @@ class Options(files.Paths):
 
     run_dir: files.LocalPath = ""
     """Work directory of a run, its --workdir."""
-    stage: str = "sprint"
-    """Phase whose checkpoint is read, a name of the run's config.order."""
+    stage: str | None = None
+    """Phase whose checkpoint is read, a name of the run's config.order; default: the last that has
+    one.
+    """
     to_file: files.LocalPath = ""
     """Safetensors file to write."""
 

@@ -12,17 +12,20 @@ from sprint_jax.training import checkpoints, run, stages
 
 def write(
     run_dir: pathlib.Path,
-    stage: str,
+    stage: str | None,
     to_file: pathlib.Path,
     *,
     say: Callable[[str], object] = print,
 ) -> pathlib.Path:
     """Write the weights of a stage's newest checkpoint as safetensors and return the file.
 
-    A student that is called student.safetensors gets the run's config beside it. Raises UserError
-    as `check_place` and `extract` do.
+    stage: None for the last one that has a checkpoint. A student that is called
+    student.safetensors gets the run's config beside it. Raises UserError as `check_place` and
+    `extract` do.
     """
     c = run.read_config(run_dir)
+    if stage is None:
+        stage = _there(run_dir, c)[-1] if _there(run_dir, c) else c.order[-1]
     phase = c.phases.get(stage)
     student = phase is not None and phase.network == "student"
     drawn = student and to_file.name == run_files.STUDENT
@@ -65,12 +68,17 @@ def _make_folder(to_file: pathlib.Path) -> None:
         ) from None
 
 
+def _there(run_dir: pathlib.Path, c: config_lib.Config) -> list[str]:
+    """Return the phases that have checkpoints, in their order."""
+    return [name for name in c.order if (run_dir / "checkpoints" / name).is_dir()]
+
+
 def extract(run_dir: pathlib.Path, stage: str, c: config_lib.Config) -> tuple[int, Any]:
     """Return (step, parameters as NumPy) of the newest whole checkpoint of a phase.
 
     c: the run's config. Raises UserError if the run has no checkpoint of this phase.
     """
-    there = [name for name in c.order if (run_dir / "checkpoints" / name).is_dir()]
+    there = _there(run_dir, c)
     if stage not in there:
         raise UserError(
             f"{run_dir} has no checkpoint of --stage={stage}: it has "

@@ -50,7 +50,7 @@ def test_every_run_changes_exactly_its_keys(scale):
 
 def test_an_unknown_key_is_refused():
     with pytest.raises(UserError, match="phases.sprint.objective.lamda"):
-        experiments.with_changes(card(preset="shapes"), {"phases.sprint.objective.lamda": 1.0})
+        experiments.with_changes(card(preset="sprint"), {"phases.sprint.objective.lamda": 1.0})
 
 
 def test_the_tables_of_the_paper_are_covered_and_every_run_is_used():
@@ -396,7 +396,7 @@ def test_runs_of_one_structure_share_programs(monkeypatch):
     by_structure = {}
     for r in (r for r in grid.RUNS if r.kind == "distil"):
         for seed in (0, 1):
-            c = experiments.configuration(card(preset="shapes"), grid.TINY, r, seed)
+            c = experiments.configuration(card(preset="sprint"), grid.TINY, r, seed)
             phase, structure = c.phases["sprint"], experiments._structure(c)
             if structure not in by_structure:
                 stage = experiments._stage(c, "sprint", datasets.Abstract(c), True)

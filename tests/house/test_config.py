@@ -49,7 +49,7 @@ def test_every_field_is_read(section):
 
 
 def test_the_unpacked_section_reaches_its_constructor():
-    parsed = config.parse(card(preset="shapes"))
+    parsed = config.parse(card(preset="sprint"))
     for name, value in dataclasses.asdict(parsed.model).items():
         assert getattr(build.student(parsed), name) == value
 
@@ -115,7 +115,7 @@ def test_every_field_of_every_section_is_read(monkeypatch):
     same.
     """
     monkeypatch.setattr(dataclasses, "replace", replace_fields)
-    tree, seen = card("controlnet"), set()
+    tree, seen = card("controlnet", "sprint"), set()
     tree.teacher.update(pretrained="", base_qk_norm=False, base_time_scale=1000.0)
     tree.phases.finetune.steps = 4
     drawn = lambda *_, batch, **others: np.zeros((batch, *IMAGE), np.uint8)
@@ -197,7 +197,7 @@ def test_the_square_root_rule():
 
     Fails when the ratio is inverted and when the root is missing.
     """
-    heads = config.parse(card(preset="shapes")).phases["sprint"].optimizers["heads"]
+    heads = config.parse(card(preset="sprint")).phases["sprint"].optimizers["heads"]
     o = dataclasses.replace(heads, lr=1e-3, reference_batch=256)
     tx = optimizers.make(o, updates=100, batch=1024, rules=came.LINEAR_DIT)
     params = {"w": jnp.ones((3,))}
@@ -206,14 +206,14 @@ def test_the_square_root_rule():
 
 
 def test_shape_that_lacks_a_key():
-    tree = card(preset="shapes").to_dict()
+    tree = card(preset="sprint").to_dict()
     del tree["phases"]["sprint"]["objective"]["max_time"]
     with pytest.raises(UserError, match="config.phases.sprint.objective.max_time is missing"):
         config.parse(tree)
 
 
 def test_unknown_key_names_its_neighbour():
-    tree = card(preset="shapes").to_dict()
+    tree = card(preset="sprint").to_dict()
     tree["phases"]["teacher"]["objective"]["captoin_dropout"] = 0.1
     with pytest.raises(
         UserError,
@@ -297,7 +297,7 @@ def test_unknown_key_names_its_neighbour():
     ],
 )
 def test_values_out_of_range_are_named(path, value):
-    tree = card(preset="shapes").to_dict()
+    tree = card(preset="sprint").to_dict()
     *sections, name = path.split(".")
     section = functools.reduce(dict.__getitem__, sections, tree)
     section[name] = value
@@ -337,7 +337,7 @@ def test_values_out_of_range_are_named(path, value):
     ],
 )
 def test_values_that_do_not_go_together_are_named(changes, words):
-    tree = card(preset="shapes")
+    tree = card(preset="sprint")
     for path, value in changes.items():
         *sections, name = path.split(".")
         functools.reduce(lambda node, part: node[part], sections, tree)[name] = value
@@ -374,7 +374,7 @@ def test_values_of_the_wrong_type_are_one_line(path, value, remedy):
 
     Fails when True counts as a whole number, and when a text counts as a list.
     """
-    tree = card(preset="shapes").to_dict()
+    tree = card(preset="sprint").to_dict()
     *sections, name = path.split(".")
     functools.reduce(dict.__getitem__, sections, tree)[name] = value
     with pytest.raises(UserError) as error:
@@ -412,7 +412,7 @@ def test_values_of_the_wrong_type_are_one_line(path, value, remedy):
 )
 def test_phases_that_cannot_run_are_named(path, value, words):
     """Each is one line, before anything is compiled."""
-    tree = card(preset="shapes").to_dict()
+    tree = card(preset="sprint").to_dict()
     *sections, name = path.split(".")
     section = functools.reduce(dict.__getitem__, sections, tree)
     section[name] = {value: section[name][value]} if name == "optimizers" else value
@@ -425,7 +425,7 @@ def test_a_config_of_version_0_1_names_the_new_keys():
     """Each old key has a new name that exists in today's cards."""
     with pytest.raises(UserError, match="version 0.1, .* is now config.phases.sprint.steps"):
         config.parse({"seed": 0, "sprint": {"steps": 4}})
-    today = weights.flatten(card("controlnet").to_dict())
+    today = weights.flatten(card("controlnet", "sprint").to_dict())
     for old, new in RENAMED.items():
         assert any(f"{key}.".startswith(f"{new}.") for key in today), (old, new)
         assert not any(f"{key}.".startswith(f"{old}.") for key in today), (old, new)
@@ -452,7 +452,7 @@ def test_batches_that_normalize_in_unequal_groups_are_refused():
             return None
 
     for batch in range(2, 65):
-        tree = card(preset="shapes")
+        tree = card(preset="sprint")
         tree.phases.sprint.batch = batch
         holds = normalizes(batch) and normalizes(2 * batch)
         with (
@@ -464,7 +464,7 @@ def test_batches_that_normalize_in_unequal_groups_are_refused():
 
 
 def test_a_controlnet_that_nothing_trains_or_shows_is_named():
-    tree = card(preset="shapes").to_dict()
+    tree = card(preset="sprint").to_dict()
     tree["control"]["depth"] = 3
     with pytest.raises(
         UserError, match="control.pretrained is empty and config.phases.control.steps is 0"
@@ -490,7 +490,8 @@ def test_encoded_images_have_no_rough_sketches():
 
 
 @pytest.mark.parametrize(
-    "preset, share", [("shapes", 0.5), ("smoke", 0.5), ("sana_600m", 0.0), ("sana_1600m", 0.0)]
+    "preset, share",
+    [("shapes", 0.5), ("sprint", 0.5), ("smoke", 0.5), ("sana_600m", 0.0), ("sana_1600m", 0.0)],
 )
 def test_cards_of_the_controlnet_set_the_share(preset, share):
     assert config.parse(card("controlnet", preset)).control.freehand == share

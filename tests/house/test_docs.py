@@ -106,7 +106,7 @@ def test_every_equation_has_its_function():
 @every_page
 def test_config_keys_exist(page):
     """Fails when a key that a page names is renamed."""
-    card = configs.card(preset="shapes").to_dict()
+    card = configs.card(preset="sprint").to_dict()
     for name in set(
         re.findall(r"\bconfig\.((?!py\b|md\b|json\b)[a-z_]+(?:\.[a-z_]+)*)", page.read_text())
     ):
@@ -138,7 +138,7 @@ def test_every_option_and_key_is_explained():
 def test_the_configuration_reference_has_every_key_of_the_default_card():
     """Fails when a section of the configuration is not reached from its root."""
     text = HOOKS.configuration()
-    for section, values in configs.card(preset="shapes").to_dict().items():
+    for section, values in configs.card(preset="sprint").to_dict().items():
         assert f"| `config.{section}" in text
         for key in values if isinstance(values, dict) and section != "phases" else ():
             assert f"| `config.{section}.{key}` |" in text

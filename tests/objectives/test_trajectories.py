@@ -286,7 +286,7 @@ def test_values_out_of_range(changes, field):
 )
 def test_an_anchor_that_parts_cannot_hold_is_refused(changes, words):
     """Before anything is compiled. Fails when a share is not checked against the parts."""
-    tree = card(preset="repair")
+    tree = card(preset="shapes")
     tree.phases.repair.update(changes)
     with pytest.raises(UserError, match=words):
         config.parse(tree)

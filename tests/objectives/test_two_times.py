@@ -407,7 +407,7 @@ def test_values_out_of_range(settings, changes, field):
 
 @pytest.mark.parametrize("settings", [CMT, EULERIAN, LAGRANGIAN, SEMIGROUP], ids=named)
 def test_a_card_without_a_second_time_is_refused(settings):
-    tree = card(preset="repair")
+    tree = card(preset="shapes")
     del tree.phases.repair
     tree.phases.regression.objective = dataclasses.asdict(settings)
     tree.order = ("teacher", "finetune", "control", "regression")

@@ -268,7 +268,7 @@ def test_space_to_depth_is_exact():
 
 def shipped_codec():
     """Return the codec that ships with the package."""
-    return build.codec(config.parse(card(preset="shapes")))
+    return build.codec(config.parse(card(preset="sprint")))
 
 
 def test_shipped_codec_keeps_what_the_checker_reads():

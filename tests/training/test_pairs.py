@@ -24,7 +24,7 @@ STORED, BATCH = 24, 4
 
 def tree(**changes):
     """Return a narrow card whose two student phases read the same stored rollouts."""
-    tree = card(preset="repair")
+    tree = card(preset="shapes")
     tree.model.update(width=16, depth=1, heads=2, cross_heads=2, unroll=1)
     for name in ("regression", "repair"):
         tree.phases[name].batch = BATCH
