@@ -47,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
     c = _common_config(options.runs)
     data: Any = datasets.open_dataset(c, print)
-    phase: Any = c.phases["sprint"]
+    phase: Any = c.phases[config.active(c)[-1]]
     n = options.count
     nets = stages.networks(c, phase)
     teacher = build.teacher_weights(c.teacher.pretrained, nets.teacher)

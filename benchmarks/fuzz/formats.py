@@ -241,7 +241,7 @@ def _read_published(out: pathlib.Path) -> None:
 
 def make_run(out: pathlib.Path) -> None:
     """Write the work directory of a finished run."""
-    tree = card.get_config()
+    tree = card.get_config("sprint")
     tree.model.update(width=16, depth=1, heads=1, cross_heads=1)
     tree.phases.sprint.objective.head_blocks = (0,)
     parsed = config_lib.parse(tree)

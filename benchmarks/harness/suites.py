@@ -28,7 +28,7 @@ def embedded_pair(bench: Bench, change: training.Change = lambda tree: None) -> 
         tree.phases.sprint.batch = 32
         change(tree)
 
-    return training.pair(bench, training.card("shapes", changes))
+    return training.pair(bench, training.card("sprint", changes))
 
 
 def cpu() -> list[Case]:
