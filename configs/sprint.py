@@ -194,6 +194,7 @@ def _embedded() -> Any:
         teacher_guidance=1.5,
         student_guidance=1.5,
         schedule="code",
+        diversity=0,
         reference=1024,
         samples=48,
     )
@@ -250,7 +251,7 @@ def follow_rollouts(config: Any) -> None:
         seed=2, steps=600, optimizers=dict(student=dict(student)), objective=rollouts(**repair)
     )
     config.order = ("teacher", "finetune", "control", "regression", "repair")
-    config.evaluation.update(prompts=768, split="final")
+    config.evaluation.update(prompts=768, split="final", diversity=64)
 
 
 def _adamw(**values):
@@ -294,6 +295,7 @@ def _shapes_64(config):
     config.teacher.pretrained = ""
     config.phases.teacher.steps = 3600
     follow_rollouts(config)
+    config.evaluation.diversity = 0  # the teacher would take minutes
 
 
 def _emoji(config):
@@ -417,6 +419,7 @@ def sana(preset: str) -> Any:
         teacher_guidance=4.5,
         student_guidance=4.5,
         schedule="code",
+        diversity=0,
         reference=64,
         samples=64,
     )

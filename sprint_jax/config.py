@@ -284,6 +284,8 @@ class Evaluation:
     """The scale that the student is conditioned on."""
     schedule: Literal["code", "paper", "even"]
     """Time list of the student; see `diffusion.samplers.scm_times`."""
+    diversity: int
+    """Captions, and noises of each, of the diversity of `shapes`; 0 leaves it out."""
     reference: int
     """Real images behind the Fréchet distance."""
     samples: int
@@ -291,6 +293,8 @@ class Evaluation:
 
     def problems(self) -> Problems:
         """Yield (field, what to use instead) for each value out of range."""
+        if self.diversity < 0:
+            yield "diversity", "use 0 (none) or more"
         for name in ("prompts", "reference"):
             if getattr(self, name) < 2:
                 yield name, "use 2 or more, one image has no covariance"

@@ -1,10 +1,10 @@
 """Diversity of images of `shapes`: in how many arrangements a generator draws one caption.
 
 A caption leaves open where its objects stand and how large they are: the arrangement. Of each
-caption N images from N noises are read; those that are right count. The effective number of
-arrangements is exp(H) with the entropy H of their frequencies: 1 for a generator that always draws
-the same, the number of arrangements for one that draws all alike. A generator that shows fewer than
-its teacher has collapsed, however many of its images are right.
+caption N images from N noises are read; those count that are right and show an arrangement of the
+data. The effective number of arrangements is exp(H) with the entropy H of their frequencies: 1 for
+a generator that always draws the same, the number of arrangements for one that draws all alike. A
+generator that shows fewer than its teacher has collapsed, however many of its images are right.
 """
 
 import functools
@@ -16,9 +16,12 @@ import numpy as np
 
 from sprint_jax.toy import checker, shapes
 
-# The color, shape, place (in eighths of the side) and size of each object, sorted; None where an
-# image is wrong.
-Arrangement: TypeAlias = tuple[tuple, ...] | None
+# The color, shape, place (in eighths of the side) and size of each object, sorted.
+Arrangement: TypeAlias = tuple[tuple, ...]
+# The number of an image's arrangement among those possible; -1 where the image is wrong or shows
+# another.
+Numbers: TypeAlias = np.ndarray
+NONE = -1
 
 _PLACES = 8
 _SIZES = (3 / 32, 4 / 32, 8 / 32)
@@ -29,14 +32,15 @@ def arrangement(objects: Iterable[shapes.Object]) -> Arrangement:
     """Return the arrangement of objects, as drawn or as read."""
     place = lambda part: round(part * _PLACES)
     size = lambda half: int(np.argmin(np.abs(np.subtract(_SIZES, half))))
-    return tuple(sorted((o.color, o.shape, place(o.x), place(o.y), size(o.size)) for o in objects))
+    found = [(str(o.color), str(o.shape), place(o.x), place(o.y), size(o.size)) for o in objects]
+    return tuple(sorted(found))
 
 
 @functools.cache
-def possible(caption: shapes.Caption) -> frozenset[Arrangement]:
-    """Return the arrangements in which the data show a caption."""
+def possible(caption: shapes.Caption) -> tuple[Arrangement, ...]:
+    """Return the arrangements in which the data show a caption, sorted."""
     draws = (shapes.arrange(caption, index) for index in range(_DRAWS))
-    return frozenset(map(arrangement, draws))
+    return tuple(sorted(set(map(arrangement, draws))))
 
 
 def captions(split: str, count: int, *, seed: int) -> list[shapes.Caption]:
@@ -50,58 +54,45 @@ def captions(split: str, count: int, *, seed: int) -> list[shapes.Caption]:
     return list(found.values())
 
 
-def read(
-    images: np.ndarray, asked: Sequence[shapes.Caption], per_caption: int
-) -> list[list[Arrangement]]:
-    """Return the arrangement of each image of each caption.
+def read(images: np.ndarray, asked: Sequence[shapes.Caption]) -> Numbers:
+    """Return the arrangement of each image of each caption, int [captions, N].
 
-    images: uint8 [captions x per_caption, S, S, 3], those of one caption after the other.
+    images: uint8 [captions x N, S, S, 3], those of one caption after the other.
     """
-    found = []
-    for caption, some in zip(asked, np.split(images, len(asked)), strict=True):
-        readings = [checker.read(image) for image in some]
-        right = [checker.judge(reading, caption)["overall"] for reading in readings]
-        found.append(
-            [
-                arrangement(reading.objects) if ok else None
-                for reading, ok in zip(readings, right, strict=True)
-            ]
-        )
-        assert len(readings) == per_caption
-    return found
+    groups = zip(asked, np.split(images, len(asked)), strict=True)
+    return np.array([[_number(image, caption) for image in some] for caption, some in groups])
 
 
-def effective(arrangements: Sequence[Arrangement]) -> float:
-    """Return exp(entropy) of the arrangements of the right images; 0 if all are wrong."""
-    counts = np.array(list(Counter(a for a in arrangements if a is not None).values()), float)
+def _number(image, caption):
+    reading, known = checker.read(image), possible(caption)
+    if not checker.judge(reading, caption)["overall"]:
+        return NONE
+    found = arrangement(reading.objects)
+    return known.index(found) if found in known else NONE
+
+
+def effective(numbers: Numbers) -> float:
+    """Return exp(entropy) of the arrangements [N] of one caption; 0 if none counts."""
+    counts = np.array(list(Counter(numbers[numbers != NONE].tolist()).values()), float)
     p = counts / counts.sum()
     return float(np.exp(-(p * np.log(p)).sum())) if len(p) else 0.0
 
 
-def figures(
-    found: Sequence[Sequence[Arrangement]], asked: Sequence[shapes.Caption]
-) -> dict[str, float]:
+def figures(found: Numbers, asked: Sequence[shapes.Caption]) -> dict[str, float]:
     """Return the mean over captions of the effective number ("arrangements"), and of the share of
-    possible arrangements that no image shows ("never drawn").
+    possible arrangements that no image shows ("never_drawn").
     """
-    missing = [
-        1 - len(possible(caption).intersection(one)) / len(possible(caption))
-        for one, caption in zip(found, asked, strict=True)
-    ]
+    drawn = [len(set(row.tolist()) - {NONE}) for row in found]
+    known = [len(possible(caption)) for caption in asked]
     return {
-        "arrangements": float(np.mean([effective(one) for one in found])),
-        "never_drawn": float(np.mean(missing)),
+        "arrangements": float(np.mean([effective(row) for row in found])),
+        "never_drawn": float(1 - np.mean(np.divide(drawn, known))),
     }
 
 
-def same(found: Sequence[Sequence[Arrangement]], other: Sequence[Sequence[Arrangement]]) -> float:
-    """Return how often the arrangement is that of the other's image of the same noise, where that
-    is right.
+def same(found: Numbers, other: Numbers) -> float:
+    """Return how often an image's arrangement is that of the other's image of the same noise, where
+    that has one.
     """
-    pairs = [
-        (a, b)
-        for one, two in zip(found, other, strict=True)
-        for a, b in zip(one, two, strict=True)
-        if b is not None
-    ]
-    return float(np.mean([a == b for a, b in pairs])) if pairs else 0.0
+    there = other != NONE
+    return float((found == other)[there].mean()) if there.any() else 0.0

@@ -18,7 +18,7 @@ from sprint_jax.evaluation.heldout import Evaluator
 from sprint_jax.sampling import programs
 from sprint_jax.storage import image_files, json_files, revision, run_files
 from sprint_jax.toy import checker
-from sprint_jax.training import hosts
+from sprint_jax.training import diversity, hosts
 
 STUDENT_STEPS = (1, 2, 4)
 
@@ -56,7 +56,8 @@ def evaluate(job: Any, teacher: Any, student: Any, begin: float) -> dict:
         )
     else:
         results, grids = _score(job, teacher, student)
-    summary = _summary(results, begin)
+    varied = diversity.measure(job, teacher, student) if results else {}
+    summary = _summary(results, begin) | {"diversity": varied}
     if hosts.primary():
         _save_grids(config, job.workdir, grids, job.records)
         json_files.write(done, summary)
@@ -266,4 +267,10 @@ def _table(summary):
         row = f"{name:18}" + "".join(f"{100 * s:19.1f}%" for s in shares)
         row += f"{frechet[name]:20.4f}" if frechet else ""
         lines.append(row + (f"{100 * agreement[name]:19.1f}%" if agreement else ""))
+    for name, found in summary.get("diversity", {}).items():
+        same = f", {100 * found['same']:.1f} % as the teacher's" if "same" in found else ""
+        lines.append(
+            f"{name:18}{found['arrangements']:.2f} arrangements of a caption, "
+            f"{100 * found['never_drawn']:.1f} % of them never drawn{same}"
+        )
     return "\n".join(lines) + "\n"
