@@ -232,9 +232,10 @@ def follow_rollouts(config: Any) -> None:
     repair = dict(
         kind="repair",
         from_noise=0.6,
-        hops=2,
+        hops=1,
         hop_from=(0.6, 0.8),
         hop_ratio=0.5,
+        hop_steps=2,
         hop_c=0.03,
         anchor_share=0.5,
         anchor_weight=3.0,

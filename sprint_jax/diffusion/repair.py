@@ -1,22 +1,26 @@
-"""Repair: one step learns from what a frozen student makes of its renoised image.
+"""Repair: one step learns what its image becomes when it is renoised and drawn again.
 
     y = f(z, 1)                                             the student's image in one step
-    y_0 = sg(y),  y_i = f_0((1 - s_i) y_(i-1) + s_i n_i, s_i),  s_(i+1) = rho s_i     the hops
-    L = d(y - y_H)
+    x = (1 - s) y + s n,  s in the middle of the path       renoised, a hop begins
+    x' = Phi_v(x; s -> rho s)                               the guided teacher's way, a few steps
+    y' = f_0(x', rho s)                                     denoised, s <- rho s for another hop
+    L = d(y - sg(y'))
 
-f_0 is the student that the phase began from. A few-step student draws better images in several
-steps than in one, and its sampler is this very chain, so it can teach its own first step: a
-distillation of the multistep consistency sampler (Song et al. 2023, Algorithm 1) into one step, as
+f_0 is the student that the phase began from. Drawing again from a middle time moves a blend of two
+modes to one of them, if s is so large that their renoised images overlap, and leaves an image
+alone, if s is so small that others do not. It is the multistep consistency sampler (Song et al. 2023,
+Algorithm 1), and SDEdit (Meng et al. 2022) for the teacher's part, distilled into one step as
 progressive distillation (Salimans & Ho 2022) does with a solver, on the student's own images.
 
-On data of separate modes a hop from s moves a blend of two modes to one of them, if s is so large
-that their renoised images overlap, and leaves an image alone, if s is so small that others do not.
-Inside a mode f_0 pulls toward its center: for data N(m, s_d^2) the expected hop of y is
-m + k (y - m) with k = s_d (1 - s) / sqrt((1 - s)^2 s_d^2 + s^2) < 1. So the spread shrinks unless
-something holds it. An anchor on rollouts of the teacher does; it is trimmed, because at t = 1 the
-student must be free to choose another mode than the teacher.
+Renoising and following the exact flow leaves the law of the data as it is, and moves mass between
+two modes both ways alike. Without the teacher (no steps between s and rho s) f_0 denoises from s at
+once, where it blends itself, and what its blends become favors some modes: the images drift there.
+Inside a mode the expected image moves toward the center: for data N(m, s_d^2) it is m + k (y - m)
+with k = s_d (1 - s) / sqrt((1 - s)^2 s_d^2 + s^2) < 1. So the spread shrinks unless something holds
+it. An anchor on rollouts of the teacher does; it is trimmed, because at t = 1 the student must be
+free to choose another mode than the teacher.
 
-Symbols: z and n noise, s flow times [B], e an error [B, ...].
+Symbols: z and n noise, s flow times [B], v the guided teacher, e an error [B, ...].
 """
 
 import jax
@@ -29,23 +33,47 @@ from sprint_jax.diffusion.types import Network, PerSample, Samples, Scalar
 
 
 def hops(
-    v0: Network, y: Samples, noises: Float[Array, "h b *d"], s: PerSample, *, ratio: float
+    v0: Network,
+    v: Network,
+    y: Samples,
+    noises: Float[Array, "h b *d"],
+    s: PerSample,
+    *,
+    ratio: float,
+    steps: int,
 ) -> Samples:
-    """Return y_H: renoise and denoise by the frozen student, once for each of the noises.
+    """Return the images after one hop for each of the noises. No gradient passes.
 
     Args:
       v0: the frozen student's flow network.
-      y: the student's images. No gradient passes.
-      noises: unit-variance draws n_1 ... n_H.
-      s: s_1, the flow time of the first hop.
-      ratio: rho, of each time to the one before.
+      v: the guided teacher's. It is not called for 0 steps.
+      y: the student's images.
+      noises: unit-variance draws, of all hops.
+      s: the flow time to which the first hop renoises.
+      ratio: rho, of the time where a hop ends to that where it began.
+      steps: of the teacher from s to rho s; with 0 the frozen student denoises from s.
     """
     y = jax.lax.stop_gradient(y)
     for n in noises:
-        xs = flow.interpolate(y, n, s)
-        y = flow.denoise(v0(xs, s), xs, s)
-        s = ratio * s
+        x, after = flow.interpolate(y, n, s), ratio * s
+        if steps:
+            x, s = follow(v, x, s, after, steps=steps), after
+        y = flow.denoise(v0(x, s), x, s)
+        s = after
     return jax.lax.stop_gradient(y)
+
+
+def follow(v: Network, x: Samples, s: PerSample, to: PerSample, *, steps: int) -> Samples:
+    """Follow the flow from time s to an earlier one in equal steps of second order.
+
+    They are Adams-Bashforth's, as in `diffusion.rollout`, with a time of its own for each sample.
+    """
+    d, before = (s - to) / steps, None
+    for i in range(steps):
+        now = v(x, s - i * d)
+        slope = now if before is None else 1.5 * now - 0.5 * before
+        x, before = x - flow.expand(d, x) * slope, now
+    return x
 
 
 def trimmed(values: PerSample, e: Samples, limit: Scalar) -> PerSample:

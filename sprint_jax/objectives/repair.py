@@ -1,7 +1,7 @@
-"""Repair: one step learns from what the student that the phase began with makes of its renoised
-image, and stays near the teacher's rollouts; see `diffusion.repair`.
+"""Repair: one step learns what its image becomes when it is renoised and drawn again, and stays
+near the teacher's rollouts; see `diffusion.repair`.
 
-    L = d_token(f(z, 1) - y_H)  +  a [p trim(d(f(z', 1) - x_end)) + (1 - p) d(f(x_j, t_j) - x_end)]
+    L = d_token(f(z, 1) - y')  +  a [p trim(d(f(z', 1) - x_end)) + (1 - p) d(f(x_j, t_j) - x_end)]
 
 The second part is the anchor, a regression on rollouts (`objectives.rollouts`) of a share of the
 batch, in which the error from the noise counts only where it is small already.
@@ -27,11 +27,15 @@ class Repair(rollouts.PointTerm):
     kind: Literal["repair"]
     """Names this objective."""
     hops: int
-    """H: how often an image is renoised and denoised."""
+    """How often an image is renoised and drawn again."""
     hop_from: tuple[float, ...]
     """Two flow times: the first hop's is drawn evenly between them."""
     hop_ratio: float
-    """rho: the flow time of each hop over that of the one before."""
+    """rho: the flow time where a hop ends over that where it begins, and where the next begins."""
+    hop_steps: int
+    """Guided calls of the teacher from a hop's time down to hop_ratio of it, where the frozen
+    student denoises; with 0 that denoises at once, which is cheaper and drifts.
+    """
     hop_c: float
     """Root mean square error of a token above which its gradient grows no further."""
     anchor_share: float
@@ -46,6 +50,8 @@ class Repair(rollouts.PointTerm):
         yield from super().problems()
         if self.hops < 1:
             yield "hops", "use 1 or more"
+        if self.hop_steps < 0:
+            yield "hop_steps", "use 0 (the frozen student alone) or more"
         low, *rest = self.hop_from or (0.0,)
         if len(rest) != 1 or not 0 < low <= rest[0] <= 1:
             yield "hop_from", "use two flow times in (0, 1], the smaller one first"
@@ -112,7 +118,17 @@ def _loss(
     y, anchored = jnp.split(flow.denoise(v(x, t), x, t), [z.shape[0]])
     v0 = views.student_v(networks.trained, state.roles["student"].extra, cond, w)
     noises = jnp.moveaxis(draws["n"], 1, 0)
-    e = y - repair.hops(v0, y, noises, draws["s"], ratio=settings.hop_ratio)
+    teacher = views.teacher_v(networks, frozen, cond, w, settings.uncond_mask)
+    again = repair.hops(
+        v0,
+        teacher,
+        y,
+        noises,
+        draws["s"],
+        ratio=settings.hop_ratio,
+        steps=settings.hop_steps,
+    )
+    e = y - again
     repaired = distances.token_huber(e, settings.hop_c)
     anchor, aux = _anchor(settings, anchored - at.end, at)
     scalars = {"repair": repaired.mean(), "repair_error": distances.square(e).mean()}

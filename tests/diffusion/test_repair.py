@@ -28,7 +28,13 @@ def hopped(data, y, s, count=1, ratio=0.5, seed=0):
     noises = np.random.default_rng(seed).normal(size=(count, DRAWS, 1))
     values = jnp.full((DRAWS, 1), y)
     times = jnp.full((DRAWS,), s)
-    return repair.hops(consistency(data), values, jnp.asarray(noises), times, ratio=ratio)[:, 0]
+    v0, noises = consistency(data), jnp.asarray(noises)
+    return repair.hops(v0, never, values, noises, times, ratio=ratio, steps=0)[:, 0]
+
+
+def never(x, t):
+    """Fail: without steps the teacher is not asked."""
+    raise AssertionError("the teacher was asked")
 
 
 @pytest.mark.parametrize("s", [0.3, 0.7])
@@ -62,7 +68,9 @@ def test_the_data_are_where_hops_lead():
         y = np.where(rng.random(DRAWS) < 0.7, 1.0, -0.6) + data.s * rng.normal(size=DRAWS)
         noises = jnp.asarray(rng.normal(size=(2, DRAWS, 1)))
         s = jnp.full((DRAWS,), 0.7)
-        found = repair.hops(consistency(data), jnp.asarray(y)[:, None], noises, s, ratio=0.5)[:, 0]
+        y = jnp.asarray(y)[:, None]
+        v0 = consistency(data)
+        found = repair.hops(v0, never, y, noises, s, ratio=0.5, steps=0)[:, 0]
         places = np.linspace(-1.2, 1.8, 13)
         shares = (np.asarray(found)[:, None] < places).mean(0)
         wanted = [float(data.cdf(place, 0.0)) for place in places]
@@ -84,9 +92,52 @@ def test_blends_of_two_modes_become_one_of_them():
         assert kept(0.3) > 0.97 and kept(0.9) < 0.8
 
 
+def test_the_teacher_leads_where_the_exact_student_does():
+    """From s to rho s by the solver and on by the student: second order in the step.
+
+    Fails for a step of the wrong length, or a student that is asked at the wrong time.
+    """
+    with jax.enable_x64(True):
+        data, rng = oracles.Mixture(), np.random.default_rng(4)
+        y, n = jnp.asarray(rng.normal(size=(64, 1))), jnp.asarray(rng.normal(size=(1, 64, 1)))
+        s, v0 = jnp.linspace(0.5, 0.8, 64), consistency(data)
+        v = lambda x, t: data.velocity(x, t[:, None])
+        exact = repair.hops(v0, never, y, n, s, ratio=0.5, steps=0)
+        error = lambda k: jnp.abs(repair.hops(v0, v, y, n, s, ratio=0.5, steps=k) - exact).max()
+        assert error(16) < 5e-3
+        assert 3.0 < error(16) / error(32) < 5.0
+
+
+def test_the_teacher_takes_the_bias_of_a_wrong_student_away():
+    """A frozen student that sends all of the middle to one mode moves mass there by itself.
+
+    With the teacher from s to rho s the shares of the data's modes stay.
+    """
+    with jax.enable_x64(True):
+        data, rng = oracles.Mixture(), np.random.default_rng(3)
+        y = np.where(rng.random(DRAWS) < 0.7, 1.0, -0.6) + data.s * rng.normal(size=DRAWS)
+        y, n = jnp.asarray(y)[:, None], jnp.asarray(rng.normal(size=(1, DRAWS, 1)))
+        s, right = jnp.full((DRAWS,), 0.7), consistency(data)
+
+        def wrong(x, t):
+            low = (x + 0.6) / t[:, None]  # the velocity that ends at -.6
+            return jnp.where((t[:, None] > 0.5) & (jnp.abs(x) < 0.5), low, right(x, t))
+
+        v = lambda x, t: data.velocity(x, t[:, None])
+        share = lambda steps: float(
+            (repair.hops(wrong, v, y, n, s, ratio=0.5, steps=steps) > 0.2).mean()
+        )
+        assert share(0) < 0.6
+        assert share(4) == pytest.approx(1 - float(data.cdf(0.2, 0.0)), abs=0.02)
+
+
 def test_no_gradient_passes_hops():
     y, n = jnp.ones((2, 3)), jnp.ones((1, 2, 3))
-    hop = lambda y, a: repair.hops(lambda x, t: a * x, y, n, jnp.ones(2), ratio=0.5).sum()
+
+    def hop(y, a):
+        v = lambda x, t: a * x
+        return repair.hops(v, v, y, n, jnp.ones(2), ratio=0.5, steps=2).sum()
+
     for slope in jax.grad(hop, (0, 1))(y, 0.3):
         assert not np.any(slope)
 
