@@ -689,6 +689,7 @@ def _stored_rules(c: Config) -> Iterator[tuple[bool, str]]:
 def _needs_of_others(c: Config, phase: Phase, at: str) -> Iterator[tuple[bool, str]]:
     """Yield what an objective needs of other sections."""
     needs, kind = phase.objective.needs(), phase.objective.kind
+    running = [c.phases[name] for name in active(c)]
     yield (
         not needs.target or c.model.target_embed,
         f"{at}: {kind} needs a second time, set config.model.target_embed=True (and "
@@ -700,7 +701,7 @@ def _needs_of_others(c: Config, phase: Phase, at: str) -> Iterator[tuple[bool, s
         "config.model.attention=plain",
     )
     yield (
-        not needs.images or not c.data.prompts or not phase.steps,
+        not needs.images or not c.data.prompts or phase not in running,
         f"{at}: {kind} learns from images and config.data.prompts gives prompts alone: use an "
         "objective on rollouts (regression, repair, cmt, tbcm, lagrangian), or config.data.encoded",
     )

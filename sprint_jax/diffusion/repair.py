@@ -8,8 +8,8 @@
 
 f_0 is the student that the phase began from. Drawing again from a middle time moves a blend of two
 modes to one of them, if s is so large that their renoised images overlap, and leaves an image
-alone, if s is so small that others do not. It is the multistep consistency sampler (Song et al. 2023,
-Algorithm 1), and SDEdit (Meng et al. 2022) for the teacher's part, distilled into one step as
+alone, if s is so small that others do not. It is the multistep consistency sampler (Song et al.
+2023, Algorithm 1), and SDEdit (Meng et al. 2022) for the teacher's part, distilled into one step as
 progressive distillation (Salimans & Ho 2022) does with a solver, on the student's own images.
 
 Renoising and following the exact flow leaves the law of the data as it is, and moves mass between

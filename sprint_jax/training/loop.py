@@ -43,10 +43,8 @@ class _Programs:
 
     def _compile(self, batch):
         stage, begin = self.placed.stage, time.perf_counter()
-        self._say(
-            f"{stage.name}: compiling for latents {batch['latent'].shape} (seconds to two minutes, "
-            f"no bar)"
-        )
+        of = f"latents {batch['latent'].shape}" if "latent" in batch else f"{stage.batch} prompts"
+        self._say(f"{stage.name}: compiling for {of} (seconds to two minutes, no bar)")
         distinct = list(dict.fromkeys(stage.functions))
         # One compiles while the next is traced. Compiling several at once needs more memory (4.0
         # instead of 2.6 GB for the embedded default) and disturbs autotuning on accelerators.
