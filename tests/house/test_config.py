@@ -102,6 +102,7 @@ ELSEWHERE = {
     # Only random parameters are changed by it.
     "phases.finetune.objective.border_start",
     "phases.control.objective.border_start",
+    "evaluation.diversity",
     "evaluation.reference",
     "evaluation.samples",
     *(f"run.{f.name}" for f in dataclasses.fields(config.Run)),

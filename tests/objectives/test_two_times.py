@@ -13,47 +13,14 @@ from helpers import oracles
 from helpers.arrays import max_error, tree_error
 from helpers.configs import card
 from helpers.distillation import SIDE, batch, frozen, jit
+from helpers.objectives import ALL, CMT, EULERIAN, LAGRANGIAN, SEMIGROUP, TBCM
 from sprint_jax import config
 from sprint_jax.diffusion import flow, rollout, samplers, trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.objectives import cmt, eulerian, lagrangian, semigroup, step, tbcm, two_times, views
-from sprint_jax.objectives.cmt import Cmt
-from sprint_jax.objectives.eulerian import Eulerian
-from sprint_jax.objectives.lagrangian import Lagrangian
-from sprint_jax.objectives.semigroup import Semigroup
-from sprint_jax.objectives.tbcm import Tbcm
 from sprint_jax.training import stages
 
 SIGMA_D = 0.5
-GUIDED = dict(
-    guidance=(1.25, 2.0), uncond_mask="cond", control_dropout=0.0, logvar_start=0.0,
-    route_steps=4, route_order=2, route_shift=2.0,
-)  # fmt: skip
-TWO = GUIDED | dict(
-    stored=0, distance_c=0.1, p_mean=0.2, p_std=1.2, states="data", velocity="teacher",
-    diagonal=0.25, to_zero=0.5, from_noise=0.25,
-)  # fmt: skip
-CMT = Cmt(kind="cmt", stored=0, distance_c=0.1, pairs="all", **GUIDED)
-TBCM = Tbcm(
-    kind="tbcm", tangent_warmup=10, tangent_normalize=True, weighting="code",
-    logvar_gradient="network", route_jitter=True, tangent_final=0.75, tangent_final_start=20,
-    tangent_final_steps=10, **GUIDED,
-)  # fmt: skip
-EULERIAN = Eulerian(kind="eulerian", tangent_warmup=1, tangent_c=0.1, **TWO)
-LAGRANGIAN = Lagrangian(kind="lagrangian", delta=0.02, heun=True, **TWO)
-SEMIGROUP = Semigroup(kind="semigroup", middle="uniform", **(TWO | dict(diagonal=0.5)))
-ALL = (
-    CMT,
-    TBCM,
-    EULERIAN,
-    dataclasses.replace(EULERIAN, velocity="self"),
-    dataclasses.replace(EULERIAN, velocity="data"),
-    LAGRANGIAN,
-    dataclasses.replace(LAGRANGIAN, states="rollout", diagonal=0.0, heun=False),
-    dataclasses.replace(LAGRANGIAN, velocity="self"),
-    SEMIGROUP,
-    dataclasses.replace(SEMIGROUP, velocity="self", middle="half"),
-)
 SGD = {"student": optax.sgd(1.0)}
 T = np.array([0.4, 0.7, 1.0, 1.3, 1.5])
 R = np.array([0.1, 0.3, 0.5, 0.2, 0.9])

@@ -513,6 +513,7 @@ def test_the_page_of_a_run(finished):
     assert found.headings == [
         "Held-out prompts, the same noise in each grid",
         "Scores",
+        "Parts of the run",
         "teacher",
         "finetune",
         "sprint",

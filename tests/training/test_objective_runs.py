@@ -10,7 +10,7 @@ import pytest
 
 from helpers.arrays import normals, same_bits
 from helpers.configs import card
-from objectives.test_two_times import CMT, EULERIAN, LAGRANGIAN, SEMIGROUP, TBCM
+from helpers.objectives import CMT, EULERIAN, LAGRANGIAN, SEMIGROUP, TBCM
 from sprint_jax import build, config
 from sprint_jax.errors import UserError
 from sprint_jax.objectives import rollouts
