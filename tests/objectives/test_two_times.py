@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from helpers import oracles
+from helpers import distillation, oracles
 from helpers.arrays import max_error, tree_error
 from helpers.configs import card
-from helpers.distillation import SIDE, batch, frozen, jit
+from helpers.distillation import SIDE, batch, jit
 from helpers.objectives import ALL, CMT, EULERIAN, LAGRANGIAN, SEMIGROUP, TBCM
 from sprint_jax import config
 from sprint_jax.diffusion import flow, rollout, samplers, trigflow
@@ -39,10 +39,18 @@ def networks():
     """Return the networks of a student that knows a second time."""
     tree = card()
     tree.data.size = SIDE * tree.codec.block
-    tree.model.update(width=16, unroll=1, target_embed=True)
-    tree.phases.sprint.objective.head_blocks = (1,)
+    tree.model.update(width=16, depth=1, unroll=1, target_embed=True)
+    tree.phases.sprint.objective.head_blocks = (0,)
     c = config.parse(tree)
     return stages.networks(c, c.phases["sprint"])
+
+
+@functools.cache
+def frozen():
+    """Return the frozen arrays, with the first block of the teacher alone."""
+    whole = distillation.frozen()
+    blocks = jax.tree.map(lambda a: a[:1], whole.teacher["blocks"])
+    return whole.replace(teacher=whole.teacher | {"blocks": blocks})
 
 
 # On data whose flow is known, in float64.
