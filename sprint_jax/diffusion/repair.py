@@ -4,7 +4,7 @@
     x = (1 - s) y + s n,  s in the middle of the path       renoised, a hop begins
     x' = Phi_v(x; s -> rho s)                               the guided teacher's way, a few steps
     y' = f_0(x', rho s)                                     denoised, s <- rho s for another hop
-    L = d(y - sg(y'))
+    L = d(y - sg(y'))                                       y' the nearest of a few tries
 
 f_0 is the student that the phase began from. Drawing again from a middle time moves a blend of two
 modes to one of them, if s is so large that their renoised images overlap, and leaves an image
@@ -15,6 +15,9 @@ progressive distillation (Salimans & Ho 2022) does with a solver, on the student
 Renoising and following the exact flow leaves the law of the data as it is, and moves mass between
 two modes both ways alike. Without the teacher (no steps between s and rho s) f_0 denoises from s at
 once, where it blends itself, and what its blends become favors some modes: the images drift there.
+Each try goes where its noise leads, and so does a regression on it: to the middle. The nearest of
+a few tries is an image of the mode that y is nearest to, so the student commits.
+
 Inside a mode the expected image moves toward the center: for data N(m, s_d^2) it is m + k (y - m)
 with k = s_d (1 - s) / sqrt((1 - s)^2 s_d^2 + s^2) < 1. So the spread shrinks unless something holds
 it. An anchor on rollouts of the teacher does; it is trimmed, because at t = 1 the student must be
@@ -74,6 +77,13 @@ def follow(v: Network, x: Samples, s: PerSample, to: PerSample, *, steps: int) -
         slope = now if before is None else 1.5 * now - 0.5 * before
         x, before = x - flow.expand(d, x) * slope, now
     return x
+
+
+def nearest(y: Samples, tries: Float[Array, "k b *d"]) -> Samples:
+    """Return for each image the one of its tries that is nearest in mean square."""
+    y = jax.lax.stop_gradient(y)
+    which = jnp.argmin(jax.vmap(lambda one: square(y - one))(tries), axis=0)
+    return tries[which, jnp.arange(y.shape[0])]
 
 
 def trimmed(values: PerSample, e: Samples, limit: Scalar) -> PerSample:

@@ -28,6 +28,8 @@ class Repair(rollouts.PointTerm):
     """Names this objective."""
     hops: int
     """How often an image is renoised and drawn again."""
+    tries: int
+    """How often each image is drawn again; the nearest result is learned."""
     hop_from: tuple[float, ...]
     """Two flow times: the first hop's is drawn evenly between them."""
     hop_ratio: float
@@ -50,6 +52,8 @@ class Repair(rollouts.PointTerm):
         yield from super().problems()
         if self.hops < 1:
             yield "hops", "use 1 or more"
+        if self.tries < 1:
+            yield "tries", "use 1 or more"
         if self.hop_steps < 0:
             yield "hop_steps", "use 0 (the frozen student alone) or more"
         low, *rest = self.hop_from or (0.0,)
@@ -92,7 +96,7 @@ def draw(settings: Repair, key: jax.Array, batch: Any) -> dict[str, Any]:
     anchor = jax.tree.map(lambda a: a[:count], shared)
     return {
         "z": jax.random.normal(k_noise, shape),
-        "n": jax.random.normal(k_hops, (shape[0], settings.hops, *shape[1:])),
+        "n": jax.random.normal(k_hops, (shape[0], settings.tries, settings.hops, *shape[1:])),
         "s": jax.random.uniform(k_time, shape[:1], minval=low, maxval=high),
         "cond": shared["cond"],
         "w": shared["w"],
@@ -117,9 +121,8 @@ def _loss(
     x, t = jnp.concatenate([z, at.x]), jnp.concatenate([jnp.ones(z.shape[0]), at.t])
     y, anchored = jnp.split(flow.denoise(v(x, t), x, t), [z.shape[0]])
     v0 = views.student_v(networks.trained, state.roles["student"].extra, cond, w)
-    noises = jnp.moveaxis(draws["n"], 1, 0)
     teacher = views.teacher_v(networks, frozen, cond, w, settings.uncond_mask)
-    again = repair.hops(
+    again = lambda noises: repair.hops(
         v0,
         teacher,
         y,
@@ -128,7 +131,8 @@ def _loss(
         ratio=settings.hop_ratio,
         steps=settings.hop_steps,
     )
-    e = y - again
+    tries = [again(jnp.moveaxis(draws["n"][:, k], 1, 0)) for k in range(settings.tries)]
+    e = y - repair.nearest(y, jnp.stack(tries))
     repaired = distances.token_huber(e, settings.hop_c)
     anchor, aux = _anchor(settings, anchored - at.end, at)
     scalars = {"repair": repaired.mean(), "repair_error": distances.square(e).mean()}

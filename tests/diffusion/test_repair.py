@@ -142,6 +142,24 @@ def test_no_gradient_passes_hops():
         assert not np.any(slope)
 
 
+def test_the_nearest_try_is_taken_for_each_image():
+    y = jnp.asarray([[0.0, 0.0], [1.0, 1.0]])
+    tries = jnp.asarray([[[3.0, 0.0], [1.0, 1.5]], [[0.0, 2.0], [4.0, 1.0]]])
+    np.testing.assert_array_equal(repair.nearest(y, tries), [[0.0, 2.0], [1.0, 1.5]])
+    assert not jax.grad(lambda y: repair.nearest(y, tries).sum())(y).any()
+
+
+def test_the_nearest_of_two_tries_keeps_the_mode():
+    """An image halfway to another mode: by one try a third leave, by the nearer of two few."""
+    with jax.enable_x64(True):
+        data = oracles.Mixture(s=0.05)
+        one, two = (hopped(data, 0.55, 0.8, seed=seed)[:, None] for seed in (1, 2))
+        y = jnp.full_like(one, 0.55)
+        gone = lambda found: float((found < 0.2).mean())
+        assert 0.1 < gone(one) < 0.5
+        assert gone(repair.nearest(y, jnp.stack([one, two]))) < 0.6 * gone(one)
+
+
 def test_trimming_counts_where_the_error_is_small():
     e = jnp.asarray([[0.1, 0.1], [0.9, 0.1], [0.0, 0.4]])
     values = jnp.asarray([1.0, 2.0, 3.0])
