@@ -216,7 +216,7 @@ def rollouts(**values: Any) -> dict[str, Any]:
         uncond_mask="cond",
         control_dropout=0.1,
         logvar_start=0.0,
-        stored=16384,
+        stored=8192,
         route_steps=8,
         route_order=2,
         route_shift=2.0,
@@ -245,12 +245,16 @@ def follow_rollouts(config: Any) -> None:
     del config.phases.sprint
     config.phases.regression = phase | dict(
         seed=1,
-        steps=450,
+        steps=300,
         optimizers=dict(student=dict(student)),
         objective=rollouts(**regression),
     )
     config.phases.repair = phase | dict(
-        seed=2, steps=600, optimizers=dict(student=dict(student)), objective=rollouts(**repair)
+        seed=2,
+        steps=480,
+        ema=0.995,
+        optimizers=dict(student=dict(student)),
+        objective=rollouts(**repair),
     )
     config.order = ("teacher", "finetune", "control", "regression", "repair")
     config.evaluation.update(prompts=768, split="final", diversity=64)
