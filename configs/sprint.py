@@ -10,8 +10,8 @@ Presets
   sprint          The same teacher and data by SANA-Sprint: sCM + LADD.
   shapes_teacher  The recipe of the shipped teacher: trains it from nothing, then as `shapes`.
   smoke           Teacher and SANA-Sprint, cut down to seconds.
-  shapes_64       As `shapes`, with images of 64 px and a larger network, whose teacher it trains
-                  first: an hour and a half on two CPU cores.
+  shapes_64       SANA-Sprint at 64 px with a larger network, whose teacher it trains first: an
+                  hour and a half on two CPU cores.
   emoji           SANA-Sprint on captioned emoji at 64 px, read from a folder that
                   `sprint-jax encode` made.
   sana_600m_tbcm  Prompts alone, no images: TBCM on rollouts of a published teacher. Give a file of
@@ -300,8 +300,8 @@ def _shapes_64(config):
     config.model.update(width=192, depth=8, heads=6, cross_heads=3, mlp_ratio=2.5, unroll=8)
     config.teacher.pretrained = ""
     config.phases.teacher.steps = 3600
-    follow_rollouts(config)
-    config.evaluation.diversity = 0  # the teacher would take minutes
+    config.phases.sprint.steps = 3600
+    config.phases.sprint.objective.head_blocks = (1, 3, 5, 7)
 
 
 def _emoji(config):

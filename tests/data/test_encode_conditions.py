@@ -374,7 +374,7 @@ def test_batches_contain_the_condition(tmp_path):
 
 def controlnet_config(folder, **control):
     """Return the `smoke` config of the ControlNet for an encoded folder, reduced in depth."""
-    tree = card("controlnet", "sprint")
+    tree = card("controlnet")
     tree.model.depth, tree.data.encoded = 2, str(folder)
     tree.control.update(depth=1, condition="edges", freehand=0.0)
     tree.control.update(**control)

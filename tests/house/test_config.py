@@ -116,7 +116,7 @@ def test_every_field_of_every_section_is_read(monkeypatch):
     same.
     """
     monkeypatch.setattr(dataclasses, "replace", replace_fields)
-    tree, seen = card("controlnet", "sprint"), set()
+    tree, seen = card("controlnet"), set()
     tree.teacher.update(pretrained="", base_qk_norm=False, base_time_scale=1000.0)
     tree.phases.finetune.steps = 4
     drawn = lambda *_, batch, **others: np.zeros((batch, *IMAGE), np.uint8)
@@ -426,7 +426,7 @@ def test_a_config_of_version_0_1_names_the_new_keys():
     """Each old key has a new name that exists in today's cards."""
     with pytest.raises(UserError, match="version 0.1, .* is now config.phases.sprint.steps"):
         config.parse({"seed": 0, "sprint": {"steps": 4}})
-    today = weights.flatten(card("controlnet", "sprint").to_dict())
+    today = weights.flatten(card("controlnet").to_dict())
     for old, new in RENAMED.items():
         assert any(f"{key}.".startswith(f"{new}.") for key in today), (old, new)
         assert not any(f"{key}.".startswith(f"{old}.") for key in today), (old, new)
@@ -492,7 +492,7 @@ def test_encoded_images_have_no_rough_sketches():
 
 @pytest.mark.parametrize(
     "preset, share",
-    [("shapes", 0.5), ("sprint", 0.5), ("smoke", 0.5), ("sana_600m", 0.0), ("sana_1600m", 0.0)],
+    [("shapes", 0.5), ("smoke", 0.5), ("sana_600m", 0.0), ("sana_1600m", 0.0)],
 )
 def test_cards_of_the_controlnet_set_the_share(preset, share):
     assert config.parse(card("controlnet", preset)).control.freehand == share

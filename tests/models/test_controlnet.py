@@ -303,7 +303,7 @@ class _Latents:
 @pytest.fixture(scope="module")
 def small():
     """Return the config of a shallow model with a ControlNet."""
-    tree = card("controlnet", "sprint")
+    tree = card("controlnet")
     tree.control.depth, tree.model.depth = 1, 2
     return config.parse(tree)
 

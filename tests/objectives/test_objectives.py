@@ -243,7 +243,7 @@ def test_roles_do_not_share_names_in_the_metrics():
 
 def test_the_control_phase_trains_the_controlnet_alone():
     """Its role holds the ControlNet's parameters; the trunk is frozen and no part of the result."""
-    c = config.parse(card("controlnet", "sprint"))
+    c = config.parse(card("controlnet"))
     trunk, control = (weights.abstract(model) for model in (build.teacher(c), build.controlnet(c)))
     made = stages.make(c, "control", datasets.Abstract(c), teacher=trunk)
     state = jax.eval_shape(made.start, made.frozen, made.init_arrays)

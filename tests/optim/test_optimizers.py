@@ -101,7 +101,7 @@ def test_parameters_that_muon_takes_as_matrices():
 
     Not the patch embedding, outputs, spatial convolutions, tables and biases.
     """
-    student = build.student(config.parse(card("controlnet", "sprint")))
+    student = build.student(config.parse(card("controlnet")))
     params = jax.eval_shape(student.init, jax.random.key(0))
     found = {}
     jax.tree_util.tree_map_with_path(

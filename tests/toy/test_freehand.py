@@ -31,7 +31,7 @@ def rough_sketches(examples, size=32, split="train"):
 
 def controlnet_config(**changes):
     """Return the `smoke` config of the ControlNet with changes to its section."""
-    c = config.parse(card("controlnet", "sprint"))
+    c = config.parse(card("controlnet"))
     return dataclasses.replace(c, control=dataclasses.replace(c.control, **changes))
 
 
