@@ -245,13 +245,14 @@ def follow_rollouts(config: Any) -> None:
     del config.phases.sprint
     config.phases.regression = phase | dict(
         seed=1,
-        steps=300,
+        steps=400,
         optimizers=dict(student=dict(student)),
         objective=rollouts(**regression),
     )
     config.phases.repair = phase | dict(
         seed=2,
-        steps=480,
+        steps=500,
+        batch=48,
         ema=0.995,
         optimizers=dict(student=dict(student)),
         objective=rollouts(**repair),
