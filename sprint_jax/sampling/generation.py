@@ -240,6 +240,12 @@ def generate(
     if image is not None:
         times = image_times(times, strength)
     given = pipe.guidance_scale if guidance_scale is None else guidance_scale
+    if given != pipe.guidance_scale and getattr(pipe, "fixed_guidance", False):
+        warnings.warn(
+            f"guidance_scale {given}: this model was trained at {pipe.guidance_scale} alone, other "
+            "scales mean nothing to it",
+            stacklevel=2,
+        )
     request = _Request(
         prompts=prompts,
         output=output,

@@ -295,8 +295,17 @@ def _run(path: pathlib.Path, how: Options) -> Pipeline:
         schedule=e.schedule,
         batch_size=1 if published else 16,
         dtype=how.dtype,
+        fixed_guidance=_trained_at(c) == {e.student_guidance},
         staged=published and _staged(how),
     )
+
+
+def _trained_at(c: config_lib.Config) -> set[float]:
+    """Return the guidance scales that the student's phases were trained at."""
+    phases = [
+        c.phases[name] for name in config_lib.active(c) if c.phases[name].network == "student"
+    ]
+    return {scale for p in phases for scale in getattr(p.objective, "guidance", ())}
 
 
 def _encoders(path: pathlib.Path, how: Options) -> encoders.Encoders:

@@ -33,6 +33,8 @@ class Pipeline:
       dtype: of parameters and of most arithmetic.
       rows: how the images of a batch are sharded over devices (`over_devices`); None for one
         device.
+      fixed_guidance: whether the student was trained at guidance_scale alone, so that other scales
+        mean nothing to it.
       staged: run text encoder, transformer and decoder as three programs instead of one. A GPU
         starts with the first while the host prepares the launches of the others.
     """
@@ -48,6 +50,7 @@ class Pipeline:
     batch_size: int
     dtype: str
     rows: jax.sharding.NamedSharding | None = None
+    fixed_guidance: bool = False
     staged: bool = False
 
     @property

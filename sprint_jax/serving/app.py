@@ -112,6 +112,7 @@ def page_options(limits: schema.Limits, name: str, examples: Sequence[str]) -> d
         "default_steps": limits.default_steps,
         "sizes": limits.sizes,
         "guidance_scale": limits.guidance_scale,
+        "fixed_guidance": limits.fixed_guidance,
         "schedules": schema.SCHEDULES,
         "schedule": limits.schedule,
         "strength": generation.STRENGTH,

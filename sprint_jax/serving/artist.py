@@ -85,6 +85,7 @@ def limits_of(
         steps=tuple(steps),
         sizes=sizes,
         guidance_scale=float(pipe.guidance_scale),
+        fixed_guidance=getattr(pipe, "fixed_guidance", False),
         schedule=pipe.schedule,
         takes_image=not isinstance(pipe, Exported),
         takes_control=pipe.control,

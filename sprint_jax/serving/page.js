@@ -359,6 +359,10 @@ function setUpValues() {
   $("schedule").value = options.schedule;
   $("guidance").max = Math.max(10, options.guidance_scale);
   $("guidance").value = options.guidance_scale;
+  if (options.fixed_guidance) {
+    $("guidance").disabled = true;
+    $("guidance").title = "This model was trained at one guidance scale.";
+  }
   $("image-strength").value = $("sketch-strength").value = options.strength;
   if (options.takes_control) {  // the lines guide the image, instead of being its start
     $("sketch-label").textContent = "Control: how closely the lines are followed";

@@ -39,9 +39,10 @@ class Limits:
 
     steps: allowed numbers of network calls. sizes: (height, width) in pixels, the default first.
     Only these are compiled, so that no request makes the others wait for the compiler.
-    guidance_scale, schedule: defaults. takes_image: whether a request may bring an image to start
-    from. takes_control: whether it may bring a sketch for the ControlNet. takes_empty: whether its
-    prompt may be empty. max_prompt: characters.
+    guidance_scale, schedule: defaults. fixed_guidance: whether the model knows that scale alone.
+    takes_image: whether a request may bring an image to start from. takes_control: whether it may
+    bring a sketch for the ControlNet. takes_empty: whether its prompt may be empty. max_prompt:
+    characters.
     """
 
     steps: tuple[int, ...]
@@ -51,6 +52,7 @@ class Limits:
     takes_image: bool
     takes_control: bool
     takes_empty: bool = False
+    fixed_guidance: bool = False
     max_prompt: int = 2000
 
     @property
