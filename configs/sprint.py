@@ -251,8 +251,7 @@ def follow_rollouts(config: Any) -> None:
     )
     config.phases.repair = phase | dict(
         seed=2,
-        steps=500,
-        batch=48,
+        steps=480,
         ema=0.995,
         optimizers=dict(student=dict(student)),
         objective=rollouts(**repair),
