@@ -251,7 +251,8 @@ def follow_rollouts(config: Any) -> None:
     )
     config.phases.repair = phase | dict(
         seed=2,
-        steps=480,
+        steps=500,
+        batch=48,
         ema=0.995,
         optimizers=dict(student=dict(student)),
         objective=rollouts(**repair),

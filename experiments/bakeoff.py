@@ -326,7 +326,7 @@ def render(rows: list[dict[str, Any]]) -> str:
         )
     done = {(row["card"], row["seed"]) for row in rows}
     missing = [name for name in CARDS if (name, 0) not in done]
-    lines += ["", f"Missing: {', '.join(f'`{n}`' for n in missing) if missing else 'none'}.", ""]
+    lines += ["", "Missing rows:", "", *(f"- `{name}`" for name in missing or ["none"]), ""]
     return "\n".join(lines)
 
 

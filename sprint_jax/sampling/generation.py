@@ -239,13 +239,7 @@ def generate(
     times = _times(pipe, steps, timesteps, schedule)
     if image is not None:
         times = image_times(times, strength)
-    given = pipe.guidance_scale if guidance_scale is None else guidance_scale
-    if given != pipe.guidance_scale and getattr(pipe, "fixed_guidance", False):
-        warnings.warn(
-            f"guidance_scale {given}: this model was trained at {pipe.guidance_scale} alone, other "
-            "scales mean nothing to it",
-            stacklevel=2,
-        )
+    given = _guidance(pipe, guidance_scale)
     request = _Request(
         prompts=prompts,
         output=output,
@@ -261,6 +255,20 @@ def generate(
         control_scale=control_scale,
     )
     return _run(pipe, request, say)
+
+
+def _guidance(pipe, given):
+    """Return the guidance scale; warn where the model was trained at another one alone."""
+    scale = pipe.guidance_scale
+    if given is None or given == scale:
+        return scale
+    if getattr(pipe, "fixed_guidance", False):
+        warnings.warn(
+            f"guidance_scale {given}: this model was trained at {scale} alone, other scales mean "
+            "nothing to it",
+            stacklevel=3,
+        )
+    return given
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from sprint_jax.errors import UserError
 from sprint_jax.objectives import base, guided, ladd, scm, step
 from sprint_jax.storage import weights
 from sprint_jax.training import datasets, loop, run, sharding, stage, stages
+from sprint_jax.training.costs import Costs
 
 DESCENT = {"student": optax.sgd(1.0), "heads": optax.sgd(0.05)}
 
@@ -324,6 +325,7 @@ def train_students(c, workdir):
         mesh=one_device(),
         data=datasets.Shapes(c),
         records=rows,
+        costs=Costs(None),
         say=stage.silent,
     )
     return run.trained(job, "student", teacher=teacher()), rows.written
