@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from helpers.servers import (
     send_request,
     to_base64,
 )
+from sprint_jax import build
 from sprint_jax.errors import UserError
 from sprint_jax.sampling import generation, loading
 from sprint_jax.sampling.exported import Program
@@ -24,6 +26,22 @@ from sprint_jax.serving import artist, schema
 @pytest.fixture(scope="module")
 def pipe(finished):
     return loading.load(finished, dtype="float32")
+
+
+def test_a_student_of_one_guidance_scale_says_so(pipe):
+    """The shipped student, by a warning and to the page; one of several scales says nothing."""
+    shipped = loading.load(build.asset("package:shapes_codec").parent / "shapes", dtype="float32")
+    assert artist.limits_of(shipped).fixed_guidance
+    assert not artist.limits_of(pipe).fixed_guidance
+    draw = lambda model, scale: generation.generate(
+        model, ["a red circle"], steps=1, seed=0, guidance_scale=scale
+    )
+    with pytest.warns(UserWarning, match=r"trained at 1\.5 alone"):
+        draw(shipped, 3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw(shipped, 1.5)
+        draw(pipe, 3.0)
 
 
 def test_the_same_request_is_the_same_image_whatever_else_is_served(pipe, finished):
