@@ -106,6 +106,7 @@ def test_shards_hold_rollouts_of_the_guided_teacher(made):
         x, before = x - d * slope, (now, d)
         # Half precision of a state moves the ones after it.
         np.testing.assert_allclose(nodes[:, i], x, atol=4e-3)
+    assert len({noise.tobytes() for noise in rows["nodes"][:, 0]}) == STORED  # none is drawn twice
     assert rows["nodes"].dtype == np.float16
     np.testing.assert_array_equal(rows["latent"], nodes[:, -1])
 
