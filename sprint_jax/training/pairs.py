@@ -180,7 +180,7 @@ def _compiled(maker: _Maker) -> Callable[[int, Batch], Batch]:
     def roll(frozen, step, batch):
         key = jax.random.fold_in(jax.random.key(maker.seed), step)
         keys, shared = guided.draw(maker.settings, key, maker.data.prepare(frozen, batch))
-        draws = shared | {"z": jax.random.normal(keys[0], batch["latent"].shape)}
+        draws = shared | {"z": jax.random.normal(keys[0], shared["x0"].shape)}
         nodes = rollouts.roll_out(maker.settings, maker.networks, frozen, draws)
         made = {"nodes": nodes.astype(jnp.float16), "w": shared["w"]}
         scale = shared["cond"].get("control_scale")

@@ -133,6 +133,20 @@ def test_prompts_alone_are_a_data_set(tmp_path):
     assert "Parts of the run" in page and "Fréchet" not in page
 
 
+def test_rollouts_of_prompts_are_stored(tmp_path):
+    """The default ladder's way, on prompts alone. Fails when making them asks for latents."""
+    changed = prompts_card(tmp_path, PROMPTS)
+    changed.phases.cmt.objective.stored = 8
+    c = config.parse(changed)
+    data = datasets.open_dataset(c, str)
+    stage = stages.make(c, "cmt", data, teacher=teacher())
+    stage = pairs.feed(stage, c, data, teacher(), tmp_path, str)
+    with stage.batches(BATCH, 0, 1, 0, 1) as batches:
+        rows = next(batches)
+    assert rows["nodes"].shape == (BATCH, 5, *build.latent_shape(c))
+    np.testing.assert_array_equal(rows["latent"], rows["nodes"][:, -1].astype(np.float32))
+
+
 def test_prompts_are_read_in_the_same_order_by_any_number_of_processes(tmp_path):
     changed = prompts_card(tmp_path, [f"{n} red circles" for n in ("two", "three")] * 4)
     changed.evaluation.update(prompts=8)
