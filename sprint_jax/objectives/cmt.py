@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from sprint_jax.diffusion import distances
 from sprint_jax.diffusion.flow import expand
 from sprint_jax.objectives import guided, rollouts, views
-from sprint_jax.objectives.base import Aux, Draws, Networks, Objective
+from sprint_jax.objectives.base import Aux, Draws, Needs, Networks, Objective
 from sprint_jax.objectives.by_time import by_time
 from sprint_jax.objectives.conditions import repeat
 
@@ -34,7 +34,7 @@ class Cmt(rollouts.RolloutTerm):
     pairs: Literal["ends", "all"]
     """Whether a state learns the end of its rollout, or any later state."""
 
-    def needs(self) -> Any:
+    def needs(self) -> Needs:
         """Return what CMT asks of a run: rollouts, and for all pairs a second time."""
         return dataclasses.replace(super().needs(), target=self.pairs == "all")
 

@@ -21,10 +21,9 @@ import jax.numpy as jnp
 
 from sprint_jax.diffusion import flow_map, scm, trigflow
 from sprint_jax.diffusion.flow import expand
-from sprint_jax.objectives import guided, two_times, views
-from sprint_jax.objectives.base import Aux, Draws, Frozen, Networks, Objective, PyTree, State
+from sprint_jax.objectives import two_times
+from sprint_jax.objectives.base import Aux, Draws, State
 from sprint_jax.objectives.by_time import by_time
-from sprint_jax.objectives.conditions import unconditional
 
 SIGMA_D = trigflow.SIGMA_D
 
@@ -50,52 +49,24 @@ class Eulerian(two_times.TwoTimes):
         if not self.tangent_c > 0:
             yield "tangent_c", "use a number above 0"
 
-    def objective(self, networks: Networks) -> Objective:
-        """Build the objective."""
-
-        def draw(key, batch, frozen):
-            return two_times.draw(self, key, batch)
-
-        def loss(params, draws, state, frozen):
-            per_sample, aux = _loss(self, networks, params, draws, state, frozen)
-            return per_sample.mean(), aux
-
-        return guided.student_alone(self, networks, draw, loss)
-
-
-def _loss(
-    settings: Eulerian,
-    networks: Networks,
-    params: PyTree,
-    draws: Draws,
-    state: State,
-    frozen: Frozen,
-) -> tuple[jax.Array, Aux]:
-    """Return the loss of each sample, and its statistics."""
-    where = two_times.at(settings, networks, draws, frozen)
-    see = two_times.look(settings, networks, params, draws, frozen, where)
-    v = see.here()
-    if settings.velocity == "self":
-        v = jnp.where(expand(where.diagonal, v), v, see.velocity(where.xt, where.t))
-    elif settings.velocity == "data":
-        v = v + _guidance(networks, params, draws, frozen, where)
-    return term(
-        see.F,
-        v,
-        where,
-        warm=scm.tangent_warmup(state.step + 1, settings.tangent_warmup),
-        c=settings.tangent_c,
-    )
+    def term(
+        self, see: two_times.Views, where: two_times.At, draws: Draws, state: State
+    ) -> tuple[jax.Array, Aux]:
+        """Return the loss of each sample [B], and its statistics."""
+        v = see.here()
+        if self.velocity == "self":
+            v = jnp.where(expand(where.diagonal, v), v, see.velocity(where.xt, where.t))
+        elif self.velocity == "data":
+            v = v + _guidance(see, where, draws["w"])
+        warm = scm.tangent_warmup(state.step + 1, self.tangent_warmup)
+        return term(see.F, v, where, warm=warm, c=self.tangent_c)
 
 
-def _guidance(networks, params, draws, frozen, where):
+def _guidance(see, where, w):
     """Return (1 - 1/w) sigma_d (F_c - F_u) at r = t, stopped: iMF's effective scale is w."""
     at = (where.xt / SIGMA_D, where.t, where.t)
-    stopped = jax.lax.stop_gradient(params)
-    cond, w = draws["cond"], draws["w"]
-    F = lambda c: views.student_map(networks.trained, stopped, c, w)(*at)[0]
-    change = F(cond) - F(unconditional(cond, frozen.null_text))
-    return jax.lax.stop_gradient(expand(1 - 1 / w, change) * SIGMA_D * change)
+    change = see.F_minus(*at) - see.F_null(*at)
+    return expand(1 - 1 / w, change) * SIGMA_D * change
 
 
 def term(

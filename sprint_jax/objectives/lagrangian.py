@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from sprint_jax.diffusion import flow_map
-from sprint_jax.objectives import guided, two_times
-from sprint_jax.objectives.base import Aux, Draws, Frozen, Networks, Objective, PyTree
+from sprint_jax.objectives import two_times
+from sprint_jax.objectives.base import Aux, Draws, State
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,26 +36,11 @@ class Lagrangian(two_times.TwoTimes):
         if not 0 < self.delta < 1:
             yield "delta", "use an angle in (0, 1)"
 
-    def objective(self, networks: Networks) -> Objective:
-        """Build the objective."""
-
-        def draw(key, batch, frozen):
-            return two_times.draw(self, key, batch)
-
-        def loss(params, draws, state, frozen):
-            per_sample, aux = _loss(self, networks, params, draws, frozen)
-            return per_sample.mean(), aux
-
-        return guided.student_alone(self, networks, draw, loss)
-
-
-def _loss(
-    settings: Lagrangian, networks: Networks, params: PyTree, draws: Draws, frozen: Frozen
-) -> tuple[jax.Array, Aux]:
-    """Return the loss of each sample, and its statistics."""
-    where = two_times.at(settings, networks, draws, frozen)
-    see = two_times.look(settings, networks, params, draws, frozen, where)
-    return two_times.regressed(settings, errors(settings, see, where), where)
+    def term(
+        self, see: two_times.Views, where: two_times.At, draws: Draws, state: State
+    ) -> tuple[jax.Array, Aux]:
+        """Return the loss of each sample [B], and its statistics."""
+        return two_times.regressed(self, errors(self, see, where), where)
 
 
 def errors(settings: Lagrangian, see: two_times.Views, where: two_times.At) -> jax.Array:

@@ -24,6 +24,17 @@ from sprint_jax.objectives import guided, views
 from sprint_jax.objectives.base import Draws, Frozen, Needs, Networks
 from sprint_jax.objectives.conditions import Conditions, concatenate
 
+# Settings that decide what stored rollouts hold.
+CONTENT = (
+    "stored",
+    "guidance",
+    "uncond_mask",
+    "control_dropout",
+    "route_steps",
+    "route_order",
+    "route_shift",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Route(guided.Guided):
@@ -45,6 +56,11 @@ class Route(guided.Guided):
             yield "route_order", "use 1 or 2"
         if not self.route_shift > 0:
             yield "route_shift", "use a number above 0"
+
+    @property
+    def round(self) -> tuple[str, ...]:
+        """The student alone."""
+        return ("student",)
 
     def times(self) -> jax.Array:
         """Return the flow times of a rollout [K + 1], from 1 to 0."""
@@ -69,11 +85,6 @@ class RolloutTerm(Route):
             yield "stored", "use 0 (new rollouts in every update) or more"
         if not self.distance_c > 0:
             yield "distance_c", "use a number above 0"
-
-    @property
-    def round(self) -> tuple[str, ...]:
-        """The student alone."""
-        return ("student",)
 
     def needs(self) -> Needs:
         """Return what rollouts ask of a run: a teacher, their storage, and no images."""

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from sprint_jax.diffusion import flow_map
-from sprint_jax.objectives import guided, two_times
-from sprint_jax.objectives.base import Aux, Draws, Frozen, Networks, Objective, PyTree
+from sprint_jax.objectives import two_times
+from sprint_jax.objectives.base import Aux, Draws, State
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,27 +32,12 @@ class Semigroup(two_times.TwoTimes):
         if not self.diagonal > 0:
             yield "diagonal", "use a share above 0, .5 or more: jumps alone do not know the data"
 
-    def objective(self, networks: Networks) -> Objective:
-        """Build the objective."""
-
-        def draw(key, batch, frozen):
-            return two_times.draw(self, key, batch)
-
-        def loss(params, draws, state, frozen):
-            per_sample, aux = _loss(self, networks, params, draws, frozen)
-            return per_sample.mean(), aux
-
-        return guided.student_alone(self, networks, draw, loss)
-
-
-def _loss(
-    settings: Semigroup, networks: Networks, params: PyTree, draws: Draws, frozen: Frozen
-) -> tuple[jax.Array, Aux]:
-    """Return the loss of each sample, and its statistics."""
-    where = two_times.at(settings, networks, draws, frozen)
-    see = two_times.look(settings, networks, params, draws, frozen, where)
-    share = jnp.full_like(where.t, 0.5) if settings.middle == "half" else draws["q"]
-    return two_times.regressed(settings, errors(settings, see, where, share), where)
+    def term(
+        self, see: two_times.Views, where: two_times.At, draws: Draws, state: State
+    ) -> tuple[jax.Array, Aux]:
+        """Return the loss of each sample [B], and its statistics."""
+        share = jnp.full_like(where.t, 0.5) if self.middle == "half" else draws["q"]
+        return two_times.regressed(self, errors(self, see, where, share), where)
 
 
 def errors(

@@ -48,11 +48,6 @@ class Tbcm(rollouts.Route, TangentTerm):
         if not 0 < self.tangent_final <= 1:
             yield "tangent_final", "use a factor in (0, 1]"
 
-    @property
-    def round(self) -> tuple[str, ...]:
-        """The student alone."""
-        return ("student",)
-
     def needs(self) -> Needs:
         """Return what TBCM asks of a run: a teacher, and no images."""
         return Needs(teacher=True, images=False)

@@ -18,8 +18,9 @@ from sprint_jax.diffusion import distances, flow_map, trigflow
 from sprint_jax.diffusion.flow import expand
 from sprint_jax.diffusion.types import Network
 from sprint_jax.objectives import guided, rollouts, views
-from sprint_jax.objectives.base import Aux, Draws, Frozen, Needs, Networks, PyTree
+from sprint_jax.objectives.base import Aux, Draws, Frozen, Needs, Networks, Objective, PyTree, State
 from sprint_jax.objectives.by_time import by_time
+from sprint_jax.objectives.conditions import unconditional
 
 SIGMA_D = trigflow.SIGMA_D
 
@@ -32,7 +33,8 @@ class TwoTimes(rollouts.RolloutTerm, guided.Timed):
     """Where states come from: noised data, or rollouts (by route_* and stored)."""
     velocity: Literal["teacher", "self"]
     """What the map follows: the guided teacher, or its own value at r = t, which then learns from
-    data and never from the teacher."""
+    data and never from the teacher.
+    """
     diagonal: float
     """Share of samples with r = t, which learn the velocity itself."""
     to_zero: float
@@ -57,6 +59,24 @@ class TwoTimes(rollouts.RolloutTerm, guided.Timed):
         """Return what flow maps ask of a run: a teacher, a second time, images or rollouts."""
         images = self.states == "data"
         return Needs(teacher=True, target=True, images=images, stored=self.stored)
+
+    def objective(self, networks: Networks) -> Objective:
+        """Build the objective."""
+
+        def draw_all(key, batch, frozen):
+            return draw(self, key, batch)
+
+        def loss(params, draws, state, frozen):
+            where = at(self, networks, draws, frozen)
+            see = look(self, networks, params, draws, frozen, where)
+            per_sample, aux = self.term(see, where, draws, state)
+            return per_sample.mean(), aux
+
+        return guided.student_alone(self, networks, draw_all, loss)
+
+    def term(self, see: "Views", where: "At", draws: Draws, state: State) -> tuple[jax.Array, Aux]:
+        """Return the loss of each sample [B], and its statistics."""
+        raise NotImplementedError
 
 
 class At(NamedTuple):
@@ -112,13 +132,15 @@ def at(settings: TwoTimes, networks: Networks, draws: Draws, frozen: Frozen) -> 
 class Views(NamedTuple):
     """The networks of an update as callables.
 
-    F: the student (u, t, r) -> (F, logvar). F_minus: its value, stopped. velocity: (xt, t) ->
+    F: the student (u, t, r) -> (F, logvar). F_minus: its value, stopped. F_null: the same for the
+    empty prompt. velocity: (xt, t) ->
     dx_t/dt that the map follows, stopped. here: () -> dx_t/dt at the states of the update, which
     the diagonal learns: the teacher's, or that of the data.
     """
 
     F: flow_map.Map
     F_minus: flow_map.Stopped
+    F_null: flow_map.Stopped
     velocity: Network
     here: Callable[[], jax.Array]
 
@@ -134,14 +156,20 @@ def look(
     """Return the networks of an update."""
     cond, w = draws["cond"], draws["w"]
     F = views.student_map(networks.trained, params, cond, w)
-    stopped = views.student_map(networks.trained, jax.lax.stop_gradient(params), cond, w)
-    F_minus = lambda u, t, r: jax.lax.stop_gradient(stopped(u, t, r)[0])
-    if settings.velocity != "teacher":
+
+    def stopped(cond):
+        still = views.student_map(networks.trained, jax.lax.stop_gradient(params), cond, w)
+        return lambda u, t, r: jax.lax.stop_gradient(still(u, t, r)[0])
+
+    F_minus, F_null = stopped(cond), stopped(unconditional(cond, frozen.null_text))
+    if settings.velocity == "teacher":
+        teacher = views.teacher_velocity(networks, frozen, cond, w, settings.uncond_mask)
+        velocity = lambda xt, t: jax.lax.stop_gradient(teacher(xt, t))
+        here = lambda: velocity(where.xt, where.t)
+    else:
         velocity = lambda xt, t: SIGMA_D * F_minus(xt / SIGMA_D, t, t)
-        return Views(F, F_minus, velocity, lambda: _of_data(draws, where.t))
-    teacher = views.teacher_velocity(networks, frozen, cond, w, settings.uncond_mask)
-    velocity = lambda xt, t: jax.lax.stop_gradient(teacher(xt, t))
-    return Views(F, F_minus, velocity, lambda: velocity(where.xt, where.t))
+        here = lambda: _of_data(draws, where.t)
+    return Views(F, F_minus, F_null, velocity, here)
 
 
 def _of_data(draws, t):

@@ -15,7 +15,7 @@ from helpers.configs import card
 from helpers.distillation import SIDE, batch, jit
 from helpers.objectives import ALL, CMT, EULERIAN, LAGRANGIAN, SEMIGROUP, TBCM
 from sprint_jax import config
-from sprint_jax.diffusion import flow, rollout, samplers, trigflow
+from sprint_jax.diffusion import flow, rollout, samplers, scm, trigflow
 from sprint_jax.errors import UserError
 from sprint_jax.objectives import cmt, eulerian, lagrangian, semigroup, step, tbcm, two_times, views
 from sprint_jax.training import stages
@@ -74,7 +74,7 @@ def seen(data, amount=0.0):
     velocity = lambda xt, t: SIGMA_D * oracles.trig_velocity(data, xt / SIGMA_D, t)
     F, frozen_F = exact(data, amount), exact(data, jax.lax.stop_gradient(amount))
     minus = lambda u, t, r: jax.lax.stop_gradient(frozen_F(u, t, r)[0])
-    return two_times.Views(F, minus, velocity, lambda: velocity(where.xt, where.t)), where
+    return two_times.Views(F, minus, minus, velocity, lambda: velocity(where.xt, where.t)), where
 
 
 def of_cmt(data, amount):
@@ -152,9 +152,7 @@ def test_a_solver_step_of_second_order():
 
 
 def test_tbcm_falls_to_its_final_factor():
-    from sprint_jax.diffusion.scm import tangent_schedule
-
-    at = lambda step: float(tangent_schedule(step, 10, final=0.75, start=20, steps=10))
+    at = lambda step: float(scm.tangent_schedule(step, 10, final=0.75, start=20, steps=10))
     assert [at(5), at(10), at(20), at(25), at(30), at(99)] == [0.5, 1, 1, 0.875, 0.75, 0.75]
 
 
@@ -265,8 +263,6 @@ def test_cmt_regresses_all_states_of_the_guided_teacher():
 
 def test_tbcm_asks_for_no_other_velocity():
     """Its loss is sCM's at the rollout's states, with the velocities that made the rollout."""
-    from sprint_jax.diffusion import scm
-
     settings = dataclasses.replace(TBCM, route_order=1)
     draws, (start, _, report) = drawn(settings), updated(settings)
     model, arrays, times = networks(), frozen(), np.asarray(draws["times"])[0]
@@ -295,8 +291,6 @@ def test_tbcm_asks_for_no_other_velocity():
 
 def test_two_time_consistency_at_zero_is_scm():
     """With r = 0 throughout and no diagonal: the same error as sCM with no prior."""
-    from sprint_jax.diffusion import scm
-
     settings = dataclasses.replace(EULERIAN, diagonal=0.0, to_zero=1.0)
     draws, (start, _, report) = drawn(settings), updated(settings)
     model, arrays = networks(), frozen()

@@ -17,6 +17,7 @@ from sprint_jax import build, config
 from sprint_jax.data import pairs as storage
 from sprint_jax.diffusion import flow, samplers
 from sprint_jax.errors import UserError
+from sprint_jax.objectives import rollouts
 from sprint_jax.training import datasets, pairs, stages
 
 STORED, BATCH = 24, 4
@@ -195,8 +196,6 @@ def test_the_share_from_the_noise():
     settings = parsed().phases["regression"].objective
     many = 4000
     shared = {"x0": np.zeros((many, 1)), "cond": {}, "w": None, "nodes": None}
-    from sprint_jax.objectives import rollouts
-
     j = np.asarray(rollouts.draw(settings, jax.random.key(0), shared)["j"])
     assert abs((j == 0).mean() - 0.7) < 0.02
     assert abs((j == 1).mean() - 0.15) < 0.02 and set(j) == {0, 1, 2}
