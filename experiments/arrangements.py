@@ -25,9 +25,7 @@ def main() -> None:
         )
         asked = diversity.captions(c)
         print(f"{half}: {len(asked) ** 2} images in {c.evaluation.teacher_steps} steps", flush=True)
-        found = diversity.drawn(
-            c, datasets.Shapes(c), teacher, asked, steps=c.evaluation.teacher_steps
-        )
+        found = diversity.of_teacher(c, datasets.Shapes(c), teacher, asked)
         entries.append({"of": diversity.described(c, asked), "numbers": found.tolist()})
     json_files.write(diversity.asset(), entries, indent=0)
     print(f"wrote {diversity.asset()}")

@@ -24,20 +24,20 @@ import numpy as np
 
 from benchmarks.harness import options as options_lib
 from sprint_jax import build, config
-from sprint_jax.diffusion import samplers
 from sprint_jax.evaluation.heldout import Evaluator
+from sprint_jax.objectives.scm import Scm
 from sprint_jax.runtime import cards, cli
-from sprint_jax.sampling import programs
 from sprint_jax.storage import files, json_lines, revision
 from sprint_jax.toy import diversity as diversity_lib
-from sprint_jax.training import datasets, diversity, hosts, loop, pairs, sharding, stages
+from sprint_jax.training import datasets, diversity, drawing, hosts, loop, pairs, sharding, stages
+from sprint_jax.training import scores as scores_lib
 from sprint_jax.training.records import Records
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = ROOT / "docs/results/bakeoff.jsonl"
 PAGE = ROOT / "docs/results/objectives.md"
 AT = (400.0, 800.0)  # CPU-seconds
-STEPS = (1, 2, 4)
+STEPS = scores_lib.STUDENT_STEPS
 _EVERY = 20  # updates between looks at the clock
 
 
@@ -90,43 +90,28 @@ def _regression(tree: Any) -> None:
 
 def _scm(tree: Any) -> None:
     objective = _sprint().objective.to_dict()
-    keys = (
-        "guidance uncond_mask control_dropout logvar_start p_mean p_std tangent_warmup "
-        "tangent_normalize weighting logvar_gradient"
-    )
-    settings = {n: objective[n] for n in keys.split()} | dict(kind="scm", tangent_warmup=150)
-    _one(tree, "scm", settings, steps=2400, batch=32)
+    settings = {f.name: objective[f.name] for f in dataclasses.fields(Scm)}
+    _one(tree, "scm", settings | dict(kind="scm", tangent_warmup=150), steps=2400, batch=32)
 
 
-def _cmt(tree: Any) -> None:
-    settings = _rollouts(kind="cmt", pairs="ends")
+def _cmt(tree: Any, pairs: str = "ends") -> None:
+    settings = _rollouts(kind="cmt", pairs=pairs)
     del settings["from_noise"]
     _one(tree, "cmt", settings, steps=1200, batch=16)
 
 
 def _cmt_pairs(tree: Any) -> None:
-    settings = _rollouts(kind="cmt", pairs="all")
-    del settings["from_noise"]
-    _one(tree, "cmt", settings, steps=1200, batch=16)
+    _cmt(tree, "all")
     _jumps(tree)
 
 
 def _tbcm(tree: Any, **values: Any) -> None:
-    settings = dict(
-        kind="tbcm",
-        route_steps=8,
-        route_order=1,
-        route_shift=1.6,
-        route_jitter=True,
-        tangent_warmup=150,
-        tangent_final=0.75,
-        tangent_final_start=750,
-        tangent_final_steps=100,
-        tangent_normalize=True,
-        weighting="code",
-        logvar_gradient="head",
-    )
-    _one(tree, "tbcm", _fresh(**(settings | values)), steps=1000, batch=8)
+    card: Any = cards.load("sprint:sana_600m_tbcm")
+    published = card.phases.tbcm.objective.to_dict()
+    short = dict(tangent_warmup=150, tangent_final_start=750, tangent_final_steps=100)
+    changes = dict(route_order=1, route_shift=1.6, logvar_gradient="head")
+    settings = published | _fresh(**(short | changes | values))
+    _one(tree, "tbcm", settings, steps=1000, batch=8)
 
 
 def _tbcm2(tree: Any) -> None:
@@ -186,7 +171,8 @@ def card(name: str, seed: int) -> config.Config:
     change(tree)
     tree.seed = seed
     tree.evaluation.update(prompts=768, split="selection", diversity=64)
-    tree.run.update(preview_every=_EVERY, log_every=_EVERY, checkpoint_every=10**6 // 20 * 20)
+    # Checkpoints would never be read.
+    tree.run.update(preview_every=_EVERY, log_every=_EVERY, checkpoint_every=10**6)
     return config.parse(tree)
 
 
@@ -227,23 +213,9 @@ def score(c: config.Config, data: Any, params: Any) -> dict[str, Any]:
     evaluator, asked = Evaluator(heldout), diversity.captions(c)
     found: dict[str, Any] = {"score": {}, "frechet": {}, "arrangements": {}}
     for steps in STEPS:
-        sampler = programs.student_sampler(
-            build.student(c),
-            data.pixels,
-            build.latent_shape(c),
-            samplers.scm_times(steps, e.schedule),
-        )
-        images = programs.run(
-            sampler,
-            {"transformer": params, "pixels": data.pixels_params},
-            programs.null_of(data.frozen),
-            heldout.cond,
-            guidance=e.student_guidance,
-            seed=c.data.eval_seed,
-            batch=e.batch,
-        )
+        images = drawing.student(c, data, params, heldout.cond, steps=steps)
         result = evaluator(images)
-        drawn = diversity.drawn(c, data, params, asked, steps=steps, student=True)
+        drawn = diversity.of_student(c, data, params, asked, steps=steps)
         found["score"][str(steps)] = round(result["score"], 4)
         found["frechet"][str(steps)] = round(result["frechet"], 5)
         number = diversity_lib.figures(drawn, asked)["arrangements"]

@@ -20,6 +20,7 @@ import ml_collections
 from sprint_jax.diffusion import limits
 from sprint_jax.encoders import words
 from sprint_jax.errors import UserError
+from sprint_jax.objectives import rollouts
 from sprint_jax.objectives.base import Settings
 from sprint_jax.objectives.cmt import Cmt
 from sprint_jax.objectives.eulerian import Eulerian
@@ -528,16 +529,6 @@ def _named(hint: Any) -> str:
     return names.get(hint, "a section with keys")
 
 
-# What decides the content of stored rollouts.
-_ROLLOUTS = (
-    "stored",
-    "guidance",
-    "uncond_mask",
-    "control_dropout",
-    "route_steps",
-    "route_order",
-    "route_shift",
-)
 _NETWORKS = ("base", "teacher", "control", "student")
 
 
@@ -656,7 +647,8 @@ def _phase_rules(c: Config) -> Iterator[tuple[bool, str]]:
     """Yield the rules of each phase, among them what its objective needs of the run around it."""
     for name in c.order:
         yield from _needs(c.phases[name], c.model.depth, f"config.phases.{name}")
-        yield from _needs_of_others(c, c.phases[name], f"config.phases.{name}.objective")
+        at = f"config.phases.{name}.objective"
+        yield from _needs_of_others(c, c.phases[name], name in active(c), at)
     yield from _stored_rules(c)
     ranks = [_NETWORKS.index(c.phases[name].network) for name in c.order]
     yield (
@@ -672,7 +664,7 @@ def _stored_rules(c: Config) -> Iterator[tuple[bool, str]]:
     for name in reads:
         first: Phase = c.phases[reads[0]]
         settings: Any = c.phases[name].objective
-        for field in _ROLLOUTS:
+        for field in rollouts.CONTENT:
             old, new = getattr(first.objective, field), getattr(settings, field)
             yield (
                 old == new,
@@ -686,10 +678,9 @@ def _stored_rules(c: Config) -> Iterator[tuple[bool, str]]:
         )
 
 
-def _needs_of_others(c: Config, phase: Phase, at: str) -> Iterator[tuple[bool, str]]:
-    """Yield what an objective needs of other sections."""
+def _needs_of_others(c: Config, phase: Phase, runs: bool, at: str) -> Iterator[tuple[bool, str]]:
+    """Yield what an objective needs of other sections. runs: whether the phase does."""
     needs, kind = phase.objective.needs(), phase.objective.kind
-    running = [c.phases[name] for name in active(c)]
     yield (
         not needs.target or c.model.target_embed,
         f"{at}: {kind} needs a second time, set config.model.target_embed=True (and "
@@ -701,7 +692,7 @@ def _needs_of_others(c: Config, phase: Phase, at: str) -> Iterator[tuple[bool, s
         "config.model.attention=plain",
     )
     yield (
-        not needs.images or not c.data.prompts or phase not in running,
+        not needs.images or not c.data.prompts or not runs,
         f"{at}: {kind} learns from images and config.data.prompts gives prompts alone: use an "
         "objective on rollouts (regression, repair, cmt, tbcm, lagrangian), or config.data.encoded",
     )

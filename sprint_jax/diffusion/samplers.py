@@ -53,11 +53,11 @@ def scm_times(steps: int, schedule: str = "code") -> Float[np.ndarray, " n"]:
                 f"schedule 'paper' has no list for {steps} steps: use 1, 2 or 4, or 'code'"
             )
         return np.array(_PAPER[steps], np.float32)
-    if schedule != "code":
-        raise UserError(f"schedule {schedule!r}: use one of {', '.join(SCHEDULES)}")
     if schedule == "even":
         t = np.linspace(1, 0, steps + 1)
         return np.arctan2(t, 1 - t).astype(np.float32)
+    if schedule != "code":
+        raise UserError(f"schedule {schedule!r}: use one of {', '.join(SCHEDULES)}")
     if steps == 2:
         return np.array([PUBLISHED_T_MAX, 1.3, 0.0], np.float32)
     return np.linspace(PUBLISHED_T_MAX, 0, steps + 1, dtype=np.float32)

@@ -38,6 +38,7 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
+from sprint_jax.diffusion import samplers
 from sprint_jax.encoders import prompts as prompts_lib
 from sprint_jax.encoders import words as text_lib
 from sprint_jax.errors import UserError
@@ -111,7 +112,7 @@ _HEADER_KINDS = {
     "height": _SIZE,
     "width": _SIZE,
     "guidance_scale": fields_lib.NUMBER,
-    "schedule": fields_lib.only("code", "paper", "even"),
+    "schedule": fields_lib.only(*samplers.SCHEDULES),
     "batch_size": _SIZE,
     "programs": fields_lib.OBJECT.many(),
 }

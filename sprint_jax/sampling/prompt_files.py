@@ -35,8 +35,10 @@ class Prompt:
     place: str = ""
 
 
-def read(path: str | os.PathLike) -> list[Prompt]:
+def read(path: str | os.PathLike, name: str = "--prompts") -> list[Prompt]:
     """Return the prompts of a file.
+
+    name: of what gave the path, for messages.
 
     The name's ending, in letters of any case, decides about the form. .jsonl: rows with "prompt"
     and perhaps "id". .json: {id: {"prompt": ...}}, as MJHQ-30K's meta_data.json. .csv, .tsv: a
@@ -47,7 +49,7 @@ def read(path: str | os.PathLike) -> list[Prompt]:
     Raises UserError naming the first line that cannot be used, and ids that occur twice.
     """
     path = pathlib.Path(path)
-    ending, lines = path.suffix.lower(), read_lines(path)
+    ending, lines = path.suffix.lower(), read_lines(path, name)
     if ending in TABLES:
         prompts = list(_table(lines, path))
     elif ending == ".json":
@@ -56,17 +58,17 @@ def read(path: str | os.PathLike) -> list[Prompt]:
         one = _row if ending in _LINES else _plain
         numbered = [(number, line) for number, line in enumerate(lines, 1) if not is_blank(line)]
         prompts = [one(i, number, line, path) for i, (number, line) in enumerate(numbered)]
-    check(prompts, path)
+    check(prompts, path, name)
     return prompts
 
 
-def read_lines(path: pathlib.Path) -> list[str]:
-    """Return the lines of --prompts. Raises UserError for a file that is not UTF-8 text."""
+def read_lines(path: pathlib.Path, name: str = "--prompts") -> list[str]:
+    """Return the lines of a file of prompts. Raises UserError for a file that is not UTF-8 text."""
     try:
         return files.read_lines(path)
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read --prompts={path} ({why}): give a UTF-8 text file") from None
+        raise UserError(f"cannot read {name}={path} ({why}): give a UTF-8 text file") from None
 
 
 def _plain(index, number, line, path):
@@ -161,10 +163,10 @@ def _table(lines: Sequence[str], path: pathlib.Path) -> Iterator[Prompt]:
         raise UserError(f"{path} is not a table of prompts ({error}): fix that line") from None
 
 
-def check(prompts: Sequence[Prompt], path: pathlib.Path) -> None:
+def check(prompts: Sequence[Prompt], path: pathlib.Path, name: str = "--prompts") -> None:
     """Raise UserError for no prompts, prompts that are no text, and ids that cannot name files."""
     if not prompts:
-        raise UserError(f"--prompts={path} holds no prompt: write one a line")
+        raise UserError(f"{name}={path} holds no prompt: write one a line")
     for prompt in prompts:
         if not isinstance(prompt.text, str):
             raise UserError(f"{prompt.place or path}: the prompt of {prompt.id} is not text")

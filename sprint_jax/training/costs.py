@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from sprint_jax.errors import UserError
 from sprint_jax.storage import json_files, run_files
 
 
@@ -23,12 +22,7 @@ class Costs:
         self._path = workdir / run_files.PHASES if workdir else None
         self.parts: dict[str, dict[str, Any]] = {}
         if self._path is not None and self._path.exists():
-            try:
-                self.parts = dict(json_files.read(self._path))
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(
-                    f"cannot read {self._path} ({error}): remove it, times begin anew"
-                ) from None
+            self.parts = json_files.read_object(self._path, "remove it, times begin anew")
 
     @contextlib.contextmanager
     def measure(self, part: str) -> Iterator[None]:

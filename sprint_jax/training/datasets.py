@@ -305,12 +305,7 @@ class EncodedData:
 
     def prepare(self, frozen: Frozen, batch: Batch) -> Batch:
         """Encode token ids inside the compiled step; return other batches as they are."""
-        if not self._tokens:
-            return batch
-        arrays = {"tokens": batch["tokens"], "mask": batch["mask"]}
-        text, mask = self._text.features(frozen.text_encoder, arrays)
-        kept = {name: a for name, a in batch.items() if name not in arrays}
-        return kept | {"text": text.astype(jnp.float32), "mask": mask}
+        return _encoded(self._text, frozen, batch)
 
     def heldout(self, count: int, reference: int) -> Heldout:
         """Return held-out examples at the config's size; images are decoded latents."""
@@ -405,10 +400,8 @@ class Prompts:
 
     def __init__(self, c: config_lib.Config, say: Say):
         self._c, path = c, pathlib.Path(c.data.prompts)
-        try:
-            self._captions = [prompt.text for prompt in prompt_files.read(path)]
-        except UserError as error:
-            raise UserError(str(error).replace("--prompts=", "config.data.prompts=")) from None
+        found = prompt_files.read(path, "config.data.prompts")
+        self._captions = [prompt.text for prompt in found]
         self.sizes = [build.latent_shape(c)[:2]]
         listed = digests.hash_text("\n".join(self._captions))[:16]
         self.identity = f"{len(self._captions)} prompts, {listed}"
@@ -446,15 +439,8 @@ class Prompts:
 
     def prepare(self, frozen: Frozen, batch: Batch) -> Batch:
         """Encode token ids inside the compiled step, and say the size of latents by zeros."""
-        rows = dict(batch)
-        if "tokens" in rows:
-            arrays = {"tokens": rows.pop("tokens"), "mask": rows.pop("mask")}
-            text, mask = self._text.features(frozen.text_encoder, arrays)
-            rows |= {"text": text.astype(jnp.float32), "mask": mask}
-        if "latent" not in rows:
-            shape = (len(rows["mask"]), *build.latent_shape(self._c))
-            rows["latent"] = jnp.zeros(shape, jnp.float32)
-        return rows
+        shape = (len(batch["mask"]), *build.latent_shape(self._c))
+        return {"latent": jnp.zeros(shape, jnp.float32), **_encoded(self._text, frozen, batch)}
 
     def heldout(self, count: int, reference: int) -> Heldout:
         """Return the first prompts. They are trained on as well: there are no images to learn."""
@@ -478,6 +464,16 @@ class Prompts:
     def freehand(self, count: int, reference: int) -> Heldout | None:
         """Return None: there are no sketches."""
         return None
+
+
+def _encoded(text: Any, frozen: Frozen, batch: Batch) -> Batch:
+    """Replace token ids by features of the text encoder; return other batches as they are."""
+    if "tokens" not in batch:
+        return batch
+    arrays = {"tokens": batch["tokens"], "mask": batch["mask"]}
+    features, mask = text.features(frozen.text_encoder, arrays)
+    kept = {name: a for name, a in batch.items() if name not in arrays}
+    return kept | {"text": features.astype(jnp.float32), "mask": mask}
 
 
 def _check_manifest(c, manifest):

@@ -12,10 +12,9 @@ import numpy as np
 
 from sprint_jax import build
 from sprint_jax import config as config_lib
-from sprint_jax.diffusion import samplers
-from sprint_jax.sampling import programs
 from sprint_jax.storage import digests, json_files
 from sprint_jax.toy import diversity, shapes
+from sprint_jax.training import drawing
 
 _SHIPPED = "shapes_arrangements.json"
 STEPS = (1,)  # of the student
@@ -36,10 +35,10 @@ def measure(job: Any, teacher: Any, student: Any) -> dict[str, dict[str, float]]
     name = f"teacher_{config.evaluation.teacher_steps}"
     if theirs is None:
         job.say(f"diversity: {count * count} images by {name} (minutes)")
-        theirs = drawn(config, data, teacher, asked, steps=config.evaluation.teacher_steps)
+        theirs = of_teacher(config, data, teacher, asked)
     figures = {name: diversity.figures(theirs, asked)}
     for steps in STEPS:
-        ours = drawn(config, data, student, asked, steps=steps, student=True)
+        ours = of_student(config, data, student, asked, steps=steps)
         found = diversity.figures(ours, asked)
         ratio = found["arrangements"] / max(1e-9, figures[name]["arrangements"])
         same = diversity.same(ours, theirs)
@@ -53,37 +52,27 @@ def captions(config: config_lib.Config) -> list[shapes.Caption]:
     return diversity.captions(e.split, e.diversity, seed=config.data.eval_seed)
 
 
-def drawn(
-    config: config_lib.Config,
-    data: Any,
-    params: Any,
-    asked: Sequence[shapes.Caption],
-    *,
-    steps: int,
-    student: bool = False,
+def of_student(
+    c: config_lib.Config, data: Any, params: Any, asked: Sequence[shapes.Caption], *, steps: int
 ) -> diversity.Numbers:
     """Draw as many images of each caption as there are captions; return their arrangements."""
-    e, shape, count = config.evaluation, build.latent_shape(config), len(asked)
-    encoder = build.text_encoder(config)
+    return diversity.read(drawing.student(c, data, params, _repeated(c, asked), steps=steps), asked)
+
+
+def of_teacher(
+    c: config_lib.Config, data: Any, params: Any, asked: Sequence[shapes.Caption]
+) -> diversity.Numbers:
+    """Return the same of the teacher in the steps of the config."""
+    cond, steps = _repeated(c, asked), c.evaluation.teacher_steps
+    return diversity.read(drawing.teacher(c, data, params, cond, steps=steps), asked)
+
+
+def _repeated(c, asked):
+    """Return the conditions of each caption as often as there are captions."""
+    encoder = build.text_encoder(c)
     assert encoder is not None, "captions of shapes have an embedded encoder"
     text, mask = encoder.encode([caption.text() for caption in asked])
-    cond = {"text": np.repeat(text, count, 0), "mask": np.repeat(mask, count, 0)}
-    if student:
-        times = samplers.scm_times(steps, e.schedule)
-        sampler = programs.student_sampler(build.student(config), data.pixels, shape, times)
-    else:
-        times = samplers.trig_times(steps)
-        sampler = programs.teacher_sampler(build.teacher(config), data.pixels, shape, times)
-    images = programs.run(
-        sampler,
-        {"transformer": params, "pixels": data.pixels_params},
-        programs.null_of(data.frozen),
-        cond,
-        guidance=e.student_guidance if student else e.teacher_guidance,
-        seed=config.data.eval_seed,
-        batch=e.batch,
-    )
-    return diversity.read(images, asked)
+    return {"text": np.repeat(text, len(asked), 0), "mask": np.repeat(mask, len(asked), 0)}
 
 
 def described(config: config_lib.Config, asked: Sequence[shapes.Caption]) -> dict[str, Any]:

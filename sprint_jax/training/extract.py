@@ -25,7 +25,7 @@ def write(
     """
     c = run.read_config(run_dir)
     if stage is None:
-        stage = _there(run_dir, c)[-1] if _there(run_dir, c) else c.order[-1]
+        stage = (_there(run_dir, c) or c.order)[-1]
     phase = c.phases.get(stage)
     student = phase is not None and phase.network == "student"
     drawn = student and to_file.name == run_files.STUDENT

@@ -102,17 +102,10 @@ def _maker(c, phase, data, teacher) -> _Maker:
     described = {
         "teacher": _digest(teacher),
         "data": data.identity,
-        "stored": s.stored,
         "batch": phase.batch,
         "seed": seed,
         "data_seed": c.data.seed,
-        "guidance": list(s.guidance),
-        "uncond_mask": s.uncond_mask,
-        "control_dropout": s.control_dropout,
-        "route_steps": s.route_steps,
-        "route_order": s.route_order,
-        "route_shift": s.route_shift,
-    }
+    } | {name: getattr(s, name) for name in rollouts.CONTENT}
     return _Maker(
         settings=s,
         networks=stages.networks(c, phase),

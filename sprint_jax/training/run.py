@@ -79,6 +79,9 @@ def run(config: config_lib.Config, workdir: pathlib.Path | str, say: Say = _say)
             student = trained(job, "student", teacher=teacher)
             with job.costs.measure("evaluation"):
                 summary = scores.evaluate(job, teacher, student, begin)
+            if "student_1" in summary["scores"]:
+                last = config_lib.active(config)[-1]
+                job.costs.note(last, score=summary["scores"]["student_1"])
         finally:
             records.close()
         if primary:
@@ -176,7 +179,9 @@ def trained(job: Job, network: str, *, teacher: PyTree = None, begin: PyTree = N
         with job.costs.measure(name):
             final = loop.train(stage, c.run, job.mesh, job.workdir, job.records, job.say)
         begin = stage.result(final)
-        if network == "student" and (score := scores.glance(job, begin)) is not None:
+        # The last student is scored at the end of the run.
+        between = network == "student" and name != names[-1]
+        if between and (score := scores.glance(job, begin)) is not None:
             job.say(f"{name}: {score:.1%} of the prompts in one step")
             job.costs.note(name, score=score)
     return _keep(job, file, begin)

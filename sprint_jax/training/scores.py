@@ -18,7 +18,7 @@ from sprint_jax.evaluation.heldout import Evaluator
 from sprint_jax.sampling import programs
 from sprint_jax.storage import image_files, json_files, revision, run_files
 from sprint_jax.toy import checker
-from sprint_jax.training import diversity, hosts
+from sprint_jax.training import diversity, drawing, hosts
 
 STUDENT_STEPS = (1, 2, 4)
 
@@ -79,19 +79,7 @@ def glance(job: Any, student: Any) -> float | None:
     heldout = data.heldout(e.prompts, 2)
     if heldout.meanings is None:
         return None
-    times = samplers.scm_times(1, e.schedule)
-    sampler = programs.student_sampler(
-        build.student(config), data.pixels, build.latent_shape(config), times
-    )
-    images = programs.run(
-        sampler,
-        {"transformer": params, "pixels": data.pixels_params},
-        programs.null_of(data.frozen),
-        heldout.cond,
-        guidance=e.student_guidance,
-        seed=config.data.eval_seed,
-        batch=e.batch,
-    )
+    images = drawing.student(config, data, params, heldout.cond, steps=1)
     return checker.score(images, heldout.meanings)[0]
 
 

@@ -151,6 +151,9 @@ def test_published_schedules():
         ("paper", 1): [math.pi / 2, 0],
         ("paper", 2): [math.atan(200 / 0.5), 1.3, 0],
         ("paper", 4): [math.atan(200 / 0.5), 1.3, 1.1, 0.6, 0],
+        ("even", 1): [math.pi / 2, 0],
+        ("even", 2): [math.pi / 2, math.pi / 4, 0],
+        ("even", 4): [math.pi / 2, math.atan(3), math.pi / 4, math.atan(1 / 3), 0],
     }
     for (schedule, steps), numbers in expected.items():
         np.testing.assert_array_equal(samplers.scm_times(steps, schedule), np.float32(numbers))

@@ -12,9 +12,11 @@ from helpers.arrays import normals, same_bits
 from helpers.configs import card
 from helpers.objectives import CMT, EULERIAN, LAGRANGIAN, SEMIGROUP, TBCM
 from sprint_jax import build, config
+from sprint_jax.conversion import configs
 from sprint_jax.errors import UserError
 from sprint_jax.objectives import rollouts
-from sprint_jax.storage import run_files
+from sprint_jax.sampling import generation, loading, programs
+from sprint_jax.storage import run_files, weights
 from sprint_jax.training import datasets, hosts, loop, pairs, run, sharding, stages
 from sprint_jax.training.records import Records
 
@@ -110,8 +112,6 @@ def prompts_card(tmp_path, lines, **objective):
 def test_prompts_alone_are_a_data_set(tmp_path):
     """A whole run: the student follows, images are drawn, and no distance needs real ones."""
     changed, weights_file = prompts_card(tmp_path, PROMPTS), tmp_path / "teacher.safetensors"
-    from sprint_jax.storage import weights
-
     weights.save(weights_file, teacher())
     changed.teacher.pretrained = str(weights_file)
     c, said = config.parse(changed), []
@@ -131,6 +131,39 @@ def test_prompts_alone_are_a_data_set(tmp_path):
     assert "score" in json.loads((tmp_path / "run/phases.json").read_text())["cmt"]
     page = (tmp_path / "run/report.html").read_text()
     assert "Parts of the run" in page and "Fréchet" not in page
+
+
+def test_a_flow_map_is_trained_scored_and_drawn_by_jumps(tmp_path):
+    """A whole run, and its folder as others load it: two jumps, written out here.
+
+    Fails when the sampler denoises and renoises, forgets the second time, or takes other times.
+    """
+    changed, weights_file = tree("semigroup", SEMIGROUP), tmp_path / "teacher.safetensors"
+    weights.save(weights_file, teacher())
+    changed.teacher.pretrained = str(weights_file)
+    changed.evaluation.schedule = "even"
+    c = config.parse(changed)
+    summary = run.run(c, tmp_path / "run", str)
+    assert {"student_1", "student_2", "student_4"} <= set(summary["scores"])
+
+    pipe = loading.load(tmp_path / "run", dtype="float32")
+    assert pipe.schedule == "even"
+    options = dict(steps=2, guidance_scale=1.25, output="latent")
+    latents = generation.generate(pipe, ["two red circles"], seed=3, **options)
+    model, params = (
+        build.student(c),
+        weights.load(tmp_path / "run/student.safetensors", weights.abstract(build.student(c))),
+    )
+    text, mask = build.text_encoder(c).encode(["two red circles"])
+    x = programs.noises(np.int32(3), np.arange(1), build.latent_shape(c), 1)[0]
+    w = np.float32([1.25])
+    for t, r in ((1.0, 0.5), (0.5, 0.0)):
+        at, to = np.float32([t]), np.float32([r])
+        v = model.apply(params, x, at, text, mask, w, target=to).velocity
+        x = x - (t - r) * v  # a jump in flow coordinates, between which TrigFlow only scales
+    np.testing.assert_allclose(latents, x, atol=2e-5)
+    with pytest.raises(UserError, match="diffusers has no network with a second time"):
+        configs.transformer_json(model)
 
 
 def test_rollouts_of_prompts_are_stored(tmp_path):
@@ -207,7 +240,9 @@ def test_a_derivative_of_a_derivative_needs_plain_attention():
 
     held = dataclasses.asdict(parsed.phases["cmt"].objective)
     phase = dataclasses.replace(parsed.phases["cmt"], objective=Second(**held))
-    found = [m for ok, m in config._needs_of_others(parsed, phase, "config.phases.cmt") if not ok]
+    found = [
+        m for ok, m in config._needs_of_others(parsed, phase, True, "config.phases.cmt") if not ok
+    ]
     assert found == [
         "config.phases.cmt: cmt differentiates a derivative, which kernels refuse: set "
         "config.model.attention=plain"
