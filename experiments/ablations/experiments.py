@@ -181,7 +181,11 @@ class Experiments:
         teacher = self._train_teacher(c, data, folder, lambda share: advance(share / 2))
         stage, compiled = self._stage("sprint", c, data, teacher=teacher)
         alone = dataclasses.replace(
-            stage, name="gradients", functions=stage.functions[:1], labels=stage.labels[:1]
+            stage,
+            name="gradients",
+            functions=stage.functions[:1],
+            labels=stage.labels[:1],
+            roles=stage.roles[:1],
         )
         # Programs of the generator alone: not those of whole rounds.
         compiled = self._programs.setdefault(("gradients", _structure(c)), {})

@@ -101,6 +101,10 @@ def _keep_extra(role: Role) -> PyTree:
     return role.extra
 
 
+def _keep_params(params: PyTree, state: State) -> PyTree:
+    return params
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Update:
     """One kind of update.
@@ -109,14 +113,16 @@ class Update:
     for the whole batch, with the arrays that the loss reads; leading axes are samples. loss:
     (params, draws, state, frozen) -> (mean over samples, `Aux`), pure; it may see the draws in
     parts. prepare: role -> its extra arrays for this update, which the loss sees in `state` and
-    which are kept if the update is finite. names: of the loss and of the gradient's norm in logs.
-    rules: how CAME sees the parameters.
+    which are kept if the update is finite. begin: (parameters, state) -> those that the update
+    begins from, for a role that is pulled toward another. names: of the loss and of the gradient's
+    norm in logs. rules: how CAME sees the parameters.
     """
 
     role: str
     draw: Callable[[jax.Array, Batch, Frozen], Draws]
     loss: Callable[[PyTree, Draws, State, Frozen], tuple[jax.Array, Aux]]
     prepare: Callable[[Role], PyTree] = _keep_extra
+    begin: Callable[[PyTree, State], PyTree] = _keep_params
     names: tuple[str, str] = ("loss", "grad_norm")
     rules: came.Rules = came.LINEAR_DIT
 
@@ -125,8 +131,9 @@ class Update:
 class Objective:
     """A method, ready to train.
 
-    main: the role whose parameters, or their average, are the result. round: roles in the order in
-    which they are updated; a role may come several times. updates: {role: its update}. start:
+    main: the role whose parameters, or their average, are the result. round: names of updates in
+    their order; one may come several times. updates: {name: update}, named as its role unless the
+    role has several kinds. start:
     (frozen, parameters to begin from or None, key) -> {role: `Start`}, traced. sampler: how the
     result draws, "renoise" (few steps, fresh noise between them) or "guided_euler" (many guided
     steps).
@@ -139,10 +146,10 @@ class Objective:
     sampler: Literal["renoise", "guided_euler"]
 
     def __post_init__(self) -> None:
-        """Raise ValueError where two roles would write the same column of the metrics."""
+        """Raise ValueError where two updates would write the same column of the metrics."""
         names = [name for update in self.updates.values() for name in update.names]
         if len(set(names)) < len(names):
-            raise ValueError(f"updates report {', '.join(names)}: give each role names of its own")
+            raise ValueError(f"updates report {', '.join(names)}: give each names of its own")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -208,7 +215,8 @@ class Networks:
 class Settings(Protocol):
     """An objective's section of the config: a frozen dataclass whose field `kind` names it.
 
-    `round` names the roles in the order of their updates; each has an optimizer in the config.
+    `round` gives the role of each update of a round, in order; each role has an optimizer in the
+    config.
     `problems` yields (field, what to use instead) for each value out of range.
     """
 

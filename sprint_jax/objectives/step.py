@@ -48,18 +48,18 @@ def make_step(
     def step(state: State, frozen: Frozen, batch: Batch) -> tuple[State, Report]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         role = state.roles[update.role]
-        extra = update.prepare(role)
+        extra, begin = update.prepare(role), update.begin(role.params, state)
         seen = _with(state, update.role, role.replace(extra=extra))
         (value, aux), grads = value_and_grad(
             lambda params, part: update.loss(params, part, seen, frozen),
-            role.params,
+            begin,
             update.draw(key, batch, frozen),
             accumulate,
         )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(value)
-        changes, opt = tx.update(grads, role.opt, role.params)
-        params = optax.apply_updates(role.params, changes)
+        changes, opt = tx.update(grads, role.opt, begin)
+        params = optax.apply_updates(begin, changes)
         average = update_ema(role.ema, params, ema, role.updates)
         new = role.replace(
             updates=role.updates + 1,
@@ -161,8 +161,9 @@ def value_and_grad(
 def _parts(a: jax.Array, parts: int) -> jax.Array:
     """Cut [B, ...] into [parts, B / parts, ...]."""
     run = GROUP if a.shape[0] % (GROUP * parts) == 0 else 1
-    a = a.reshape(-1, parts, run, *a.shape[1:])
-    return jnp.swapaxes(a, 0, 1).reshape(parts, -1, *a.shape[3:])
+    runs, rest = a.shape[0] // (parts * run), a.shape[1:]
+    a = a.reshape(runs, parts, run, *rest)
+    return jnp.swapaxes(a, 0, 1).reshape(parts, runs * run, *rest)
 
 
 def select(finite: jax.Array, new: PyTree, old: PyTree) -> PyTree:

@@ -26,12 +26,13 @@ class Stage:
     name: in logs, metrics and the checkpoint folder. steps: updates of all roles together. start:
     (frozen, init_arrays) -> `State` at step 0. init_arrays: inputs of `start` alone, freed once
     training starts. functions: the steps of a round, in order; one that comes several times is
-    compiled once. labels: a name for each of them, for plans and benchmarks. frozen: arrays that
-    never change. prepare: (frozen, batch as read) -> batch as the steps take it, compiled with
-    them. batch: samples of a global batch. batches: (batch, start, stop, process, processes) ->
-    context and iterator of this process's rows as NumPy arrays. data: names the data set. main:
-    role of the result. result: state -> parameters that the phase ends with. preview: parameters
-    -> uint8 [H, W, 3], images of fixed prompts; None where none can be drawn.
+    compiled once. labels: a name for each of them, for plans and benchmarks. roles: what each of
+    them trains. frozen: arrays that never change. prepare: (frozen, batch as read) -> batch as the
+    steps take it, compiled with them. batch: samples of a global batch. batches: (batch, start,
+    stop, process, processes) -> context and iterator of this process's rows as NumPy arrays. data:
+    names the data set. main: role of the result. result: state -> parameters that the phase ends
+    with. preview: parameters -> uint8 [H, W, 3], images of fixed prompts; None where none can be
+    drawn.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stage:
     init_arrays: PyTree
     functions: tuple[Step, ...]
     labels: tuple[str, ...]
+    roles: tuple[str, ...]
     frozen: Frozen
     prepare: Callable[[Frozen, Batch], Batch]
     batch: int

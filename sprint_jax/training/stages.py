@@ -60,14 +60,14 @@ def make(
     objective = phase.objective.objective(made)
     txs, seed = transformations(phase, objective), c.seed + phase.seed
     steps = {
-        role: step.make_step(
+        label: step.make_step(
             update,
-            txs[role],
+            txs[update.role],
             ema=phase.ema,
             accumulate=phase.accumulate,
             seed=seed,
         )
-        for role, update in objective.updates.items()
+        for label, update in objective.updates.items()
     }
 
     def start(frozen: Frozen, begin: PyTree):
@@ -79,8 +79,9 @@ def make(
         steps=phase.steps,
         start=start,
         init_arrays=begin,
-        functions=tuple(steps[role] for role in objective.round),
+        functions=tuple(steps[label] for label in objective.round),
         labels=objective.round,
+        roles=tuple(objective.updates[label].role for label in objective.round),
         frozen=data.frozen.replace(teacher=teacher),
         prepare=data.prepare,
         batch=phase.batch,
@@ -94,15 +95,16 @@ def make(
 
 def transformations(phase: config_lib.Phase, objective: Objective) -> dict[str, Any]:
     """Return the optimizer of each role, with a schedule over the updates that the role gets."""
-    share = {role: objective.round.count(role) / len(objective.round) for role in objective.updates}
+    order = [objective.updates[label] for label in objective.round]
+    roles = [update.role for update in order]
     return {
-        role: optimizers.make(
-            phase.optimizers[role],
-            updates=round(phase.steps * share[role]),
+        update.role: optimizers.make(
+            phase.optimizers[update.role],
+            updates=round(phase.steps * roles.count(update.role) / len(roles)),
             batch=phase.batch,
             rules=update.rules,
         )
-        for role, update in objective.updates.items()
+        for update in order
     }
 
 

@@ -58,7 +58,7 @@ class Watch:
     """
 
     def __init__(self, stage: Stage, run: config_lib.Run, records, bar, window: Window):
-        self._name, self._labels, self._run, self._records = stage.name, stage.labels, run, records
+        self._name, self._roles, self._run, self._records = stage.name, stage.roles, run, records
         self._bar, self._window = bar, window
         self._waiting: tuple[int, list[Report]] | None = None
 
@@ -83,7 +83,7 @@ class Watch:
             by_time |= report.by_time
         self._window.add(by_time)
         # A role may be updated several times in a round: its last counters are the newest.
-        latest = dict(zip(self._labels, (r.rejected for r in reports), strict=True)).values()
+        latest = dict(zip(self._roles, (r.rejected for r in reports), strict=True)).values()
         self._refuse_lasting(step, max(int(r[0]) for r in latest), norms)
         self._bar.update(step - self._bar.n)
         if step % self._run.log_every == 0:

@@ -228,6 +228,7 @@ def counting_stage(preview, reading=lambda count: None):
         init_arrays={},
         functions=(counting_step("network"),),
         labels=("network",),
+        roles=("network",),
         frozen={},
         prepare=lambda frozen, batch: batch,
         batch=1,
@@ -349,6 +350,7 @@ def test_a_network_that_fails_in_every_round_ends_the_run(tmp_path):
             start=lambda frozen, begin: counting.start(frozen, begin).replace(roles=roles),
             functions=tuple(counting_step(name, finite=name != failing) for name in labels),
             labels=labels,
+            roles=labels,
             main="student",
         )
         mesh = sharding.mesh(1, 1, jax.devices()[:1])
