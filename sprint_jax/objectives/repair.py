@@ -3,8 +3,7 @@ near the teacher's rollouts; see `diffusion.repair`.
 
     L = d_token(f(z, 1) - y')  +  a [p trim(d(f(z', 1) - x_end)) + (1 - p) d(f(x_j, t_j) - x_end)]
 
-The second part is the anchor, a regression on rollouts (`objectives.rollouts`) of a share of the
-batch, in which the error from the noise counts only where it is small already.
+The second part is the anchor on a share of the batch; see `objectives.anchor`.
 """
 
 import dataclasses
@@ -15,13 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from sprint_jax.diffusion import distances, flow, repair
-from sprint_jax.objectives import guided, rollouts, views
-from sprint_jax.objectives.base import Aux, Draws, Frozen, Needs, Networks, Objective, PyTree, State
+from sprint_jax.objectives import anchor, guided, rollouts, views
+from sprint_jax.objectives.base import Aux, Draws, Frozen, Networks, Objective, PyTree, State
 from sprint_jax.objectives.conditions import concatenate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Repair(rollouts.PointTerm):
+class Repair(anchor.AnchorTerm):
     """Settings of repair."""
 
     kind: Literal["repair"]
@@ -40,12 +39,6 @@ class Repair(rollouts.PointTerm):
     """
     hop_c: float
     """Root mean square error of a token above which its gradient grows no further."""
-    anchor_share: float
-    """Rollouts of the anchor for each sample of the batch."""
-    anchor_weight: float
-    """a: weight of the anchor. It holds the spread of the images, which hops make narrower."""
-    anchor_trim: float
-    """Mean square error below which a rollout counts from its noise."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (field, what to use instead) for each value out of range."""
@@ -64,13 +57,7 @@ class Repair(rollouts.PointTerm):
         if not self.hop_c > 0:
             yield "hop_c", "use a number above 0"
         if not self.anchor_weight > 0:
-            yield "anchor_weight", "use a number above 0"
-        if not 0 < self.anchor_share <= 1:
-            yield "anchor_share", "use a share in (0, 1]"
-
-    def needs(self) -> Needs:
-        """Return what repair asks of a run: a teacher, and an anchor that is cut as the batch."""
-        return dataclasses.replace(super().needs(), shares=(self.anchor_share,))
+            yield "anchor_weight", "use a number above 0: hops make the images' spread narrower"
 
     def objective(self, networks: Networks) -> Objective:
         """Build the objective. The student's extra arrays are the frozen student f_0."""
@@ -84,23 +71,17 @@ class Repair(rollouts.PointTerm):
 
 
 def draw(settings: Repair, key: jax.Array, batch: Any) -> dict[str, Any]:
-    """Draw noise, hops and their first time for every sample, and the anchor's rollouts.
-
-    The anchor has conditions of its own, those of the first samples of the batch: a share that is
-    cut into parts as the batch is.
-    """
+    """Draw noise, hops and their first time for every sample, and the anchor's rollouts."""
     (k_noise, k_hops, k_time, k_anchor, *_), shared = guided.draw(settings, key, batch)
     shape = shared["x0"].shape
     low, high = settings.hop_from
-    count = round(settings.anchor_share * shape[0])
-    anchor = jax.tree.map(lambda a: a[:count], shared)
     return {
         "z": jax.random.normal(k_noise, shape),
         "n": jax.random.normal(k_hops, (shape[0], settings.tries, settings.hops, *shape[1:])),
         "s": jax.random.uniform(k_time, shape[:1], minval=low, maxval=high),
         "cond": shared["cond"],
         "w": shared["w"],
-        "anchor": rollouts.draw(settings, k_anchor, anchor),
+        "anchor": anchor.draw(settings, k_anchor, shared),
     }
 
 
@@ -134,19 +115,6 @@ def _loss(
     tries = [again(jnp.moveaxis(draws["n"][:, k], 1, 0)) for k in range(settings.tries)]
     e = y - repair.nearest(y, jnp.stack(tries))
     repaired = distances.token_huber(e, settings.hop_c)
-    anchor, aux = _anchor(settings, anchored - at.end, at)
+    pull, aux = anchor.of_errors(settings, anchored - at.end, at)
     scalars = {"repair": repaired.mean(), "repair_error": distances.square(e).mean()}
-    return repaired.mean() + settings.anchor_weight * anchor.mean(), Aux(scalars=scalars | aux)
-
-
-def _anchor(
-    settings: Repair, e: jax.Array, at: rollouts.Points
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Return the anchor of each point [N], and its statistics. e: the student's errors there."""
-    error, values = distances.square(e), distances.token_huber(e, settings.distance_c)
-    kept = error < settings.anchor_trim
-    trimmed = repair.trimmed(values, e, settings.anchor_trim)
-    scalars = rollouts.by_place("error", error, at) | {
-        "anchor_kept": rollouts.by_place("kept", kept, at)["noise_kept"]
-    }
-    return at.weight * jnp.where(at.t >= 1, trimmed, values), scalars
+    return repaired.mean() + settings.anchor_weight * pull.mean(), Aux(scalars=scalars | aux)
