@@ -119,7 +119,7 @@ def _tbcm2(tree: Any) -> None:
 
 
 def _eulerian(tree: Any, **values: Any) -> None:
-    settings = _two(kind="eulerian", tangent_warmup=150, tangent_c=0.1)
+    settings = _two(kind="eulerian", tangent_warmup=150, tangent_c=0.1, logvar_gradient="head")
     _one(tree, "eulerian", settings | values, steps=1600, batch=32)
     _jumps(tree)
 

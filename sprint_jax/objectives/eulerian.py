@@ -21,9 +21,10 @@ import jax.numpy as jnp
 
 from sprint_jax.diffusion import flow_map, scm, trigflow
 from sprint_jax.diffusion.flow import expand
-from sprint_jax.objectives import two_times
-from sprint_jax.objectives.base import Aux, Draws, State
+from sprint_jax.objectives import two_times, views
+from sprint_jax.objectives.base import Aux, Draws, Networks, PyTree, State
 from sprint_jax.objectives.by_time import by_time
+from sprint_jax.objectives.conditions import Conditions
 
 SIGMA_D = trigflow.SIGMA_D
 
@@ -38,6 +39,8 @@ class Eulerian(two_times.TwoTimes):
     """What the map follows: the guided teacher, its own value at r = t, or data."""
     tangent_warmup: int
     """Updates over which the tangent's second bracket rises to its full weight."""
+    logvar_gradient: Literal["network", "head"]
+    """See `views.student_map`."""
     tangent_c: float
     """c of the tangent's normalization g / (|g| + c)."""
 
@@ -48,6 +51,14 @@ class Eulerian(two_times.TwoTimes):
             yield "states", "use data: velocity data needs images"
         if not self.tangent_c > 0:
             yield "tangent_c", "use a number above 0"
+
+    def student(
+        self, networks: Networks, params: PyTree, cond: Conditions, w: jax.Array
+    ) -> flow_map.Map:
+        """Return the student (u, t, r) -> (F, logvar)."""
+        return views.student_map(
+            networks.trained, params, cond, w, logvar_gradient=self.logvar_gradient
+        )
 
     def term(
         self, see: two_times.Views, where: two_times.At, draws: Draws, state: State

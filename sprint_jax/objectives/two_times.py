@@ -20,7 +20,7 @@ from sprint_jax.diffusion.types import Network
 from sprint_jax.objectives import guided, rollouts, views
 from sprint_jax.objectives.base import Aux, Draws, Frozen, Needs, Networks, Objective, PyTree, State
 from sprint_jax.objectives.by_time import by_time
-from sprint_jax.objectives.conditions import unconditional
+from sprint_jax.objectives.conditions import Conditions, unconditional
 
 SIGMA_D = trigflow.SIGMA_D
 
@@ -73,6 +73,12 @@ class TwoTimes(rollouts.RolloutTerm, guided.Timed):
             return per_sample.mean(), aux
 
         return guided.student_alone(self, networks, draw_all, loss)
+
+    def student(
+        self, networks: Networks, params: PyTree, cond: Conditions, w: jax.Array
+    ) -> flow_map.Map:
+        """Return the student (u, t, r) -> (F, logvar)."""
+        return views.student_map(networks.trained, params, cond, w)
 
     def term(self, see: "Views", where: "At", draws: Draws, state: State) -> tuple[jax.Array, Aux]:
         """Return the loss of each sample [B], and its statistics."""
@@ -155,10 +161,10 @@ def look(
 ) -> Views:
     """Return the networks of an update."""
     cond, w = draws["cond"], draws["w"]
-    F = views.student_map(networks.trained, params, cond, w)
+    F = settings.student(networks, params, cond, w)
 
     def stopped(cond):
-        still = views.student_map(networks.trained, jax.lax.stop_gradient(params), cond, w)
+        still = settings.student(networks, jax.lax.stop_gradient(params), cond, w)
         return lambda u, t, r: jax.lax.stop_gradient(still(u, t, r)[0])
 
     F_minus, F_null = stopped(cond), stopped(unconditional(cond, frozen.null_text))

@@ -22,7 +22,9 @@ TBCM = Tbcm(
     logvar_gradient="network", route_jitter=True, tangent_final=0.75, tangent_final_start=20,
     tangent_final_steps=10, **GUIDED,
 )  # fmt: skip
-EULERIAN = Eulerian(kind="eulerian", tangent_warmup=1, tangent_c=0.1, **TWO)
+EULERIAN = Eulerian(
+    kind="eulerian", logvar_gradient="network", tangent_warmup=1, tangent_c=0.1, **TWO
+)
 LAGRANGIAN = Lagrangian(kind="lagrangian", delta=0.02, heun=True, **TWO)
 SEMIGROUP = Semigroup(kind="semigroup", middle="uniform", **(TWO | dict(diagonal=0.5)))
 ALL = (
