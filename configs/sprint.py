@@ -8,6 +8,8 @@ Presets
   shapes          2 CPU cores. Makes a 1-4 step student of the shipped teacher by regression on its
                   rollouts, then by repair of what blends in one step, and scores both.
   sprint          The same teacher and data by SANA-Sprint: sCM + LADD.
+  dmd             The default, then distribution matching with its anchor kept on.
+  dmd2, rcm       From the teacher: distribution matching with heads, and beside consistency.
   shapes_teacher  The recipe of the shipped teacher: trains it from nothing, then as `shapes`.
   smoke           Teacher and SANA-Sprint, cut down to seconds.
   shapes_64       SANA-Sprint at 64 px with a larger network, whose teacher it trains first: an
@@ -54,6 +56,9 @@ from sprint_jax.errors import UserError
 PRESETS = (
     "shapes",
     "sprint",
+    "dmd",
+    "dmd2",
+    "rcm",
     "shapes_teacher",
     "smoke",
     "shapes_64",
@@ -75,6 +80,11 @@ def get_config(preset: str = "shapes") -> Any:
     match preset:
         case "shapes":
             follow_rollouts(config)
+        case "dmd":
+            follow_rollouts(config)
+            _match_after(config)
+        case "dmd2" | "rcm":
+            _match(config, preset)
         case "shapes_teacher":
             config.teacher.pretrained = ""
             follow_rollouts(config)
@@ -182,6 +192,7 @@ def _embedded() -> Any:
                 disc_std=1.0,
                 reduction="code",
                 misaligned=True,
+                heads_loss="hinge",
                 head_blocks=(0, 2, 4, 6),
             ),
         ),
@@ -258,6 +269,70 @@ def follow_rollouts(config: Any) -> None:
         objective=rollouts(**repair),
     )
     config.order = ("teacher", "finetune", "control", "regression", "repair")
+    config.evaluation.update(prompts=768, split="final", diversity=64)
+
+
+def matching(**values: Any) -> dict[str, Any]:
+    """Return settings of distribution matching on the embedded data."""
+    return dict(
+        sample_steps=1,
+        sampler_times=0.5,
+        renoise_mean=-0.69,
+        renoise_std=1.6,
+        dmd_normalize=True,
+        dmd_guidance="coupled",
+        critic_updates=3,
+        critic_pull=1.0,
+        dmd_weight=1.0,
+    ) | dict(values)
+
+
+def _match_after(config):
+    """Add a phase of distribution matching, whose critic begins as the student, after repair."""
+    repair = config.phases.repair.objective.to_dict()
+    student = config.phases.repair.optimizers.student.to_dict()
+    anchor = {name: a for name, a in repair.items() if name.split("_")[0] not in ("hop", "tries")}
+    del anchor["kind"], anchor["hops"]
+    config.phases.dmd = dict(
+        network="student",
+        seed=3,
+        steps=240,
+        batch=32,
+        accumulate=1,
+        ema=0.98,
+        optimizers=dict(
+            student=student | dict(lr=4e-5, muon_lr=0.001, warmup=10),
+            fake=student | dict(warmup=10, decay_to=1.0),
+        ),
+        objective=anchor | matching(kind="dmd") | dict(anchor_weight=0.3),
+    )
+    config.order = (*config.order, "dmd")
+
+
+def _match(config, kind):
+    """Replace SANA-Sprint by DMD2 or rCM, from the teacher."""
+    sprint = config.phases.sprint
+    old = sprint.objective.to_dict()
+    names = ("guidance", "uncond_mask", "control_dropout", "logvar_start")
+    student, heads = sprint.optimizers.student.to_dict(), sprint.optimizers.heads.to_dict()
+    phase = {n: sprint[n] for n in ("network", "seed", "batch", "accumulate", "ema")}
+    fake = student | dict(decay_to=1.0)
+    if kind == "dmd2":
+        names += ("disc_mean", "disc_std", "reduction", "misaligned", "head_blocks")
+        own = matching(kind="dmd2", sample_steps=2)
+        own |= dict(adv_weight=1.0, heads_loss="softplus", divergence="reverse_kl")
+        optimizers = dict(student=student, heads=heads, fake=fake)
+    else:
+        names += ("p_mean", "p_std", "tangent_warmup", "tangent_normalize", "weighting")
+        names += ("logvar_gradient",)
+        own = matching(kind="rcm", sample_steps=2, critic_updates=1)
+        own |= dict(dmd_balance="gradient", dmd_start=300)
+        optimizers = dict(student=student, fake=fake)
+    config.phases[kind] = phase | dict(
+        steps=2400, optimizers=optimizers, objective={n: old[n] for n in names} | own
+    )
+    del config.phases.sprint
+    config.order = ("teacher", "finetune", "control", kind)
     config.evaluation.update(prompts=768, split="final", diversity=64)
 
 
@@ -414,6 +489,7 @@ def sana(preset: str) -> Any:
                 disc_std=1.0,
                 reduction="code",
                 misaligned=True,
+                heads_loss="hinge",
                 head_blocks=(2, 8, 14, 19),
             ),
         ),

@@ -147,10 +147,17 @@ def _jumps(tree: Any) -> None:
     tree.evaluation.schedule = "even"
 
 
+def _scored_alike(tree: Any) -> None:
+    """Leave a preset as it is."""
+
+
 # {card: (preset of configs/sprint.py, changes)}.
 CARDS: dict[str, tuple[str, Callable[[Any], None]]] = {
-    "sprint": ("sprint", lambda tree: None),
-    "repair": ("shapes", lambda tree: None),
+    "sprint": ("sprint", _scored_alike),
+    "repair": ("shapes", _scored_alike),
+    "dmd": ("dmd", _scored_alike),
+    "dmd2": ("dmd2", _scored_alike),
+    "rcm": ("rcm", _scored_alike),
     "regression": ("shapes", _regression),
     "scm": ("sprint", _scm),
     "cmt": ("shapes", _cmt),

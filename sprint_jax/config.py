@@ -23,10 +23,13 @@ from sprint_jax.errors import UserError
 from sprint_jax.objectives import rollouts
 from sprint_jax.objectives.base import Settings
 from sprint_jax.objectives.cmt import Cmt
+from sprint_jax.objectives.dmd import Dmd
+from sprint_jax.objectives.dmd2 import Dmd2
 from sprint_jax.objectives.eulerian import Eulerian
 from sprint_jax.objectives.flow_matching import FlowMatching
 from sprint_jax.objectives.ladd import Ladd
 from sprint_jax.objectives.lagrangian import Lagrangian
+from sprint_jax.objectives.rcm import Rcm
 from sprint_jax.objectives.regression import Regression
 from sprint_jax.objectives.repair import Repair
 from sprint_jax.objectives.scm import Scm
@@ -443,11 +446,17 @@ def objective_class(kind: str, path: str = "config") -> type:
             return Lagrangian
         case "semigroup":
             return Semigroup
+        case "dmd":
+            return Dmd
+        case "dmd2":
+            return Dmd2
+        case "rcm":
+            return Rcm
     module, colon, name = str(kind).partition(":")
     if not colon:
         raise UserError(
             f"{path}.kind {kind!r}: use flow_matching, regression, repair, scm, ladd, scm_ladd, "
-            "cmt, tbcm, eulerian, lagrangian, semigroup, or module:Class"
+            "cmt, tbcm, eulerian, lagrangian, semigroup, dmd, dmd2, rcm, or module:Class"
         )
     try:
         found = getattr(importlib.import_module(module), name)
@@ -685,6 +694,10 @@ def _needs_of_others(c: Config, phase: Phase, runs: bool, at: str) -> Iterator[t
         not needs.target or c.model.target_embed,
         f"{at}: {kind} needs a second time, set config.model.target_embed=True (and "
         "config.evaluation.schedule=even)",
+    )
+    yield (
+        not needs.whole or phase.accumulate == 1,
+        f"{at}: {kind} compares samples of the whole batch with these settings, set accumulate=1",
     )
     yield (
         not needs.plain or c.model.attention == "plain",

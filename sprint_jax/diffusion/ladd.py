@@ -8,6 +8,9 @@ Where paper and published code differ, the default is the code:
   reduction="code"   mean over all logits of all heads, and the discriminator's sum halved
   reduction="paper"  sum over heads of each head's mean, not halved
 Only the code has misaligned text pairs (real images with the text of another, counted as fake).
+
+Heads are trained by the hinge loss, as published. Heads trained by the logistic loss ("softplus")
+approach ln(p_data / p_student), which `diffusion.dmd` can read as weights.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +23,7 @@ from sprint_jax.diffusion import trigflow
 from sprint_jax.diffusion.types import PerSample, Samples
 
 REDUCTIONS = ("code", "paper")
+LOSSES = ("hinge", "softplus")
 
 Logits = Sequence[Float[Array, "b _"]]  # one array for each head
 
@@ -37,19 +41,29 @@ def _over_heads(logits: Logits, function: Callable[[Array], Array], reduction: s
     return heads.mean(0) if reduction == "code" else heads.sum(0)
 
 
-def generator_loss(logits: Logits, *, reduction: str) -> PerSample:
-    """Return -D(x_s_hat) of each sample, Eq. (11).
+def generator_loss(logits: Logits, *, reduction: str, loss: str = "hinge") -> PerSample:
+    """Return -D(x_s_hat) of each sample, Eq. (11); with the logistic loss softplus(-D).
 
     Raises:
-      ValueError: for an unknown reduction.
+      ValueError: for an unknown reduction or loss.
     """
-    return _over_heads(logits, jnp.negative, reduction)
+    _check(loss)
+    return _over_heads(logits, jnp.negative if loss == "hinge" else _miss, reduction)
+
+
+def _check(loss):
+    if loss not in LOSSES:
+        raise ValueError(f"loss {loss!r}: use one of {LOSSES}")
+
+
+def _miss(d):
+    return jax.nn.softplus(-d)
 
 
 def discriminator_loss(
-    real: Logits, fake: Sequence[Float[Array, "m _"]], *, reduction: str
+    real: Logits, fake: Sequence[Float[Array, "m _"]], *, reduction: str, loss: str = "hinge"
 ) -> Float[Array, ""]:
-    """Return the hinge loss, averaged over real and over fake samples separately, Eq. (12).
+    """Return the loss of the heads, averaged over real and over fake samples separately, Eq. (12).
 
     Real and fake batches may differ in size, so there is no per-sample form.
 
@@ -57,12 +71,15 @@ def discriminator_loss(
       real: logits of B samples.
       fake: logits of M samples; M = 2B with misaligned pairs appended.
       reduction: "code" or "paper".
+      loss: "hinge" or "softplus".
 
     Raises:
-      ValueError: for an unknown reduction.
+      ValueError: for an unknown reduction or loss.
     """
-    on_real = _over_heads(real, lambda d: jax.nn.relu(1 - d), reduction).mean()
-    on_fake = _over_heads(fake, lambda d: jax.nn.relu(1 + d), reduction).mean()
+    _check(loss)
+    short = (lambda d: jax.nn.relu(1 - d)) if loss == "hinge" else _miss
+    on_real = _over_heads(real, short, reduction).mean()
+    on_fake = _over_heads(fake, lambda d: short(-d), reduction).mean()
     return (on_real + on_fake) * (0.5 if reduction == "code" else 1.0)
 
 

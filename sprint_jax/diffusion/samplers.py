@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sprint_jax.diffusion import flow_map, trigflow
+from sprint_jax.diffusion.flow import expand
 from sprint_jax.diffusion.types import Network, Samples
 from sprint_jax.errors import UserError
 
@@ -107,19 +108,40 @@ def scm(
     times = jnp.asarray(times)
     if step_noise.shape[0] != times.shape[0] - 2:
         raise ValueError(f"{step_noise.shape[0]} step noises for {times.shape[0] - 1} steps")
+    angles = jnp.broadcast_to(times[:, None], (times.shape[0], noise.shape[0]))
+    x = _before_last(F, _first(noise, times, start), step_noise, angles[:-1])
+    return trigflow.denoise(F(x / SIGMA_D, angles[-2]), x, angles[-2]) / SIGMA_D
 
-    def denoise(x, s):
-        angle = jnp.full((x.shape[0],), s)
-        return trigflow.denoise(F(x / SIGMA_D, angle), x, angle)
+
+def simulate(
+    F: Network,
+    noise: Samples,
+    step_noise: Float[Array, "k b *d"],
+    times: Float[Array, "n b"],
+) -> Samples:
+    """Return the state at scale sigma_d before the last call of `scm`, stopped.
+
+    So a loss can send its gradient through the last call alone ("backward simulation").
+
+    Args:
+      F, noise, step_noise: those of `scm`.
+      times: angles of every call and sample, without the 0 at the end.
+    """
+    return jax.lax.stop_gradient(_before_last(F, SIGMA_D * noise, step_noise, times))
+
+
+def _before_last(F, x, step_noise, times):
+    """Renoise the network's predictions from each time to the next."""
 
     def step(x, inputs):
         s, t, z = inputs
-        return jnp.cos(t) * denoise(x, s) + jnp.sin(t) * SIGMA_D * z, None
+        t = expand(t, x)
+        clean = trigflow.denoise(F(x / SIGMA_D, s), x, s)
+        return jnp.cos(t) * clean + jnp.sin(t) * SIGMA_D * z, None
 
-    x = _first(noise, times, start)
-    if times.shape[0] > 2:  # an empty loop would still be traced and compiled
-        x, _ = jax.lax.scan(step, x, (times[:-2], times[1:-1], step_noise))
-    return denoise(x, times[-2]) / SIGMA_D
+    if times.shape[0] > 1:  # an empty loop would still be traced and compiled
+        x, _ = jax.lax.scan(step, x, (times[:-1], times[1:], step_noise))
+    return x
 
 
 def _first(noise, times, start):

@@ -164,7 +164,8 @@ class Needs:
     that are made and stored before training, 0 for none; such settings are a `RolloutTerm`. target:
     whether the student has to know a second time. images: whether it learns from latents of images;
     without, prompts alone are a data set. plain: whether it differentiates a derivative of the
-    network, which kernels refuse.
+    network, which kernels refuse. whole: whether its loss compares samples of the whole batch, so
+    that the batch cannot be cut.
     """
 
     teacher: bool
@@ -178,6 +179,7 @@ class Needs:
     target: bool = False
     images: bool = True
     plain: bool = False
+    whole: bool = False
 
 
 class Network(Protocol):

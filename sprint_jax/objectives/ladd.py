@@ -3,7 +3,7 @@
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -30,11 +30,9 @@ from sprint_jax.optim import came
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LaddTerm(guided.Timed):
-    """Settings of the adversarial loss."""
+class HeadsTerm(guided.Guided):
+    """Settings of the discriminator's heads."""
 
-    max_time: float
-    """Probability p that the student predicts from the largest time (max-time weighting)."""
     disc_mean: float
     """Mean of the renoising's time sampler."""
     disc_std: float
@@ -43,25 +41,20 @@ class LaddTerm(guided.Timed):
     """See `diffusion.ladd`."""
     misaligned: bool
     """Count real images with another image's text as fakes (code alone)."""
+    heads_loss: Literal["hinge", "softplus"]
+    """The loss of the heads: hinge (published), or logistic."""
     head_blocks: tuple[int, ...]
     """Teacher blocks with a discriminator head, counted from 0."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (field, what to use instead) for each value out of range."""
         yield from super().problems()
-        if not 0 <= self.max_time <= 1:
-            yield "max_time", "use a probability in [0, 1]"
         blocks = self.head_blocks
         if not blocks or list(blocks) != sorted(set(blocks)) or blocks[0] < 0:
             yield "head_blocks", "use increasing block numbers from 0"
 
-    @property
-    def round(self) -> tuple[str, ...]:
-        """The student, then the discriminator's heads."""
-        return ("student", "heads")
-
     def needs(self) -> Needs:
-        """Return what LADD asks of a run: a teacher with these blocks, and batches that normalize
+        """Return what heads ask of a run: a teacher with these blocks, and batches that normalize
         evenly.
         """
         return Needs(
@@ -71,6 +64,25 @@ class LaddTerm(guided.Timed):
             group=GROUP,
             groups_of=(1, 2) if self.misaligned else (1,),
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LaddTerm(HeadsTerm, guided.Timed):
+    """Settings of the adversarial loss."""
+
+    max_time: float
+    """Probability p that the student predicts from the largest time (max-time weighting)."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """Yield (field, what to use instead) for each value out of range."""
+        yield from super().problems()
+        if not 0 <= self.max_time <= 1:
+            yield "max_time", "use a probability in [0, 1]"
+
+    @property
+    def round(self) -> tuple[str, ...]:
+        """The student, then the discriminator's heads."""
+        return ("student", "heads")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,9 +114,9 @@ def adversarial(settings: LaddTerm, networks: Networks, student: Update) -> Obje
 
     def start(frozen: Frozen, begin: PyTree, key: jax.Array) -> dict[str, Start]:
         k_student, k_heads = jax.random.split(key)
-        heads, spectral = heads_of(settings, networks).init(k_heads)
+        heads = start_heads(settings, networks, k_heads)
         begins = guided.begin_student(settings, networks, frozen, begin, k_student)
-        return {"student": Start(begins), "heads": Start(heads, start_spectral(spectral))}
+        return {"student": Start(begins), "heads": heads}
 
     return Objective(
         main="student",
@@ -115,7 +127,13 @@ def adversarial(settings: LaddTerm, networks: Networks, student: Update) -> Obje
     )
 
 
-def heads_of(settings: LaddTerm, networks: Networks) -> LADDHeads:
+def start_heads(settings: HeadsTerm, networks: Networks, key: jax.Array) -> Start:
+    """Return where the heads begin."""
+    heads, spectral = heads_of(settings, networks).init(key)
+    return Start(heads, start_spectral(spectral))
+
+
+def heads_of(settings: HeadsTerm, networks: Networks) -> LADDHeads:
     """Describe the discriminator's heads."""
     return LADDHeads(width=networks.width, count=len(settings.head_blocks), dtype=networks.dtype)
 
@@ -128,7 +146,7 @@ def start_spectral(spectral: PyTree) -> PyTree:
 
 
 def discriminate(
-    settings: LaddTerm,
+    settings: HeadsTerm,
     networks: Networks,
     teacher: PyTree,
     heads: tuple[PyTree, PyTree],
@@ -170,7 +188,7 @@ def draw_start(settings: LaddTerm, keys: Sequence[jax.Array], x0: jax.Array) -> 
     }
 
 
-def draw_renoising(settings: LaddTerm, key: jax.Array, x0: jax.Array) -> dict[str, Any]:
+def draw_renoising(settings: HeadsTerm, key: jax.Array, x0: jax.Array) -> dict[str, Any]:
     """Draw the time and noise of the discriminator's view."""
     k_time, k_noise = jax.random.split(key)
     mean, std = settings.disc_mean, settings.disc_std
@@ -220,11 +238,27 @@ def generator_term(
         draws["cond"],
         renoise(generate(networks, params, draws), draws["renoise"]),
     )
-    return ladd.generator_loss(logits, reduction=settings.reduction)
+    return ladd.generator_loss(logits, reduction=settings.reduction, loss=settings.heads_loss)
 
 
-def heads_update(settings: LaddTerm, networks: Networks) -> Update:
-    """Build the discriminator's update: Eq. (12) on real, generated and misaligned images."""
+def draw_generated(settings: Any, keys: Sequence[jax.Array], x0: jax.Array) -> dict[str, Any]:
+    """Draw what `generate` reads beside the data. settings: a `LaddTerm`. keys: three."""
+    return {"start": draw_start(settings, keys, x0)}
+
+
+def heads_update(
+    settings: HeadsTerm,
+    networks: Networks,
+    *,
+    images: Callable[[Networks, PyTree, Draws], jax.Array] = generate,
+    draw_images: Callable[[Any, Sequence[jax.Array], jax.Array], dict[str, Any]] = draw_generated,
+    names: tuple[str, str] = ("disc", "disc_grad_norm"),
+) -> Update:
+    """Build the discriminator's update: Eq. (12) on real, generated and misaligned images.
+
+    images: (networks, the student's parameters, draws) -> its images. draw_images: (settings, three
+    keys, x0) -> what they read beside conditions and scales. names: see `base.Update`.
+    """
 
     def prepare(role: Role) -> PyTree:
         # A power iteration before the fakes and one before the reals, as two forward passes have
@@ -236,18 +270,21 @@ def heads_update(settings: LaddTerm, networks: Networks) -> Update:
     def draw(key, batch, frozen):
         (k_fake, k_real, k_shift, *k_gan), shared = guided.draw(settings, key, batch)
         x0 = shared["x0"]
-        return shared | {
-            "start": draw_start(settings, k_gan, x0),
-            "fake": draw_renoising(settings, k_fake, x0),
-            "real": draw_renoising(settings, k_real, x0),
-            "shifted": ladd.misaligned(x0),
-            "shift": draw_renoising(settings, k_shift, x0),
-        }
+        return (
+            shared
+            | draw_images(settings, k_gan, x0)
+            | {
+                "fake": draw_renoising(settings, k_fake, x0),
+                "real": draw_renoising(settings, k_real, x0),
+                "shifted": ladd.misaligned(x0),
+                "shift": draw_renoising(settings, k_shift, x0),
+            }
+        )
 
     def loss(params, draws, state, frozen):
         extra, cond = state.roles["heads"].extra, draws["cond"]
         student = state.roles["student"].params
-        x0_hat = jax.lax.stop_gradient(generate(networks, student, draws))
+        x0_hat = jax.lax.stop_gradient(images(networks, student, draws))
         fakes, fake_cond = renoise(x0_hat, draws["fake"]), cond
         if settings.misaligned:
             wrong = renoise(draws["shifted"], draws["shift"])
@@ -259,7 +296,9 @@ def heads_update(settings: LaddTerm, networks: Networks) -> Update:
         # Two calls: groups of the local norm do not mix real and fake.
         fake = look("fake", fake_cond, fakes)
         real = look("real", cond, renoise(draws["x0"], draws["real"]))
-        value = ladd.discriminator_loss(real, fake, reduction=settings.reduction)
+        value = ladd.discriminator_loss(
+            real, fake, reduction=settings.reduction, loss=settings.heads_loss
+        )
         return value, Aux(scalars=_margins(settings, real, fake))
 
     return Update(
@@ -267,7 +306,7 @@ def heads_update(settings: LaddTerm, networks: Networks) -> Update:
         draw=draw,
         loss=loss,
         prepare=prepare,
-        names=("disc", "disc_grad_norm"),
+        names=names,
         rules=came.HEADS,
     )
 

@@ -82,6 +82,14 @@ def term(
 
     settings: a `ScmTerm`. draws: of `draw`.
     """
+    per_sample, _, aux = parts(settings, networks, params, draws, state, frozen)
+    return per_sample, aux
+
+
+def parts(
+    settings: Any, networks: Networks, params: PyTree, draws: Draws, state: State, frozen: Frozen
+) -> tuple[jax.Array, dict[str, jax.Array], Aux]:
+    """Return `term` with the error, tangent norm and log-variance of each sample [B] between."""
     cond, w = draws["cond"], draws["w"]
     per_sample, aux = scm.loss(
         views.student_F(
@@ -96,6 +104,10 @@ def term(
         normalize=settings.tangent_normalize,
     )
     scalars = {"scm": per_sample.mean()} | {k: v.mean() for k, v in aux.items()}
-    return per_sample, Aux(
-        scalars=scalars, by_time=by_time(draws["t"], trigflow.T_MAX, {"scm": per_sample} | aux)
+    return (
+        per_sample,
+        aux,
+        Aux(
+            scalars=scalars, by_time=by_time(draws["t"], trigflow.T_MAX, {"scm": per_sample} | aux)
+        ),
     )

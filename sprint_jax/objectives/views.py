@@ -152,6 +152,24 @@ def teacher_velocity(
     return lambda xt, t: trigflow.SIGMA_D * F(xt / trigflow.SIGMA_D, t)
 
 
+def teacher_halves(
+    networks: Networks, frozen: Frozen, cond: Conditions, uncond_mask: str
+) -> Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Return the teacher as (u, t) -> F without and with the condition, from one call."""
+    F = trigflow.from_flow(_teacher(networks, frozen, _both(frozen, cond, uncond_mask)))
+
+    def halves(u, t):
+        uncond, with_cond = jnp.split(F(jnp.concatenate([u, u]), jnp.concatenate([t, t])), 2)
+        return uncond, with_cond
+
+    return halves
+
+
+def teacher_F(networks: Networks, frozen: Frozen, cond: Conditions) -> Field:
+    """Return the teacher with the condition, unguided, as a TrigFlow network (u, t) -> F."""
+    return trigflow.from_flow(_teacher(networks, frozen, cond))
+
+
 def _teacher(networks: Networks, frozen: Frozen, cond: Conditions) -> Field:
     return lambda x, t: networks.teacher.apply(frozen.teacher, x, t, **cond).velocity
 
