@@ -339,13 +339,13 @@ def _match(config, kind):
 def _adamw(**values):
     """Return AdamW's settings for the discriminator's heads."""
     base = dict(kind="adamw", muon_lr=0.0, reference_batch=0, b1=0.0, b2=0.99, b3=0.0)
-    return base | dict(weight_decay=0.0, clip=0.5) | values
+    return base | dict(weight_decay=0.0, clip=0.5, frozen=()) | values
 
 
 def _muon(**values):
     """Return Muon's settings for the embedded teachers."""
     base = dict(kind="muon", reference_batch=0, b1=0.9, b2=0.99, b3=0.0)
-    return base | dict(weight_decay=0.01, clip=1.0) | values
+    return base | dict(weight_decay=0.01, clip=1.0, frozen=()) | values
 
 
 def _flow_matching(**values):
@@ -589,6 +589,7 @@ def came(**values: Any) -> dict[str, Any]:
             b3=0.9999,
             weight_decay=0.0,
             clip=0.1,
+            frozen=(),
         )
         | values
     )

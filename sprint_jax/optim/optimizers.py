@@ -1,6 +1,7 @@
 """Optimizers: the settings of one, and the optax transformation that they describe."""
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -8,6 +9,7 @@ from typing import Any, Literal
 import jax
 import optax
 
+from sprint_jax.errors import UserError
 from sprint_jax.optim import came
 
 
@@ -39,6 +41,11 @@ class Optimizer:
     """Decoupled weight decay."""
     clip: float
     """Largest global norm of the gradient."""
+    frozen: tuple[str, ...]
+    """Parameters that keep their values: parts of their paths, such as blocks/ff or to_out. They
+    have no optimizer state, and the clipped norm leaves them out. GDD-I freezes ("blocks/ff",
+    "to_out"), half of a Linear-DiT and more.
+    """
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (field, what to use instead) for each value out of range."""
@@ -100,7 +107,41 @@ def make(
                 b2=settings.b2,
                 weight_decay=settings.weight_decay,
             )
-    return optax.chain(optax.clip_by_global_norm(settings.clip), update)
+    tx = optax.chain(optax.clip_by_global_norm(settings.clip), update)
+    if not settings.frozen:
+        return tx
+    labels = lambda params: _labels(params, settings.frozen)
+    return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
+
+
+def _labels(params: Any, frozen: tuple[str, ...]) -> Any:
+    """Return "frozen" or "trained" for each parameter.
+
+    Raises UserError for a part of a path that names no parameter, or where nothing is left to
+    train.
+    """
+    name = lambda path: "/".join(str(key.key) for key in path)
+    names = [name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for part in frozen:
+        if not any(f"/{part}/" in f"/{one}/" for one in names):
+            near = ", ".join(difflib.get_close_matches(part, _parts(names), 3, 0.3)) or names[0]
+            raise UserError(f"optimizer's frozen {part!r} names no parameter: try {near}")
+    is_frozen = lambda one: any(f"/{part}/" in f"/{one}/" for part in frozen)
+    if all(map(is_frozen, names)):
+        raise UserError(f"optimizer's frozen {', '.join(frozen)} leaves no parameter to train")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "frozen" if is_frozen(name(path)) else "trained", params
+    )
+
+
+def _parts(names: list[str]) -> list[str]:
+    """Return every part of every path, once."""
+    parts = {}
+    for one in names:
+        keys = one.split("/")
+        for i in range(len(keys)):
+            parts |= {"/".join(keys[i:j]): None for j in range(i + 1, len(keys) + 1)}
+    return list(parts)
 
 
 def _matrices(params: Any) -> Any:

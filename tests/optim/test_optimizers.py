@@ -11,6 +11,7 @@ import pytest
 
 from helpers.configs import card
 from sprint_jax import build, config
+from sprint_jax.errors import UserError
 from sprint_jax.objectives import step as step_lib
 from sprint_jax.optim import came, optimizers
 from sprint_jax.training import plans, stages
@@ -39,6 +40,57 @@ def test_the_average_of_three_updates():
         is step_lib.update_ema(None, {"w": jnp.ones(2)}, 0.0, 0)
         is None
     )
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "came"])
+def test_frozen_parameters_keep_their_bits(kind):
+    """Fails when a frozen parameter moves, has optimizer state, or counts in the clipped norm."""
+    c = config.parse(card())
+    params = jax.tree.map(np.asarray, build.student(c).init(jax.random.key(0)))
+    settings = dataclasses.replace(
+        plain_optimizer(kind=kind, muon_lr=0.01, b1=0.9, b3=0.99, clip=0.5),
+        frozen=("blocks/ff", "to_out"),
+    )
+    tx = optimizers.make(settings, updates=10, batch=1, rules=came.LINEAR_DIT)
+    grads = jax.tree.map(np.ones_like, params)
+    state = tx.init(params)
+    changes, _ = tx.update(grads, state, params)
+    names = lambda tree: {
+        "/".join(str(k.key) for k in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    frozen, moved = [], []
+    for name, change in names(changes).items():
+        still = "blocks/ff/" in name or "/to_out/" in name
+        (frozen if still else moved).append(np.abs(change).max())
+    assert max(frozen) == 0 and len(frozen) > 3
+    assert np.mean(np.asarray(moved) > 0) > 0.5
+    sizes = lambda tree: sum(a.size for a in jax.tree.leaves(tree))
+    whole = optimizers.make(
+        dataclasses.replace(settings, frozen=()), updates=10, batch=1, rules=came.LINEAR_DIT
+    )
+    assert sizes(state) < 0.8 * sizes(whole.init(params))
+    # The others move as they would alone.
+    large = jax.tree_util.tree_map_with_path(
+        lambda path, g: 1e6 * g if "to_out" in [k.key for k in path] else g, grads
+    )
+    again, _ = tx.update(large, state, params)
+    for one, other in zip(jax.tree.leaves(changes), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [
+        (("blocks/fff",), "frozen 'blocks/fff' names no parameter: try blocks/ff"),
+        (("a", "b"), "leaves no parameter to train"),
+    ],
+)
+def test_what_is_frozen_must_be_there_and_leave_something(frozen, message):
+    tx = optimizers.make(plain_optimizer(frozen=frozen), updates=1, batch=1, rules=NONE)
+    tree = {"a": {"blocks": {"ff": jnp.ones(2)}}, "b": jnp.ones(1)}
+    with pytest.raises(UserError, match=message):
+        tx.init(tree)
 
 
 def test_clipping_is_by_the_norm_of_the_whole_gradient():
