@@ -10,35 +10,51 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
+from sprint_jax import config as config_lib
 from sprint_jax.config import Config
 from sprint_jax.conversion import folder
 from sprint_jax.errors import UserError
+from sprint_jax.optim import weight_space
 from sprint_jax.sampling import loading
 from sprint_jax.storage import run_files, weights
+from sprint_jax.training import extract
 
 
-def write(runs: Sequence[pathlib.Path], target: str | pathlib.Path) -> None:
-    """Write the averaged student and the first run's config into a new folder.
+@dataclasses.dataclass(frozen=True)
+class Members:
+    """Weights that may be combined.
 
-    Raises UserError as `average` does, and for a target that exists and is not empty.
+    names: for messages. params: one tree for each. steps: of checkpoints, None for students of
+    several runs. source: the folder whose config the result gets. config: that config.
     """
-    params = average(runs)
+
+    names: tuple[str, ...]
+    params: tuple[Any, ...]
+    steps: tuple[int, ...] | None
+    source: pathlib.Path
+    config: Config
+
+
+def write(target: str | pathlib.Path, source: pathlib.Path, params: Any) -> None:
+    """Write a student and the config of the run `source` into a new folder.
+
+    Raises UserError for a target that exists and is not empty.
+    """
     with folder.new_folder(target, "--averaged") as made:
         weights.save(made / run_files.STUDENT, params)
-        shutil.copyfile(runs[0] / run_files.CONFIG, made / run_files.CONFIG)
+        shutil.copyfile(source / run_files.CONFIG, made / run_files.CONFIG)
 
 
-def average(runs: Sequence[pathlib.Path]) -> Any:
-    """Return the mean parameters, NumPy float64, of the students of finished runs.
+def students(runs: Sequence[pathlib.Path]) -> Members:
+    """Read the students of finished runs.
 
     Raises UserError unless all have one network and one given teacher (and ControlNet, where there
     is one): otherwise their weights have nothing in common. A run that is named twice, perhaps by a
     link, is refused.
     """
-    total, first = None, None
+    found, first = [], None
     for i, run in enumerate(runs):
         if same := [other for other in runs[:i] if other.resolve() == run.resolve()]:
             raise UserError(
@@ -46,19 +62,43 @@ def average(runs: Sequence[pathlib.Path]) -> Any:
             )
         _, params, config = loading.read_student(run)
         _check_given(run, config)
-        first = first or _shared(config)
-        for name, found in _shared(config).items():
-            if found != first[name]:
+        first = first or config
+        for name, value in _shared(config).items():
+            if value != _shared(first)[name]:
                 raise UserError(
-                    f"config.{name} is {found} in {run}, {first[name]} in {runs[0]}: give runs "
-                    "with one network and one teacher"
+                    f"config.{name} is {value} in {run}, {_shared(first)[name]} in {runs[0]}: give "
+                    "runs with one network and one teacher"
                 )
-        total = (
-            jax.tree.map(np.float64, params)
-            if total is None
-            else jax.tree.map(np.add, total, params)
+        found.append(params)
+    assert first is not None
+    return Members(tuple(map(str, runs)), tuple(found), None, runs[0], first)
+
+
+def checkpoints(run: pathlib.Path, phase: str) -> Members:
+    """Read what a phase of a run would have ended with at each of its checkpoints.
+
+    Raises UserError for a phase that trained no student, and with fewer than two checkpoints.
+    """
+    _, _, config = loading.read_student(run)
+    trained = [n for n in config_lib.active(config) if config.phases[n].network == "student"]
+    if phase not in trained:
+        raise UserError(
+            f"--checkpoints={phase}: {run} trained its student in {' and '.join(trained)}"
         )
-    return jax.tree.map(lambda a: a / len(runs), total)
+    found = extract.extract_all(run, phase, config)
+    if len(found) < 2:
+        raise UserError(
+            f"{run} keeps {len(found)} checkpoints of {phase}: train with a larger config.run.keep "
+            "and a smaller config.run.checkpoint_every"
+        )
+    steps, params = zip(*found, strict=True)
+    return Members(tuple(f"{phase} at {step}" for step in steps), params, steps, run, config)
+
+
+def average(runs: Sequence[pathlib.Path]) -> Any:
+    """Return the mean parameters, NumPy float64, of finished runs' students; see `students`."""
+    members = students(runs)
+    return weight_space.combine(members.params, np.full(len(runs), 1 / len(runs)))
 
 
 def _check_given(run: pathlib.Path, config: Config) -> None:

@@ -282,6 +282,31 @@ def read_part(
     part: names from the state down, as ("roles", "student", "ema"). abstract: its shapes. Raises
     UserError where there is none.
     """
+    reasons: list[str] = []
+    for found in _parts(directory, part, abstract, reasons):
+        return found
+    raise UserError(
+        f"no whole checkpoint with {'/'.join(part)} in {directory} "
+        f"({'; '.join(reasons) or 'it holds none'})"
+    )
+
+
+def read_parts(
+    directory: pathlib.Path | str, part: tuple[str, ...], abstract: Any
+) -> list[tuple[int, Any]]:
+    """Return what `read_part` returns for every checkpoint, the oldest first.
+
+    Raises UserError for one that is damaged.
+    """
+    reasons: list[str] = []
+    found = list(_parts(directory, part, abstract, reasons))
+    if reasons:
+        raise UserError(f"{directory} has a damaged checkpoint ({reasons[0]}): remove it")
+    return found[::-1]
+
+
+def _parts(directory, part, abstract, reasons):
+    """Yield (step, NumPy tree) of whole checkpoints, the newest first; tell why of the others."""
     directory = pathlib.Path(directory).absolute()
     steps = sorted((int(p.name) for p in directory.glob("*") if p.name.isdigit()), reverse=True)
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
@@ -303,10 +328,7 @@ def read_part(
                 continue
         now = fingerprints(found["state"])
         changed = [name for name, number in now.items() if saved.get(name) != number]
-        if not changed:
-            return step, functools.reduce(lambda tree, name: tree[name], part, found["state"])
-        reasons.append(f"step {step}: {changed[0]} changed on disk")
-    raise UserError(
-        f"no whole checkpoint with {'/'.join(part)} in {directory} "
-        f"({'; '.join(reasons) or 'it holds none'})"
-    )
+        if changed:
+            reasons.append(f"step {step}: {changed[0]} changed on disk")
+        else:
+            yield step, functools.reduce(lambda tree, name: tree[name], part, found["state"])

@@ -78,14 +78,26 @@ def extract(run_dir: pathlib.Path, stage: str, c: config_lib.Config) -> tuple[in
 
     c: the run's config. Raises UserError if the run has no checkpoint of this phase.
     """
+    return checkpoints.read_part(*_what(run_dir, stage, c, "--stage"))
+
+
+def extract_all(run_dir: pathlib.Path, phase: str, c: config_lib.Config) -> list[tuple[int, Any]]:
+    """Return what `extract` returns of every checkpoint, the oldest first. Raises UserError as it
+    does, and for a damaged one.
+    """
+    return checkpoints.read_parts(*_what(run_dir, phase, c, "--checkpoints"))
+
+
+def _what(run_dir, stage, c, option):
+    """Return the folder of checkpoints, the part of a state that a phase ends with, its shapes."""
     there = _there(run_dir, c)
     if stage not in there:
         raise UserError(
-            f"{run_dir} has no checkpoint of --stage={stage}: it has "
+            f"{run_dir} has no checkpoint of {option}={stage}: it has "
             f"{', '.join(there) or 'none of any stage yet'}"
         )
     phase = c.phases[stage]
     main = phase.objective.objective(stages.networks(c, phase)).main
     part = ("roles", main, "ema" if phase.ema else "params")
     abstract = weights.abstract(stages.stored(c, phase))
-    return checkpoints.read_part(run_dir / "checkpoints" / stage, part, abstract)
+    return run_dir / "checkpoints" / stage, part, abstract

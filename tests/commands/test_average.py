@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from helpers.configs import card
+from sprint_jax import __main__ as entry
 from sprint_jax import build, config
 from sprint_jax.errors import UserError
+from sprint_jax.optim import weight_space
 from sprint_jax.sampling import loading
 from sprint_jax.storage import weights
-from sprint_jax.training import average
+from sprint_jax.training import average, checkpoints, weight_search
 
 
 def write_run(folder, seed):
@@ -112,3 +114,82 @@ def test_names_what_is_missing(command, tmp_path):
     assert none.returncode == 2
     assert "no config.json" in none.stderr
     assert not (tmp_path / "made").exists()
+
+
+def write_checkpoints(folder, count):
+    """Write checkpoints of a run's student: its parameters times 1, 2, ... at 10, 20, ..."""
+    c = config.parse(json.loads((folder / "config.json").read_text()))
+    _, params, _ = loading.read_student(folder)
+    ema = bool(c.phases["sprint"].ema)
+    with checkpoints.Checkpoints(folder / "checkpoints/sprint", keep=count) as made:
+        for i in range(1, count + 1):
+            scaled = jax.tree.map(lambda a, i=i: np.float32(i * a), params)
+            state = {"roles": {"student": {"ema" if ema else "params": scaled}}}
+            made.save(10 * i, state)
+            made.wait()
+    return params
+
+
+def test_checkpoints_of_a_run_by_a_profile_and_by_weights(command, tmp_path):
+    """Fails when steps and weights are in another order than the checkpoints."""
+    run = write_run(tmp_path / "run", 0)
+    first = weights.flatten(write_checkpoints(run, 3))
+    for option, factor in (
+        ("--weights=2,0,-1", 2 * 1 - 3),
+        ("--relative=.1", weight_space.profile([10, 20, 30], 0.1) @ [1, 2, 3]),
+    ):
+        made = tmp_path / option.strip("-").replace("=", "_")
+        result = command(
+            "sprint_jax", "average", f"--runs={run}", "--checkpoints=sprint", option,
+            f"--averaged={made}",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert "weighted sum of 3 checkpoints" in result.stdout
+        found = weights.flatten(loading.read_student(made)[1])
+        for name, value in found.items():
+            np.testing.assert_allclose(value, factor * first[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--weights=.5,.6"], "they sum to 1.1"),
+        (["--relative=.1"], "--checkpoints=PHASE"),
+        (["--weights=.5,.5", "--search=2"], "give one of"),
+        (["--weights=1"], "1 for 2 of"),
+        (["--search=2"], "config.evaluation.split=heldout, which the search would see"),
+        (["--checkpoints=sprint"], "name one run with --checkpoints"),
+    ],
+)
+def test_names_what_is_wrong_with_weights(options, message, tmp_path, capsys):
+    runs = [write_run(tmp_path / str(i), i) for i in range(2)]
+    arguments = [f"--runs={runs[0]},{runs[1]}", f"--averaged={tmp_path / 'made'}", *options]
+    with pytest.raises(SystemExit) as stopped:
+        entry.dispatch(["average", *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_search_finds_the_good_member(tmp_path, monkeypatch):
+    """Two students, a score that is the distance from the first: the search nears it, the winner is
+    scored on other prompts, and the mean stands beside it.
+    """
+    runs = [write_run(tmp_path / str(i), i) for i in range(2)]
+    for run in runs:
+        change_config(run, "evaluation", split="final")
+    members = average.students(runs)
+    asked = []
+
+    def scorer(members, prompts, shift):
+        def score(found):
+            asked.append(shift)
+            return float(abs(found[1]))
+
+        return score
+
+    monkeypatch.setattr(weight_search, "_scorer", scorer)
+    *winners, plain = weight_search.find(members, rounds=4, prompts=16, seed=0, say=lambda _: None)
+    assert abs(winners[0].weights[1]) < 0.01
+    assert plain.again == 0.5
+    assert asked.count(1) == len(winners) + 1

@@ -160,7 +160,7 @@ def test_one_run_is_not_averaged_twice(tmp_path, monkeypatch):
     monkeypatch.setattr(average, "_check_given", lambda run, config: None)
     for other in (SHIPPED, tmp_path / "b", SHIPPED / ".." / SHIPPED.name):
         with pytest.raises(UserError, match="are one run, which would count twice: name each once"):
-            average.write([SHIPPED, other], tmp_path / "made")
+            average.write(tmp_path / "made", SHIPPED, average.average([SHIPPED, other]))
     assert not (tmp_path / "made").exists()
 
 
