@@ -5,8 +5,8 @@ A round is an update of the student and a few of the critic for images in one st
 for images in two, and so on: one program for each number of steps. Only the last of the student's
 calls has a gradient.
 
-The critic is told the guidance scale, as the student is: one that is not learns the mixture over
-scales, and drives their laws apart. It starts as the student.
+The critic knows the guidance scale, as the student does. Without it, it would learn the mixture
+over scales and drive their laws apart. It starts as the student.
 """
 
 import dataclasses

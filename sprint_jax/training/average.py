@@ -22,7 +22,7 @@ from sprint_jax.storage import run_files, weights
 from sprint_jax.training import extract
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Members:
     """Weights that may be combined.
 
@@ -71,7 +71,8 @@ def students(runs: Sequence[pathlib.Path]) -> Members:
                 )
         found.append(params)
     assert first is not None
-    return Members(tuple(map(str, runs)), tuple(found), None, runs[0], first)
+    names = tuple(map(str, runs))
+    return Members(names=names, params=tuple(found), steps=None, source=runs[0], config=first)
 
 
 def checkpoints(run: pathlib.Path, phase: str) -> Members:
@@ -92,7 +93,8 @@ def checkpoints(run: pathlib.Path, phase: str) -> Members:
             "and a smaller config.run.checkpoint_every"
         )
     steps, params = zip(*found, strict=True)
-    return Members(tuple(f"{phase} at {step}" for step in steps), params, steps, run, config)
+    names = tuple(f"{phase} at {step}" for step in steps)
+    return Members(names=names, params=params, steps=steps, source=run, config=config)
 
 
 def average(runs: Sequence[pathlib.Path]) -> Any:

@@ -19,7 +19,7 @@ ALLOWED = {
     "ops": set(),
     "models": {"ops"},
     "diffusion": {"errors"},
-    "optim": set(),
+    "optim": {"errors"},
     "toy": set(),
     "conversion": {"errors", "storage", "models"},
     "conditioning": {"errors", "storage", "conversion"},
