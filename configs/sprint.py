@@ -10,6 +10,9 @@ Presets
   sprint          The same teacher and data by SANA-Sprint: sCM + LADD.
   dmd             The default, then distribution matching with its anchor kept on.
   dmd2, rcm       From the teacher: distribution matching with heads, and beside consistency.
+  proxy_reward, policy
+                  The default, then trained on the metric: by the embedded checker's verdicts of
+                  images of training captions. Their scores are no measurement of anything else.
   shapes_teacher  The recipe of the shipped teacher: trains it from nothing, then as `shapes`.
   smoke           Teacher and SANA-Sprint, cut down to seconds.
   shapes_64       SANA-Sprint at 64 px with a larger network, whose teacher it trains first: an
@@ -59,6 +62,8 @@ PRESETS = (
     "dmd",
     "dmd2",
     "rcm",
+    "proxy_reward",
+    "policy",
     "shapes_teacher",
     "smoke",
     "shapes_64",
@@ -83,6 +88,9 @@ def get_config(preset: str = "shapes") -> Any:
         case "dmd":
             follow_rollouts(config)
             _match_after(config)
+        case "proxy_reward" | "policy":
+            follow_rollouts(config)
+            _judge_after(config, preset)
         case "dmd2" | "rcm":
             _match(config, preset)
         case "shapes_teacher":
@@ -289,10 +297,8 @@ def matching(**values: Any) -> dict[str, Any]:
 
 def _match_after(config):
     """Add a phase of distribution matching, whose critic begins as the student, after repair."""
-    repair = config.phases.repair.objective.to_dict()
     student = config.phases.repair.optimizers.student.to_dict()
-    anchor = {name: a for name, a in repair.items() if name.split("_")[0] not in ("hop", "tries")}
-    del anchor["kind"], anchor["hops"]
+    anchor = _anchor(config)
     config.phases.dmd = dict(
         network="student",
         seed=3,
@@ -307,6 +313,39 @@ def _match_after(config):
         objective=anchor | matching(kind="dmd") | dict(anchor_weight=0.3),
     )
     config.order = (*config.order, "dmd")
+
+
+def _anchor(config):
+    """Return the settings of repair's anchor."""
+    repair = config.phases.repair.objective.to_dict()
+    others = ("kind", "hops", "hop_from", "hop_ratio", "hop_steps", "hop_c", "tries")
+    return {name: value for name, value in repair.items() if name not in others}
+
+
+def _judge_after(config, kind):
+    """Add a phase of reward by the embedded checker after repair."""
+    student = config.phases.repair.optimizers.student.to_dict()
+    student |= dict(lr=4e-5, muon_lr=0.001, warmup=10)
+    optimizers = dict(student=student)
+    own = dict(kind=kind, reward="sprint_jax.toy.checker:reward", reward_weight=0.1)
+    own |= dict(stored=0, anchor_share=0.25, anchor_weight=1.0)
+    if kind == "proxy_reward":
+        own |= dict(disc_mean=-1.5, disc_std=0.5, reduction="code", misaligned=True)
+        own |= dict(heads_loss="softplus", head_blocks=(0, 2, 4, 6))
+        optimizers["proxy"] = _adamw(lr=5e-4, warmup=0, decay_to=1.0)
+    else:
+        own |= dict(preference="advantage", group=4, beta=0.1, ratio_clip=0.2)
+    config.phases[kind] = dict(
+        network="student",
+        seed=4,
+        steps=400,
+        batch=32,
+        accumulate=1,
+        ema=0.98,
+        optimizers=optimizers,
+        objective=_anchor(config) | own,
+    )
+    config.order = (*config.order, kind)
 
 
 def _match(config, kind):

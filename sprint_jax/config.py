@@ -29,6 +29,8 @@ from sprint_jax.objectives.eulerian import Eulerian
 from sprint_jax.objectives.flow_matching import FlowMatching
 from sprint_jax.objectives.ladd import Ladd
 from sprint_jax.objectives.lagrangian import Lagrangian
+from sprint_jax.objectives.policy import Policy
+from sprint_jax.objectives.proxy_reward import ProxyReward
 from sprint_jax.objectives.rcm import Rcm
 from sprint_jax.objectives.regression import Regression
 from sprint_jax.objectives.repair import Repair
@@ -452,11 +454,16 @@ def objective_class(kind: str, path: str = "config") -> type:
             return Dmd2
         case "rcm":
             return Rcm
+        case "proxy_reward":
+            return ProxyReward
+        case "policy":
+            return Policy
     module, colon, name = str(kind).partition(":")
     if not colon:
         raise UserError(
             f"{path}.kind {kind!r}: use flow_matching, regression, repair, scm, ladd, scm_ladd, "
-            "cmt, tbcm, eulerian, lagrangian, semigroup, dmd, dmd2, rcm, or module:Class"
+            "cmt, tbcm, eulerian, lagrangian, semigroup, dmd, dmd2, rcm, proxy_reward, policy, or "
+            "module:Class"
         )
     try:
         found = getattr(importlib.import_module(module), name)
@@ -694,6 +701,11 @@ def _needs_of_others(c: Config, phase: Phase, runs: bool, at: str) -> Iterator[t
         not needs.target or c.model.target_embed,
         f"{at}: {kind} needs a second time, set config.model.target_embed=True (and "
         "config.evaluation.schedule=even)",
+    )
+    yield (
+        not needs.captions or not c.data.encoded or not runs,
+        f"{at}: {kind} judges images by their captions, which encoded data do not keep: use the "
+        "embedded data or config.data.prompts",
     )
     yield (
         not needs.whole or phase.accumulate == 1,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from sprint_jax.conditioning import sketches
+from sprint_jax.data import captions as captions_data
 from sprint_jax.data.protocols import Batch, CaptionEncoder, ImageCodec
 from sprint_jax.toy import freehand as freehand_lib
 from sprint_jax.toy import shapes
@@ -20,6 +21,7 @@ def make_batch(
     text_encoder: CaptionEncoder,
     condition: Callable[[np.ndarray], np.ndarray] | None = None,
     freehand: float = 0.0,
+    captions: bool = False,
     process: int = 0,
     processes: int = 1,
 ) -> Batch:
@@ -35,6 +37,7 @@ def make_batch(
       condition: uint8 [b, H, W, 3] -> condition images of the same shape. None for no ControlNet.
       freehand: probability that an example places its objects anywhere and is shown by a rough
         sketch. It has no effect without a condition.
+      captions: add "caption", uint8 [b, bytes].
       process, processes: index and number of the processes that share the batch.
 
     Returns:
@@ -51,6 +54,8 @@ def make_batch(
     text, mask = text_encoder.encode([e.text for e in examples])
     images = np.stack([e.image for e in examples])
     rows = {"latent": codec.encode(images), "text": text, "mask": mask}
+    if captions:
+        rows["caption"] = captions_data.to_rows([e.text for e in examples])
     if condition is None:
         return rows
     shown = condition(images)

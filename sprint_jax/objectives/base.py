@@ -55,14 +55,15 @@ class Frozen(flax.struct.PyTreeNode):
     null_text [1, L, D] and null_mask [1, L]: features of the empty prompt. teacher: parameters of
     the network that is distilled, or of the trunk that a ControlNet is trained around; None while
     a teacher is trained. text_encoder: parameters of the encoder of token ids, None where batches
-    hold features. numbers: settings that a compiled program reads as arguments, so that runs share
-    it; None without any.
+    hold features. pixels: parameters of the decoder, where images are judged. numbers: settings
+    that a compiled program reads as arguments, so that runs share it; None without any.
     """
 
     null_text: AnyArray
     null_mask: AnyArray
     teacher: PyTree = None
     text_encoder: PyTree = None
+    pixels: PyTree = None
     numbers: PyTree = None
 
 
@@ -165,7 +166,8 @@ class Needs:
     whether the student has to know a second time. images: whether it learns from latents of images;
     without, prompts alone are a data set. plain: whether it differentiates a derivative of the
     network, which kernels refuse. whole: whether its loss compares samples of the whole batch, so
-    that the batch cannot be cut.
+    that the batch cannot be cut. captions: whether it reads captions in the batches. reward: the
+    function "module:function" that judges its images, "" for none.
     """
 
     teacher: bool
@@ -180,6 +182,8 @@ class Needs:
     images: bool = True
     plain: bool = False
     whole: bool = False
+    captions: bool = False
+    reward: str = ""
 
 
 class Network(Protocol):
@@ -204,13 +208,15 @@ class Networks:
 
     trained: the network that the phase trains; of a ControlNet around a trunk the ControlNet
     alone. teacher: what is distilled, with its ControlNet where there is one. width: of the
-    teacher's features. dtype: of their products.
+    teacher's features. dtype: of their products. judge: (latents at unit scale, captions, the
+    decoder's parameters) -> verdicts [B], for objectives that need one.
     """
 
     trained: Any
     teacher: Any
     width: int
     dtype: str
+    judge: Callable[[jax.Array, jax.Array, PyTree], jax.Array] | None = None
 
 
 @runtime_checkable

@@ -173,6 +173,18 @@ def score(
     return float(np.mean([j["overall"] for j in judged])), tasks
 
 
+def reward(prompts: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
+    """Return a verdict in [0, 1] of each image: half for the whole caption, half for the share of
+    its tasks. A judge for training; scores of what was trained by it measure nothing.
+    """
+    found = []
+    for prompt, image in zip(prompts, images, strict=True):
+        judged = judge(read(image), shapes.parse(prompt))
+        tasks = [right for task, right in judged.items() if task != "overall"]
+        found.append(0.5 * judged["overall"] + 0.5 * float(np.mean(tasks)))
+    return np.asarray(found)
+
+
 def chance(shown: Iterable[shapes.Example], asked: Iterable[shapes.Caption]) -> float:
     """Return how often an image, read without error, also fulfils the caption of another."""
     right = [

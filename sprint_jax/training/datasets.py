@@ -20,7 +20,7 @@ import safetensors.numpy
 from sprint_jax import build
 from sprint_jax import config as config_lib
 from sprint_jax.conditioning import sketches
-from sprint_jax.data import batches, encoded, prefetch, prompts_data, shapes_batches
+from sprint_jax.data import batches, captions, encoded, prefetch, prompts_data, shapes_batches
 from sprint_jax.data.order import Order
 from sprint_jax.encoders import load as encoders
 from sprint_jax.encoders.pixels import EmbeddedPixels, PixelCodec
@@ -105,7 +105,14 @@ def abstract_batch(c: config_lib.Config, batch: int) -> dict:
         "text": f32(batch, c.text.length, c.text.dim),
         "mask": f32(batch, c.text.length),
     }
+    if captioned(c):
+        rows["caption"] = jax.ShapeDtypeStruct((batch, captions.LENGTH), jnp.uint8)
     return rows | {"control": latent} if c.control.depth else rows
+
+
+def captioned(c: config_lib.Config) -> bool:
+    """Return whether batches carry captions: whether a phase that runs reads them."""
+    return any(c.phases[name].objective.needs().captions for name in config_lib.active(c))
 
 
 def abstract_phase_batch(c: config_lib.Config, phase: config_lib.Phase) -> dict:
@@ -169,6 +176,7 @@ class Shapes:
             text_encoder=self._encoder,
             condition=_condition(self._c) if self._c.control.depth else None,
             freehand=self._c.control.freehand,
+            captions=captioned(self._c),
             process=process,
             processes=processes,
         )
@@ -433,14 +441,18 @@ class Prompts:
 
         def make(step: int) -> dict[str, np.ndarray]:
             rows = order.rows(step, batch, process, processes)
-            return prompts_data.arrays(self._text, [self._captions[i] for i in rows])
+            texts = [self._captions[i] for i in rows]
+            found = prompts_data.arrays(self._text, texts)
+            return found | {"caption": captions.to_rows(texts)} if captioned(self._c) else found
 
         return prefetch.Prefetch(make, start, stop)
 
     def prepare(self, frozen: Frozen, batch: Batch) -> Batch:
         """Encode token ids inside the compiled step, and say the size of latents by zeros."""
         shape = (len(batch["mask"]), *build.latent_shape(self._c))
-        return {"latent": jnp.zeros(shape, jnp.float32), **_encoded(self._text, frozen, batch)}
+        kept = {name: batch[name] for name in ("caption",) if name in batch}
+        latent = jnp.zeros(shape, jnp.float32)
+        return {"latent": latent, **_encoded(self._text, frozen, batch), **kept}
 
     def heldout(self, count: int, reference: int) -> Heldout:
         """Return the first prompts. They are trained on as well: there are no images to learn."""

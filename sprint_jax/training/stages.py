@@ -9,10 +9,11 @@ import jax
 
 from sprint_jax import build
 from sprint_jax import config as config_lib
+from sprint_jax.errors import UserError
 from sprint_jax.objectives import step
 from sprint_jax.objectives.base import Frozen, Networks, Objective, PyTree
 from sprint_jax.optim import optimizers
-from sprint_jax.training import previews
+from sprint_jax.training import judges, previews
 from sprint_jax.training.stage import Stage
 
 
@@ -57,6 +58,17 @@ def make(
     """
     phase = c.phases[name]
     made = networks(c, phase)
+    needs, frozen = phase.objective.needs(), data.frozen.replace(teacher=teacher)
+    if needs.reward:
+        pixels = data.pixels
+        if pixels is None:
+            raise UserError(
+                f"config.phases.{name}: reward {needs.reward} judges images, and there is no "
+                "decoder: set config.data.model"
+            )
+        judges.check(needs.reward, c.data.size)
+        made = dataclasses.replace(made, judge=judges.make(needs.reward, pixels, print))
+        frozen = frozen.replace(pixels=data.pixels_params)
     objective = phase.objective.objective(made)
     txs, seed = transformations(phase, objective), c.seed + phase.seed
     steps = {
@@ -82,7 +94,7 @@ def make(
         functions=tuple(steps[label] for label in objective.round),
         labels=objective.round,
         roles=tuple(objective.updates[label].role for label in objective.round),
-        frozen=data.frozen.replace(teacher=teacher),
+        frozen=frozen,
         prepare=data.prepare,
         batch=phase.batch,
         batches=data.batches,

@@ -360,7 +360,7 @@ def test_values_that_do_not_go_together_are_named(changes, words):
         ("phases.sprint.optimizers.student.lr", False, "use a number"),
         ("phases.sprint.optimizers.student", 3, "give a section with keys"),
         ("phases.sprint.optimizers", 3, "use a section with keys"),
-        ("phases.sprint.objective", 3, "semigroup, dmd, dmd2, rcm, or module:Class"),
+        ("phases.sprint.objective", 3, "rcm, proxy_reward, policy, or module:Class"),
         ("phases.sprint", 3, "give a section with keys"),
         ("phases", [3], "use a section with keys"),
         ("order", "sprint", "use a list, each a text"),
