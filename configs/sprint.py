@@ -27,6 +27,8 @@ Presets
         --config.teacher.pretrained=TEACHER_FOLDER --workdir=SHARED_DIR
 
   sana_600m_cmt   The same after 5 000 updates of CMT, which bring a teacher near its student first.
+  sana_600m_rcm   As sana_600m by rCM: distribution matching in the place of the heads. Its rates
+                  and times are those of the released rCM for images; nobody has trained it here.
   sana_600m, sana_1600m
                   The paper's second phase: 20 000 updates of 512 samples, alternating between
                   generator and discriminator. It needs a teacher of that size (published, or
@@ -72,6 +74,7 @@ PRESETS = (
     "sana_1600m",
     "sana_600m_tbcm",
     "sana_600m_cmt",
+    "sana_600m_rcm",
 )
 
 
@@ -79,6 +82,8 @@ def get_config(preset: str = "shapes") -> Any:
     """Return the card of a preset. Raises UserError for an unknown one."""
     if preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
+    if preset == "sana_600m_rcm":
+        return _sana_rcm()
     if preset.startswith("sana_"):
         return _sana_prompts(preset) if preset.count("_") > 1 else sana(preset)
     config = _embedded()
@@ -555,6 +560,31 @@ def sana(preset: str) -> Any:
         max_rejected=100,
         quick_compile=False,
     )
+    return config
+
+
+def _sana_rcm():
+    """Return rCM at the published size, after a published SANA or a student of sana_600m."""
+    config = sana("sana_600m")
+    sprint = config.phases.sprint
+    old = sprint.objective.to_dict()
+    kept = ("guidance", "uncond_mask", "control_dropout", "logvar_start", "tangent_warmup")
+    kept += ("tangent_normalize", "weighting", "logvar_gradient")
+    adam = came(kind="adamw", reference_batch=0, warmup=500, b1=0.0, b2=0.999, weight_decay=0.01)
+    own = matching(kind="rcm", sample_steps=2, critic_updates=1, critic_pull=0.98)
+    own |= dict(p_mean=-1.49, p_std=1.6, dmd_balance="gradient", dmd_start=0)
+    config.phases.rcm = dict(
+        network="student",
+        seed=1,
+        steps=20000,
+        batch=512,
+        accumulate=1,
+        ema=0.999,
+        optimizers=dict(student=adam | dict(lr=1e-6), fake=adam | dict(lr=4e-6)),
+        objective={name: old[name] for name in kept} | own,
+    )
+    del config.phases.sprint
+    config.order = ("teacher", "finetune", "control", "rcm")
     return config
 
 
