@@ -93,12 +93,16 @@ def draws(text=0.0, w=1.0, times=None):
 
 
 def around(fake, teacher, *, guided=False):
-    """Return networks, state and frozen arrays of these parameters."""
+    """Return networks, state and frozen arrays of these parameters.
+
+    The student's role is far away: a loss sees the parameters that it gets.
+    """
     network = Gaussian(guidance_embed=guided)
     made = Networks(trained=network, teacher=network, width=1, dtype="float64")
     role = Role(params=fake, ema=None, opt=None, extra=None, updates=0, rejected=np.zeros(2, int))
     still = Frozen(null_text=jnp.zeros((1, 1, 1)), null_mask=jnp.ones((1, 1)), teacher=teacher)
-    return made, State(step=0, roles={"fake": role, "student": role}), still
+    far = role.replace(params=gaussian(9.0, 2.0))
+    return made, State(step=0, roles={"fake": role, "student": far}), still
 
 
 def pushed(student, fake, teacher, *, guided=False, drawn=None, **changes):
@@ -238,6 +242,18 @@ def test_weights_of_divergences(kind, f):
     assert found == pytest.approx((D(m + e) - D(m - e)) / (2 * e), rel=2e-3)
 
 
+def test_the_divisor_is_of_each_sample_by_itself():
+    """g / mean |x - X_T|. Fails for one number for the whole batch, which drowns small tau."""
+    x = jnp.array([[1.0, 3.0], [0.1, -0.1]])
+    real = jnp.array([[0.0, 0.0], [0.0, 0.0]])
+    fake = jnp.array([[0.5, -0.5], [0.02, 0.04]])
+    g = maths.pseudo_gradient(x, real, fake, normalize=True)
+    np.testing.assert_allclose(g, [[0.25, -0.25], [0.2, 0.4]], rtol=1e-6)
+    w = jnp.array([3.0, 1.5])
+    both = maths.decoupled_gradient(x, (real, fake), (real - 0.3, real), w, normalize=True)
+    np.testing.assert_allclose(both, [[-0.05, -0.55], [-1.3, -1.1]], rtol=1e-5)
+
+
 @pytest.mark.usefixtures("double")
 def test_training_by_simulation_ends_at_the_consistency_function():
     """A linear student, x0 = theta_k x, has gains a / a(t_k): .713133 for a = .7 at t = 1.3."""
@@ -367,6 +383,8 @@ def test_the_critic_is_pulled_toward_the_student():
 def test_times_of_simulated_images():
     """The first is pi/2, they decrease, and a share of the second is the sampler's."""
     x0 = jnp.zeros((512, *distillation.build.latent_shape(distillation.tiny_config())))
+    three = np.asarray(dmd.draw(WHOLE, jax.random.key(1), x0, 3)["times"])
+    assert (np.diff(three, axis=1) <= 0).all()
     drawn = dmd.draw(WHOLE, jax.random.key(0), x0, 2)
     times = np.asarray(drawn["times"])
     np.testing.assert_allclose(times[:, 0], np.pi / 2, rtol=1e-6)

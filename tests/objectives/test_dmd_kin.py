@@ -16,7 +16,7 @@ from sprint_jax import config
 from sprint_jax.diffusion import ladd as adversarial
 from sprint_jax.diffusion import trigflow
 from sprint_jax.errors import UserError
-from sprint_jax.objectives import dmd, rcm, scm, step
+from sprint_jax.objectives import dmd, dmd2, rcm, scm, step
 from sprint_jax.objectives.base import Frozen, Networks, Role, State
 from sprint_jax.objectives.dmd2 import Dmd2
 from sprint_jax.objectives.rcm import Rcm
@@ -134,6 +134,19 @@ def test_the_logistic_generator_weighs_by_one_over_one_plus_r():
     np.testing.assert_allclose(slope, -1 / (1 + np.exp(logit)), rtol=1e-5)
     with pytest.raises(ValueError, match="wasserstein"):
         adversarial.generator_loss([logit[:, None]], reduction="code", loss="wasserstein")
+
+
+def test_a_divergence_weighs_samples_and_not_the_term(monkeypatch):
+    """dmd_weight mean(h / mean(h) L), beside the adversarial loss."""
+    settings = dataclasses.replace(DMD2, divergence="js", adv_weight=1e-9)
+    each, h = jnp.arange(16.0), jnp.linspace(1, 4, 16)
+    monkeypatch.setattr(dmd2.maths, "loss", lambda x, g: each)
+    monkeypatch.setattr(dmd2.maths, "divergence_weight", lambda logit, kind: h)
+    made = settings.objective(networks()).updates["student"]
+    draws = made.draw(jax.random.key(0), jax.tree.map(jnp.asarray, batch()), frozen())
+    state = start(settings)
+    value, _ = made.loss(state.roles["student"].params, draws, state, frozen())
+    assert float(value) == pytest.approx(0.5 * float((h * each).sum() / h.sum()), rel=1e-5)
 
 
 @dataclasses.dataclass(frozen=True)

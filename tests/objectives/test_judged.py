@@ -165,6 +165,15 @@ def test_the_policy_raises_what_was_better_in_its_group(monkeypatch):
     np.testing.assert_allclose(slope, wanted, rtol=2e-3, atol=1e-7)
 
 
+def test_no_gradient_passes_through_a_verdict():
+    nets = dataclasses.replace(networks(), judge=by_norm)
+    texts = rows()["caption"]
+    R = lambda x: judged.verdicts(nets, x, texts, frozen()).sum()
+    x = jnp.ones_like(jnp.asarray(rows()["latent"]))
+    np.testing.assert_array_equal(jax.grad(R)(x), 0)
+    assert float(jnp.abs(R(x) - R(0.5 * x))) > 0.01
+
+
 def test_pairs_of_equal_images_teach_nothing():
     R, change = jnp.ones(8), jnp.linspace(-1, 1, 8)
     slope = jax.grad(lambda c: policy._pairs(PSO, R, c).sum())(change)
