@@ -10,7 +10,17 @@ import pytest
 
 from helpers.arrays import normals, same_bits
 from helpers.configs import card
-from helpers.objectives import CMT, EULERIAN, LAGRANGIAN, SEMIGROUP, TBCM
+from helpers.objectives import (
+    CMT,
+    DMD,
+    EULERIAN,
+    LAGRANGIAN,
+    POLICY,
+    PROXY,
+    RCM,
+    SEMIGROUP,
+    TBCM,
+)
 from sprint_jax import build, config
 from sprint_jax.conversion import configs
 from sprint_jax.errors import UserError
@@ -30,6 +40,10 @@ CASES = {
     "eulerian": dataclasses.replace(EULERIAN, velocity="self"),
     "lagrangian": dataclasses.replace(LAGRANGIAN, states="rollout", diagonal=0.0, stored=8),
     "semigroup": SEMIGROUP,
+    "dmd": DMD,
+    "rcm": RCM,
+    "policy": POLICY,
+    "proxy_reward": PROXY,
 }
 
 
@@ -37,7 +51,7 @@ def tree(name, settings):
     """Return a card of one narrow block with one phase of an objective."""
     tree = card(preset="shapes")
     tree.model.update(width=16, depth=1, heads=2, cross_heads=2, unroll=1)
-    tree.model.target_embed = name not in (*LADDER, "tbcm")
+    tree.model.target_embed = name in ("cmt", "eulerian", "lagrangian", "semigroup")
     tree.evaluation.update(prompts=16, samples=8, batch=16, reference=16, diversity=0)
     tree.run.update(log_every=2, checkpoint_every=2, preview_every=0, quick_compile=True)
     phase = tree.phases[name if name in LADDER else "regression"].to_dict()
@@ -48,6 +62,10 @@ def tree(name, settings):
         phase["objective"] |= dict(stored=8, route_steps=3)
     else:
         phase["objective"] = dataclasses.asdict(settings)
+        student = phase["optimizers"]["student"]
+        phase["optimizers"] = {role: dict(student) for role in settings.round}
+        if settings.needs().group > BATCH:
+            phase["batch"] = settings.needs().group
     tree.phases[name] = phase
     tree.order = ("teacher", "finetune", "control", name)
     return tree
