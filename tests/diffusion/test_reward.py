@@ -9,7 +9,7 @@ import pytest
 
 from sprint_jax.diffusion import reward
 
-pytestmark = pytest.mark.usefixtures("no_rank_promotion")
+pytestmark = [pytest.mark.second_pass, pytest.mark.usefixtures("no_rank_promotion")]
 
 SIGMA_D = 0.5
 
