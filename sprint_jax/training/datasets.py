@@ -141,7 +141,12 @@ class Abstract:
         self.frozen = Frozen(
             null_text=f32(1, c.text.length, c.text.dim), null_mask=f32(1, c.text.length)
         )
-        self.batches, self.identity, self.pixels = None, "", None
+        self.batches, self.identity = None, ""
+        self.pixels: PixelCodec | None = None
+        self.pixels_params: Any = {}
+        if captioned(c) and c.text.vocabulary != "gemma":
+            # Images that are judged are decoded in the step.
+            self.pixels = EmbeddedPixels(build.codec(c))
 
     def prepare(self, frozen: Frozen, batch: Batch) -> Batch:
         """Return the batch as it is."""

@@ -21,7 +21,7 @@ from sprint_jax.objectives.policy import Policy
 from sprint_jax.objectives.proxy_reward import ProxyReward
 from sprint_jax.runtime import cards
 from sprint_jax.toy import checker, shapes
-from sprint_jax.training import judges
+from sprint_jax.training import datasets, judges, plans
 
 ANCHORED = dict(
     guidance=(1.25, 2.0), uncond_mask="cond", control_dropout=0.0, logvar_start=0.0,
@@ -232,3 +232,15 @@ def test_encoded_data_have_no_captions_to_judge_by():
     tree.evaluation.update(split="heldout", diversity=0)
     with pytest.raises(UserError, match="which encoded data do not keep"):
         config.parse(tree)
+
+
+def test_the_planner_traces_judged_phases():
+    """It has no data, and decodes with the embedded codec."""
+    tree = cards.load("sprint:policy")
+    tree.model.update(width=16, depth=1, heads=2, cross_heads=2, unroll=1)
+    c = config.parse(tree)
+    *_, stage = plans.abstract_stages(c)
+    state = jax.eval_shape(stage.start, stage.frozen, stage.init_arrays)
+    rows = datasets.abstract_phase_batch(c, c.phases["policy"])
+    _, report = jax.eval_shape(stage.functions[0], state, stage.frozen, rows)
+    assert set(report.scalars) >= {"reward", "groups_that_differ"}
