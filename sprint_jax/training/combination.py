@@ -82,7 +82,7 @@ def weights_of(choice: Choice, members: Members, say: Callable[[str], None]) -> 
     if not choice.search:
         return np.full(count, 1 / count)
     *winners, plain = weight_search.find(
-        members, rounds=choice.search, prompts=choice.prompts, seed=choice.seed, say=say
+        members, rounds=choice.search, prompts=choice.prompts, seed=choice.seed
     )
     for found in (*winners, plain):
         name = "a winner" if found is not plain else "without a search"

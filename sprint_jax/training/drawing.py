@@ -1,6 +1,6 @@
 """Images of a run's networks on given conditions, as the run is scored."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,16 @@ def student(
 
     data: the run's data set, with a codec. params: of the student.
     """
+    return of_students(c, data, cond, steps=steps)(params)
+
+
+def of_students(
+    c: config_lib.Config, data: Any, cond: Mapping[str, np.ndarray], *, steps: int
+) -> Callable[[Any], np.ndarray]:
+    """Return `student` as a function of the parameters, for many students by one program."""
     times = samplers.scm_times(steps, c.evaluation.schedule)
     sampler = programs.student_sampler(build.student(c), data.pixels, build.latent_shape(c), times)
-    return _run(c, data, sampler, params, cond, c.evaluation.student_guidance)
+    return lambda params: _run(c, data, sampler, params, cond, c.evaluation.student_guidance)
 
 
 def teacher(

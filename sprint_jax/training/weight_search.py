@@ -48,9 +48,7 @@ def check(config: Config) -> None:
         )
 
 
-def find(
-    members: Members, *, rounds: int, prompts: int, seed: int, say: Callable[[str], None]
-) -> list[Found]:
+def find(members: Members, *, rounds: int, prompts: int, seed: int) -> list[Found]:
     """Return the winners, the best first, and last what they are compared with: the mean of
     students, or the last checkpoint.
 
@@ -69,7 +67,7 @@ def find(
 
         found = weight_space.search(score, starts, rng, rounds=rounds, children=CHILDREN)
         for i, alive in enumerate(found):
-            say(f"round {i}: {1 - alive[0].score:.1%} right in one step")
+            bar.set_postfix_str(f"round {i}, {1 - alive[0].score:.1%} right in one step")
     winners = [Found(one.weights, one.score, again(one.weights)) for one in alive[:WINNERS]]
     return [*sorted(winners, key=lambda one: one.again), Found(plain, here(plain), again(plain))]
 
@@ -95,10 +93,10 @@ def _scorer(members: Members, prompts: int, shift: int) -> Callable[[np.ndarray]
     )
     data: Any = datasets.open_dataset(c, lambda message: None)
     heldout = data.heldout(prompts, 2)
-    evaluator = Evaluator(heldout)
+    evaluator, draw = Evaluator(heldout), drawing.of_students(c, data, heldout.cond, steps=1)
 
     def score(weights: np.ndarray) -> float:
         params = weight_space.combine(members.params, weights)
-        return 1 - evaluator(drawing.student(c, data, params, heldout.cond, steps=1))["score"]
+        return 1 - evaluator(draw(params))["score"]
 
     return score

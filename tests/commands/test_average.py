@@ -189,7 +189,7 @@ def test_a_search_finds_the_good_member(tmp_path, monkeypatch):
         return score
 
     monkeypatch.setattr(weight_search, "_scorer", scorer)
-    *winners, plain = weight_search.find(members, rounds=4, prompts=16, seed=0, say=lambda _: None)
+    *winners, plain = weight_search.find(members, rounds=4, prompts=16, seed=0)
     assert abs(winners[0].weights[1]) < 0.01
     assert plain.again == 0.5
     assert asked.count(1) == len(winners) + 1
