@@ -27,8 +27,9 @@ Presets
         --config.teacher.pretrained=TEACHER_FOLDER --workdir=SHARED_DIR
 
   sana_600m_cmt   The same after 5 000 updates of CMT, which bring a teacher near its student first.
-  sana_600m_rcm   As sana_600m by rCM: distribution matching in the place of the heads. Its rates
-                  and times are those of the released rCM for images; nobody has trained it here.
+  sana_600m_rcm   As sana_600m by rCM: distribution matching in the place of the heads. Its times
+                  are those of rCM's paper; rates and updates of the critic are first guesses, and
+                  nobody has trained it here.
   sana_600m, sana_1600m
                   The paper's second phase: 20 000 updates of 512 samples, alternating between
                   generator and discriminator. It needs a teacher of that size (published, or
@@ -339,7 +340,7 @@ def _judge_after(config, kind):
         own |= dict(heads_loss="softplus", head_blocks=(0, 2, 4, 6))
         optimizers["proxy"] = _adamw(lr=5e-4, warmup=0, decay_to=1.0)
     else:
-        own |= dict(preference="advantage", group=4, beta=0.1, ratio_clip=0.2)
+        own |= dict(preference="advantage", group=4, beta=0.1)
     config.phases[kind] = dict(
         network="student",
         seed=4,
@@ -564,7 +565,7 @@ def sana(preset: str) -> Any:
 
 
 def _sana_rcm():
-    """Return rCM at the published size, after a published SANA or a student of sana_600m."""
+    """Return rCM at the published size, from a published SANA with QK-norm."""
     config = sana("sana_600m")
     sprint = config.phases.sprint
     old = sprint.objective.to_dict()

@@ -305,7 +305,7 @@ def render(rows: list[dict[str, Any]]) -> str:
         "half: right images in 1 / 2 / 4 steps, Fréchet distance and effective number of",
         "arrangements of a caption in one step. One seed proves little: runs differ by a point and",
         "more. Settings of most cards are first guesses, those of `sprint` and `repair` were",
-        "searched. Flow maps have a fifth of the others' learning rates, at which they diverged.",
+        "searched. Flow maps have a fifth of the others' learning rates: at those they diverged.",
         "",
         "| card | seed | updates | 400 CPU-s | 800 CPU-s | Fréchet | arrangements | commit, date |",
         "|---|---|---|---|---|---|---|---|",

@@ -704,8 +704,8 @@ def _needs_of_others(c: Config, phase: Phase, runs: bool, at: str) -> Iterator[t
     )
     yield (
         not needs.captions or not c.data.encoded or not runs,
-        f"{at}: {kind} judges images by their captions, which encoded data do not keep: use the "
-        "embedded data or config.data.prompts",
+        f"{at}: {kind} judges images by their captions, which batches of encoded data leave out: "
+        "use the embedded data or config.data.prompts",
     )
     yield (
         not needs.whole or phase.accumulate == 1,
@@ -744,6 +744,10 @@ def _needs(phase: Phase, depth: int, at: str) -> Iterator[tuple[bool, str]]:
         f"{at}.objective.head_blocks {needs.blocks}: use block numbers within 0..{depth - 1}",
     )
     yield batch >= needs.batch, f"{at}.batch {batch}: {kind} needs {needs.batch} or more"
+    yield (
+        batch % needs.multiple == 0,
+        f"{at}.batch {batch}: {kind} compares images in groups, use a multiple of {needs.multiple}",
+    )
     for share in needs.shares:
         drawn = round(share * batch)
         yield (

@@ -336,12 +336,13 @@ def hook(name: str) -> Callable[..., Any]:
         raise UserError(f"--hook={name}: write it as module:function")
     try:
         found = getattr(importlib.import_module(module), function)
-    except ImportError as error:
-        raise UserError(
-            f"--hook={name}: cannot import {module} ({error}): it must be on the Python path"
-        ) from None
     except AttributeError:
         raise UserError(f"--hook={name}: {module} has no {function}") from None
+    except Exception as error:  # the user's module may raise anything
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"--hook={name}: cannot import {module} ({line}): it must be on the Python path"
+        ) from None
     if not callable(found):
         raise UserError(f"--hook={name} is not a function")
     return found

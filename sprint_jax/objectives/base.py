@@ -159,7 +159,8 @@ class Needs:
 
     teacher: whether a trained network must be there to learn from. network: kinds of networks that
     it can train. blocks: numbers of the teacher's blocks whose features it reads. batch: least
-    number of samples. group: samples that are normalized together, 1 where none are. groups_of:
+    number of samples. multiple: a number that divides the batch, where samples are compared in
+    groups. group: samples that are normalized together, 1 where none are. groups_of:
     how many times the batch is normalized at once (2 with as many wrong pairs beside it). shares:
     of the batch that are drawn beside it, rounded to whole samples. stored: rollouts of the teacher
     that are made and stored before training, 0 for none; such settings are a `RolloutTerm`. target:
@@ -174,6 +175,7 @@ class Needs:
     network: tuple[str, ...] = ("student",)
     blocks: tuple[int, ...] = ()
     batch: int = 1
+    multiple: int = 1
     group: int = 1
     groups_of: tuple[int, ...] = (1,)
     shares: tuple[float, ...] = ()

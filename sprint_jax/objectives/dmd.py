@@ -77,16 +77,11 @@ class DmdTerm(guided.Guided):
     @property
     def round(self) -> tuple[str, ...]:
         """The student, then the critic, for each number of steps."""
-        return rounds(self)
+        return ("student", *["fake"] * self.critic_updates) * self.sample_steps
 
     def needs(self) -> Needs:
         """Return what DMD asks of a run: a teacher."""
         return Needs(teacher=True, images=False)
-
-
-def rounds(settings: DmdTerm) -> tuple[str, ...]:
-    """Return the roles of a round."""
-    return ("student", *["fake"] * settings.critic_updates) * settings.sample_steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,11 +98,8 @@ class Dmd(DmdTerm, anchor.AnchorTerm):
         yield from super().problems()
         if not self.dmd_weight > 0:
             yield "dmd_weight", "use a number above 0"
-
-    @property
-    def round(self) -> tuple[str, ...]:
-        """The student, then the critic, for each number of steps."""
-        return rounds(self)
+        if self.stored and not self.anchor_weight:
+            yield "stored", "use 0: without an anchor_weight no rollout is read"
 
     def needs(self) -> Needs:
         """Return what DMD asks of a run: a teacher, and the anchor's rollouts."""
@@ -264,8 +256,9 @@ def gradient(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Return g at the student's images x, stopped, and its statistics.
 
-    critic_ratio: error of the critic's velocity over that of the guided teacher, on the same
-    renoised images; 1 means that it knows no more of the student than the teacher does.
+    critic_ratio: error of the critic's velocity over that of the teacher (the guided one where
+    guidance is coupled), on the same renoised images; 1 means that it knows no more of the student
+    than the teacher does.
     """
     x = jax.lax.stop_gradient(x)
     cond, w, seen = draws["cond"], draws["w"], draws["dmd"]["matching"]

@@ -56,6 +56,11 @@ class Dmd2(dmd.DmdTerm, ladd.HeadsTerm):
                 yield name, "use a number above 0"
         if self.divergence != "reverse_kl" and self.heads_loss != "softplus":
             yield "heads_loss", f"use softplus: hinge heads carry no ratio for {self.divergence}"
+        if self.divergence != "reverse_kl" and self.misaligned:
+            yield "misaligned", "use False: heads that see wrong captions carry another ratio"
+        same = (self.disc_mean, self.disc_std) == (self.renoise_mean, self.renoise_std)
+        if self.divergence != "reverse_kl" and not same:
+            yield "disc_mean", "use renoise_mean and renoise_std: heads are read at those times"
 
     @property
     def round(self) -> tuple[str, ...]:

@@ -30,6 +30,8 @@ class JudgedTerm(anchor.AnchorTerm):
         yield from super().problems()
         if not self.reward_weight > 0:
             yield "reward_weight", "use a number above 0"
+        if not all(self.reward.partition(":")) or self.reward.startswith("."):
+            yield "reward", "write module:function, a module on the Python path"
         if not self.anchor_weight > 0:
             yield "anchor_weight", "use a number above 0: by the reward alone a student runs away"
         if self.stored:

@@ -35,8 +35,6 @@ class Policy(judged.JudgedTerm):
     """G: images of one prompt that are compared."""
     beta: float
     """PSO's factor of the difference, for log-probabilities that are sums over elements."""
-    ratio_clip: float
-    """Clip of the ratio. An update looks at its own samples once, so the ratio is 1."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (field, what to use instead) for each value out of range."""
@@ -45,15 +43,13 @@ class Policy(judged.JudgedTerm):
             yield "group", "use 2 or more"
         if not self.beta > 0:
             yield "beta", "use a number above 0"
-        if not 0 < self.ratio_clip < 1:
-            yield "ratio_clip", "use a share in (0, 1)"
 
     def needs(self) -> Needs:
         """Return what a policy asks of a run: whole groups in a batch that is not cut."""
-        return dataclasses.replace(super().needs(), whole=True, batch=self.group, group=self.group)
+        return dataclasses.replace(super().needs(), whole=True, multiple=self.group)
 
     def objective(self, networks: Networks) -> Objective:
-        """Build the objective. The student's extra arrays are the frozen student of PSO."""
+        """Build the objective. For PSO the student's extra arrays are its frozen copy."""
 
         def draw_all(key, batch, frozen):
             return draw(self, key, batch)
@@ -61,8 +57,10 @@ class Policy(judged.JudgedTerm):
         def loss(params, draws, state, frozen):
             return _loss(self, networks, params, draws, state, frozen)
 
-        copied = lambda params: jax.tree.map(jnp.copy, params)
-        return guided.student_alone(self, networks, draw_all, loss, extra=copied)
+        def reference(params):
+            return jax.tree.map(jnp.copy, params) if self.preference == "pairs" else None
+
+        return guided.student_alone(self, networks, draw_all, loss, extra=reference)
 
 
 def draw(settings: Policy, key: jax.Array, batch: Any) -> dict[str, Any]:
@@ -110,7 +108,8 @@ def _loss(
     size = a[0].size
     if settings.preference == "advantage":
         A = reward.advantage(R, settings.group)
-        each = reward.policy_loss(lp, jax.lax.stop_gradient(lp), A, settings.ratio_clip)
+        # An update looks at its own samples once, so the ratio is 1 and no clip binds.
+        each = reward.policy_loss(lp, jax.lax.stop_gradient(lp), A, clip=1.0)
     else:
         x1_0 = _first(networks, state.roles["student"].extra, draws)
         each = _pairs(settings, R, lp - jax.lax.stop_gradient(reward.log_prob(a, x1_0, t)))
@@ -126,9 +125,9 @@ def _pairs(settings: Policy, R: jax.Array, change: jax.Array) -> jax.Array:
     R, change = (a.reshape(-1, settings.group) for a in (R, change))
     rows = jnp.arange(len(R))
     best, worst = R.argmax(1), R.argmin(1)
+    different = (R.max(1) > R.min(1)).astype(jnp.float32)
+    # Without verdicts there is no loss, so the update is dropped.
+    different = jnp.where(jnp.isfinite(R).all(1), different, jnp.nan)
     return reward.pair_loss(
-        change[rows, best],
-        change[rows, worst],
-        beta=settings.beta,
-        different=(R.max(1) > R.min(1)).astype(jnp.float32),
+        change[rows, best], change[rows, worst], beta=settings.beta, different=different
     )

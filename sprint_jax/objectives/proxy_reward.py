@@ -2,7 +2,7 @@
 images, and the student raises their logit; see `diffusion.reward`.
 
     L = reward_weight (-ln sigmoid(logit(y)))  +  anchor_weight x anchor       y = x renoised
-    L_proxy = H(verdict(x), logit(y)) + H(1, logit(y of real images)) + H(0, ... of wrong captions)
+    L_proxy = mean of H(verdict(x), logit(y)), H(1, logit of real images), H(0, of wrong captions)
 
 It works for one step, where no policy gradient exists, and gradients of a frozen reward model,
 which show as high-frequency noise, never reach an image.

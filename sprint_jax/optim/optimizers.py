@@ -114,6 +114,12 @@ def make(
     return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
 
 
+def check_frozen(settings: Optimizer, params: Any) -> None:
+    """Raise UserError where a frozen part names no parameter, or nothing is left to train."""
+    if settings.frozen:
+        _labels(params, settings.frozen)
+
+
 def _labels(params: Any, frozen: tuple[str, ...]) -> Any:
     """Return "frozen" or "trained" for each parameter.
 
@@ -125,10 +131,10 @@ def _labels(params: Any, frozen: tuple[str, ...]) -> Any:
     for part in frozen:
         if not any(f"/{part}/" in f"/{one}/" for one in names):
             near = ", ".join(difflib.get_close_matches(part, _parts(names), 3, 0.3)) or names[0]
-            raise UserError(f"optimizer's frozen {part!r} names no parameter: try {near}")
+            raise UserError(f"frozen {part!r} names no parameter: try {near}")
     is_frozen = lambda one: any(f"/{part}/" in f"/{one}/" for part in frozen)
     if all(map(is_frozen, names)):
-        raise UserError(f"optimizer's frozen {', '.join(frozen)} leaves no parameter to train")
+        raise UserError(f"frozen {', '.join(frozen)} leaves no parameter to train")
     return jax.tree_util.tree_map_with_path(
         lambda path, _: "frozen" if is_frozen(name(path)) else "trained", params
     )

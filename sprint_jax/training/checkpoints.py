@@ -315,7 +315,6 @@ def _parts(directory, part, abstract, reasons):
         wanted = {name: wanted}
     plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
     state = ocp.args.PyTreeRestore(wanted, restore_args=plain, partial_restore=True)
-    reasons = []
     for step in steps:
         with ocp.CheckpointManager(directory, item_handlers=handlers) as manager:
             try:

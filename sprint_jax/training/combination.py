@@ -1,6 +1,7 @@
 """What `sprint-jax average` makes: members, the weights that were asked for, and a new student."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -25,16 +26,20 @@ class Choice:
 
     def problems(self) -> Iterator[tuple[str, str]]:
         """Yield (option, what to use instead) for each value out of range."""
-        if self.weights and abs(sum(self.weights) - 1) > 1e-6:
+        if not all(map(math.isfinite, self.weights)):
+            yield "weights", "use finite numbers"
+        elif self.weights and abs(sum(self.weights) - 1) > 1e-6:
             yield "weights", f"they sum to {sum(self.weights):g}, use a sum of 1"
-        if self.relative and not 0 < self.relative < 0.28:
-            yield "relative", "use a number in (0, .28)"
+        if self.relative and not 0.01 <= self.relative < 0.28:
+            yield "relative", "use a number from .01 to below .28"
         if self.relative and not self.checkpoints:
             yield "relative", "give --checkpoints=PHASE as well"
         if bool(self.weights) + bool(self.relative) + bool(self.search) > 1:
             yield "weights", "give one of --weights, --relative and --search"
-        if self.search < 0 or self.prompts < 16:
-            yield "search", "use 0 (none) or more rounds, and 16 or more --prompts"
+        if self.search < 0:
+            yield "search", "use 0 (none) or more rounds"
+        if self.prompts < 16:
+            yield "prompts", "use 16 or more"
 
 
 def check(choice: Choice, runs: Sequence[str]) -> None:
@@ -73,7 +78,8 @@ def weights_of(choice: Choice, members: Members, say: Callable[[str], None]) -> 
     if choice.weights:
         if len(choice.weights) != count:
             raise UserError(
-                f"--weights: {len(choice.weights)} for {count} of {', '.join(members.names)}"
+                f"--weights: {len(choice.weights)} for {count}: give one for each of "
+                f"{', '.join(members.names)}"
             )
         return np.asarray(choice.weights)
     if choice.relative:

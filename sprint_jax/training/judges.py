@@ -4,7 +4,8 @@ A judge that fails must not end a run half-written, nor teach anything: its verd
 the update is dropped and counted as not finite, and the reason is said once.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ def make(name: str, pixels: PixelCodec, say: Callable[[str], None]) -> Judge:
 
     Raises UserError where it cannot be imported.
     """
-    function, failed = extractors.hook(name), []
+    function, failed = load(name), []
 
     def on_host(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
         try:
@@ -57,7 +58,8 @@ def verdicts(
     except Exception as error:  # the user's code may raise anything
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"reward {name} failed ({line})") from None
-    numbers = extractors.hooked(found, len(prompts), 1, name)
+    with _named(name):
+        numbers = extractors.hooked(found, len(prompts), 1, name)
     if not ((numbers >= 0) & (numbers <= 1)).all():
         raise UserError(
             f"reward {name} gave values from {numbers.min():g} to {numbers.max():g}: scale them "
@@ -69,4 +71,19 @@ def verdicts(
 def check(name: str, size: int) -> None:
     """Ask a judge once about two gray images. Raises UserError as `verdicts` does."""
     images = np.full((2, size, size, 3), 128, np.uint8)
-    verdicts(extractors.hook(name), name, ["a red circle", "two blue squares"], images)
+    verdicts(load(name), name, ["a red circle", "two blue squares"], images)
+
+
+def load(name: str) -> Callable[..., Any]:
+    """Import a judge. Raises UserError where it cannot be."""
+    with _named(name):
+        return extractors.hook(name)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Call the option by its name here: hooks of evaluations are an option --hook."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(f"--hook={name}", f"reward {name}")) from None

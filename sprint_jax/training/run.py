@@ -75,6 +75,7 @@ def run(config: config_lib.Config, workdir: pathlib.Path | str, say: Say = _say)
                 costs=Costs(workdir if primary else None),
                 say=say,
             )
+            stages.check(config)
             teacher = distilled_teacher(job)
             student = trained(job, "student", teacher=teacher)
             with job.costs.measure("evaluation"):

@@ -66,7 +66,6 @@ def make(
                 f"config.phases.{name}: reward {needs.reward} judges images, and there is no "
                 "decoder: set config.data.model"
             )
-        judges.check(needs.reward, c.data.size)
         made = dataclasses.replace(made, judge=judges.make(needs.reward, pixels, print))
         frozen = frozen.replace(pixels=data.pixels_params)
     objective = phase.objective.objective(made)
@@ -103,6 +102,23 @@ def make(
         result=lambda state: step.result(state, objective),
         preview=_preview(c, phase, objective, made, data, teacher),
     )
+
+
+def check(c: config_lib.Config) -> None:
+    """Raise UserError for what the config alone does not show and would end a run later: a judge
+    that fails, and frozen parameters that a network does not have.
+    """
+    for name in config_lib.active(c):
+        phase = c.phases[name]
+        if reward := phase.objective.needs().reward:
+            judges.check(reward, c.data.size)
+        made = networks(c, phase)
+        main = phase.objective.objective(made).main
+        params = jax.eval_shape(made.trained.init, jax.random.key(0))
+        try:
+            optimizers.check_frozen(phase.optimizers[main], params)
+        except UserError as error:
+            raise UserError(f"config.phases.{name}.optimizers.{main}.{error}") from None
 
 
 def transformations(phase: config_lib.Phase, objective: Objective) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def test_checkpoints_of_a_run_by_a_profile_and_by_weights(command, tmp_path):
         (["--weights=.5,.6"], "they sum to 1.1"),
         (["--relative=.1"], "--checkpoints=PHASE"),
         (["--weights=.5,.5", "--search=2"], "give one of"),
-        (["--weights=1"], "1 for 2 of"),
+        (["--weights=1"], "1 for 2: give one for each of"),
         (["--search=2"], "config.evaluation.split=heldout, which the search would see"),
         (["--checkpoints=sprint"], "name one run with --checkpoints"),
     ],
@@ -193,3 +193,14 @@ def test_a_search_finds_the_good_member(tmp_path, monkeypatch):
     assert abs(winners[0].weights[1]) < 0.01
     assert plain.again == 0.5
     assert asked.count(1) == len(winners) + 1
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    """Fails when it is left out and the others are combined without a word."""
+    run = write_run(tmp_path / "run", 0)
+    write_checkpoints(run, 3)
+    for path in (run / "checkpoints/sprint/20").rglob("*"):
+        if path.is_file() and path.stat().st_size:
+            path.write_bytes(b"x" * path.stat().st_size)
+    with pytest.raises(UserError, match="damaged checkpoint .step 20.*remove it"):
+        average.checkpoints(run, "sprint")

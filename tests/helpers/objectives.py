@@ -46,7 +46,7 @@ SCM = {k: GUIDED[k] for k in ("guidance", "uncond_mask", "control_dropout", "log
 DMD = Dmd(kind="dmd", **ANCHORED, **MATCHING)
 RCM = Rcm(kind="rcm", dmd_balance="gradient", dmd_start=0, **SCM, **MATCHING)
 POLICY = Policy(
-    kind="policy", preference="pairs", group=4, beta=0.1, ratio_clip=0.2, **JUDGED
+    kind="policy", preference="pairs", group=4, beta=0.1, **JUDGED
 )  # fmt: skip
 PROXY = ProxyReward(
     kind="proxy_reward", disc_mean=-1.5, disc_std=0.5, reduction="code", misaligned=True,

@@ -228,7 +228,7 @@ def test_matching_begins_at_its_step():
     ("settings", "changes", "message"),
     [
         (RCM, {}, "rcm compares samples of the whole batch"),
-        (dataclasses.replace(DMD2, divergence="js"), {}, "dmd2 compares samples"),
+        (dataclasses.replace(DMD2, divergence="js", misaligned=False), {}, "dmd2 compares samples"),
     ],
     ids=["rcm", "dmd2"],
 )
@@ -246,5 +246,12 @@ def test_losses_of_whole_batches_refuse_to_be_cut(settings, changes, message):
 
 
 def test_hinge_heads_refuse_other_divergences():
-    problems = dict(dataclasses.replace(DMD2, divergence="js", heads_loss="hinge").problems())
+    hinge = dataclasses.replace(DMD2, divergence="js", heads_loss="hinge", misaligned=False)
+    problems = dict(hinge.problems())
     assert problems == {"heads_loss": "use softplus: hinge heads carry no ratio for js"}
+
+
+def test_ratios_are_read_where_and_of_what_the_heads_learn():
+    """Wrong captions among the fakes make the logit that of another ratio."""
+    changed = dataclasses.replace(DMD2, divergence="js", disc_mean=0.3)
+    assert set(dict(changed.problems())) == {"misaligned", "disc_mean"}

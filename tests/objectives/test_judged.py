@@ -21,7 +21,7 @@ from sprint_jax.objectives.policy import Policy
 from sprint_jax.objectives.proxy_reward import ProxyReward
 from sprint_jax.runtime import cards
 from sprint_jax.toy import checker, shapes
-from sprint_jax.training import datasets, judges, plans
+from sprint_jax.training import datasets, judges, plans, stages
 
 ANCHORED = dict(
     guidance=(1.25, 2.0), uncond_mask="cond", control_dropout=0.0, logvar_start=0.0,
@@ -34,7 +34,7 @@ PROXY = ProxyReward(
     heads_loss="softplus", head_blocks=(1,), **ANCHORED,
 )  # fmt: skip
 RLCM = Policy(
-    kind="policy", preference="advantage", group=4, beta=0.1, ratio_clip=0.2, **ANCHORED
+    kind="policy", preference="advantage", group=4, beta=0.1, **ANCHORED
 )  # fmt: skip
 PSO = dataclasses.replace(RLCM, preference="pairs")
 TX = {"student": optax.sgd(1.0), "proxy": optax.sgd(0.1, momentum=0.9)}
@@ -129,7 +129,9 @@ def test_the_proxy_learns_the_verdicts():
     assert float(last.scalars["proxy"]) < 0.8 * float(first.scalars["proxy"])
 
 
-@pytest.mark.parametrize(("settings", "role"), [(PROXY, "proxy"), (RLCM, "student")])
+@pytest.mark.parametrize(
+    ("settings", "role"), [(PROXY, "proxy"), (RLCM, "student"), (PSO, "student")]
+)
 def test_verdicts_that_are_not_numbers_take_no_update(settings, role):
     after, _ = updated(settings, role, of_nothing)
     assert after.roles[role].rejected.tolist() == [1, 1]
@@ -230,7 +232,7 @@ def test_encoded_data_have_no_captions_to_judge_by():
     tree = cards.load("sprint:proxy_reward")
     tree.data.encoded = "somewhere"
     tree.evaluation.update(split="heldout", diversity=0)
-    with pytest.raises(UserError, match="which encoded data do not keep"):
+    with pytest.raises(UserError, match="which batches of encoded data leave out"):
         config.parse(tree)
 
 
@@ -244,3 +246,31 @@ def test_the_planner_traces_judged_phases():
     rows = datasets.abstract_phase_batch(c, c.phases["policy"])
     _, report = jax.eval_shape(stage.functions[0], state, stage.frozen, rows)
     assert set(report.scalars) >= {"reward", "groups_that_differ"}
+
+
+@pytest.mark.parametrize("name", ["", "no_colon", ".x:f", "module:"])
+def test_a_judge_has_a_name(name):
+    assert set(dict(dataclasses.replace(RLCM, reward=name).problems())) == {"reward"}
+
+
+def test_groups_divide_the_batch():
+    tree = cards.load("sprint:policy")
+    tree.phases.policy.batch = 30
+    tree.phases.policy.objective.anchor_share = 0.5
+    with pytest.raises(UserError, match="compares images in groups, use a multiple of 4"):
+        config.parse(tree)
+
+
+def test_a_run_checks_judges_and_frozen_parameters_first():
+    tree = cards.load("sprint:policy")
+    tree.phases.policy.objective.reward = "helpers.judges:broken"
+    with pytest.raises(UserError, match=r"reward helpers.judges:broken failed \(weights.bin"):
+        stages.check(config.parse(tree))
+    tree.phases.policy.objective.reward = "helpers.nothing:f"
+    with pytest.raises(UserError, match="reward helpers.nothing:f: cannot import"):
+        stages.check(config.parse(tree))
+    tree = cards.load("sprint:shapes")
+    tree.phases.repair.optimizers.student.frozen = ("blocks/fff",)
+    message = "config.phases.repair.optimizers.student.frozen 'blocks/fff' names no parameter"
+    with pytest.raises(UserError, match=message):
+        stages.check(config.parse(tree))
