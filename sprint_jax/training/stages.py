@@ -126,13 +126,13 @@ def transformations(phase: config_lib.Phase, objective: Objective) -> dict[str, 
     order = [objective.updates[label] for label in objective.round]
     roles = [update.role for update in order]
     return {
-        update.role: optimizers.make(
-            phase.optimizers[update.role],
-            updates=round(phase.steps * roles.count(update.role) / len(roles)),
+        role: optimizers.make(
+            phase.optimizers[role],
+            updates=round(phase.steps * roles.count(role) / len(roles)),
             batch=phase.batch,
-            rules=update.rules,
+            rules=order[roles.index(role)].rules,
         )
-        for update in order
+        for role in dict.fromkeys(roles)
     }
 
 

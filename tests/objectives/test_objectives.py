@@ -235,7 +235,7 @@ def test_the_average_is_of_the_main_role_alone():
 
 
 def test_roles_do_not_share_names_in_the_metrics():
-    with pytest.raises(ValueError, match="loss, grad_norm, loss, other: give each role names"):
+    with pytest.raises(ValueError, match="loss, grad_norm, loss, other: give each names"):
         Vectors(names=("loss", "other")).objective(None)
 
 
